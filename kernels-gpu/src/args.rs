@@ -1,0 +1,148 @@
+//! The arguments of the kernels: plain `#[repr(C)]` structs, passed by value.
+//!
+//! One struct serves every attention kernel, so that a backend launches any of
+//! them the same way, and one serves every linear (projection) kernel. Addresses
+//! are device addresses on a GPU and host addresses under the emulator; lengths
+//! are carried along so that the emulator can check every access.
+
+use simt::{
+    global::{Global, GlobalMut},
+    memory::Memory,
+};
+
+/// A region of global memory: address and length in bytes. Empty when unused.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Buffer {
+    /// Address of the first byte.
+    pub address: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+impl Buffer {
+    /// Whether there is no region at all (an optional argument not given).
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// A typed view for reading, `bytes / size_of::<T>()` elements long.
+    ///
+    /// # Safety
+    /// The region must be allocated, aligned for `T`, and not written by anyone
+    /// while the kernel runs, unless a barrier of the kernel orders the accesses.
+    #[inline(always)]
+    #[must_use]
+    pub unsafe fn view<T: Memory>(&self) -> Global<T> {
+        // SAFETY: passed on to the caller.
+        unsafe { Global::new(self.address, self.bytes / size_of::<T>() as u64) }
+    }
+
+    /// A typed view for writing, `bytes / size_of::<T>()` elements long.
+    ///
+    /// # Safety
+    /// As for [`Buffer::view`], and the region must be writable.
+    #[inline(always)]
+    #[must_use]
+    pub unsafe fn view_mut<T: Memory>(&self) -> GlobalMut<T> {
+        // SAFETY: passed on to the caller.
+        unsafe { GlobalMut::new(self.address, self.bytes / size_of::<T>() as u64) }
+    }
+}
+
+/// A `[B, H, N, D]` tensor in global memory, seen through strides.
+///
+/// `[B, H, N, D]` row-major has strides `(H*N*D, N*D, D)`; the `[B, N, H, D]` that a
+/// projection writes has `(N*H*D, D, H*D)`, and needs no copy. The last dimension
+/// is always contiguous.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tensor {
+    /// The memory behind the tensor.
+    pub buffer: Buffer,
+    /// Elements from one batch entry to the next.
+    pub stride_b: u64,
+    /// Elements from one head to the next.
+    pub stride_h: u64,
+    /// Elements from one row (token) to the next.
+    pub stride_n: u64,
+}
+
+impl Tensor {
+    /// Index of the first element of head `h` of batch entry `b`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn head(&self, b: u32, h: u32) -> u64 {
+        b as u64 * self.stride_b + h as u64 * self.stride_h
+    }
+}
+
+/// Dropout of attention weights, by Philox 4x32-10 (see `dropout.rs`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct DropoutArgs {
+    /// Key of the generator.
+    pub seed: u64,
+    /// An entry is dropped when its 32-bit draw is below this; 0 drops nothing.
+    pub threshold: u32,
+    /// What kept weights are multiplied by: `1 / (1 - p)`.
+    pub rescale: f32,
+}
+
+/// What every attention kernel is given.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AttentionArgs {
+    /// Queries, `[B, H, Nq, D]`.
+    pub q: Tensor,
+    /// Keys, `[B, H, Nk, D]`.
+    pub k: Tensor,
+    /// Values, `[B, H, Nk, D]`.
+    pub v: Tensor,
+    /// Output, `[B, H, Nq, D]`.
+    pub o: Tensor,
+    /// Log-sum-exp of the scaled scores of each row, natural log: f32 `[B, H, Nq]`.
+    pub lse: Buffer,
+    /// Padding mask, u8 `[B, Nk]`, 0 = hidden; empty when there is none.
+    pub mask: Buffer,
+    /// Scratch or result of the kernels that materialise the weights, `[B, H, Nq, Nk]`.
+    pub weights: Buffer,
+    /// Three tensor maps (q, k, v) for kernels that copy through TMA; else empty.
+    pub tensor_maps: Buffer,
+    /// Batch entries.
+    pub batch: u32,
+    /// Heads.
+    pub heads: u32,
+    /// Query rows of a head.
+    pub seq_q: u32,
+    /// Key and value rows of a head.
+    pub seq_k: u32,
+    /// The softmax scale times log2(e): scores go through exp2.
+    pub scale_log2: f32,
+    /// 1: row `i` sees keys `j <= i + seq_k - seq_q` only. 0: every key.
+    pub causal: u32,
+    /// Dropout of weights.
+    pub dropout: DropoutArgs,
+}
+
+/// What every linear kernel is given: `y = x wᵀ + bias`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LinearArgs {
+    /// Input, `[rows, in_features]` row-major.
+    pub x: Buffer,
+    /// Weight, `[out_features, in_features]` row-major (PyTorch's `nn.Linear`).
+    pub w: Buffer,
+    /// Bias, `[out_features]`; empty when there is none.
+    pub bias: Buffer,
+    /// Output, `[rows, out_features]` row-major.
+    pub y: Buffer,
+    /// Rows of `x`.
+    pub rows: u32,
+    /// Columns of `x`.
+    pub in_features: u32,
+    /// Columns of `y`.
+    pub out_features: u32,
+}

@@ -1,0 +1,79 @@
+//! How a generic kernel becomes entries that can be launched.
+//!
+//! `extern "ptx-kernel"` functions cannot be generic, so [`entries!`](crate::entries) makes one
+//! per instance: on nvptx64 an `.entry` of that name, on the host a row of a table
+//! that the emulator looks the name up in. Both come from the same line, so that
+//! they cannot disagree.
+
+/// A kernel instance as the host sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// Name of the `.entry` in the PTX.
+    pub symbol: &'static str,
+    /// PTX module that holds it, which is the least architecture that can run it.
+    pub module: &'static str,
+    /// Threads of a block: its launch bound, and what it must be launched with.
+    pub threads: u32,
+    /// Blocks that must fit on a multiprocessor at once; bounds the registers.
+    pub min_blocks: u32,
+    /// Size of the argument struct in bytes.
+    pub args_bytes: usize,
+    /// Runs one lane under the emulator.
+    ///
+    /// # Safety
+    /// The pointer must lead to the entry's argument struct, and the struct must
+    /// describe memory that lives until the launch ends.
+    pub run: unsafe fn(*const core::ffi::c_void),
+}
+
+/// Declares instances of a generic kernel.
+///
+/// ```ignore
+/// entries! {
+///     /// Rows of the host's table.
+///     pub static ENTRIES: AttentionArgs in "sm_75", threads 128, min_blocks 2;
+///     flash_tiled_f32_d64 = flash_tiled::<f32, 64>;
+/// }
+/// ```
+///
+/// The kernel is an `unsafe fn(&Args)`; it is inlined into each entry.
+#[macro_export]
+macro_rules! entries {
+    (
+        $(#[$meta:meta])*
+        pub static $table:ident: $args:ty in $module:literal, threads $threads:expr, min_blocks $min_blocks:expr;
+        $( $symbol:ident = $kernel:expr; )*
+    ) => {
+        $(#[$meta])*
+        #[cfg(not(target_arch = "nvptx64"))]
+        pub static $table: &[$crate::entry::Entry] = &[
+            $( {
+                /// # Safety
+                /// As [`Entry::run`](crate::entry::Entry::run) says.
+                unsafe fn run(args: *const core::ffi::c_void) {
+                    // SAFETY: the caller passes the entry's argument struct.
+                    unsafe { ($kernel)(&*args.cast::<$args>()) }
+                }
+                $crate::entry::Entry {
+                    symbol: stringify!($symbol),
+                    module: $module,
+                    threads: $threads,
+                    min_blocks: $min_blocks,
+                    args_bytes: size_of::<$args>(),
+                    run,
+                }
+            }, )*
+        ];
+        $(
+            /// # Safety
+            /// Launch with the threads and arguments that the kernel documents.
+            #[cfg(all(target_arch = "nvptx64", feature = $module))]
+            #[unsafe(no_mangle)]
+            pub unsafe extern "ptx-kernel" fn $symbol(args: $args) {
+                simt::launch_bounds!($threads, $min_blocks);
+                // SAFETY: passed on to whoever launches.
+                unsafe { ($kernel)(&args) }
+            }
+        )*
+    };
+}

@@ -1,0 +1,66 @@
+//! The GPU programming model under one vocabulary, on two targets.
+//!
+//! A kernel is written once against this crate. Compiled for `nvptx64-nvidia-cuda`,
+//! every name here is the PTX instruction of the same meaning. Compiled for the
+//! host, the same names drive the [`emulator`]: each lane of a block is a coroutine,
+//! barriers and warp collectives suspend it, and every access to shared or global
+//! memory is checked (races, uninitialised reads, bounds, alignment, divergence).
+//!
+//! The names follow rust-cuda's `cuda_std` where it has them: a reader of The Rust
+//! CUDA Guide finds [`thread::thread_idx_x`], [`thread::sync_threads`],
+//! [`warp::lane_id`] and [`warp::sync_warp`] here.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`thread`] | indices of lane and block, block barrier |
+//! | [`warp`] | lane id, warp barrier, shuffles, votes, reductions |
+//! | [`shared`] | views of shared memory, dynamic and static |
+//! | [`global`] | views of global memory |
+//! | [`memory`] | the types that can be loaded and stored in one instruction |
+//! | [`math`] | fma, exp2, log2, rcp, max with the same meaning on both targets |
+//! | [`scalar`] | the storage types f32, f16 and bf16 |
+//! | [`atomic`] | atomic operations on shared and global memory |
+//!
+//! # Safety of views
+//! Making a view is `unsafe`: the maker promises that every index used later is in
+//! bounds and that accesses are ordered. The emulator checks that promise on every
+//! access; a GPU does not.
+
+#![cfg_attr(target_arch = "nvptx64", no_std)]
+#![cfg_attr(target_arch = "nvptx64", allow(internal_features))]
+#![cfg_attr(
+    target_arch = "nvptx64",
+    feature(stdarch_nvptx, asm_experimental_arch, core_intrinsics, link_llvm_intrinsics, abi_unadjusted)
+)]
+
+pub mod atomic;
+#[cfg(not(target_arch = "nvptx64"))]
+pub mod emulator;
+pub mod global;
+pub mod math;
+pub mod memory;
+pub mod scalar;
+pub mod shared;
+pub mod thread;
+pub mod warp;
+
+/// States a kernel's launch bounds: threads of a block, and blocks that must fit on
+/// a multiprocessor at once.
+///
+/// rustc has no attribute for them, so the bounds travel as a comment in the entry's
+/// body, and the PTX builder turns it into `.maxntid` and `.minnctapersm`.
+#[macro_export]
+macro_rules! launch_bounds {
+    ($threads:expr, $min_blocks:expr) => {{
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the text is a comment; no instruction is emitted.
+        unsafe {
+            core::arch::asm!(
+                "// simt.launch_bounds {threads} {min_blocks}",
+                threads = const $threads,
+                min_blocks = const $min_blocks,
+                options(nostack, preserves_flags)
+            );
+        }
+    }};
+}

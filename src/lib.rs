@@ -1,0 +1,1 @@
+//! FlashAttention kernels in Rust.
