@@ -34,6 +34,7 @@
 )]
 
 pub mod atomic;
+pub mod dim;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod emulator;
 pub mod global;
@@ -43,6 +44,8 @@ pub mod scalar;
 pub mod shared;
 pub mod thread;
 pub mod warp;
+
+pub use dim::Dim3;
 
 /// States a kernel's launch bounds: threads of a block, and blocks that must fit on
 /// a multiprocessor at once.

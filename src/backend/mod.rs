@@ -1,0 +1,110 @@
+//! Where kernels run: a GPU through the CUDA driver, or the emulator on the CPU.
+//!
+//! Both offer the same few operations ([`Device`]), so that everything above them
+//! (the session that runs a problem, benchmarks, verification) is written once.
+
+use std::sync::Arc;
+
+use crate::error::Error;
+
+/// Grid or block extent.
+pub use simt::Dim3;
+
+/// One launch of one entry.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// Name of the `.entry`.
+    pub symbol: String,
+    /// Blocks of the grid.
+    pub grid: Dim3,
+    /// Threads of a block.
+    pub block: Dim3,
+    /// Dynamic shared memory of a block in bytes.
+    pub shared_bytes: u32,
+    /// The argument struct, as bytes in the layout of `kernels_gpu::args`.
+    pub args: Vec<u8>,
+}
+
+/// Memory of a device in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryInfo {
+    /// Free now, by the device's own account.
+    pub free: u64,
+    /// In total.
+    pub total: u64,
+}
+
+/// What the emulator counted while kernels ran; a GPU counts nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Bytes that kernels asked to read from global memory.
+    pub global_bytes_read: u64,
+    /// Bytes that kernels asked to write to global memory.
+    pub global_bytes_written: u64,
+    /// Extra shared-memory passes caused by bank conflicts, where they are counted.
+    pub bank_conflicts: u64,
+}
+
+/// A machine that runs kernels. All addresses are the device's own.
+pub trait Device: Send + Sync {
+    /// A name to print: the GPU's, or that of the emulator.
+    fn name(&self) -> String;
+    /// Whether kernels run under the emulator: then times show the algorithm only.
+    fn is_emulated(&self) -> bool;
+    /// Compute capability `(major, minor)` whose instructions kernels may use.
+    fn compute_capability(&self) -> (u32, u32);
+    /// The most dynamic shared memory a block may have, in bytes.
+    fn max_shared_bytes(&self) -> u32;
+    /// Free and total memory.
+    fn memory_info(&self) -> Result<MemoryInfo, Error>;
+    /// Allocates `bytes` bytes at an address aligned to 256, uninitialised.
+    /// Out of memory is [`Error::OutOfMemory`], and the device stays usable.
+    fn allocate(&self, bytes: u64) -> Result<u64, Error>;
+    /// Frees what `allocate` returned.
+    fn free(&self, address: u64, bytes: u64);
+    /// Copies from the host to device memory.
+    fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error>;
+    /// Copies from device memory to the host.
+    fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error>;
+    /// Fills device memory with a byte.
+    fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error>;
+    /// Encodes tensor maps for TMA: 128 bytes each, to be uploaded where the kernel
+    /// expects them.
+    fn encode_tensor_map(&self, map: &TensorMapSpec) -> Result<[u8; 128], Error>;
+    /// Starts a launch; later operations wait for it.
+    fn launch(&self, launch: &Launch) -> Result<(), Error>;
+    /// Waits for everything started, and reports what went wrong on the way.
+    fn synchronize(&self) -> Result<(), Error>;
+    /// Milliseconds that `work` keeps the device busy: events on a GPU, the clock
+    /// under the emulator.
+    fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), Error>) -> Result<f64, Error>;
+    /// Overwrites the L2 cache, so that the next launch starts cold; nothing under
+    /// the emulator.
+    fn flush_l2(&self) -> Result<(), Error>;
+    /// The counters since they were last taken; `None` on a GPU.
+    fn take_counters(&self) -> Option<Counters>;
+}
+
+/// A tensor map to encode: a strided view that TMA copies boxes of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorMapSpec {
+    /// Device address of the first element, aligned to 16.
+    pub address: u64,
+    /// Element type.
+    pub dtype: crate::dtype::DType,
+    /// Extent of each dimension in elements, fastest first; at most five.
+    pub dims: Vec<u64>,
+    /// Bytes from one index to the next for each dimension but the first.
+    pub strides_bytes: Vec<u64>,
+    /// Extent of the box that one copy moves.
+    pub box_dims: Vec<u32>,
+    /// Swizzle of the box's rows in shared memory, in bytes: 0 (none), 32, 64 or 128.
+    pub swizzle_bytes: u32,
+}
+
+/// Device memory that frees itself, and is counted (see [`Memory`]).
+pub struct DeviceBuffer {
+    memory: Arc<Memory>,
+    address: u64,
+    bytes: u64,
+}
