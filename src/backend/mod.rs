@@ -3,9 +3,12 @@
 //! Both offer the same few operations ([`Device`]), so that everything above them
 //! (the session that runs a problem, benchmarks, verification) is written once.
 
-use std::sync::Arc;
+pub mod memory;
 
 use crate::error::Error;
+use kernels_gpu::args::{AttentionArgs, LinearArgs};
+
+pub use memory::{DeviceBuffer, Memory};
 
 /// Grid or block extent.
 pub use simt::Dim3;
@@ -102,9 +105,37 @@ pub struct TensorMapSpec {
     pub swizzle_bytes: u32,
 }
 
-/// Device memory that frees itself, and is counted (see [`Memory`]).
-pub struct DeviceBuffer {
-    memory: Arc<Memory>,
-    address: u64,
-    bytes: u64,
+/// An argument struct that can be sent to a device as bytes.
+///
+/// # Safety
+/// The first [`KernelArgs::FIELD_BYTES`] bytes of the type must be fields without
+/// padding between them, so that they are initialised.
+pub unsafe trait KernelArgs: Copy {
+    /// Bytes up to the end of the last field.
+    const FIELD_BYTES: usize;
+
+    /// The struct as [`Launch::args`] holds it; padding at the end is zero.
+    fn to_launch_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; size_of::<Self>()];
+        // SAFETY: the trait promises that these bytes are initialised.
+        let fields = unsafe {
+            std::slice::from_raw_parts(std::ptr::from_ref(self).cast::<u8>(), Self::FIELD_BYTES)
+        };
+        bytes[..Self::FIELD_BYTES].copy_from_slice(fields);
+        bytes
+    }
+}
+
+// Four tensors, four buffers, six 32-bit numbers, dropout: nothing left for padding.
+const _: () = assert!(size_of::<AttentionArgs>() == 4 * 40 + 4 * 16 + 6 * 4 + 16);
+// SAFETY: the assertion above leaves no room for padding.
+unsafe impl KernelArgs for AttentionArgs {
+    const FIELD_BYTES: usize = size_of::<Self>();
+}
+
+// Four buffers and three 32-bit numbers; four bytes of padding at the end.
+const _: () = assert!(std::mem::offset_of!(LinearArgs, out_features) == 4 * 16 + 2 * 4);
+// SAFETY: the assertion above leaves no room for padding before the last field.
+unsafe impl KernelArgs for LinearArgs {
+    const FIELD_BYTES: usize = 4 * 16 + 3 * 4;
 }

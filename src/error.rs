@@ -1,0 +1,280 @@
+//! What can go wrong, in one enum. Each message is one line that names the value that
+//! is wrong and what would be right.
+
+use std::{fmt, path::PathBuf};
+
+use crate::dtype::DType;
+
+/// Everything that can go wrong in this library.
+///
+/// [`Error::is_usage`] separates requests that cannot be met (a command line exits
+/// with 2) from work that failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A storage type of that name does not exist.
+    #[error("unknown dtype '{given}': use f32, f16 or bf16")]
+    UnknownDType {
+        /// What was asked for.
+        given: String,
+    },
+    /// No kernel of that name is in the registry.
+    #[error("unknown kernel '{given}': the kernels are {known}")]
+    UnknownKernel {
+        /// What was asked for.
+        given: String,
+        /// The names that exist, separated by commas.
+        known: String,
+    },
+    /// A value of the problem is not one that attention can be computed for.
+    #[error("{what} = {given} is not possible: {remedy}")]
+    InvalidValue {
+        /// Name of the value.
+        what: &'static str,
+        /// The value given.
+        given: String,
+        /// What would be right.
+        remedy: String,
+    },
+    /// A tensor would be larger than addresses can express.
+    #[error("{what} of shape {shape} has too many elements: keep it below {limit}")]
+    TooLarge {
+        /// Name of the tensor.
+        what: &'static str,
+        /// Its shape.
+        shape: Shape,
+        /// The most elements it may have.
+        limit: u64,
+    },
+    /// The hidden size cannot be split evenly over the heads.
+    #[error("hidden = {hidden} is not divisible by heads = {heads}: choose a multiple of {heads}")]
+    HiddenNotDivisible {
+        /// Hidden size.
+        hidden: usize,
+        /// Heads.
+        heads: usize,
+    },
+    /// A kernel cannot do this problem, or not on this device.
+    #[error("kernel {kernel} {reason}")]
+    Unsupported {
+        /// Name of the kernel.
+        kernel: String,
+        /// Why not, and what would be possible.
+        reason: String,
+    },
+    /// A device cannot do what was asked of it.
+    #[error("{device} cannot {what}: {remedy}")]
+    DeviceLacks {
+        /// Name of the device.
+        device: String,
+        /// What it cannot do.
+        what: String,
+        /// What would be possible.
+        remedy: String,
+    },
+    /// A tensor has another storage type than the problem.
+    #[error("tensor {what} is {given}, expected {expected}: convert it or change the dtype")]
+    DTypeMismatch {
+        /// Name of the tensor.
+        what: String,
+        /// What the problem needs.
+        expected: DType,
+        /// What the tensor has.
+        given: DType,
+    },
+    /// A tensor has another shape than the problem.
+    #[error("tensor {what} has shape {given}, expected {expected}")]
+    ShapeMismatch {
+        /// Name of the tensor.
+        what: String,
+        /// What the problem needs.
+        expected: Shape,
+        /// What the tensor has.
+        given: Shape,
+    },
+    /// A tensor that is needed was not given.
+    #[error("tensor {what} is missing{context}")]
+    MissingTensor {
+        /// Name of the tensor.
+        what: String,
+        /// Where it was looked for, or why it is needed, beginning with a separator.
+        context: String,
+    },
+    /// A tensor was given that the problem has no use for.
+    #[error(
+        "tensor {what} was given but the problem has none: enable it in the problem or leave it out"
+    )]
+    UnexpectedTensor {
+        /// Name of the tensor.
+        what: String,
+    },
+    /// Device memory did not suffice.
+    #[error(
+        "out of memory on {device}: {needed} bytes needed, {free} free; use a smaller batch or \
+         sequence, or a kernel that does not keep the N x N weights"
+    )]
+    OutOfMemory {
+        /// Name of the device.
+        device: String,
+        /// Bytes asked for.
+        needed: u64,
+        /// Bytes free at that time.
+        free: u64,
+    },
+    /// There is no GPU to use, or its driver cannot be opened.
+    #[error("no GPU: {reason}; {remedy}")]
+    NoGpu {
+        /// What was found missing.
+        reason: String,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// A call into the CUDA driver failed.
+    #[error("CUDA driver: {call} failed: {message}")]
+    Driver {
+        /// The call, or what it was made for.
+        call: String,
+        /// The driver's own words, with a remedy where one is known.
+        message: String,
+    },
+    /// The driver refused to load a PTX module.
+    #[error("PTX module {module} was refused by the driver: {log}")]
+    Module {
+        /// Name of the module.
+        module: String,
+        /// The compiler's log.
+        log: String,
+    },
+    /// No entry of that name exists.
+    #[error("no kernel entry named '{symbol}': the registry and kernels-gpu disagree")]
+    UnknownSymbol {
+        /// Name of the entry.
+        symbol: String,
+    },
+    /// A launch does not fit its entry.
+    #[error("launch of {symbol}: {what} is {given}, expected {expected}")]
+    BadLaunch {
+        /// Name of the entry.
+        symbol: String,
+        /// Which number is wrong.
+        what: &'static str,
+        /// What it is.
+        given: u64,
+        /// What it must be, or must not exceed.
+        expected: u64,
+    },
+    /// A device address range was used that is not allocated.
+    #[error("device memory at {address:#x}, {bytes} bytes: not inside one allocation")]
+    BadAddress {
+        /// First byte.
+        address: u64,
+        /// Length.
+        bytes: u64,
+    },
+    /// A kernel did something wrong while it ran.
+    #[error("kernel {symbol}: {fault}")]
+    Kernel {
+        /// Name of the entry.
+        symbol: String,
+        /// What it did, with the place in the kernel source under the emulator.
+        fault: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// A file is not what it should be.
+    #[error("{}: {reason}", path.display())]
+    BadFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// Whether the request was wrong (exit code 2), as opposed to work that failed.
+    #[must_use]
+    pub const fn is_usage(&self) -> bool {
+        match self {
+            Self::UnknownDType { .. }
+            | Self::UnknownKernel { .. }
+            | Self::InvalidValue { .. }
+            | Self::TooLarge { .. }
+            | Self::HiddenNotDivisible { .. }
+            | Self::Unsupported { .. }
+            | Self::DeviceLacks { .. }
+            | Self::DTypeMismatch { .. }
+            | Self::ShapeMismatch { .. }
+            | Self::MissingTensor { .. }
+            | Self::UnexpectedTensor { .. }
+            | Self::NoGpu { .. }
+            | Self::Io { .. }
+            | Self::BadFile { .. } => true,
+            Self::OutOfMemory { .. }
+            | Self::Driver { .. }
+            | Self::Module { .. }
+            | Self::UnknownSymbol { .. }
+            | Self::BadLaunch { .. }
+            | Self::BadAddress { .. }
+            | Self::Kernel { .. } => false,
+        }
+    }
+
+    /// Whether device memory did not suffice: a row of a table, not the end of a run.
+    #[must_use]
+    pub const fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::OutOfMemory { .. })
+    }
+}
+
+/// A shape as messages print it: `[2, 12, 512, 64]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shape(pub Vec<usize>);
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.0)
+    }
+}
+
+impl From<&[usize]> for Shape {
+    fn from(dims: &[usize]) -> Self {
+        Self(dims.to_vec())
+    }
+}
+
+impl<const R: usize> From<[usize; R]> for Shape {
+    fn from(dims: [usize; R]) -> Self {
+        Self(dims.to_vec())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_one_line_with_the_value_and_the_remedy() {
+        let error = Error::HiddenNotDivisible { hidden: 770, heads: 12 };
+        assert_eq!(
+            error.to_string(),
+            "hidden = 770 is not divisible by heads = 12: choose a multiple of 12"
+        );
+        let error = Error::ShapeMismatch {
+            what: "k".into(),
+            expected: [1, 2, 3, 4].into(),
+            given: [1, 2, 3].into(),
+        };
+        assert_eq!(error.to_string(), "tensor k has shape [1, 2, 3], expected [1, 2, 3, 4]");
+        assert!(error.is_usage());
+        let error = Error::OutOfMemory { device: "gpu".into(), needed: 9, free: 1 };
+        assert!(!error.is_usage() && error.is_out_of_memory());
+        assert!(!error.to_string().contains('\n'));
+    }
+}
