@@ -31,7 +31,7 @@ pub struct Entry {
 /// ```ignore
 /// entries! {
 ///     /// Rows of the host's table.
-///     pub static ENTRIES: AttentionArgs in "sm_75", threads 128, min_blocks 2;
+///     pub static ENTRIES: AttentionArgs => "sm_75", threads 128, min_blocks 2;
 ///     flash_tiled_f32_d64 = flash_tiled::<f32, 64>;
 /// }
 /// ```
@@ -41,7 +41,7 @@ pub struct Entry {
 macro_rules! entries {
     (
         $(#[$meta:meta])*
-        pub static $table:ident: $args:ty in $module:literal, threads $threads:expr, min_blocks $min_blocks:expr;
+        pub static $table:ident: $args:ty => $module:literal, threads $threads:expr, min_blocks $min_blocks:expr;
         $( $symbol:ident = $kernel:expr; )*
     ) => {
         $(#[$meta])*
@@ -51,8 +51,9 @@ macro_rules! entries {
                 /// # Safety
                 /// As [`Entry::run`](crate::entry::Entry::run) says.
                 unsafe fn run(args: *const core::ffi::c_void) {
+                    let kernel: unsafe fn(&$args) = $kernel;
                     // SAFETY: the caller passes the entry's argument struct.
-                    unsafe { ($kernel)(&*args.cast::<$args>()) }
+                    unsafe { kernel(&*args.cast::<$args>()) }
                 }
                 $crate::entry::Entry {
                     symbol: stringify!($symbol),
@@ -71,8 +72,9 @@ macro_rules! entries {
             #[unsafe(no_mangle)]
             pub unsafe extern "ptx-kernel" fn $symbol(args: $args) {
                 simt::launch_bounds!($threads, $min_blocks);
+                let kernel: unsafe fn(&$args) = $kernel;
                 // SAFETY: passed on to whoever launches.
-                unsafe { ($kernel)(&args) }
+                unsafe { kernel(&args) }
             }
         )*
     };

@@ -30,7 +30,13 @@
 #![cfg_attr(target_arch = "nvptx64", allow(internal_features))]
 #![cfg_attr(
     target_arch = "nvptx64",
-    feature(stdarch_nvptx, asm_experimental_arch, core_intrinsics, link_llvm_intrinsics, abi_unadjusted)
+    feature(
+        stdarch_nvptx,
+        asm_experimental_arch,
+        core_intrinsics,
+        link_llvm_intrinsics,
+        abi_unadjusted
+    )
 )]
 
 pub mod atomic;

@@ -1,0 +1,48 @@
+//! Attention kernels, one file a rung. Read them in this order:
+//!
+//! | rung | file | the idea it adds |
+//! |---|---|---|
+//! | `naive` | `naive.rs` | attention as the textbook has it; the N x N matrix in memory |
+//! | `flash_tiled` | `flash_tiled.rs` | tiles in shared memory, online softmax, no N x N matrix |
+//!
+//! What several rungs share stands in a module of its own: [`args`] (what a kernel is
+//! given), [`entry`] (how a generic kernel becomes entries), [`mask`] (which keys a
+//! row sees), [`dropout`] (Philox), [`softmax`] (the arithmetic of the online softmax).
+
+#![cfg_attr(target_arch = "nvptx64", no_std)]
+#![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, stdarch_nvptx))]
+
+pub mod args;
+pub mod dropout;
+pub mod entry;
+pub mod flash_tiled;
+pub mod mask;
+pub mod naive;
+pub mod softmax;
+
+simt::declare_dynamic_shared!();
+
+#[cfg(target_arch = "nvptx64")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    // SAFETY: stops the launch with an error, which is what a panic is here.
+    unsafe { core::arch::nvptx::trap() }
+}
+
+/// The tables of all rungs.
+#[cfg(not(target_arch = "nvptx64"))]
+const TABLES: &[&[entry::Entry]] =
+    &[naive::SCORES, naive::SOFTMAX, naive::OUTPUT, flash_tiled::ENTRIES];
+
+/// Every entry that can be launched.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn entries() -> impl Iterator<Item = &'static entry::Entry> {
+    TABLES.iter().copied().flatten()
+}
+
+/// The entry of that name.
+#[cfg(not(target_arch = "nvptx64"))]
+#[must_use]
+pub fn find(symbol: &str) -> Option<&'static entry::Entry> {
+    entries().find(|e| e.symbol == symbol)
+}

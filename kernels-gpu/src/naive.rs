@@ -1,0 +1,209 @@
+//! Rung 1, naive: attention as the textbook has it, in three kernels.
+//!
+//! The idea: write the formula down. `S = Q Kᵀ * scale`, `P = softmax(S)`, `O = P V`, each
+//! a kernel of its own, with the N x N matrix in global memory between them.
+//!
+//! ```text
+//! scores:  S[i, j] = dot(Q[i, :], K[j, :]) * scale      one thread per (i, j)
+//! softmax: P[i, :] = exp(S[i, :] - max) / sum           one warp per row
+//! output:  O[i, d] = sum_j P[i, j] * V[j, d]            one thread per (i, d)
+//! ```
+//!
+//! Memory: the matrix holds B*H*Nq*Nk elements of the storage type, written twice and
+//! read twice (once per pass of the softmax, once for the output). Every score reads
+//! 2*D elements for 2*D FLOP: one FLOP per element, where a GPU needs hundreds to be
+//! busy. No shared memory.
+//!
+//! Measured: not measured yet. Limits: memory grows with N². It can return the
+//! attention weights, since they stand in memory.
+//!
+//! Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1;
+//! Dao et al., "FlashAttention", 2022, algorithm 0.
+
+use half::{bf16, f16};
+use simt::{math, scalar::Scalar, thread, warp};
+
+use crate::{args::AttentionArgs, dropout, entries, mask::Mask, softmax};
+
+/// Keys and rows of a block of `scores`: 16 neighbouring threads read the same query
+/// row, and neighbouring rows share their keys through the cache.
+pub const SCORES_TILE: u32 = 16;
+/// Threads of a block of `softmax`: four warps, hence four rows.
+pub const SOFTMAX_THREADS: u32 = 128;
+/// Rows of a block of `softmax`.
+pub const SOFTMAX_ROWS: u32 = SOFTMAX_THREADS / warp::LANES;
+/// Threads of a block of `output`.
+pub const OUTPUT_THREADS: u32 = 128;
+
+/// Batch entry and head of this block, from the grid's slowest dimension.
+#[inline(always)]
+fn batch_and_head(args: &AttentionArgs) -> (u32, u32) {
+    let bh = thread::block_idx_z();
+    (bh / args.heads, bh % args.heads)
+}
+
+/// Index of `weights[b, h, i, j]`.
+#[inline(always)]
+fn weight_index(args: &AttentionArgs, b: u32, h: u32, i: u32, j: u32) -> u64 {
+    let row = (b as u64 * args.heads as u64 + h as u64) * args.seq_q as u64 + i as u64;
+    row * args.seq_k as u64 + j as u64
+}
+
+/// `S = Q Kᵀ * scale`, with hidden entries at -inf, in units of log2(e).
+///
+/// # Layout
+/// `q: [B, H, Nq, D]`, `k: [B, H, Nk, D]`, `weights: [B, H, Nq, Nk]`.
+///
+/// # Thread mapping
+/// Blocks of 16 x 16 threads; `x` counts keys, `y` rows, `z` heads.
+///
+/// # Safety
+/// The buffers of `args` must have these shapes.
+#[inline(always)]
+pub unsafe fn scores<T: Scalar, const D: usize>(args: &AttentionArgs) {
+    let (b, h) = batch_and_head(args);
+    let j = thread::block_idx_x() * SCORES_TILE + thread::thread_idx_x();
+    let i = thread::block_idx_y() * SCORES_TILE + thread::thread_idx_y();
+    if i >= args.seq_q || j >= args.seq_k {
+        return;
+    }
+    // SAFETY: the caller vouches for the buffers.
+    let (q, k, weights, mask) = unsafe {
+        (
+            args.q.buffer.view::<T>(),
+            args.k.buffer.view::<T>(),
+            args.weights.view_mut::<T>(),
+            Mask::new(args, b),
+        )
+    };
+    let q_row = args.q.head(b, h) + i as u64 * args.q.stride_n;
+    let k_row = args.k.head(b, h) + j as u64 * args.k.stride_n;
+    let mut s = 0.0;
+    for d in 0..D as u64 {
+        s = math::fma(q.read(q_row + d).to_f32(), k.read(k_row + d).to_f32(), s);
+    }
+    let s = if mask.sees(i, j) { s * args.scale_log2 } else { f32::NEG_INFINITY };
+    weights.write(weight_index(args, b, h, i, j), T::from_f32(s));
+}
+
+/// `P = softmax(S)` in place, and the log-sum-exp of each row; then dropout.
+///
+/// # Layout
+/// `weights: [B, H, Nq, Nk]`, `lse: [B, H, Nq]`.
+///
+/// # Thread mapping
+/// A warp per row, four rows a block; `x` counts groups of rows, `z` heads.
+///
+/// # Safety
+/// As for [`scores`], which must have run.
+#[inline(always)]
+pub unsafe fn softmax_rows<T: Scalar>(args: &AttentionArgs) {
+    let (b, h) = batch_and_head(args);
+    let i = thread::block_idx_x() * SOFTMAX_ROWS + warp::warp_id();
+    let lane = warp::lane_id();
+    if i >= args.seq_q {
+        return;
+    }
+    // SAFETY: the caller vouches for the buffers.
+    let (weights, lse) = unsafe { (args.weights.view_mut::<T>(), args.lse.view_mut::<f32>()) };
+    let row = weight_index(args, b, h, i, 0);
+
+    let mut m_i = f32::NEG_INFINITY;
+    for j in (lane..args.seq_k).step_by(warp::LANES as usize) {
+        m_i = math::max(m_i, weights.read(row + j as u64).to_f32());
+    }
+    let m_i = warp::reduce_max::<32>(m_i);
+    let m_used = softmax::safe_max(m_i);
+
+    let mut l_i = 0.0;
+    for j in (lane..args.seq_k).step_by(warp::LANES as usize) {
+        l_i += math::exp2(weights.read(row + j as u64).to_f32() - m_used);
+    }
+    let l_i = warp::reduce_add::<32>(l_i);
+    let normaliser = softmax::normaliser(l_i);
+
+    for j in (lane..args.seq_k).step_by(warp::LANES as usize) {
+        let mut p = math::exp2(weights.read(row + j as u64).to_f32() - m_used) * normaliser;
+        if args.dropout.threshold != 0 {
+            let kept = dropout::keeps(&args.dropout, b, h, i, j);
+            p = if kept { p * args.dropout.rescale } else { 0.0 };
+        }
+        weights.write(row + j as u64, T::from_f32(p));
+    }
+    if lane == 0 {
+        let bh = b as u64 * args.heads as u64 + h as u64;
+        lse.write(bh * args.seq_q as u64 + i as u64, softmax::log_sum_exp(m_i, l_i));
+    }
+}
+
+/// `O = P V`.
+///
+/// # Layout
+/// `weights: [B, H, Nq, Nk]`, `v: [B, H, Nk, D]`, `o: [B, H, Nq, D]`.
+///
+/// # Thread mapping
+/// A thread per element of O; `x` counts them over a head, `z` heads.
+///
+/// # Safety
+/// As for [`scores`]; [`softmax_rows`] must have run.
+#[inline(always)]
+pub unsafe fn output<T: Scalar, const D: usize>(args: &AttentionArgs) {
+    let (b, h) = batch_and_head(args);
+    let element = thread::index_1d();
+    let (i, d) = (element / D as u32, element % D as u32);
+    if i >= args.seq_q {
+        return;
+    }
+    // SAFETY: the caller vouches for the buffers.
+    let (weights, v, o) = unsafe {
+        (args.weights.view::<T>(), args.v.buffer.view::<T>(), args.o.buffer.view_mut::<T>())
+    };
+    let row = weight_index(args, b, h, i, 0);
+    let column = args.v.head(b, h) + d as u64;
+    let mut acc = 0.0;
+    for j in 0..args.seq_k as u64 {
+        let p = weights.read(row + j).to_f32();
+        acc = math::fma(p, v.read(column + j * args.v.stride_n).to_f32(), acc);
+    }
+    o.write(args.o.head(b, h) + i as u64 * args.o.stride_n + d as u64, T::from_f32(acc));
+}
+
+entries! {
+    /// Instances of [`scores`].
+    pub static SCORES: AttentionArgs => "sm_75", threads SCORES_TILE * SCORES_TILE, min_blocks 1;
+    naive_scores_f32_d32 = scores::<f32, 32>;
+    naive_scores_f32_d64 = scores::<f32, 64>;
+    naive_scores_f32_d96 = scores::<f32, 96>;
+    naive_scores_f32_d128 = scores::<f32, 128>;
+    naive_scores_f16_d32 = scores::<f16, 32>;
+    naive_scores_f16_d64 = scores::<f16, 64>;
+    naive_scores_f16_d96 = scores::<f16, 96>;
+    naive_scores_f16_d128 = scores::<f16, 128>;
+    naive_scores_bf16_d32 = scores::<bf16, 32>;
+    naive_scores_bf16_d64 = scores::<bf16, 64>;
+    naive_scores_bf16_d96 = scores::<bf16, 96>;
+    naive_scores_bf16_d128 = scores::<bf16, 128>;
+}
+entries! {
+    /// Instances of [`softmax_rows`].
+    pub static SOFTMAX: AttentionArgs => "sm_75", threads SOFTMAX_THREADS, min_blocks 1;
+    naive_softmax_f32 = softmax_rows::<f32>;
+    naive_softmax_f16 = softmax_rows::<f16>;
+    naive_softmax_bf16 = softmax_rows::<bf16>;
+}
+entries! {
+    /// Instances of [`output`].
+    pub static OUTPUT: AttentionArgs => "sm_75", threads OUTPUT_THREADS, min_blocks 1;
+    naive_output_f32_d32 = output::<f32, 32>;
+    naive_output_f32_d64 = output::<f32, 64>;
+    naive_output_f32_d96 = output::<f32, 96>;
+    naive_output_f32_d128 = output::<f32, 128>;
+    naive_output_f16_d32 = output::<f16, 32>;
+    naive_output_f16_d64 = output::<f16, 64>;
+    naive_output_f16_d96 = output::<f16, 96>;
+    naive_output_f16_d128 = output::<f16, 128>;
+    naive_output_bf16_d32 = output::<bf16, 32>;
+    naive_output_bf16_d64 = output::<bf16, 64>;
+    naive_output_bf16_d96 = output::<bf16, 96>;
+    naive_output_bf16_d128 = output::<bf16, 128>;
+}

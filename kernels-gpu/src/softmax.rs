@@ -1,0 +1,34 @@
+//! The arithmetic of the online softmax, shared by the flash rungs.
+//!
+//! Scores are kept in units of log2(e): `exp(s * scale) = exp2(s * scale_log2)`, so that
+//! one fma and one `ex2` give a weight. A row carries its running maximum `m_i` and
+//! its running sum `l_i`. Source: Dao et al., "FlashAttention", 2022, algorithm 1;
+//! Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+
+use simt::math;
+
+/// Natural logarithm of 2: turns a log2 into a natural logarithm.
+pub const LN_2: f32 = core::f32::consts::LN_2;
+
+/// The maximum to subtract: 0 for a row that has seen no key, whose maximum is -inf,
+/// so that `-inf - m` stays -inf instead of becoming NaN.
+#[inline(always)]
+#[must_use]
+pub fn safe_max(m_i: f32) -> f32 {
+    if m_i == f32::NEG_INFINITY { 0.0 } else { m_i }
+}
+
+/// `1 / l_i`, and 0 for a row that has seen no key: its output is 0.
+#[inline(always)]
+#[must_use]
+pub fn normaliser(l_i: f32) -> f32 {
+    if l_i == 0.0 { 0.0 } else { 1.0 / l_i }
+}
+
+/// Log-sum-exp in natural units from a maximum in log2 units; -inf for a row that has
+/// seen no key.
+#[inline(always)]
+#[must_use]
+pub fn log_sum_exp(m_i: f32, l_i: f32) -> f32 {
+    if l_i == 0.0 { f32::NEG_INFINITY } else { (m_i + math::log2(l_i)) * LN_2 }
+}

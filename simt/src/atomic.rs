@@ -1,0 +1,91 @@
+//! Atomic operations on shared and global memory, relaxed and of block or GPU scope as
+//! `atom` is by default: they do not order other accesses.
+//!
+//! Under the emulator lanes of a block run one at a time, and blocks side by side:
+//! atomics on shared memory are plain, those on global memory are real.
+
+#[cfg(not(target_arch = "nvptx64"))]
+use std::{
+    panic::Location,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::emulator::block;
+use crate::{global::GlobalMut, shared::Shared};
+
+macro_rules! atomic {
+    ($($(#[$doc:meta])* $shared:ident, $global:ident, $type:ty, $op:literal, $apply:expr;)*) => {$(
+        $(#[$doc])*
+        /// On shared memory; returns the old value.
+        #[inline(always)]
+        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+        pub fn $shared(view: Shared<$type>, index: u32, value: $type) -> $type {
+            #[cfg(target_arch = "nvptx64")]
+            {
+                let old: $type;
+                // SAFETY: whoever made the view promised that its indices are in bounds.
+                unsafe {
+                    core::arch::asm!(concat!("atom.shared.", $op, " {0}, [{1}], {2};"),
+                        out(reg32) old, in(reg32) view.address_of(index), in(reg32) value,
+                        options(nostack));
+                }
+                old
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            {
+                let at = Location::caller();
+                block::checked(|b| {
+                    let word = b.shared_atomic(view.address_of(index), 4, at)?.cast::<$type>();
+                    // SAFETY: `shared_atomic` checked bounds and alignment.
+                    let old = unsafe { word.read() };
+                    // SAFETY: as above.
+                    unsafe { word.write($apply(old, value)) };
+                    Ok(old)
+                })
+            }
+        }
+
+        $(#[$doc])*
+        /// On global memory; returns the old value.
+        #[inline(always)]
+        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+        pub fn $global(view: GlobalMut<$type>, index: u64, value: $type) -> $type {
+            #[cfg(target_arch = "nvptx64")]
+            {
+                let old: $type;
+                // SAFETY: whoever made the view promised that its indices are in bounds.
+                unsafe {
+                    core::arch::asm!(concat!("atom.global.", $op, " {0}, [{1}], {2};"),
+                        out(reg32) old, in(reg64) view.address_of(index), in(reg32) value,
+                        options(nostack));
+                }
+                old
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            {
+                let word = view.as_global().check::<$type>(index, "write", Location::caller());
+                // SAFETY: the address is checked, and other blocks access it atomically too.
+                let word = unsafe { AtomicU32::from_ptr(word as *mut u32) };
+                let apply = |old: u32| $apply(<$type>::from_ne_bytes(old.to_ne_bytes()), value);
+                let old = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| {
+                    Some(u32::from_ne_bytes(apply(old).to_ne_bytes()))
+                });
+                <$type>::from_ne_bytes(old.unwrap_or_else(|old| old).to_ne_bytes())
+            }
+        }
+    )*};
+}
+
+atomic! {
+    /// Adds `value`.
+    add_shared_u32, add_global_u32, u32, "add.u32", |a: u32, b: u32| a.wrapping_add(b);
+    /// Adds `value`.
+    add_shared_f32, add_global_f32, f32, "add.f32", |a: f32, b: f32| a + b;
+    /// Keeps the larger of the old value and `value`.
+    max_shared_u32, max_global_u32, u32, "max.u32", |a: u32, b: u32| a.max(b);
+    /// Keeps the smaller of the old value and `value`.
+    min_shared_u32, min_global_u32, u32, "min.u32", |a: u32, b: u32| a.min(b);
+    /// Stores `value`.
+    exchange_shared_u32, exchange_global_u32, u32, "exch.b32", |_: u32, b: u32| b;
+}

@@ -1,0 +1,132 @@
+//! What can be wrong with a kernel, as a typed error with its source line.
+
+use std::{fmt, panic::Location};
+
+use crate::Dim3;
+
+/// A place in a kernel's source and the lane that was there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// Lane, counted over the block.
+    pub lane: u32,
+    /// Source line, where it is known.
+    pub location: Option<&'static Location<'static>>,
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "thread {}", self.lane)?;
+        match self.location {
+            Some(at) => write!(f, " at {}:{}", at.file(), at.line()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What went wrong.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FaultKind {
+    /// Two accesses to one word of shared memory that no barrier orders.
+    #[error(
+        "race on shared memory at byte {offset}: {what} by {this}, and {other_what} by {other}, with no barrier between"
+    )]
+    Race {
+        /// Byte offset in the block's shared memory.
+        offset: u32,
+        /// This access: "read" or "write".
+        what: &'static str,
+        /// Who makes it.
+        this: Site,
+        /// The earlier access.
+        other_what: &'static str,
+        /// Who made it.
+        other: Site,
+    },
+    /// A read of shared memory that nothing has written.
+    #[error("read of shared memory at byte {offset}, which nothing has written yet, by {this}")]
+    Uninitialised {
+        /// Byte offset in the block's shared memory.
+        offset: u32,
+        /// Who reads.
+        this: Site,
+    },
+    /// An access outside of a view.
+    #[error("{space} {what} out of bounds by {this}: element {index} of {len}")]
+    OutOfBounds {
+        /// "shared" or "global".
+        space: &'static str,
+        /// "read" or "write".
+        what: &'static str,
+        /// Element asked for.
+        index: u64,
+        /// Elements of the view.
+        len: u64,
+        /// Who asks.
+        this: Site,
+    },
+    /// An address that is not a multiple of the access's size.
+    #[error(
+        "misaligned {space} {what} by {this}: address {address:#x} is not a multiple of {bytes}"
+    )]
+    Misaligned {
+        /// "shared" or "global".
+        space: &'static str,
+        /// "read" or "write".
+        what: &'static str,
+        /// The address.
+        address: u64,
+        /// Size of the access in bytes.
+        bytes: u32,
+        /// Who accesses.
+        this: Site,
+    },
+    /// Threads that wait at barriers or collectives which the others do not reach.
+    #[error("divergence: {0}")]
+    Divergence(String),
+    /// Wrong use of a primitive; the text says which.
+    #[error("{message}, by {this}")]
+    Misuse {
+        /// What is wrong, and what would be right.
+        message: String,
+        /// Who did it.
+        this: Site,
+    },
+    /// A panic of the kernel.
+    #[error("panic of {this}: {message}")]
+    Panic {
+        /// The panic's message.
+        message: String,
+        /// Who panicked.
+        this: Site,
+    },
+    /// A launch that no GPU accepts.
+    #[error("launch refused: {0}")]
+    Launch(String),
+}
+
+/// A fault and the block it happened in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// What went wrong.
+    pub kind: FaultKind,
+    /// Index of the block, where one had started.
+    pub block: Option<Dim3>,
+}
+
+impl Fault {
+    pub(super) fn launch(message: String) -> Self {
+        Self { kind: FaultKind::Launch(message), block: None }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.block {
+            Some(b) => write!(f, "block ({}, {}, {}): {}", b.x, b.y, b.z, self.kind),
+            None => self.kind.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for Fault {}

@@ -1,0 +1,136 @@
+//! The emulator: runs a kernel's blocks on the CPU and checks what a GPU would not.
+//!
+//! Every lane of a block is a coroutine. A lane runs until a barrier or a warp
+//! collective, where it is suspended until the others have come; blocks are spread
+//! over the CPU's cores. Between two such points the lanes of a block run one after
+//! another, so a race does not show in the results. It is found by the record kept
+//! beside each word of shared memory ([`shadow`](self)), which knows who wrote and
+//! who read it, and by the clocks that say which accesses are ordered.
+//!
+//! What is reported, each as a [`Fault`] with the kernel's source line: races on shared
+//! memory, reads of shared memory that nothing wrote, accesses out of bounds or
+//! misaligned (shared and global), barriers that not all threads reach, collectives
+//! reached by some lanes of a warp only, and panics. Races on global memory are not
+//! looked for.
+
+pub(crate) mod block;
+mod clock;
+mod fault;
+mod lanes;
+mod shadow;
+
+use std::{
+    cell::RefCell,
+    ops::AddAssign,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use rayon::prelude::*;
+
+pub use fault::{Fault, FaultKind, Site};
+
+use crate::Dim3;
+
+/// Threads of a block that a GPU allows.
+pub const MAX_THREADS: u64 = 1024;
+/// Shared memory that a block may have on the largest GPU so far (H100), in bytes.
+pub const MAX_SHARED_BYTES: u32 = 232_448;
+
+/// Extent of a launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// Blocks of the grid.
+    pub grid: Dim3,
+    /// Threads of a block.
+    pub block: Dim3,
+    /// Dynamic shared memory of a block in bytes.
+    pub shared_bytes: u32,
+}
+
+/// What was counted while a launch ran, over all its blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Bytes read from global memory, as the kernel asked for them.
+    pub global_bytes_read: u64,
+    /// Bytes written to global memory.
+    pub global_bytes_written: u64,
+    /// Bytes read from shared memory.
+    pub shared_bytes_read: u64,
+    /// Bytes written to shared memory.
+    pub shared_bytes_written: u64,
+    /// Passes over shared memory beyond the one that an access without bank conflicts
+    /// takes; counted for matrix loads and 16-byte asynchronous copies.
+    pub bank_conflicts: u64,
+    /// Block-wide barriers passed, summed over blocks.
+    pub barriers: u64,
+}
+
+impl AddAssign for Stats {
+    fn add_assign(&mut self, other: Self) {
+        self.global_bytes_read += other.global_bytes_read;
+        self.global_bytes_written += other.global_bytes_written;
+        self.shared_bytes_read += other.shared_bytes_read;
+        self.shared_bytes_written += other.shared_bytes_written;
+        self.bank_conflicts += other.bank_conflicts;
+        self.barriers += other.barriers;
+    }
+}
+
+thread_local! {
+    /// One block engine per worker thread, with its pool of lanes.
+    static ENGINE: RefCell<lanes::Engine> = RefCell::new(lanes::Engine::new());
+}
+
+/// Runs `kernel` once for every thread of the launch.
+///
+/// # Errors
+/// The fault of the first block (in grid order, among those that ran) that had one;
+/// blocks after it may not have run.
+pub fn launch(launch: Launch, kernel: &(dyn Fn() + Sync)) -> Result<Stats, Fault> {
+    let threads = launch.block.count();
+    if threads == 0 || threads > MAX_THREADS {
+        return Err(Fault::launch(format!(
+            "a block of {threads} threads: it must have 1 to {MAX_THREADS}"
+        )));
+    }
+    if launch.shared_bytes > MAX_SHARED_BYTES {
+        return Err(Fault::launch(format!(
+            "{} bytes of shared memory for a block: the most is {MAX_SHARED_BYTES}",
+            launch.shared_bytes
+        )));
+    }
+    // The least index of a block that failed; blocks after it need not run.
+    let failed = AtomicU64::new(u64::MAX);
+    let (stats, fault) = (0..launch.grid.count())
+        .into_par_iter()
+        .map(|index| {
+            if index > failed.load(Ordering::Relaxed) {
+                return (Stats::default(), None);
+            }
+            let result = ENGINE.with(|engine| {
+                engine.borrow_mut().run_block(launch, launch.grid.unravel(index), kernel)
+            });
+            match result {
+                Ok(stats) => (stats, None),
+                Err(fault) => {
+                    failed.fetch_min(index, Ordering::Relaxed);
+                    (Stats::default(), Some((index, fault)))
+                }
+            }
+        })
+        .reduce(
+            || (Stats::default(), None),
+            |(mut stats, a), (more, b)| {
+                stats += more;
+                let first = match (a, b) {
+                    (Some(a), Some(b)) => Some(if a.0 <= b.0 { a } else { b }),
+                    (a, b) => a.or(b),
+                };
+                (stats, first)
+            },
+        );
+    match fault {
+        None => Ok(stats),
+        Some((_, fault)) => Err(*fault),
+    }
+}

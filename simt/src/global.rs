@@ -1,0 +1,209 @@
+//! Views of global memory. Indices count elements; the emulator checks bounds and
+//! alignment, and counts the bytes.
+
+use core::marker::PhantomData;
+
+#[cfg(not(target_arch = "nvptx64"))]
+use std::panic::Location;
+
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::emulator::{FaultKind, block};
+use crate::memory::Memory;
+
+/// A view of `len` elements of global memory, for reading.
+pub struct Global<T> {
+    address: u64,
+    len: u64,
+    element: PhantomData<T>,
+}
+
+/// A view of `len` elements of global memory, for reading and writing.
+pub struct GlobalMut<T>(Global<T>);
+
+impl<T> Clone for Global<T> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Global<T> {}
+impl<T> Clone for GlobalMut<T> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for GlobalMut<T> {}
+
+impl<T: Memory> Global<T> {
+    /// A view of `len` elements at `address`.
+    ///
+    /// # Safety
+    /// The memory must be allocated, aligned for `T`, and live while the kernel runs; every
+    /// index used later must be below `len`, and accesses that conflict must be ordered.
+    #[inline(always)]
+    #[must_use]
+    pub const unsafe fn new(address: u64, len: u64) -> Self {
+        Self { address, len, element: PhantomData }
+    }
+
+    /// Elements of the view.
+    #[inline(always)]
+    #[must_use]
+    pub const fn len(self) -> u64 {
+        self.len
+    }
+
+    /// Whether the view has no element.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.len == 0
+    }
+
+    /// Address of element `index`, for instructions that take one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn address_of(self, index: u64) -> u64 {
+        self.address + index * T::BYTES as u64
+    }
+
+    /// Reads element `index`.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn read(self, index: u64) -> T {
+        self.read_as::<T>(index)
+    }
+
+    /// Reads a `V` (a vector, or the bits of several elements) at element `index`.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn read_as<V: Memory>(self, index: u64) -> V {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: whoever made the view promised that its indices are in bounds.
+        unsafe {
+            V::ld_global(self.address_of(index))
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        {
+            let from = self.check::<V>(index, "read", Location::caller()) as *const V;
+            // SAFETY: bounds and alignment are checked; the maker vouches for the rest.
+            unsafe { from.read() }
+        }
+    }
+
+    /// Checks an access of a `V` at `index`, counts it, and returns its address.
+    #[cfg(not(target_arch = "nvptx64"))]
+    #[inline]
+    pub(crate) fn check<V: Memory>(
+        self,
+        index: u64,
+        what: &'static str,
+        at: &'static Location<'static>,
+    ) -> u64 {
+        block::checked(|b| {
+            let (size, bytes) = (u64::from(T::BYTES), u64::from(V::BYTES));
+            // In units of the access, so that nothing can overflow.
+            if index >= self.len || (self.len - index) * size < bytes {
+                return Err(FaultKind::OutOfBounds {
+                    space: "global",
+                    what,
+                    index,
+                    len: self.len,
+                    this: b.site(at),
+                });
+            }
+            let address = self.address_of(index);
+            if address % bytes != 0 {
+                return Err(FaultKind::Misaligned {
+                    space: "global",
+                    what,
+                    address,
+                    bytes: V::BYTES,
+                    this: b.site(at),
+                });
+            }
+            if what == "read" {
+                b.stats.global_bytes_read += bytes;
+            } else {
+                b.stats.global_bytes_written += bytes;
+            }
+            Ok(address)
+        })
+    }
+}
+
+impl<T: Memory> GlobalMut<T> {
+    /// A view of `len` elements at `address`.
+    ///
+    /// # Safety
+    /// As for [`Global::new`], and the memory must be writable.
+    #[inline(always)]
+    #[must_use]
+    pub const unsafe fn new(address: u64, len: u64) -> Self {
+        // SAFETY: passed on to the caller.
+        Self(unsafe { Global::new(address, len) })
+    }
+
+    /// The same memory, for reading.
+    #[inline(always)]
+    #[must_use]
+    pub const fn as_global(self) -> Global<T> {
+        self.0
+    }
+
+    /// Elements of the view.
+    #[inline(always)]
+    #[must_use]
+    pub const fn len(self) -> u64 {
+        self.0.len
+    }
+
+    /// Whether the view has no element.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.0.len == 0
+    }
+
+    /// Address of element `index`, for instructions that take one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn address_of(self, index: u64) -> u64 {
+        self.0.address_of(index)
+    }
+
+    /// Reads element `index`.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn read(self, index: u64) -> T {
+        self.0.read_as::<T>(index)
+    }
+
+    /// Writes element `index`.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn write(self, index: u64, value: T) {
+        self.write_as::<T>(index, value);
+    }
+
+    /// Writes a `V` (a vector, or the bits of several elements) at element `index`.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn write_as<V: Memory>(self, index: u64, value: V) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: whoever made the view promised that its indices are in bounds.
+        unsafe {
+            V::st_global(self.address_of(index), value);
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        {
+            let to = self.0.check::<V>(index, "write", Location::caller()) as *mut V;
+            // SAFETY: bounds and alignment are checked; the maker vouches for the rest.
+            unsafe { to.write(value) };
+        }
+    }
+}

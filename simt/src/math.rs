@@ -1,0 +1,80 @@
+//! Arithmetic with the same meaning on both targets.
+//!
+//! Nothing is fused or approximated unless a function here says so: rustc's nvptx
+//! backend has no fast-math.
+
+/// `a * b + c`, rounded once.
+#[inline(always)]
+#[must_use]
+pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        core::intrinsics::fmaf32(a, b, c)
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        a.mul_add(b, c)
+    }
+}
+
+/// One instruction of one operand on a GPU, the standard library's function on the host.
+macro_rules! unary {
+    ($($(#[$doc:meta])* $name:ident, $text:literal, $host:expr;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        #[must_use]
+        pub fn $name(x: f32) -> f32 {
+            #[cfg(target_arch = "nvptx64")]
+            {
+                let result: f32;
+                // SAFETY: arithmetic between registers.
+                unsafe {
+                    core::arch::asm!($text, out(reg32) result, in(reg32) x, options(pure, nomem, nostack));
+                }
+                result
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            {
+                $host(x)
+            }
+        }
+    )*};
+}
+
+unary! {
+    /// 2 to the power of `x`; 2 ulp on a GPU, subnormal results become 0.
+    exp2, "ex2.approx.ftz.f32 {0}, {1};", f32::exp2;
+    /// Logarithm to base 2; absolute error below 2^-22 near 1 on a GPU.
+    log2, "lg2.approx.ftz.f32 {0}, {1};", f32::log2;
+    /// `1 / x`; 1 ulp on a GPU.
+    rcp, "rcp.approx.ftz.f32 {0}, {1};", |x: f32| 1.0 / x;
+    /// `1 / sqrt(x)`; 2 ulp on a GPU.
+    rsqrt, "rsqrt.approx.ftz.f32 {0}, {1};", |x: f32| 1.0 / x.sqrt();
+}
+
+/// The larger of two values; the other one if one is NaN.
+#[inline(always)]
+#[must_use]
+pub fn max(a: f32, b: f32) -> f32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let result: f32;
+        // SAFETY: arithmetic between registers.
+        unsafe {
+            core::arch::asm!("max.f32 {0}, {1}, {2};", out(reg32) result, in(reg32) a, in(reg32) b,
+                options(pure, nomem, nostack));
+        }
+        result
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        a.max(b)
+    }
+}
+
+/// The high 32 bits of `a * b`: what Philox mixes with.
+#[inline(always)]
+#[must_use]
+pub const fn mul_hi(a: u32, b: u32) -> u32 {
+    ((a as u64 * b as u64) >> 32) as u32
+}

@@ -1,0 +1,304 @@
+//! Each fault that the emulator looks for, planted.
+
+mod common;
+
+use common::{fault, launch, view, view_mut};
+use simt::{
+    Dim3,
+    emulator::{self, FaultKind, Launch, Site},
+    memory::Memory,
+    shared::Shared,
+    shared_array, thread, warp,
+};
+
+fn smem<T: Memory>(len: u32) -> Shared<T> {
+    // SAFETY: tests launch with 4096 bytes; what races is what is tested.
+    unsafe { Shared::dynamic(0, len) }
+}
+
+fn line_of(site: Site) -> u32 {
+    let location = site.location.expect("a site in this file");
+    assert!(location.file().ends_with("faults.rs"), "{}", location.file());
+    location.line()
+}
+
+#[test]
+fn write_read_race_is_reported_with_both_lines() {
+    let write_line = line!() + 8;
+    let kind = fault(64, || {
+        let t = thread::thread_idx_x();
+        let tile = smem::<f32>(64);
+        // So that the second read finds something.
+        tile.write(t, 0.0);
+        // Hazard: the zeros are read by others.
+        thread::sync_threads();
+        tile.write(t, t as f32);
+        let _ = tile.read(t ^ 32);
+    });
+    let FaultKind::Race { what, this, other_what, other, .. } = kind else { panic!("{kind}") };
+    // Thread 63, the last to come to the barrier, goes on first and has read the word.
+    assert_eq!((what, this.lane, other_what, other.lane), ("write", 31, "read", 63));
+    assert_eq!((line_of(this), line_of(other)), (write_line, write_line + 1));
+}
+
+#[test]
+fn a_barrier_orders_write_and_read() {
+    launch(2, 64, || {
+        let t = thread::thread_idx_x();
+        let tile = smem::<f32>(64);
+        tile.write(t, t as f32);
+        // Hazard: other threads read what this one wrote.
+        thread::sync_threads();
+        assert_eq!(tile.read(63 - t), (63 - t) as f32);
+    });
+}
+
+#[test]
+fn read_write_race_is_found_when_the_second_barrier_is_missing() {
+    let kernel = |second: bool| {
+        move || {
+            let t = thread::thread_idx_x();
+            let tile = smem::<u32>(64);
+            for round in 0..3 {
+                tile.write(t, round);
+                // Hazard: other threads read what this one wrote.
+                thread::sync_threads();
+                let _ = tile.read(t ^ 32);
+                if second {
+                    // Hazard: other threads have yet to read what is overwritten next.
+                    thread::sync_threads();
+                }
+            }
+        }
+    };
+    launch(1, 64, kernel(true));
+    let kind = fault(64, kernel(false));
+    assert!(matches!(kind, FaultKind::Race { .. }), "{kind}");
+}
+
+#[test]
+fn write_write_race_is_found() {
+    let kind = fault(2, || smem::<u32>(1).write(0, thread::thread_idx_x()));
+    assert!(matches!(kind, FaultKind::Race { what: "write", other_what: "write", .. }), "{kind}");
+}
+
+#[test]
+fn a_shuffle_does_not_order_memory_but_a_warp_barrier_does() {
+    let kernel = |barrier: bool| {
+        move || {
+            let t = thread::thread_idx_x();
+            let tile = smem::<u32>(32);
+            tile.write(t, 0);
+            // Hazard: what is read below must have been written.
+            thread::sync_threads();
+            tile.write(t, t);
+            if barrier {
+                // Hazard: lanes read what others wrote.
+                warp::sync_warp(warp::FULL_MASK);
+            } else {
+                let _ = warp::shuffle_xor(t, 1);
+            }
+            let _ = tile.read(t ^ 1);
+        }
+    };
+    launch(1, 32, kernel(true));
+    assert!(matches!(fault(32, kernel(false)), FaultKind::Race { .. }));
+}
+
+#[test]
+fn a_warp_barrier_does_not_order_other_warps() {
+    let kind = fault(64, || {
+        let t = thread::thread_idx_x();
+        let tile = smem::<u32>(64);
+        tile.write(t, 0);
+        // Hazard: what is read below must have been written.
+        thread::sync_threads();
+        tile.write(t, t);
+        warp::sync_warp(warp::FULL_MASK);
+        let _ = tile.read(t ^ 32);
+    });
+    assert!(matches!(kind, FaultKind::Race { .. }), "{kind}");
+}
+
+#[test]
+fn halves_of_a_word_are_told_apart() {
+    launch(1, 32, || {
+        let t = thread::thread_idx_x();
+        smem::<u16>(32).write(t, t as u16);
+    });
+}
+
+#[test]
+fn uninitialised_read_is_found_also_after_another_block_wrote_there() {
+    let line = line!() + 4;
+    let kind = common::try_launch(4, 1, || {
+        let tile = smem::<f32>(4);
+        if thread::block_idx_x() == 3 {
+            // Blocks 0 to 2 wrote here, but that was their shared memory.
+            let _ = tile.read(2);
+        }
+        for i in 0..4 {
+            tile.write(i, 1.0);
+        }
+    })
+    .expect_err("the planted fault is found")
+    .kind;
+    let FaultKind::Uninitialised { offset: 8, this } = kind else { panic!("{kind}") };
+    assert_eq!(line_of(this), line + 1);
+}
+
+#[test]
+fn shared_and_global_bounds_are_checked() {
+    let kind = fault(1, || smem::<f32>(8).write(8, 0.0));
+    assert!(
+        matches!(kind, FaultKind::OutOfBounds { space: "shared", index: 8, len: 8, .. }),
+        "{kind}"
+    );
+    let data = [0u32; 4];
+    let kind = fault(1, || {
+        let _ = view(&data).read(4);
+    });
+    assert!(
+        matches!(
+            kind,
+            FaultKind::OutOfBounds { space: "global", what: "read", index: 4, len: 4, .. }
+        ),
+        "{kind}"
+    );
+    let mut data = [0u32; 4];
+    let out = view_mut(&mut data);
+    let kind = fault(1, || out.write_as::<[u32; 4]>(1, [0; 4]));
+    assert!(matches!(kind, FaultKind::OutOfBounds { what: "write", .. }), "{kind}");
+}
+
+#[test]
+fn misaligned_vectors_are_found() {
+    let kind = fault(1, || {
+        let tile = smem::<u32>(8);
+        tile.write_as::<[u32; 4]>(1, [0; 4]);
+    });
+    assert!(matches!(kind, FaultKind::Misaligned { space: "shared", bytes: 16, .. }), "{kind}");
+    let data = [0u64; 4];
+    // SAFETY: the view covers the slice; the misalignment is what is tested.
+    let odd = unsafe { simt::global::Global::<u16>::new(data.as_ptr() as u64 + 2, 15) };
+    let kind = fault(1, || {
+        let _ = odd.read_as::<u32>(0);
+    });
+    assert!(matches!(kind, FaultKind::Misaligned { space: "global", bytes: 4, .. }), "{kind}");
+}
+
+#[test]
+fn a_barrier_that_some_threads_skip_is_divergence() {
+    let kind = fault(64, || {
+        if thread::thread_idx_x() < 40 {
+            thread::sync_threads();
+        }
+    });
+    let FaultKind::Divergence(text) = &kind else { panic!("{kind}") };
+    assert!(text.contains("40 thread(s) (0 to 39) wait at barrier 0"), "{text}");
+    assert!(text.contains("24 thread(s) (40 to 63) done"), "{text}");
+}
+
+#[test]
+#[expect(clippy::if_same_then_else, reason = "the two barriers differ by their place")]
+fn a_warp_that_comes_to_a_barrier_at_two_places_is_divergence() {
+    let kind = fault(32, || {
+        if thread::thread_idx_x() < 16 {
+            thread::sync_threads();
+        } else {
+            thread::sync_threads();
+        }
+    });
+    assert!(matches!(kind, FaultKind::Divergence(_)), "{kind}");
+}
+
+#[test]
+fn a_collective_in_divergent_code_is_divergence() {
+    let kind = fault(32, || {
+        if thread::thread_idx_x() < 16 {
+            let _ = warp::ballot(true);
+        } else {
+            warp::sync_warp(warp::FULL_MASK);
+        }
+    });
+    let FaultKind::Divergence(text) = &kind else { panic!("{kind}") };
+    assert!(text.contains("ballot") && text.contains("sync_warp"), "{text}");
+}
+
+#[test]
+fn a_mask_must_name_the_lane_itself() {
+    let kind = fault(32, || warp::sync_warp(0xffff));
+    assert!(matches!(kind, FaultKind::Misuse { .. }), "{kind}");
+}
+
+#[test]
+fn a_view_beyond_the_launch_is_misuse() {
+    let kind = fault(1, || {
+        // SAFETY: nothing is accessed.
+        let _ = unsafe { Shared::<f32>::dynamic(4092, 2) };
+    });
+    let FaultKind::Misuse { message, .. } = &kind else { panic!("{kind}") };
+    assert!(message.contains("4100") && message.contains("4096"), "{message}");
+}
+
+#[test]
+fn panics_are_faults_with_their_line() {
+    let line = line!() + 2;
+    let kind = fault(64, || {
+        if thread::thread_idx_x() == 33 {
+            panic!("{} is not wanted", 33);
+        }
+        thread::sync_threads();
+    });
+    let FaultKind::Panic { message, this } = kind else { panic!("{kind}") };
+    assert_eq!(message, "33 is not wanted");
+    assert_eq!((this.lane, line_of(this)), (33, line + 1));
+    // The lanes that the panic left suspended do not disturb what comes next.
+    launch(4, 64, thread::sync_threads);
+}
+
+#[test]
+fn the_first_block_with_a_fault_is_reported() {
+    let fault = common::try_launch(64, 1, || {
+        assert!(thread::block_idx_x() < 5, "block {}", thread::block_idx_x());
+    })
+    .expect_err("the planted fault is found");
+    assert_eq!(fault.block, Some(Dim3::new(5, 0, 0)));
+}
+
+#[test]
+fn launches_that_no_gpu_accepts_are_refused() {
+    for (block, shared_bytes) in
+        [(Dim3::new(1025, 1, 1), 0), (Dim3::new(0, 1, 1), 0), (32.into(), 232_449)]
+    {
+        let launch = Launch { grid: 1.into(), block, shared_bytes };
+        let fault = emulator::launch(launch, &|| {}).expect_err("the launch is refused");
+        assert!(matches!(fault.kind, FaultKind::Launch(_)), "{fault}");
+    }
+}
+
+#[test]
+fn atomics_do_not_race_with_each_other_but_with_plain_accesses() {
+    use simt::atomic;
+    let kernel = |barrier: bool| {
+        move || {
+            let t = thread::thread_idx_x();
+            let counter = shared_array!(u32; 1);
+            if t == 0 {
+                counter.write(0, 0);
+            }
+            // Hazard: the counter is updated by threads that did not clear it.
+            thread::sync_threads();
+            atomic::add_shared_u32(counter, 0, t);
+            if barrier {
+                // Hazard: other threads have yet to add.
+                thread::sync_threads();
+            }
+            let sum = counter.read(0);
+            assert!(!barrier || sum == 63 * 64 / 2);
+        }
+    };
+    launch(3, 64, kernel(true));
+    let kind = fault(64, kernel(false));
+    assert!(matches!(kind, FaultKind::Race { .. }), "{kind}");
+}
