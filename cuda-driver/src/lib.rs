@@ -1,1 +1,164 @@
-//! Under construction.
+//! The CUDA driver, found when a program first needs it.
+//!
+//! cust links to about a hundred functions of the driver library. This crate defines
+//! symbols of those names, each of which opens the library on first use and passes
+//! the call on. So a program builds without a CUDA toolkit, starts on a machine
+//! without a driver, and says what is missing when it wants a GPU: see [`status`].
+//!
+//! A program that uses cust depends on this crate and refers to it (by calling
+//! [`status`], say, or with `use cuda_driver as _`), so that the linker sees it.
+//!
+//! | what goes wrong | what happens |
+//! |---|---|
+//! | no driver library | calls fail with code 303, [`status`] says how to get one |
+//! | the driver lacks a function | that call fails with code 302 |
+//! | the driver returns a code that cust does not know | cust sees 999; [`last_failure`] has the code |
+//!
+//! # Which library
+//! `libcuda.so.1` (`nvcuda.dll` on Windows), searched for by the system's loader, then
+//! in the place where WSL keeps it. The environment variable
+//! `FLASH_ATTENTION_CUDA_DRIVER` names another file instead, for a driver in an unusual
+//! place and for tests; [`use_library`] does the same from code.
+
+mod codes;
+mod extra;
+mod forward;
+mod library;
+
+use std::{
+    cell::Cell,
+    fmt,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+pub use codes::ResultCode;
+pub use extra::{TensorMapLayout, TensorMapType, compile_log, encode_tensor_map};
+
+/// The environment variable that names the driver library to open.
+pub const LIBRARY_VARIABLE: &str = "FLASH_ATTENTION_CUDA_DRIVER";
+
+/// A driver that answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Driver {
+    /// What was opened: a name that the loader found, or a path.
+    pub library: PathBuf,
+    /// The newest CUDA version that the driver supports, `(major, minor)`.
+    pub cuda_version: (u32, u32),
+}
+
+/// Why there is no driver to work with, and what would cure it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DriverError {
+    /// There is no driver library on this machine.
+    #[error(
+        "no CUDA driver: {name} was not found ({detail}); install NVIDIA's driver, start a \
+         container with its GPUs (docker run --gpus all), or set {LIBRARY_VARIABLE} to the \
+         library's path"
+    )]
+    LibraryMissing {
+        /// The name searched for.
+        name: &'static str,
+        /// What the loader said.
+        detail: String,
+    },
+    /// The library that was named could not be opened.
+    #[error(
+        "the CUDA driver {path} cannot be opened ({detail}); correct or unset {LIBRARY_VARIABLE}",
+        path = path.display()
+    )]
+    LibraryUnusable {
+        /// The file named.
+        path: PathBuf,
+        /// What the loader said.
+        detail: String,
+    },
+    /// The driver is there and finds no GPU.
+    #[error(
+        "the CUDA driver {library} finds no GPU; check that nvidia-smi lists one and that \
+         CUDA_VISIBLE_DEVICES does not hide it",
+        library = library.display()
+    )]
+    NoDevice {
+        /// The library opened.
+        library: PathBuf,
+    },
+    /// The driver is there and does not start.
+    #[error(
+        "the CUDA driver {library} does not start: {code}; check that nvidia-smi works",
+        library = library.display()
+    )]
+    NotStarted {
+        /// The library opened.
+        library: PathBuf,
+        /// What `cuInit` or `cuDriverGetVersion` returned.
+        code: ResultCode,
+    },
+}
+
+/// The driver, opened and initialised by the first call; later calls repeat its answer.
+///
+/// # Errors
+/// There is no driver, or it does not start: the message names the cure.
+pub fn status() -> Result<&'static Driver, &'static DriverError> {
+    static STATUS: OnceLock<Result<Driver, DriverError>> = OnceLock::new();
+    STATUS.get_or_init(start).as_ref()
+}
+
+fn start() -> Result<Driver, DriverError> {
+    let library = library::open().map_err(Clone::clone)?.path.clone();
+    let mut version = 0i32;
+    // SAFETY: the flags must be 0, and are.
+    let mut code = unsafe { forward::cuInit(0) };
+    if code == 0 {
+        // SAFETY: the pointer is valid for the write.
+        code = unsafe { forward::cuDriverGetVersion((&raw mut version).cast()) };
+    }
+    if code != 0 {
+        let code = last_failure().map_or(ResultCode(code), |failure| failure.code);
+        return Err(match code {
+            ResultCode::NO_DEVICE => DriverError::NoDevice { library },
+            code => DriverError::NotStarted { library, code },
+        });
+    }
+    let version = version.unsigned_abs();
+    Ok(Driver { library, cuda_version: (version / 1000, version % 1000 / 10) })
+}
+
+/// Opens the driver library at `path` in place of the one that would be found.
+///
+/// Must come before anything else opens the driver. Returns whether `path` is what
+/// the process uses from now on; [`status`] says whether it works.
+#[must_use]
+pub fn use_library(path: &Path) -> bool {
+    library::choose(path)
+}
+
+/// A driver call that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// The function.
+    pub function: &'static str,
+    /// What it returned, before codes unknown to cust became 999.
+    pub code: ResultCode,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.function, self.code)
+    }
+}
+
+thread_local! {
+    static LAST_FAILURE: Cell<Option<Failure>> = const { Cell::new(None) };
+}
+
+/// The driver call that failed last on this thread.
+#[must_use]
+pub fn last_failure() -> Option<Failure> {
+    LAST_FAILURE.get()
+}
+
+fn note_failure(function: &'static str, code: ResultCode) {
+    LAST_FAILURE.set(Some(Failure { function, code }));
+}
