@@ -40,7 +40,7 @@ use simt::{
     math,
     scalar::Scalar,
     shared::Shared,
-    thread,
+    thread, unroll,
     warp::{self, FULL_MASK},
 };
 
@@ -71,6 +71,10 @@ const COLUMN_STEP: usize = COLUMN_THREADS as usize * VECTOR;
 /// Groups of columns of the largest head dim.
 const MAX_COLUMN_GROUPS: usize = 128 / COLUMN_STEP;
 
+const _: () = assert!(
+    ROWS == 2 && KEYS == 4 && VECTOR == 4 && MAX_COLUMN_GROUPS == 4,
+    "the bounds of unroll! below are these"
+);
 const _: () = assert!(BR == ROWS as u32 * THREADS / COLUMN_THREADS, "every row has its threads");
 const _: () = assert!(warp::LANES % COLUMN_THREADS == 0, "a row's threads are in one warp");
 
@@ -91,7 +95,8 @@ pub const fn shared_bytes(d: usize) -> u32 {
 /// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`.
 ///
 /// # Thread mapping
-/// A block per tile of BR rows (`x`) and head (`y`); within it as in the file's header.
+/// A block per tile of BR rows (`x`), head (`y`) and batch entry (`z`); within it as in
+/// the file's header.
 ///
 /// # Shared memory
 /// [`shared_bytes`] of it, dynamic.
@@ -106,7 +111,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
     // Who am I.
     let tid = thread::thread_idx_x();
     let (ty, tx) = (tid / COLUMN_THREADS, tid % COLUMN_THREADS);
-    let (b, h) = (thread::block_idx_y() / args.heads, thread::block_idx_y() % args.heads);
+    let (h, b) = (thread::block_idx_y(), thread::block_idx_z());
     let first_row = thread::block_idx_x() * BR;
     // SAFETY: the caller vouches for the buffers and the shared memory.
     let (mask, q_smem, k_smem, v_smem, p_smem) = unsafe {
@@ -148,52 +153,57 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
             let q_reg: [[f32; VECTOR]; ROWS] = core::array::from_fn(|r| {
                 read_vector(q_smem, (ty * ROWS as u32 + r as u32) * pitch(D) + d)
             });
-            for key in 0..KEYS {
-                let k_row = tx + key as u32 * COLUMN_THREADS;
+            unroll!(for KEY in 0..4 {
+                let k_row = tx + KEY as u32 * COLUMN_THREADS;
                 let k_reg = read_vector(k_smem, k_row * pitch(D) + d);
-                for r in 0..ROWS {
+                unroll!(for R in 0..2 {
                     for e in 0..VECTOR {
-                        s[r][key] = math::fma(q_reg[r][e], k_reg[e], s[r][key]);
+                        s[R][KEY] = math::fma(q_reg[R][e], k_reg[e], s[R][KEY]);
                     }
-                }
-            }
+                });
+            });
         }
 
         // Mask and scale.
-        for r in 0..ROWS {
-            let i = first_row + ty * ROWS as u32 + r as u32;
-            for key in 0..KEYS {
-                let j = first_key + tx + key as u32 * COLUMN_THREADS;
-                s[r][key] =
-                    if mask.sees(i, j) { s[r][key] * args.scale_log2 } else { f32::NEG_INFINITY };
-            }
-        }
+        unroll!(for R in 0..2 {
+            let i = first_row + ty * ROWS as u32 + R as u32;
+            unroll!(for KEY in 0..4 {
+                let j = first_key + tx + KEY as u32 * COLUMN_THREADS;
+                let seen = mask.sees(i, j);
+                s[R][KEY] = if seen { s[R][KEY] * args.scale_log2 } else { f32::NEG_INFINITY };
+            });
+        });
 
         // Online softmax: P replaces S, acc_o and l_i are rescaled.
-        for r in 0..ROWS {
-            let row = ty * ROWS as u32 + r as u32;
-            let tile_max = s[r].iter().fold(f32::NEG_INFINITY, |m, &x| math::max(m, x));
-            let m_new = math::max(m_i[r], warp::reduce_max::<COLUMN_THREADS>(tile_max));
+        unroll!(for R in 0..2 {
+            let row = ty * ROWS as u32 + R as u32;
+            let tile_max = s[R].iter().fold(f32::NEG_INFINITY, |m, &x| math::max(m, x));
+            let m_new = math::max(m_i[R], warp::reduce_max::<COLUMN_THREADS>(tile_max));
             let m_used = softmax::safe_max(m_new);
-            let alpha = math::exp2(m_i[r] - m_used);
-            m_i[r] = m_new;
+            let alpha = math::exp2(m_i[R] - m_used);
+            m_i[R] = m_new;
             let mut row_sum = 0.0;
-            for key in 0..KEYS {
-                let column = tx + key as u32 * COLUMN_THREADS;
-                let mut p = math::exp2(s[r][key] - m_used);
+            unroll!(for KEY in 0..4 {
+                let column = tx + KEY as u32 * COLUMN_THREADS;
+                let p = math::exp2(s[R][KEY] - m_used);
                 row_sum += p;
-                if args.dropout.threshold != 0 {
-                    let kept =
-                        dropout::keeps(&args.dropout, b, h, first_row + row, first_key + column);
-                    p = if kept { p * args.dropout.rescale } else { 0.0 };
-                }
                 p_smem.write(row * pitch(BC as usize) + column, p);
-            }
-            l_i[r] = math::fma(l_i[r], alpha, row_sum);
-            for group in 0..D / COLUMN_STEP {
-                for e in 0..VECTOR {
-                    acc_o[r][group][e] *= alpha;
-                }
+            });
+            l_i[R] = math::fma(l_i[R], alpha, row_sum);
+            unroll!(for GROUP in 0..4 {
+                acc_o[R][GROUP] = acc_o[R][GROUP].map(|x| x * alpha);
+            });
+        });
+        if args.dropout.threshold != 0 {
+            // Each thread goes over the entries of P that it has just written itself.
+            for entry in 0..(ROWS * KEYS) as u32 {
+                let row = ty * ROWS as u32 + entry / KEYS as u32;
+                let column = tx + entry % KEYS as u32 * COLUMN_THREADS;
+                let index = row * pitch(BC as usize) + column;
+                let (i, j) = (first_row + row, first_key + column);
+                let kept = dropout::keeps(&args.dropout, b, h, i, j);
+                let p = if kept { p_smem.read(index) * args.dropout.rescale } else { 0.0 };
+                p_smem.write(index, p);
             }
         }
         // Hazard: a row of P is read by the eight threads that wrote it together. They
@@ -205,45 +215,48 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
             let p_reg: [[f32; VECTOR]; ROWS] = core::array::from_fn(|r| {
                 read_vector(p_smem, (ty * ROWS as u32 + r as u32) * pitch(BC as usize) + j)
             });
-            for jj in 0..VECTOR {
-                for group in 0..D / COLUMN_STEP {
-                    let column = group as u32 * COLUMN_STEP as u32 + tx * VECTOR as u32;
-                    let v_reg = read_vector(v_smem, (j + jj as u32) * pitch(D) + column);
-                    for r in 0..ROWS {
-                        for e in 0..VECTOR {
-                            acc_o[r][group][e] =
-                                math::fma(p_reg[r][jj], v_reg[e], acc_o[r][group][e]);
-                        }
+            unroll!(for JJ in 0..4 {
+                unroll!(for GROUP in 0..4 {
+                    if GROUP < D / COLUMN_STEP {
+                        let column = GROUP as u32 * COLUMN_STEP as u32 + tx * VECTOR as u32;
+                        let v_reg = read_vector(v_smem, (j + JJ as u32) * pitch(D) + column);
+                        unroll!(for R in 0..2 {
+                            for e in 0..VECTOR {
+                                acc_o[R][GROUP][e] =
+                                    math::fma(p_reg[R][JJ], v_reg[e], acc_o[R][GROUP][e]);
+                            }
+                        });
                     }
-                }
-            }
+                });
+            });
         }
     }
 
     // Normalise, store O and LSE.
     // SAFETY: the caller vouches for the buffers.
     let (o, lse) = unsafe { (args.o.buffer.view_mut::<T>(), args.lse.view_mut::<f32>()) };
-    for r in 0..ROWS {
+    unroll!(for R in 0..2 {
         // Each thread summed its own keys: the row's sum is over its eight threads.
-        let l_row = warp::reduce_add::<COLUMN_THREADS>(l_i[r]);
-        let i = first_row + ty * ROWS as u32 + r as u32;
-        if i >= args.seq_q {
-            continue;
-        }
-        let normaliser = softmax::normaliser(l_row);
-        let o_row = args.o.head(b, h) + i as u64 * args.o.stride_n;
-        for group in 0..D / COLUMN_STEP {
-            let column = group as u32 * COLUMN_STEP as u32 + tx * VECTOR as u32;
-            for e in 0..VECTOR {
-                let value = acc_o[r][group][e] * normaliser;
-                o.write(o_row + (column + e as u32) as u64, T::from_f32(value));
+        let l_row = warp::reduce_add::<COLUMN_THREADS>(l_i[R]);
+        let i = first_row + ty * ROWS as u32 + R as u32;
+        if i < args.seq_q {
+            let normaliser = softmax::normaliser(l_row);
+            let o_row = args.o.head(b, h) + i as u64 * args.o.stride_n;
+            unroll!(for GROUP in 0..4 {
+                if GROUP < D / COLUMN_STEP {
+                    let column = GROUP as u32 * COLUMN_STEP as u32 + tx * VECTOR as u32;
+                    for e in 0..VECTOR {
+                        let value = T::from_f32(acc_o[R][GROUP][e] * normaliser);
+                        o.write(o_row + (column + e as u32) as u64, value);
+                    }
+                }
+            });
+            if tx == 0 {
+                let row = (b as u64 * args.heads as u64 + h as u64) * args.seq_q as u64 + i as u64;
+                lse.write(row, softmax::log_sum_exp(m_i[R], l_row));
             }
         }
-        if tx == 0 {
-            let bh = thread::block_idx_y() as u64;
-            lse.write(bh * args.seq_q as u64 + i as u64, softmax::log_sum_exp(m_i[r], l_row));
-        }
-    }
+    });
 }
 
 /// Loads `rows` rows from `first_row` on into a shared tile; rows past the end are 0, so

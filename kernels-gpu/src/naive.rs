@@ -39,7 +39,9 @@ pub const OUTPUT_THREADS: u32 = 128;
 #[inline(always)]
 fn batch_and_head(args: &AttentionArgs) -> (u32, u32) {
     let bh = thread::block_idx_z();
-    (bh / args.heads, bh % args.heads)
+    // There is at least one head; saying so spares the check for a division by zero.
+    let heads = args.heads.max(1);
+    (bh / heads, bh % heads)
 }
 
 /// Index of `weights[b, h, i, j]`.

@@ -150,7 +150,7 @@ fn naive_computes_attention() {
 fn flash_tiled_computes_attention() {
     for causal in [false, true] {
         check(causal, |args| {
-            let grid = Dim3::new(SEQ_Q.div_ceil(flash_tiled::BR), BATCH * HEADS, 1);
+            let grid = Dim3::new(SEQ_Q.div_ceil(flash_tiled::BR), HEADS, BATCH);
             let shared = flash_tiled::shared_bytes(D as usize);
             run("flash_tiled_f32_d64", grid, flash_tiled::THREADS.into(), shared, args);
         });

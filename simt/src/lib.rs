@@ -19,6 +19,7 @@
 //! | [`memory`] | the types that can be loaded and stored in one instruction |
 //! | [`math`] | fma, exp2, log2, rcp, max with the same meaning on both targets |
 //! | [`scalar`] | the storage types f32, f16 and bf16 |
+//! | [`unroll`] | loops that are gone before the compiler sees them |
 //! | [`atomic`] | atomic operations on shared and global memory |
 //!
 //! # Safety of views
@@ -49,6 +50,7 @@ pub mod memory;
 pub mod scalar;
 pub mod shared;
 pub mod thread;
+pub mod unroll;
 pub mod warp;
 
 pub use dim::Dim3;
