@@ -1,0 +1,157 @@
+//! The pipeline's commands, run in a checkout of the repository.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::{env, fs};
+
+use anyhow::{Context, Result, bail, ensure};
+use ptx_builder::manifest::{self, Manifest};
+use ptx_builder::{MODULES, Workspace, compile, ptxas, sources};
+
+const USAGE: &str = "\
+ptx-builder: from the kernels' Rust to checked-in PTX
+
+usage: cargo run -p ptx-builder -- COMMAND
+
+  write                   compile every module and write kernels-gpu/ptx
+  check                   fail unless the checked-in PTX belongs to the sources
+  check --rebuild         also compile every module and compare the text; it must be
+                          identical when this rustc is the one of the manifest
+  ptxas [--dir DIR]       assemble every entry for every architecture that loads it;
+                          fail on a spill, a stack frame, local memory or a warning
+  disassemble ENTRY ARCH  print the machine code of one entry, for example sm_90
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let workspace = Workspace::of_this_crate();
+    let done = match arguments.as_slice() {
+        ["write"] => write(&workspace),
+        ["check"] => check(&workspace).map(drop),
+        ["check", "--rebuild"] => check_rebuild(&workspace),
+        ["ptxas"] => assemble(&workspace.checked_in()),
+        ["ptxas", "--dir", folder] => assemble(Path::new(folder)),
+        ["disassemble", entry, arch] => disassemble(&workspace, entry, arch),
+        ["help" | "--help" | "-h"] => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        _ => {
+            eprint!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn write(workspace: &Workspace) -> Result<()> {
+    let build = compile::build(workspace)?;
+    ensure!(!build.modules.is_empty(), "no kernel has an entry");
+    let folder = workspace.checked_in();
+    manifest::write(&build, &folder)?;
+    for built in &build.modules {
+        let (name, ptx) = (built.module.name, &built.ptx);
+        let (entries, kib) = (ptx.entries.len(), ptx.text.len() / 1024);
+        println!("{name}: {entries} entries, {kib} KiB");
+        for function in &ptx.local_memory {
+            println!("warning: {function} keeps an array in local memory");
+        }
+    }
+    println!("written to {} with {}", folder.display(), build.rustc);
+    Ok(())
+}
+
+/// The checked-in manifest, if it and the text belong to the sources.
+fn check(workspace: &Workspace) -> Result<Manifest> {
+    let folder = workspace.checked_in();
+    let cure = "write it with: cargo run -p ptx-builder -- write";
+    let manifest = Manifest::read(&folder)?
+        .with_context(|| format!("no PTX is checked in at {}; {cure}", folder.display()))?;
+    ensure!(
+        manifest.sources == sources::fingerprint(workspace)?,
+        "the checked-in PTX is older than the kernel sources; {cure}"
+    );
+    manifest.verify(&folder).context(cure)?;
+    let entries: usize = manifest.modules.iter().map(|record| record.entries).sum();
+    println!("the checked-in PTX belongs to the sources: {entries} entries, {}", manifest.rustc);
+    Ok(manifest)
+}
+
+fn check_rebuild(workspace: &Workspace) -> Result<()> {
+    let checked_in = check(workspace)?;
+    let build = compile::build(workspace)?;
+    let folder = workspace.target().join("rebuilt");
+    let rebuilt = manifest::write(&build, &folder)?;
+    println!("rebuilt into {}", folder.display());
+    if rebuilt.modules == checked_in.modules {
+        println!("the rebuilt text is identical to the checked-in text");
+        return Ok(());
+    }
+    let differing: Vec<&str> = MODULES
+        .iter()
+        .filter(|module| {
+            let of = |manifest: &Manifest| {
+                manifest.modules.iter().find(|record| record.module == **module).cloned()
+            };
+            of(&rebuilt) != of(&checked_in)
+        })
+        .map(|module| module.name)
+        .collect();
+    let differing = differing.join(", ");
+    if rebuilt.rustc == checked_in.rustc {
+        bail!("the same compiler makes another text for {differing}: {}", rebuilt.rustc);
+    }
+    println!(
+        "the text differs for {differing}, as another compiler's may: {}, checked in by {}",
+        rebuilt.rustc, checked_in.rustc
+    );
+    Ok(())
+}
+
+fn assemble(folder: &Path) -> Result<()> {
+    let report = ptxas::assemble(folder)?;
+    print!("{}", ptxas::table(&report));
+    let mut complaints = ptxas::local_memory(folder)?;
+    complaints.extend(ptxas::complaints(&report));
+    for complaint in &complaints {
+        println!("{complaint}");
+    }
+    ensure!(complaints.is_empty(), "{} complaints about {}", complaints.len(), folder.display());
+    println!("no spill, no stack frame, no local memory, no warning");
+    Ok(())
+}
+
+fn disassemble(workspace: &Workspace, entry: &str, arch: &str) -> Result<()> {
+    let (ptxas, nvdisasm) = (ptxas::find_tool("ptxas")?, ptxas::find_tool("nvdisasm")?);
+    let file = MODULES
+        .iter()
+        .map(|module| workspace.checked_in().join(manifest::file_name(module)))
+        .find(|file| {
+            fs::read_to_string(file).is_ok_and(|t| t.contains(&format!(".entry {entry}(")))
+        })
+        .with_context(|| format!("no checked-in module has the entry {entry}"))?;
+    let cubin: PathBuf = workspace.target().join(format!("{entry}.{arch}.cubin"));
+    fs::create_dir_all(workspace.target()).context("cannot make the target folder")?;
+    run(Command::new(ptxas)
+        .arg(format!("-arch={arch}"))
+        .arg("-e")
+        .arg(entry)
+        .arg(file)
+        .arg("-o")
+        .arg(&cubin))?;
+    run(Command::new(nvdisasm).arg("-c").arg(cubin))
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let status = command.status().with_context(|| format!("cannot start {program}"))?;
+    ensure!(status.success(), "{program} ended with {status}");
+    Ok(())
+}
