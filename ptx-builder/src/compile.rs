@@ -4,6 +4,7 @@
 //! its own. The kernels themselves are then compiled by rustc directly, one process a
 //! module: cargo would run them one after the other behind the lock of that folder.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -164,22 +165,19 @@ fn build_dependencies(workspace: &Workspace, rustc: &Rustc) -> Result<Vec<OsStri
     let output = succeed(&mut command).context("the kernels do not compile for the GPU")?;
 
     let mut externs = Vec::new();
-    let mut folders: Vec<PathBuf> = Vec::new();
+    let mut folders: BTreeSet<PathBuf> = BTreeSet::new();
     for line in String::from_utf8_lossy(&output.stdout).lines() {
         let Ok(message) = serde_json::from_str::<Value>(line) else { continue };
+        // The folder of every artifact, since a library may need a procedural macro.
+        folders.extend(files(&message).filter_map(Path::parent).map(Path::to_path_buf));
         let Some((name, path)) = library(&message) else { continue };
         if name == "kernels_gpu" {
             continue;
         }
         let kind = if matches!(&*name, "core" | "compiler_builtins") { "noprelude:" } else { "" };
-        externs.push("--extern".into());
-        let mut value = OsString::from(format!("{kind}{name}="));
-        value.push(&path);
+        let mut value = OsString::from(format!("--extern={kind}{name}="));
+        value.push(path);
         externs.push(value);
-        let folder = path.parent().map(Path::to_path_buf).unwrap_or_default();
-        if !folders.contains(&folder) {
-            folders.push(folder);
-        }
     }
     ensure!(!externs.is_empty(), "cargo reported no library for {TARGET}");
     for folder in folders {
@@ -190,15 +188,19 @@ fn build_dependencies(workspace: &Workspace, rustc: &Rustc) -> Result<Vec<OsStri
     Ok(externs)
 }
 
+/// The files of an artifact that one of cargo's messages reports.
+fn files(message: &Value) -> impl Iterator<Item = &Path> {
+    let artifact = message["reason"] == "compiler-artifact";
+    let files = message["filenames"].as_array().filter(|_| artifact);
+    files.into_iter().flatten().filter_map(Value::as_str).map(Path::new)
+}
+
 /// Name and metadata file of a library for the GPU, from one of cargo's messages.
-fn library(message: &Value) -> Option<(String, PathBuf)> {
-    if message["reason"] != "compiler-artifact" {
-        return None;
-    }
+fn library(message: &Value) -> Option<(String, &Path)> {
+    let path = files(message).find(|file| file.extension().is_some_and(|e| e == "rmeta"))?;
+    let for_gpu = path.components().any(|part| part.as_os_str() == TARGET);
     let name = message["target"]["name"].as_str()?.replace('-', "_");
-    let files = message["filenames"].as_array()?;
-    let path = files.iter().filter_map(Value::as_str).find(|file| file.ends_with(".rmeta"))?;
-    path.contains(TARGET).then(|| (name, path.into()))
+    for_gpu.then_some((name, path))
 }
 
 /// Compiles one module and processes its text.
@@ -211,9 +213,7 @@ fn emit(
 ) -> Result<Built> {
     let folder = folder.join(module.name);
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let raw = folder.join("raw.ptx");
-    let mut emit = OsString::from("--emit=asm=");
-    emit.push(&raw);
+    let raw = folder.join("kernels_gpu.s");
     let mut command = Command::new(&rustc.program);
     command
         .current_dir(workspace.root())
@@ -226,7 +226,8 @@ fn emit(
         .arg(format!("-Ctarget-feature=+{}", module.ptx_feature))
         .arg(format!("--cfg=feature=\"{}\"", module.name))
         .args(externs)
-        .arg(emit);
+        .args(["--emit=asm", "--out-dir"])
+        .arg(&folder);
     succeed(&mut command).with_context(|| format!("module {} does not compile", module.name))?;
     let text =
         fs::read_to_string(&raw).with_context(|| format!("cannot read {}", raw.display()))?;
@@ -258,7 +259,7 @@ mod tests {
             "target": { "name": "simt" },
             "filenames": [file.replace("rmeta", "rlib"), file],
         });
-        assert_eq!(library(&message), Some(("simt".into(), file.into())));
+        assert_eq!(library(&message), Some(("simt".into(), Path::new(&file))));
         assert_eq!(library(&json!({ "reason": "build-finished" })), None);
     }
 

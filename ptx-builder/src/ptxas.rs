@@ -250,7 +250,9 @@ pub fn table(report: &Report) -> String {
         "{:<8} {:<width$} {:>6} {:>6} {:>7} {:>8} {:>8}  registers\n",
         "module", "entry", "spill", "stack", "shared", "barriers", "warnings"
     );
-    for ((module, entry), usages) in rows {
+    for ((module, entry), mut usages) in rows {
+        // sm_90 before sm_100.
+        usages.sort_by_key(|(arch, _)| (arch.len(), *arch));
         let most = |field: fn(&Usage) -> u32| usages.iter().map(|(_, u)| field(u)).max();
         let cell = |field| most(field).unwrap_or(0);
         let warnings: usize = usages.iter().map(|(_, usage)| usage.warnings.len()).sum();
