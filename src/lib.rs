@@ -3,6 +3,13 @@
 pub mod backend;
 pub mod dtype;
 pub mod error;
+pub mod problem;
+pub mod registry;
+pub mod session;
+pub mod tensor;
 
+pub use backend::{CpuDevice, Device};
 pub use dtype::DType;
 pub use error::Error;
+pub use problem::{Dropout, Layout, Problem};
+pub use tensor::Tensor;

@@ -3,11 +3,13 @@
 //! Both offer the same few operations ([`Device`]), so that everything above them
 //! (the session that runs a problem, benchmarks, verification) is written once.
 
+pub mod cpu;
 pub mod memory;
 
 use crate::error::Error;
 use kernels_gpu::args::{AttentionArgs, LinearArgs};
 
+pub use cpu::CpuDevice;
 pub use memory::{DeviceBuffer, Memory};
 
 /// Grid or block extent.
@@ -58,6 +60,8 @@ pub trait Device: Send + Sync {
     fn compute_capability(&self) -> (u32, u32);
     /// The most dynamic shared memory a block may have, in bytes.
     fn max_shared_bytes(&self) -> u32;
+    /// Multiprocessors: how many blocks a kernel that stays on the GPU launches.
+    fn multiprocessors(&self) -> u32;
     /// Free and total memory.
     fn memory_info(&self) -> Result<MemoryInfo, Error>;
     /// Allocates `bytes` bytes at an address aligned to 256, uninitialised.

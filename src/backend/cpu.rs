@@ -1,0 +1,300 @@
+//! The emulator as a device: kernels run on the CPU, on host memory, and every access
+//! is checked. For computing without a GPU and for finding mistakes in kernels; its
+//! times say nothing about a GPU's.
+
+use std::{
+    alloc::{self, Layout},
+    collections::BTreeMap,
+    ffi::c_void,
+    ptr::NonNull,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use simt::emulator;
+
+use crate::{
+    backend::{Counters, Device, Launch, MemoryInfo, TensorMapSpec},
+    error::Error,
+};
+
+/// Alignment of allocations, as the CUDA driver's.
+const ALIGNMENT: usize = 256;
+/// Reported as total memory when no limit is set: what an address can span.
+const UNLIMITED: u64 = 1 << 47;
+
+#[derive(Default)]
+struct State {
+    /// Length of each allocation by its address.
+    allocations: BTreeMap<u64, u64>,
+    allocated: u64,
+    counters: Counters,
+}
+
+/// The emulator.
+pub struct CpuDevice {
+    limit: Option<u64>,
+    state: Mutex<State>,
+}
+
+impl Default for CpuDevice {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl CpuDevice {
+    /// An emulator with as much memory as the machine gives.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { limit: None, state: Mutex::default() }
+    }
+
+    /// An emulator that is out of memory beyond `bytes`.
+    #[must_use]
+    pub fn with_memory_limit(bytes: u64) -> Self {
+        Self { limit: Some(bytes), state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Each change of the state is complete before anything can panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The host pointer to `bytes` bytes at `address`, if they are inside one allocation.
+    fn pointer(state: &State, address: u64, bytes: usize) -> Result<*mut u8, Error> {
+        let bytes = bytes as u64;
+        let inside = state.allocations.range(..=address).next_back().is_some_and(|(start, len)| {
+            address.checked_add(bytes).is_some_and(|end| end <= start + len)
+        });
+        if !inside {
+            return Err(Error::BadAddress { address, bytes });
+        }
+        Ok(std::ptr::with_exposed_provenance_mut(address as usize))
+    }
+}
+
+impl Device for CpuDevice {
+    fn name(&self) -> String {
+        format!("CPU emulator ({} threads)", rayon::current_num_threads())
+    }
+
+    fn is_emulated(&self) -> bool {
+        true
+    }
+
+    /// That of the newest GPU whose instructions are emulated: Hopper's.
+    fn compute_capability(&self) -> (u32, u32) {
+        (9, 0)
+    }
+
+    fn max_shared_bytes(&self) -> u32 {
+        emulator::MAX_SHARED_BYTES
+    }
+
+    /// Few, so that the blocks of a kernel that stays on the GPU have several tiles each,
+    /// as they do there.
+    fn multiprocessors(&self) -> u32 {
+        2
+    }
+
+    fn memory_info(&self) -> Result<MemoryInfo, Error> {
+        let total = self.limit.unwrap_or(UNLIMITED);
+        Ok(MemoryInfo { free: total.saturating_sub(self.state().allocated), total })
+    }
+
+    fn allocate(&self, bytes: u64) -> Result<u64, Error> {
+        let mut state = self.state();
+        let free = self.limit.unwrap_or(UNLIMITED).saturating_sub(state.allocated);
+        let out_of_memory = || Error::OutOfMemory { device: self.name(), needed: bytes, free };
+        if bytes > free {
+            return Err(out_of_memory());
+        }
+        let layout = layout(bytes).ok_or_else(out_of_memory)?;
+        // SAFETY: the layout has at least one byte. Zeroed, because a download of bytes that
+        // were never written would be undefined behaviour otherwise.
+        let memory =
+            NonNull::new(unsafe { alloc::alloc_zeroed(layout) }).ok_or_else(out_of_memory)?;
+        let address = memory.as_ptr().expose_provenance() as u64;
+        state.allocations.insert(address, bytes);
+        state.allocated += bytes;
+        Ok(address)
+    }
+
+    fn free(&self, address: u64, _bytes: u64) {
+        let mut state = self.state();
+        let Some(bytes) = state.allocations.remove(&address) else { return };
+        state.allocated -= bytes;
+        if let Some(layout) = layout(bytes) {
+            // SAFETY: the table says that `allocate` made this address with this layout,
+            // and it is no longer in the table.
+            unsafe {
+                alloc::dealloc(std::ptr::with_exposed_provenance_mut(address as usize), layout)
+            }
+        }
+    }
+
+    fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
+        let state = self.state();
+        let target = Self::pointer(&state, address, data.len())?;
+        // SAFETY: the range is inside a live allocation, which no Rust reference leads to.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), target, data.len()) };
+        Ok(())
+    }
+
+    fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error> {
+        let state = self.state();
+        let source = Self::pointer(&state, address, data.len())?;
+        // SAFETY: as for `upload`; every byte was initialised by `allocate`.
+        unsafe { std::ptr::copy_nonoverlapping(source, data.as_mut_ptr(), data.len()) };
+        Ok(())
+    }
+
+    fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error> {
+        let state = self.state();
+        let target = Self::pointer(&state, address, bytes as usize)?;
+        // SAFETY: as for `upload`.
+        unsafe { std::ptr::write_bytes(target, value, bytes as usize) };
+        Ok(())
+    }
+
+    fn encode_tensor_map(&self, _map: &TensorMapSpec) -> Result<[u8; 128], Error> {
+        Err(Error::DeviceLacks {
+            device: self.name(),
+            what: "encode tensor maps".into(),
+            remedy: "use a kernel that does not copy through TMA".into(),
+        })
+    }
+
+    fn launch(&self, launch: &Launch) -> Result<(), Error> {
+        let symbol = || launch.symbol.clone();
+        let entry = kernels_gpu::find(&launch.symbol)
+            .ok_or_else(|| Error::UnknownSymbol { symbol: symbol() })?;
+        for (what, given, expected) in [
+            ("size of the arguments", launch.args.len() as u64, entry.args_bytes as u64),
+            ("threads of a block", launch.block.count(), u64::from(entry.threads)),
+        ] {
+            if given != expected {
+                return Err(Error::BadLaunch { symbol: symbol(), what, given, expected });
+            }
+        }
+        // The struct has 64-bit fields, which the bytes of a `Vec<u8>` need not be aligned for.
+        let mut args = vec![0u64; launch.args.len().div_ceil(8)];
+        bytemuck::cast_slice_mut(&mut args)[..launch.args.len()].copy_from_slice(&launch.args);
+        let args = Args(args.as_ptr().cast());
+        let run = entry.run;
+        // SAFETY: the bytes are the entry's argument struct, as its maker and the size
+        // checked above say; buffers in it live until the launch ends, since whoever
+        // holds them is waiting for it.
+        let kernel = || unsafe { run(args.get()) };
+        let extent = emulator::Launch {
+            grid: launch.grid,
+            block: launch.block,
+            shared_bytes: launch.shared_bytes,
+        };
+        let stats = emulator::launch(extent, &kernel)
+            .map_err(|fault| Error::Kernel { symbol: symbol(), fault: Box::new(fault) })?;
+        let counters = &mut self.state().counters;
+        counters.global_bytes_read += stats.global_bytes_read;
+        counters.global_bytes_written += stats.global_bytes_written;
+        counters.bank_conflicts += stats.bank_conflicts;
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), Error>) -> Result<f64, Error> {
+        let start = Instant::now();
+        work()?;
+        Ok(start.elapsed().as_secs_f64() * 1e3)
+    }
+
+    fn flush_l2(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn take_counters(&self) -> Option<Counters> {
+        Some(std::mem::take(&mut self.state().counters))
+    }
+}
+
+impl Drop for CpuDevice {
+    fn drop(&mut self) {
+        let addresses: Vec<u64> = self.state().allocations.keys().copied().collect();
+        for address in addresses {
+            self.free(address, 0);
+        }
+    }
+}
+
+fn layout(bytes: u64) -> Option<Layout> {
+    Layout::from_size_align(usize::try_from(bytes.max(1)).ok()?, ALIGNMENT).ok()
+}
+
+/// The argument struct, shared by the threads that run blocks.
+#[derive(Clone, Copy)]
+struct Args(*const c_void);
+
+impl Args {
+    const fn get(&self) -> *const c_void {
+        self.0
+    }
+}
+
+// SAFETY: the arguments are only read.
+unsafe impl Sync for Args {}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::backend::Memory;
+
+    #[test]
+    fn memory_is_counted_to_the_byte_and_limited() {
+        let device = Arc::new(CpuDevice::with_memory_limit(1000));
+        let memory = Memory::new(device.clone());
+        let a = memory.upload(&[1.0f32, 2.0]).unwrap();
+        assert_eq!(a.address() % 256, 0);
+        let b = memory.filled(900, 7).unwrap();
+        assert_eq!((memory.current(), memory.peak()), (908, 908));
+        drop(b);
+        assert_eq!((memory.current(), memory.peak()), (8, 908));
+        memory.reset_peak();
+        assert_eq!(memory.peak(), 8);
+        assert!(memory.allocate(993).err().unwrap().is_out_of_memory());
+        assert_eq!(a.to_vec::<f32>().unwrap(), [1.0, 2.0]);
+        assert_eq!(device.memory_info().unwrap(), MemoryInfo { free: 992, total: 1000 });
+        assert!(memory.allocate(0).is_ok());
+    }
+
+    #[test]
+    fn addresses_outside_of_an_allocation_are_refused() {
+        let device = CpuDevice::new();
+        let address = device.allocate(16).unwrap();
+        assert!(device.upload(address + 8, &[0; 8]).is_ok());
+        assert!(matches!(device.upload(address + 9, &[0; 8]), Err(Error::BadAddress { .. })));
+        assert!(device.download(address - 1, &mut [0]).is_err());
+        device.free(address, 16);
+        assert!(device.fill(address, 1, 0).is_err());
+    }
+
+    #[test]
+    fn a_launch_must_fit_its_entry() {
+        let device = CpuDevice::new();
+        let launch = Launch {
+            symbol: "no_such_kernel".into(),
+            grid: 1.into(),
+            block: 1.into(),
+            shared_bytes: 0,
+            args: Vec::new(),
+        };
+        assert!(matches!(device.launch(&launch), Err(Error::UnknownSymbol { .. })));
+        let launch = Launch { symbol: "naive_scores_f32_d32".into(), ..launch };
+        let error = device.launch(&launch).unwrap_err();
+        assert!(error.to_string().contains("size of the arguments is 0, expected"), "{error}");
+    }
+}

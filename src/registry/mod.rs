@@ -1,0 +1,322 @@
+//! THE table of kernels. Whatever lists, chooses, runs, tests or measures kernels reads
+//! it here: a kernel joins with one file in kernels-gpu and one entry in `table.rs`.
+//!
+//! The table stands in the order of the ladder, which is the order of speed: the best
+//! kernel for a problem is the last one that can do it.
+
+mod table;
+
+use simt::Dim3;
+
+use crate::{
+    backend::{Device, TensorMapSpec},
+    dtype::DType,
+    error::Error,
+    problem::{Layout, Problem},
+};
+
+pub use table::KERNELS;
+
+/// Bytes of an encoded tensor map.
+pub const TENSOR_MAP_BYTES: u64 = 128;
+/// The most blocks of a grid in its dimensions y and z (x: 2^31 - 1).
+const MAX_GRID_YZ: u32 = 65_535;
+const MAX_GRID_X: u32 = (1 << 31) - 1;
+
+/// One kernel: what it is, what it can do, how it is launched.
+#[derive(Debug)]
+pub struct KernelSpec {
+    /// Name that the command line and tables use.
+    pub name: &'static str,
+    /// What it is, in one line.
+    pub summary: &'static str,
+    /// The idea that it adds to the rung before.
+    pub idea: &'static str,
+    /// Storage types that it has entries for.
+    pub dtypes: &'static [DType],
+    /// Head dims that it has entries for, ascending.
+    pub head_dims: &'static [usize],
+    /// The least compute capability, `(major, minor)`.
+    pub capability: (u32, u32),
+    /// Whether it runs on exactly that capability (PTX for an `a` architecture).
+    pub exact_capability: bool,
+    /// Query rows and keys of a tile, for a head dim: sizes beside these are edges.
+    pub tile: fn(head_dim: usize) -> (usize, usize),
+    /// What it can do beyond plain attention.
+    pub features: Features,
+    /// Memory and launches for a problem that it supports.
+    pub plan: fn(&Problem, &Target) -> Plan,
+    /// The tensor maps of a kernel that copies through TMA, in the order in which the
+    /// kernel expects them.
+    pub tensor_maps: Option<fn(&Problem, &Addresses) -> Vec<TensorMapSpec>>,
+}
+
+/// What a kernel can do beyond plain attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// Causal masks.
+    pub causal: bool,
+    /// Padding masks.
+    pub mask: bool,
+    /// Dropout.
+    pub dropout: bool,
+    /// It leaves the weights `[B, H, Nq, Nk]` in the storage type at the start of its
+    /// workspace.
+    pub weights: bool,
+    /// `[B, N, H, D]` as well as `[B, H, N, D]`.
+    pub tokens_first: bool,
+}
+
+/// What a device offers to kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Compute capability, `(major, minor)`.
+    pub capability: (u32, u32),
+    /// The most dynamic shared memory of a block in bytes.
+    pub max_shared_bytes: u32,
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+}
+
+impl Target {
+    /// That of a device.
+    #[must_use]
+    pub fn of(device: &dyn Device) -> Self {
+        Self {
+            capability: device.compute_capability(),
+            max_shared_bytes: device.max_shared_bytes(),
+            multiprocessors: device.multiprocessors(),
+        }
+    }
+}
+
+/// Memory and launches for one problem.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Bytes beyond inputs and outputs, given to the kernels as `args.weights`.
+    pub workspace_bytes: u64,
+    /// Launches, in order.
+    pub steps: Vec<Step>,
+}
+
+/// One launch of a plan. Every step is given the same `AttentionArgs`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Name of the entry.
+    pub symbol: String,
+    /// Blocks of the grid.
+    pub grid: Dim3,
+    /// Threads of a block.
+    pub block: Dim3,
+    /// Dynamic shared memory of a block in bytes.
+    pub shared_bytes: u32,
+}
+
+/// Device addresses of a problem's tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Addresses {
+    /// Queries.
+    pub q: u64,
+    /// Keys.
+    pub k: u64,
+    /// Values.
+    pub v: u64,
+    /// Output.
+    pub o: u64,
+}
+
+impl KernelSpec {
+    /// Whether the kernel can do this problem on this device.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the first reason why not.
+    pub fn supports(&self, problem: &Problem, target: &Target) -> Result<(), Error> {
+        match self.obstacle(problem, target) {
+            None => Ok(()),
+            Some(reason) => Err(Error::Unsupported { kernel: self.name.into(), reason }),
+        }
+    }
+
+    /// Whether the kernel can run on this device at all.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with what the device lacks.
+    pub fn runs_on(&self, target: &Target) -> Result<(), Error> {
+        match self.lacking(target) {
+            None => Ok(()),
+            Some(reason) => Err(Error::Unsupported { kernel: self.name.into(), reason }),
+        }
+    }
+
+    fn lacking(&self, target: &Target) -> Option<String> {
+        let ((major, minor), (has_major, has_minor)) = (self.capability, target.capability);
+        let has = format!("this GPU has {has_major}.{has_minor}");
+        if self.exact_capability && target.capability != self.capability {
+            return Some(format!("needs compute capability {major}.{minor} exactly, {has}"));
+        }
+        if target.capability < self.capability {
+            return Some(format!("needs compute capability {major}.{minor} or later, {has}"));
+        }
+        None
+    }
+
+    fn obstacle(&self, problem: &Problem, target: &Target) -> Option<String> {
+        if let Some(reason) = self.lacking(target) {
+            return Some(reason);
+        }
+        if !self.dtypes.contains(&problem.dtype()) {
+            return Some(format!(
+                "does not support {}: it has {}",
+                problem.dtype(),
+                list(self.dtypes)
+            ));
+        }
+        if !self.head_dims.contains(&problem.head_dim()) {
+            return Some(format!(
+                "does not support head dim {}: it has {}",
+                problem.head_dim(),
+                list(self.head_dims)
+            ));
+        }
+        for (wanted, able, what) in [
+            (problem.causal(), self.features.causal, "causal masks"),
+            (problem.has_mask(), self.features.mask, "padding masks"),
+            (problem.dropout().is_some(), self.features.dropout, "dropout"),
+            (
+                problem.layout() == Layout::TokensFirst,
+                self.features.tokens_first,
+                "the layout [B, N, H, D]",
+            ),
+        ] {
+            if wanted && !able {
+                return Some(format!("does not support {what}"));
+            }
+        }
+        (self.plan)(problem, target).steps.iter().find_map(|step| {
+            if step.shared_bytes > target.max_shared_bytes {
+                return Some(format!(
+                    "needs {} bytes of shared memory for a block, this GPU has {}",
+                    step.shared_bytes, target.max_shared_bytes
+                ));
+            }
+            let Dim3 { x, y, z } = step.grid;
+            (x > MAX_GRID_X || y > MAX_GRID_YZ || z > MAX_GRID_YZ).then(|| {
+                format!("needs a grid of {x} x {y} x {z} blocks, a GPU has {MAX_GRID_X} x {MAX_GRID_YZ} x {MAX_GRID_YZ}: use a smaller batch or sequence")
+            })
+        })
+    }
+
+    /// Bytes beyond inputs and outputs: the plan's workspace and the tensor maps.
+    #[must_use]
+    pub fn workspace_bytes(&self, problem: &Problem, target: &Target) -> u64 {
+        let maps = self.tensor_maps.map_or(0, |f| f(problem, &Addresses::default()).len() as u64);
+        (self.plan)(problem, target).workspace_bytes + maps * TENSOR_MAP_BYTES
+    }
+
+    /// Device memory that a run will need, known before anything is allocated.
+    #[must_use]
+    pub fn peak_bytes(&self, problem: &Problem, target: &Target) -> u64 {
+        problem.input_bytes() + problem.output_bytes() + self.workspace_bytes(problem, target)
+    }
+}
+
+/// The kernel of that name.
+///
+/// # Errors
+/// [`Error::UnknownKernel`], which lists the names.
+pub fn find(name: &str) -> Result<&'static KernelSpec, Error> {
+    KERNELS.iter().find(|k| k.name == name).ok_or_else(|| Error::UnknownKernel {
+        given: name.into(),
+        known: KERNELS.iter().map(|k| k.name).collect::<Vec<_>>().join(", "),
+    })
+}
+
+/// The kernel chosen for a problem, and why not a better one.
+#[derive(Debug)]
+pub struct Choice {
+    /// The best kernel that can do the problem.
+    pub kernel: &'static KernelSpec,
+    /// The better kernels that cannot, each with the reason, best first.
+    pub passed_over: Vec<Error>,
+}
+
+/// The best kernel for a problem on a device.
+///
+/// # Errors
+/// [`Error::Unsupported`] when no kernel can do it, with the reason of the most widely
+/// usable one.
+pub fn best_for(problem: &Problem, target: &Target) -> Result<Choice, Error> {
+    let mut passed_over = Vec::new();
+    for kernel in KERNELS.iter().rev() {
+        match kernel.supports(problem, target) {
+            Ok(()) => return Ok(Choice { kernel, passed_over }),
+            Err(reason) => passed_over.push(reason),
+        }
+    }
+    Err(passed_over
+        .pop()
+        .unwrap_or_else(|| Error::UnknownKernel { given: "best".into(), known: String::new() }))
+}
+
+fn list<T: ToString>(values: &[T]) -> String {
+    values.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::CpuDevice;
+
+    fn emulator() -> Target {
+        Target::of(&CpuDevice::new())
+    }
+
+    /// The table, the plans and kernels-gpu agree, for every type and head dim.
+    #[test]
+    fn every_step_names_an_entry_with_its_threads() {
+        for kernel in KERNELS {
+            for (&dtype, &d) in
+                kernel.dtypes.iter().flat_map(|t| kernel.head_dims.iter().map(move |d| (t, d)))
+            {
+                let problem = Problem::builder(2, 3, 70, d).dtype(dtype).build().unwrap();
+                kernel.supports(&problem, &emulator()).unwrap();
+                for step in (kernel.plan)(&problem, &emulator()).steps {
+                    let entry = kernels_gpu::find(&step.symbol)
+                        .unwrap_or_else(|| panic!("{} has no entry", step.symbol));
+                    assert_eq!(u64::from(entry.threads), step.block.count(), "{}", step.symbol);
+                    assert_eq!(entry.args_bytes, size_of::<kernels_gpu::args::AttentionArgs>());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_unknown_name_is_answered_with_the_known_ones() {
+        let message = find("flash_typo").unwrap_err().to_string();
+        assert!(message.contains("flash_typo") && message.contains("naive, "), "{message}");
+    }
+
+    #[test]
+    fn reasons_name_the_value_and_what_is_possible() {
+        let naive = find("naive").unwrap();
+        let problem = Problem::builder(1, 1, 8, 48).build().unwrap();
+        let message = naive.supports(&problem, &emulator()).unwrap_err().to_string();
+        assert_eq!(message, "kernel naive does not support head dim 48: it has 32, 64, 96, 128");
+        let old = Target { capability: (6, 1), ..emulator() };
+        let message = naive.runs_on(&old).unwrap_err().to_string();
+        assert!(message.contains("needs compute capability 7.5 or later, this GPU has 6.1"));
+        let problem = Problem::builder(70_000, 1, 8, 64).build().unwrap();
+        let message = naive.supports(&problem, &emulator()).unwrap_err().to_string();
+        assert!(message.contains("smaller batch"), "{message}");
+    }
+
+    #[test]
+    fn the_best_kernel_is_the_last_that_can() {
+        let problem = Problem::builder(1, 2, 64, 64).build().unwrap();
+        let choice = best_for(&problem, &emulator()).unwrap();
+        assert!(choice.kernel.supports(&problem, &emulator()).is_ok());
+        let turing = Target { capability: (7, 5), max_shared_bytes: 65_536, ..emulator() };
+        let choice = best_for(&problem, &turing).unwrap();
+        assert!(choice.kernel.capability <= (7, 5));
+    }
+}

@@ -1,0 +1,288 @@
+//! Tensors on the host, in the storage type: what goes to a device and comes back.
+
+use half::{bf16, f16};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+
+use crate::{
+    dtype::{DType, Element},
+    error::{Error, Shape},
+};
+
+/// Elements of one of the storage types.
+#[derive(Clone, Debug, PartialEq)]
+enum Data {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+}
+
+/// Runs one expression for whichever type the elements have.
+macro_rules! each {
+    ($data:expr, $values:ident => $body:expr) => {
+        match $data {
+            Data::F32($values) => $body,
+            Data::F16($values) => $body,
+            Data::BF16($values) => $body,
+        }
+    };
+}
+
+/// Makes [`Data`] of a dtype from an expression generic in the element type `$t`.
+macro_rules! make {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            DType::F32 => {
+                type $t = f32;
+                Data::F32($body)
+            }
+            DType::F16 => {
+                type $t = f16;
+                Data::F16($body)
+            }
+            DType::BF16 => {
+                type $t = bf16;
+                Data::BF16($body)
+            }
+        }
+    };
+}
+
+/// A row-major tensor that owns its elements.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    shape: Vec<usize>,
+    data: Data,
+}
+
+impl Tensor {
+    /// A tensor of zeros.
+    #[must_use]
+    pub fn zeros(dtype: DType, shape: &[usize]) -> Self {
+        let len = shape.iter().product();
+        Self { shape: shape.to_vec(), data: make!(dtype, T => vec![T::from_f64(0.0); len]) }
+    }
+
+    /// A tensor of elements drawn from the normal distribution with mean `mean` and
+    /// standard deviation 1. The same seed gives the same numbers on every platform.
+    #[must_use]
+    pub fn random(dtype: DType, shape: &[usize], seed: u64, mean: f64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let len = shape.iter().product();
+        let mut draw = || -> f64 { StandardNormal.sample(&mut rng) };
+        let data = make!(dtype, T => (0..len).map(|_| T::from_f64(mean + draw())).collect());
+        Self { shape: shape.to_vec(), data }
+    }
+
+    /// Rounds `values` to the storage type.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] when there are more or fewer values than the shape has.
+    pub fn from_f64(dtype: DType, shape: &[usize], values: &[f64]) -> Result<Self, Error> {
+        check_len(shape, values.len())?;
+        let data = make!(dtype, T => values.iter().map(|&v| T::from_f64(v)).collect());
+        Ok(Self { shape: shape.to_vec(), data })
+    }
+
+    /// Rounds `values` to the storage type.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] when there are more or fewer values than the shape has.
+    pub fn from_f32(dtype: DType, shape: &[usize], values: &[f32]) -> Result<Self, Error> {
+        check_len(shape, values.len())?;
+        let data = make!(dtype, T => values.iter().map(|&v| T::from_f64(f64::from(v))).collect());
+        Ok(Self { shape: shape.to_vec(), data })
+    }
+
+    /// Takes elements in the machine's (little-endian) byte order, at any alignment.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] when the bytes are more or fewer than the shape has.
+    pub fn from_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Result<Self, Error> {
+        check_len(shape, bytes.len() / dtype.size())?;
+        let data = make!(dtype, T => bytemuck::allocation::pod_collect_to_vec::<u8, T>(bytes));
+        Ok(Self { shape: shape.to_vec(), data })
+    }
+
+    /// Storage type.
+    #[must_use]
+    pub const fn dtype(&self) -> DType {
+        match self.data {
+            Data::F32(_) => DType::F32,
+            Data::F16(_) => DType::F16,
+            Data::BF16(_) => DType::BF16,
+        }
+    }
+
+    /// Extent of each dimension, slowest first.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        each!(&self.data, values => values.len())
+    }
+
+    /// Whether there are no elements.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The elements as bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        each!(&self.data, values => bytemuck::cast_slice(values))
+    }
+
+    /// The elements as bytes, to be overwritten.
+    #[must_use]
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        each!(&mut self.data, values => bytemuck::cast_slice_mut(values))
+    }
+
+    /// Element `index`, counted over all dimensions, exactly.
+    ///
+    /// # Panics
+    /// When there is no such element.
+    #[must_use]
+    pub fn get(&self, index: usize) -> f64 {
+        each!(&self.data, values => values[index].to_f64())
+    }
+
+    /// All elements, exactly.
+    #[must_use]
+    pub fn to_f64(&self) -> Vec<f64> {
+        each!(&self.data, values => values.iter().map(|v| v.to_f64()).collect())
+    }
+
+    /// All elements, exactly: f32 holds every storage type.
+    #[must_use]
+    pub fn to_f32(&self) -> Vec<f32> {
+        each!(&self.data, values => values.iter().map(|v| v.to_f64() as f32).collect())
+    }
+
+    /// The elements rounded to another storage type.
+    #[must_use]
+    pub fn cast(&self, dtype: DType) -> Self {
+        let data = each!(&self.data, values =>
+            make!(dtype, T => values.iter().map(|v| T::from_f64(v.to_f64())).collect()));
+        Self { shape: self.shape.clone(), data }
+    }
+
+    /// Each element multiplied by `factor` and rounded again.
+    #[must_use]
+    pub fn scaled(&self, factor: f64) -> Self {
+        let data = each!(&self.data, values =>
+            make!(self.dtype(), T => values.iter().map(|v| T::from_f64(v.to_f64() * factor)).collect()));
+        Self { shape: self.shape.clone(), data }
+    }
+
+    /// The same elements under another shape.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] when the new shape has more or fewer elements.
+    pub fn reshaped(mut self, shape: &[usize]) -> Result<Self, Error> {
+        check_len(shape, self.len())?;
+        self.shape = shape.to_vec();
+        Ok(self)
+    }
+
+    /// Swaps the two middle dimensions of four: `[B, H, N, D]` to `[B, N, H, D]` and back.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] when there are not four dimensions.
+    pub fn swap_middle(&self) -> Result<Self, Error> {
+        let &[a, b, c, d] = self.shape.as_slice() else {
+            return Err(Error::ShapeMismatch {
+                what: "to transpose".into(),
+                expected: [0; 4].into(),
+                given: self.shape().into(),
+            });
+        };
+        let mut swapped = Self::zeros(self.dtype(), &[a, c, b, d]);
+        let row = d * self.dtype().size();
+        let (from, to) = (self.bytes(), swapped.bytes_mut());
+        for (target, chunk) in to.chunks_exact_mut(row.max(1)).enumerate() {
+            let (i, k, j) = (target / (c * b), target / b % c, target % b);
+            let source = ((i * b + j) * c + k) * row;
+            chunk.copy_from_slice(&from[source..source + row]);
+        }
+        Ok(swapped)
+    }
+
+    /// Checks type and shape against what is needed; `what` names the tensor.
+    ///
+    /// # Errors
+    /// [`Error::DTypeMismatch`] or [`Error::ShapeMismatch`].
+    pub fn expect(&self, what: &str, dtype: DType, shape: &[usize]) -> Result<(), Error> {
+        if self.shape != shape {
+            return Err(Error::ShapeMismatch {
+                what: what.into(),
+                expected: shape.into(),
+                given: self.shape().into(),
+            });
+        }
+        if self.dtype() != dtype {
+            return Err(Error::DTypeMismatch {
+                what: what.into(),
+                expected: dtype,
+                given: self.dtype(),
+            });
+        }
+        Ok(())
+    }
+}
+
+fn check_len(shape: &[usize], len: usize) -> Result<(), Error> {
+    if shape.iter().product::<usize>() == len {
+        return Ok(());
+    }
+    Err(Error::ShapeMismatch {
+        what: "from values".into(),
+        expected: Shape(shape.to_vec()),
+        given: [len].into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_numbers_depend_on_the_seed_alone() {
+        let a = Tensor::random(DType::F32, &[2, 500], 42, 0.0);
+        assert_eq!(a, Tensor::random(DType::F32, &[2, 500], 42, 0.0));
+        assert_ne!(a, Tensor::random(DType::F32, &[2, 500], 43, 0.0));
+        let mean = a.to_f64().iter().sum::<f64>() / 1000.0;
+        assert!(mean.abs() < 0.1, "{mean}");
+        let shifted = Tensor::random(DType::BF16, &[1000], 42, 3.0).to_f64();
+        assert!((shifted.iter().sum::<f64>() / 1000.0 - mean - 3.0).abs() < 1e-2);
+    }
+
+    #[test]
+    fn bytes_come_back_as_the_same_tensor() {
+        for dtype in DType::ALL {
+            let a = Tensor::random(dtype, &[3, 4], 1, 0.0);
+            let mut shifted = vec![0u8];
+            shifted.extend_from_slice(a.bytes());
+            assert_eq!(Tensor::from_bytes(dtype, &[3, 4], &shifted[1..]).unwrap(), a);
+            assert!(Tensor::from_bytes(dtype, &[3, 5], &shifted[1..]).is_err());
+            assert_eq!(a.cast(DType::F32).cast(dtype), a);
+        }
+    }
+
+    #[test]
+    fn middle_dimensions_swap() {
+        let values: Vec<f64> = (0..2 * 3 * 4 * 5).map(f64::from).collect();
+        let a = Tensor::from_f64(DType::F16, &[2, 3, 4, 5], &values).unwrap();
+        let b = a.swap_middle().unwrap();
+        assert_eq!(b.shape(), [2, 4, 3, 5]);
+        assert_eq!(b.get(((4 + 2) * 3 + 1) * 5 + 3), a.get(((3 + 1) * 4 + 2) * 5 + 3));
+        assert_eq!(b.swap_middle().unwrap(), a);
+    }
+}
