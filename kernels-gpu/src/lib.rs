@@ -5,6 +5,13 @@
 //! | `naive` | `naive.rs` | attention as the textbook has it; the N x N matrix in memory |
 //! | `flash_tiled` | `flash_tiled.rs` | tiles in shared memory, online softmax, no N x N matrix |
 //!
+//! Projections have a ladder of their own:
+//!
+//! | rung | file | the idea it adds |
+//! |---|---|---|
+//! | `linear_naive` | `linear.rs` | a thread per element |
+//! | `linear_tiled` | `linear.rs` | tiles in shared memory, pieces in registers |
+//!
 //! What several rungs share stands in a module of its own: [`args`] (what a kernel is
 //! given), [`entry`] (how a generic kernel becomes entries), [`mask`] (which keys a
 //! row sees), [`dropout`] (Philox), [`softmax`] (the arithmetic of the online softmax).
@@ -16,6 +23,7 @@ pub mod args;
 pub mod dropout;
 pub mod entry;
 pub mod flash_tiled;
+pub mod linear;
 pub mod mask;
 pub mod naive;
 pub mod softmax;
@@ -31,8 +39,14 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
 
 /// The tables of all rungs.
 #[cfg(not(target_arch = "nvptx64"))]
-const TABLES: &[&[entry::Entry]] =
-    &[naive::SCORES, naive::SOFTMAX, naive::OUTPUT, flash_tiled::ENTRIES];
+const TABLES: &[&[entry::Entry]] = &[
+    naive::SCORES,
+    naive::SOFTMAX,
+    naive::OUTPUT,
+    flash_tiled::ENTRIES,
+    linear::NAIVE,
+    linear::TILED,
+];
 
 /// Every entry that can be launched.
 #[cfg(not(target_arch = "nvptx64"))]

@@ -1,0 +1,272 @@
+//! Launches on the emulator, and the references in f64.
+#![allow(dead_code, reason = "each test file uses some of these")]
+
+use kernels_gpu::{
+    args::{AttentionArgs, Buffer, DropoutArgs, LinearArgs, Tensor},
+    dropout,
+};
+use simt::{
+    Dim3,
+    emulator::{self, Launch, Stats},
+    scalar::Scalar,
+};
+
+/// The memory behind a slice.
+pub fn buffer<T>(data: &[T]) -> Buffer {
+    Buffer { address: data.as_ptr() as u64, bytes: size_of_val(data) as u64 }
+}
+
+/// The memory behind a slice that a kernel writes.
+pub fn buffer_mut<T>(data: &mut [T]) -> Buffer {
+    buffer(data)
+}
+
+/// Runs an entry; the test fails with the fault's text.
+pub fn run<A>(symbol: &str, grid: Dim3, block: Dim3, shared_bytes: u32, args: &A) -> Stats {
+    let entry = kernels_gpu::find(symbol).unwrap_or_else(|| panic!("no entry {symbol}"));
+    assert_eq!(u64::from(entry.threads), block.count(), "{symbol}: threads of a block");
+    assert_eq!(entry.args_bytes, size_of::<A>(), "{symbol}: arguments");
+    let address = std::ptr::from_ref(args) as usize;
+    // SAFETY: the arguments describe buffers that outlive the launch.
+    let kernel = || unsafe { (entry.run)(address as *const _) };
+    emulator::launch(Launch { grid, block, shared_bytes }, &kernel)
+        .unwrap_or_else(|fault| panic!("{symbol}: {fault}"))
+}
+
+/// Deterministic values in [-1, 1), rounded to `T`.
+pub fn values<T: Scalar>(count: u32, seed: u32) -> Vec<T> {
+    let mut state = seed;
+    (0..count)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            T::from_f32(f32::from_bits(state >> 9 | 0x4000_0000) - 3.0)
+        })
+        .collect()
+}
+
+/// Half a unit in the last place of a storage type, relative.
+pub fn epsilon<T: Scalar>() -> f64 {
+    let one = 1.0f32;
+    let mut step = 0.5f32;
+    while T::from_f32(one + step / 2.0).to_f32() > one {
+        step /= 2.0;
+    }
+    f64::from(step) / 2.0
+}
+
+/// Checks a linear kernel on one shape.
+pub fn check_linear<T: Scalar>(
+    (rows, in_features, out_features): (u32, u32, u32),
+    with_bias: bool,
+    launch: impl Fn(&LinearArgs),
+) {
+    let x = values::<T>(rows * in_features, 1);
+    let w = values::<T>(out_features * in_features, 2);
+    let bias = values::<T>(if with_bias { out_features } else { 0 }, 3);
+    let mut y = vec![T::from_f32(f32::NAN); (rows * out_features) as usize];
+    launch(&LinearArgs {
+        x: buffer(&x),
+        w: buffer(&w),
+        bias: buffer(&bias),
+        y: buffer_mut(&mut y),
+        rows,
+        in_features,
+        out_features,
+    });
+    let features = in_features as usize;
+    for (index, y) in y.iter().enumerate() {
+        let (r, c) = (index / out_features as usize, index % out_features as usize);
+        let terms = (0..features).map(|i| {
+            f64::from(x[r * features + i].to_f32()) * f64::from(w[c * features + i].to_f32())
+        });
+        let bias = bias.get(c).map_or(0.0, |b| f64::from(b.to_f32()));
+        let size: f64 = terms.clone().map(f64::abs).sum::<f64>() + bias.abs();
+        let expected = terms.sum::<f64>() + bias;
+        // The sum in f32, and one rounding to the storage type.
+        let bound = size * 2f64.powi(-22) + expected.abs() * epsilon::<T>() * 1.01;
+        let error = (f64::from(y.to_f32()) - expected).abs();
+        assert!(error <= bound, "y[{r}, {c}] is off by {error}, more than {bound}");
+    }
+}
+
+/// An attention problem of the tests.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    pub heads: u32,
+    pub seq_q: u32,
+    pub seq_k: u32,
+    pub d: u32,
+    pub causal: bool,
+    pub padding: bool,
+    pub dropout: f32,
+    /// `[B, N, H, D]` in memory, as a projection writes it, instead of `[B, H, N, D]`.
+    pub interleaved: bool,
+    /// What the inputs are multiplied by: large values make logits of thousands.
+    pub size: f32,
+}
+
+impl Case {
+    /// Full attention over one head.
+    pub const fn new(seq_q: u32, seq_k: u32, d: u32) -> Self {
+        Self {
+            heads: 1,
+            seq_q,
+            seq_k,
+            d,
+            causal: false,
+            padding: false,
+            dropout: 0.0,
+            interleaved: false,
+            size: 1.0,
+        }
+    }
+
+    /// Batch entries: two where the padding masks shall differ.
+    const fn batch(&self) -> u32 {
+        if self.padding { 2 } else { 1 }
+    }
+
+    fn strides(&self, seq: u32) -> (u64, u64, u64) {
+        let (h, n, d) = (u64::from(self.heads), u64::from(seq), u64::from(self.d));
+        if self.interleaved { (h * n * d, d, h * d) } else { (h * n * d, n * d, d) }
+    }
+
+    fn tensor<T>(&self, data: &[T], seq: u32) -> Tensor {
+        let (stride_b, stride_h, stride_n) = self.strides(seq);
+        Tensor { buffer: buffer(data), stride_b, stride_h, stride_n }
+    }
+
+    fn elements(&self, seq: u32) -> u32 {
+        self.batch() * self.heads * seq * self.d
+    }
+
+    /// Row `i` of head `h` of batch entry `b`, as f64.
+    fn row<T: Scalar>(&self, data: &[T], seq: u32, b: u32, h: u32, i: u32) -> Vec<f64> {
+        let (sb, sh, sn) = self.strides(seq);
+        let first = (u64::from(b) * sb + u64::from(h) * sh + u64::from(i) * sn) as usize;
+        data[first..first + self.d as usize].iter().map(|x| f64::from(x.to_f32())).collect()
+    }
+
+    /// The padding mask: entry 0 sees nothing of the last keys, entry 1 nothing at all
+    /// but every third key.
+    fn padding_mask(&self) -> Vec<u8> {
+        if !self.padding {
+            return Vec::new();
+        }
+        let keys = 0..self.seq_k;
+        let first = keys.clone().map(|j| u8::from(j < self.seq_k / 2));
+        first.chain(keys.map(|j| u8::from(j % 3 == 1))).collect()
+    }
+
+    /// Runs `launch` on this problem and compares with attention computed in f64.
+    pub fn check<T: Scalar>(&self, launch: impl Fn(&AttentionArgs) -> Stats) -> Stats {
+        let scaled = |seq, seed| -> Vec<T> {
+            let values = values::<T>(self.elements(seq), seed);
+            values.iter().map(|x| T::from_f32(x.to_f32() * self.size)).collect()
+        };
+        let (q, k) = (scaled(self.seq_q, 1), scaled(self.seq_k, 2));
+        // A mean that is not zero, so that a lost or doubled weight shows.
+        let v = values::<T>(self.elements(self.seq_k), 3);
+        let v: Vec<T> = v.iter().map(|x| T::from_f32(x.to_f32() + 0.5)).collect();
+        let mut o = vec![T::from_f32(f32::NAN); q.len()];
+        let mut lse = vec![f32::NAN; (self.batch() * self.heads * self.seq_q) as usize];
+        let weights = (self.batch() * self.heads * self.seq_q * self.seq_k) as usize;
+        let mut weights = vec![T::from_f32(f32::NAN); weights];
+        let mask = self.padding_mask();
+        let drops = DropoutArgs {
+            seed: 0x0123_4567_89ab_cdef,
+            threshold: dropout::threshold(self.dropout),
+            rescale: 1.0 / (1.0 - self.dropout),
+        };
+        let stats = launch(&AttentionArgs {
+            q: self.tensor(&q, self.seq_q),
+            k: self.tensor(&k, self.seq_k),
+            v: self.tensor(&v, self.seq_k),
+            o: self.tensor(&o, self.seq_q),
+            lse: buffer_mut(&mut lse),
+            mask: buffer(&mask),
+            weights: buffer_mut(&mut weights),
+            batch: self.batch(),
+            heads: self.heads,
+            seq_q: self.seq_q,
+            seq_k: self.seq_k,
+            scale_log2: std::f32::consts::LOG2_E / (self.d as f32).sqrt(),
+            causal: self.causal.into(),
+            dropout: drops,
+            ..AttentionArgs::default()
+        });
+        // `o` is read again only now that the kernel has written it.
+        let o = std::hint::black_box(&mut o);
+        for b in 0..self.batch() {
+            for h in 0..self.heads {
+                for i in 0..self.seq_q {
+                    let q_row = self.row(&q, self.seq_q, b, h, i);
+                    let o_row = self.row(o, self.seq_q, b, h, i);
+                    let lse = lse[((b * self.heads + h) * self.seq_q + i) as usize];
+                    let sees = |j: u32| {
+                        (!self.causal || j + self.seq_q <= i + self.seq_k)
+                            && (!self.padding || mask[(b * self.seq_k + j) as usize] != 0)
+                    };
+                    self.check_row::<T>(
+                        &q_row,
+                        |j| self.row(&k, self.seq_k, b, h, j),
+                        |j| self.row(&v, self.seq_k, b, h, j),
+                        sees,
+                        |j| drops.threshold == 0 || dropout::keeps(&drops, b, h, i, j),
+                        &o_row,
+                        f64::from(lse),
+                        &format!("{self:?} b {b} h {h} row {i}"),
+                    );
+                }
+            }
+        }
+        stats
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "all that one row depends on")]
+    fn check_row<T: Scalar>(
+        &self,
+        q: &[f64],
+        k: impl Fn(u32) -> Vec<f64>,
+        v: impl Fn(u32) -> Vec<f64>,
+        sees: impl Fn(u32) -> bool,
+        keeps: impl Fn(u32) -> bool,
+        o: &[f64],
+        lse: f64,
+        what: &str,
+    ) {
+        let keys: Vec<u32> = (0..self.seq_k).filter(|&j| sees(j)).collect();
+        if keys.is_empty() {
+            assert!(o.iter().all(|&x| x == 0.0), "{what}: O of a hidden row is {o:?}");
+            assert_eq!(lse, f64::NEG_INFINITY, "{what}: LSE of a hidden row");
+            return;
+        }
+        let scale = 1.0 / f64::from(self.d).sqrt();
+        let dot = |k: &[f64]| q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>() * scale;
+        let magnitude = |k: &[f64]| q.iter().zip(k).map(|(a, b)| (a * b).abs()).sum::<f64>();
+        let scores: Vec<f64> = keys.iter().map(|&j| dot(&k(j))).collect();
+        // Scores are sums in f32: their error grows with the terms.
+        let largest = keys.iter().map(|&j| magnitude(&k(j)) * scale).fold(0.0, f64::max);
+        let score_error = (largest + 1.0) * 2f64.powi(-20);
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+        let expected_lse = max + sum.ln();
+        let error = (lse - expected_lse).abs();
+        assert!(error <= score_error, "{what}: LSE {lse} is off by {error} > {score_error}");
+        let rescale = f64::from(1.0 / (1.0 - self.dropout));
+        let (mut expected, mut size) = (vec![0.0; q.len()], vec![0.0; q.len()]);
+        for (&j, score) in keys.iter().zip(&scores) {
+            let p = (score - max).exp() / sum * rescale;
+            for ((e, s), v) in expected.iter_mut().zip(&mut size).zip(v(j)) {
+                *s += p * v.abs();
+                *e += if keeps(j) { p * v } else { 0.0 };
+            }
+        }
+        for (d, ((&o, &e), &s)) in o.iter().zip(&expected).zip(&size).enumerate() {
+            // P rounded to the storage type, its error from the scores, O rounded.
+            let bound = s * (epsilon::<T>() * 1.5 + 2.0 * score_error) + e.abs() * epsilon::<T>();
+            let error = (o - e).abs();
+            assert!(error <= bound, "{what}: O[{d}] is {o}, not {e}: off by {error} > {bound}");
+        }
+    }
+}
