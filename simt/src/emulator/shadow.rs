@@ -1,7 +1,9 @@
 //! A block's shared memory and the record beside it that finds races.
 //!
-//! The record has a cell for every two bytes: who wrote last, and who has read since.
-//! Every check is a comparison with the accessing lane's clock, O(1) an access.
+//! The record has a cell for every two bytes: a stamp of who wrote last, and stamps of
+//! who has read. A stamp is a time and a lane in one 64-bit word, time on top, and the
+//! stamps of neighbouring cells are neighbours, so that the usual access, to words that a
+//! block-wide barrier has ordered, is a few comparisons over a run of them.
 
 use std::panic::Location;
 
@@ -13,17 +15,38 @@ use super::{
 /// Bytes that one cell of the record stands for: the smallest element kernels use.
 const CELL_BYTES: u32 = 2;
 
-/// Readers told apart since the last write. Three serve a producer and consumer
-/// warpgroups; more are merged, which is exact under block-wide barriers.
-const READERS: usize = 3;
+/// Stamps of readers a cell has. Each warp has its own of them, see [`reader_slot`].
+const READERS: usize = 4;
 
-/// Stands for several lanes of one warp in [`Read::lane`].
-const SEVERAL_LANES: u16 = u16::MAX;
-/// Stands for several warps in [`Read::warp`].
-const SEVERAL_WARPS: u8 = u8::MAX;
-
-/// Stands for an atomic operation in [`Write::lane`].
+/// Stands for an atomic operation in a stamp of a write.
 const ATOMIC: u16 = u16::MAX;
+/// In a stamp of a read: several lanes of the warp in the low bits.
+const SEVERAL_LANES: u16 = 0x8000;
+/// In a stamp of a read: lanes of several warps.
+const SEVERAL_WARPS: u16 = u16::MAX;
+
+/// The stamp of a warp's reads. Warps 0 to 3 have one each, and so have the first warps
+/// of the warpgroups 0 to 3. Warps that share one are merged, which is exact under
+/// block-wide barriers.
+fn reader_slot(warp: u16) -> usize {
+    usize::from(warp + warp / 4) % READERS
+}
+
+/// Time and lane of an access; 0 is none.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Stamp(u64);
+
+impl Stamp {
+    fn new(time: Time, lane: u16) -> Self {
+        Self(u64::from(time) << 16 | u64::from(lane))
+    }
+    fn time(self) -> Time {
+        (self.0 >> 16) as Time
+    }
+    fn lane(self) -> u16 {
+        self.0 as u16
+    }
+}
 
 /// Source location as a distance from [`origin`], half the size of a pointer.
 type Place = i32;
@@ -47,27 +70,6 @@ fn location(place: Place) -> Option<&'static Location<'static>> {
     (place != 0).then(|| unsafe { &*origin().cast::<u8>().offset(place as isize).cast() })
 }
 
-#[derive(Clone, Copy, Default)]
-struct Write {
-    time: Time,
-    place: Place,
-    lane: u16,
-}
-
-#[derive(Clone, Copy, Default)]
-struct Read {
-    time: Time,
-    place: Place,
-    lane: u16,
-    warp: u8,
-}
-
-#[derive(Clone, Copy, Default)]
-struct Cell {
-    write: Write,
-    reads: [Read; READERS],
-}
-
 /// Who accesses, and when.
 #[derive(Clone, Copy)]
 pub(crate) struct Access<'a> {
@@ -78,30 +80,32 @@ pub(crate) struct Access<'a> {
 }
 
 impl Access<'_> {
-    fn warp(&self) -> u8 {
-        (self.lane / 32) as u8
+    fn warp(&self) -> u16 {
+        self.lane / 32
     }
 
     fn site(&self) -> Site {
         Site { lane: self.lane.into(), location: Some(self.location) }
     }
 
-    fn knows_write(&self, write: &Write) -> bool {
-        if write.time <= self.clock.floor || write.lane == self.lane {
-            return true;
-        }
-        write.lane != ATOMIC
-            && self.clock.knows(write.lane, usize::from(write.lane / 32), write.time)
+    fn knows_write(&self, write: Stamp) -> bool {
+        let (lane, time) = (write.lane(), write.time());
+        time <= self.clock.floor
+            || lane == self.lane
+            || (lane != ATOMIC && self.clock.knows(lane, usize::from(lane / 32), time))
     }
 
-    fn knows_read(&self, read: &Read) -> bool {
-        if read.time <= self.clock.floor || read.lane == self.lane {
+    fn knows_read(&self, read: Stamp) -> bool {
+        let (lane, time) = (read.lane(), read.time());
+        if time <= self.clock.floor || lane == self.lane {
             return true;
         }
-        match (read.warp, read.lane) {
-            (SEVERAL_WARPS, _) => false,
-            (warp, SEVERAL_LANES) => self.clock.knows_warp(warp.into(), read.time),
-            (warp, lane) => self.clock.knows(lane, warp.into(), read.time),
+        match lane {
+            SEVERAL_WARPS => false,
+            l if l & SEVERAL_LANES != 0 => {
+                self.clock.knows_warp(usize::from(l & !SEVERAL_LANES), time)
+            }
+            l => self.clock.knows(l, usize::from(l / 32), time),
         }
     }
 }
@@ -109,7 +113,11 @@ impl Access<'_> {
 /// Shared memory of the block that runs. Offsets are in bytes.
 pub(crate) struct SharedMemory {
     bytes: Vec<u128>,
-    cells: Vec<Cell>,
+    writes: Vec<Stamp>,
+    reads: [Vec<Stamp>; READERS],
+    /// Where the last write and the last new reader of a cell stand in the source.
+    write_places: Vec<Place>,
+    read_places: Vec<Place>,
     len: u32,
     /// Cells stamped before this belong to an earlier block.
     begin: Time,
@@ -117,7 +125,15 @@ pub(crate) struct SharedMemory {
 
 impl SharedMemory {
     pub fn new() -> Self {
-        Self { bytes: Vec::new(), cells: Vec::new(), len: 0, begin: 1 }
+        Self {
+            bytes: Vec::new(),
+            writes: Vec::new(),
+            reads: Default::default(),
+            write_places: Vec::new(),
+            read_places: Vec::new(),
+            len: 0,
+            begin: 1,
+        }
     }
 
     /// Makes it `len` bytes long and forgets what was there before time `begin`.
@@ -129,7 +145,10 @@ impl SharedMemory {
 
     /// Forgets every stamp, when time starts anew.
     pub fn clear(&mut self) {
-        self.cells.fill(Cell::default());
+        self.writes.fill(Stamp::default());
+        for reads in &mut self.reads {
+            reads.fill(Stamp::default());
+        }
     }
 
     /// Adds `bytes` bytes, aligned to 128, and returns their offset.
@@ -145,8 +164,13 @@ impl SharedMemory {
         if self.bytes.len() < words {
             self.bytes.resize(words, 0);
         }
-        if self.cells.len() < cells {
-            self.cells.resize(cells, Cell::default());
+        if self.writes.len() < cells {
+            self.writes.resize(cells, Stamp::default());
+            for reads in &mut self.reads {
+                reads.resize(cells, Stamp::default());
+            }
+            self.write_places.resize(cells, 0);
+            self.read_places.resize(cells, 0);
         }
     }
 
@@ -160,30 +184,43 @@ impl SharedMemory {
         unsafe { self.bytes.as_mut_ptr().cast::<u8>().add(offset as usize) }
     }
 
-    fn cells(&mut self, offset: u32, bytes: u32) -> &mut [Cell] {
-        let (first, last) = (offset / CELL_BYTES, (offset + bytes).div_ceil(CELL_BYTES));
-        &mut self.cells[first as usize..last as usize]
-    }
-
     /// Records a read of `bytes` bytes, unless it races or reads what nothing wrote.
     #[inline]
     pub fn read(&mut self, offset: u32, bytes: u32, by: Access<'_>) -> Result<(), FaultKind> {
-        let begin = self.begin;
-        let warp = by.warp();
-        for cell in self.cells(offset, bytes) {
-            if cell.write.time < begin {
+        let cells = cells(offset, bytes);
+        let floor = by.clock.floor;
+        // The usual case: every word was written in this block, before the last barrier.
+        let (begin, end) = (Stamp::new(self.begin, 0).0, Stamp::new(floor, u16::MAX).0);
+        let writes = &self.writes[cells.clone()];
+        if !writes.iter().fold(true, |ok, w| ok & (w.0 >= begin) & (w.0 <= end)) {
+            self.check_writes(offset, bytes, by)?;
+        }
+        let new = Stamp::new(by.now, by.lane);
+        let several = Stamp::new(by.now, SEVERAL_LANES | by.warp());
+        let reads = &mut self.reads[reader_slot(by.warp())][cells.clone()];
+        if reads.iter().fold(true, |ok, &r| ok & ((r == new) | (r == several))) {
+            return Ok(());
+        }
+        if reads.iter().fold(true, |ok, r| ok & (r.0 <= end)) {
+            reads.fill(new);
+        } else {
+            for read in reads {
+                *read = merged(*read, new, by);
+            }
+        }
+        self.read_places[cells].fill(place(by.location));
+        Ok(())
+    }
+
+    #[cold]
+    fn check_writes(&self, offset: u32, bytes: u32, by: Access<'_>) -> Result<(), FaultKind> {
+        for cell in cells(offset, bytes) {
+            let write = self.writes[cell];
+            if write.time() < self.begin {
                 return Err(FaultKind::Uninitialised { offset, this: by.site() });
             }
-            if !by.knows_write(&cell.write) {
-                return Err(race(offset, "read", by, "write", cell.write.lane, cell.write.place));
-            }
-            let first = &mut cell.reads[0];
-            if first.time == by.now && first.warp == warp {
-                if first.lane != by.lane {
-                    first.lane = SEVERAL_LANES;
-                }
-            } else {
-                remember_read(&mut cell.reads, begin, by);
+            if !by.knows_write(write) {
+                return Err(race(offset, "read", by, "write", write, self.write_places[cell]));
             }
         }
         Ok(())
@@ -192,64 +229,89 @@ impl SharedMemory {
     /// Records a write of `bytes` bytes, unless it races.
     #[inline]
     pub fn write(&mut self, offset: u32, bytes: u32, by: Access<'_>) -> Result<(), FaultKind> {
-        let begin = self.begin;
-        let place = place(by.location);
-        for cell in self.cells(offset, bytes) {
-            if cell.write.time >= begin && !by.knows_write(&cell.write) {
-                return Err(race(offset, "write", by, "write", cell.write.lane, cell.write.place));
-            }
-            for read in &cell.reads {
-                if read.time >= begin && !by.knows_read(read) {
-                    return Err(race(offset, "write", by, "read", read.lane, read.place));
-                }
-            }
-            cell.write = Write { time: by.now, place, lane: by.lane };
-            cell.reads = [Read::default(); READERS];
-        }
+        self.order_before_write(offset, bytes, by, "write")?;
+        let cells = cells(offset, bytes);
+        self.writes[cells.clone()].fill(Stamp::new(by.now, by.lane));
+        self.write_places[cells].fill(place(by.location));
         Ok(())
     }
 
     /// Records an atomic update of `bytes` bytes. Atomics do not race with each other.
     pub fn atomic(&mut self, offset: u32, bytes: u32, by: Access<'_>) -> Result<(), FaultKind> {
-        let begin = self.begin;
-        for cell in self.cells(offset, bytes) {
-            if cell.write.time < begin {
-                return Err(FaultKind::Uninitialised { offset, this: by.site() });
+        let cells = cells(offset, bytes);
+        if self.writes[cells.clone()].iter().any(|w| w.time() < self.begin) {
+            return Err(FaultKind::Uninitialised { offset, this: by.site() });
+        }
+        self.order_before_write(offset, bytes, by, "atomic")?;
+        self.writes[cells.clone()].fill(Stamp::new(by.now, ATOMIC));
+        self.write_places[cells].fill(place(by.location));
+        Ok(())
+    }
+
+    /// Checks that all earlier accesses happen before this one, which writes.
+    #[inline]
+    fn order_before_write(
+        &mut self,
+        offset: u32,
+        bytes: u32,
+        by: Access<'_>,
+        what: &'static str,
+    ) -> Result<(), FaultKind> {
+        let cells = cells(offset, bytes);
+        let end = Stamp::new(by.clock.floor, u16::MAX).0;
+        let before = |stamps: &[Stamp]| stamps.iter().fold(true, |ok, s| ok & (s.0 <= end));
+        let reads = self.reads.iter().fold(true, |ok, r| ok & before(&r[cells.clone()]));
+        if reads & before(&self.writes[cells]) {
+            return Ok(());
+        }
+        self.check_all(offset, bytes, by, what)
+    }
+
+    #[cold]
+    fn check_all(
+        &mut self,
+        offset: u32,
+        bytes: u32,
+        by: Access<'_>,
+        what: &'static str,
+    ) -> Result<(), FaultKind> {
+        for cell in cells(offset, bytes) {
+            let write = self.writes[cell];
+            let both_atomic = what == "atomic" && write.lane() == ATOMIC;
+            if write.time() >= self.begin && !both_atomic && !by.knows_write(write) {
+                return Err(race(offset, what, by, "write", write, self.write_places[cell]));
             }
-            if cell.write.lane != ATOMIC && !by.knows_write(&cell.write) {
-                return Err(race(offset, "atomic", by, "write", cell.write.lane, cell.write.place));
-            }
-            for read in &cell.reads {
-                if read.time >= begin && !by.knows_read(read) {
-                    return Err(race(offset, "atomic", by, "read", read.lane, read.place));
+            for reads in &mut self.reads {
+                let read = reads[cell];
+                if read.time() >= self.begin && !by.knows_read(read) {
+                    return Err(race(offset, what, by, "read", read, self.read_places[cell]));
                 }
+                // What happens after this write happens after that read too.
+                reads[cell] = Stamp::default();
             }
-            cell.write = Write { time: by.now, place: place(by.location), lane: ATOMIC };
-            cell.reads = [Read::default(); READERS];
         }
         Ok(())
     }
 }
 
-/// Keeps `by` among the readers of a cell.
-fn remember_read(reads: &mut [Read; READERS], begin: Time, by: Access<'_>) {
-    let warp = by.warp();
-    let mut new = Read { time: by.now, place: place(by.location), lane: by.lane, warp };
-    // A reader of the same warp: the new one stands for both.
-    if let Some(old) = reads.iter_mut().find(|r| r.time >= begin && r.warp == warp) {
-        if !by.knows_read(old) {
-            new.lane = SEVERAL_LANES;
-        }
-        *old = new;
-        return;
+fn cells(offset: u32, bytes: u32) -> std::ops::Range<usize> {
+    (offset / CELL_BYTES) as usize..(offset + bytes).div_ceil(CELL_BYTES) as usize
+}
+
+/// The stamp that stands for an earlier read and a new one.
+fn merged(old: Stamp, new: Stamp, by: Access<'_>) -> Stamp {
+    // Whoever is ordered after the new read is then ordered after the old one too.
+    if by.knows_read(old) {
+        return new;
     }
-    // A free place, or one whose reader came before this one anyway.
-    if let Some(old) = reads.iter_mut().find(|r| r.time < begin || by.knows_read(r)) {
-        *old = new;
-        return;
-    }
-    // No place: the last stands for several warps, at the latest time.
-    reads[READERS - 1] = Read { lane: SEVERAL_LANES, warp: SEVERAL_WARPS, ..new };
+    let same_warp = old.lane() != SEVERAL_WARPS
+        && by.warp()
+            == if old.lane() & SEVERAL_LANES != 0 {
+                old.lane() & !SEVERAL_LANES
+            } else {
+                old.lane() / 32
+            };
+    Stamp::new(by.now, if same_warp { SEVERAL_LANES | by.warp() } else { SEVERAL_WARPS })
 }
 
 fn race(
@@ -257,9 +319,15 @@ fn race(
     what: &'static str,
     by: Access<'_>,
     other_what: &'static str,
-    lane: u16,
+    stamp: Stamp,
     place: Place,
 ) -> FaultKind {
+    // Of several lanes the warp is known: its first lane stands for it.
+    let lane = match stamp.lane() {
+        SEVERAL_WARPS => 0,
+        l if l & SEVERAL_LANES != 0 => (l & !SEVERAL_LANES) * 32,
+        l => l,
+    };
     let other = Site { lane: lane.into(), location: location(place) };
     FaultKind::Race { offset, what, this: by.site(), other_what, other }
 }
