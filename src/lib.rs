@@ -4,6 +4,7 @@ pub mod backend;
 pub mod dtype;
 pub mod error;
 pub mod problem;
+pub mod ptx;
 pub mod registry;
 pub mod session;
 pub mod tensor;

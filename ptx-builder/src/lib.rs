@@ -14,6 +14,7 @@
 //! `docs/rust-to-ptx.md` tells the story with its reasons.
 
 pub mod compile;
+pub mod embed;
 pub mod manifest;
 pub mod post;
 pub mod ptxas;

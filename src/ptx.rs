@@ -1,0 +1,107 @@
+//! The PTX modules embedded in this library.
+//!
+//! An entry belongs to the module of the least architecture that can run it, and to
+//! no other. PTX is a virtual instruction set: the driver compiles a module for its
+//! GPU when it loads it, so an ordinary module serves every later generation too. An
+//! `a` architecture is the exception: its instructions (wgmma, setmaxnreg) exist on
+//! that one compute capability alone.
+//!
+//! | module | loads on | for |
+//! |---|---|---|
+//! | `sm_75` | 7.5 and later | scalar kernels, `mma.sync` on f16 |
+//! | `sm_80` | 8.0 and later | `mma.sync` on bf16 and tf32, `cp.async` |
+//! | `sm_90a` | 9.0 only | wgmma, TMA |
+//!
+//! So a GPU's kernels are the entries of all modules that load on it ([`loadable`]),
+//! and the choice between kernels is the registry's, not this module's.
+
+/// A PTX module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PtxModule {
+    /// Its name, as entries state it: `sm_80`.
+    pub name: &'static str,
+    /// The least compute capability that loads it, major and minor.
+    pub compute_capability: (u32, u32),
+    /// Whether it loads on that compute capability and on no later one.
+    pub exact: bool,
+    /// The PTX.
+    pub text: &'static str,
+}
+
+impl PtxModule {
+    /// Whether a GPU of that compute capability loads the module.
+    #[must_use]
+    pub fn loads_on(&self, compute_capability: (u32, u32)) -> bool {
+        if self.exact {
+            compute_capability == self.compute_capability
+        } else {
+            compute_capability >= self.compute_capability
+        }
+    }
+}
+
+/// Every module, least architecture first.
+///
+/// Empty in a library built with `FLASH_ATTENTION_PTX=emulator-only`.
+#[must_use]
+pub fn modules() -> &'static [PtxModule] {
+    include!(concat!(env!("OUT_DIR"), "/ptx_modules.rs"))
+}
+
+/// The modules that a GPU of that compute capability loads, best first.
+pub fn loadable(compute_capability: (u32, u32)) -> impl Iterator<Item = &'static PtxModule> {
+    modules().iter().rev().filter(move |module| module.loads_on(compute_capability))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ORDINARY: PtxModule =
+        PtxModule { name: "sm_80", compute_capability: (8, 0), exact: false, text: "" };
+    const EXACT: PtxModule =
+        PtxModule { name: "sm_90a", compute_capability: (9, 0), exact: true, text: "" };
+
+    #[test]
+    fn an_ordinary_module_loads_on_its_architecture_and_later() {
+        assert!(!ORDINARY.loads_on((7, 5)));
+        for later in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)] {
+            assert!(ORDINARY.loads_on(later), "{later:?}");
+        }
+    }
+
+    #[test]
+    fn an_exact_module_loads_on_its_architecture_only() {
+        assert!(EXACT.loads_on((9, 0)));
+        for other in [(8, 9), (9, 1), (10, 0), (12, 0)] {
+            assert!(!EXACT.loads_on(other), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn every_kernel_is_in_its_module_with_its_launch_bounds() {
+        if modules().is_empty() {
+            println!("skipped: this library was built without PTX");
+            return;
+        }
+        for entry in kernels_gpu::entries() {
+            let module = modules().iter().find(|module| module.name == entry.module);
+            let text = module.map_or("", |module| module.text);
+            let start = text.find(&format!(".entry {}(", entry.symbol));
+            let start = start.unwrap_or_else(|| panic!("no PTX for {}", entry.symbol));
+            let header = text[start..].split('{').next().unwrap_or("");
+            let threads = format!(".maxntid {}, 1, 1", entry.threads);
+            assert!(header.contains(&threads), "{}: {header}", entry.symbol);
+            let parameter = format!("_param_0[{}]", entry.args_bytes);
+            assert!(header.contains(&parameter), "{}: {header}", entry.symbol);
+        }
+    }
+
+    #[test]
+    fn a_newer_gpu_is_offered_the_best_module_first() {
+        let names: Vec<_> = loadable((9, 0)).map(|module| module.name).collect();
+        let mut sorted = names.clone();
+        sorted.sort_unstable_by(|a, b| b.cmp(a));
+        assert_eq!(names, sorted);
+    }
+}
