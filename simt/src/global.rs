@@ -65,7 +65,7 @@ impl<T: Memory> Global<T> {
     #[inline(always)]
     #[must_use]
     pub const fn address_of(self, index: u64) -> u64 {
-        self.address + index * T::BYTES as u64
+        self.address + index.wrapping_mul(T::BYTES as u64)
     }
 
     /// Reads element `index`.
@@ -96,42 +96,36 @@ impl<T: Memory> Global<T> {
 
     /// Checks an access of a `V` at `index`, counts it, and returns its address.
     #[cfg(not(target_arch = "nvptx64"))]
-    #[inline]
+    #[inline(always)]
     pub(crate) fn check<V: Memory>(
         self,
         index: u64,
         what: &'static str,
         at: &'static Location<'static>,
     ) -> u64 {
-        block::checked(|b| {
-            let (size, bytes) = (u64::from(T::BYTES), u64::from(V::BYTES));
-            // In units of the access, so that nothing can overflow.
-            if index >= self.len || (self.len - index) * size < bytes {
-                return Err(FaultKind::OutOfBounds {
-                    space: "global",
-                    what,
-                    index,
-                    len: self.len,
-                    this: b.site(at),
-                });
-            }
-            let address = self.address_of(index);
-            if address % bytes != 0 {
-                return Err(FaultKind::Misaligned {
-                    space: "global",
-                    what,
-                    address,
-                    bytes: V::BYTES,
-                    this: b.site(at),
-                });
-            }
-            if what == "read" {
-                b.stats.global_bytes_read += bytes;
-            } else {
-                b.stats.global_bytes_written += bytes;
-            }
-            Ok(address)
-        })
+        let (size, bytes) = (u64::from(T::BYTES), u64::from(V::BYTES));
+        let address = self.address_of(index);
+        // In units of the access, so that nothing can overflow.
+        if index >= self.len || (self.len - index) * size < bytes {
+            let this = block::with(|b| b.site(at));
+            let (space, len) = ("global", self.len);
+            block::fail(FaultKind::OutOfBounds { space, what, index, len, this });
+        }
+        if address % bytes != 0 {
+            let this = block::with(|b| b.site(at));
+            block::fail(FaultKind::Misaligned {
+                space: "global",
+                what,
+                address,
+                bytes: V::BYTES,
+                this,
+            });
+        }
+        block::with(|b| match what {
+            "read" => b.stats.global_bytes_read += bytes,
+            _ => b.stats.global_bytes_written += bytes,
+        });
+        address
     }
 }
 

@@ -241,10 +241,12 @@ impl Block {
         });
     }
 
+    #[inline]
     pub fn thread_idx(&self) -> Dim3 {
         self.indices[self.current]
     }
 
+    #[inline]
     pub fn warp(&self) -> usize {
         self.current / 32
     }
@@ -322,6 +324,7 @@ impl Block {
     }
 
     /// The current lane at `at`, for a fault's message.
+    #[inline]
     pub fn site(&self, at: Place) -> Site {
         Site { lane: self.current as u32, location: Some(at) }
     }

@@ -28,6 +28,7 @@ const SEVERAL_WARPS: u16 = u16::MAX;
 /// The stamp of a warp's reads. Warps 0 to 3 have one each, and so have the first warps
 /// of the warpgroups 0 to 3. Warps that share one are merged, which is exact under
 /// block-wide barriers.
+#[inline]
 fn reader_slot(warp: u16) -> usize {
     usize::from(warp + warp / 4) % READERS
 }
@@ -37,12 +38,15 @@ fn reader_slot(warp: u16) -> usize {
 struct Stamp(u64);
 
 impl Stamp {
+    #[inline]
     fn new(time: Time, lane: u16) -> Self {
         Self(u64::from(time) << 16 | u64::from(lane))
     }
+    #[inline]
     fn time(self) -> Time {
         (self.0 >> 16) as Time
     }
+    #[inline]
     fn lane(self) -> u16 {
         self.0 as u16
     }
@@ -51,6 +55,7 @@ impl Stamp {
 /// Source location as a distance from [`origin`], half the size of a pointer.
 type Place = i32;
 
+#[inline]
 fn origin() -> *const Location<'static> {
     #[track_caller]
     fn here() -> &'static Location<'static> {
@@ -59,6 +64,7 @@ fn origin() -> *const Location<'static> {
     here()
 }
 
+#[inline]
 fn place(location: &'static Location<'static>) -> Place {
     let distance =
         (location as *const Location).cast::<u8>() as isize - origin().cast::<u8>() as isize;
@@ -80,6 +86,7 @@ pub(crate) struct Access<'a> {
 }
 
 impl Access<'_> {
+    #[inline]
     fn warp(&self) -> u16 {
         self.lane / 32
     }
@@ -88,6 +95,7 @@ impl Access<'_> {
         Site { lane: self.lane.into(), location: Some(self.location) }
     }
 
+    #[inline]
     fn knows_write(&self, write: Stamp) -> bool {
         let (lane, time) = (write.lane(), write.time());
         time <= self.clock.floor
@@ -95,6 +103,7 @@ impl Access<'_> {
             || (lane != ATOMIC && self.clock.knows(lane, usize::from(lane / 32), time))
     }
 
+    #[inline]
     fn knows_read(&self, read: Stamp) -> bool {
         let (lane, time) = (read.lane(), read.time());
         if time <= self.clock.floor || lane == self.lane {
@@ -174,11 +183,13 @@ impl SharedMemory {
         }
     }
 
+    #[inline]
     pub fn len(&self) -> u32 {
         self.len
     }
 
     /// The bytes at `offset`, which the caller has checked to be in bounds.
+    #[inline]
     pub fn at(&mut self, offset: u32) -> *mut u8 {
         // SAFETY: `offset` is at most `len`, which the allocation covers.
         unsafe { self.bytes.as_mut_ptr().cast::<u8>().add(offset as usize) }
@@ -294,11 +305,13 @@ impl SharedMemory {
     }
 }
 
+#[inline]
 fn cells(offset: u32, bytes: u32) -> std::ops::Range<usize> {
     (offset / CELL_BYTES) as usize..(offset + bytes).div_ceil(CELL_BYTES) as usize
 }
 
 /// The stamp that stands for an earlier read and a new one.
+#[inline]
 fn merged(old: Stamp, new: Stamp, by: Access<'_>) -> Stamp {
     // Whoever is ordered after the new read is then ordered after the old one too.
     if by.knows_read(old) {
