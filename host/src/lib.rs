@@ -1,0 +1,4 @@
+//! The command line's parts, as a library, so that tests and other programs can read
+//! what it writes.
+
+pub mod results;

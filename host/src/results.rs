@@ -1,0 +1,524 @@
+//! What a run measured, as it is written to JSON and read back. The document is
+//! described in `docs/json.md`; it is the interface to whatever plots or compares.
+
+use std::fmt;
+
+use flash_attention::DType;
+use serde::{Deserialize, Serialize};
+
+/// Version of the document. It is raised when a field changes its meaning or goes;
+/// fields may be added without.
+pub const SCHEMA: u32 = 1;
+
+/// A whole run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Results {
+    /// [`SCHEMA`] of the program that wrote this.
+    pub schema: u32,
+    /// Subcommand that was run: `compare`, `verify` or `run`.
+    pub command: String,
+    /// When, UTC, as `2025-01-31T12:00:00Z`.
+    pub created: String,
+    /// Version of the program.
+    pub version: String,
+    /// `git describe` of the source it was built from, or `unknown`.
+    pub commit: String,
+    /// The computer.
+    pub machine: Machine,
+    /// Where the kernels ran.
+    pub device: DeviceInfo,
+    /// The CUDA driver, where there is one.
+    pub driver: Option<Driver>,
+    /// What was asked for.
+    pub options: Options,
+    /// Whether the run was stopped (Ctrl-C) before everything was measured.
+    pub interrupted: bool,
+    /// One row a kernel and sequence length.
+    pub rows: Vec<Row>,
+    /// One comparison with the f64 oracle a kernel, sequence length and tensor.
+    pub checks: Vec<Check>,
+}
+
+/// The computer that a run was made on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Machine {
+    /// Operating system.
+    pub os: String,
+    /// Architecture of the CPU.
+    pub arch: String,
+    /// Name of the CPU, where it is known.
+    pub cpu: Option<String>,
+    /// Threads that the emulator uses.
+    pub threads: usize,
+    /// Memory in bytes, where it is known.
+    pub memory_bytes: Option<u64>,
+}
+
+/// Where kernels ran.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DeviceInfo {
+    /// Name of the GPU, or that of the emulator.
+    pub name: String,
+    /// Whether kernels were emulated: times then show the algorithm, not GPU speed.
+    pub emulated: bool,
+    /// Compute capability, as `9.0`.
+    pub compute_capability: String,
+    /// Memory in bytes; none under an emulator without a limit.
+    pub memory_bytes: Option<u64>,
+    /// The most dynamic shared memory of a block in bytes.
+    pub shared_bytes: u32,
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+}
+
+/// The CUDA driver.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Driver {
+    /// Version of the driver, as `580.65`, where it can be told.
+    pub version: Option<String>,
+    /// Newest CUDA version that the driver speaks, as `13.0`.
+    pub cuda: String,
+}
+
+/// What was asked for, with defaults filled in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Options {
+    /// Sequence lengths.
+    pub seq: Vec<usize>,
+    /// Batch entries.
+    pub batch: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Elements of a row.
+    pub head_dim: usize,
+    /// Storage type.
+    #[serde(with = "text")]
+    pub dtype: DType,
+    /// Whether rows see keys up to their own position only.
+    pub causal: bool,
+    /// Whether there is a padding mask.
+    pub mask: bool,
+    /// Probability that a weight is dropped.
+    pub dropout: f32,
+    /// Kernels, by name.
+    pub kernels: Vec<String>,
+    /// Timed runs of each.
+    pub iters: usize,
+    /// Runs before those.
+    pub warmup: usize,
+    /// Seed of inputs and dropout.
+    pub seed: u64,
+    /// What was run.
+    pub level: LevelChoice,
+    /// Whether PyTorch was run beside the kernels.
+    pub peers: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            seq: Vec::new(),
+            batch: 1,
+            heads: 1,
+            head_dim: 64,
+            dtype: DType::F32,
+            causal: false,
+            mask: false,
+            dropout: 0.0,
+            kernels: Vec::new(),
+            iters: 0,
+            warmup: 0,
+            seed: 42,
+            level: LevelChoice::Attention,
+            peers: false,
+        }
+    }
+}
+
+/// Which levels a run covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LevelChoice {
+    /// Attention alone: Q, K, V in, O and LSE out.
+    #[default]
+    Attention,
+    /// The multi-head attention module with its projections.
+    Module,
+    /// Both.
+    Both,
+}
+
+impl LevelChoice {
+    /// Whether a level is covered.
+    #[must_use]
+    pub const fn covers(self, level: Level) -> bool {
+        matches!(
+            (self, level),
+            (Self::Both, _) | (Self::Attention, Level::Attention) | (Self::Module, Level::Module)
+        )
+    }
+}
+
+/// What a row measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// Attention alone.
+    #[default]
+    Attention,
+    /// The whole forward pass of the module.
+    Module,
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Attention => "attention",
+            Self::Module => "module",
+        })
+    }
+}
+
+/// How a row ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Measured, and right.
+    #[default]
+    Ok,
+    /// It needs more memory than was free.
+    Oom,
+    /// The kernel cannot do this problem, or not on this device.
+    Unsupported,
+    /// It failed, or its output was wrong.
+    Failed,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Ok => "ok",
+            Self::Oom => "oom",
+            Self::Unsupported => "unsupported",
+            Self::Failed => "failed",
+        })
+    }
+}
+
+/// One kernel at one sequence length. What was not measured is `null`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Row {
+    /// Name of the kernel, or `torch-…` for a peer.
+    pub kernel: String,
+    /// What was run.
+    pub level: Level,
+    /// Name of the device.
+    pub device: String,
+    /// Batch entries.
+    pub batch: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Sequence length.
+    pub seq: usize,
+    /// Elements of a row.
+    pub head_dim: usize,
+    /// Storage type.
+    #[serde(with = "text")]
+    pub dtype: DType,
+    /// Whether rows see keys up to their own position only.
+    pub causal: bool,
+    /// How it ended.
+    pub status: Status,
+    /// Why it did not end well; empty otherwise.
+    pub reason: String,
+    /// Mean time of a run in milliseconds.
+    pub mean_ms: Option<f64>,
+    /// Standard deviation of the times (of the sample, `n - 1`).
+    pub std_ms: Option<f64>,
+    /// Shortest time.
+    pub min_ms: Option<f64>,
+    /// Longest time.
+    pub max_ms: Option<f64>,
+    /// Median time.
+    pub median_ms: Option<f64>,
+    /// 10^12 floating-point operations a second, from the median time.
+    pub tflops: Option<f64>,
+    /// Most device memory in use at once, in bytes, inputs and outputs included.
+    pub peak_bytes: Option<u64>,
+    /// Device memory beyond inputs and outputs, in bytes.
+    pub workspace_bytes: Option<u64>,
+    /// Peak memory predicted before the launch.
+    pub needed_bytes: Option<u64>,
+    /// Memory that was free then; on `oom` rows.
+    pub free_bytes: Option<u64>,
+    /// Median time of `naive` divided by this one's.
+    pub speedup: Option<f64>,
+    /// Share of `naive`'s peak memory that this one does without; negative if it needs more.
+    pub memory_saved: Option<f64>,
+    /// Median time of `standard` divided by this one's.
+    pub speedup_standard: Option<f64>,
+    /// Share of `standard`'s peak memory that this one does without.
+    pub memory_saved_standard: Option<f64>,
+    /// Largest absolute difference of O from the f64 oracle, over the rows compared.
+    pub max_abs_err: Option<f64>,
+    /// Whether times are those of the emulator: the algorithm, not GPU speed.
+    pub emulated: bool,
+    /// Floating-point operations of the problem, by convention.
+    pub flops: f64,
+    /// Bytes that the kernel read from global memory, counted by the emulator.
+    pub global_bytes_read: Option<u64>,
+    /// Bytes that the kernel wrote to global memory, counted by the emulator.
+    pub global_bytes_written: Option<u64>,
+    /// Whether this is another library's implementation.
+    pub peer: bool,
+}
+
+impl Default for Row {
+    fn default() -> Self {
+        Self {
+            kernel: String::new(),
+            level: Level::Attention,
+            device: String::new(),
+            batch: 1,
+            heads: 1,
+            seq: 1,
+            head_dim: 64,
+            dtype: DType::F32,
+            causal: false,
+            status: Status::Ok,
+            reason: String::new(),
+            mean_ms: None,
+            std_ms: None,
+            min_ms: None,
+            max_ms: None,
+            median_ms: None,
+            tflops: None,
+            peak_bytes: None,
+            workspace_bytes: None,
+            needed_bytes: None,
+            free_bytes: None,
+            speedup: None,
+            memory_saved: None,
+            speedup_standard: None,
+            memory_saved_standard: None,
+            max_abs_err: None,
+            emulated: false,
+            flops: 0.0,
+            global_bytes_read: None,
+            global_bytes_written: None,
+            peer: false,
+        }
+    }
+}
+
+/// A tensor that a kernel gave, compared with the f64 oracle.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Check {
+    /// Name of the kernel, or `torch-…` for a peer.
+    pub kernel: String,
+    /// What was run.
+    pub level: Level,
+    /// Sequence length.
+    pub seq: usize,
+    /// Storage type.
+    #[serde(with = "text")]
+    pub dtype: DType,
+    /// `o` or `lse`; `y` for the output of a module.
+    pub tensor: String,
+    /// Elements compared.
+    pub compared: u64,
+    /// Elements of the tensor; more than `compared` where rows were sampled.
+    pub elements: u64,
+    /// Largest, mean and median absolute difference.
+    pub abs: Spread,
+    /// The same of the difference relative to the oracle's value.
+    pub rel: Spread,
+    /// Largest absolute difference of the plain algorithm in the same precision from the
+    /// oracle: a kernel is allowed twice that.
+    #[serde(with = "number")]
+    pub plain_max_abs: f64,
+    /// Bound on the largest absolute difference that was asked for, where one was.
+    pub threshold: Option<f64>,
+    /// Whether `abs.max` is within the threshold; true where none was given.
+    pub within_threshold: bool,
+    /// Whether the error is within twice that of the plain algorithm.
+    pub within_twice: bool,
+    /// Index of the worst element, `[b, h, i, d]` or `[b, h, i]`.
+    pub worst_index: Vec<usize>,
+    /// The kernel's value there.
+    #[serde(with = "number")]
+    pub worst_got: f64,
+    /// The oracle's value there.
+    #[serde(with = "number")]
+    pub worst_expected: f64,
+    /// How often each size of absolute difference occurs.
+    pub abs_histogram: Histogram,
+    /// How often each size of relative difference occurs.
+    pub rel_histogram: Histogram,
+}
+
+impl Check {
+    /// Whether both verdicts are good.
+    #[must_use]
+    pub const fn passed(&self) -> bool {
+        self.within_threshold && self.within_twice
+    }
+}
+
+/// Summary of many differences.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Spread {
+    /// Largest.
+    #[serde(with = "number")]
+    pub max: f64,
+    /// Mean.
+    #[serde(with = "number")]
+    pub mean: f64,
+    /// Median.
+    #[serde(with = "number")]
+    pub median: f64,
+}
+
+/// Counts on a logarithmic scale. Bin `i` counts values from `10^(first + i / per_decade)`
+/// to `10^(first + (i + 1) / per_decade)`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Histogram {
+    /// Power of ten at which the first bin begins.
+    pub first: i32,
+    /// Bins of a power of ten.
+    pub per_decade: u32,
+    /// Values in each bin.
+    pub counts: Vec<u64>,
+    /// Values that are zero, which no bin holds.
+    pub zeros: u64,
+    /// Values that are infinite or not a number.
+    pub not_finite: u64,
+}
+
+impl Histogram {
+    /// Counts values by size; their sign is ignored.
+    #[must_use]
+    pub fn of(values: &[f64], per_decade: u32) -> Self {
+        let scale = f64::from(per_decade);
+        let bin = |v: f64| (v.abs().log10() * scale).floor() as i32;
+        let finite = || values.iter().copied().filter(|v| v.is_finite());
+        let bins = || finite().filter(|&v| v != 0.0).map(bin);
+        let mut histogram = Self {
+            per_decade,
+            zeros: finite().filter(|&v| v == 0.0).count() as u64,
+            not_finite: values.iter().filter(|v| !v.is_finite()).count() as u64,
+            ..Self::default()
+        };
+        if let (Some(low), Some(high)) = (bins().min(), bins().max()) {
+            // Whole decades, so that histograms of several kernels line up.
+            histogram.first = low.div_euclid(per_decade as i32);
+            let origin = histogram.first * per_decade as i32;
+            let last = high.div_euclid(per_decade as i32) + 1;
+            histogram.counts = vec![0; ((last - histogram.first) * per_decade as i32) as usize];
+            for bin in bins() {
+                histogram.counts[(bin - origin) as usize] += 1;
+            }
+        }
+        histogram
+    }
+
+    /// Where bin `index` begins.
+    #[must_use]
+    pub fn bin_start(&self, index: usize) -> f64 {
+        10f64.powf(f64::from(self.first) + index as f64 / f64::from(self.per_decade.max(1)))
+    }
+}
+
+/// Values that are written as the text they display as and parse from.
+pub(crate) mod text {
+    use std::{fmt::Display, str::FromStr};
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<T: Display, S: Serializer>(value: &T, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(value)
+    }
+
+    pub fn deserialize<'de, T, D>(d: D) -> Result<T, D::Error>
+    where
+        T: FromStr<Err: Display>,
+        D: Deserializer<'de>,
+    {
+        String::deserialize(d)?.parse().map_err(D::Error::custom)
+    }
+}
+
+/// Numbers of which some are not finite, which JSON has no number for: those are written
+/// as `"inf"`, `"-inf"` and `"NaN"`.
+mod number {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Number {
+        Finite(f64),
+        Text(String),
+    }
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+    pub fn serialize<S: Serializer>(value: &f64, s: S) -> Result<S::Ok, S::Error> {
+        if value.is_finite() { s.serialize_f64(*value) } else { s.collect_str(value) }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
+        match Number::deserialize(d)? {
+            Number::Finite(value) => Ok(value),
+            Number::Text(text) => text.parse().map_err(D::Error::custom),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_document_reads_back_as_it_was() {
+        let row = Row { dtype: DType::BF16, mean_ms: Some(1.5), ..Row::default() };
+        let check = Check {
+            kernel: "naive".into(),
+            level: Level::Module,
+            seq: 4,
+            dtype: DType::F16,
+            tensor: "y".into(),
+            compared: 1,
+            elements: 2,
+            abs: Spread { max: 1e-9, mean: 1e-10, median: 0.0 },
+            rel: Spread::default(),
+            plain_max_abs: 0.1,
+            threshold: None,
+            within_threshold: true,
+            within_twice: true,
+            worst_index: vec![0, 1, 2, 3],
+            worst_got: f64::NEG_INFINITY,
+            worst_expected: 1.0,
+            abs_histogram: Histogram::of(&[1e-9], 4),
+            rel_histogram: Histogram::default(),
+        };
+        let results = Results { rows: vec![row], checks: vec![check], ..Results::default() };
+        let json = serde_json::to_string(&results).unwrap();
+        assert!(json.contains(r#""dtype":"bf16""#) && json.contains(r#""level":"module""#));
+        assert_eq!(serde_json::from_str::<Results>(&json).unwrap(), results);
+    }
+
+    #[test]
+    fn histograms_count_by_decade() {
+        let h = Histogram::of(&[0.0, f64::NAN, 1e-3, -2e-3, 0.5, 3.0], 2);
+        assert_eq!((h.first, h.zeros, h.not_finite), (-3, 1, 1));
+        assert_eq!(h.counts, [2, 0, 0, 0, 0, 1, 1, 0]);
+        assert_eq!(h.bin_start(6), 1.0);
+        assert_eq!(Histogram::of(&[], 2).counts.len(), 0);
+    }
+}
