@@ -52,28 +52,23 @@ impl Stamp {
     }
 }
 
-/// Source location as a distance from [`origin`], half the size of a pointer.
+/// Source location as a distance from [`ORIGIN`], half the size of a pointer; 0 is none.
 type Place = i32;
 
-#[inline]
-fn origin() -> *const Location<'static> {
-    #[track_caller]
-    fn here() -> &'static Location<'static> {
-        Location::caller()
-    }
-    here()
-}
+/// A fixed point of the program. A static, because the address of a constant may differ
+/// from one place that names it to another.
+static ORIGIN: u8 = 0;
 
 #[inline]
 fn place(location: &'static Location<'static>) -> Place {
-    let distance =
-        (location as *const Location).cast::<u8>() as isize - origin().cast::<u8>() as isize;
+    let distance = std::ptr::from_ref(location) as isize - &raw const ORIGIN as isize;
     Place::try_from(distance).unwrap_or(0)
 }
 
 fn location(place: Place) -> Option<&'static Location<'static>> {
-    // SAFETY: a non-zero place is the distance of a `&'static Location` of this program.
-    (place != 0).then(|| unsafe { &*origin().cast::<u8>().offset(place as isize).cast() })
+    let address = (&raw const ORIGIN as isize + place as isize) as *const Location<'static>;
+    // SAFETY: a place that is not 0 is the distance of a location of this program.
+    (place != 0).then(|| unsafe { &*address })
 }
 
 /// Who accesses, and when.
