@@ -193,13 +193,25 @@ impl SharedMemory {
     /// Records a read of `bytes` bytes, unless it races or reads what nothing wrote.
     #[inline]
     pub fn read(&mut self, offset: u32, bytes: u32, by: Access<'_>) -> Result<(), FaultKind> {
-        let cells = cells(offset, bytes);
-        let floor = by.clock.floor;
+        // One body for each size of access, so that its loops have constant bounds.
+        match bytes {
+            16 => self.read_cells::<8>(offset, by),
+            8 => self.read_cells::<4>(offset, by),
+            4 => self.read_cells::<2>(offset, by),
+            _ => (offset..offset + bytes)
+                .step_by(CELL_BYTES as usize)
+                .try_for_each(|offset| self.read_cells::<1>(offset, by)),
+        }
+    }
+
+    fn read_cells<const N: usize>(&mut self, offset: u32, by: Access<'_>) -> Result<(), FaultKind> {
+        let first = (offset / CELL_BYTES) as usize;
+        let cells = first..first + N;
         // The usual case: every word was written in this block, before the last barrier.
-        let (begin, end) = (Stamp::new(self.begin, 0).0, Stamp::new(floor, u16::MAX).0);
+        let (begin, end) = (Stamp::new(self.begin, 0).0, Stamp::new(by.clock.floor, u16::MAX).0);
         let writes = &self.writes[cells.clone()];
         if !writes.iter().fold(true, |ok, w| ok & (w.0 >= begin) & (w.0 <= end)) {
-            self.check_writes(offset, bytes, by)?;
+            self.check_writes(offset, N as u32 * CELL_BYTES, by)?;
         }
         let new = Stamp::new(by.now, by.lane);
         let several = Stamp::new(by.now, SEVERAL_LANES | by.warp());
