@@ -9,7 +9,7 @@ pub mod registry;
 pub mod session;
 pub mod tensor;
 
-pub use backend::{CpuDevice, Device};
+pub use backend::{CpuDevice, Device, GpuDevice};
 pub use dtype::DType;
 pub use error::Error;
 pub use problem::{Dropout, Layout, Problem};

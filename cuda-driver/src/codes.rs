@@ -18,6 +18,10 @@ impl ResultCode {
     pub const OUT_OF_MEMORY: Self = Self(2);
     /// There is no GPU that CUDA can use.
     pub const NO_DEVICE: Self = Self(100);
+    /// The module holds no code for this GPU.
+    pub const NO_BINARY_FOR_GPU: Self = Self(209);
+    /// The PTX could not be compiled.
+    pub const INVALID_PTX: Self = Self(218);
     /// The driver is older than the PTX version of a module.
     pub const UNSUPPORTED_PTX_VERSION: Self = Self(222);
     /// The driver library lacks a function.

@@ -24,6 +24,7 @@ mod codes;
 mod extra;
 mod forward;
 mod library;
+mod management;
 
 use std::{
     cell::Cell,
@@ -34,6 +35,7 @@ use std::{
 
 pub use codes::ResultCode;
 pub use extra::{TensorMapLayout, TensorMapType, compile_log, encode_tensor_map};
+pub use management::driver_version;
 
 /// The environment variable that names the driver library to open.
 pub const LIBRARY_VARIABLE: &str = "FLASH_ATTENTION_CUDA_DRIVER";
@@ -47,15 +49,12 @@ pub struct Driver {
     pub cuda_version: (u32, u32),
 }
 
-/// Why there is no driver to work with, and what would cure it.
+/// Why there is no driver to work with. The message is one line: [`DriverError::reason`],
+/// then [`DriverError::remedy`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}; {}", self.reason(), self.remedy())]
 pub enum DriverError {
     /// There is no driver library on this machine.
-    #[error(
-        "no CUDA driver: {name} was not found ({detail}); install NVIDIA's driver, start a \
-         container with its GPUs (docker run --gpus all), or set {LIBRARY_VARIABLE} to the \
-         library's path"
-    )]
     LibraryMissing {
         /// The name searched for.
         name: &'static str,
@@ -63,10 +62,6 @@ pub enum DriverError {
         detail: String,
     },
     /// The library that was named could not be opened.
-    #[error(
-        "the CUDA driver {path} cannot be opened ({detail}); correct or unset {LIBRARY_VARIABLE}",
-        path = path.display()
-    )]
     LibraryUnusable {
         /// The file named.
         path: PathBuf,
@@ -74,26 +69,55 @@ pub enum DriverError {
         detail: String,
     },
     /// The driver is there and finds no GPU.
-    #[error(
-        "the CUDA driver {library} finds no GPU; check that nvidia-smi lists one and that \
-         CUDA_VISIBLE_DEVICES does not hide it",
-        library = library.display()
-    )]
     NoDevice {
         /// The library opened.
         library: PathBuf,
     },
     /// The driver is there and does not start.
-    #[error(
-        "the CUDA driver {library} does not start: {code}; check that nvidia-smi works",
-        library = library.display()
-    )]
     NotStarted {
         /// The library opened.
         library: PathBuf,
         /// What `cuInit` or `cuDriverGetVersion` returned.
         code: ResultCode,
     },
+}
+
+impl DriverError {
+    /// What is missing or wrong.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        match self {
+            Self::LibraryMissing { name, detail } => {
+                format!("the CUDA driver library {name} was not found ({detail})")
+            }
+            Self::LibraryUnusable { path, detail } => {
+                format!("the CUDA driver library {} cannot be opened ({detail})", path.display())
+            }
+            Self::NoDevice { library } => {
+                format!("the CUDA driver {} finds no GPU", library.display())
+            }
+            Self::NotStarted { library, code } => {
+                format!("the CUDA driver {} does not start: {code}", library.display())
+            }
+        }
+    }
+
+    /// What would cure it.
+    #[must_use]
+    pub fn remedy(&self) -> String {
+        match self {
+            Self::LibraryMissing { .. } => format!(
+                "install NVIDIA's driver, start a container with its GPUs (docker run --gpus \
+                 all), or set {LIBRARY_VARIABLE} to the library's path"
+            ),
+            Self::LibraryUnusable { .. } => format!("correct or unset {LIBRARY_VARIABLE}"),
+            Self::NoDevice { .. } => {
+                "check that nvidia-smi lists one and that CUDA_VISIBLE_DEVICES does not hide it"
+                    .to_owned()
+            }
+            Self::NotStarted { .. } => "check that nvidia-smi works".to_owned(),
+        }
+    }
 }
 
 /// The driver, opened and initialised by the first call; later calls repeat its answer.

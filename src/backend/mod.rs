@@ -4,12 +4,14 @@
 //! (the session that runs a problem, benchmarks, verification) is written once.
 
 pub mod cpu;
+pub mod gpu;
 pub mod memory;
 
 use crate::error::Error;
 use kernels_gpu::args::{AttentionArgs, LinearArgs};
 
 pub use cpu::CpuDevice;
+pub use gpu::GpuDevice;
 pub use memory::{DeviceBuffer, Memory};
 
 /// Grid or block extent.

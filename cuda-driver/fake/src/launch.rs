@@ -1,0 +1,82 @@
+//! Launches, which the emulator runs before the call returns; their faults wait to be
+//! found as on a GPU.
+
+use simt::{
+    Dim3,
+    emulator::{self, FaultKind},
+};
+
+use crate::{P, call_in_context, code, module::Function, state::state, stream};
+
+#[unsafe(no_mangle)]
+extern "C" fn cuLaunchKernel(
+    function: *const Function,
+    grid_x: u32,
+    grid_y: u32,
+    grid_z: u32,
+    block_x: u32,
+    block_y: u32,
+    block_z: u32,
+    shared_bytes: u32,
+    stream: P,
+    params: *const *const u8,
+    extra: P,
+) -> u32 {
+    call_in_context(|| {
+        stream::check(stream)?;
+        if function.is_null() {
+            return Err(code::INVALID_HANDLE);
+        }
+        // SAFETY: callers pass functions of modules that are loaded.
+        let function = unsafe { &*function };
+        let (grid, block) =
+            (Dim3::new(grid_x, grid_y, grid_z), Dim3::new(block_x, block_y, block_z));
+        let allowed =
+            *function.shared_bytes.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let fits = grid.count() > 0
+            && grid_x <= i32::MAX as u32
+            && grid_y <= 65_535
+            && grid_z <= 65_535
+            && (1..=u64::from(function.max_threads)).contains(&block.count())
+            && shared_bytes <= allowed;
+        if !fits || params.is_null() || !extra.is_null() {
+            return Err(code::INVALID_VALUE);
+        }
+        // Words, so that the copy is aligned for any argument struct.
+        let mut args = vec![0u64; function.entry.args_bytes.div_ceil(8)];
+        // SAFETY: one parameter of the entry's size, copied during the call as the
+        // driver does.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                *params,
+                args.as_mut_ptr().cast(),
+                function.entry.args_bytes,
+            );
+        }
+        run(function.entry, emulator::Launch { grid, block, shared_bytes }, &args);
+        Ok(())
+    })
+}
+
+/// Runs a kernel; a fault is kept for the call that waits.
+fn run(entry: &'static kernels_gpu::entry::Entry, launch: emulator::Launch, args: &[u64]) {
+    {
+        let mut state = state();
+        state.launches += 1;
+        if state.pending_fault != 0 {
+            return;
+        }
+    }
+    // SAFETY: the arguments have the entry's size and alignment, and the memory that
+    // they describe lives until the launch ends, which it does here.
+    let result = emulator::launch(launch, &|| unsafe { (entry.run)(args.as_ptr().cast()) });
+    if let Err(fault) = result {
+        // A GPU does not say; a test's output should.
+        eprintln!("fake CUDA driver: kernel {}: {fault}", entry.symbol);
+        state().pending_fault = match fault.kind {
+            FaultKind::OutOfBounds { .. } => code::ILLEGAL_ADDRESS,
+            FaultKind::Misaligned { .. } => code::MISALIGNED_ADDRESS,
+            _ => code::LAUNCH_FAILED,
+        };
+    }
+}

@@ -1,0 +1,115 @@
+//! Device memory: host memory under a limit.
+
+use std::alloc::{Layout, alloc, dealloc};
+
+use crate::{
+    P, call, call_in_context, code,
+    state::{check_context, check_fault, state},
+    write,
+};
+
+/// What a GPU aligns allocations to, at the least.
+const ALIGNMENT: usize = 256;
+/// What fresh memory holds: NaN in every float type.
+const POISON: u8 = 0xFF;
+
+fn layout(bytes: u64) -> Result<Layout, u32> {
+    Layout::from_size_align(bytes as usize, ALIGNMENT).map_err(|_| code::OUT_OF_MEMORY)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemGetInfo_v2(free: P, total: P) -> u32 {
+    call_in_context(|| {
+        let state = state();
+        write(free, state.memory_bytes.saturating_sub(state.used_bytes()) as usize)?;
+        write(total, state.memory_bytes as usize)
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemAlloc_v2(address: P, bytes: usize) -> u32 {
+    call_in_context(|| {
+        let mut state = state();
+        let bytes = bytes as u64;
+        if bytes == 0 {
+            return Err(code::INVALID_VALUE);
+        }
+        if bytes > state.memory_bytes.saturating_sub(state.used_bytes()) {
+            return Err(code::OUT_OF_MEMORY);
+        }
+        // SAFETY: the layout is not empty.
+        let memory = unsafe { alloc(layout(bytes)?) };
+        if memory.is_null() {
+            return Err(code::OUT_OF_MEMORY);
+        }
+        // SAFETY: just allocated, with that length.
+        unsafe { memory.write_bytes(POISON, bytes as usize) };
+        let start = memory.expose_provenance() as u64;
+        state.allocations.insert(start, bytes);
+        write(address, start)
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemFree_v2(address: u64) -> u32 {
+    call(|| {
+        check_context()?;
+        let bytes = state().allocations.remove(&address).ok_or(code::INVALID_VALUE)?;
+        let memory = std::ptr::with_exposed_provenance_mut(address as usize);
+        // SAFETY: allocated above with this layout, and removed from the list just now.
+        unsafe { dealloc(memory, layout(bytes)?) };
+        // Freed all the same, so that nothing is left behind for the next test.
+        check_fault()
+    })
+}
+
+/// Checks a range of device memory and waits for the kernels that may use it.
+fn range(address: u64, bytes: usize) -> Result<*mut u8, u32> {
+    let mut state = state();
+    state.wait()?;
+    if state.is_allocated(address, bytes as u64) {
+        Ok(std::ptr::with_exposed_provenance_mut(address as usize))
+    } else {
+        Err(code::INVALID_VALUE)
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const u8, bytes: usize) -> u32 {
+    call_in_context(|| {
+        let to = range(to, bytes)?;
+        // SAFETY: the range was checked, and the caller vouches for the host's side.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemcpyDtoH_v2(to: *mut u8, from: u64, bytes: usize) -> u32 {
+    call_in_context(|| {
+        let from = range(from, bytes)?;
+        // SAFETY: the range was checked, and the caller vouches for the host's side.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemsetD8_v2(address: u64, value: u8, count: usize) -> u32 {
+    call_in_context(|| {
+        let memory = range(address, count)?;
+        // SAFETY: the range was checked.
+        unsafe { memory.write_bytes(value, count) };
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemsetD8Async(address: u64, value: u8, count: usize, stream: P) -> u32 {
+    let code = cuMemsetD8_v2(address, value, count);
+    _ = stream;
+    if code == code::SUCCESS {
+        state().filled_async += count as u64;
+    }
+    code
+}

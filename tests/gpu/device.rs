@@ -1,0 +1,406 @@
+//! The GPU backend from end to end, on a driver whose GPU is the emulator: what is
+//! launched with which arguments, what is allocated and freed, and what each failure
+//! of the driver turns into.
+
+use std::sync::Arc;
+
+use crate::fake_driver::{FakeDriver, open};
+use flash_attention::{
+    DType, Error,
+    backend::{
+        Device, DeviceBuffer, KernelArgs, Launch, Memory, TensorMapSpec,
+        gpu::{GpuDevice, describe_all, why_not},
+    },
+};
+use kernels_gpu::{
+    args::{AttentionArgs, Tensor},
+    flash_tiled,
+};
+use simt::{Dim3, emulator};
+
+const ROWS: u32 = 40;
+const HEAD_DIM: u64 = 64;
+const ELEMENTS: usize = ROWS as usize * HEAD_DIM as usize;
+const SYMBOL: &str = "flash_tiled_f32_d64";
+
+fn gpu() -> Arc<GpuDevice> {
+    Arc::new(GpuDevice::open(0).expect("the fake GPU"))
+}
+
+fn memory(gpu: &Arc<GpuDevice>) -> Arc<Memory> {
+    Memory::new(gpu.clone())
+}
+
+fn values(seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 40) as f32 / (1u32 << 24) as f32 - 0.5
+    };
+    (0..ELEMENTS).map(|_| next()).collect()
+}
+
+fn tensor(address: u64, bytes: u64) -> Tensor {
+    let stride = u64::from(ROWS) * HEAD_DIM;
+    Tensor {
+        buffer: kernels_gpu::args::Buffer { address, bytes },
+        stride_b: stride,
+        stride_h: stride,
+        stride_n: HEAD_DIM,
+    }
+}
+
+/// One head of attention, with its outputs in `o` and `lse`.
+fn args(inputs: [(u64, u64); 3], o: (u64, u64), lse: (u64, u64)) -> AttentionArgs {
+    let [q, k, v] = inputs.map(|(address, bytes)| tensor(address, bytes));
+    AttentionArgs {
+        q,
+        k,
+        v,
+        o: tensor(o.0, o.1),
+        lse: kernels_gpu::args::Buffer { address: lse.0, bytes: lse.1 },
+        batch: 1,
+        heads: 1,
+        seq_q: ROWS,
+        seq_k: ROWS,
+        scale_log2: 0.125 * std::f32::consts::LOG2_E,
+        causal: 1,
+        ..AttentionArgs::default()
+    }
+}
+
+fn launch_of(symbol: &str, args: &AttentionArgs) -> Launch {
+    Launch {
+        symbol: symbol.to_owned(),
+        grid: Dim3::new(ROWS.div_ceil(flash_tiled::BR), 1, 1),
+        block: Dim3::new(flash_tiled::THREADS, 1, 1),
+        shared_bytes: flash_tiled::shared_bytes(HEAD_DIM as usize),
+        args: args.to_launch_bytes(),
+    }
+}
+
+/// Inputs and outputs of one head on a device.
+struct Head {
+    inputs: [DeviceBuffer; 3],
+    o: DeviceBuffer,
+    lse: DeviceBuffer,
+}
+
+impl Head {
+    fn new(memory: &Arc<Memory>) -> Result<Self, Error> {
+        Ok(Self {
+            inputs: [
+                memory.upload(&values(1))?,
+                memory.upload(&values(2))?,
+                memory.upload(&values(3))?,
+            ],
+            o: memory.allocate(ELEMENTS as u64 * 4)?,
+            lse: memory.allocate(u64::from(ROWS) * 4)?,
+        })
+    }
+
+    fn args(&self) -> AttentionArgs {
+        let at = |buffer: &DeviceBuffer| (buffer.address(), buffer.bytes());
+        args(self.inputs.each_ref().map(at), at(&self.o), at(&self.lse))
+    }
+}
+
+/// What the emulator makes of the same problem without any driver between.
+fn expected(symbol: &str) -> (Vec<f32>, Vec<f32>) {
+    let inputs = [values(1), values(2), values(3)];
+    let (mut o, mut lse) = (vec![f32::NAN; ELEMENTS], vec![f32::NAN; ROWS as usize]);
+    let at = |data: *const f32, len: usize| (data as u64, len as u64 * 4);
+    let args = args(
+        inputs.each_ref().map(|data| at(data.as_ptr(), ELEMENTS)),
+        at(o.as_mut_ptr(), ELEMENTS),
+        at(lse.as_mut_ptr(), ROWS as usize),
+    );
+    let launch = launch_of(symbol, &args);
+    let entry = kernels_gpu::find(symbol).expect("an entry");
+    let extent = emulator::Launch {
+        grid: launch.grid,
+        block: launch.block,
+        shared_bytes: launch.shared_bytes,
+    };
+    // SAFETY: the arguments are the entry's, and the vectors outlive the launch.
+    let run = || unsafe { (entry.run)((&raw const args).cast()) };
+    emulator::launch(extent, &run).expect("no fault");
+    (o, lse)
+}
+
+/// A launch whose kernel writes beyond the end of O.
+fn faulty_launch(head: &Head) -> Launch {
+    let mut args = head.args();
+    args.o.buffer.bytes /= 2;
+    launch_of(SYMBOL, &args)
+}
+
+#[test]
+fn a_kernel_gets_its_arguments_and_its_results_come_back() {
+    let fake = open();
+    let gpu = gpu();
+    let memory = memory(&gpu);
+    let head = Head::new(&memory).unwrap();
+    let launches = fake.launches();
+    gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap();
+    gpu.synchronize().unwrap();
+    assert_eq!(fake.launches() - launches, 1);
+    let (o, lse) = expected(SYMBOL);
+    assert_eq!(head.o.to_vec::<f32>().unwrap(), o);
+    assert_eq!(head.lse.to_vec::<f32>().unwrap(), lse);
+}
+
+#[test]
+fn every_thread_may_use_the_device() {
+    let _fake = open();
+    let gpu = gpu();
+    let memory = memory(&gpu);
+    let results: Vec<Vec<f32>> = std::thread::scope(|scope| {
+        let work = || {
+            let head = Head::new(&memory).unwrap();
+            gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap();
+            head.o.to_vec().unwrap()
+        };
+        let threads = [scope.spawn(work), scope.spawn(work)];
+        threads.map(|thread| thread.join().unwrap()).into()
+    });
+    let (o, _) = expected(SYMBOL);
+    assert!(results.iter().all(|result| *result == o));
+}
+
+#[test]
+fn memory_is_counted_and_given_back() {
+    let fake = open();
+    let objects = fake.live_objects();
+    {
+        let gpu = gpu();
+        let memory = memory(&gpu);
+        let head = Head::new(&memory).unwrap();
+        let bytes = 4 * (4 * ELEMENTS as u64 + u64::from(ROWS));
+        assert_eq!((memory.current(), fake.used_bytes()), (bytes, bytes));
+        let info = gpu.memory_info().unwrap();
+        assert_eq!((info.free, info.total), ((1 << 30) - bytes, 1 << 30));
+        gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap();
+        gpu.time_ms(&mut || gpu.flush_l2()).unwrap();
+    }
+    assert_eq!(fake.used_bytes(), 0);
+    assert_eq!(fake.live_objects(), objects, "a stream, event, module or context was left");
+}
+
+#[test]
+fn out_of_memory_says_what_was_needed_and_the_device_survives() {
+    let fake = open();
+    fake.set_memory_bytes(1 << 20);
+    let gpu = gpu();
+    let memory = memory(&gpu);
+    let head = Head::new(&memory).unwrap();
+    let free = gpu.memory_info().unwrap().free;
+    match memory.allocate(2 << 20) {
+        Err(Error::OutOfMemory { device, needed, free: reported }) => {
+            assert_eq!((device.as_str(), needed, reported), ("Fake GPU 0", 2 << 20, free));
+        }
+        Err(other) => panic!("another error: {other}"),
+        Ok(_) => panic!("allocated more than there is"),
+    }
+    gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap();
+    assert_eq!(head.o.to_vec::<f32>().unwrap(), expected(SYMBOL).0);
+}
+
+#[test]
+fn a_fault_names_its_kernel_and_says_that_the_context_is_lost() {
+    let fake = open();
+    let gpu = gpu();
+    let memory = memory(&gpu);
+    let head = Head::new(&memory).unwrap();
+    gpu.launch(&faulty_launch(&head)).expect("a fault shows when the GPU is waited for");
+    let error = gpu.synchronize().unwrap_err();
+    assert!(matches!(&error, Error::Kernel { symbol, .. } if symbol == SYMBOL), "{error}");
+    let message = error.to_string();
+    assert!(message.contains("CUDA error 700"), "{message}");
+    assert!(message.contains("must be started again"), "{message}");
+    assert!(message.contains("emulator names the line"), "{message}");
+    // It stays: every later call fails, and says so, too.
+    let later = gpu.memory_info().unwrap_err().to_string();
+    assert!(later.contains("must be started again"), "{later}");
+    drop(head);
+    fake.clear_fault();
+}
+
+#[test]
+fn timing_reports_the_fault_of_what_it_timed() {
+    let fake = open();
+    let gpu = gpu();
+    let memory = memory(&gpu);
+    let head = Head::new(&memory).unwrap();
+    let launch = launch_of(SYMBOL, &head.args());
+    let ms = gpu.time_ms(&mut || gpu.launch(&launch)).unwrap();
+    assert!(ms > 0.0);
+    let faulty = faulty_launch(&head);
+    let error = gpu.time_ms(&mut || gpu.launch(&faulty)).unwrap_err();
+    assert!(matches!(error, Error::Kernel { .. }), "{error}");
+    fake.clear_fault();
+}
+
+#[test]
+fn hardware_exceptions_keep_their_meaning() {
+    let fake = open();
+    let gpu = gpu();
+    let memory = memory(&gpu);
+    let head = Head::new(&memory).unwrap();
+    for (code, text) in [(716, "misaligned"), (719, "failed while it ran"), (702, "watchdog")] {
+        gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap();
+        fake.set_fault(code);
+        let message = gpu.synchronize().unwrap_err().to_string();
+        assert!(message.contains(text), "{message}");
+        fake.clear_fault();
+    }
+}
+
+#[test]
+fn a_code_that_cust_does_not_know_is_reported_all_the_same() {
+    let fake = open();
+    let gpu = gpu();
+    gpu.memory_info().unwrap();
+    // The call after the one that makes the context current.
+    fake.fail_after(1, 912);
+    let message = gpu.memory_info().unwrap_err().to_string();
+    assert!(message.contains("CUDA error 912"), "{message}");
+    gpu.memory_info().expect("not a fault that stays");
+}
+
+#[test]
+fn launches_that_do_not_fit_their_entry_are_refused() {
+    let fake = open();
+    let gpu = gpu();
+    let memory = memory(&gpu);
+    let head = Head::new(&memory).unwrap();
+    let good = launch_of(SYMBOL, &head.args());
+    let launches = fake.launches();
+    let refused = |launch: Launch, what: &str| {
+        let message = gpu.launch(&launch).unwrap_err().to_string();
+        assert!(message.contains(what), "{message}");
+    };
+    refused(Launch { symbol: "no_such".into(), ..good.clone() }, "no kernel entry named 'no_such'");
+    refused(Launch { args: vec![0; 8], ..good.clone() }, "the size of the arguments is 8");
+    refused(Launch { block: Dim3::new(32, 1, 1), ..good.clone() }, "threads of a block is 32");
+    refused(Launch { shared_bytes: 300_000, ..good.clone() }, "expected 232448");
+    refused(Launch { grid: Dim3::new(1, 0, 1), ..good.clone() }, "the number of blocks is 0");
+    refused(Launch { grid: Dim3::new(1, 70_000, 1), ..good.clone() }, "the grid's y is 70000");
+    assert_eq!(fake.launches(), launches);
+    gpu.launch(&good).unwrap();
+    gpu.synchronize().unwrap();
+}
+
+#[test]
+fn shared_memory_beyond_48_kib_is_asked_for() {
+    let _fake = open();
+    let gpu = gpu();
+    let memory = memory(&gpu);
+    let head = Head::new(&memory).unwrap();
+    // More than the kernel needs is harmless; the fake refuses what was not asked for.
+    let launch = Launch { shared_bytes: 100 << 10, ..launch_of(SYMBOL, &head.args()) };
+    gpu.launch(&launch).unwrap();
+    gpu.launch(&launch).unwrap();
+    gpu.synchronize().unwrap();
+}
+
+#[test]
+fn a_gpu_too_old_for_a_kernel_is_told_what_the_kernel_needs() {
+    let fake = open();
+    fake.set_compute_capability(7, 0);
+    let gpu = gpu();
+    assert_eq!(gpu.compute_capability(), (7, 0));
+    let launch = launch_of(SYMBOL, &AttentionArgs::default());
+    let error = gpu.launch(&launch).unwrap_err();
+    assert!(error.is_usage());
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "Fake GPU 0 cannot run {SYMBOL}: it needs compute capability 7.5 or newer, and this \
+             GPU has 7.0"
+        )
+    );
+}
+
+#[test]
+fn every_entry_runs_on_hopper_and_is_in_the_module_it_names() {
+    let _fake = open();
+    let gpu = gpu();
+    for entry in kernels_gpu::entries() {
+        assert_eq!(why_not(entry, (9, 0)), None);
+        // Refused for its arguments, so its module was loaded and has it.
+        let launch = Launch {
+            symbol: entry.symbol.to_owned(),
+            grid: Dim3::new(1, 1, 1),
+            block: Dim3::new(entry.threads, 1, 1),
+            shared_bytes: 0,
+            args: Vec::new(),
+        };
+        let error = gpu.launch(&launch).unwrap_err();
+        assert!(matches!(error, Error::BadLaunch { .. }), "{error}");
+    }
+}
+
+#[test]
+fn flushing_writes_twice_the_cache() {
+    let fake = open();
+    let gpu = gpu();
+    let before = fake.filled_async();
+    gpu.flush_l2().unwrap();
+    gpu.flush_l2().unwrap();
+    let bytes = 2 * u64::from(gpu.description().l2_bytes);
+    assert_eq!(fake.filled_async() - before, 2 * bytes);
+    assert_eq!(fake.used_bytes(), bytes, "one buffer serves every flush");
+}
+
+#[test]
+fn gpus_are_described() {
+    let fake = open();
+    fake.set_gpus(2);
+    let gpus = describe_all().unwrap();
+    fake.set_gpus(1);
+    assert_eq!(gpus.len(), 2);
+    let gpu = &gpus[1];
+    assert_eq!((gpu.index, gpu.name.as_str()), (1, "Fake GPU 1"));
+    assert_eq!((gpu.total_bytes, gpu.free_bytes), (1 << 30, Some(1 << 30)));
+    assert_eq!((gpu.compute_capability, gpu.multiprocessors), ((9, 0), 4));
+    assert_eq!((gpu.max_shared_bytes, gpu.l2_bytes, gpu.clock_mhz), (232_448, 1 << 20, 1980));
+    assert_eq!(gpu.cuda_version, (13, 0));
+}
+
+#[test]
+fn a_gpu_number_that_is_not_there_is_refused() {
+    let _fake = open();
+    let error = GpuDevice::open(1).err().expect("there is one GPU");
+    assert!(error.is_usage());
+    assert!(error.to_string().contains("no GPU 1, the driver lists 1"), "{error}");
+}
+
+#[test]
+fn copies_beyond_an_allocation_are_refused_by_the_driver() {
+    let _fake: FakeDriver = open();
+    let gpu = gpu();
+    let address = gpu.allocate(64).unwrap();
+    let error = gpu.upload(address, &[0; 65]).unwrap_err();
+    assert!(error.to_string().contains("copying 65 bytes"), "{error}");
+    gpu.fill(address, 64, 7).unwrap();
+    let mut data = [0; 64];
+    gpu.download(address, &mut data).unwrap();
+    assert_eq!(data, [7; 64]);
+    gpu.free(address, 64);
+}
+
+#[test]
+fn tensor_maps_are_refused_with_the_layout() {
+    let _fake = open();
+    let map = TensorMapSpec {
+        address: 0,
+        dtype: DType::F16,
+        dims: vec![64, 64],
+        strides_bytes: vec![128],
+        box_dims: vec![64, 64],
+        swizzle_bytes: 48,
+    };
+    let error = gpu().encode_tensor_map(&map).unwrap_err().to_string();
+    assert!(error.contains("cuTensorMapEncodeTiled") && error.contains("48"), "{error}");
+}

@@ -1,0 +1,98 @@
+//! Whole runs on the GPU backend: every kernel of the registry, on a driver whose GPU
+//! is the emulator, gives bit for bit what the CPU backend gives.
+
+use std::sync::Arc;
+
+use crate::fake_driver::open;
+use flash_attention::{
+    CpuDevice, DType, Error, GpuDevice, Problem, Tensor,
+    registry::{self, KERNELS},
+    session::{Inputs, MemoryReport, Outputs, Session},
+};
+
+fn gpu() -> Session {
+    Session::new(Arc::new(GpuDevice::open(0).expect("the fake GPU")))
+}
+
+fn problem(dtype: DType, head_dim: usize) -> Problem {
+    Problem::builder(2, 2, 33, head_dim).seq_k(70).dtype(dtype).causal(true).build().unwrap()
+}
+
+fn run(
+    session: &Session,
+    kernel: &str,
+    problem: &Problem,
+) -> Result<(Outputs, MemoryReport), Error> {
+    let q = Tensor::random(problem.dtype(), &problem.q_shape(), 1, 0.0);
+    let k = Tensor::random(problem.dtype(), &problem.k_shape(), 2, 0.0);
+    let v = Tensor::random(problem.dtype(), &problem.k_shape(), 3, 1.0);
+    session.run(registry::find(kernel)?, problem, &Inputs { q: &q, k: &k, v: &v, mask: None })
+}
+
+#[test]
+fn every_kernel_gives_on_the_gpu_backend_what_it_gives_on_the_cpu() {
+    let fake = open();
+    let cpu = Session::new(Arc::new(CpuDevice::new()));
+    let gpu = gpu();
+    for kernel in KERNELS {
+        for &dtype in kernel.dtypes {
+            let problem = problem(dtype, kernel.head_dims[0]);
+            if kernel.supports(&problem, &cpu.target()).is_err() {
+                continue;
+            }
+            let context = format!("{} {dtype}", kernel.name);
+            let (expected, _) = run(&cpu, kernel.name, &problem).expect(&context);
+            let (outputs, report) = run(&gpu, kernel.name, &problem).expect(&context);
+            assert_eq!(outputs.o.bytes(), expected.o.bytes(), "{context}: O");
+            assert_eq!(outputs.lse.bytes(), expected.lse.bytes(), "{context}: LSE");
+            assert_eq!(report.peak, kernel.peak_bytes(&problem, &gpu.target()), "{context}");
+            assert_eq!(fake.used_bytes(), 0, "{context}: memory was left");
+        }
+    }
+}
+
+#[test]
+fn a_problem_that_does_not_fit_is_out_of_memory_and_the_next_one_runs() {
+    let fake = open();
+    let gpu = gpu();
+    let problem = problem(DType::F32, 64);
+    let flash = registry::find("flash_tiled").unwrap().peak_bytes(&problem, &gpu.target());
+    let naive = registry::find("naive").unwrap().peak_bytes(&problem, &gpu.target());
+    assert!(flash < naive);
+    fake.set_memory_bytes(naive - 1);
+    match run(&gpu, "naive", &problem) {
+        Err(Error::OutOfMemory { needed, free, .. }) => {
+            assert_eq!((needed, free), (naive, naive - 1));
+        }
+        Err(other) => panic!("another error: {other}"),
+        Ok(_) => panic!("ran in less memory than it needs"),
+    }
+    run(&gpu, "flash_tiled", &problem).expect("flash_tiled fits");
+}
+
+/// What the memory is taken by in between cannot be foreseen: the allocation fails.
+#[test]
+fn memory_that_is_gone_in_spite_of_the_forecast_is_out_of_memory_too() {
+    let fake = open();
+    let gpu = gpu();
+    let problem = problem(DType::F32, 64);
+    let kernel = registry::find("flash_tiled").unwrap();
+    // Calls until the first allocation: two for the forecast, one for the context.
+    fake.fail_after(3, 2);
+    let error = run(&gpu, kernel.name, &problem).unwrap_err();
+    assert!(error.is_out_of_memory(), "{error}");
+    assert_eq!(fake.used_bytes(), 0);
+    run(&gpu, kernel.name, &problem).expect("the device survives");
+}
+
+#[test]
+fn a_gpu_before_turing_can_run_nothing_and_each_kernel_says_why() {
+    let fake = open();
+    fake.set_compute_capability(6, 1);
+    let gpu = gpu();
+    for kernel in KERNELS {
+        let error = kernel.runs_on(&gpu.target()).unwrap_err();
+        assert!(error.to_string().contains("6.1"), "{error}");
+    }
+    assert!(!gpu.device().is_emulated());
+}
