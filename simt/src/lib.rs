@@ -19,6 +19,11 @@
 //! | [`memory`] | the types that can be loaded and stored in one instruction |
 //! | [`math`] | fma, exp2, log2, rcp, max with the same meaning on both targets |
 //! | [`scalar`] | the storage types f32, f16 and bf16 |
+//! | [`mma`] | products of small matrices on tensor cores |
+//! | [`matrix`] | loads and stores of the tensor cores' fragments |
+//! | [`layout`] | padded and swizzled tiles in shared memory |
+//! | [`async_copy`] | copies from global to shared memory that run by themselves |
+//! | [`barrier`] | barriers of some of a block's warps |
 //! | [`unroll`] | loops that are gone before the compiler sees them |
 //! | [`atomic`] | atomic operations on shared and global memory |
 //!
@@ -40,13 +45,18 @@
     )
 )]
 
+pub mod async_copy;
 pub mod atomic;
+pub mod barrier;
 pub mod dim;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod emulator;
 pub mod global;
+pub mod layout;
 pub mod math;
+pub mod matrix;
 pub mod memory;
+pub mod mma;
 pub mod scalar;
 pub mod shared;
 pub mod thread;

@@ -221,7 +221,7 @@ impl<T: Memory> Shared<T> {
 
     #[cfg(not(target_arch = "nvptx64"))]
     #[inline]
-    fn check<V: Memory>(
+    pub(crate) fn check<V: Memory>(
         self,
         b: &block::Block,
         index: u32,

@@ -8,8 +8,9 @@ use std::{
 };
 
 use super::{
-    Launch, Stats,
+    Launch, Stats, banks,
     clock::{Clock, MAX_WARPS, Time},
+    copies::{Copies, Copy},
     fault::{FaultKind, Site},
     lanes::{FaultPayload, LaneYielder},
     shadow::{Access, SharedMemory},
@@ -77,6 +78,7 @@ pub(crate) struct Block {
     warps: Vec<Box<Collective>>,
     spare: Option<Box<Collective>>,
     barriers: Vec<NamedBarrier>,
+    copies: Copies,
     kernel: Option<*const (dyn Fn() + Sync)>,
 }
 
@@ -183,13 +185,15 @@ impl Block {
                     clock: Clock::new(0),
                 })
                 .collect(),
+            copies: Copies::default(),
             kernel: None,
         }
     }
 
     /// Gets ready to run block `block_idx` of `launch`.
     pub fn start(&mut self, launch: Launch, block_idx: Dim3, kernel: &(dyn Fn() + Sync)) {
-        if self.time > Time::MAX / 2 {
+        // The stamp of a copy that never landed would outlive its block.
+        if self.copies.reset(launch.block.count() as usize) || self.time > Time::MAX / 2 {
             self.shared.clear();
             self.time = 1;
         }
@@ -282,6 +286,14 @@ impl Block {
                 });
             }
         }
+        if let Some((lane, at)) = self.copies.unfinished() {
+            return Err(FaultKind::Misuse {
+                message: "the kernel ended while an asynchronous copy was on its way: wait for \
+                          every group"
+                    .into(),
+                this: Site { lane, location: Some(at) },
+            });
+        }
         Ok(())
     }
 
@@ -357,6 +369,62 @@ impl Block {
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.write(offset, bytes, by)?;
         Ok(self.shared.at(offset))
+    }
+
+    /// Starts an asynchronous copy of 16 bytes from global address `source`, or of zeros.
+    pub fn copy_async(
+        &mut self,
+        offset: u32,
+        source: Option<u64>,
+        at: Place,
+    ) -> Result<(), FaultKind> {
+        let bytes = Copy::BYTES;
+        self.shared_bounds(offset, bytes, "asynchronous copy", at)?;
+        let by = access(&self.lanes, self.current, self.time, at);
+        self.shared.pend(offset, bytes, by)?;
+        let (lane, present) = (self.current, self.present(self.warp()));
+        if let Some(offsets) =
+            self.copies.start(lane, present.count_ones(), Copy { offset, source, at })
+        {
+            self.stats.bank_conflicts += banks::conflicts(&offsets);
+        }
+        Ok(())
+    }
+
+    /// Makes the current lane's copies since the last commit a group.
+    pub fn commit_copies(&mut self) {
+        self.copies.commit(self.current);
+    }
+
+    /// Lets the current lane's groups land, all but the newest `pending`.
+    pub fn wait_copies(&mut self, pending: usize) {
+        let (lane, now) = (self.current as u16, self.time);
+        for copy in self.copies.finish(self.current, pending) {
+            self.stats.shared_bytes_written += u64::from(Copy::BYTES);
+            self.shared.land(copy.offset, Copy::BYTES, lane, now);
+            let to = self.shared.at(copy.offset);
+            match copy.source {
+                // SAFETY: bounds were checked on both sides when the copy was started.
+                Some(source) => unsafe {
+                    ptr::copy_nonoverlapping(source as *const u8, to, Copy::BYTES as usize);
+                },
+                // SAFETY: as above.
+                None => unsafe { ptr::write_bytes(to, 0, Copy::BYTES as usize) },
+            }
+        }
+    }
+
+    /// Counts the bank conflicts of a warp that moves 16 bytes at each of `offsets`.
+    pub fn count_conflicts(&mut self, offsets: &[u32]) {
+        self.stats.bank_conflicts += banks::conflicts(offsets);
+    }
+
+    /// Calls `f` in the name of another lane of the block.
+    pub fn as_lane<R>(&mut self, lane: usize, f: impl FnOnce(&mut Self) -> R) -> R {
+        let current = std::mem::replace(&mut self.current, lane);
+        let result = f(self);
+        self.current = current;
+        result
     }
 
     /// Checks and records an atomic update of shared memory; returns where the bytes are.

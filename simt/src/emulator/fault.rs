@@ -43,6 +43,20 @@ pub enum FaultKind {
         /// Who made it.
         other: Site,
     },
+    /// An access to shared memory where an asynchronous copy is on its way.
+    #[error(
+        "{what} of shared memory at byte {offset} by {this}, while the asynchronous copy of {copy} has not landed there: it must be waited for first"
+    )]
+    Pending {
+        /// Byte offset in the block's shared memory.
+        offset: u32,
+        /// This access: "read" or "write".
+        what: &'static str,
+        /// Who makes it.
+        this: Site,
+        /// Who started the copy.
+        copy: Site,
+    },
     /// A read of shared memory that nothing has written.
     #[error("read of shared memory at byte {offset}, which nothing has written yet, by {this}")]
     Uninitialised {

@@ -9,12 +9,15 @@
 //!
 //! What is reported, each as a [`Fault`] with the kernel's source line: races on shared
 //! memory, reads of shared memory that nothing wrote, accesses out of bounds or
-//! misaligned (shared and global), barriers that not all threads reach, collectives
+//! misaligned (shared and global), accesses to where an asynchronous copy has not landed,
+//! barriers that not all threads reach, collectives
 //! reached by some lanes of a warp only, and panics. Races on global memory are not
 //! looked for.
 
+mod banks;
 pub(crate) mod block;
 mod clock;
+mod copies;
 mod fault;
 mod lanes;
 mod shadow;

@@ -25,6 +25,10 @@ const SEVERAL_LANES: u16 = 0x8000;
 /// In a stamp of a read: lanes of several warps.
 const SEVERAL_WARPS: u16 = u16::MAX;
 
+/// Time of an asynchronous copy that has not landed: later than any, so that no barrier
+/// orders anything after it.
+const PENDING: Time = Time::MAX;
+
 /// The stamp of a warp's reads. Warps 0 to 3 have one each, and so have the first warps
 /// of the warpgroups 0 to 3. Warps that share one are merged, which is exact under
 /// block-wide barriers.
@@ -94,7 +98,7 @@ impl Access<'_> {
     fn knows_write(&self, write: Stamp) -> bool {
         let (lane, time) = (write.lane(), write.time());
         time <= self.clock.floor
-            || lane == self.lane
+            || (lane == self.lane && time != PENDING)
             || (lane != ATOMIC && self.clock.knows(lane, usize::from(lane / 32), time))
     }
 
@@ -238,7 +242,7 @@ impl SharedMemory {
                 return Err(FaultKind::Uninitialised { offset, this: by.site() });
             }
             if !by.knows_write(write) {
-                return Err(race(offset, "read", by, "write", write, self.write_places[cell]));
+                return Err(after_write(offset, "read", by, write, self.write_places[cell]));
             }
         }
         Ok(())
@@ -252,6 +256,18 @@ impl SharedMemory {
         self.writes[cells.clone()].fill(Stamp::new(by.now, by.lane));
         self.write_places[cells].fill(place(by.location));
         Ok(())
+    }
+
+    /// Records the start of an asynchronous copy to `bytes` bytes, unless it races. Until
+    /// [`land`](Self::land), every access to them is a fault.
+    pub fn pend(&mut self, offset: u32, bytes: u32, by: Access<'_>) -> Result<(), FaultKind> {
+        self.write(offset, bytes, Access { now: PENDING, ..by })
+    }
+
+    /// Records that an asynchronous copy has landed: from now on it is a write of `lane`
+    /// made at `now`.
+    pub fn land(&mut self, offset: u32, bytes: u32, lane: u16, now: Time) {
+        self.writes[cells(offset, bytes)].fill(Stamp::new(now, lane));
     }
 
     /// Records an atomic update of `bytes` bytes. Atomics do not race with each other.
@@ -297,7 +313,7 @@ impl SharedMemory {
             let write = self.writes[cell];
             let both_atomic = what == "atomic" && write.lane() == ATOMIC;
             if write.time() >= self.begin && !both_atomic && !by.knows_write(write) {
-                return Err(race(offset, what, by, "write", write, self.write_places[cell]));
+                return Err(after_write(offset, what, by, write, self.write_places[cell]));
             }
             for reads in &mut self.reads {
                 let read = reads[cell];
@@ -332,6 +348,22 @@ fn merged(old: Stamp, new: Stamp, by: Access<'_>) -> Stamp {
                 old.lane() / 32
             };
     Stamp::new(by.now, if same_warp { SEVERAL_LANES | by.warp() } else { SEVERAL_WARPS })
+}
+
+/// The fault of an access after a write that it does not know.
+#[cold]
+fn after_write(
+    offset: u32,
+    what: &'static str,
+    by: Access<'_>,
+    write: Stamp,
+    place: Place,
+) -> FaultKind {
+    if write.time() == PENDING {
+        let copy = Site { lane: write.lane().into(), location: location(place) };
+        return FaultKind::Pending { offset, what, this: by.site(), copy };
+    }
+    race(offset, what, by, "write", write, place)
 }
 
 fn race(
