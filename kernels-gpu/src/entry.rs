@@ -1,6 +1,6 @@
 //! How a generic kernel becomes entries that can be launched.
 //!
-//! `extern "ptx-kernel"` functions cannot be generic, so [`entries!`](crate::entries) makes one
+//! `extern "ptx-kernel"` functions cannot be generic, so [`entries!`](crate::entries!) makes one
 //! per instance: on nvptx64 an `.entry` of that name, on the host a row of a table
 //! that the emulator looks the name up in. Both come from the same line, so that
 //! they cannot disagree.

@@ -24,7 +24,7 @@
 //! | [`layout`] | padded and swizzled tiles in shared memory |
 //! | [`async_copy`] | copies from global to shared memory that run by themselves |
 //! | [`barrier`] | barriers of some of a block's warps |
-//! | [`unroll`] | loops that are gone before the compiler sees them |
+//! | [`mod@unroll`] | loops that are gone before the compiler sees them |
 //! | [`atomic`] | atomic operations on shared and global memory |
 //!
 //! # Safety of views
