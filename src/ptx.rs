@@ -38,6 +38,28 @@ impl PtxModule {
             compute_capability >= self.compute_capability
         }
     }
+
+    /// The module with one of its entries only, so that the driver compiles what is
+    /// launched and not every instance of every kernel. `None` if it has no such entry.
+    #[must_use]
+    pub fn with_entry_only(&self, symbol: &str) -> Option<String> {
+        let wanted = format!(".visible .entry {symbol}(");
+        let mut text = String::new();
+        let (mut found, mut skipping) = (false, false);
+        for line in self.text.lines() {
+            if line.starts_with(".visible .entry ") {
+                skipping = !line.starts_with(&wanted);
+                found |= !skipping;
+            }
+            if !skipping {
+                text.push_str(line);
+                text.push('\n');
+            }
+            // Braces within an entry are indented.
+            skipping &= line != "}";
+        }
+        found.then_some(text)
+    }
 }
 
 /// Every module, least architecture first.
@@ -94,6 +116,31 @@ mod tests {
             assert!(header.contains(&threads), "{}: {header}", entry.symbol);
             let parameter = format!("_param_0[{}]", entry.args_bytes);
             assert!(header.contains(&parameter), "{}: {header}", entry.symbol);
+        }
+    }
+
+    #[test]
+    fn one_entry_can_be_had_without_the_others() {
+        let text = ".version 7.0\n.visible .entry a(\n)\n{\n\t{\n\t}\n\tret;\n}\n.global .u32 g;\n\
+                    .visible .entry a2(\n)\n{\n\tret;\n}\n";
+        let module = PtxModule { text, ..ORDINARY };
+        let only = ".version 7.0\n.global .u32 g;\n.visible .entry a2(\n)\n{\n\tret;\n}\n";
+        assert_eq!(module.with_entry_only("a2").as_deref(), Some(only));
+        assert!(module.with_entry_only("a").unwrap().contains("\t}\n\tret;\n}\n.global"));
+        assert_eq!(module.with_entry_only("b"), None);
+    }
+
+    #[test]
+    fn every_entry_stands_alone_with_what_precedes_the_entries() {
+        for module in modules() {
+            for entry in kernels_gpu::entries().filter(|entry| entry.module == module.name) {
+                let text = module.with_entry_only(entry.symbol).expect(entry.symbol);
+                assert_eq!(text.matches(".entry ").count(), 1, "{}", entry.symbol);
+                for directive in [".version", ".target", ".address_size", "simt_dynamic_shared"] {
+                    assert!(text.contains(directive), "{}: {directive}", entry.symbol);
+                }
+                assert!(text.ends_with("}\n"), "{}", entry.symbol);
+            }
         }
     }
 

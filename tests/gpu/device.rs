@@ -323,6 +323,35 @@ fn a_gpu_too_old_for_a_kernel_is_told_what_the_kernel_needs() {
 }
 
 #[test]
+fn a_kernel_that_the_driver_refuses_comes_with_the_reason() {
+    let fake = open();
+    let gpu = gpu();
+    let memory = memory(&gpu);
+    let head = Head::new(&memory).unwrap();
+    // The call after the one that makes the context current compiles.
+    fake.fail_after(1, 218);
+    let error = gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap_err();
+    assert!(matches!(&error, Error::Module { module, .. } if module == "sm_75"), "{error}");
+    assert!(error.to_string().contains("CUDA_ERROR_INVALID_PTX"), "{error}");
+    fake.fail_after(1, 222);
+    let error = gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap_err();
+    assert!(error.to_string().contains("install a newer NVIDIA driver"), "{error}");
+    gpu.launch(&launch_of(SYMBOL, &head.args())).expect("neither stays");
+}
+
+#[test]
+fn the_compiler_s_log_is_read() {
+    let fake = open();
+    let gpu = gpu();
+    gpu.memory_info().expect("makes the context current");
+    let objects = fake.live_objects();
+    let log = cuda_driver::compile_log(c".version 8.8\n.target sm_100\n");
+    assert_eq!(log, "code for sm_100 does not run on sm_90");
+    assert_eq!(cuda_driver::compile_log(c".version 8.8\n.target sm_75\n"), "");
+    assert_eq!(fake.live_objects(), objects, "the module compiled for its log was left");
+}
+
+#[test]
 fn every_entry_runs_on_hopper_and_is_in_the_module_it_names() {
     let _fake = open();
     let gpu = gpu();

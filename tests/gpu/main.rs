@@ -2,5 +2,6 @@
 //! the emulator. The tests take turns, since a process has one driver.
 
 mod device;
+mod environment;
 mod fake_driver;
 mod session;

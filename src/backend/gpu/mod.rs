@@ -10,10 +10,11 @@
 
 mod describe;
 mod failure;
-mod modules;
+mod kernels;
 
 use std::{
     ffi::c_void,
+    fmt,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -31,15 +32,15 @@ use crate::{
     dtype::DType,
     error::Error,
 };
-use modules::Modules;
+use kernels::Kernels;
 
 pub use describe::{GpuDescription, describe_all};
-pub use modules::why_not;
+pub use kernels::why_not;
 
-/// A GPU, with its context and the modules loaded so far.
+/// A GPU, with its context and the kernels loaded so far.
 pub struct GpuDevice {
     // The order is that in which they are dropped: what belongs to the context first.
-    modules: Modules,
+    kernels: Kernels,
     stream: Stream,
     flush: Mutex<Option<FlushBuffer>>,
     /// Entries launched since the device was last seen idle: the suspects of a fault.
@@ -67,7 +68,7 @@ impl GpuDevice {
         let stream =
             Stream::new(StreamFlags::DEFAULT, None).map_err(|e| failed("making a stream", e))?;
         Ok(Self {
-            modules: Modules::default(),
+            kernels: Kernels::default(),
             stream,
             flush: Mutex::default(),
             launched: Mutex::default(),
@@ -83,42 +84,45 @@ impl GpuDevice {
     }
 
     /// Runs driver calls with this GPU's context current on the calling thread.
-    fn call<T>(&self, what: &str, calls: impl FnOnce() -> CudaResult<T>) -> Result<T, Error> {
+    fn call<T>(
+        &self,
+        what: impl fmt::Display,
+        calls: impl FnOnce() -> CudaResult<T>,
+    ) -> Result<T, Error> {
         CurrentContext::set_current(&self.context)
             .and_then(|()| calls())
             .map_err(|error| self.failed(what, error))
     }
 
-    fn failed(&self, what: &str, error: CudaError) -> Error {
+    fn failed(&self, what: impl fmt::Display, error: CudaError) -> Error {
         let code = failure::code(error);
         let suspects = lock(&self.launched);
         if failure::is_fault_of_a_kernel(code) && !suspects.is_empty() {
             return failure::kernel(&suspects.join(" or "), code);
         }
-        failure::driver(&self.description.name, what, error)
+        failure::driver(&self.description.name, &what.to_string(), error)
     }
 
     fn launch_checked(&self, launch: &Launch) -> Result<(), Error> {
-        let kernel = self.modules.kernel(&launch.symbol, &self.description)?;
+        let kernel = self.kernels.get(&launch.symbol, &self.description)?;
         check_launch(launch, kernel.entry, &self.description)?;
-        self.call(&format!("raising the shared memory of {}", launch.symbol), || {
-            kernel.allow_shared_bytes(launch.shared_bytes)
-        })?;
         let (grid, block) = (launch.grid, launch.block);
-        let what = format!(
-            "launching {} on {}x{}x{} blocks of {} threads with {} bytes of shared memory",
+        let shared_bytes = launch.shared_bytes;
+        // Made into text only if the launch fails.
+        let what = format_args!(
+            "launching {} on {}x{}x{} blocks of {} threads with {shared_bytes} bytes of shared memory",
             launch.symbol,
             grid.x,
             grid.y,
             grid.z,
             block.count(),
-            launch.shared_bytes
         );
         // The driver copies the arguments during the call, and writes nothing to them.
         let mut params = [launch.args.as_ptr().cast_mut().cast::<c_void>()];
-        self.call(&what, || {
+        self.call(what, || {
+            kernel.allow_shared_bytes(shared_bytes)?;
             // SAFETY: the entry takes one parameter, of the size that was checked; the
-            // function belongs to a module that lives as long as this device.
+            // kernel keeps the module that its function belongs to.
             let code = unsafe {
                 cust::sys::cuLaunchKernel(
                     kernel.function(),
@@ -128,7 +132,7 @@ impl GpuDevice {
                     block.x,
                     block.y,
                     block.z,
-                    launch.shared_bytes,
+                    shared_bytes,
                     self.stream.as_inner(),
                     params.as_mut_ptr(),
                     std::ptr::null_mut(),
@@ -217,34 +221,34 @@ impl Device for GpuDevice {
                 needed: bytes,
                 free: self.memory_info()?.free,
             }),
-            Err(error) => Err(self.failed(&format!("allocating {bytes} bytes"), error)),
+            Err(error) => Err(self.failed(format_args!("allocating {bytes} bytes"), error)),
         }
     }
 
     fn free(&self, address: u64, bytes: u64) {
         // It can fail only when the context is lost, and with it the memory.
-        _ = self.call(&format!("freeing {bytes} bytes"), || {
+        _ = self.call(format_args!("freeing {bytes} bytes"), || {
             // SAFETY: the caller got the address from `allocate`, and gives it up.
             unsafe { cust::memory::cuda_free(DevicePointer::<u8>::from_raw(address)) }
         });
     }
 
     fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
-        self.call(&format!("copying {} bytes to the GPU", data.len()), || {
+        self.call(format_args!("copying {} bytes to the GPU", data.len()), || {
             // SAFETY: the caller vouches for the device memory.
             unsafe { slice(address, data.len()) }.copy_from(data)
         })
     }
 
     fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error> {
-        self.call(&format!("copying {} bytes from the GPU", data.len()), || {
+        self.call(format_args!("copying {} bytes from the GPU", data.len()), || {
             // SAFETY: the caller vouches for the device memory.
             unsafe { slice(address, data.len()) }.copy_to(data)
         })
     }
 
     fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error> {
-        self.call(&format!("filling {bytes} bytes"), || {
+        self.call(format_args!("filling {bytes} bytes"), || {
             // SAFETY: the caller vouches for the device memory.
             unsafe { slice(address, bytes as usize) }.set_8(value)
         })

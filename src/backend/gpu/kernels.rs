@@ -1,8 +1,9 @@
-//! The embedded PTX modules: which runs on a GPU, loading on first use, and the
-//! kernels in them.
+//! Kernels out of the embedded PTX modules. Each is compiled by the driver when it is
+//! first launched, by itself: a module holds every instance of every kernel, and
+//! compiling them all would take many times longer.
 
 use std::{
-    collections::{HashMap, hash_map},
+    collections::HashMap,
     ffi::CString,
     sync::{Arc, Mutex},
 };
@@ -48,6 +49,8 @@ pub(super) struct Kernel {
     function: CUfunction,
     /// Dynamic shared memory that its launches may have so far.
     shared_bytes: Mutex<u32>,
+    /// What the function belongs to.
+    _module: Module,
 }
 
 // SAFETY: the handle is a pointer that only the driver follows, and the driver's
@@ -75,21 +78,15 @@ impl Kernel {
     }
 }
 
-/// The modules loaded so far, and the kernels found in them.
+/// The kernels loaded so far.
 #[derive(Default)]
-pub(super) struct Modules(Mutex<Loaded>);
+pub(super) struct Kernels(Mutex<HashMap<&'static str, Arc<Kernel>>>);
 
-#[derive(Default)]
-struct Loaded {
-    kernels: HashMap<&'static str, Arc<Kernel>>,
-    modules: HashMap<&'static str, Module>,
-}
-
-impl Modules {
-    /// The kernel of that name; its module is compiled by the driver on first use.
-    /// A context of the GPU must be current.
-    pub(super) fn kernel(&self, symbol: &str, gpu: &GpuDescription) -> Result<Arc<Kernel>, Error> {
-        let Loaded { kernels, modules } = &mut *lock(&self.0);
+impl Kernels {
+    /// The kernel of that name, which the driver compiles on first use. A context of the
+    /// GPU must be current.
+    pub(super) fn get(&self, symbol: &str, gpu: &GpuDescription) -> Result<Arc<Kernel>, Error> {
+        let mut kernels = lock(&self.0);
         if let Some(kernel) = kernels.get(symbol) {
             return Ok(kernel.clone());
         }
@@ -102,45 +99,40 @@ impl Modules {
                 remedy: reason,
             });
         }
-        let module = match modules.entry(entry.module) {
-            hash_map::Entry::Occupied(loaded) => loaded.into_mut(),
-            hash_map::Entry::Vacant(vacant) => vacant.insert(load(entry.module, gpu)?),
-        };
-        let function = module
-            .get_function(symbol)
-            .map_err(|error| match failure::code(error) {
-                ResultCode::NOT_FOUND => Error::Module {
-                    module: entry.module.to_owned(),
-                    log: format!("it has no entry {symbol}"),
-                },
-                _ => failure::driver(&gpu.name, &format!("looking up {symbol}"), error),
-            })?
-            .to_raw();
-        let kernel =
-            Arc::new(Kernel { entry, function, shared_bytes: Mutex::new(SHARED_BYTES_UNASKED) });
+        let kernel = Arc::new(load(entry, gpu)?);
         kernels.insert(entry.symbol, kernel.clone());
         Ok(kernel)
     }
 }
 
-/// Has the driver compile a module. A refusal carries the compiler's log.
-fn load(name: &str, gpu: &GpuDescription) -> Result<Module, Error> {
-    let text = ptx::modules().iter().find(|module| module.name == name).map(|module| module.text);
-    let refused = |log: String| Error::Module { module: name.to_owned(), log };
-    let text = text.ok_or_else(|| refused("this build does not hold it".to_owned()))?;
+/// Has the driver compile an entry. A refusal carries the compiler's log.
+fn load(entry: &'static Entry, gpu: &GpuDescription) -> Result<Kernel, Error> {
+    let refused = |log: String| Error::Module { module: entry.module.to_owned(), log };
+    let text = ptx::modules()
+        .iter()
+        .find(|module| module.name == entry.module)
+        .and_then(|module| module.with_entry_only(entry.symbol))
+        .ok_or_else(|| refused(format!("it has no entry {}", entry.symbol)))?;
     let text = CString::new(text).map_err(|_| refused("it has a NUL in its text".to_owned()))?;
-    Module::from_ptx_cstr(&text, &[]).map_err(|error| {
-        let code = failure::code(error);
-        let call = format!("compiling the PTX module {name}");
-        match code {
-            ResultCode::INVALID_PTX | ResultCode::NO_BINARY_FOR_GPU => {
-                let log = cuda_driver::compile_log(&text);
-                // One line: the log's own are joined.
-                let log = log.lines().map(str::trim).filter(|line| !line.is_empty());
-                let log = log.collect::<Vec<_>>().join(" | ");
-                refused(if log.is_empty() { code.to_string() } else { format!("{code}: {log}") })
-            }
-            _ => failure::driver(&gpu.name, &call, error),
+    let call = format!("compiling {} of PTX module {}", entry.symbol, entry.module);
+    let module = Module::from_ptx_cstr(&text, &[]).map_err(|error| match failure::code(error) {
+        code @ (ResultCode::INVALID_PTX | ResultCode::NO_BINARY_FOR_GPU) => {
+            // The log's lines in one.
+            let log = cuda_driver::compile_log(&text);
+            let lines = log.lines().map(str::trim).filter(|line| !line.is_empty());
+            let log = lines.collect::<Vec<_>>().join(" | ");
+            refused(format!(
+                "{}: {code}{}{log}",
+                entry.symbol,
+                if log.is_empty() { "" } else { ": " }
+            ))
         }
-    })
+        _ => failure::driver(&gpu.name, &call, error),
+    })?;
+    let function = module
+        .get_function(entry.symbol)
+        .map_err(|error| failure::driver(&gpu.name, &format!("finding {}", entry.symbol), error))?
+        .to_raw();
+    let shared_bytes = Mutex::new(SHARED_BYTES_UNASKED);
+    Ok(Kernel { entry, function, shared_bytes, _module: module })
 }
