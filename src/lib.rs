@@ -3,11 +3,13 @@
 pub mod backend;
 pub mod dtype;
 pub mod error;
+pub mod oracle;
 pub mod problem;
 pub mod ptx;
 pub mod registry;
 pub mod session;
 pub mod tensor;
+pub mod verify;
 
 pub use backend::{CpuDevice, Device, GpuDevice};
 pub use dtype::DType;

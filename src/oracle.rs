@@ -1,0 +1,310 @@
+//! What attention should give: a reference in f64, and the plain algorithm in the
+//! storage precision whose error is the yardstick for every kernel (see
+//! [`verify`](crate::verify)).
+//!
+//! Both follow the same rules as the kernels: hidden keys have weight 0, a row that sees
+//! no key has O = 0 and LSE = -inf, dropout draws by position.
+
+use kernels_gpu::{args::DropoutArgs, dropout};
+use rayon::prelude::*;
+
+use crate::{
+    dtype::DType,
+    problem::Problem,
+    session::{Inputs, Outputs},
+    tensor::Tensor,
+};
+
+/// Keys whose scores are summed side by side, to hide the latency of an addition.
+const CHAINS: usize = 8;
+
+/// O and LSE of some rows, widened to f64.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rows {
+    /// O, `head_dim` elements a row.
+    pub o: Vec<f64>,
+    /// Log-sum-exp of each row.
+    pub lse: Vec<f64>,
+}
+
+/// Every row of a problem: row `(b * H + h) * Nq + i`.
+#[must_use]
+pub fn all_rows(problem: &Problem) -> Vec<usize> {
+    (0..problem.rows()).collect()
+}
+
+/// At most `count` rows, spread evenly over batch entries, heads and positions; the
+/// first and the last are among them.
+#[must_use]
+pub fn sample_rows(problem: &Problem, count: usize) -> Vec<usize> {
+    let rows = problem.rows();
+    if count >= rows {
+        return all_rows(problem);
+    }
+    let last = count.saturating_sub(1).max(1) as u128;
+    (0..count).map(|i| (i as u128 * (rows as u128 - 1) / last) as usize).collect()
+}
+
+/// The rows of a kernel's outputs.
+#[must_use]
+pub fn rows_of(problem: &Problem, outputs: &Outputs, rows: &[usize]) -> Rows {
+    let o = View::new(problem, &outputs.o, problem.seq_q());
+    let lse = outputs.lse.to_f32();
+    let mut result = Rows { o: Vec::new(), lse: Vec::new() };
+    for &row in rows {
+        let (b, h, i) = position(problem, row);
+        result.o.extend(o.row(b, h, i).iter().map(|&x| f64::from(x)));
+        result.lse.push(f64::from(lse[row]));
+    }
+    result
+}
+
+/// Attention in f64: the inputs are taken as they are stored, and nothing is rounded
+/// that f64 would not round.
+#[must_use]
+pub fn reference(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows {
+    let case = Case::new(problem, inputs);
+    collect(rows, |row| case.reference_row(row))
+}
+
+/// The plain algorithm in the storage precision: `S = Q Kᵀ * scale` rounded to the
+/// storage type, `P = softmax(S)` computed in f32 and rounded, `O = P V` accumulated in f32
+/// and rounded. It is what a framework does without a fused kernel. LSE in f32, from the
+/// rounded S.
+#[must_use]
+pub fn plain(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows {
+    let case = Case::new(problem, inputs);
+    collect(rows, |row| case.plain_row(row))
+}
+
+fn collect(rows: &[usize], compute: impl Fn(usize) -> (Vec<f64>, f64) + Sync) -> Rows {
+    let computed: Vec<_> = rows.par_iter().map(|&row| compute(row)).collect();
+    let mut result = Rows { o: Vec::new(), lse: Vec::with_capacity(rows.len()) };
+    for (o, lse) in computed {
+        result.o.extend(o);
+        result.lse.push(lse);
+    }
+    result
+}
+
+fn position(problem: &Problem, row: usize) -> (usize, usize, usize) {
+    let (bh, i) = (row / problem.seq_q(), row % problem.seq_q());
+    (bh / problem.heads(), bh % problem.heads(), i)
+}
+
+/// A tensor seen as rows, whatever its layout. f32 holds every storage type exactly.
+struct View {
+    values: Vec<f32>,
+    strides: [usize; 3],
+    head_dim: usize,
+}
+
+impl View {
+    fn new(problem: &Problem, tensor: &Tensor, seq: usize) -> Self {
+        let head_dim = problem.head_dim();
+        let strides = problem.layout().strides(problem.heads(), seq, head_dim);
+        Self { values: tensor.to_f32(), strides, head_dim }
+    }
+
+    fn row(&self, b: usize, h: usize, n: usize) -> &[f32] {
+        let start = b * self.strides[0] + h * self.strides[1] + n * self.strides[2];
+        &self.values[start..start + self.head_dim]
+    }
+}
+
+struct Case<'a> {
+    problem: &'a Problem,
+    mask: Option<&'a [u8]>,
+    q: View,
+    k: View,
+    v: View,
+    dropout: DropoutArgs,
+}
+
+impl<'a> Case<'a> {
+    fn new(problem: &'a Problem, inputs: &Inputs<'a>) -> Self {
+        Self {
+            problem,
+            mask: inputs.mask,
+            q: View::new(problem, inputs.q, problem.seq_q()),
+            k: View::new(problem, inputs.k, problem.seq_k()),
+            v: View::new(problem, inputs.v, problem.seq_k()),
+            dropout: problem.dropout_args(),
+        }
+    }
+
+    /// The keys that row `i` of batch entry `b` sees, ascending.
+    fn seen(&self, b: usize, i: usize) -> Vec<usize> {
+        let seq_k = self.problem.seq_k();
+        let visible = |&j: &usize| {
+            self.problem.sees(i, j) && self.mask.is_none_or(|mask| mask[b * seq_k + j] != 0)
+        };
+        (0..seq_k).filter(visible).collect()
+    }
+
+    /// What weight `(b, h, i, j)` is multiplied by: 0 or the rescale; 1 without dropout.
+    fn kept(&self, b: usize, h: usize, i: usize, j: usize) -> f32 {
+        if self.dropout.threshold == 0 {
+            return 1.0;
+        }
+        let keeps = dropout::keeps(&self.dropout, b as u32, h as u32, i as u32, j as u32);
+        if keeps { self.dropout.rescale } else { 0.0 }
+    }
+
+    fn reference_row(&self, row: usize) -> (Vec<f64>, f64) {
+        let (b, h, i) = position(self.problem, row);
+        let mut o = vec![0.0; self.problem.head_dim()];
+        let seen = self.seen(b, i);
+        if seen.is_empty() {
+            return (o, f64::NEG_INFINITY);
+        }
+        let scale = f64::from(self.problem.scale());
+        let q: Vec<f64> = self.q.row(b, h, i).iter().map(|&x| f64::from(x)).collect();
+        let scores: Vec<f64> =
+            seen.iter().map(|&j| scale * dot_f64(&q, self.k.row(b, h, j))).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        for (&j, weight) in seen.iter().zip(&weights) {
+            let weight = weight / sum * f64::from(self.kept(b, h, i, j));
+            for (o, &v) in o.iter_mut().zip(self.v.row(b, h, j)) {
+                *o += weight * f64::from(v);
+            }
+        }
+        (o, max + sum.ln())
+    }
+
+    fn plain_row(&self, row: usize) -> (Vec<f64>, f64) {
+        let (b, h, i) = position(self.problem, row);
+        let mut o = vec![0.0f32; self.problem.head_dim()];
+        let seen = self.seen(b, i);
+        if seen.is_empty() {
+            return (o.iter().map(|&x| f64::from(x)).collect(), f64::NEG_INFINITY);
+        }
+        let dtype = self.problem.dtype();
+        let scale = self.problem.scale();
+        let q = self.q.row(b, h, i);
+        let mut scores = Vec::with_capacity(seen.len());
+        for keys in seen.chunks(CHAINS) {
+            // Keys that are missing in the last chunk are computed and left out.
+            let k: [&[f32]; CHAINS] =
+                std::array::from_fn(|c| self.k.row(b, h, keys[c.min(keys.len() - 1)]));
+            let sums = dots_f32(q, k);
+            scores.extend(sums[..keys.len()].iter().map(|s| round(dtype, s * scale)));
+        }
+        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let weights: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
+        let sum: f32 = weights.iter().sum();
+        for (&j, weight) in seen.iter().zip(&weights) {
+            let mut p = round(dtype, weight / sum);
+            if self.dropout.threshold != 0 {
+                p = round(dtype, p * self.kept(b, h, i, j));
+            }
+            for (o, &v) in o.iter_mut().zip(self.v.row(b, h, j)) {
+                *o += p * v;
+            }
+        }
+        let o = o.iter().map(|&x| f64::from(round(dtype, x))).collect();
+        (o, f64::from(max + sum.ln()))
+    }
+}
+
+/// A dot product in f64, in several partial sums.
+fn dot_f64(q: &[f64], k: &[f32]) -> f64 {
+    let mut sums = [0.0; CHAINS];
+    for (q, k) in q.chunks(CHAINS).zip(k.chunks(CHAINS)) {
+        for ((sum, &q), &k) in sums.iter_mut().zip(q).zip(k) {
+            *sum += q * f64::from(k);
+        }
+    }
+    sums.iter().sum()
+}
+
+/// Dot products of one row with several keys, each summed in order, in f32.
+fn dots_f32(q: &[f32], k: [&[f32]; CHAINS]) -> [f32; CHAINS] {
+    let mut sums = [0.0; CHAINS];
+    for (d, &q) in q.iter().enumerate() {
+        for (sum, k) in sums.iter_mut().zip(k) {
+            *sum += q * k[d];
+        }
+    }
+    sums
+}
+
+fn round(dtype: DType, value: f32) -> f32 {
+    match dtype {
+        DType::F32 => value,
+        DType::F16 => half::f16::from_f32(value).to_f32(),
+        DType::BF16 => half::bf16::from_f32(value).to_f32(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problem::{Dropout, Layout};
+
+    fn tensors(p: &Problem) -> [Tensor; 3] {
+        let random = |shape: [usize; 4], seed| Tensor::random(p.dtype(), &shape, seed, 0.0);
+        [random(p.q_shape(), 1), random(p.k_shape(), 2), random(p.k_shape(), 3)]
+    }
+
+    #[test]
+    fn one_key_gives_its_value() {
+        let p = Problem::builder(1, 2, 3, 4).seq_k(1).build().unwrap();
+        let [q, k, v] = &tensors(&p);
+        let rows = reference(&p, &Inputs { q, k, v, mask: None }, &all_rows(&p));
+        for row in 0..p.rows() {
+            for d in 0..4 {
+                assert_eq!(rows.o[row * 4 + d], v.get(row / 3 * 4 + d));
+            }
+        }
+    }
+
+    #[test]
+    fn equal_scores_give_the_mean_of_what_is_seen() {
+        let p = Problem::builder(1, 1, 4, 8).causal(true).mask(true).build().unwrap();
+        let [_, k, v] = &tensors(&p);
+        let q = Tensor::zeros(DType::F32, &p.q_shape());
+        let inputs = Inputs { q: &q, k, v, mask: Some(&[0, 1, 1, 0]) };
+        for rows in [reference(&p, &inputs, &all_rows(&p)), plain(&p, &inputs, &all_rows(&p))] {
+            assert_eq!(rows.lse[0], f64::NEG_INFINITY);
+            assert_eq!(&rows.o[..8], &[0.0; 8]);
+            assert_eq!(rows.o[8], v.get(8));
+            assert!((rows.o[3 * 8] - (v.get(8) + v.get(16)) / 2.0).abs() < 1e-7);
+            assert!((rows.lse[3] - 2f64.ln()).abs() < 1e-7);
+        }
+    }
+
+    #[test]
+    fn the_layout_does_not_matter() {
+        let p = Problem::builder(2, 3, 5, 4).build().unwrap();
+        let [q, k, v] = &tensors(&p);
+        let expected = reference(&p, &Inputs { q, k, v, mask: None }, &all_rows(&p));
+        let p = p.to_builder().layout(Layout::TokensFirst).build().unwrap();
+        let [q, k, v] = &[q, k, v].map(|t| t.swap_middle().unwrap());
+        let inputs = Inputs { q, k, v, mask: None };
+        assert_eq!(reference(&p, &inputs, &all_rows(&p)), expected);
+    }
+
+    #[test]
+    fn dropout_keeps_the_mean() {
+        let p = Problem::builder(1, 1, 1, 4).seq_k(4000);
+        let p = p.dropout(Some(Dropout { p: 0.5, seed: 7 })).build().unwrap();
+        let q = Tensor::zeros(DType::F32, &p.q_shape());
+        let v = Tensor::from_f64(DType::F32, &p.k_shape(), &vec![1.0; 16_000]).unwrap();
+        let inputs = Inputs { q: &q, k: &v, v: &v, mask: None };
+        let o = reference(&p, &inputs, &[0]).o[0];
+        // A sum of 4000 draws of 0 or 2, each with weight 1/4000: standard deviation 0.016.
+        assert!((o - 1.0).abs() < 0.08 && o != 1.0, "{o}");
+    }
+
+    #[test]
+    fn rows_are_spread_evenly() {
+        let p = Problem::builder(2, 3, 100, 4).build().unwrap();
+        let rows = sample_rows(&p, 7);
+        assert_eq!((rows.len(), rows[0], rows[6]), (7, 0, 599));
+        assert_eq!(sample_rows(&p, 600), all_rows(&p));
+        assert_eq!(sample_rows(&p, 1), [0]);
+    }
+}
