@@ -297,4 +297,22 @@ mod tests {
         let error = device.launch(&launch).unwrap_err();
         assert!(error.to_string().contains("size of the arguments is 0, expected"), "{error}");
     }
+
+    #[test]
+    fn a_fault_of_a_kernel_is_an_error_with_its_source_line() {
+        let device: Arc<dyn Device> = Arc::new(CpuDevice::new());
+        let problem = crate::Problem::builder(1, 1, 40, 32).build().unwrap();
+        let t = crate::Tensor::random(problem.dtype(), &problem.q_shape(), 1, 0.0);
+        let inputs = crate::session::Inputs { q: &t, k: &t, v: &t, mask: None };
+        let kernel = crate::registry::find("flash_tiled").unwrap();
+        let session = crate::session::Session::new(device.clone());
+        let prepared = session.prepare(kernel, &problem, &inputs).unwrap();
+        let mut launch = prepared.attention().launches()[0].clone();
+        launch.shared_bytes /= 2;
+        let error = device.launch(&launch).unwrap_err();
+        assert!(!error.is_usage());
+        let message = error.to_string();
+        assert!(message.contains("flash_tiled_f32_d32"), "{message}");
+        assert!(message.contains("flash_tiled.rs:"), "{message}");
+    }
 }

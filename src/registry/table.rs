@@ -70,7 +70,11 @@ const FLASH_TILED: KernelSpec = KernelSpec {
     plan: |p, _| {
         one_step(Step {
             symbol: symbol("flash_tiled", p),
-            grid: Dim3::new(tiles(p.seq_q(), flash_tiled::BR), heads(p), 1),
+            grid: Dim3::new(
+                tiles(p.seq_q(), flash_tiled::BR),
+                tiles(p.heads(), 1),
+                tiles(p.batch(), 1),
+            ),
             block: flash_tiled::THREADS.into(),
             shared_bytes: flash_tiled::shared_bytes(p.head_dim()),
         })

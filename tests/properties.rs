@@ -1,0 +1,135 @@
+//! Properties that hold for every problem, on random problems.
+
+mod suite;
+
+use flash_attention::{
+    DType, Error, Problem, Tensor,
+    oracle::{self, all_rows},
+    problem::{Dropout, Layout},
+    registry::{KERNELS, KernelSpec, Target},
+    session::{Inputs, Session},
+    verify::{Differences, FACTOR},
+};
+use proptest::prelude::*;
+
+/// A kernel and a small problem for it.
+fn kernel_and_problem() -> impl Strategy<Value = (&'static KernelSpec, Problem)> {
+    let kernel = (0..KERNELS.len()).prop_map(|i| &KERNELS[i]);
+    let sizes = (1..3usize, 1..3usize, 1..80usize, 1..80usize);
+    let options = (any::<bool>(), any::<bool>(), any::<bool>(), 0.05..0.5f32, any::<u64>());
+    let choices = (0..60usize, 0..60usize, any::<bool>());
+    (kernel, sizes, options, choices).prop_map(|(kernel, sizes, options, choices)| {
+        let (batch, heads, seq_q, seq_k) = sizes;
+        let (causal, mask, with_dropout, p, seed) = options;
+        let dtype = kernel.dtypes[choices.0 % kernel.dtypes.len()];
+        let head_dim = kernel.head_dims[choices.1 % kernel.head_dims.len()];
+        let tokens_first = choices.2 && kernel.features.tokens_first;
+        let problem = Problem::builder(batch, heads, seq_q, head_dim)
+            .seq_k(seq_k)
+            .dtype(dtype)
+            .causal(causal && kernel.features.causal)
+            .mask(mask && kernel.features.mask)
+            .dropout((with_dropout && kernel.features.dropout).then_some(Dropout { p, seed }))
+            .layout(if tokens_first { Layout::TokensFirst } else { Layout::HeadsFirst });
+        (kernel, problem.build().unwrap())
+    })
+}
+
+fn tensors(p: &Problem) -> [Tensor; 3] {
+    let random = |shape: [usize; 4], seed| Tensor::random(p.dtype(), &shape, seed, 0.0);
+    [random(p.q_shape(), 1), random(p.k_shape(), 2), random(p.k_shape(), 3)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    /// The 2x rule holds.
+    #[test]
+    fn kernels_are_as_precise_as_the_plain_algorithm((kernel, problem) in kernel_and_problem()) {
+        let case = suite::Case::new("random", problem);
+        let checked = case.check(&suite::emulator(), kernel);
+        prop_assert!(matches!(checked, Ok(Some(_))), "{problem:?}: {checked:?}");
+    }
+
+    /// Keys in another order, with their values, give the same output.
+    #[test]
+    fn the_order_of_keys_does_not_matter(
+        (kernel, problem) in kernel_and_problem(),
+        turn in 1..80usize,
+    ) {
+        let problem = problem.to_builder().causal(false).dropout(None).mask(false);
+        let problem = problem.layout(Layout::HeadsFirst).build().unwrap();
+        let [q, k, v] = tensors(&problem);
+        let rotated = |t: &Tensor| {
+            let (n, d) = (problem.seq_k(), problem.head_dim());
+            let values = t.to_f64();
+            let rows = values.chunks(n * d).flat_map(|head| {
+                let mut head = head.to_vec();
+                head.rotate_left(turn % n * d);
+                head
+            });
+            Tensor::from_f64(t.dtype(), t.shape(), &rows.collect::<Vec<_>>()).unwrap()
+        };
+        let (k_turned, v_turned) = (rotated(&k), rotated(&v));
+        let session = Session::new(suite::emulator());
+        let run = |k, v| {
+            session.run(kernel, &problem, &Inputs { q: &q, k, v, mask: None }).unwrap().0
+        };
+        let (a, b) = (run(&k, &v), run(&k_turned, &v_turned));
+        let inputs = Inputs { q: &q, k: &k, v: &v, mask: None };
+        let rows = all_rows(&problem);
+        let reference = oracle::reference(&problem, &inputs, &rows);
+        let credit = flash_attention::verify::Credit::of(&problem, &inputs, &rows, &reference);
+        let difference = Differences::new(&b.o.to_f64(), &a.o.to_f64());
+        // Each of the two may have its own error of the full size.
+        prop_assert!(difference.max_abs <= 2.0 * FACTOR * credit.o, "{difference:?}");
+    }
+
+    /// Each element of O is between the least and the largest value of its column of V.
+    #[test]
+    fn outputs_are_averages_of_values((kernel, problem) in kernel_and_problem()) {
+        let problem = problem.to_builder().dropout(None).layout(Layout::HeadsFirst).build().unwrap();
+        let case = suite::Case::new("random", problem);
+        let outputs = case.run(&suite::emulator(), kernel).unwrap();
+        let draw = case.draw(0);
+        let (o, v) = (outputs.o.to_f64(), draw.inputs().v.to_f64());
+        let (n, d) = (problem.seq_k(), problem.head_dim());
+        // The weights add up to 1 within their rounding.
+        let slack = 4.0 * problem.dtype().unit_roundoff();
+        for (index, x) in o.into_iter().enumerate() {
+            let head = index / (problem.seq_q() * d);
+            let column = || (0..n).map(|j| v[(head * n + j) * d + index % d]);
+            let low = column().fold(0.0, f64::min);
+            let high = column().fold(0.0, f64::max);
+            let margin = slack * high.max(-low);
+            prop_assert!((low - margin..=high + margin).contains(&x), "{x} of {low}..{high}");
+        }
+    }
+
+    /// Nothing that can be asked for makes the library panic; what it cannot do it says.
+    #[test]
+    fn requests_are_answered(
+        sizes in (0..5usize, 0..5usize, 0..5usize, 0..5usize, 0..300usize),
+        p in -0.5..1.5f32,
+        scale in -1.0..1.0f32,
+    ) {
+        let (batch, heads, seq_q, seq_k, head_dim) = sizes;
+        let built = Problem::builder(batch, heads, seq_q, head_dim)
+            .seq_k(seq_k)
+            .dtype(DType::F16)
+            .scale(Some(scale))
+            .dropout(Some(Dropout { p, seed: 0 }))
+            .build();
+        let target = Target::of(&*suite::emulator());
+        match built {
+            Err(error) => prop_assert!(error.is_usage()),
+            Ok(problem) => for kernel in KERNELS {
+                let refused = matches!(
+                    kernel.supports(&problem, &target),
+                    Err(Error::Unsupported { .. })
+                );
+                prop_assert!(refused || kernel.head_dims.contains(&head_dim));
+            },
+        }
+    }
+}

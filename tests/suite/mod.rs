@@ -1,0 +1,183 @@
+//! Cases that every kernel has to get right, and how one is run. Shared by the test
+//! programs beside this folder; none of them uses everything.
+#![allow(dead_code)]
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, LazyLock, Mutex, OnceLock},
+};
+
+use flash_attention::{
+    CpuDevice, DType, Device, Error, Layout, Problem, Tensor,
+    oracle::{self, Rows},
+    problem::Dropout,
+    registry::{KERNELS, KernelSpec},
+    session::{Inputs, Outputs, Session},
+    verify::{Credit, DRAWS, Verification},
+};
+
+/// A problem and how its tensors are drawn.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// What the case is about.
+    pub name: String,
+    pub problem: Problem,
+    /// Standard deviation of Q and K.
+    pub qk_size: f64,
+    /// Mean of V.
+    pub v_mean: f64,
+}
+
+/// The tensors of one draw.
+pub struct Draw {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Option<Vec<u8>>,
+}
+
+impl Draw {
+    pub fn inputs(&self) -> Inputs<'_> {
+        Inputs { q: &self.q, k: &self.k, v: &self.v, mask: self.mask.as_deref() }
+    }
+}
+
+impl Case {
+    pub fn new(name: &str, problem: Problem) -> Self {
+        Self { name: name.into(), problem, qk_size: 1.0, v_mean: 0.0 }
+    }
+
+    /// Draw `seed` of the case. The padding mask hides every key of batch entry 1, and
+    /// about a third of the others'.
+    pub fn draw(&self, seed: u64) -> Draw {
+        let p = &self.problem;
+        let random = |shape: [usize; 4], stream, mean| {
+            Tensor::random(p.dtype(), &shape, 10 * seed + stream, mean)
+        };
+        let mask = p.has_mask().then(|| {
+            let noise = Tensor::random(DType::F32, &[p.batch(), p.seq_k()], 10 * seed + 3, 0.0);
+            let visible = |(i, x): (usize, f32)| u8::from(i / p.seq_k() != 1 && x < 0.4);
+            noise.to_f32().into_iter().enumerate().map(visible).collect()
+        });
+        Draw {
+            q: random(p.q_shape(), 0, 0.0).scaled(self.qk_size),
+            k: random(p.k_shape(), 1, 0.0).scaled(self.qk_size),
+            v: random(p.k_shape(), 2, self.v_mean),
+            mask,
+        }
+    }
+
+    /// The reference of draw 0, and the plain algorithm's worst error over all draws.
+    /// Kernels share cases: each is computed once.
+    fn yardstick(&self) -> Arc<(Rows, Credit)> {
+        type Known = Mutex<HashMap<String, Arc<OnceLock<Arc<(Rows, Credit)>>>>>;
+        static KNOWN: LazyLock<Known> = LazyLock::new(Mutex::default);
+        let key = format!("{:?} {} {}", self.problem, self.qk_size, self.v_mean);
+        let cell = KNOWN.lock().unwrap().entry(key).or_default().clone();
+        cell.get_or_init(|| {
+            let rows = oracle::all_rows(&self.problem);
+            let mut draws = (0..DRAWS).map(|seed| {
+                let draw = self.draw(seed);
+                let reference = oracle::reference(&self.problem, &draw.inputs(), &rows);
+                let credit = Credit::of(&self.problem, &draw.inputs(), &rows, &reference);
+                (reference, credit)
+            });
+            let (reference, credit) = draws.next().unwrap();
+            let credit = draws.fold(credit, |worst, (_, credit)| worst.worst(credit));
+            Arc::new((reference, credit))
+        })
+        .clone()
+    }
+
+    /// Runs a kernel on draw 0.
+    pub fn run(
+        &self,
+        device: &Arc<dyn Device>,
+        kernel: &'static KernelSpec,
+    ) -> Result<Outputs, Error> {
+        let draw = self.draw(0);
+        let session = Session::new(device.clone());
+        Ok(session.run(kernel, &self.problem, &draw.inputs())?.0)
+    }
+
+    /// Runs a kernel and compares it with the reference. `Err` says what is wrong;
+    /// `Ok(None)`: the kernel says that it cannot do this.
+    pub fn check(
+        &self,
+        device: &Arc<dyn Device>,
+        kernel: &'static KernelSpec,
+    ) -> Result<Option<Verification>, String> {
+        let label = format!("{} {} {}", kernel.name, self.problem.dtype(), self.name);
+        let outputs = match self.run(device, kernel) {
+            Ok(outputs) => outputs,
+            Err(Error::Unsupported { .. }) => return Ok(None),
+            Err(error) => return Err(format!("{label}: {error}")),
+        };
+        let (reference, credit) = &*self.yardstick();
+        let rows = oracle::all_rows(&self.problem);
+        let result = Verification::new(&self.problem, &outputs, &rows, reference, *credit);
+        if !result.passes() {
+            return Err(format!("{label}: {result}"));
+        }
+        Ok(Some(result))
+    }
+}
+
+/// The edges of a kernel: sizes beside its tiles, and everything that hides or weighs
+/// keys.
+pub fn edges(kernel: &KernelSpec, dtype: DType) -> Vec<Case> {
+    let d = *kernel.head_dims.iter().find(|&&d| d >= 64).unwrap_or(&kernel.head_dims[0]);
+    let (br, bc) = (kernel.tile)(d);
+    let shape = |batch, heads, seq_q, seq_k| {
+        Problem::builder(batch, heads, seq_q, d).seq_k(seq_k).dtype(dtype)
+    };
+    let dropout = Some(Dropout { p: 0.2, seed: 0x1234_5678_9abc });
+    let problems = [
+        ("one row, one key", shape(1, 1, 1, 1)),
+        ("one row, many keys", shape(1, 2, 1, 2 * bc + 5)),
+        ("whole tiles", shape(1, 1, br, 2 * bc)),
+        ("one less than tiles", shape(2, 1, br - 1, bc - 1)),
+        ("one more than tiles", shape(1, 2, br + 1, bc + 1)),
+        ("many rows, few keys", shape(1, 1, 2 * br + 5, 3)),
+        ("causal, square", shape(1, 1, br + bc + 3, br + bc + 3).causal(true)),
+        ("causal, more keys", shape(1, 1, br - 1, 2 * bc + 1).causal(true)),
+        ("causal, hidden rows", shape(1, 1, bc + br + 1, bc - 1).causal(true)),
+        ("padding, a hidden batch entry", shape(2, 1, br + 1, bc + 7).mask(true)),
+        ("padding and causal", shape(2, 1, bc + 1, bc + 1).mask(true).causal(true)),
+        ("dropout", shape(2, 2, br + 1, bc + 3).dropout(dropout)),
+        (
+            "dropout, padding, causal",
+            shape(2, 1, bc + 2, bc + 2).dropout(dropout).mask(true).causal(true),
+        ),
+        ("a scale of 0.3", shape(1, 1, br, bc + 1).scale(Some(0.3))),
+        ("[B, N, H, D]", shape(2, 3, br + 1, bc + 1).layout(Layout::TokensFirst).causal(true)),
+    ];
+    let mut cases: Vec<Case> =
+        problems.into_iter().map(|(name, p)| Case::new(name, p.build().unwrap())).collect();
+    // Scores are sums of D products times 1 / sqrt(D): with entries of size 55 they have a
+    // standard deviation of 3000, and the largest of a thousand is at about 1e4.
+    let large = |name, p: flash_attention::problem::Builder| Case {
+        qk_size: 55.0,
+        ..Case::new(name, p.build().unwrap())
+    };
+    cases.push(large("scores of 1e4", shape(1, 2, br + 1, bc + 1)));
+    cases.push(large("scores of 1e4, causal", shape(1, 2, bc + 1, bc + 1).causal(true)));
+    let p = shape(1, 2, br + 1, bc + 1).build().unwrap();
+    cases.push(Case { v_mean: 5.0, ..Case::new("V of mean 5", p) });
+    for &other in kernel.head_dims.iter().filter(|&&other| other != d) {
+        let (br, bc) = (kernel.tile)(other);
+        let p = Problem::builder(1, 1, br + 1, other).seq_k(bc + 1).dtype(dtype);
+        cases.push(Case::new(&format!("head dim {other}"), p.causal(true).build().unwrap()));
+    }
+    cases
+}
+
+/// Every kernel of the registry with every storage type that it has.
+pub fn kernels() -> impl Iterator<Item = (&'static KernelSpec, DType)> {
+    KERNELS.iter().flat_map(|kernel| kernel.dtypes.iter().map(move |&dtype| (kernel, dtype)))
+}
+
+/// The emulator.
+pub fn emulator() -> Arc<dyn Device> {
+    Arc::new(CpuDevice::new())
+}
