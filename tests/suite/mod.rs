@@ -8,7 +8,7 @@ use std::{
 };
 
 use flash_attention::{
-    CpuDevice, DType, Device, Error, Layout, Problem, Tensor,
+    CpuDevice, DType, Device, Error, GpuDevice, Layout, Problem, Tensor,
     oracle::{self, Rows},
     problem::Dropout,
     registry::{KERNELS, KernelSpec},
@@ -180,4 +180,9 @@ pub fn kernels() -> impl Iterator<Item = (&'static KernelSpec, DType)> {
 /// The emulator.
 pub fn emulator() -> Arc<dyn Device> {
     Arc::new(CpuDevice::new())
+}
+
+/// The first GPU, or why there is none.
+pub fn gpu() -> Result<Arc<dyn Device>, Error> {
+    Ok(Arc::new(GpuDevice::open(0)?))
 }
