@@ -116,8 +116,6 @@ impl TensorCore<f16> for Turing {
     }
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
-        let bits = |x| u32::from(f16::from_f32(x).to_bits());
-        #[cfg(target_arch = "nvptx64")]
         let bits = |x| u32::from(<f16 as Scalar>::from_f32(x).to_bits());
         bits(low) | bits(high) << 16
     }
