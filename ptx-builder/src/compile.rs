@@ -155,7 +155,11 @@ fn build_dependencies(workspace: &Workspace, rustc: &Rustc) -> Result<Vec<OsStri
         .current_dir(workspace.root())
         .env("RUSTC", &rustc.program)
         .env("RUSTC_BOOTSTRAP", "1")
-        .env("RUSTFLAGS", format!("{} -Ctarget-cpu={}", COMMON_FLAGS.join(" "), MODULES[0].name))
+        // Warnings belong to the host's build of the same sources, which clippy checks.
+        .env(
+            "RUSTFLAGS",
+            format!("{} -Ctarget-cpu={} -Awarnings", COMMON_FLAGS.join(" "), MODULES[0].name),
+        )
         .args(["build", "--release", "--package", "kernels-gpu", "--lib"])
         .args(["-Zbuild-std=core", "--target", TARGET, "--target-dir"])
         .arg(workspace.target())
