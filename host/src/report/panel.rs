@@ -1,0 +1,331 @@
+//! What the pictures show: lines with error bars on named axes, taken from the results.
+//! `picture.rs` draws them.
+
+use super::{
+    analysis::{Baseline, Series, View, time},
+    format,
+};
+use crate::results::{Check, Histogram, Results, Row, Status};
+
+/// What an axis shows, and how.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Axis {
+    /// What stands beside it.
+    pub label: String,
+    /// Its scale.
+    pub scale: Scale,
+}
+
+/// Scale of an axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scale {
+    /// Even steps from 0 on.
+    Linear,
+    /// Powers of two.
+    Log2,
+    /// Powers of ten.
+    Log10,
+}
+
+impl Scale {
+    /// Where a value stands on an axis of this scale, in even steps.
+    #[must_use]
+    pub fn place(self, value: f64) -> f64 {
+        match self {
+            Self::Linear => value,
+            Self::Log2 => value.log2(),
+            Self::Log10 => value.log10(),
+        }
+    }
+
+    /// The value at a place.
+    #[must_use]
+    pub fn value(self, place: f64) -> f64 {
+        match self {
+            Self::Linear => place,
+            Self::Log2 => place.exp2(),
+            Self::Log10 => 10f64.powf(place),
+        }
+    }
+}
+
+/// One value, with the spread around it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Point {
+    /// Where on the x axis.
+    pub x: f64,
+    /// The value.
+    pub y: f64,
+    /// The lowest and highest value of the spread.
+    pub spread: Option<(f64, f64)>,
+}
+
+/// A line of a panel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Line {
+    /// Name for the legend.
+    pub name: String,
+    /// Which colour and marker.
+    pub style: usize,
+    /// Dashed, for what was not measured here by one of our kernels.
+    pub dashed: bool,
+    /// Drawn as steps: a histogram.
+    pub steps: bool,
+    /// Its points, ascending in x.
+    pub points: Vec<Point>,
+}
+
+/// A horizontal or vertical line that others are compared with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mark {
+    /// What it is.
+    pub label: String,
+    /// Where.
+    pub at: f64,
+    /// Whether it stands upright.
+    pub vertical: bool,
+}
+
+/// One picture.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Panel {
+    /// Part of file names and anchors.
+    pub id: String,
+    /// Title.
+    pub title: String,
+    /// What the error bars are, or another note below the picture.
+    pub note: String,
+    /// The x axis.
+    pub x: Axis,
+    /// The y axis.
+    pub y: Axis,
+    /// The lines.
+    pub lines: Vec<Line>,
+    /// Lines to compare with.
+    pub marks: Vec<Mark>,
+}
+
+/// Time, memory, speed-up and memory saved of one level.
+#[must_use]
+pub fn four(results: &Results, view: &View<'_>) -> Vec<Panel> {
+    let mut panels = vec![time_panel(results, view), memory_panel(results, view)];
+    if let Some(baseline) = view.baseline {
+        panels.push(speedup_panel(results, view, baseline));
+        panels.push(saved_panel(view, baseline));
+    }
+    panels.retain(|panel| !panel.lines.is_empty());
+    panels
+}
+
+fn seq_axis() -> Axis {
+    Axis { label: "sequence length N".into(), scale: Scale::Log2 }
+}
+
+fn lines(view: &View<'_>, points: impl Fn(&Series<'_>) -> Vec<Point>) -> Vec<Line> {
+    let line = |s: &Series<'_>| Line {
+        name: s.kernel.into(),
+        style: s.style,
+        dashed: s.peer,
+        steps: false,
+        points: points(s),
+    };
+    view.series.iter().map(line).filter(|l| !l.points.is_empty()).collect()
+}
+
+/// Lines that lie on each other become one that bears all their names: only the last
+/// would be seen.
+fn merge(lines: Vec<Line>) -> Vec<Line> {
+    // Closer than a line is wide.
+    let near = |a: f64, b: f64| (a - b).abs() <= 2e-3 * a.abs().max(b.abs());
+    let mut merged: Vec<Line> = Vec::new();
+    for line in lines {
+        let on_it = |other: &&mut Line| {
+            other.points.len() == line.points.len()
+                && other.points.iter().zip(&line.points).all(|(a, b)| a.x == b.x && near(a.y, b.y))
+        };
+        match merged.iter_mut().find(on_it) {
+            Some(other) => {
+                other.name += ", ";
+                other.name += &line.name;
+                other.dashed &= line.dashed;
+            }
+            None => merged.push(line),
+        }
+    }
+    merged
+}
+
+/// Logarithmic where the values span more than `8` times the least; a linear axis would
+/// press the smaller ones flat.
+fn scale(lines: &[Line]) -> Scale {
+    let values = || lines.iter().flat_map(|l| &l.points).map(|p| p.y);
+    let (low, high) = (values().fold(f64::MAX, f64::min), values().fold(0.0, f64::max));
+    if low > 0.0 && high > 8.0 * low { Scale::Log10 } else { Scale::Linear }
+}
+
+fn emulated(results: &Results) -> &'static str {
+    if results.device.emulated { " (emulated)" } else { "" }
+}
+
+fn time_panel(results: &Results, view: &View<'_>) -> Panel {
+    let point = |r: &Row| {
+        let spread = r.min_ms.zip(r.max_ms);
+        Some(Point { x: r.seq as f64, y: time(r)?, spread })
+    };
+    let lines = lines(view, |s| s.measured().filter_map(point).collect());
+    Panel {
+        id: format!("{}-time", view.level),
+        title: format!("Time{}", emulated(results)),
+        note: "Median; bars from the fastest to the slowest run.".into(),
+        x: seq_axis(),
+        y: Axis { label: "ms".into(), scale: scale(&lines) },
+        lines,
+        marks: Vec::new(),
+    }
+}
+
+fn memory_panel(results: &Results, view: &View<'_>) -> Panel {
+    const MIB: f64 = 1024.0 * 1024.0;
+    let lines = lines(view, |s| {
+        let points = s.memory().into_iter();
+        points.map(|(x, y)| Point { x, y: y / MIB, spread: None }).collect()
+    });
+    let lines = merge(lines);
+    let highest = lines.iter().flat_map(|l| &l.points).map(|p| p.y).fold(0.0, f64::max);
+    let limit = results.device.memory_bytes.map(|b| b as f64 / MIB);
+    // A limit far above everything measured would press the lines together.
+    let marks = limit.filter(|&at| at < 30.0 * highest).map(|at| Mark {
+        label: format!("{} of the device", format::bytes(at * MIB)),
+        at,
+        vertical: false,
+    });
+    let oom = view.series.iter().flat_map(|s| &s.rows).any(|r| r.status == Status::Oom);
+    let note = if oom {
+        "Counted to the byte, inputs and output included; beyond the memory there is: predicted."
+    } else {
+        "Counted to the byte, inputs and output included."
+    };
+    Panel {
+        id: format!("{}-memory", view.level),
+        title: "Peak memory".into(),
+        note: note.into(),
+        x: seq_axis(),
+        y: Axis { label: "MiB".into(), scale: scale(&lines) },
+        lines,
+        marks: marks.into_iter().collect(),
+    }
+}
+
+fn speedup_panel(results: &Results, view: &View<'_>, baseline: Baseline) -> Panel {
+    let relative = |r: &Row| Some(r.std_ms? / r.mean_ms?);
+    let base_spread = |seq: usize| {
+        let base = view.series.iter().find(|s| s.kernel == baseline.name())?;
+        base.measured().find(|r| r.seq == seq).and_then(relative)
+    };
+    let point = |r: &Row| {
+        let y = baseline.speedup(r)?;
+        // The relative deviations of two independent times add in quadrature.
+        let spread = base_spread(r.seq).zip(relative(r)).map(|(a, b)| {
+            let deviation = a.hypot(b).min(0.9);
+            (y * (1.0 - deviation), y * (1.0 + deviation))
+        });
+        Some(Point { x: r.seq as f64, y, spread })
+    };
+    let lines = lines(view, |s| {
+        if s.kernel == baseline.name() {
+            return Vec::new();
+        }
+        s.measured().filter_map(point).collect()
+    });
+    Panel {
+        id: format!("{}-speedup", view.level),
+        title: format!("Speed-up over {}{}", baseline.name(), emulated(results)),
+        note: "Ratio of medians; bars: one standard deviation of the ratio.".into(),
+        x: seq_axis(),
+        y: Axis { label: format!("times as fast as {}", baseline.name()), scale: scale(&lines) },
+        lines,
+        marks: vec![Mark { label: baseline.name().into(), at: 1.0, vertical: false }],
+    }
+}
+
+fn saved_panel(view: &View<'_>, baseline: Baseline) -> Panel {
+    let point = |r: &Row| {
+        let y = baseline.memory_saved(r)? * 100.0;
+        Some(Point { x: r.seq as f64, y, spread: None })
+    };
+    let lines = lines(view, |s| {
+        if s.kernel == baseline.name() {
+            return Vec::new();
+        }
+        s.measured().filter_map(point).collect()
+    });
+    let lines = merge(lines);
+    Panel {
+        id: format!("{}-saved", view.level),
+        title: format!("Memory saved over {}", baseline.name()),
+        note: "Share of its peak memory that a kernel does without.".into(),
+        x: seq_axis(),
+        y: Axis { label: "%".into(), scale: Scale::Linear },
+        lines,
+        marks: Vec::new(),
+    }
+}
+
+/// Absolute and relative difference of the output from the oracle, at the longest
+/// sequence that was checked.
+#[must_use]
+pub fn differences(results: &Results, kernels: &[&str]) -> Vec<Panel> {
+    let outputs = || results.checks.iter().filter(|c| c.tensor != "lse");
+    let Some(longest) = outputs().map(|c| c.seq).max() else { return Vec::new() };
+    let checks: Vec<&Check> = outputs().filter(|c| c.seq == longest).collect();
+    let several_levels = checks.iter().any(|c| c.level != checks[0].level);
+    let lines = |histogram: fn(&Check) -> &Histogram| -> Vec<Line> {
+        let line = |c: &&Check| Line {
+            name: if several_levels {
+                format!("{} ({})", c.kernel, c.level)
+            } else {
+                c.kernel.clone()
+            },
+            style: kernels.iter().position(|k| *k == c.kernel).unwrap_or(0),
+            dashed: several_levels && c.tensor == "y",
+            steps: true,
+            points: steps(histogram(c)),
+        };
+        merge(checks.iter().map(line).filter(|l| !l.points.is_empty()).collect())
+    };
+    let panel = |id: &str, what: &str, lines: Vec<Line>, marks: Vec<Mark>| Panel {
+        id: format!("difference-{id}"),
+        title: format!("{what} difference from f64, N = {longest}"),
+        note: "Share of the elements of the output in each bin; exact ones are not drawn.".into(),
+        x: Axis { label: format!("{} difference", what.to_lowercase()), scale: Scale::Log10 },
+        y: Axis { label: "% of elements".into(), scale: Scale::Linear },
+        lines,
+        marks,
+    };
+    // The bound is one only where all lines share it.
+    let bound = 2.0 * checks[0].plain_max_abs;
+    let shared = bound > 0.0 && checks.iter().all(|c| 2.0 * c.plain_max_abs == bound);
+    let mark = shared.then(|| Mark { label: "allowed".into(), at: bound, vertical: true });
+    let mut panels = vec![
+        panel("absolute", "Absolute", lines(|c| &c.abs_histogram), mark.into_iter().collect()),
+        panel("relative", "Relative", lines(|c| &c.rel_histogram), Vec::new()),
+    ];
+    panels.retain(|panel| !panel.lines.is_empty());
+    panels
+}
+
+/// A histogram as the corners of its steps, in percent, from 0 to 0.
+fn steps(histogram: &Histogram) -> Vec<Point> {
+    let total: u64 = histogram.counts.iter().sum::<u64>() + histogram.zeros;
+    if histogram.counts.is_empty() {
+        return Vec::new();
+    }
+    let mut points = vec![Point { x: histogram.bin_start(0), y: 0.0, spread: None }];
+    for (bin, &count) in histogram.counts.iter().enumerate() {
+        let y = 100.0 * count as f64 / total as f64;
+        points.push(Point { x: histogram.bin_start(bin), y, spread: None });
+        points.push(Point { x: histogram.bin_start(bin + 1), y, spread: None });
+    }
+    points.push(Point { x: histogram.bin_start(histogram.counts.len()), y: 0.0, spread: None });
+    points
+}

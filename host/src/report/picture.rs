@@ -1,0 +1,279 @@
+//! Draws panels with kuva: as SVG that takes its colours from the page, as SVG that stands
+//! alone, and as PNG.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, anyhow};
+use kuva::{
+    RasterBackend,
+    backend::svg::SvgBackend,
+    plot::{
+        annotations::ReferenceLine,
+        legend::LegendPosition,
+        line::LinePlot,
+        scatter::{MarkerShape, ScatterPlot},
+    },
+    prelude::{Layout, Plot, Theme, TickFormat},
+    render::figure::Figure,
+};
+
+use super::{
+    format,
+    panel::{Axis, Line, Panel, Point, Scale},
+};
+
+/// Size of a panel. Small, so that its text is still read when a phone shrinks it.
+const WIDTH: f64 = 460.0;
+const HEIGHT: f64 = 340.0;
+/// Pixels of a PNG for each of the panel's.
+const PNG_SCALE: f32 = 2.0;
+
+/// Colours of the lines: (name for the page's style sheet, on white).
+pub const COLOURS: [(&str, &str); 8] = [
+    ("var(--line0)", "#b93a0c"),
+    ("var(--line1)", "#1d6fb8"),
+    ("var(--line2)", "#23803c"),
+    ("var(--line3)", "#8b3fa8"),
+    ("var(--line4)", "#96690a"),
+    ("var(--line5)", "#0b7a7a"),
+    ("var(--line6)", "#c2255c"),
+    ("var(--line7)", "#4b5563"),
+];
+
+/// The colour of a line, as the page's style sheet names it.
+#[must_use]
+pub fn colour_on_page(style: usize) -> &'static str {
+    Place::Page.line(style)
+}
+
+/// Where a picture is to be seen.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In the page, whose style sheet has light and dark colours.
+    Page,
+    /// In a file of its own, on white.
+    File,
+}
+
+impl Place {
+    fn line(self, style: usize) -> &'static str {
+        let (page, file) = COLOURS[style % COLOURS.len()];
+        if self == Self::Page { page } else { file }
+    }
+
+    fn mark(self) -> &'static str {
+        if self == Self::Page { "var(--soft)" } else { "#5b6875" }
+    }
+
+    fn theme(self) -> Theme {
+        let (ink, grid, background) = match self {
+            Self::Page => ("var(--ink)", "var(--grid)", "none"),
+            Self::File => ("#1f2933", "#d9dde2", "#ffffff"),
+        };
+        Theme {
+            background: background.into(),
+            axis_color: ink.into(),
+            tick_color: ink.into(),
+            text_color: ink.into(),
+            grid_color: grid.into(),
+            legend_bg: background.into(),
+            legend_border: "none".into(),
+            font_family: (self == Self::Page).then(|| "system-ui, sans-serif".into()),
+            ..Theme::light()
+        }
+    }
+}
+
+/// One panel for the page.
+#[must_use]
+pub fn inline(panel: &Panel) -> String {
+    let svg = kuva::render_to_svg(plots(panel, Place::Page), layout(panel, Place::Page));
+    // Without a fixed size the page decides; and names must not meet those of other panels.
+    let label = panel.title.replace('&', "&amp;").replace('"', "&quot;").replace('<', "&lt;");
+    let size = format!(r#"width="{WIDTH}" height="{HEIGHT}""#);
+    let view = format!(r#"viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}""#);
+    svg.replacen(&size, &view, 1).replace("kuva-clip-", &format!("{}-clip-", panel.id))
+}
+
+/// Several panels as one SVG and one PNG on white.
+///
+/// # Errors
+/// What the rasteriser reports.
+pub fn figure(title: &str, panels: &[Panel]) -> Result<(String, Vec<u8>)> {
+    let columns = panels.len().clamp(1, 2);
+    let scene = Figure::new(panels.len().div_ceil(columns), columns)
+        .with_title(title)
+        .with_title_size(16)
+        .with_plots(panels.iter().map(|p| plots(p, Place::File)).collect())
+        .with_layouts(panels.iter().map(|p| layout(p, Place::File)).collect())
+        .with_cell_size(WIDTH, HEIGHT)
+        .with_shared_legend_bottom()
+        .render();
+    let svg = SvgBackend::new().render_scene(&scene);
+    let png = RasterBackend::new().with_scale(PNG_SCALE).render_scene(&scene);
+    Ok((svg, png.map_err(|e| anyhow!("{e}")).context("drawing the PNG")?))
+}
+
+/// Style of the marker and dashes: lines that share a colour still differ.
+fn marker(style: usize) -> MarkerShape {
+    match style % 6 {
+        0 => MarkerShape::Circle,
+        1 => MarkerShape::Square,
+        2 => MarkerShape::Triangle,
+        3 => MarkerShape::Diamond,
+        4 => MarkerShape::TriangleDown,
+        _ => MarkerShape::Star,
+    }
+}
+
+fn plots(panel: &Panel, place: Place) -> Vec<Plot> {
+    panel.lines.iter().flat_map(|line| plots_of(panel, line, place)).collect()
+}
+
+/// A line, and its markers with their error bars.
+fn plots_of(panel: &Panel, line: &Line, place: Place) -> Vec<Plot> {
+    let colour = place.line(line.style);
+    let at = |p: &Point| (panel.x.scale.place(p.x), panel.y.scale.place(p.y));
+    let points: Vec<(f64, f64)> = line.points.iter().map(at).collect();
+    let mut drawn =
+        LinePlot::new().with_data(points.clone()).with_color(colour).with_stroke_width(2.0);
+    if place == Place::File {
+        drawn = drawn.with_legend(line.name.as_str());
+    }
+    if line.dashed || line.style >= COLOURS.len() {
+        drawn = drawn.with_dashed();
+    }
+    if line.steps {
+        return vec![drawn.into()];
+    }
+    let bars = line.points.iter().map(|p| {
+        let y = panel.y.scale.place(p.y);
+        p.spread.map_or((0.0, 0.0), |(low, high)| {
+            (y - panel.y.scale.place(low), panel.y.scale.place(high) - y)
+        })
+    });
+    // Bars of no length would be drawn as dashes across each marker.
+    let has_bars = line.points.iter().any(|p| p.spread.is_some_and(|(low, high)| high > low));
+    let mut markers = ScatterPlot::new()
+        .with_data(points)
+        .with_color(colour)
+        .with_marker(marker(line.style))
+        .with_size(4.0);
+    if has_bars {
+        markers = markers.with_y_err_asymmetric(bars);
+    }
+    vec![drawn.into(), markers.into()]
+}
+
+fn layout(panel: &Panel, place: Place) -> Layout {
+    let plots = plots(panel, place);
+    let (x, y) = (range(panel, true), range(panel, false));
+    let mut layout = Layout::auto_from_plots(&plots)
+        .with_theme(place.theme())
+        .with_width(WIDTH)
+        .with_height(HEIGHT)
+        .with_title(panel.title.as_str())
+        .with_x_label(panel.x.label.as_str())
+        .with_y_label(panel.y.label.as_str())
+        .with_title_size(15)
+        .with_label_size(13)
+        .with_tick_size(12)
+        .with_body_size(12)
+        .with_legend_position(LegendPosition::InsideTopLeft)
+        .with_x_axis_min(x.low)
+        .with_x_axis_max(x.high)
+        .with_x_tick_step(x.step)
+        .with_y_axis_min(y.low)
+        .with_y_axis_max(y.high)
+        .with_y_tick_step(y.step)
+        .with_x_tick_format(ticks(&panel.x))
+        .with_y_tick_format(ticks(&panel.y));
+    for mark in &panel.marks {
+        let axis = if mark.vertical { &panel.x } else { &panel.y };
+        let at = axis.scale.place(mark.at);
+        let line =
+            if mark.vertical { ReferenceLine::vertical(at) } else { ReferenceLine::horizontal(at) };
+        layout = layout
+            .with_reference_line(line.with_color(place.mark()).with_label(mark.label.as_str()));
+    }
+    layout
+}
+
+/// Ends and steps of an axis, as places on its scale.
+struct Range {
+    low: f64,
+    high: f64,
+    step: f64,
+}
+
+fn range(panel: &Panel, horizontal: bool) -> Range {
+    let axis = if horizontal { &panel.x } else { &panel.y };
+    let points = panel.lines.iter().flat_map(|l| &l.points);
+    let marks = panel.marks.iter().filter(|m| m.vertical == horizontal).map(|m| m.at);
+    let values = points.flat_map(|p| {
+        let (low, high) = p.spread.unwrap_or((p.y, p.y));
+        if horizontal { [p.x, p.x] } else { [low, high] }
+    });
+    let places: Vec<f64> =
+        values.chain(marks).map(|v| axis.scale.place(v)).filter(|v| v.is_finite()).collect();
+    let low = places.iter().copied().fold(f64::INFINITY, f64::min);
+    let high = places.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if low > high {
+        return Range { low: 0.0, high: 1.0, step: 0.5 };
+    }
+    match axis.scale {
+        // Half a step of air, so that markers and bars stand clear of the frame.
+        Scale::Log2 => {
+            let step = ((high - low) / 6.0).ceil().max(1.0);
+            Range { low: low - 0.3, high: high + 0.3, step }
+        }
+        Scale::Log10 => {
+            let (low, high) = (low.floor(), high.ceil().max(low.floor() + 1.0));
+            Range { low, high, step: ((high - low) / 6.0).ceil().max(1.0) }
+        }
+        Scale::Linear => {
+            let (low, high) = (low.min(0.0), if high > 0.0 { high * 1.05 } else { 0.0 });
+            let step = nice_step((high - low).max(1e-12) / 5.0);
+            Range { low: (low / step).floor() * step, high: (high / step).ceil() * step, step }
+        }
+    }
+}
+
+/// 1, 2 or 5 times a power of ten, at least `least`.
+fn nice_step(least: f64) -> f64 {
+    let power = 10f64.powf(least.log10().floor());
+    [1.0, 2.0, 5.0].into_iter().map(|m| m * power).find(|&s| s >= least).unwrap_or(10.0 * power)
+}
+
+fn ticks(axis: &Axis) -> TickFormat {
+    let scale = axis.scale;
+    TickFormat::Custom(Arc::new(move |place| {
+        let value = scale.value(place);
+        match scale {
+            Scale::Linear | Scale::Log2 => plain(value),
+            Scale::Log10 => plain_power(place),
+        }
+    }))
+}
+
+/// `0.5`, `1024`: without trailing zeros.
+fn plain(value: f64) -> String {
+    let rounded = (value * 1e6).round() / 1e6;
+    if rounded.abs() >= 65_536.0 && rounded % 1024.0 == 0.0 {
+        return format!("{}k", rounded / 1024.0);
+    }
+    format!("{rounded}")
+}
+
+/// `0.01`, `100`, and powers of ten beyond that as `1e-7`.
+fn plain_power(exponent: f64) -> String {
+    let rounded = exponent.round();
+    if (rounded - exponent).abs() > 1e-6 {
+        return format::digits(10f64.powf(exponent));
+    }
+    if (-3.0..=5.0).contains(&rounded) {
+        format!("{}", (10f64.powf(rounded) * 1e6).round() / 1e6)
+    } else {
+        format!("1e{rounded}")
+    }
+}

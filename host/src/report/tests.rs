@@ -1,0 +1,256 @@
+//! Reports of made-up runs: what is concluded from them, and what is written.
+
+use super::{
+    analysis::{Tone, conclusions, exponent, seq_at_memory},
+    *,
+};
+use crate::results::{Check, DeviceInfo, Histogram, Machine, Options, Row, Spread, Status};
+use flash_attention::DType;
+
+/// Bytes of a made-up GPU.
+const MEMORY: u64 = 80 << 30;
+
+/// A run in which a kernel's time is `work * N^2` and its memory `linear * N + square * N^2`.
+pub(super) fn run(emulated: bool) -> Results {
+    let kernels = [
+        ("naive", 4e-6, 512.0 * 1024.0, 96.0, false),
+        ("standard", 1.5e-6, 512.0 * 1024.0, 96.0, false),
+        ("flash_tiled", 1.8e-6, 512.0 * 1024.0, 0.0, false),
+        ("flash_mma", 0.4e-6, 512.0 * 1024.0, 0.0, false),
+        ("torch-flash", 0.2e-6, 512.0 * 1024.0, 0.0, true),
+    ];
+    let seqs = [512usize, 1024, 2048, 65_536];
+    let mut rows = Vec::new();
+    for seq in seqs {
+        let n = seq as f64;
+        let bytes = |k: &(&str, f64, f64, f64, bool)| k.2 * n + k.3 * n * n;
+        for kernel in &kernels {
+            let fits = bytes(kernel) < MEMORY as f64;
+            // At the shortest sequence flash_mma is the slower one.
+            let extra = if kernel.0 == "flash_mma" { 0.5 } else { 0.0 };
+            let ms = kernel.1 * n * n + extra;
+            let of = |base: usize| {
+                let base = &kernels[base];
+                (bytes(base) < MEMORY as f64).then_some(base)
+            };
+            let speedup = |base: usize| of(base).map(|b| b.1 * n * n / ms);
+            let saved = |base: usize| of(base).map(|b| 1.0 - bytes(kernel) / bytes(b));
+            let measured = |value: f64| fits.then_some(value);
+            rows.push(Row {
+                kernel: kernel.0.into(),
+                seq,
+                batch: 4,
+                heads: 12,
+                dtype: DType::F16,
+                device: "Made-up GPU".into(),
+                status: if fits { Status::Ok } else { Status::Oom },
+                mean_ms: measured(ms * 1.02),
+                median_ms: measured(ms),
+                std_ms: measured(ms * 0.05),
+                min_ms: measured(ms * 0.95),
+                max_ms: measured(ms * 1.2),
+                tflops: measured(48.0 * 256.0 * n * n / ms / 1e9),
+                peak_bytes: fits.then_some(bytes(kernel) as u64),
+                needed_bytes: Some(bytes(kernel) as u64),
+                free_bytes: (!fits).then_some(MEMORY - (1 << 30)),
+                speedup: if fits { speedup(0) } else { None },
+                speedup_standard: if fits { speedup(1) } else { None },
+                memory_saved: if fits { saved(0) } else { None },
+                memory_saved_standard: if fits { saved(1) } else { None },
+                max_abs_err: Some(2.3e-4),
+                global_bytes_read: emulated.then_some((kernel.1 * 1e6 * n * n) as u64 + 1000),
+                global_bytes_written: emulated.then_some(1000),
+                emulated,
+                peer: kernel.4,
+                ..Row::default()
+            });
+        }
+        rows.push(Row {
+            kernel: "flash_wgmma".into(),
+            seq,
+            status: Status::Unsupported,
+            reason: "kernel flash_wgmma needs compute capability 9.0 exactly, this GPU has 8.0"
+                .into(),
+            ..Row::default()
+        });
+    }
+    let checks = ["naive", "flash_mma"].map(|kernel| check(kernel, 2.3e-4)).to_vec();
+    Results {
+        schema: SCHEMA,
+        command: "compare".into(),
+        created: "2025-01-31T12:00:00Z".into(),
+        version: "0.1.0".into(),
+        commit: "unknown".into(),
+        machine: Machine {
+            os: "linux".into(),
+            arch: "x86_64".into(),
+            threads: 2,
+            ..Machine::default()
+        },
+        device: DeviceInfo {
+            name: if emulated { "CPU emulator (2 threads)" } else { "Made-up GPU" }.into(),
+            emulated,
+            compute_capability: "8.0".into(),
+            memory_bytes: Some(MEMORY),
+            shared_bytes: 163 * 1024,
+            multiprocessors: 108,
+        },
+        options: Options {
+            seq: seqs.to_vec(),
+            batch: 4,
+            heads: 12,
+            dtype: DType::F16,
+            iters: 30,
+            warmup: 5,
+            ..Options::default()
+        },
+        rows,
+        checks,
+        ..Results::default()
+    }
+}
+
+fn check(kernel: &str, max: f64) -> Check {
+    // A bell over two decades, with some exact elements.
+    let values: Vec<f64> = (0..4000)
+        .map(|i| {
+            max * 10f64
+                .powf(-2.0 * (f64::from(i % 97) / 97.0 - 0.5).abs() - f64::from(i % 13) / 13.0)
+        })
+        .chain([0.0; 50])
+        .collect();
+    Check {
+        kernel: kernel.into(),
+        level: crate::results::Level::Attention,
+        seq: 2048,
+        dtype: DType::F16,
+        tensor: "o".into(),
+        compared: 4050,
+        elements: 4050,
+        abs: Spread { max, mean: max / 9.0, median: max / 12.0 },
+        rel: Spread { max: 0.5, mean: 1e-3, median: 4e-4 },
+        plain_max_abs: 2e-4,
+        threshold: None,
+        within_threshold: true,
+        within_twice: max <= 4e-4,
+        worst_index: vec![0, 0, 0, 0],
+        worst_got: 0.0,
+        worst_expected: max,
+        abs_histogram: Histogram::of(&values, 4),
+        rel_histogram: Histogram::of(&values.iter().map(|v| v * 9.0).collect::<Vec<_>>(), 4),
+    }
+}
+
+fn about(results: &Results, topic: &str) -> String {
+    let all = conclusions(results);
+    let found: Vec<String> = all.into_iter().filter(|c| c.topic == topic).map(|c| c.text).collect();
+    found.join("\n")
+}
+
+#[test]
+fn exponents_and_limits_are_those_of_the_law() {
+    let law = |f: fn(f64) -> f64| [100.0, 300.0, 900.0].map(|x| (x, f(x)));
+    assert!((exponent(&law(|x| 3.0 * x * x)).unwrap() - 2.0).abs() < 1e-9);
+    assert!((exponent(&law(|x| 7.0 * x.sqrt())).unwrap() - 0.5).abs() < 1e-9);
+    assert_eq!(exponent(&[(5.0, 1.0), (5.0, 2.0)]), None);
+    let seq = seq_at_memory(&law(|x| 50.0 * x + 2.0 * x * x), 50.0 * 4e3 + 2.0 * 16e6).unwrap();
+    assert!((seq - 4e3).abs() < 1e-3, "{seq}");
+    let seq = seq_at_memory(&law(|x| 50.0 * x), 5e6).unwrap();
+    assert!((seq - 1e5).abs() < 1e-3, "{seq}");
+    assert_eq!(seq_at_memory(&[(100.0, 1.0)], 1e9), None);
+}
+
+#[test]
+fn conclusions_follow_from_the_figures() {
+    let results = run(false);
+    let wins = about(&results, "Where flash wins");
+    assert!(wins.starts_with("flash is faster than standard from N = 1024 on"), "{wins}");
+    let memory = about(&results, "Where memory ends");
+    // The positive root of 96 N^2 + 512 Ki N = 80 GiB is 27,320.
+    assert!(
+        memory.contains("standard would fill the 80.0 GiB of Made-up GPU at about N = 27,000"),
+        "{memory}"
+    );
+    // 80 GiB / 512 KiB = 163,840.
+    assert!(memory.contains("at about N = 160,000"), "{memory}");
+    let growth = about(&results, "Growth of time");
+    assert!(growth.contains("N^2.00 (naive, standard, flash_tiled, torch-flash)"), "{growth}");
+    let oom = about(&results, "Out of memory");
+    assert!(
+        oom.contains("naive did not fit at N = 65536: it needs 416 GiB, 79.0 GiB were free"),
+        "{oom}"
+    );
+    let capability = about(&results, "Capability");
+    assert!(
+        capability.contains(
+            "5 kernels could run, not these: flash_wgmma needs compute capability 9.0 exactly"
+        ),
+        "{capability}"
+    );
+    let peers = about(&results, "Beside PyTorch");
+    assert!(peers.contains("50 % as fast"), "{peers}");
+    assert!(about(&results, "Emulated").is_empty());
+}
+
+#[test]
+fn emulated_runs_say_so() {
+    let results = run(true);
+    assert!(about(&results, "Emulated").contains("say nothing about a GPU"));
+    assert!(about(&results, "Where flash wins").starts_with("emulated, "));
+    assert!(about(&results, "Growth of time").starts_with("emulated time"));
+    assert!(about(&results, "Bytes moved").contains("times less"));
+}
+
+#[test]
+fn what_is_wrong_comes_as_a_failure() {
+    let mut results = run(false);
+    results.checks.push(check("flash_tiled", 1e-2));
+    results.interrupted = true;
+    results.rows[0].status = Status::Failed;
+    results.rows[0].reason = "race on shared memory".into();
+    let all = conclusions(&results);
+    let failures: Vec<_> = all.iter().filter(|c| c.tone == Tone::Failure).collect();
+    assert_eq!(failures.len(), 2, "{failures:?}");
+    assert!(failures[0].text.contains("naive at N = 512 (race on shared memory)"));
+    assert!(failures[1].text.starts_with("1 of 3 comparisons fail: o of flash_tiled"));
+    assert!(all.iter().any(|c| c.topic == "Incomplete"));
+}
+
+#[test]
+fn a_report_is_written_whole_and_reads_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let results = run(true);
+    let paths = write(&results, &dir.path().join("new/report")).unwrap();
+    assert_eq!(read(&paths.json).unwrap(), results);
+    let csv = fs::read_to_string(&paths.csv).unwrap();
+    assert_eq!(csv.lines().count(), results.rows.len() + 1);
+    assert!(csv.starts_with("kernel,level,device,batch,heads,seq,head_dim,dtype,causal,status,"));
+    assert_eq!(paths.pictures.len(), 4);
+    let html = fs::read_to_string(&paths.html).unwrap();
+    assert_eq!(html.matches("<svg").count(), 6);
+    // Self-contained: no address but the SVG name space.
+    let elsewhere = html.replace("http://www.w3.org/2000/svg", "");
+    assert!(!elsewhere.contains("http") && !elsewhere.contains("src="));
+}
+
+#[test]
+fn runs_with_little_in_them_are_reported_too() {
+    let dir = tempfile::tempdir().unwrap();
+    write(&Results::default(), dir.path()).unwrap();
+    let mut one = run(false);
+    one.rows.truncate(1);
+    one.checks.clear();
+    let paths = write(&one, dir.path()).unwrap();
+    assert_eq!(paths.pictures.len(), 2);
+    one.rows[0].status = Status::Oom;
+    write(&one, dir.path()).unwrap();
+}
+
+#[test]
+fn a_file_that_is_no_document_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notes.json");
+    fs::write(&path, "{}").unwrap();
+    let message = read(&path).unwrap_err().to_string();
+    assert!(message.contains("notes.json: not a results document"), "{message}");
+}
