@@ -26,6 +26,10 @@
 //! | [`barrier`] | barriers of some of a block's warps |
 //! | [`mod@unroll`] | loops that are gone before the compiler sees them |
 //! | [`atomic`] | atomic operations on shared and global memory |
+//! | [`mbarrier`] | barriers in shared memory that count arrivals and bytes; proxy fences |
+//! | [`tma`] | bulk copies of tensor boxes, and their tensor maps |
+//! | [`warpgroup`] | four warps: their index, and moving registers between them |
+//! | [`wgmma`] | tensor-core products of a warpgroup |
 //!
 //! # Safety of views
 //! Making a view is `unsafe`: the maker promises that every index used later is in
@@ -55,13 +59,17 @@ pub mod global;
 pub mod layout;
 pub mod math;
 pub mod matrix;
+pub mod mbarrier;
 pub mod memory;
 pub mod mma;
 pub mod scalar;
 pub mod shared;
 pub mod thread;
+pub mod tma;
 pub mod unroll;
 pub mod warp;
+pub mod warpgroup;
+pub mod wgmma;
 
 pub use dim::Dim3;
 

@@ -129,6 +129,15 @@ shuffle! {
     shuffle_up, shuffle_up_f32, "up", "0x0", |lane: u32, b: u32| lane.wrapping_sub(b);
 }
 
+/// The value of lane 0, in all lanes: the compiler then knows that branches on it are
+/// uniform over the warp.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn uniform(value: u32) -> u32 {
+    shuffle_idx(value, 0)
+}
+
 /// The mask of lanes whose `predicate` holds.
 #[inline(always)]
 #[must_use]

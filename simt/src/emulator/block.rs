@@ -9,11 +9,14 @@ use std::{
 
 use super::{
     Launch, Stats, banks,
+    bulk::BulkCopies,
     clock::{Clock, MAX_WARPS, Time},
     copies::{Copies, Copy},
     fault::{FaultKind, Site},
     lanes::{FaultPayload, LaneYielder},
+    mbarriers::Mbarriers,
     shadow::{Access, SharedMemory},
+    tensor_core::TensorCores,
 };
 use crate::Dim3;
 
@@ -30,12 +33,16 @@ pub(crate) enum LaneState {
     Ready,
     AtBarrier { id: u32, at: Place },
     InCollective { name: &'static str, at: Place },
+    AtMbarrier { address: u32, parity: u32, at: Place },
+    AtWgmma { at: Place },
     Done,
 }
 
 pub(crate) struct LaneStatus {
     pub state: LaneState,
     pub clock: Clock,
+    /// Time of its last proxy fence: what it wrote up to then, copies and wgmma see.
+    pub fenced: Time,
     yielder: *const LaneYielder,
 }
 
@@ -70,6 +77,11 @@ pub(crate) struct Block {
     pub shared: SharedMemory,
     pub stats: Stats,
     pub time: Time,
+    pub mbarriers: Mbarriers,
+    pub bulk: BulkCopies,
+    pub tensor_cores: TensorCores,
+    /// Whether anyone but the lanes has accessed shared memory.
+    pub has_agents: bool,
     threads: usize,
     dynamic_shared_bytes: u32,
     statics: Vec<(*const u8, u32)>,
@@ -171,6 +183,10 @@ impl Block {
             shared: SharedMemory::new(),
             stats: Stats::default(),
             time: 1,
+            mbarriers: Mbarriers::default(),
+            bulk: BulkCopies::default(),
+            tensor_cores: TensorCores::default(),
+            has_agents: false,
             threads: 0,
             dynamic_shared_bytes: 0,
             statics: Vec::new(),
@@ -216,13 +232,19 @@ impl Block {
             self.lanes.push(LaneStatus {
                 state: LaneState::Done,
                 clock: Clock::new(0),
+                fenced: 0,
                 yielder: ptr::null(),
             });
         }
         for lane in &mut self.lanes[..self.threads] {
             lane.state = LaneState::Ready;
             lane.clock.reset(begin - 1);
+            lane.fenced = 0;
         }
+        self.mbarriers.reset();
+        self.bulk.reset();
+        self.tensor_cores.reset(self.threads);
+        self.has_agents = false;
         let warps = self.threads.div_ceil(32);
         while self.warps.len() < warps {
             self.warps.push(Box::default());
@@ -294,18 +316,13 @@ impl Block {
                 this: Site { lane, location: Some(at) },
             });
         }
-        Ok(())
+        self.finish_bulk()?;
+        self.finish_products()
     }
 
-    /// Lets the oldest asynchronous operation land, when no lane can go on without.
-    /// False when there is none.
-    #[expect(
-        clippy::unused_self,
-        clippy::unnecessary_wraps,
-        reason = "no operation is asynchronous yet"
-    )]
-    pub fn land_one_async(&mut self) -> Result<bool, FaultKind> {
-        Ok(false)
+    /// Makes what the current lane has written so far visible to copies and wgmma.
+    pub fn fence_proxy_async(&mut self) {
+        self.lanes[self.current].fenced = self.tick();
     }
 
     /// Describes why no lane can go on.
@@ -322,6 +339,17 @@ impl Block {
                 LaneState::InCollective { name, at } => {
                     format!("wait in {name} at {}:{}", at.file(), at.line())
                 }
+                LaneState::AtMbarrier { address, parity, at } => format!(
+                    "wait for parity {parity} at {}:{} of the mbarrier at byte {address}{}",
+                    at.file(),
+                    at.line(),
+                    self.mbarriers.describe(address)
+                ),
+                LaneState::AtWgmma { at } => format!(
+                    "wait at {}:{} for a wgmma product that not all of their warpgroup asked for",
+                    at.file(),
+                    at.line()
+                ),
             };
             match groups.iter_mut().find(|(w, _)| *w == what) {
                 Some((_, lanes)) => lanes.push(lane),
@@ -494,7 +522,7 @@ impl Block {
     /// Makes `lanes` know each other's accesses so far.
     fn synchronise(&mut self, lanes: &[u16]) {
         let now = self.tick();
-        if lanes.len() == self.threads {
+        if lanes.len() == self.threads && !self.has_agents {
             for &lane in lanes {
                 self.lanes[usize::from(lane)].clock.floor = now;
             }
@@ -504,6 +532,11 @@ impl Block {
         self.release(&mut joined, lanes, now);
         for &lane in lanes {
             self.lanes[usize::from(lane)].clock.join(&joined);
+        }
+        if lanes.len() == self.threads {
+            for &lane in lanes {
+                self.lanes[usize::from(lane)].clock.floor = now;
+            }
         }
     }
 

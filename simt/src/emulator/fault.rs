@@ -2,12 +2,13 @@
 
 use std::{fmt, panic::Location};
 
+use super::clock::Agent;
 use crate::Dim3;
 
 /// A place in a kernel's source and the lane that was there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Site {
-    /// Lane, counted over the block.
+    /// Lane, counted over the block; from 1024 on bulk copies and tensor cores.
     pub lane: u32,
     /// Source line, where it is known.
     pub location: Option<&'static Location<'static>>,
@@ -15,7 +16,10 @@ pub struct Site {
 
 impl fmt::Display for Site {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "thread {}", self.lane)?;
+        match Agent::describe(self.lane) {
+            Some(agent) => write!(f, "{agent}")?,
+            None => write!(f, "thread {}", self.lane)?,
+        }
         match self.location {
             Some(at) => write!(f, " at {}:{}", at.file(), at.line()),
             None => Ok(()),
@@ -63,6 +67,24 @@ pub enum FaultKind {
         /// Byte offset in the block's shared memory.
         offset: u32,
         /// Who reads.
+        this: Site,
+    },
+    /// An ordinary write that a bulk copy or wgmma reads without a proxy fence between.
+    #[error(
+        "shared memory at byte {offset}, written by {writer}, is read by {this} with no fence_proxy_async of the writer between"
+    )]
+    ProxyFence {
+        /// Byte offset in the block's shared memory.
+        offset: u32,
+        /// Who reads.
+        this: Site,
+        /// Who wrote, and has not called the fence since.
+        writer: Site,
+    },
+    /// A look at an accumulator whose product is still in flight.
+    #[error("accumulator of a wgmma product in flight used by {this}: call wait_group on it first")]
+    AccumulatorInFlight {
+        /// Who looks.
         this: Site,
     },
     /// An access outside of a view.

@@ -82,7 +82,7 @@ impl Engine {
             if self.block.all_done() {
                 return self.block.finish();
             }
-            if !progress && !self.block.land_one_async()? {
+            if !progress && !self.block.land_one_async() {
                 return Err(self.block.deadlock());
             }
         }

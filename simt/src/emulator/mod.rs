@@ -13,14 +13,23 @@
 //! barriers that not all threads reach, collectives
 //! reached by some lanes of a warp only, and panics. Races on global memory are not
 //! looked for.
+//!
+//! Bulk copies and tensor cores work beside the lanes, as agents of the same record. A
+//! bulk load lands when no lane can go on without it, and is a race to read before its
+//! mbarrier was waited for; a wgmma product is NaN until it is waited for, and writing to
+//! its operands before is a race. Missing proxy fences and arrivals are reported too.
 
 mod banks;
 pub(crate) mod block;
+pub(crate) mod bulk;
 mod clock;
 mod copies;
 mod fault;
 mod lanes;
+pub(crate) mod mbarriers;
 mod shadow;
+pub(crate) mod tensor_core;
+pub(crate) mod tensor_map;
 
 use std::{
     cell::RefCell,

@@ -8,7 +8,7 @@
 use std::panic::Location;
 
 use super::{
-    clock::{Clock, Time},
+    clock::{Clock, MAX_WARPS, Time},
     fault::{FaultKind, Site},
 };
 
@@ -29,6 +29,10 @@ const SEVERAL_WARPS: u16 = u16::MAX;
 /// orders anything after it.
 const PENDING: Time = Time::MAX;
 
+/// In the time of a stamp: the access is an agent's. It makes the stamp later than any
+/// floor, since block-wide barriers do not order agents.
+const OF_AGENT: Time = 1 << (Time::BITS - 1);
+
 /// The stamp of a warp's reads. Warps 0 to 3 have one each, and so have the first warps
 /// of the warpgroups 0 to 3. Warps that share one are merged, which is exact under
 /// block-wide barriers.
@@ -48,7 +52,8 @@ impl Stamp {
     }
     #[inline]
     fn time(self) -> Time {
-        (self.0 >> 16) as Time
+        let time = (self.0 >> 16) as Time;
+        if time == PENDING { time } else { time & !OF_AGENT }
     }
     #[inline]
     fn lane(self) -> u16 {
@@ -90,6 +95,12 @@ impl Access<'_> {
         self.lane / 32
     }
 
+    #[inline]
+    fn stamp(&self) -> Stamp {
+        let is_agent = usize::from(self.warp()) >= MAX_WARPS && self.now != PENDING;
+        Stamp::new(self.now | if is_agent { OF_AGENT } else { 0 }, self.lane)
+    }
+
     fn site(&self) -> Site {
         Site { lane: self.lane.into(), location: Some(self.location) }
     }
@@ -97,19 +108,21 @@ impl Access<'_> {
     #[inline]
     fn knows_write(&self, write: Stamp) -> bool {
         let (lane, time) = (write.lane(), write.time());
-        time <= self.clock.floor
-            || (lane == self.lane && time != PENDING)
-            || (lane != ATOMIC && self.clock.knows(lane, usize::from(lane / 32), time))
+        if lane == ATOMIC {
+            return time <= self.clock.floor;
+        }
+        (lane == self.lane && time != PENDING)
+            || self.clock.knows(lane, usize::from(lane / 32), time)
     }
 
     #[inline]
     fn knows_read(&self, read: Stamp) -> bool {
         let (lane, time) = (read.lane(), read.time());
-        if time <= self.clock.floor || lane == self.lane {
+        if lane == self.lane {
             return true;
         }
         match lane {
-            SEVERAL_WARPS => false,
+            SEVERAL_WARPS => time <= self.clock.floor,
             l if l & SEVERAL_LANES != 0 => {
                 self.clock.knows_warp(usize::from(l & !SEVERAL_LANES), time)
             }
@@ -217,7 +230,7 @@ impl SharedMemory {
         if !writes.iter().fold(true, |ok, w| ok & (w.0 >= begin) & (w.0 <= end)) {
             self.check_writes(offset, N as u32 * CELL_BYTES, by)?;
         }
-        let new = Stamp::new(by.now, by.lane);
+        let new = by.stamp();
         let several = Stamp::new(by.now, SEVERAL_LANES | by.warp());
         let reads = &mut self.reads[reader_slot(by.warp())][cells.clone()];
         if reads.iter().fold(true, |ok, &r| ok & ((r == new) | (r == several))) {
@@ -232,6 +245,34 @@ impl SharedMemory {
         }
         self.read_places[cells].fill(place(by.location));
         Ok(())
+    }
+
+    /// Records a read by a bulk copy or by wgmma: as [`read`](Self::read), and what lanes
+    /// wrote must have been fenced by them, up to the time that `fenced` gives.
+    pub fn read_async(
+        &mut self,
+        offset: u32,
+        bytes: u32,
+        by: Access<'_>,
+        fenced: impl Fn(u16) -> Time,
+    ) -> Result<(), FaultKind> {
+        self.read(offset, bytes, by)?;
+        for cell in cells(offset, bytes) {
+            let write = self.writes[cell];
+            let lane = write.lane();
+            if usize::from(lane / 32) < MAX_WARPS && write.time() > fenced(lane) {
+                let writer =
+                    Site { lane: lane.into(), location: location(self.write_places[cell]) };
+                return Err(FaultKind::ProxyFence { offset, this: by.site(), writer });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the last write at `offset` is that of `lane` before time `before`.
+    pub fn is_last_write(&self, offset: u32, lane: u16, before: Time) -> bool {
+        let write = self.writes[(offset / CELL_BYTES) as usize];
+        write.lane() == lane && write.time() <= before
     }
 
     #[cold]
@@ -253,7 +294,7 @@ impl SharedMemory {
     pub fn write(&mut self, offset: u32, bytes: u32, by: Access<'_>) -> Result<(), FaultKind> {
         self.order_before_write(offset, bytes, by, "write")?;
         let cells = cells(offset, bytes);
-        self.writes[cells.clone()].fill(Stamp::new(by.now, by.lane));
+        self.writes[cells.clone()].fill(by.stamp());
         self.write_places[cells].fill(place(by.location));
         Ok(())
     }

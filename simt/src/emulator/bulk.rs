@@ -1,0 +1,232 @@
+//! Bulk copies as agents of their own: a load lands as late as it can, a store reads its
+//! shared memory as late as it may.
+
+use std::{collections::VecDeque, panic::Location};
+
+use super::{
+    block::{self, Block},
+    clock::{Agent, Clock, Time},
+    fault::{FaultKind, Site},
+    shadow::Access,
+    tensor_map::TensorMapSpec,
+};
+use crate::tma::TensorMap;
+
+type Place = &'static Location<'static>;
+
+struct Load {
+    map: TensorMapSpec,
+    coordinates: [u32; 4],
+    destination: u32,
+    mbarrier: usize,
+}
+
+struct Store {
+    map: TensorMapSpec,
+    coordinates: [u32; 4],
+    source: u32,
+    lane: u16,
+    /// Number of the lane's group; `None` until it is committed.
+    group: Option<u64>,
+    time: Time,
+    at: Place,
+}
+
+/// Copies in flight.
+#[derive(Default)]
+pub(crate) struct BulkCopies {
+    loads: VecDeque<Load>,
+    stores: Vec<Store>,
+    /// Groups committed so far, by lane.
+    groups: Vec<(u16, u64)>,
+}
+
+impl BulkCopies {
+    pub fn reset(&mut self) {
+        self.loads.clear();
+        self.stores.clear();
+        self.groups.clear();
+    }
+}
+
+impl Block {
+    fn tensor_map(&self, map: u64, at: Place) -> Result<TensorMapSpec, FaultKind> {
+        let bytes = map as *const TensorMap;
+        let misuse = |message| Err(FaultKind::Misuse { message, this: self.site(at) });
+        if bytes.is_null() || !bytes.is_aligned() {
+            return misuse(format!(
+                "a tensor map at {map:#x}: the address must be a multiple of 64"
+            ));
+        }
+        // SAFETY: the caller of the copy vouches for the map.
+        let Some(spec) = TensorMapSpec::decode(unsafe { &*bytes }) else {
+            return misuse(format!("the bytes at {map:#x} are not an encoded tensor map"));
+        };
+        if spec.dims.len() != 4 {
+            let rank = spec.dims.len();
+            return misuse(format!("a copy of four dimensions with a tensor map of {rank}"));
+        }
+        Ok(spec)
+    }
+
+    /// What the current lane knows, its own accesses included.
+    fn own_knowledge(&self) -> Clock {
+        let mut clock = self.lanes[self.current].clock.clone();
+        clock.learn_lane(self.current as u16, self.time);
+        clock
+    }
+
+    fn check_box(
+        &self,
+        map: &TensorMapSpec,
+        address: u32,
+        what: &'static str,
+        at: Place,
+    ) -> Result<(), FaultKind> {
+        let (bytes, this) = (map.box_bytes(), self.site(at));
+        if address % map.alignment() != 0 {
+            let (address, bytes) = (address.into(), map.alignment());
+            return Err(FaultKind::Misaligned { space: "shared", what, address, bytes, this });
+        }
+        if u64::from(address) + u64::from(bytes) > self.shared.len().into() {
+            let (index, len) = (address.into(), self.shared.len().into());
+            return Err(FaultKind::OutOfBounds { space: "shared", what, index, len, this });
+        }
+        Ok(())
+    }
+
+    /// Lets the oldest asynchronous load land, when no lane can go on without. False when
+    /// there is none.
+    pub fn land_one_async(&mut self) -> bool {
+        let Some(load) = self.bulk.loads.pop_front() else { return false };
+        let shared = self.shared.at(0);
+        let mut read = 0;
+        load.map.for_each_unit(&load.coordinates, |offset, address, valid| {
+            let mut unit = [0u8; 16];
+            // SAFETY: whoever made the map vouches for the tensor, and these bytes are
+            // within it.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    address as *const u8,
+                    unit.as_mut_ptr(),
+                    valid as usize,
+                );
+            }
+            let to = load.destination + load.map.swizzled(offset);
+            // SAFETY: `check_box` found the box within shared memory.
+            unsafe { shared.add(to as usize).cast::<[u8; 16]>().write(unit) };
+            read += u64::from(valid);
+        });
+        self.stats.global_bytes_read += read;
+        self.complete_bytes(load.mbarrier, load.map.box_bytes());
+        true
+    }
+
+    /// Moves the bytes of a store.
+    fn land_store(&mut self, store: &Store) {
+        let shared = self.shared.at(0);
+        let mut written = 0;
+        store.map.for_each_unit(&store.coordinates, |offset, address, valid| {
+            let from = store.source + store.map.swizzled(offset);
+            // SAFETY: `check_box` found the box within shared memory; whoever made the map
+            // vouches for the tensor.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    shared.add(from as usize),
+                    address as *mut u8,
+                    valid as usize,
+                );
+            }
+            written += u64::from(valid);
+        });
+        self.stats.global_bytes_written += written;
+    }
+
+    /// Checks that no store still reads shared memory when the block ends.
+    pub(super) fn finish_bulk(&self) -> Result<(), FaultKind> {
+        match self.bulk.stores.first() {
+            None => Ok(()),
+            Some(store) => Err(FaultKind::Misuse {
+                message:
+                    "the kernel ended before this bulk store was waited for with wait_group_read"
+                        .to_owned(),
+                this: Site { lane: store.lane.into(), location: Some(store.at) },
+            }),
+        }
+    }
+}
+
+pub(crate) fn load(destination: u32, map: u64, coordinates: [u32; 4], mbarrier: u32, at: Place) {
+    block::checked(|b| {
+        let map = b.tensor_map(map, at)?;
+        b.check_box(&map, destination, "bulk load", at)?;
+        let index = b.mbarrier(mbarrier, at)?;
+        b.check_mbarrier_fence(index, at)?;
+        let now = b.tick();
+        // The write is the barrier's: who waits for the phase knows of it. It must come
+        // after everything there that the lane that starts it does not know to be over.
+        let by = Access {
+            lane: Agent::mbarrier(index).lane(),
+            now,
+            clock: &b.own_knowledge(),
+            location: at,
+        };
+        b.shared.write(destination, map.box_bytes(), by)?;
+        b.stats.shared_bytes_written += u64::from(map.box_bytes());
+        b.bulk.loads.push_back(Load { map, coordinates, destination, mbarrier: index });
+        Ok(())
+    });
+}
+
+pub(crate) fn store(map: u64, coordinates: [u32; 4], source: u32, at: Place) {
+    block::checked(|b| {
+        let map = b.tensor_map(map, at)?;
+        b.check_box(&map, source, "bulk store", at)?;
+        let now = b.tick();
+        b.has_agents = true;
+        let lane = b.current as u16;
+        let clock = &b.own_knowledge();
+        let by = Access { lane: Agent::store(lane).lane(), now, clock, location: at };
+        let fenced = |lane: u16| b.lanes[usize::from(lane)].fenced;
+        b.shared.read_async(source, map.box_bytes(), by, fenced)?;
+        b.stats.shared_bytes_read += u64::from(map.box_bytes());
+        b.bulk.stores.push(Store { map, coordinates, source, lane, group: None, time: now, at });
+        Ok(())
+    });
+}
+
+pub(crate) fn commit_group() {
+    block::with(|b| {
+        let lane = b.current as u16;
+        let copies = &mut b.bulk;
+        let count = match copies.groups.iter_mut().find(|(l, _)| *l == lane) {
+            Some((_, count)) => count,
+            None => {
+                copies.groups.push((lane, 0));
+                &mut copies.groups.last_mut().expect("just pushed").1
+            }
+        };
+        for store in copies.stores.iter_mut().filter(|s| s.lane == lane && s.group.is_none()) {
+            store.group = Some(*count);
+        }
+        *count += 1;
+    });
+}
+
+pub(crate) fn wait_group_read(pending: usize) {
+    block::with(|b| {
+        let lane = b.current as u16;
+        let committed = b.bulk.groups.iter().find(|(l, _)| *l == lane).map_or(0, |g| g.1);
+        let complete = committed.saturating_sub(pending as u64);
+        let stores = std::mem::take(&mut b.bulk.stores);
+        for store in stores {
+            if store.lane == lane && store.group.is_some_and(|g| g < complete) {
+                b.land_store(&store);
+                let known = &mut b.lanes[b.current].clock.warps[Agent::store(lane).index()];
+                *known = (*known).max(store.time);
+            } else {
+                b.bulk.stores.push(store);
+            }
+        }
+    });
+}

@@ -1,0 +1,203 @@
+//! Mbarriers: phases that count arrivals and bytes, and the lanes that wait for them.
+
+use std::panic::Location;
+
+use super::{
+    block::{self, Block, LaneState},
+    clock::{Agent, Clock, Time},
+    fault::{FaultKind, Site},
+};
+
+type Place = &'static Location<'static>;
+
+/// Mbarriers that a block may have under the emulator: each is an agent of its own.
+pub(crate) const MAX_MBARRIERS: usize = Agent::MBARRIERS;
+
+struct Mbarrier {
+    address: u32,
+    arrivals: u32,
+    /// Arrivals that the current phase still waits for.
+    pending: u32,
+    /// Bytes announced less bytes landed, in the current phase.
+    bytes: i64,
+    /// Phases completed.
+    phases: u32,
+    /// What the arrivals of the current phase released.
+    arriving: Clock,
+    /// What all completed phases released: what a wait acquires.
+    complete: Clock,
+    initialised_by: u16,
+    initialised_at: Time,
+    waiting: Vec<u16>,
+}
+
+/// The mbarriers of a block.
+#[derive(Default)]
+pub(crate) struct Mbarriers(Vec<Mbarrier>);
+
+impl Mbarriers {
+    pub fn reset(&mut self) {
+        self.0.clear();
+    }
+
+    /// State of the one at `address`, for the report of a deadlock.
+    pub fn describe(&self, address: u32) -> String {
+        self.0.iter().find(|m| m.address == address).map_or_else(String::new, |m| {
+            format!(
+                ", whose phase {} lacks {} of {} arrivals and {} bytes",
+                m.phases, m.pending, m.arrivals, m.bytes
+            )
+        })
+    }
+}
+
+impl Block {
+    /// Index of the mbarrier at `address`, which the current lane must know to be
+    /// initialised.
+    pub(super) fn mbarrier(&self, address: u32, at: Place) -> Result<usize, FaultKind> {
+        let this = self.site(at);
+        let Some(index) = self.mbarriers.0.iter().position(|m| m.address == address) else {
+            let message = format!(
+                "no mbarrier was initialised at byte {address} of shared memory: call init first"
+            );
+            return Err(FaultKind::Misuse { message, this });
+        };
+        let m = &self.mbarriers.0[index];
+        let clock = &self.lanes[self.current].clock;
+        let warp = usize::from(m.initialised_by / 32);
+        if usize::from(m.initialised_by) != self.current
+            && !clock.knows(m.initialised_by, warp, m.initialised_at)
+        {
+            let message = format!(
+                "the mbarrier at byte {address} was initialised by thread {}, with no barrier between",
+                m.initialised_by
+            );
+            return Err(FaultKind::Misuse { message, this });
+        }
+        if !self.shared.is_last_write(address, m.initialised_by, m.initialised_at) {
+            let message = format!("the mbarrier at byte {address} was overwritten by other data");
+            return Err(FaultKind::Misuse { message, this });
+        }
+        Ok(index)
+    }
+
+    /// Checks that copies see the initialised barrier.
+    pub(super) fn check_mbarrier_fence(&self, index: usize, at: Place) -> Result<(), FaultKind> {
+        let m = &self.mbarriers.0[index];
+        if self.lanes[usize::from(m.initialised_by)].fenced >= m.initialised_at {
+            return Ok(());
+        }
+        let message = format!(
+            "the mbarrier at byte {} is used by a copy, but thread {} did not call fence_init after initialising it",
+            m.address, m.initialised_by
+        );
+        Err(FaultKind::Misuse { message, this: self.site(at) })
+    }
+
+    /// Counts `bytes` bytes that a copy brought.
+    pub(super) fn complete_bytes(&mut self, index: usize, bytes: u32) {
+        self.mbarriers.0[index].bytes -= i64::from(bytes);
+        self.try_complete_phase(index);
+    }
+
+    fn try_complete_phase(&mut self, index: usize) {
+        let m = &mut self.mbarriers.0[index];
+        if m.pending != 0 || m.bytes != 0 {
+            return;
+        }
+        m.phases += 1;
+        m.pending = m.arrivals;
+        m.complete.join(&m.arriving);
+        m.arriving.reset(0);
+        // The bytes that landed in this phase: waiting for it makes them readable.
+        let agent = Agent::mbarrier(index);
+        m.complete.warps[agent.index()] = self.time;
+        let m = &mut self.mbarriers.0[index];
+        for lane in std::mem::take(&mut m.waiting) {
+            let lane = &mut self.lanes[usize::from(lane)];
+            lane.clock.join(&m.complete);
+            lane.state = LaneState::Ready;
+        }
+        self.time += 1;
+    }
+}
+
+pub(crate) fn init(address: u32, arrivals: u32, at: Place) {
+    block::checked(|b| {
+        let this = b.site(at);
+        if arrivals == 0 || arrivals as usize > b.threads() {
+            let threads = b.threads();
+            let message = format!("an mbarrier of {arrivals} arrivals: it needs 1 to {threads}");
+            return Err(FaultKind::Misuse { message, this });
+        }
+        b.shared_write(address, 8, at)?;
+        let initialised_at = b.tick();
+        b.mbarriers.0.retain(|m| m.address != address);
+        if b.mbarriers.0.len() == MAX_MBARRIERS {
+            let message =
+                format!("the emulator has no more than {MAX_MBARRIERS} mbarriers a block");
+            return Err(FaultKind::Misuse { message, this });
+        }
+        b.has_agents = true;
+        b.mbarriers.0.push(Mbarrier {
+            address,
+            arrivals,
+            pending: arrivals,
+            bytes: 0,
+            phases: 0,
+            arriving: Clock::new(0),
+            complete: Clock::new(0),
+            initialised_by: b.current as u16,
+            initialised_at,
+            waiting: Vec::new(),
+        });
+        Ok(())
+    });
+}
+
+pub(crate) fn arrive(address: u32, bytes: u32, at: Place) {
+    block::checked(|b| {
+        let index = b.mbarrier(address, at)?;
+        let now = b.tick();
+        let lane = b.current as u16;
+        let mut clock = std::mem::replace(&mut b.mbarriers.0[index].arriving, Clock::new(0));
+        b.release(&mut clock, &[lane], now);
+        let m = &mut b.mbarriers.0[index];
+        m.arriving = clock;
+        if m.pending == 0 {
+            let message = format!(
+                "more than {} arrivals in phase {} of the mbarrier at byte {address}",
+                m.arrivals, m.phases
+            );
+            let this = Site { lane: lane.into(), location: Some(at) };
+            return Err(FaultKind::Misuse { message, this });
+        }
+        m.pending -= 1;
+        m.bytes += i64::from(bytes);
+        b.try_complete_phase(index);
+        Ok(())
+    });
+}
+
+pub(crate) fn wait(address: u32, parity: u32, at: Place) {
+    let suspended = block::checked(|b| {
+        if parity > 1 {
+            let message = format!("parity {parity}: the phases of an mbarrier have parity 0 or 1");
+            return Err(FaultKind::Misuse { message, this: b.site(at) });
+        }
+        let index = b.mbarrier(address, at)?;
+        let m = &mut b.mbarriers.0[index];
+        let lane = b.current;
+        // Phase n has parity n % 2; the one before the first counts as complete.
+        if m.phases % 2 == parity {
+            m.waiting.push(lane as u16);
+            b.lanes[lane].state = LaneState::AtMbarrier { address, parity, at };
+            return Ok(true);
+        }
+        b.lanes[lane].clock.join(&m.complete);
+        Ok(false)
+    });
+    if suspended {
+        block::suspend();
+    }
+}

@@ -1,0 +1,139 @@
+//! Barriers in shared memory that also count bytes: how asynchronous copies are waited for.
+//!
+//! An [`Mbarrier`] goes through phases, of parity 0, 1, 0, … A phase completes when the
+//! arrivals it was initialised for have come and every byte that was announced
+//! ([`Mbarrier::arrive_expect_tx`]) has landed. [`Mbarrier::wait`] names the parity of
+//! the phase it waits for; on a fresh barrier parity 1 counts as complete, which is how a
+//! producer's first pass over empty stages does not wait.
+//!
+//! An arrival releases what its thread did and knew; a wait acquires what was released
+//! and the copied bytes. From sm_90 on.
+
+#[cfg(not(target_arch = "nvptx64"))]
+use std::panic::Location;
+
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::emulator::mbarriers;
+use crate::shared::Shared;
+
+/// One barrier: 8 bytes of shared memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Mbarrier {
+    address: u32,
+}
+
+impl Mbarrier {
+    /// Bytes of one barrier.
+    pub const BYTES: u32 = 8;
+
+    /// The barrier that is element `index` of `view`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn at(view: Shared<u64>, index: u32) -> Self {
+        Self { address: view.address_of(index) }
+    }
+
+    /// Its address in the shared window, for instructions that take one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn address(self) -> u32 {
+        self.address
+    }
+
+    /// Makes it a barrier of `arrivals` arrivals a phase. One thread does this; then comes
+    /// [`fence_init`], and a barrier of the block before others use it.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn init(self, arrivals: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the maker of the view vouches for the address.
+        unsafe {
+            core::arch::asm!("mbarrier.init.shared::cta.b64 [{0}], {1};",
+                in(reg32) self.address, in(reg32) arrivals, options(nostack));
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        mbarriers::init(self.address, arrivals, Location::caller());
+    }
+
+    /// Arrives once.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn arrive(self) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the maker of the view vouches for the address.
+        unsafe {
+            core::arch::asm!("mbarrier.arrive.shared::cta.b64 _, [{0}];",
+                in(reg32) self.address, options(nostack));
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        mbarriers::arrive(self.address, 0, Location::caller());
+    }
+
+    /// Announces `bytes` bytes that copies will bring in this phase, and arrives once.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn arrive_expect_tx(self, bytes: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the maker of the view vouches for the address.
+        unsafe {
+            core::arch::asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{0}], {1};",
+                in(reg32) self.address, in(reg32) bytes, options(nostack));
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        mbarriers::arrive(self.address, bytes, Location::caller());
+    }
+
+    /// Waits until the phase of `parity` (0 or 1) has completed.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn wait(self, parity: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        loop {
+            let done: u32;
+            // SAFETY: the maker of the view vouches for the address.
+            unsafe {
+                core::arch::asm!(
+                    "{{ .reg .pred done;",
+                    "mbarrier.try_wait.parity.shared::cta.b64 done, [{1}], {2};",
+                    "selp.u32 {0}, 1, 0, done; }}",
+                    out(reg32) done, in(reg32) self.address, in(reg32) parity, options(nostack)
+                );
+            }
+            if done != 0 {
+                break;
+            }
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        mbarriers::wait(self.address, parity, Location::caller());
+    }
+}
+
+/// Makes initialised barriers visible to asynchronous copies; by the thread that
+/// initialised them, before the barrier of the block that hands them out.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn fence_init() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: a fence has no precondition.
+    unsafe {
+        core::arch::asm!(
+            "fence.mbarrier_init.release.cluster; fence.proxy.async;",
+            options(nostack)
+        );
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    crate::emulator::block::with(crate::emulator::block::Block::fence_proxy_async);
+}
+
+/// Makes this thread's ordinary writes to shared memory visible to bulk copies and to
+/// wgmma; by each thread that wrote, before the barrier that hands the data on.
+#[inline(always)]
+pub fn fence_proxy_async() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: a fence has no precondition.
+    unsafe {
+        core::arch::asm!("fence.proxy.async.shared::cta;", options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    crate::emulator::block::with(crate::emulator::block::Block::fence_proxy_async);
+}

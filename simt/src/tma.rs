@@ -1,0 +1,119 @@
+//! Bulk copies of tensor boxes between global and shared memory (TMA), from sm_90 on.
+//!
+//! One thread starts a copy; a machine beside the warps moves the box that a
+//! [`TensorMap`] describes, and swizzles its rows so that wgmma reads them without bank
+//! conflicts. Elements outside of the tensor are loaded as zero and are not stored.
+//!
+//! Loads are waited for at the mbarrier they are given: the bytes of a whole box count,
+//! also where it hangs over the tensor's edge. Stores are waited for in groups, like
+//! [`commit_group`] and [`wait_group_read`].
+
+#[cfg(not(target_arch = "nvptx64"))]
+use std::panic::Location;
+
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::emulator::bulk;
+use crate::mbarrier::Mbarrier;
+
+#[cfg(not(target_arch = "nvptx64"))]
+pub use crate::emulator::tensor_map::{TensorMapError, TensorMapSpec};
+
+/// A tensor map: 128 bytes that the CUDA driver encodes for a GPU, and
+/// [`TensorMapSpec::encode`] for the emulator. Kernels get its address.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorMap(pub [u8; TensorMap::BYTES]);
+
+impl TensorMap {
+    /// Size of a tensor map.
+    pub const BYTES: usize = 128;
+}
+
+/// Starts to fetch the map at `map` into the cache for descriptors.
+///
+/// # Safety
+/// `map` must be the address of a tensor map in global memory.
+#[inline(always)]
+pub unsafe fn prefetch_map(map: u64) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        core::arch::asm!("prefetch.tensormap [{0}];", in(reg64) map, options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    let _ = map;
+}
+
+/// Starts to copy the box at `coordinates` (in elements, fastest dimension first) of a
+/// four-dimensional tensor to the shared address `destination`, aligned to 128 bytes
+/// (1024 with the 128-byte swizzle). Its bytes count at `barrier`.
+///
+/// # Safety
+/// `map` must be the address of a tensor map whose tensor is live, and nobody may access
+/// the destination until the barrier's phase is complete.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn load_4d(destination: u32, map: u64, coordinates: [u32; 4], barrier: Mbarrier) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        core::arch::asm!(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [{0}], [{1}, {{{2}, {3}, {4}, {5}}}], [{6}];",
+            in(reg32) destination, in(reg64) map,
+            in(reg32) coordinates[0], in(reg32) coordinates[1],
+            in(reg32) coordinates[2], in(reg32) coordinates[3],
+            in(reg32) barrier.address(), options(nostack)
+        );
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    bulk::load(destination, map, coordinates, barrier.address(), Location::caller());
+}
+
+/// Starts to copy the shared bytes at `source` to the box at `coordinates` of a
+/// four-dimensional tensor. What ordinary writes left there needs
+/// [`fence_proxy_async`](crate::mbarrier::fence_proxy_async) first.
+///
+/// # Safety
+/// As for [`load_4d`]; nobody may write the source until [`wait_group_read`].
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn store_4d(map: u64, coordinates: [u32; 4], source: u32) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        core::arch::asm!(
+            "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [{0}, {{{1}, {2}, {3}, {4}}}], [{5}];",
+            in(reg64) map,
+            in(reg32) coordinates[0], in(reg32) coordinates[1],
+            in(reg32) coordinates[2], in(reg32) coordinates[3],
+            in(reg32) source, options(nostack)
+        );
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    bulk::store(map, coordinates, source, Location::caller());
+}
+
+/// Closes a group: the stores that this thread started since the last one.
+#[inline(always)]
+pub fn commit_group() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: no precondition.
+    unsafe {
+        core::arch::asm!("cp.async.bulk.commit_group;", options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    bulk::commit_group();
+}
+
+/// Waits until the stores of all but the last `PENDING` groups of this thread have read
+/// their shared memory, which may then be written again or given up.
+#[inline(always)]
+pub fn wait_group_read<const PENDING: u32>() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: no precondition.
+    unsafe {
+        core::arch::asm!("cp.async.bulk.wait_group.read {n};", n = const PENDING, options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    bulk::wait_group_read(PENDING as usize);
+}

@@ -1,0 +1,46 @@
+//! Four neighbouring warps: what wgmma runs on, and what registers are moved between.
+
+use crate::{thread, warp};
+
+/// Threads of a warpgroup.
+pub const THREADS: u32 = 128;
+
+/// Index of this warpgroup in its block, as a value that the compiler knows to be the
+/// same in all lanes, so that branches on it are uniform.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn id() -> u32 {
+    warp::uniform(thread::index_in_block() / THREADS)
+}
+
+/// Index of this thread in its warpgroup.
+#[inline(always)]
+#[must_use]
+pub fn thread_id() -> u32 {
+    thread::index_in_block() % THREADS
+}
+
+/// Gives registers back until each thread of this warpgroup has `N`: a multiple of 8
+/// from 24 to 256. All its warps call it, and the kernel has launch bounds.
+#[inline(always)]
+pub fn decrease_registers<const N: u32>() {
+    const { assert!(N % 8 == 0 && 24 <= N && N <= 256) };
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the assembler keeps the code after it within `N` registers.
+    unsafe {
+        core::arch::asm!("setmaxnreg.dec.sync.aligned.u32 {n};", n = const N, options(nostack));
+    }
+}
+
+/// Takes registers until each thread of this warpgroup has `N`, waiting until others have
+/// given them back. As [`decrease_registers`].
+#[inline(always)]
+pub fn increase_registers<const N: u32>() {
+    const { assert!(N % 8 == 0 && 24 <= N && N <= 256) };
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: as for `decrease_registers`.
+    unsafe {
+        core::arch::asm!("setmaxnreg.inc.sync.aligned.u32 {n};", n = const N, options(nostack));
+    }
+}

@@ -1,0 +1,487 @@
+//! Tensor-core products of a warpgroup: `wgmma`, from sm_90 on (`sm_90a`).
+//!
+//! The 128 threads of a warpgroup multiply a 64-row tile A by a tile B of up to 256
+//! columns; the result stays spread over their registers, in an [`Accumulator`]. B is
+//! read from shared memory, A from there or from registers, while the threads go on:
+//! [`Accumulator::wait_group`] waits for the product, and only then may operands be
+//! overwritten and the accumulator be looked at. Storage is f16 or bf16, sums are f32.
+//!
+//! # Registers
+//! Group `g` of an accumulator covers columns `8 g .. 8 g + 8`. With `w`, `l` the warp
+//! in the warpgroup and the lane, the four values of a group are those of
+//!
+//! ```text
+//! row 16 w + l / 4      columns 8 g + 2 (l % 4), + 1
+//! row 16 w + l / 4 + 8  the same columns
+//! ```
+//!
+//! and the A operand in registers ([`Fragments`]) packs two neighbouring groups of such a
+//! tile into four registers a step of 16 columns: S = QKᵀ becomes P of P V in place.
+//!
+//! # Shared memory
+//! Tiles have rows of 64 elements (128 bytes) with the 128-byte swizzle, as TMA writes
+//! them; a wider tile is several such *chunks*, one after another. A chunk is aligned to
+//! 1024 bytes. Source: PTX ISA, "Asynchronous warpgroup level matrix instructions".
+//!
+//! Each product is one `asm!` from fence to commit, with its accumulators as operands:
+//! nothing else keeps LLVM from moving arithmetic between the two.
+
+use half::{bf16, f16};
+
+#[cfg(not(target_arch = "nvptx64"))]
+use std::panic::Location;
+
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::emulator::tensor_core::{self, OperandA, OperandB, Product};
+use crate::{
+    mma::{Ampere, TensorCore},
+    scalar::Scalar,
+};
+
+/// Columns of a chunk: 128 bytes, the width of the swizzle.
+pub const CHUNK_COLUMNS: u32 = 64;
+/// Bytes of a chunk's row.
+pub const CHUNK_ROW_BYTES: u32 = 128;
+/// Columns of A, and rows of B, that one instruction multiplies.
+pub const STEP: u32 = 16;
+
+/// A type that tensor cores multiply.
+pub trait Operand: Scalar {
+    /// Whether it is bf16, and not f16.
+    const IS_BF16: bool;
+    /// Rounds two values and packs them, `low` in the lower half.
+    fn pack(low: f32, high: f32) -> u32;
+}
+
+macro_rules! operand {
+    ($type:ident, $is_bf16:literal) => {
+        impl Operand for $type {
+            const IS_BF16: bool = $is_bf16;
+            #[inline(always)]
+            fn pack(low: f32, high: f32) -> u32 {
+                <Ampere as TensorCore<$type>>::pack(low, high)
+            }
+        }
+    };
+}
+
+operand!(f16, false);
+operand!(bf16, true);
+
+/// Where a tile lies in shared memory and how: the 64 bits that wgmma takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Descriptor(u64);
+
+impl Descriptor {
+    /// Bits 62 and 63: the 128-byte swizzle.
+    const SWIZZLE_128: u64 = 1 << 62;
+    /// Bytes from one group of eight rows of a chunk to the next.
+    const EIGHT_ROWS: u32 = 8 * CHUNK_ROW_BYTES;
+
+    const fn new(address: u32, leading_bytes: u32, stride_bytes: u32) -> Self {
+        Self(
+            Self::field(address)
+                | Self::field(leading_bytes) << 16
+                | Self::field(stride_bytes) << 32
+                | Self::SWIZZLE_128,
+        )
+    }
+
+    const fn field(bytes: u32) -> u64 {
+        (bytes as u64 & 0x3_ffff) >> 4
+    }
+
+    /// A tile whose rows run along the dimension that is summed over: Q and K.
+    /// `address` is that of its first row.
+    #[inline(always)]
+    #[must_use]
+    pub const fn k_major(address: u32) -> Self {
+        // One step of 16 lies within the swizzle's width: there is no leading stride.
+        Self::new(address, 16, Self::EIGHT_ROWS)
+    }
+
+    /// A tile whose rows run along the columns of the result: V. Its chunks are
+    /// `chunk_bytes` apart.
+    #[inline(always)]
+    #[must_use]
+    pub const fn n_major(address: u32, chunk_bytes: u32) -> Self {
+        Self::new(address, chunk_bytes, Self::EIGHT_ROWS)
+    }
+
+    /// The same tile `bytes` (a multiple of 1024) further on, such as in another stage.
+    #[inline(always)]
+    #[must_use]
+    pub const fn offset(self, bytes: u32) -> Self {
+        Self(self.0 + (bytes >> 4) as u64)
+    }
+
+    /// The bits.
+    #[inline(always)]
+    #[must_use]
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+}
+
+/// An A operand in registers: `STEPS` steps of 16 columns, as the module's header says.
+pub type Fragments<const STEPS: usize> = [[u32; 4]; STEPS];
+
+/// A 64-row tile of f32 over the registers of a warpgroup, `GROUPS` groups of 8 columns.
+pub struct Accumulator<const GROUPS: usize> {
+    values: [[f32; 4]; GROUPS],
+    /// Number of the product in flight, for the emulator.
+    #[cfg(not(target_arch = "nvptx64"))]
+    in_flight: Option<u64>,
+}
+
+impl<const GROUPS: usize> Accumulator<GROUPS> {
+    /// All zero.
+    #[inline(always)]
+    #[must_use]
+    pub const fn zero() -> Self {
+        Self {
+            values: [[0.0; 4]; GROUPS],
+            #[cfg(not(target_arch = "nvptx64"))]
+            in_flight: None,
+        }
+    }
+
+    /// The values of this thread. The emulator faults while a product is in flight.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn values(&self) -> &[[f32; 4]; GROUPS] {
+        #[cfg(not(target_arch = "nvptx64"))]
+        tensor_core::check_landed(self.in_flight, Location::caller());
+        &self.values
+    }
+
+    /// As [`values`](Self::values), to be changed.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn values_mut(&mut self) -> &mut [[f32; 4]; GROUPS] {
+        #[cfg(not(target_arch = "nvptx64"))]
+        tensor_core::check_landed(self.in_flight, Location::caller());
+        &mut self.values
+    }
+
+    /// Starts a product under the emulator; the values are NaN until it is waited for.
+    #[cfg(not(target_arch = "nvptx64"))]
+    fn start(&mut self, a: OperandA<'_>, b: OperandB, accumulate: bool, bf16: bool, at: Place) {
+        let columns = GROUPS * 8;
+        let product = Product { a, b, columns, accumulate, bf16 };
+        let flat = self.values.as_flattened();
+        self.in_flight = Some(tensor_core::start(&product, self.in_flight, flat, at));
+        self.values = [[f32::NAN; 4]; GROUPS];
+    }
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+type Place = &'static Location<'static>;
+
+/// Waiting for products.
+pub trait WaitGroup {
+    /// Waits until all but the last `PENDING` products of this warpgroup are complete.
+    /// What the wait is called on is what becomes readable: call it on each accumulator.
+    fn wait_group<const PENDING: u32>(&mut self);
+}
+
+/// Products with both operands in shared memory, over `STEPS` steps of 16 columns.
+pub trait SharedProduct<const STEPS: usize>: WaitGroup {
+    /// Starts `self = A Bᵀ` with A `[64, 16 * STEPS]` and B `[8 * GROUPS, 16 * STEPS]`, both
+    /// [`Descriptor::k_major`], whose chunks are `A_CHUNK` and `B_CHUNK` bytes apart.
+    ///
+    /// # Safety
+    /// All threads of the warpgroup call it alike. The operands stay as they are, and
+    /// the accumulator untouched, until it is waited for.
+    unsafe fn product_shared<T: Operand, const A_CHUNK: u32, const B_CHUNK: u32>(
+        &mut self,
+        a: Descriptor,
+        b: Descriptor,
+    );
+}
+
+/// Products with A in registers and B in shared memory, over `STEPS` steps of 16 rows.
+pub trait RegisterProduct<const STEPS: usize>: WaitGroup {
+    /// Starts `self += A B` with A `[64, 16 * STEPS]` and B `[16 * STEPS, 8 * GROUPS]`,
+    /// [`Descriptor::n_major`].
+    ///
+    /// # Safety
+    /// As for [`SharedProduct::product_shared`].
+    unsafe fn product_registers<T: Operand>(&mut self, a: &Fragments<STEPS>, b: Descriptor);
+}
+
+/// Calls `$then` with the groups of a tile of that many columns: for each, its number and
+/// those of its four registers.
+macro_rules! with_groups {
+    (64 $then:ident $args:tt) => {
+        $then! { 64 $args
+        (0 0 1 2 3) (1 4 5 6 7) (2 8 9 10 11) (3 12 13 14 15)
+        (4 16 17 18 19) (5 20 21 22 23) (6 24 25 26 27) (7 28 29 30 31) }
+    };
+    (80 $then:ident $args:tt) => {
+        $then! { 80 $args
+        (0 0 1 2 3) (1 4 5 6 7) (2 8 9 10 11) (3 12 13 14 15)
+        (4 16 17 18 19) (5 20 21 22 23) (6 24 25 26 27) (7 28 29 30 31)
+        (8 32 33 34 35) (9 36 37 38 39) }
+    };
+    (96 $then:ident $args:tt) => {
+        $then! { 96 $args
+        (0 0 1 2 3) (1 4 5 6 7) (2 8 9 10 11) (3 12 13 14 15)
+        (4 16 17 18 19) (5 20 21 22 23) (6 24 25 26 27) (7 28 29 30 31)
+        (8 32 33 34 35) (9 36 37 38 39) (10 40 41 42 43) (11 44 45 46 47) }
+    };
+    (128 $then:ident $args:tt) => {
+        $then! { 128 $args
+        (0 0 1 2 3) (1 4 5 6 7) (2 8 9 10 11) (3 12 13 14 15)
+        (4 16 17 18 19) (5 20 21 22 23) (6 24 25 26 27) (7 28 29 30 31)
+        (8 32 33 34 35) (9 36 37 38 39) (10 40 41 42 43) (11 44 45 46 47)
+        (12 48 49 50 51) (13 52 53 54 55) (14 56 57 58 59) (15 60 61 62 63) }
+    };
+    (192 $then:ident $args:tt) => {
+        $then! { 192 $args
+        (0 0 1 2 3) (1 4 5 6 7) (2 8 9 10 11) (3 12 13 14 15)
+        (4 16 17 18 19) (5 20 21 22 23) (6 24 25 26 27) (7 28 29 30 31)
+        (8 32 33 34 35) (9 36 37 38 39) (10 40 41 42 43) (11 44 45 46 47)
+        (12 48 49 50 51) (13 52 53 54 55) (14 56 57 58 59) (15 60 61 62 63)
+        (16 64 65 66 67) (17 68 69 70 71) (18 72 73 74 75) (19 76 77 78 79)
+        (20 80 81 82 83) (21 84 85 86 87) (22 88 89 90 91) (23 92 93 94 95) }
+    };
+    (256 $then:ident $args:tt) => {
+        $then! { 256 $args
+        (0 0 1 2 3) (1 4 5 6 7) (2 8 9 10 11) (3 12 13 14 15)
+        (4 16 17 18 19) (5 20 21 22 23) (6 24 25 26 27) (7 28 29 30 31)
+        (8 32 33 34 35) (9 36 37 38 39) (10 40 41 42 43) (11 44 45 46 47)
+        (12 48 49 50 51) (13 52 53 54 55) (14 56 57 58 59) (15 60 61 62 63)
+        (16 64 65 66 67) (17 68 69 70 71) (18 72 73 74 75) (19 76 77 78 79)
+        (20 80 81 82 83) (21 84 85 86 87) (22 88 89 90 91) (23 92 93 94 95)
+        (24 96 97 98 99) (25 100 101 102 103) (26 104 105 106 107) (27 108 109 110 111)
+        (28 112 113 114 115) (29 116 117 118 119) (30 120 121 122 123) (31 124 125 126 127) }
+    };
+}
+
+/// The operand list of an instruction: `{{0}, {1}, …}` as a template.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! register_list {
+    (($g0:literal $a0:literal $b0:literal $c0:literal $d0:literal)
+     $(($g:literal $a:literal $b:literal $c:literal $d:literal))*) => {
+        concat!("{{{", $a0, "},{", $b0, "},{", $c0, "},{", $d0, "}",
+            $(",{", $a, "},{", $b, "},{", $c, "},{", $d, "}",)* "}}")
+    };
+}
+
+macro_rules! wait_group {
+    ($n:literal () $(($g:literal $a:literal $b:literal $c:literal $d:literal))*) => {
+        impl WaitGroup for Accumulator<{ $n / 8 }> {
+            #[inline(always)]
+            #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+            fn wait_group<const PENDING: u32>(&mut self) {
+                #[cfg(target_arch = "nvptx64")]
+                {
+                    let d = &mut self.values;
+                    // SAFETY: waits; the operands tie what the product wrote to the wait.
+                    unsafe {
+                        core::arch::asm!(
+                            concat!("wgmma.wait_group.sync.aligned {pending}; // ",
+                                register_list!($(($g $a $b $c $d))*)),
+                            $(inout(reg32) d[$g][0], inout(reg32) d[$g][1],
+                              inout(reg32) d[$g][2], inout(reg32) d[$g][3],)*
+                            pending = const PENDING, options(nostack)
+                        );
+                    }
+                }
+                #[cfg(not(target_arch = "nvptx64"))]
+                {
+                    let flat = self.values.as_flattened_mut();
+                    tensor_core::wait_group(PENDING, &mut self.in_flight, flat, Location::caller());
+                }
+            }
+        }
+    };
+}
+
+/// One step with A in shared memory. `(k % 4) * 32` bytes along the swizzled row, then
+/// on to the next chunk; addresses count 16 bytes.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! shared_step {
+    ($n:literal $type:literal $k:literal $list:expr) => {
+        concat!(
+            "add.s64 a, {a}, (",
+            $k,
+            "&3)*2+(",
+            $k,
+            ">>2)*{a_chunk}; ",
+            "add.s64 b, {b}, (",
+            $k,
+            "&3)*2+(",
+            $k,
+            ">>2)*{b_chunk}; ",
+            "wgmma.mma_async.sync.aligned.m64n",
+            $n,
+            "k16.f32.",
+            $type,
+            ".",
+            $type,
+            " ",
+            $list,
+            ", a, b, (",
+            $k,
+            ">0), 1, 1, 0, 0; "
+        )
+    };
+}
+
+macro_rules! shared_product {
+    ($n:literal ($steps:literal $k:tt) $($groups:tt)*) => {
+        shared_product!(@impl $n $steps $k (register_list!($($groups)*)) $($groups)*);
+    };
+    (@impl $n:literal $steps:literal [$($k:literal)*] ($list:expr)
+     $(($g:literal $a:literal $b:literal $c:literal $d:literal))*) => {
+        impl SharedProduct<$steps> for Accumulator<{ $n / 8 }> {
+            #[inline(always)]
+            #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+            unsafe fn product_shared<T: Operand, const A_CHUNK: u32, const B_CHUNK: u32>(
+                &mut self,
+                a: Descriptor,
+                b: Descriptor,
+            ) {
+                #[cfg(target_arch = "nvptx64")]
+                {
+                    let d = &mut self.values;
+                    macro_rules! issue {
+                        ($type:literal) => {
+                            // SAFETY: passed on to the caller. Every output is written.
+                            unsafe {
+                                core::arch::asm!(
+                                    "{{ .reg .b64 a, b; wgmma.fence.sync.aligned; ",
+                                    $(shared_step!($n $type $k $list),)*
+                                    "wgmma.commit_group.sync.aligned; }}",
+                                    $(out(reg32) d[$g][0], out(reg32) d[$g][1],
+                                      out(reg32) d[$g][2], out(reg32) d[$g][3],)*
+                                    a = in(reg64) a.0, b = in(reg64) b.0,
+                                    a_chunk = const A_CHUNK / 16, b_chunk = const B_CHUNK / 16,
+                                    options(nostack)
+                                );
+                            }
+                        };
+                    }
+                    if T::IS_BF16 { issue!("bf16") } else { issue!("f16") }
+                }
+                #[cfg(not(target_arch = "nvptx64"))]
+                {
+                    let a = OperandA::Shared { tile: a.0, chunk: A_CHUNK, steps: $steps };
+                    let b = OperandB::KMajor { tile: b.0, chunk: B_CHUNK };
+                    self.start(a, b, false, T::IS_BF16, Location::caller());
+                }
+            }
+        }
+    };
+}
+
+/// One step with A in registers: 16 rows of B further on are 2048 bytes.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! register_step {
+    ($n:literal $type:literal ($k:literal $p0:ident $p1:ident $p2:ident $p3:ident) $list:expr) => {
+        concat!(
+            "add.s64 b, {b}, ",
+            $k,
+            "*128; ",
+            "wgmma.mma_async.sync.aligned.m64n",
+            $n,
+            "k16.f32.",
+            $type,
+            ".",
+            $type,
+            " ",
+            $list,
+            ", {{{",
+            stringify!($p0),
+            "},{",
+            stringify!($p1),
+            "},{",
+            stringify!($p2),
+            "},{",
+            stringify!($p3),
+            "}}}, b, 1, 1, 1, 1; "
+        )
+    };
+}
+
+macro_rules! register_product {
+    ($n:literal ($steps:literal $fragments:tt) $($groups:tt)*) => {
+        register_product!(@impl $n $steps $fragments (register_list!($($groups)*)) $($groups)*);
+    };
+    (@impl $n:literal $steps:literal
+     [$(($k:literal $p0:ident $p1:ident $p2:ident $p3:ident))*] ($list:expr)
+     $(($g:literal $a:literal $b:literal $c:literal $d:literal))*) => {
+        impl RegisterProduct<$steps> for Accumulator<{ $n / 8 }> {
+            #[inline(always)]
+            #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+            unsafe fn product_registers<T: Operand>(
+                &mut self,
+                p: &Fragments<$steps>,
+                b: Descriptor,
+            ) {
+                #[cfg(target_arch = "nvptx64")]
+                {
+                    let d = &mut self.values;
+                    macro_rules! issue {
+                        ($type:literal) => {
+                            // SAFETY: passed on to the caller.
+                            unsafe {
+                                core::arch::asm!(
+                                    "{{ .reg .b64 b; wgmma.fence.sync.aligned; ",
+                                    $(register_step!($n $type ($k $p0 $p1 $p2 $p3) $list),)*
+                                    "wgmma.commit_group.sync.aligned; }}",
+                                    $(inout(reg32) d[$g][0], inout(reg32) d[$g][1],
+                                      inout(reg32) d[$g][2], inout(reg32) d[$g][3],)*
+                                    $($p0 = in(reg32) p[$k][0], $p1 = in(reg32) p[$k][1],
+                                      $p2 = in(reg32) p[$k][2], $p3 = in(reg32) p[$k][3],)*
+                                    b = in(reg64) b.0,
+                                    options(nostack)
+                                );
+                            }
+                        };
+                    }
+                    if T::IS_BF16 { issue!("bf16") } else { issue!("f16") }
+                }
+                #[cfg(not(target_arch = "nvptx64"))]
+                {
+                    let b = OperandB::NMajor { tile: b.0 };
+                    let a = OperandA::Registers(p);
+                    self.start(a, b, true, T::IS_BF16, Location::caller());
+                }
+            }
+        }
+    };
+}
+
+with_groups!(64 wait_group ());
+with_groups!(80 wait_group ());
+with_groups!(96 wait_group ());
+with_groups!(128 wait_group ());
+with_groups!(192 wait_group ());
+with_groups!(256 wait_group ());
+
+// S = QKᵀ: the width of the tile of keys, and the head dims in steps of 16.
+with_groups!(80 shared_product (16 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]));
+with_groups!(96 shared_product (12 [0 1 2 3 4 5 6 7 8 9 10 11]));
+with_groups!(128 shared_product (4 [0 1 2 3]));
+with_groups!(128 shared_product (6 [0 1 2 3 4 5]));
+with_groups!(128 shared_product (8 [0 1 2 3 4 5 6 7]));
+
+// O += P V: the head dim, and the tile of keys in steps of 16.
+with_groups!(256 register_product (5 [(0 p0 p1 p2 p3) (1 p4 p5 p6 p7) (2 p8 p9 p10 p11)
+    (3 p12 p13 p14 p15) (4 p16 p17 p18 p19)]));
+with_groups!(192 register_product (6 [(0 p0 p1 p2 p3) (1 p4 p5 p6 p7) (2 p8 p9 p10 p11)
+    (3 p12 p13 p14 p15) (4 p16 p17 p18 p19) (5 p20 p21 p22 p23)]));
+macro_rules! register_product_of_128_keys {
+    ($n:tt) => {
+        with_groups!($n register_product (8 [(0 p0 p1 p2 p3) (1 p4 p5 p6 p7) (2 p8 p9 p10 p11)
+            (3 p12 p13 p14 p15) (4 p16 p17 p18 p19) (5 p20 p21 p22 p23) (6 p24 p25 p26 p27)
+            (7 p28 p29 p30 p31)]));
+    };
+}
+register_product_of_128_keys!(64);
+register_product_of_128_keys!(96);
+register_product_of_128_keys!(128);
