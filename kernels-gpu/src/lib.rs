@@ -22,10 +22,13 @@
 pub mod args;
 pub mod dropout;
 pub mod entry;
+pub mod flash_hopper;
 pub mod flash_tiled;
 pub mod linear;
 pub mod mask;
 pub mod naive;
+pub mod pipeline;
+pub mod schedule;
 pub mod softmax;
 
 simt::declare_dynamic_shared!();
@@ -46,6 +49,8 @@ const TABLES: &[&[entry::Entry]] = &[
     flash_tiled::ENTRIES,
     linear::NAIVE,
     linear::TILED,
+    flash_hopper::THREE_CONSUMERS,
+    flash_hopper::TWO_CONSUMERS,
 ];
 
 /// Every entry that can be launched.

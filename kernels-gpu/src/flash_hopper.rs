@@ -1,0 +1,377 @@
+//! flash_hopper: attention on the tensor cores and copy engines of Hopper (sm_90a).
+//!
+//! The idea: three kinds of hardware work at the same time, and nobody waits for what
+//! can be fetched ahead. A producer warpgroup does nothing but start bulk copies; two or
+//! three consumer warpgroups multiply with wgmma, which runs beside the threads; and
+//! while the tensor cores compute the scores of the next tile and the output of this
+//! one, the threads do this one's softmax.
+//!
+//! ```text
+//! producer:   Q, then for each tile of BC keys, last to first: K, V    (TMA, 2 stages)
+//!
+//! consumer:   S = Q Kᵀ of the first tile; P = softmax(S)
+//!             for each further tile:
+//!                 start S = Q Kᵀ           of this tile
+//!                 start O += P V           of the tile before
+//!                 wait for S; m, l, P' = softmax(S)        O += P V still runs
+//!                 wait for O; O *= alpha, if m moved; P = P'
+//!             O += P V; O / l, LSE = m + log(l)
+//! ```
+//!
+//! ```text
+//!              keys: BC a tile                  row of a consumer: 16 warp + lane / 4 (+ 8)
+//!            +-----------------+
+//! consumer 0 | S, then P:      |   64 rows      S, P and O stay in registers: a thread has
+//! consumer 1 |   64 x BC each  |   64 rows      two rows, and of each every fourth pair
+//! (2         |                 |   64 rows)     of columns
+//!            +-----------------+
+//! ```
+//!
+//! | D | BR x BC | consumers | shared bytes | registers of O, S, P a thread |
+//! |---|---|---|---|---|
+//! | 64 | 192 x 128 | 3 | 90,184 | 32, 64, 32 of 160 |
+//! | 64, general | 128 x 128 | 2 | 81,992 | 32, 64, 32 of 240 |
+//! | 96 | 128 x 128 | 2 | 163,920 | 48, 64, 32 of 240 |
+//! | 128 | 128 x 128 | 2 | 163,920 | 64, 64, 32 of 240 |
+//! | 192 | 128 x 96 | 2 | 196,688 | 96, 48, 24 of 240 |
+//! | 256 | 128 x 80 | 2 | 229,456 | 128, 40, 20 of 240 |
+//!
+//! Where the time goes, by counting: a tile costs 4 BR BC D FLOP and brings 4 BC D bytes
+//! from L2, BR FLOP a byte. A multiprocessor's tensor cores do 4096 FLOP a clock, so that
+//! at D = 128 a tile of 128 x 128 keeps them busy for 2048 clocks; its 16,384 exponentials
+//! take 1024 clocks at 16 a clock, and the other arithmetic of the softmax about 4
+//! instructions an element, 512 clocks at 128 a clock. At D = 64 the products take half
+//! as long and the softmax the same: there the exponentials alone fill the tensor
+//! cores' time, which is why a third consumer pays.
+//!
+//! What keeps the threads' part small:
+//! - the scale and the maximum go into one fma before exp2;
+//! - O is rescaled only when some row's maximum has grown by more than 2^8 since the last
+//!   time (its weights are then at most 256, which f16 holds as exactly as 1);
+//! - only tiles that the diagonal or the last key cuts are masked, and they come first;
+//! - dropout's rescaling is part of the last division.
+//!
+//! Causal launches take the longest query tiles first (`schedule.rs`). Rows past Nq and
+//! keys past Nk are zeros that the copy engine supplies; such keys are masked, such rows
+//! not stored. Results do not depend on timing: bit for bit the same every run.
+//!
+//! Measured: not measured yet. Limits: f16 and bf16; a positive scale; strides and
+//! addresses in multiples of 16 bytes (TMA's rule); tiles of one head only, so that many
+//! short heads leave rows of a tile idle.
+//!
+//! Source: Shah et al., "FlashAttention-3", 2024, sections 3.1 and 3.2; the rescaling
+//! rule as in "FlashAttention-4". Departures: no ping-pong between consumers (tried on
+//! the GPU in a sketch, no effect), one tile a block.
+
+use half::{bf16, f16};
+use simt::{
+    mbarrier::{self, Mbarrier},
+    shared::Shared,
+    thread, tma, warp, warpgroup,
+    wgmma::{
+        Accumulator, CHUNK_COLUMNS, CHUNK_ROW_BYTES, Descriptor, Operand, RegisterProduct,
+        SharedProduct,
+    },
+};
+
+use crate::{
+    args::AttentionArgs,
+    entries,
+    pipeline::{Ring, Stage},
+    schedule,
+};
+
+mod consumer;
+mod tiles;
+
+use consumer::{Consumer, ROWS};
+use tiles::{BARRIERS, Layout, tile_bytes};
+pub use tiles::{
+    CONSUMER_ROWS, STAGES, box_dims, consumers, shared_bytes, threads, tile_keys, tile_rows,
+};
+
+/// What a kernel is compiled for: the less it must ask at run time, the faster it is.
+pub trait Policy {
+    /// Whether rows see the keys up to their own position only.
+    const CAUSAL: bool;
+    /// Whether causality, padding and dropout are decided at run time.
+    const GENERAL: bool;
+}
+
+/// Every row sees every key; no padding mask, no dropout.
+pub struct Full;
+/// Causal; no padding mask, no dropout.
+pub struct Causal;
+/// Anything.
+pub struct General;
+
+impl Policy for Full {
+    const CAUSAL: bool = false;
+    const GENERAL: bool = false;
+}
+impl Policy for Causal {
+    const CAUSAL: bool = true;
+    const GENERAL: bool = false;
+}
+impl Policy for General {
+    const CAUSAL: bool = false;
+    const GENERAL: bool = true;
+}
+
+/// A block's problem: where its rows are, and what they see.
+#[derive(Clone, Copy)]
+struct Task {
+    b: u32,
+    h: u32,
+    first_row: u32,
+    num_kv_tiles: u32,
+}
+
+/// Keys that row `i` sees by its position.
+#[inline(always)]
+fn visible_keys<M: Policy>(args: &AttentionArgs, i: u32) -> u32 {
+    if M::CAUSAL || (M::GENERAL && args.causal != 0) {
+        (i + 1 + args.seq_k).saturating_sub(args.seq_q).min(args.seq_k)
+    } else {
+        args.seq_k
+    }
+}
+
+/// Flash attention forward by warp specialisation.
+///
+/// # Layout
+/// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`; `tensor_maps`: those of
+/// q, k and v, over dimensions `[D, N, H, B]`, boxes as [`box_dims`] says.
+///
+/// # Thread mapping
+/// `B * H * ceil(Nq / BR)` blocks along x, [`threads`] each. Warpgroup 0 is the producer.
+///
+/// # Shared memory
+/// [`shared_bytes`] of it, dynamic: Q, the stages of K, those of V, the mbarriers.
+///
+/// # Safety
+/// The buffers and maps of `args` must have these shapes, and the launch the threads and
+/// shared memory stated here.
+#[inline(always)]
+pub unsafe fn flash_hopper<
+    T: Operand,
+    M: Policy,
+    const D: u32,
+    const BR: u32,
+    const BC: u32,
+    const Q_CHUNK: u32,
+    const K_CHUNK: u32,
+    const S_GROUPS: usize,
+    const O_GROUPS: usize,
+    const D_STEPS: usize,
+    const KEY_STEPS: usize,
+>(
+    args: &AttentionArgs,
+) where
+    Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
+    Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,
+{
+    const {
+        assert!(
+            BR == tile_rows(consumers(D, M::GENERAL)) && BC == tile_keys(D),
+            "tiles of this head dim"
+        );
+        assert!(Q_CHUNK == BR * CHUNK_ROW_BYTES && K_CHUNK == BC * CHUNK_ROW_BYTES);
+        assert!(S_GROUPS as u32 * 8 == BC && O_GROUPS as u32 * 8 == D);
+        assert!(D_STEPS as u32 * 16 == D && KEY_STEPS as u32 * 16 == BC);
+    }
+    let layout = const { Layout::new(D, M::GENERAL) };
+
+    // Who am I.
+    let warpgroup = warpgroup::id();
+    let (heads, num_q_tiles) = (args.batch * args.heads, args.seq_q.div_ceil(BR));
+    let causal = M::CAUSAL || (M::GENERAL && args.causal != 0);
+    let work = if causal {
+        let head_bytes = args.seq_k as u64 * (2 * D * size_of::<T>() as u32) as u64;
+        schedule::longest_first(thread::block_idx_x(), num_q_tiles, heads, head_bytes)
+    } else {
+        schedule::in_order(thread::block_idx_x(), num_q_tiles)
+    };
+    let first_row = work.q_tile * BR;
+    let last_row = (first_row + BR).min(args.seq_q) - 1;
+    let (b, h) = schedule::divide(work.head, args.heads);
+    let task =
+        Task { b, h, first_row, num_kv_tiles: visible_keys::<M>(args, last_row).div_ceil(BC) };
+    // SAFETY: the caller gives the shared memory.
+    let (smem, barriers) = unsafe {
+        (Shared::<u8>::dynamic(0, 0).address(), Shared::<u64>::dynamic(layout.barriers, BARRIERS))
+    };
+    let q_full = Mbarrier::at(barriers, 0);
+    let k_ring = Ring::<STAGES>::new(barriers, 1);
+    let v_ring = Ring::<STAGES>::new(barriers, 1 + Ring::<STAGES>::BARRIERS);
+    if thread::thread_idx_x() == 0 {
+        q_full.init(1);
+        k_ring.init(consumers(D, M::GENERAL));
+        v_ring.init(consumers(D, M::GENERAL));
+        mbarrier::fence_init();
+    }
+    // Hazard: the barriers are used by threads, and by copies, that did not make them.
+    thread::sync_threads();
+
+    if warpgroup == 0 {
+        if consumers(D, M::GENERAL) == 3 {
+            warpgroup::decrease_registers::<32>();
+        } else {
+            warpgroup::decrease_registers::<24>();
+        }
+        if thread::thread_idx_x() == 0 && task.num_kv_tiles > 0 {
+            // SAFETY: the caller vouches for the tensor maps.
+            unsafe { produce::<D, BR, BC>(args, task, smem, &layout, q_full, k_ring, v_ring) };
+        }
+        return;
+    }
+
+    if consumers(D, M::GENERAL) == 3 {
+        warpgroup::increase_registers::<160>();
+    } else {
+        warpgroup::increase_registers::<240>();
+    }
+    let row = first_row + (warpgroup - 1) * CONSUMER_ROWS;
+    let mut consumer = Consumer::<T, M, S_GROUPS, O_GROUPS, KEY_STEPS, Q_CHUNK, K_CHUNK> {
+        args,
+        task,
+        first_row: row + warpgroup::thread_id() / warp::LANES * 16 + warp::lane_id() / 4,
+        column: warp::lane_id() % 4 * 2,
+        elected: warpgroup::thread_id() == 0,
+        q: Descriptor::k_major(smem + (row - first_row) * CHUNK_ROW_BYTES),
+        k: Descriptor::k_major(smem + layout.k),
+        v: Descriptor::n_major(smem + layout.v, K_CHUNK),
+        tile_bytes: const { tile_bytes(BC, D) },
+        k_ring,
+        v_ring,
+        k_stage: Stage::FIRST,
+        v_stage: Stage::FIRST,
+        m_i: [f32::NEG_INFINITY; ROWS],
+        l_i: [0.0; ROWS],
+        s: Accumulator::zero(),
+        p: [[0; 4]; KEY_STEPS],
+        acc_o: Accumulator::zero(),
+        types: core::marker::PhantomData,
+    };
+    if task.num_kv_tiles > 0 {
+        // Hazard: Q may not have landed.
+        q_full.wait(0);
+        // Tiles below this one are seen whole by every row of this consumer.
+        let whole_tiles = if M::GENERAL { 0 } else { visible_keys::<M>(args, row) / BC };
+        let mut tile = task.num_kv_tiles - 1;
+        // SAFETY: the whole warpgroup is here, and the rings bring what is multiplied.
+        unsafe {
+            consumer.first_tile::<D_STEPS>(tile);
+            if M::CAUSAL || M::GENERAL {
+                while tile > whole_tiles {
+                    tile -= 1;
+                    consumer.next_tile::<D_STEPS, true>(tile);
+                }
+            }
+            if !M::GENERAL {
+                while tile > 0 {
+                    tile -= 1;
+                    consumer.next_tile::<D_STEPS, false>(tile);
+                }
+            }
+            consumer.last_output();
+        }
+    }
+    // SAFETY: the caller vouches for the buffers.
+    unsafe { consumer.store() };
+}
+
+/// The producer: one thread that starts every copy of the block.
+///
+/// # Safety
+/// As for [`flash_hopper`]; there is at least one tile.
+#[inline(always)]
+unsafe fn produce<const D: u32, const BR: u32, const BC: u32>(
+    args: &AttentionArgs,
+    task: Task,
+    smem: u32,
+    layout: &Layout,
+    q_full: Mbarrier,
+    k_ring: Ring<STAGES>,
+    v_ring: Ring<STAGES>,
+) {
+    let map = |index: u64| args.tensor_maps.address + index * tma::TensorMap::BYTES as u64;
+    // All chunks of a tile: rows from `row` on.
+    let copy = |destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
+        for chunk in 0..D.div_ceil(CHUNK_COLUMNS) {
+            let to = destination + chunk * rows * CHUNK_ROW_BYTES;
+            let from = [chunk * CHUNK_COLUMNS, row, task.h, task.b];
+            // SAFETY: the caller vouches for the maps; the ring keeps readers away.
+            unsafe { tma::load_4d(to, map, from, full) };
+        }
+    };
+    q_full.arrive_expect_tx(tile_bytes(BR, D));
+    copy(smem, map(0), BR, task.first_row, q_full);
+    let mut stage = Stage::FIRST;
+    for tile in (0..task.num_kv_tiles).rev() {
+        let offset = stage.index * tile_bytes(BC, D);
+        let full = k_ring.acquire(stage, tile_bytes(BC, D));
+        copy(smem + layout.k + offset, map(1), BC, tile * BC, full);
+        let full = v_ring.acquire(stage, tile_bytes(BC, D));
+        copy(smem + layout.v + offset, map(2), BC, tile * BC, full);
+        stage.advance();
+    }
+}
+
+/// The kernel for a type, policy and head dim.
+macro_rules! kernel {
+    ($type:ty, $policy:ty, $d:literal) => {
+        flash_hopper::<
+            $type,
+            $policy,
+            $d,
+            { tile_rows(consumers($d, <$policy>::GENERAL)) },
+            { tile_keys($d) },
+            { tile_rows(consumers($d, <$policy>::GENERAL)) * CHUNK_ROW_BYTES },
+            { tile_keys($d) * CHUNK_ROW_BYTES },
+            { tile_keys($d) as usize / 8 },
+            { $d / 8 },
+            { $d / 16 },
+            { tile_keys($d) as usize / 16 },
+        >
+    };
+}
+
+entries! {
+    /// Instances of [`flash_hopper`] with three consumers.
+    pub static THREE_CONSUMERS: AttentionArgs => "sm_90a", threads threads(3), min_blocks 1;
+    flash_hopper_f16_d64_full = kernel!(f16, Full, 64);
+    flash_hopper_f16_d64_causal = kernel!(f16, Causal, 64);
+    flash_hopper_bf16_d64_full = kernel!(bf16, Full, 64);
+    flash_hopper_bf16_d64_causal = kernel!(bf16, Causal, 64);
+}
+entries! {
+    /// Instances of [`flash_hopper`] with two consumers.
+    pub static TWO_CONSUMERS: AttentionArgs => "sm_90a", threads threads(2), min_blocks 1;
+    flash_hopper_f16_d64_general = kernel!(f16, General, 64);
+    flash_hopper_f16_d96_full = kernel!(f16, Full, 96);
+    flash_hopper_f16_d96_causal = kernel!(f16, Causal, 96);
+    flash_hopper_f16_d96_general = kernel!(f16, General, 96);
+    flash_hopper_f16_d128_full = kernel!(f16, Full, 128);
+    flash_hopper_f16_d128_causal = kernel!(f16, Causal, 128);
+    flash_hopper_f16_d128_general = kernel!(f16, General, 128);
+    flash_hopper_f16_d192_full = kernel!(f16, Full, 192);
+    flash_hopper_f16_d192_causal = kernel!(f16, Causal, 192);
+    flash_hopper_f16_d192_general = kernel!(f16, General, 192);
+    flash_hopper_f16_d256_full = kernel!(f16, Full, 256);
+    flash_hopper_f16_d256_causal = kernel!(f16, Causal, 256);
+    flash_hopper_f16_d256_general = kernel!(f16, General, 256);
+    flash_hopper_bf16_d64_general = kernel!(bf16, General, 64);
+    flash_hopper_bf16_d96_full = kernel!(bf16, Full, 96);
+    flash_hopper_bf16_d96_causal = kernel!(bf16, Causal, 96);
+    flash_hopper_bf16_d96_general = kernel!(bf16, General, 96);
+    flash_hopper_bf16_d128_full = kernel!(bf16, Full, 128);
+    flash_hopper_bf16_d128_causal = kernel!(bf16, Causal, 128);
+    flash_hopper_bf16_d128_general = kernel!(bf16, General, 128);
+    flash_hopper_bf16_d192_full = kernel!(bf16, Full, 192);
+    flash_hopper_bf16_d192_causal = kernel!(bf16, Causal, 192);
+    flash_hopper_bf16_d192_general = kernel!(bf16, General, 192);
+    flash_hopper_bf16_d256_full = kernel!(bf16, Full, 256);
+    flash_hopper_bf16_d256_causal = kernel!(bf16, Causal, 256);
+    flash_hopper_bf16_d256_general = kernel!(bf16, General, 256);
+}

@@ -1,0 +1,102 @@
+//! A ring of shared-memory stages between one producer and several consumers.
+//!
+//! Each stage has two mbarriers: *full*, which a copy completes, and *empty*, at which
+//! every consumer arrives when it is done. A [`Stage`] is where in the ring someone is,
+//! with the parity of the barriers' phase there.
+
+use simt::{mbarrier::Mbarrier, shared::Shared};
+
+/// A place in a ring of `STAGES` stages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stage<const STAGES: u32> {
+    /// Index of the stage.
+    pub index: u32,
+    /// Parity of the phase: 0 on the first round, 1 on the second, and so on.
+    pub parity: u32,
+}
+
+impl<const STAGES: u32> Stage<STAGES> {
+    /// The first stage, on the first round.
+    pub const FIRST: Self = Self { index: 0, parity: 0 };
+
+    /// Goes to the next stage.
+    #[inline(always)]
+    pub fn advance(&mut self) {
+        self.index += 1;
+        if self.index == STAGES {
+            self.index = 0;
+            self.parity ^= 1;
+        }
+    }
+}
+
+/// The barriers of a ring, one ring per kind of tile.
+#[derive(Clone, Copy)]
+pub struct Ring<const STAGES: u32> {
+    barriers: Shared<u64>,
+}
+
+impl<const STAGES: u32> Ring<STAGES> {
+    /// Barriers of a ring, in elements of 8 bytes.
+    pub const BARRIERS: u32 = 2 * STAGES;
+
+    /// The ring whose barriers are in `barriers`, from element `first` on.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(barriers: Shared<u64>, first: u32) -> Self {
+        Self { barriers: barriers.slice(first, Self::BARRIERS) }
+    }
+
+    /// Initialises the barriers for `consumers` arrivals a stage; by one thread.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn init(&self, consumers: u32) {
+        for index in 0..STAGES {
+            self.full(index).init(1);
+            self.empty(index).init(consumers);
+        }
+    }
+
+    /// Completed when the stage's data is there.
+    #[inline(always)]
+    #[must_use]
+    pub const fn full(&self, index: u32) -> Mbarrier {
+        Mbarrier::at(self.barriers, index)
+    }
+
+    /// Completed when every consumer is done with the stage's data.
+    #[inline(always)]
+    #[must_use]
+    pub const fn empty(&self, index: u32) -> Mbarrier {
+        Mbarrier::at(self.barriers, STAGES + index)
+    }
+
+    /// Producer: waits until the stage may be overwritten, and announces `bytes` bytes.
+    /// Returns the barrier that copies into the stage count at.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn acquire(&self, stage: Stage<STAGES>, bytes: u32) -> Mbarrier {
+        // Hazard: consumers may still read what the copy overwrites. On the first round
+        // the parity is that of the phase before the first, and there is no wait.
+        self.empty(stage.index).wait(stage.parity ^ 1);
+        let full = self.full(stage.index);
+        full.arrive_expect_tx(bytes);
+        full
+    }
+
+    /// Consumer: waits until the stage's data is there.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn wait(&self, stage: Stage<STAGES>) {
+        // Hazard: the copy may not have landed.
+        self.full(stage.index).wait(stage.parity);
+    }
+
+    /// Consumer: gives the stage back; by one thread of each.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn release(&self, stage: Stage<STAGES>) {
+        // Hazard: what was read must have been read before the producer's next copy.
+        self.empty(stage.index).arrive();
+    }
+}
