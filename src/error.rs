@@ -54,6 +54,12 @@ pub enum Error {
         /// Heads.
         heads: usize,
     },
+    /// A tensor cannot be described to the copy engine.
+    #[error("{reason}")]
+    TensorMap {
+        /// Which value is wrong, and what would be right.
+        reason: String,
+    },
     /// A kernel cannot do this problem, or not on this device.
     #[error("kernel {kernel} {reason}")]
     Unsupported {
@@ -209,6 +215,7 @@ impl Error {
             | Self::HiddenNotDivisible { .. }
             | Self::Unsupported { .. }
             | Self::DeviceLacks { .. }
+            | Self::TensorMap { .. }
             | Self::DTypeMismatch { .. }
             | Self::ShapeMismatch { .. }
             | Self::MissingTensor { .. }

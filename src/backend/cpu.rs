@@ -11,7 +11,7 @@ use std::{
     time::Instant,
 };
 
-use simt::emulator;
+use simt::{emulator, tma};
 
 use crate::{
     backend::{Counters, Device, Launch, MemoryInfo, TensorMapSpec},
@@ -158,12 +158,19 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn encode_tensor_map(&self, _map: &TensorMapSpec) -> Result<[u8; 128], Error> {
-        Err(Error::DeviceLacks {
-            device: self.name(),
-            what: "encode tensor maps".into(),
-            remedy: "use a kernel that does not copy through TMA".into(),
-        })
+    fn encode_tensor_map(&self, map: &TensorMapSpec) -> Result<[u8; 128], Error> {
+        let spec = tma::TensorMapSpec {
+            address: map.address,
+            element_bytes: map.dtype.size() as u32,
+            dims: map.dims.clone(),
+            strides_bytes: map.strides_bytes.clone(),
+            box_dims: map.box_dims.clone(),
+            swizzle_bytes: map.swizzle_bytes,
+        };
+        match spec.encode() {
+            Ok(encoded) => Ok(encoded.0),
+            Err(error) => Err(Error::TensorMap { reason: error.to_string() }),
+        }
     }
 
     fn launch(&self, launch: &Launch) -> Result<(), Error> {

@@ -1,13 +1,13 @@
 //! The entries of the table, in the order of the ladder.
 
-use kernels_gpu::{flash_tiled, naive};
+use kernels_gpu::{args, flash_hopper, flash_tiled, naive};
 use simt::Dim3;
 
 use super::{Features, KernelSpec, Plan, Step};
-use crate::{dtype::DType, problem::Problem};
+use crate::{backend::TensorMapSpec, dtype::DType, problem::Problem};
 
 /// Every kernel.
-pub static KERNELS: &[KernelSpec] = &[NAIVE, FLASH_TILED];
+pub static KERNELS: &[KernelSpec] = &[NAIVE, FLASH_TILED, FLASH_HOPPER];
 
 /// What the first rungs all support.
 const ALL_FEATURES: Features =
@@ -81,6 +81,64 @@ const FLASH_TILED: KernelSpec = KernelSpec {
     },
     tensor_maps: None,
 };
+
+const FLASH_HOPPER: KernelSpec = KernelSpec {
+    name: "flash_hopper",
+    summary: "wgmma, bulk copies, producer and consumer warpgroups",
+    idea: "copies, products and softmax at the same time: a warpgroup that only copies, and \
+           products that run beside the softmax of the tile before",
+    dtypes: &[DType::F16, DType::BF16],
+    head_dims: &[64, 96, 128, 192, 256],
+    capability: (9, 0),
+    exact_capability: true,
+    tile: |d| {
+        let consumers = flash_hopper::consumers(d as u32, false);
+        (flash_hopper::tile_rows(consumers) as usize, flash_hopper::tile_keys(d as u32) as usize)
+    },
+    features: ALL_FEATURES,
+    plan: |p, _| {
+        let (d, general) = (p.head_dim() as u32, hopper_general(p));
+        let consumers = flash_hopper::consumers(d, general);
+        let policy = match (general, p.causal()) {
+            (true, _) => "general",
+            (false, true) => "causal",
+            (false, false) => "full",
+        };
+        let q_tiles = tiles(p.seq_q(), flash_hopper::tile_rows(consumers));
+        one_step(Step {
+            symbol: format!("{}_{policy}", symbol("flash_hopper", p)),
+            // Too many blocks for a grid: the launch is refused.
+            grid: q_tiles.saturating_mul(heads(p)).into(),
+            block: flash_hopper::threads(consumers).into(),
+            shared_bytes: flash_hopper::shared_bytes(d, general),
+        })
+    },
+    tensor_maps: Some(|p, addresses| {
+        let map = |address, query| hopper_map(p, address, query);
+        vec![map(addresses.q, true), map(addresses.k, false), map(addresses.v, false)]
+    }),
+};
+
+/// Whether a problem needs the kernel that decides at run time.
+fn hopper_general(p: &Problem) -> bool {
+    p.has_mask() || p.dropout().is_some()
+}
+
+/// The tensor map of Q, or that of K or V: `[D, N, H, B]`, fastest first.
+fn hopper_map(p: &Problem, address: u64, query: bool) -> TensorMapSpec {
+    let buffer = args::Buffer { address, bytes: 0 };
+    let (tensor, seq) =
+        if query { (p.q_arg(buffer), p.seq_q()) } else { (p.k_arg(buffer), p.seq_k()) };
+    let strides = [tensor.stride_n, tensor.stride_h, tensor.stride_b];
+    TensorMapSpec {
+        address,
+        dtype: p.dtype(),
+        dims: [p.head_dim(), seq, p.heads(), p.batch()].map(|n| n as u64).to_vec(),
+        strides_bytes: strides.map(|s| s * p.dtype().size() as u64).to_vec(),
+        box_dims: flash_hopper::box_dims(p.head_dim() as u32, hopper_general(p), query).to_vec(),
+        swizzle_bytes: 128,
+    }
+}
 
 /// A plan of one launch without a workspace, as the flash kernels have.
 fn one_step(step: Step) -> Plan {

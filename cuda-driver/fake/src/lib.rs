@@ -28,6 +28,7 @@ mod memory;
 mod module;
 mod state;
 mod stream;
+mod tensor_map;
 
 /// Result codes, by the names of CUDA's headers.
 pub(crate) mod code {

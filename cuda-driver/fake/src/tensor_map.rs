@@ -1,0 +1,66 @@
+//! Tensor maps, encoded as the emulator's copies read them.
+
+use simt::tma::{TensorMap, TensorMapSpec};
+
+use crate::{P, call, code, write};
+
+/// Bytes of an element of a tensor map's type, by its number in the driver API.
+const fn element_bytes(element: u32) -> Option<u32> {
+    match element {
+        // f16 and bf16.
+        6 | 9 => Some(2),
+        // f32.
+        7 => Some(4),
+        _ => None,
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuTensorMapEncodeTiled(
+    map: P,
+    element: u32,
+    rank: u32,
+    address: P,
+    dims: *const u64,
+    strides_bytes: *const u64,
+    box_dims: *const u32,
+    element_strides: *const u32,
+    _interleave: u32,
+    swizzle: u32,
+    _l2_promotion: u32,
+    _fill: u32,
+) -> u32 {
+    call(|| {
+        let rank = rank as usize;
+        let swizzle_bytes = [0, 32, 64, 128].get(swizzle as usize);
+        let (Some(element_bytes), Some(&swizzle_bytes), 1..=5) =
+            (element_bytes(element), swizzle_bytes, rank)
+        else {
+            return Err(code::INVALID_VALUE);
+        };
+        if !map.cast::<TensorMap>().is_aligned() {
+            return Err(code::INVALID_VALUE);
+        }
+        // SAFETY: the driver API's contract: arrays of `rank` entries, the strides one less.
+        let (dims, strides, boxes, steps) = unsafe {
+            (
+                std::slice::from_raw_parts(dims, rank),
+                std::slice::from_raw_parts(strides_bytes, rank - 1),
+                std::slice::from_raw_parts(box_dims, rank),
+                std::slice::from_raw_parts(element_strides, rank),
+            )
+        };
+        let spec = TensorMapSpec {
+            address: address as u64,
+            element_bytes,
+            dims: dims.to_vec(),
+            strides_bytes: strides.to_vec(),
+            box_dims: boxes.to_vec(),
+            swizzle_bytes,
+        };
+        match spec.encode() {
+            Ok(encoded) if steps.iter().all(|&s| s == 1) => write(map, encoded),
+            _ => Err(code::INVALID_VALUE),
+        }
+    })
+}
