@@ -316,19 +316,28 @@ impl Attention {
     /// # Errors
     /// What went wrong while the kernel ran.
     pub fn outputs(&self) -> Result<Outputs, Error> {
+        let mut outputs = self.outputs_without_weights()?;
+        if self.kernel.features.weights {
+            let mut w = Tensor::zeros(self.problem.dtype(), &self.problem.weights_shape());
+            self.workspace.read(w.bytes_mut())?;
+            outputs.weights = Some(w);
+        }
+        Ok(outputs)
+    }
+
+    /// Waits and downloads O and LSE only: at a long sequence the weights are many times
+    /// as large.
+    ///
+    /// # Errors
+    /// What went wrong while the kernel ran.
+    pub fn outputs_without_weights(&self) -> Result<Outputs, Error> {
         self.memory.device().synchronize()?;
         let p = &self.problem;
         let mut o = Tensor::zeros(p.dtype(), &p.q_shape());
         self.o.read(o.bytes_mut())?;
         let mut lse = Tensor::zeros(DType::F32, &p.lse_shape());
         self.lse.read(lse.bytes_mut())?;
-        let mut weights = None;
-        if self.kernel.features.weights {
-            let mut w = Tensor::zeros(p.dtype(), &p.weights_shape());
-            self.workspace.read(w.bytes_mut())?;
-            weights = Some(w);
-        }
-        Ok(Outputs { o, lse, weights })
+        Ok(Outputs { o, lse, weights: None })
     }
 }
 

@@ -1,5 +1,48 @@
 //! The command line's parts, as a library, so that tests and other programs can read
 //! what it writes.
 
+pub mod accuracy;
+pub mod compare;
+pub mod failure;
+pub mod format;
+pub mod inputs;
+pub mod interrupt;
+pub mod machine;
+pub mod options;
+pub mod output;
+pub mod progress;
 pub mod report;
 pub mod results;
+pub mod table;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use options::{Cli, Command};
+
+/// Reads the arguments, runs the command and says how it ended.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() => {
+            eprintln!("{}", failure::clap_line(&error));
+            return ExitCode::from(2);
+        }
+        Err(help) => {
+            progress::print_lines(help.to_string().trim_end());
+            return ExitCode::SUCCESS;
+        }
+    };
+    let outcome = match &cli.command {
+        Command::Compare(args) => compare::run(args),
+    };
+    match outcome {
+        Ok(outcome) => outcome.into(),
+        Err(error) => {
+            eprintln!("{}", failure::line(&error));
+            ExitCode::from(failure::exit_code(&error))
+        }
+    }
+}

@@ -1,2 +1,7 @@
-//! Command line.
-fn main() {}
+//! The command line.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    host::main()
+}

@@ -398,37 +398,9 @@ pub struct Histogram {
     pub counts: Vec<u64>,
     /// Values that are zero, which no bin holds.
     pub zeros: u64,
-    /// Values that are infinite or not a number.
-    pub not_finite: u64,
 }
 
 impl Histogram {
-    /// Counts values by size; their sign is ignored.
-    #[must_use]
-    pub fn of(values: &[f64], per_decade: u32) -> Self {
-        let scale = f64::from(per_decade);
-        let bin = |v: f64| (v.abs().log10() * scale).floor() as i32;
-        let finite = || values.iter().copied().filter(|v| v.is_finite());
-        let bins = || finite().filter(|&v| v != 0.0).map(bin);
-        let mut histogram = Self {
-            per_decade,
-            zeros: finite().filter(|&v| v == 0.0).count() as u64,
-            not_finite: values.iter().filter(|v| !v.is_finite()).count() as u64,
-            ..Self::default()
-        };
-        if let (Some(low), Some(high)) = (bins().min(), bins().max()) {
-            // Whole decades, so that histograms of several kernels line up.
-            histogram.first = low.div_euclid(per_decade as i32);
-            let origin = histogram.first * per_decade as i32;
-            let last = high.div_euclid(per_decade as i32) + 1;
-            histogram.counts = vec![0; ((last - histogram.first) * per_decade as i32) as usize];
-            for bin in bins() {
-                histogram.counts[(bin - origin) as usize] += 1;
-            }
-        }
-        histogram
-    }
-
     /// Where bin `index` begins.
     #[must_use]
     pub fn bin_start(&self, index: usize) -> f64 {
@@ -504,21 +476,12 @@ mod tests {
             worst_index: vec![0, 1, 2, 3],
             worst_got: f64::NEG_INFINITY,
             worst_expected: 1.0,
-            abs_histogram: Histogram::of(&[1e-9], 4),
+            abs_histogram: Histogram { first: -9, per_decade: 4, counts: vec![1, 0], zeros: 3 },
             rel_histogram: Histogram::default(),
         };
         let results = Results { rows: vec![row], checks: vec![check], ..Results::default() };
         let json = serde_json::to_string(&results).unwrap();
         assert!(json.contains(r#""dtype":"bf16""#) && json.contains(r#""level":"module""#));
         assert_eq!(serde_json::from_str::<Results>(&json).unwrap(), results);
-    }
-
-    #[test]
-    fn histograms_count_by_decade() {
-        let h = Histogram::of(&[0.0, f64::NAN, 1e-3, -2e-3, 0.5, 3.0], 2);
-        assert_eq!((h.first, h.zeros, h.not_finite), (-3, 1, 1));
-        assert_eq!(h.counts, [2, 0, 0, 0, 0, 1, 1, 0]);
-        assert_eq!(h.bin_start(6), 1.0);
-        assert_eq!(Histogram::of(&[], 2).counts.len(), 0);
     }
 }

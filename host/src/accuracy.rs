@@ -1,0 +1,168 @@
+//! A kernel's outputs against attention in f64, as results record it.
+
+use flash_attention::{
+    Problem,
+    oracle::{self, Rows},
+    session::{Inputs, Outputs},
+    verify::{Credit, Differences, FACTOR, Verification},
+};
+
+use crate::results::{Check, Histogram, Level, Spread};
+
+/// The right answer for some rows of a problem, and how wrong the plain algorithm is.
+pub struct Oracle {
+    problem: Problem,
+    rows: Vec<usize>,
+    reference: Rows,
+    credit: Credit,
+}
+
+impl Oracle {
+    /// Computes at most `rows` rows in f64, spread over the problem.
+    #[must_use]
+    pub fn new(problem: &Problem, inputs: &Inputs<'_>, rows: usize) -> Self {
+        let rows = oracle::sample_rows(problem, rows);
+        let reference = oracle::reference(problem, inputs, &rows);
+        let credit = Credit::of(problem, inputs, &rows, &reference);
+        Self { problem: *problem, rows, reference, credit }
+    }
+
+    /// How many rows can be compared with about so many multiplications.
+    #[must_use]
+    pub fn affordable_rows(problem: &Problem, multiplications: usize) -> usize {
+        (multiplications / (problem.seq_k() * problem.head_dim())).max(64)
+    }
+
+    /// Whether every row is compared.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.rows.len() == self.problem.rows()
+    }
+
+    /// Rows compared.
+    #[must_use]
+    pub const fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Compares O and LSE.
+    #[must_use]
+    pub fn checks(&self, kernel: &str, outputs: &Outputs, threshold: Option<f64>) -> [Check; 2] {
+        let Self { problem, rows, reference, credit } = self;
+        let v = Verification::new(problem, outputs, rows, reference, *credit);
+        let d = problem.head_dim();
+        let check = |tensor: &str, differences: &Differences, plain: f64, width: usize| Check {
+            kernel: kernel.into(),
+            level: Level::Attention,
+            seq: problem.seq_q(),
+            dtype: problem.dtype(),
+            tensor: tensor.into(),
+            compared: differences.count as u64,
+            elements: (problem.rows() * width) as u64,
+            worst_index: self.index(differences.worst.index, width),
+            ..check(differences, plain, threshold)
+        };
+        [check("o", &v.o, v.credit.o, d), check("lse", &v.lse, v.credit.lse, 1)]
+    }
+
+    /// `[b, h, i, d]`, or `[b, h, i]` where a row has one element, of an element compared.
+    fn index(&self, element: usize, width: usize) -> Vec<usize> {
+        let p = &self.problem;
+        let (row, d) = (self.rows[element / width], element % width);
+        let (bh, i) = (row / p.seq_q(), row % p.seq_q());
+        let mut index = vec![bh / p.heads(), bh % p.heads(), i];
+        if width > 1 {
+            index.push(d);
+        }
+        index
+    }
+}
+
+/// The verdicts and figures of one comparison; what was compared is left to the caller.
+#[must_use]
+pub fn check(differences: &Differences, plain: f64, threshold: Option<f64>) -> Check {
+    let error = differences.max_abs;
+    Check {
+        kernel: String::new(),
+        level: Level::Attention,
+        seq: 0,
+        dtype: flash_attention::DType::F32,
+        tensor: String::new(),
+        compared: differences.count as u64,
+        elements: differences.count as u64,
+        abs: Spread { max: error, mean: differences.mean_abs, median: differences.median_abs },
+        rel: Spread {
+            max: differences.max_rel,
+            mean: differences.mean_rel,
+            median: differences.median_rel,
+        },
+        plain_max_abs: plain,
+        threshold,
+        within_threshold: threshold.is_none_or(|threshold| error <= threshold),
+        // An infinite error fails even where the plain algorithm's is infinite too.
+        within_twice: error.is_finite() && error <= FACTOR * plain,
+        worst_index: vec![differences.worst.index],
+        worst_got: differences.worst.actual,
+        worst_expected: differences.worst.expected,
+        abs_histogram: histogram(&differences.abs_histogram),
+        rel_histogram: histogram(&differences.rel_histogram),
+    }
+}
+
+/// Whole decades, without the empty ones at both ends.
+fn histogram(counts: &flash_attention::verify::Histogram) -> Histogram {
+    use flash_attention::verify::Histogram as Counts;
+    let per_decade = Counts::BINS_PER_DECADE as usize;
+    let decades: Vec<&[u64]> = counts.bins.chunks(per_decade).collect();
+    let filled = |decade: &&[u64]| decade.iter().any(|&n| n > 0);
+    let first = decades.iter().position(filled).unwrap_or(0);
+    let end = decades.iter().rposition(filled).map_or(first, |last| last + 1);
+    Histogram {
+        first: Counts::FIRST_DECADE + first as i32,
+        per_decade: Counts::BINS_PER_DECADE as u32,
+        counts: decades[first..end].concat(),
+        zeros: counts.zeros,
+    }
+}
+
+/// Why a check failed, in one line.
+#[must_use]
+pub fn complaint(check: &Check) -> String {
+    let Check { tensor, worst_index, worst_got, worst_expected, plain_max_abs, .. } = check;
+    let limit = match check.threshold {
+        Some(threshold) if !check.within_threshold => format!("the threshold {threshold:e}"),
+        _ => format!("twice the plain algorithm's error {plain_max_abs:.1e}"),
+    };
+    format!(
+        "{tensor} is wrong: {worst_got} for {worst_expected} at {worst_index:?}, beyond {limit}"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use flash_attention::{DType, Tensor};
+
+    use super::*;
+    use crate::inputs::Tensors;
+
+    #[test]
+    fn the_worst_element_is_named() {
+        let problem = Problem::builder(1, 2, 5, 32).build().unwrap();
+        let tensors = Tensors::random(&problem, 1);
+        let oracle = Oracle::new(&problem, &tensors.inputs(), usize::MAX);
+        assert!(oracle.is_complete() && oracle.rows() == 10);
+        let mut o = oracle.reference.o.clone();
+        o[(5 + 3) * 32 + 7] += 0.1;
+        let outputs = Outputs {
+            o: Tensor::from_f64(DType::F32, &problem.q_shape(), &o).unwrap(),
+            lse: Tensor::from_f64(DType::F32, &problem.lse_shape(), &oracle.reference.lse).unwrap(),
+            weights: None,
+        };
+        let [o, lse] = oracle.checks("k", &outputs, Some(1.0));
+        assert_eq!(o.worst_index, [0, 1, 3, 7]);
+        assert!(o.within_threshold && !o.within_twice && !o.passed() && lse.passed());
+        assert!((o.abs.max - 0.1).abs() < 1e-6, "{}", o.abs.max);
+        assert_eq!(o.abs_histogram.counts.iter().sum::<u64>() + o.abs_histogram.zeros, 320);
+        assert!(complaint(&o).contains("[0, 1, 3, 7]"), "{}", complaint(&o));
+    }
+}

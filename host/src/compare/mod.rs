@@ -1,0 +1,217 @@
+//! `compare`: kernels side by side, each verified and then timed, one table a sequence
+//! length. What does not fit, is not supported or fails is a row, and the run goes on.
+
+mod measure;
+mod stats;
+
+use anyhow::Result;
+use flash_attention::{Problem, registry::KernelSpec, session::Session};
+
+use crate::{
+    accuracy::Oracle,
+    failure::Outcome,
+    format,
+    inputs::Tensors,
+    interrupt, machine,
+    machine::Opened,
+    options::{CompareArgs, Defaults},
+    output,
+    progress::{Progress, print_lines},
+    results::{LevelChoice, Options, Results, Row, Status},
+    table,
+};
+use measure::{Bench, Repeats};
+
+/// The lab's experiment, on a GPU.
+const ON_GPU: Defaults = Defaults {
+    seq: &[512, 1024, 2048],
+    batch: 4,
+    heads: 12,
+    head_dim: 64,
+    dtype: flash_attention::DType::F16,
+};
+const REPEATS_ON_GPU: Repeats = Repeats { warmup: 5, iters: 30 };
+/// Small enough that every kernel is through in 20 seconds on two cores.
+const EMULATED: Defaults = Defaults { seq: &[64, 128, 256], batch: 1, heads: 2, ..ON_GPU };
+const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 3 };
+/// Multiplications that the oracle may spend on a sequence length; rows are sampled so.
+const ORACLE_BUDGET: usize = 1 << 25;
+
+/// Runs the command.
+///
+/// # Errors
+/// What is wrong with the request, found before anything is measured; or a file that
+/// could not be written, after the results were printed.
+pub fn run(args: &CompareArgs) -> Result<Outcome> {
+    for path in args.json.iter().chain(&args.csv) {
+        output::check_file(path)?;
+    }
+    let opened = machine::open(args.problem.device, args.problem.memory_limit)?;
+    let (defaults, repeats) =
+        if opened.info.emulated { (EMULATED, REPEATS_EMULATED) } else { (ON_GPU, REPEATS_ON_GPU) };
+    let repeats = Repeats {
+        warmup: args.warmup.unwrap_or(repeats.warmup),
+        iters: args.iters.unwrap_or(repeats.iters),
+    };
+    let session = Session::new(opened.device.clone());
+    let problems = args.problem.problems(&defaults)?;
+    let kernels = args.problem.chosen_kernels(&problems, &session.target())?;
+    let options = options(args, &problems, &kernels, repeats);
+    let mut results = machine::results("compare", &opened, options);
+    print_lines(&heading(args, &opened, &results.options));
+
+    interrupt::listen();
+    let progress =
+        Progress::new(problems.len() * kernels.len() * (1 + repeats.warmup + repeats.iters));
+    let mut failure = None;
+    for problem in &problems {
+        let (before, asked) = (results.rows.len(), &kernels);
+        if let Err(error) =
+            compare_one(&session, problem, asked, repeats, args, &mut results, &progress)
+        {
+            failure = Some(error);
+        }
+        let rows = &mut results.rows[before..];
+        stats::fill_ratios(rows);
+        if !rows.is_empty() {
+            progress.print(&format!("\nN = {}\n{}", problem.seq_q(), table::rows(rows)));
+        }
+        results.interrupted = interrupt::requested();
+        if results.interrupted || failure.is_some() {
+            break;
+        }
+    }
+    drop(progress);
+    write(args, &results)?;
+    if let Some(error) = failure {
+        return Err(error);
+    }
+    Ok(outcome(&results))
+}
+
+/// Measures every kernel on one problem; rows are added as they are ready.
+fn compare_one(
+    session: &Session,
+    problem: &Problem,
+    kernels: &[&'static KernelSpec],
+    repeats: Repeats,
+    args: &CompareArgs,
+    results: &mut Results,
+    progress: &Progress,
+) -> Result<()> {
+    let mut foreseen: Vec<(&'static KernelSpec, Row, bool)> = Vec::new();
+    for &kernel in kernels {
+        let (row, can_run) = measure::foresee(session, kernel, problem)?;
+        foreseen.push((kernel, row, can_run));
+    }
+    // Tensors may be too large for this computer when none of the kernels can run.
+    if foreseen.iter().all(|(.., can_run)| !can_run) {
+        results.rows.extend(foreseen.into_iter().map(|(_, row, _)| row));
+        return Ok(());
+    }
+    progress.doing(format!("N {}: inputs and their attention in f64", problem.seq_q()));
+    let tensors = Tensors::random(problem, args.problem.seed);
+    let rows = Oracle::affordable_rows(problem, ORACLE_BUDGET);
+    let oracle = Oracle::new(problem, &tensors.inputs(), rows);
+    let bench = Bench { session, problem, inputs: tensors.inputs(), oracle: &oracle, repeats };
+    for (kernel, row, can_run) in foreseen {
+        if interrupt::requested() {
+            break;
+        }
+        if !can_run {
+            results.rows.push(row);
+            continue;
+        }
+        let (row, checks) = bench.measure(kernel, row, progress);
+        results.rows.push(row);
+        results.checks.extend(checks);
+    }
+    Ok(())
+}
+
+fn options(
+    args: &CompareArgs,
+    problems: &[Problem],
+    kernels: &[&KernelSpec],
+    repeats: Repeats,
+) -> Options {
+    let Some(first) = problems.first() else { return Options::default() };
+    Options {
+        seq: problems.iter().map(Problem::seq_q).collect(),
+        batch: first.batch(),
+        heads: first.heads(),
+        head_dim: first.head_dim(),
+        dtype: first.dtype(),
+        causal: first.causal(),
+        mask: first.has_mask(),
+        dropout: args.problem.dropout,
+        kernels: kernels.iter().map(|k| k.name.to_owned()).collect(),
+        iters: repeats.iters,
+        warmup: repeats.warmup,
+        seed: args.problem.seed,
+        level: LevelChoice::Attention,
+        peers: false,
+    }
+}
+
+/// What is about to be measured, and where.
+fn heading(args: &CompareArgs, opened: &Opened, options: &Options) -> String {
+    let mut text = device_line(opened);
+    if opened.info.emulated {
+        text += "\nEmulated times show the algorithm, not GPU speed. FLOP, bytes read and written in \
+                 global memory, and peak memory are comparable on any machine.";
+        if args.problem.seq.is_none() && args.problem.batch.is_none() {
+            text += "\nThe defaults are smaller here than on a GPU, to end within seconds.";
+        }
+    }
+    let Options { batch, heads, head_dim, dtype, warmup, iters, .. } = options;
+    text += &format!(
+        "\nbatch {batch}, {heads} heads of {head_dim} (hidden {}), {dtype}",
+        heads * head_dim
+    );
+    let masks = [(options.causal, "causal"), (options.mask, "padding mask")];
+    for (_, name) in masks.iter().filter(|(on, _)| *on) {
+        text += &format!(", {name}");
+    }
+    if options.dropout > 0.0 {
+        text += &format!(", dropout {}", options.dropout);
+    }
+    text + &format!(
+        "; {warmup} warm-ups, {iters} runs; × and saved are against naive, by the median"
+    )
+}
+
+/// The device that a command runs on, and why it is not a GPU.
+#[must_use]
+pub fn device_line(opened: &Opened) -> String {
+    let info = &opened.info;
+    let mut text = format!("{}, compute capability {}", info.name, info.compute_capability);
+    if let Some(bytes) = info.memory_bytes {
+        text += &format!(", {}", format::bytes(bytes as f64));
+    }
+    if let Some(driver) = &opened.driver {
+        let version = driver.version.as_deref().unwrap_or("of unknown version");
+        text += &format!(", driver {version}, CUDA {}", driver.cuda);
+    }
+    if let Some(reason) = &opened.why_emulated {
+        text += &format!("\n{reason}");
+    }
+    text
+}
+
+fn write(args: &CompareArgs, results: &Results) -> Result<()> {
+    // Each file is tried, whatever became of the one before.
+    let json = args.json.as_deref().map_or(Ok(()), |path| results.write_json(path));
+    let csv = args.csv.as_deref().map_or(Ok(()), |path| results.write_csv(path));
+    json.and(csv)
+}
+
+fn outcome(results: &Results) -> Outcome {
+    if results.interrupted {
+        Outcome::Interrupted
+    } else if results.rows.iter().any(|row| row.status == Status::Failed) {
+        Outcome::Bad
+    } else {
+        Outcome::Good
+    }
+}

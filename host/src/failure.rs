@@ -1,0 +1,92 @@
+//! How a command ends: exit codes and the one line that says why.
+//!
+//! 0: done and right. 1: a verdict was bad, or work failed. 2: the request cannot be met
+//! as it stands. 130: stopped by Ctrl-C; what was measured is still printed and written.
+
+use std::{fmt, process::ExitCode};
+
+/// How a command that did not fail ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Everything was done and is right.
+    Good,
+    /// A verdict was bad, or a row failed.
+    Bad,
+    /// Ctrl-C came first.
+    Interrupted,
+}
+
+impl From<Outcome> for ExitCode {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Good => Self::SUCCESS,
+            Outcome::Bad => Self::from(1),
+            // 128 + SIGINT, as shells report it.
+            Outcome::Interrupted => Self::from(130),
+        }
+    }
+}
+
+/// A request that cannot be met as it stands: what is wrong and what would be right.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// The exit code for an error.
+#[must_use]
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    let usage = error.chain().any(|cause| {
+        cause.is::<Usage>()
+            || cause.downcast_ref::<flash_attention::Error>().is_some_and(|e| e.is_usage())
+    });
+    if usage { 2 } else { 1 }
+}
+
+/// `error: …` on one line: causes are joined by colons, line ends become spaces.
+#[must_use]
+pub fn line(error: &anyhow::Error) -> String {
+    let text = format!("{error:#}");
+    format!("error: {}", text.split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+/// What clap says about arguments, without its usage and hints on further lines.
+#[must_use]
+pub fn clap_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let first = text.split("\n\n").next().unwrap_or(&text);
+    let tip = text.lines().map(str::trim).find_map(|line| line.strip_prefix("tip: "));
+    let mut line = first.split_whitespace().collect::<Vec<_>>().join(" ");
+    if let Some(tip) = tip {
+        line = format!("{line} ({tip})");
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn causes_decide_the_exit_code() {
+        let usage: Result<(), _> = Err(Usage("seq = 0".into()));
+        let error = usage.context("while\nreading").unwrap_err();
+        assert_eq!(
+            (exit_code(&error), line(&error).as_str()),
+            (2, "error: while reading: seq = 0")
+        );
+        assert_eq!(exit_code(&anyhow::anyhow!("broken")), 1);
+        let missing = flash_attention::Error::UnknownDType { given: "f8".into() };
+        assert_eq!(exit_code(&missing.into()), 2);
+        let failed = flash_attention::Error::UnknownSymbol { symbol: "x".into() };
+        assert_eq!(exit_code(&failed.into()), 1);
+    }
+}

@@ -1,0 +1,72 @@
+//! Random tensors for a problem: the same seed gives the same numbers everywhere.
+
+use flash_attention::{DType, Problem, Tensor, session::Inputs};
+
+/// Inputs on the host.
+#[derive(Clone, Debug)]
+pub struct Tensors {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Option<Vec<u8>>,
+}
+
+impl Tensors {
+    /// Q, K and V from the normal distribution, and a mask if the problem has one.
+    #[must_use]
+    pub fn random(problem: &Problem, seed: u64) -> Self {
+        let draw = |shape: [usize; 4], stream: u64| {
+            Tensor::random(problem.dtype(), &shape, seed.wrapping_mul(3).wrapping_add(stream), 0.0)
+        };
+        Self {
+            q: draw(problem.q_shape(), 0),
+            k: draw(problem.k_shape(), 1),
+            v: draw(problem.k_shape(), 2),
+            mask: problem.has_mask().then(|| tail_mask(problem.batch(), problem.seq_k(), seed)),
+        }
+    }
+
+    /// The tensors as a session takes them.
+    #[must_use]
+    pub fn inputs(&self) -> Inputs<'_> {
+        Inputs { q: &self.q, k: &self.k, v: &self.v, mask: self.mask.as_deref() }
+    }
+}
+
+/// A padding mask as sequences of different lengths have it: each batch entry sees its
+/// first keys, from half of them to all.
+#[must_use]
+pub fn tail_mask(batch: usize, seq: usize, seed: u64) -> Vec<u8> {
+    // Any stream that the tensors do not use will do: a normal draw decides the length.
+    let draws = Tensor::random(DType::F32, &[batch], !seed, 0.0);
+    let mut mask = vec![0; batch * seq];
+    for (b, row) in mask.chunks_exact_mut(seq).enumerate() {
+        let share = 1.0 - draws.get(b).abs().min(1.0) / 2.0;
+        let visible = ((share * seq as f64) as usize).clamp(1, seq);
+        row[..visible].fill(1);
+    }
+    mask
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_hide_up_to_half() {
+        let mask = tail_mask(8, 100, 42);
+        let visible: Vec<usize> =
+            mask.chunks(100).map(|row| row.iter().map(|&x| usize::from(x)).sum()).collect();
+        assert!(visible.iter().all(|n| (50..=100).contains(n)), "{visible:?}");
+        assert!(visible.iter().any(|n| n != &visible[0]));
+        assert_eq!(tail_mask(2, 1, 1), [1, 1]);
+    }
+
+    #[test]
+    fn q_k_and_v_differ() {
+        let problem = Problem::builder(1, 1, 4, 32).build().unwrap();
+        let tensors = Tensors::random(&problem, 1);
+        assert!(tensors.q != tensors.k && tensors.k != tensors.v);
+        assert!(tensors.inputs().check(&problem).is_ok());
+    }
+}
