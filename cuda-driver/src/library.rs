@@ -1,6 +1,7 @@
 //! Finding and opening the driver library, once.
 
 use std::{
+    error::Error,
     ffi::OsString,
     path::{Path, PathBuf},
     sync::{Mutex, OnceLock, PoisonError},
@@ -73,7 +74,8 @@ fn open_one(path: &std::ffi::OsStr) -> Result<Open, String> {
     // its place) are trusted, as they are for a program that links to it.
     match unsafe { Library::new(path) } {
         Ok(library) => Ok(Open { library, path: path.into() }),
-        Err(error) => Err(error.to_string()),
+        // The loader's own words, which name the file and the reason.
+        Err(error) => Err(error.source().map_or_else(|| error.to_string(), ToString::to_string)),
     }
 }
 

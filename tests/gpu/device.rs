@@ -383,6 +383,31 @@ fn flushing_writes_twice_the_cache() {
 }
 
 #[test]
+fn flushing_makes_do_with_the_memory_there_is() {
+    let fake = open();
+    let gpu = gpu();
+    let bytes = 2 * u64::from(gpu.description().l2_bytes);
+    for (memory, buffer) in [(bytes - 1, bytes / 2), (1000, 0), (bytes, bytes)] {
+        fake.set_memory_bytes(memory);
+        gpu.flush_l2().expect("not an error");
+        assert_eq!(fake.used_bytes(), buffer);
+    }
+}
+
+#[test]
+fn the_flush_buffer_makes_way_for_an_allocation() {
+    let fake = open();
+    let gpu = gpu();
+    let bytes = 4 * u64::from(gpu.description().l2_bytes);
+    fake.set_memory_bytes(bytes);
+    gpu.flush_l2().unwrap();
+    assert_eq!(gpu.memory_info().unwrap().free, bytes);
+    let address = gpu.allocate(bytes).expect("all of the memory");
+    assert_eq!(fake.used_bytes(), bytes);
+    gpu.free(address, bytes);
+}
+
+#[test]
 fn gpus_are_described() {
     let fake = open();
     fake.set_gpus(2);

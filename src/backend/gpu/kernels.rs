@@ -17,7 +17,7 @@ use cust::{
 use kernels_gpu::entry::Entry;
 
 use super::{GpuDescription, failure, lock};
-use crate::{error::Error, ptx};
+use crate::{backend::Launch, error::Error, ptx};
 
 /// Dynamic shared memory that a block may have without asking, on every GPU.
 const SHARED_BYTES_UNASKED: u32 = 48 << 10;
@@ -135,4 +135,40 @@ fn load(entry: &'static Entry, gpu: &GpuDescription) -> Result<Kernel, Error> {
         .to_raw();
     let shared_bytes = Mutex::new(SHARED_BYTES_UNASKED);
     Ok(Kernel { entry, function, shared_bytes, _module: module })
+}
+
+/// Compares a launch with its entry and with the limits of the GPU.
+pub(super) fn check_launch(
+    launch: &Launch,
+    entry: &Entry,
+    gpu: &GpuDescription,
+) -> Result<(), Error> {
+    // The limits of a grid's second and third dimension, on every GPU so far.
+    const MAX_GRID_YZ: u64 = 65_535;
+    let bad = |what, given: u64, expected: u64| {
+        Err(Error::BadLaunch { symbol: launch.symbol.clone(), what, given, expected })
+    };
+    let (args, shared) = (launch.args.len() as u64, u64::from(launch.shared_bytes));
+    let max_shared = u64::from(gpu.max_shared_bytes);
+    if args != entry.args_bytes as u64 {
+        return bad("the size of the arguments", args, entry.args_bytes as u64);
+    }
+    if launch.block.count() != u64::from(entry.threads) {
+        return bad("the number of threads of a block", launch.block.count(), entry.threads.into());
+    }
+    if shared > max_shared {
+        return bad("the shared memory of a block", shared, max_shared);
+    }
+    if launch.grid.count() == 0 {
+        return bad("the number of blocks", 0, 1);
+    }
+    if launch.grid.x > i32::MAX as u32 {
+        return bad("the grid's x", launch.grid.x.into(), i32::MAX as u64);
+    }
+    for (what, extent) in [("the grid's y", launch.grid.y), ("the grid's z", launch.grid.z)] {
+        if u64::from(extent) > MAX_GRID_YZ {
+            return bad(what, extent.into(), MAX_GRID_YZ);
+        }
+    }
+    Ok(())
 }

@@ -32,7 +32,7 @@ use crate::{
     dtype::DType,
     error::Error,
 };
-use kernels::Kernels;
+use kernels::{Kernels, check_launch};
 
 pub use describe::{GpuDescription, describe_all};
 pub use kernels::why_not;
@@ -103,6 +103,42 @@ impl GpuDevice {
         failure::driver(&self.description.name, &what.to_string(), error)
     }
 
+    /// Allocates; `None` when memory does not suffice.
+    fn try_allocate(&self, bytes: u64) -> Result<Option<u64>, Error> {
+        self.call(format_args!("allocating {bytes} bytes"), || {
+            // SAFETY: the memory is freed by `free` only, and read by whoever wrote it.
+            match unsafe { cust::memory::cuda_malloc::<u8>(bytes as usize) } {
+                Ok(pointer) => Ok(Some(pointer.as_raw())),
+                Err(CudaError::OutOfMemory) => Ok(None),
+                Err(error) => Err(error),
+            }
+        })
+    }
+
+    /// Frees the flush buffer; `false` when there is none.
+    fn give_back_flush_buffer(&self) -> bool {
+        let buffer = lock(&self.flush).take();
+        if let Some(buffer) = &buffer {
+            self.free(buffer.address, buffer.bytes);
+        }
+        buffer.is_some()
+    }
+
+    /// Memory to flush the cache with: as much of `wanted` as there is. Where kernels
+    /// have taken nearly all, their own tensors are many times the cache, and a launch
+    /// starts cold without a flush: no reason to call them out of memory.
+    fn flush_buffer(&self, wanted: u64) -> Result<Option<FlushBuffer>, Error> {
+        const LEAST: u64 = 64 << 10;
+        let mut bytes = wanted;
+        while bytes >= LEAST {
+            match self.try_allocate(bytes)? {
+                Some(address) => return Ok(Some(FlushBuffer { address, bytes })),
+                None => bytes /= 2,
+            }
+        }
+        Ok(None)
+    }
+
     fn launch_checked(&self, launch: &Launch) -> Result<(), Error> {
         let kernel = self.kernels.get(&launch.symbol, &self.description)?;
         check_launch(launch, kernel.entry, &self.description)?;
@@ -148,42 +184,6 @@ impl GpuDevice {
     }
 }
 
-/// Compares a launch with its entry and with the limits of the GPU.
-fn check_launch(
-    launch: &Launch,
-    entry: &kernels_gpu::entry::Entry,
-    gpu: &GpuDescription,
-) -> Result<(), Error> {
-    // The limits of a grid's second and third dimension, on every GPU so far.
-    const MAX_GRID_YZ: u64 = 65_535;
-    let bad = |what, given: u64, expected: u64| {
-        Err(Error::BadLaunch { symbol: launch.symbol.clone(), what, given, expected })
-    };
-    let (args, shared) = (launch.args.len() as u64, u64::from(launch.shared_bytes));
-    let max_shared = u64::from(gpu.max_shared_bytes);
-    if args != entry.args_bytes as u64 {
-        return bad("the size of the arguments", args, entry.args_bytes as u64);
-    }
-    if launch.block.count() != u64::from(entry.threads) {
-        return bad("the number of threads of a block", launch.block.count(), entry.threads.into());
-    }
-    if shared > max_shared {
-        return bad("the shared memory of a block", shared, max_shared);
-    }
-    if launch.grid.count() == 0 {
-        return bad("the number of blocks", 0, 1);
-    }
-    if launch.grid.x > i32::MAX as u32 {
-        return bad("the grid's x", launch.grid.x.into(), i32::MAX as u64);
-    }
-    for (what, extent) in [("the grid's y", launch.grid.y), ("the grid's z", launch.grid.z)] {
-        if u64::from(extent) > MAX_GRID_YZ {
-            return bad(what, extent.into(), MAX_GRID_YZ);
-        }
-    }
-    Ok(())
-}
-
 impl Device for GpuDevice {
     fn name(&self) -> String {
         self.description.name.clone()
@@ -207,21 +207,23 @@ impl Device for GpuDevice {
 
     fn memory_info(&self) -> Result<MemoryInfo, Error> {
         let (free, total) = self.call("asking for free memory", cust::memory::mem_get_info)?;
-        Ok(MemoryInfo { free: free as u64, total: total as u64 })
+        // The flush buffer makes way for an allocation.
+        let flush = lock(&self.flush).as_ref().map_or(0, |buffer| buffer.bytes);
+        Ok(MemoryInfo { free: free as u64 + flush, total: total as u64 })
     }
 
     fn allocate(&self, bytes: u64) -> Result<u64, Error> {
-        CurrentContext::set_current(&self.context)
-            .map_err(|error| self.failed("making the context current", error))?;
-        // SAFETY: the memory is freed by `free` only, and read by whoever wrote it.
-        match unsafe { cust::memory::cuda_malloc::<u8>(bytes as usize) } {
-            Ok(pointer) => Ok(pointer.as_raw()),
-            Err(CudaError::OutOfMemory) => Err(Error::OutOfMemory {
+        let mut address = self.try_allocate(bytes)?;
+        if address.is_none() && self.give_back_flush_buffer() {
+            address = self.try_allocate(bytes)?;
+        }
+        match address {
+            Some(address) => Ok(address),
+            None => Err(Error::OutOfMemory {
                 device: self.name(),
                 needed: bytes,
                 free: self.memory_info()?.free,
             }),
-            Err(error) => Err(self.failed(format_args!("allocating {bytes} bytes"), error)),
         }
     }
 
@@ -303,15 +305,16 @@ impl Device for GpuDevice {
     }
 
     fn flush_l2(&self) -> Result<(), Error> {
+        // Twice the cache, so that nothing of what was there is left.
+        let wanted = 2 * u64::from(self.description.l2_bytes);
         let mut flush = lock(&self.flush);
-        let buffer = match &mut *flush {
-            Some(buffer) => buffer,
-            // Twice the cache, so that nothing of what was there is left.
-            none => {
-                let bytes = 2 * u64::from(self.description.l2_bytes).max(1);
-                none.insert(FlushBuffer { address: self.allocate(bytes)?, bytes })
+        if flush.as_ref().is_none_or(|buffer| buffer.bytes < wanted) {
+            if let Some(small) = flush.take() {
+                self.free(small.address, small.bytes);
             }
-        };
+            *flush = self.flush_buffer(wanted)?;
+        }
+        let Some(buffer) = &*flush else { return Ok(()) };
         self.call("overwriting the L2 cache", || {
             // SAFETY: the buffer has that length, is used for nothing else, and lives
             // as long as the stream.
@@ -326,9 +329,7 @@ impl Device for GpuDevice {
 
 impl Drop for GpuDevice {
     fn drop(&mut self) {
-        if let Some(buffer) = lock(&self.flush).take() {
-            self.free(buffer.address, buffer.bytes);
-        }
+        self.give_back_flush_buffer();
         // What is dropped next belongs to this context. Without it (a lost context)
         // there is nothing left to release.
         _ = CurrentContext::set_current(&self.context);
