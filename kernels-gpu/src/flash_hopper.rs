@@ -30,7 +30,7 @@
 //! | D | BR x BC | consumers | shared bytes | registers of O, S, P a thread |
 //! |---|---|---|---|---|
 //! | 64 | 192 x 128 | 3 | 90,184 | 32, 64, 32 of 160 |
-//! | 64, general | 128 x 128 | 2 | 81,992 | 32, 64, 32 of 240 |
+//! | 64 | 128 x 128 | 2 | 81,992 | 32, 64, 32 of 240 |
 //! | 96 | 128 x 128 | 2 | 163,920 | 48, 64, 32 of 240 |
 //! | 128 | 128 x 128 | 2 | 163,920 | 64, 64, 32 of 240 |
 //! | 192 | 128 x 96 | 2 | 196,688 | 96, 48, 24 of 240 |
@@ -50,6 +50,9 @@
 //!   time (its weights are then at most 256, which f16 holds as exactly as 1);
 //! - only tiles that the diagonal or the last key cuts are masked, and they come first;
 //! - dropout's rescaling is part of the last division.
+//!
+//! At D = 64 two consumers serve launches whose blocks would leave the last round of
+//! multiprocessors idle with three ([`consumers`]).
 //!
 //! Causal launches take the longest query tiles first (`schedule.rs`). Rows past Nq and
 //! keys past Nk are zeros that the copy engine supplies; such keys are masked, such rows
@@ -87,7 +90,8 @@ mod tiles;
 use consumer::{Consumer, ROWS};
 use tiles::{BARRIERS, Layout, tile_bytes};
 pub use tiles::{
-    CONSUMER_ROWS, STAGES, box_dims, consumers, shared_bytes, threads, tile_keys, tile_rows,
+    CONSUMER_ROWS, STAGES, box_dims, consumers, max_consumers, shared_bytes, threads, tile_keys,
+    tile_rows,
 };
 
 /// What a kernel is compiled for: the less it must ask at run time, the faster it is.
@@ -157,9 +161,8 @@ pub unsafe fn flash_hopper<
     T: Operand,
     M: Policy,
     const D: u32,
-    const BR: u32,
+    const CONSUMERS: u32,
     const BC: u32,
-    const Q_CHUNK: u32,
     const K_CHUNK: u32,
     const S_GROUPS: usize,
     const O_GROUPS: usize,
@@ -172,19 +175,17 @@ pub unsafe fn flash_hopper<
     Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,
 {
     const {
-        assert!(
-            BR == tile_rows(consumers(D, M::GENERAL)) && BC == tile_keys(D),
-            "tiles of this head dim"
-        );
-        assert!(Q_CHUNK == BR * CHUNK_ROW_BYTES && K_CHUNK == BC * CHUNK_ROW_BYTES);
+        assert!(2 <= CONSUMERS && CONSUMERS <= max_consumers(D, M::GENERAL), "registers suffice");
+        assert!(BC == tile_keys(D) && K_CHUNK == BC * CHUNK_ROW_BYTES);
         assert!(S_GROUPS as u32 * 8 == BC && O_GROUPS as u32 * 8 == D);
         assert!(D_STEPS as u32 * 16 == D && KEY_STEPS as u32 * 16 == BC);
     }
-    let layout = const { Layout::new(D, M::GENERAL) };
+    let layout = const { Layout::new(D, CONSUMERS) };
+    let br = const { tile_rows(CONSUMERS) };
 
     // Who am I.
     let warpgroup = warpgroup::id();
-    let (heads, num_q_tiles) = (args.batch * args.heads, args.seq_q.div_ceil(BR));
+    let (heads, num_q_tiles) = (args.batch * args.heads, args.seq_q.div_ceil(br));
     let causal = M::CAUSAL || (M::GENERAL && args.causal != 0);
     let work = if causal {
         let head_bytes = args.seq_k as u64 * (2 * D * size_of::<T>() as u32) as u64;
@@ -192,8 +193,8 @@ pub unsafe fn flash_hopper<
     } else {
         schedule::in_order(thread::block_idx_x(), num_q_tiles)
     };
-    let first_row = work.q_tile * BR;
-    let last_row = (first_row + BR).min(args.seq_q) - 1;
+    let first_row = work.q_tile * br;
+    let last_row = (first_row + br).min(args.seq_q) - 1;
     let (b, h) = schedule::divide(work.head, args.heads);
     let task =
         Task { b, h, first_row, num_kv_tiles: visible_keys::<M>(args, last_row).div_ceil(BC) };
@@ -206,39 +207,41 @@ pub unsafe fn flash_hopper<
     let v_ring = Ring::<STAGES>::new(barriers, 1 + Ring::<STAGES>::BARRIERS);
     if thread::thread_idx_x() == 0 {
         q_full.init(1);
-        k_ring.init(consumers(D, M::GENERAL));
-        v_ring.init(consumers(D, M::GENERAL));
+        k_ring.init(CONSUMERS);
+        v_ring.init(CONSUMERS);
         mbarrier::fence_init();
     }
     // Hazard: the barriers are used by threads, and by copies, that did not make them.
     thread::sync_threads();
 
     if warpgroup == 0 {
-        if consumers(D, M::GENERAL) == 3 {
+        if CONSUMERS == 3 {
             warpgroup::decrease_registers::<32>();
         } else {
             warpgroup::decrease_registers::<24>();
         }
         if thread::thread_idx_x() == 0 && task.num_kv_tiles > 0 {
             // SAFETY: the caller vouches for the tensor maps.
-            unsafe { produce::<D, BR, BC>(args, task, smem, &layout, q_full, k_ring, v_ring) };
+            unsafe {
+                produce::<D, CONSUMERS, BC>(args, task, smem, &layout, q_full, k_ring, v_ring)
+            };
         }
         return;
     }
 
-    if consumers(D, M::GENERAL) == 3 {
+    if CONSUMERS == 3 {
         warpgroup::increase_registers::<160>();
     } else {
         warpgroup::increase_registers::<240>();
     }
     let row = first_row + (warpgroup - 1) * CONSUMER_ROWS;
-    let mut consumer = Consumer::<T, M, S_GROUPS, O_GROUPS, KEY_STEPS, Q_CHUNK, K_CHUNK> {
+    let mut consumer = Consumer::<T, M, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK> {
         args,
         task,
         first_row: row + warpgroup::thread_id() / warp::LANES * 16 + warp::lane_id() / 4,
         column: warp::lane_id() % 4 * 2,
         elected: warpgroup::thread_id() == 0,
-        q: Descriptor::k_major(smem + (row - first_row) * CHUNK_ROW_BYTES),
+        q: Descriptor::k_major(smem + (warpgroup - 1) * const { tile_bytes(CONSUMER_ROWS, D) }),
         k: Descriptor::k_major(smem + layout.k),
         v: Descriptor::n_major(smem + layout.v, K_CHUNK),
         tile_bytes: const { tile_bytes(BC, D) },
@@ -286,7 +289,7 @@ pub unsafe fn flash_hopper<
 /// # Safety
 /// As for [`flash_hopper`]; there is at least one tile.
 #[inline(always)]
-unsafe fn produce<const D: u32, const BR: u32, const BC: u32>(
+unsafe fn produce<const D: u32, const CONSUMERS: u32, const BC: u32>(
     args: &AttentionArgs,
     task: Task,
     smem: u32,
@@ -305,8 +308,12 @@ unsafe fn produce<const D: u32, const BR: u32, const BC: u32>(
             unsafe { tma::load_4d(to, map, from, full) };
         }
     };
-    q_full.arrive_expect_tx(tile_bytes(BR, D));
-    copy(smem, map(0), BR, task.first_row, q_full);
+    q_full.arrive_expect_tx(CONSUMERS * tile_bytes(CONSUMER_ROWS, D));
+    for consumer in 0..CONSUMERS {
+        let to = smem + consumer * tile_bytes(CONSUMER_ROWS, D);
+        let row = task.first_row + consumer * CONSUMER_ROWS;
+        copy(to, map(0), CONSUMER_ROWS, row, q_full);
+    }
     let mut stage = Stage::FIRST;
     for tile in (0..task.num_kv_tiles).rev() {
         let offset = stage.index * tile_bytes(BC, D);
@@ -318,16 +325,15 @@ unsafe fn produce<const D: u32, const BR: u32, const BC: u32>(
     }
 }
 
-/// The kernel for a type, policy and head dim.
+/// The kernel for a type, policy, head dim and number of consumers.
 macro_rules! kernel {
-    ($type:ty, $policy:ty, $d:literal) => {
+    ($type:ty, $policy:ty, $d:literal, $consumers:literal) => {
         flash_hopper::<
             $type,
             $policy,
             $d,
-            { tile_rows(consumers($d, <$policy>::GENERAL)) },
+            $consumers,
             { tile_keys($d) },
-            { tile_rows(consumers($d, <$policy>::GENERAL)) * CHUNK_ROW_BYTES },
             { tile_keys($d) * CHUNK_ROW_BYTES },
             { tile_keys($d) as usize / 8 },
             { $d / 8 },
@@ -340,38 +346,42 @@ macro_rules! kernel {
 entries! {
     /// Instances of [`flash_hopper`] with three consumers.
     pub static THREE_CONSUMERS: AttentionArgs => "sm_90a", threads threads(3), min_blocks 1;
-    flash_hopper_f16_d64_full = kernel!(f16, Full, 64);
-    flash_hopper_f16_d64_causal = kernel!(f16, Causal, 64);
-    flash_hopper_bf16_d64_full = kernel!(bf16, Full, 64);
-    flash_hopper_bf16_d64_causal = kernel!(bf16, Causal, 64);
+    flash_hopper_f16_d64_full_x3 = kernel!(f16, Full, 64, 3);
+    flash_hopper_f16_d64_causal_x3 = kernel!(f16, Causal, 64, 3);
+    flash_hopper_bf16_d64_full_x3 = kernel!(bf16, Full, 64, 3);
+    flash_hopper_bf16_d64_causal_x3 = kernel!(bf16, Causal, 64, 3);
 }
 entries! {
     /// Instances of [`flash_hopper`] with two consumers.
     pub static TWO_CONSUMERS: AttentionArgs => "sm_90a", threads threads(2), min_blocks 1;
-    flash_hopper_f16_d64_general = kernel!(f16, General, 64);
-    flash_hopper_f16_d96_full = kernel!(f16, Full, 96);
-    flash_hopper_f16_d96_causal = kernel!(f16, Causal, 96);
-    flash_hopper_f16_d96_general = kernel!(f16, General, 96);
-    flash_hopper_f16_d128_full = kernel!(f16, Full, 128);
-    flash_hopper_f16_d128_causal = kernel!(f16, Causal, 128);
-    flash_hopper_f16_d128_general = kernel!(f16, General, 128);
-    flash_hopper_f16_d192_full = kernel!(f16, Full, 192);
-    flash_hopper_f16_d192_causal = kernel!(f16, Causal, 192);
-    flash_hopper_f16_d192_general = kernel!(f16, General, 192);
-    flash_hopper_f16_d256_full = kernel!(f16, Full, 256);
-    flash_hopper_f16_d256_causal = kernel!(f16, Causal, 256);
-    flash_hopper_f16_d256_general = kernel!(f16, General, 256);
-    flash_hopper_bf16_d64_general = kernel!(bf16, General, 64);
-    flash_hopper_bf16_d96_full = kernel!(bf16, Full, 96);
-    flash_hopper_bf16_d96_causal = kernel!(bf16, Causal, 96);
-    flash_hopper_bf16_d96_general = kernel!(bf16, General, 96);
-    flash_hopper_bf16_d128_full = kernel!(bf16, Full, 128);
-    flash_hopper_bf16_d128_causal = kernel!(bf16, Causal, 128);
-    flash_hopper_bf16_d128_general = kernel!(bf16, General, 128);
-    flash_hopper_bf16_d192_full = kernel!(bf16, Full, 192);
-    flash_hopper_bf16_d192_causal = kernel!(bf16, Causal, 192);
-    flash_hopper_bf16_d192_general = kernel!(bf16, General, 192);
-    flash_hopper_bf16_d256_full = kernel!(bf16, Full, 256);
-    flash_hopper_bf16_d256_causal = kernel!(bf16, Causal, 256);
-    flash_hopper_bf16_d256_general = kernel!(bf16, General, 256);
+    flash_hopper_f16_d64_full = kernel!(f16, Full, 64, 2);
+    flash_hopper_f16_d64_causal = kernel!(f16, Causal, 64, 2);
+    flash_hopper_f16_d64_general = kernel!(f16, General, 64, 2);
+    flash_hopper_f16_d96_full = kernel!(f16, Full, 96, 2);
+    flash_hopper_f16_d96_causal = kernel!(f16, Causal, 96, 2);
+    flash_hopper_f16_d96_general = kernel!(f16, General, 96, 2);
+    flash_hopper_f16_d128_full = kernel!(f16, Full, 128, 2);
+    flash_hopper_f16_d128_causal = kernel!(f16, Causal, 128, 2);
+    flash_hopper_f16_d128_general = kernel!(f16, General, 128, 2);
+    flash_hopper_f16_d192_full = kernel!(f16, Full, 192, 2);
+    flash_hopper_f16_d192_causal = kernel!(f16, Causal, 192, 2);
+    flash_hopper_f16_d192_general = kernel!(f16, General, 192, 2);
+    flash_hopper_f16_d256_full = kernel!(f16, Full, 256, 2);
+    flash_hopper_f16_d256_causal = kernel!(f16, Causal, 256, 2);
+    flash_hopper_f16_d256_general = kernel!(f16, General, 256, 2);
+    flash_hopper_bf16_d64_full = kernel!(bf16, Full, 64, 2);
+    flash_hopper_bf16_d64_causal = kernel!(bf16, Causal, 64, 2);
+    flash_hopper_bf16_d64_general = kernel!(bf16, General, 64, 2);
+    flash_hopper_bf16_d96_full = kernel!(bf16, Full, 96, 2);
+    flash_hopper_bf16_d96_causal = kernel!(bf16, Causal, 96, 2);
+    flash_hopper_bf16_d96_general = kernel!(bf16, General, 96, 2);
+    flash_hopper_bf16_d128_full = kernel!(bf16, Full, 128, 2);
+    flash_hopper_bf16_d128_causal = kernel!(bf16, Causal, 128, 2);
+    flash_hopper_bf16_d128_general = kernel!(bf16, General, 128, 2);
+    flash_hopper_bf16_d192_full = kernel!(bf16, Full, 192, 2);
+    flash_hopper_bf16_d192_causal = kernel!(bf16, Causal, 192, 2);
+    flash_hopper_bf16_d192_general = kernel!(bf16, General, 192, 2);
+    flash_hopper_bf16_d256_full = kernel!(bf16, Full, 256, 2);
+    flash_hopper_bf16_d256_causal = kernel!(bf16, Causal, 256, 2);
+    flash_hopper_bf16_d256_general = kernel!(bf16, General, 256, 2);
 }

@@ -63,14 +63,13 @@ impl Case {
     }
 
     fn map(&self, tensor: &Tensor, seq: u32, query: bool) -> TensorMap {
-        let general = self.policy == "general";
         let bytes = |stride: u64| stride * 2;
         let spec = TensorMapSpec {
             address: tensor.buffer.address,
             element_bytes: 2,
             dims: [self.d, seq, self.heads, self.batch].map(u64::from).to_vec(),
             strides_bytes: [tensor.stride_n, tensor.stride_h, tensor.stride_b].map(bytes).to_vec(),
-            box_dims: flash_hopper::box_dims(self.d, general, query).to_vec(),
+            box_dims: flash_hopper::box_dims(self.d, query).to_vec(),
             swizzle_bytes: 128,
         };
         spec.encode().expect("a map that the driver would take")
@@ -92,7 +91,16 @@ fn values<T: Scalar>(count: usize, seed: u32, offset: f32) -> Vec<T> {
         .collect()
 }
 
+/// Checks a case with every number of consumers that there is.
 fn check<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
+    check_one::<T>(dtype, tolerance, case);
+    if flash_hopper::max_consumers(case.d, case.policy == "general") == 3 {
+        let policy = if case.policy == "full" { "full_x3" } else { "causal_x3" };
+        check_one::<T>(dtype, tolerance, Case { policy, ..case });
+    }
+}
+
+fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
     let Case { batch, heads, seq_q, seq_k, d, .. } = case;
     let rows = (batch * heads) as usize * d as usize;
     let mut q: Vec<T> = values(rows * seq_q as usize, 1, 0.0);
@@ -138,14 +146,14 @@ fn check<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
     ];
     args.tensor_maps = buffer(&mut maps);
 
+    let consumers = if case.policy.ends_with("_x3") { 3 } else { 2 };
     let symbol = format!("flash_hopper_{dtype}_d{d}_{}", case.policy);
     let entry = kernels_gpu::find(&symbol).expect("an entry of that name");
-    let general = case.policy == "general";
-    let tile = flash_hopper::tile_rows(flash_hopper::consumers(d, general));
+    let tile = flash_hopper::tile_rows(consumers);
     let launch = Launch {
         grid: Dim3::new(seq_q.div_ceil(tile) * batch * heads, 1, 1),
         block: entry.threads.into(),
-        shared_bytes: flash_hopper::shared_bytes(d, general),
+        shared_bytes: flash_hopper::shared_bytes(d, consumers),
     };
     let address = std::ptr::from_ref(&args) as usize;
     // SAFETY: the arguments describe buffers that outlive the launch.

@@ -92,25 +92,28 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
     capability: (9, 0),
     exact_capability: true,
     tile: |d| {
-        let consumers = flash_hopper::consumers(d as u32, false);
+        let consumers = flash_hopper::max_consumers(d as u32, false);
         (flash_hopper::tile_rows(consumers) as usize, flash_hopper::tile_keys(d as u32) as usize)
     },
     features: ALL_FEATURES,
-    plan: |p, _| {
+    plan: |p, target| {
         let (d, general) = (p.head_dim() as u32, hopper_general(p));
-        let consumers = flash_hopper::consumers(d, general);
+        let (seq_q, all_heads) = (p.seq_q() as u64, u64::from(heads(p)));
+        let consumers =
+            flash_hopper::consumers(d, general, seq_q, all_heads, target.multiprocessors);
         let policy = match (general, p.causal()) {
             (true, _) => "general",
             (false, true) => "causal",
             (false, false) => "full",
         };
+        let size = if consumers == 3 { "_x3" } else { "" };
         let q_tiles = tiles(p.seq_q(), flash_hopper::tile_rows(consumers));
         one_step(Step {
-            symbol: format!("{}_{policy}", symbol("flash_hopper", p)),
+            symbol: format!("{}_{policy}{size}", symbol("flash_hopper", p)),
             // Too many blocks for a grid: the launch is refused.
             grid: q_tiles.saturating_mul(heads(p)).into(),
             block: flash_hopper::threads(consumers).into(),
-            shared_bytes: flash_hopper::shared_bytes(d, general),
+            shared_bytes: flash_hopper::shared_bytes(d, consumers),
         })
     },
     tensor_maps: Some(|p, addresses| {
@@ -135,7 +138,7 @@ fn hopper_map(p: &Problem, address: u64, query: bool) -> TensorMapSpec {
         dtype: p.dtype(),
         dims: [p.head_dim(), seq, p.heads(), p.batch()].map(|n| n as u64).to_vec(),
         strides_bytes: strides.map(|s| s * p.dtype().size() as u64).to_vec(),
-        box_dims: flash_hopper::box_dims(p.head_dim() as u32, hopper_general(p), query).to_vec(),
+        box_dims: flash_hopper::box_dims(p.head_dim() as u32, query).to_vec(),
         swizzle_bytes: 128,
     }
 }

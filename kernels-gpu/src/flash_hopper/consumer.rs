@@ -3,11 +3,12 @@
 use simt::{
     math, unroll, warp,
     wgmma::{
-        Accumulator, Descriptor, Fragments, Operand, RegisterProduct, SharedProduct, WaitGroup,
+        Accumulator, CHUNK_ROW_BYTES, Descriptor, Fragments, Operand, RegisterProduct,
+        SharedProduct, WaitGroup,
     },
 };
 
-use super::{Policy, STAGES, Task, visible_keys};
+use super::{CONSUMER_ROWS, Policy, STAGES, Task, visible_keys};
 use crate::{
     args::AttentionArgs,
     dropout,
@@ -17,6 +18,8 @@ use crate::{
 
 /// Rows of S that a thread has.
 pub(super) const ROWS: usize = 2;
+/// Bytes of a chunk of Q: 64 columns of a consumer's rows.
+const Q_CHUNK: u32 = CONSUMER_ROWS * CHUNK_ROW_BYTES;
 /// Growth of a row's maximum, in log2 units, that O is not rescaled for.
 const SLACK: f32 = 8.0;
 
@@ -28,7 +31,6 @@ pub(super) struct Consumer<
     const S_GROUPS: usize,
     const O_GROUPS: usize,
     const KEY_STEPS: usize,
-    const Q_CHUNK: u32,
     const K_CHUNK: u32,
 > {
     pub args: &'a AttentionArgs,
@@ -64,9 +66,8 @@ impl<
     const S_GROUPS: usize,
     const O_GROUPS: usize,
     const KEY_STEPS: usize,
-    const Q_CHUNK: u32,
     const K_CHUNK: u32,
-> Consumer<'_, T, M, S_GROUPS, O_GROUPS, KEY_STEPS, Q_CHUNK, K_CHUNK>
+> Consumer<'_, T, M, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK>
 where
     Accumulator<S_GROUPS>: WaitGroup,
     Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,

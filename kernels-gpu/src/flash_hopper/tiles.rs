@@ -12,6 +12,7 @@ use crate::pipeline::Ring;
 pub const CONSUMER_ROWS: u32 = 64;
 /// Stages of the rings of K and of V.
 pub const STAGES: u32 = 2;
+
 /// Query rows of a block.
 #[must_use]
 pub const fn tile_rows(consumers: u32) -> u32 {
@@ -24,11 +25,24 @@ pub const fn threads(consumers: u32) -> u32 {
     (1 + consumers) * warpgroup::THREADS
 }
 
-/// Consumers of a block for head dim `d`. Three leave 160 registers a thread, which is too
-/// few for what the general kernel does besides.
+/// Consumers that a block may have for head dim `d`: two, and three where O is narrow
+/// enough for 160 registers a thread and nothing is decided at run time.
 #[must_use]
-pub const fn consumers(d: u32, general: bool) -> u32 {
+pub const fn max_consumers(d: u32, general: bool) -> u32 {
     if d <= 64 && !general { 3 } else { 2 }
+}
+
+/// Consumers of a block for `heads` heads of `seq_q` rows on `multiprocessors`, which run
+/// one block each at a time: those that are done first. A round of blocks takes as
+/// long as a block has rows; more rows a block mean fewer bytes where it is a draw.
+#[must_use]
+pub fn consumers(d: u32, general: bool, seq_q: u64, heads: u64, multiprocessors: u32) -> u32 {
+    let time = |consumers: u32| {
+        let rows = u64::from(tile_rows(consumers));
+        let blocks = seq_q.div_ceil(rows).saturating_mul(heads);
+        blocks.div_ceil(u64::from(multiprocessors.max(1))).saturating_mul(rows)
+    };
+    if max_consumers(d, general) == 3 && time(3) <= time(2) { 3 } else { 2 }
 }
 
 /// Keys of a tile for head dim `d`: what shared memory and registers leave room for.
@@ -58,9 +72,9 @@ pub(super) struct Layout {
 pub(super) const BARRIERS: u32 = 1 + 2 * Ring::<STAGES>::BARRIERS;
 
 impl Layout {
-    pub const fn new(d: u32, general: bool) -> Self {
+    pub const fn new(d: u32, consumers: u32) -> Self {
         let kv_bytes = STAGES * tile_bytes(tile_keys(d), d);
-        let k = tile_bytes(tile_rows(consumers(d, general)), d);
+        let k = tile_bytes(tile_rows(consumers), d);
         let (v, barriers) = (k + kv_bytes, k + 2 * kv_bytes);
         Self { k, v, barriers, end: barriers + BARRIERS * Mbarrier::BYTES }
     }
@@ -68,17 +82,35 @@ impl Layout {
 
 /// Dynamic shared memory of a block in bytes.
 #[must_use]
-pub const fn shared_bytes(d: u32, general: bool) -> u32 {
-    Layout::new(d, general).end
+pub const fn shared_bytes(d: u32, consumers: u32) -> u32 {
+    Layout::new(d, consumers).end
 }
 
 /// Extent of the tensor maps' boxes, fastest dimension first, over dimensions
 /// `[D, N, H, B]`: `query` for that of Q, otherwise for K and V. Swizzle: 128 bytes.
 #[must_use]
-pub const fn box_dims(d: u32, general: bool, query: bool) -> [u32; 4] {
-    let rows = if query { tile_rows(consumers(d, general)) } else { tile_keys(d) };
-    [CHUNK_COLUMNS, rows, 1, 1]
+pub const fn box_dims(d: u32, query: bool) -> [u32; 4] {
+    [CHUNK_COLUMNS, if query { CONSUMER_ROWS } else { tile_keys(d) }, 1, 1]
 }
 
-const _: () = assert!(shared_bytes(64, false) <= 232_448 && shared_bytes(128, false) <= 232_448);
-const _: () = assert!(shared_bytes(192, false) <= 232_448 && shared_bytes(256, false) <= 232_448);
+/// The most shared memory that a block may have on sm_90.
+const MAX_SHARED_BYTES: u32 = 232_448;
+const _: () = assert!(shared_bytes(64, 3) <= MAX_SHARED_BYTES, "fits a multiprocessor");
+const _: () = assert!(shared_bytes(128, 2) <= MAX_SHARED_BYTES, "fits a multiprocessor");
+const _: () = assert!(shared_bytes(192, 2) <= MAX_SHARED_BYTES, "fits a multiprocessor");
+const _: () = assert!(shared_bytes(256, 2) <= MAX_SHARED_BYTES, "fits a multiprocessor");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_as_large_as_their_rounds_allow() {
+        // 48 heads of 512 rows on 132 multiprocessors: 144 blocks or 192, two rounds both.
+        assert_eq!(consumers(64, false, 512, 48, 132), 2);
+        // 528 blocks of 192 rows are four full rounds; 768 of 128 rows are six.
+        assert_eq!(consumers(64, false, 2048, 48, 132), 3);
+        assert_eq!(consumers(64, true, 2048, 48, 132), 2);
+        assert_eq!(consumers(128, false, 2048, 48, 132), 2);
+    }
+}
