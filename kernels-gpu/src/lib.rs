@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `naive` | `naive.rs` | attention as the textbook has it; the N x N matrix in memory |
 //! | `flash_tiled` | `flash_tiled.rs` | tiles in shared memory, online softmax, no N x N matrix |
+//! | `flash_hopper` | `flash_hopper.rs` | copies, products and softmax at the same time (sm_90a) |
 //!
 //! Projections have a ladder of their own:
 //!
@@ -14,7 +15,9 @@
 //!
 //! What several rungs share stands in a module of its own: [`args`] (what a kernel is
 //! given), [`entry`] (how a generic kernel becomes entries), [`mask`] (which keys a
-//! row sees), [`dropout`] (Philox), [`softmax`] (the arithmetic of the online softmax).
+//! row sees), [`dropout`] (Philox), [`softmax`] (the arithmetic of the online softmax),
+//! [`pipeline`] (a ring of stages between a producer and consumers), [`schedule`] (which
+//! block does which tile).
 
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, stdarch_nvptx))]
