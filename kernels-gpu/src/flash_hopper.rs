@@ -42,7 +42,7 @@
 //! take 1024 clocks at 16 a clock, and the other arithmetic of the softmax about 4
 //! instructions an element, 512 clocks at 128 a clock. At D = 64 the products take half
 //! as long and the softmax the same: there the exponentials alone fill the tensor
-//! cores' time, which is why a third consumer pays.
+//! cores' time; a third consumer gives them more to overlap with.
 //!
 //! What keeps the threads' part small:
 //! - the scale and the maximum go into one fma before exp2;
