@@ -1,7 +1,7 @@
 //! Is a kernel right? Its O and LSE are compared with attention in f64
 //! ([`oracle::reference`](crate::oracle::reference)), and its error may be at most twice
 //! that of the plain algorithm in the same storage precision
-//! ([`oracle::plain`](crate::oracle::plain)), which is compared with f64 too.
+//! ([`oracle::plain`]), which is compared with f64 too.
 //!
 //! Why a ratio: how far a correct kernel is from f64 depends on the type, the size of
 //! the scores and the number of keys. A fixed tolerance is too wide for one problem and too

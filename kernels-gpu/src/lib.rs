@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `naive` | `naive.rs` | attention as the textbook has it; the N x N matrix in memory |
 //! | `flash_tiled` | `flash_tiled.rs` | tiles in shared memory, online softmax, no N x N matrix |
+//! | `flash_mma` | `flash_mma.rs` | both products on the tensor cores, weights stay in registers |
 //! | `flash_hopper` | `flash_hopper.rs` | copies, products and softmax at the same time (sm_90a) |
 //!
 //! Projections have a ladder of their own:
@@ -26,13 +27,18 @@ pub mod args;
 pub mod dropout;
 pub mod entry;
 pub mod flash_hopper;
+pub mod flash_mma;
 pub mod flash_tiled;
+pub mod fragment;
 pub mod linear;
 pub mod mask;
 pub mod naive;
+pub mod online;
 pub mod pipeline;
+pub mod policy;
 pub mod schedule;
 pub mod softmax;
+pub mod tile;
 
 simt::declare_dynamic_shared!();
 
@@ -50,6 +56,8 @@ const TABLES: &[&[entry::Entry]] = &[
     naive::SOFTMAX,
     naive::OUTPUT,
     flash_tiled::ENTRIES,
+    flash_mma::ENTRIES,
+    flash_mma::TURING,
     linear::NAIVE,
     linear::TILED,
     flash_hopper::THREE_CONSUMERS,

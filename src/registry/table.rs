@@ -1,13 +1,13 @@
 //! The entries of the table, in the order of the ladder.
 
-use kernels_gpu::{args, flash_hopper, flash_tiled, naive};
+use kernels_gpu::{args, flash_hopper, flash_mma, flash_tiled, naive};
 use simt::Dim3;
 
 use super::{Features, KernelSpec, Plan, Step};
 use crate::{backend::TensorMapSpec, dtype::DType, problem::Problem};
 
 /// Every kernel.
-pub static KERNELS: &[KernelSpec] = &[NAIVE, FLASH_TILED, FLASH_HOPPER];
+pub static KERNELS: &[KernelSpec] = &[NAIVE, FLASH_TILED, FLASH_MMA, FLASH_HOPPER];
 
 /// What the first rungs all support.
 const ALL_FEATURES: Features =
@@ -77,6 +77,32 @@ const FLASH_TILED: KernelSpec = KernelSpec {
             ),
             block: flash_tiled::THREADS.into(),
             shared_bytes: flash_tiled::shared_bytes(p.head_dim()),
+        })
+    },
+    tensor_maps: None,
+};
+
+const FLASH_MMA: KernelSpec = KernelSpec {
+    name: "flash_mma",
+    summary: "both products on tensor cores by mma.sync, weights stay in registers",
+    idea: "a warp keeps 16 rows: scores turn into weights and into the next product's operand \
+           where they are",
+    dtypes: &[DType::F16, DType::BF16],
+    head_dims: &[64, 128],
+    capability: (8, 0),
+    exact_capability: false,
+    tile: |_| (flash_mma::BR as usize, flash_mma::BC as usize),
+    features: ALL_FEATURES,
+    plan: |p, _| {
+        one_step(Step {
+            symbol: symbol("flash_mma", p),
+            grid: Dim3::new(
+                tiles(p.seq_q(), flash_mma::BR),
+                tiles(p.heads(), 1),
+                tiles(p.batch(), 1),
+            ),
+            block: flash_mma::THREADS.into(),
+            shared_bytes: flash_mma::shared_bytes(p.head_dim()),
         })
     },
     tensor_maps: None,

@@ -1,0 +1,183 @@
+//! Rung 3, flash_mma: both products on the tensor cores.
+//!
+//! The idea: a warp multiplies 16 x 16 by 16 x 8 in one instruction. Scores and output live
+//! in the instruction's own fragments, and the weights go from the first product into
+//! the second without leaving their registers.
+//!
+//! What changed from flash_tiled: tiles stay in the storage type; each warp has 16 rows of
+//! its own, all keys and all columns, so that P is never shared and needs no memory;
+//! `ldmatrix` brings the operands.
+//!
+//! ```text
+//! load Q                                   BR x D, once
+//! m = -inf, l = 0, acc_o = 0
+//! for each tile of BC keys:
+//!     load K, V                            BC x D each
+//!     S = Q Kᵀ                             16 x BC a warp: D/16 * BC/8 instructions
+//!     hide; m_new = max(m, rowmax(S)); alpha = exp2(m - m_new)
+//!     P = exp2(S - m_new); l = l * alpha + rowsum(P)
+//!     acc_o = acc_o * alpha + P V          as many instructions again
+//! O = acc_o / l; LSE = m + log(l)
+//! ```
+//!
+//! ```text
+//!             BC keys                  warp w: rows 16 w .. 16 w + 16
+//!          +-----------+               lane 4 g + t: rows g, g + 8; of every 8 keys
+//!  warp 0  | 16 x BC   |               and columns 2 t, 2 t + 1
+//!  warp 1  |           |
+//!    ...   +-----------+
+//! ```
+//!
+//! Memory: Q, K and V tiles of 16-bit elements, rows padded by 16 bytes so that eight rows
+//! of a matrix load meet eight groups of banks. D = 64: 27,648 bytes, D = 128: 52,224.
+//! A warp loads 32 bytes of shared memory for each instruction: 16 rows are few.
+//!
+//! Measured: not measured yet. Limits: loads and arithmetic take turns, with two barriers
+//! a tile; every score goes through a mask; padding costs memory (see flash_swizzled).
+//! On sm_75 f16 only, with half of the instruction's depth.
+//!
+//! Source: Dao, "FlashAttention-2", 2023, section 3.3 (rows split between warps, not keys);
+//! NVIDIA, PTX ISA, "Matrix Fragments for mma.m16n8k16".
+
+use half::{bf16, f16};
+use simt::{
+    layout::{Layout, Padded},
+    mma::{Ampere, TensorCore, Turing},
+    scalar::Scalar,
+    shared::Shared,
+    thread, warp,
+};
+
+use crate::{
+    args::AttentionArgs,
+    entries, fragment,
+    online::{self, Destination, RowState},
+    policy::{self, General, Policy},
+    tile::{self, Rows},
+};
+
+/// Query rows of a tile: 16 a warp.
+pub const BR: u32 = 64;
+/// Keys of a tile.
+pub const BC: u32 = 64;
+/// Threads of a block: four warps.
+pub const THREADS: u32 = tile::THREADS;
+
+/// Products of 8 keys in a tile.
+const KEY_TILES: usize = BC as usize / 8;
+/// Products of 8 columns in the largest head dim.
+const MAX_COLUMN_TILES: usize = 128 / 8;
+
+const _: () = assert!(BR == fragment::ROWS * THREADS / warp::LANES, "every row has its warp");
+
+/// Dynamic shared memory of a block in bytes: Q, K and V.
+#[must_use]
+pub const fn shared_bytes(d: usize) -> u32 {
+    (BR + 2 * BC) * (d as u32 + 8) * 2
+}
+
+/// Flash attention forward on tensor cores `C`, tiles laid out as `L`.
+///
+/// # Layout
+/// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`.
+///
+/// # Thread mapping
+/// A block per tile of BR rows (`x`), head (`y`) and batch entry (`z`); within it as in
+/// the file's header.
+///
+/// # Shared memory
+/// Three tiles, dynamic: Q, K, V.
+///
+/// # Safety
+/// The buffers of `args` must have these shapes, with addresses and strides that are
+/// multiples of 16 bytes, and the launch the threads and shared memory stated here.
+#[inline(always)]
+pub unsafe fn flash_mma<T: Scalar, C: TensorCore<T>, L: Layout, const D: usize>(
+    args: &AttentionArgs,
+) {
+    const { assert!(D % 32 == 0 && D <= 8 * MAX_COLUMN_TILES) };
+
+    // Who am I.
+    let (h, b) = (thread::block_idx_y(), thread::block_idx_z());
+    let first_row = thread::block_idx_x() * BR;
+    let warp_row = warp::warp_id() * fragment::ROWS;
+    let (row, column) = fragment::row_and_column();
+    let i = first_row + warp_row + row;
+    // SAFETY: the caller vouches for the buffers and the shared memory.
+    let (policy, q, k, v, q_smem, k_smem, v_smem) = unsafe {
+        (
+            General::new(args, b, h),
+            Rows::<T>::new(&args.q, b, h, args.seq_q),
+            Rows::<T>::new(&args.k, b, h, args.seq_k),
+            Rows::<T>::new(&args.v, b, h, args.seq_k),
+            Shared::<T>::dynamic(0, L::len(BR)),
+            Shared::<T>::dynamic(L::len(BR) * 2, L::len(BC)),
+            Shared::<T>::dynamic(L::len(BR + BC) * 2, L::len(BC)),
+        )
+    };
+    let q_origin = fragment::a_origin::<L>(warp_row);
+    let k_origin = fragment::b_origin::<L>(0);
+    let v_origin = fragment::a_origin::<L>(0);
+
+    // Load Q.
+    tile::load::<T, L, D, BR>(&q, first_row, q_smem);
+
+    let mut rows = RowState::EMPTY;
+    let mut acc_o = [[0.0f32; 4]; MAX_COLUMN_TILES];
+
+    let num_kv_tiles = policy::end_of_tile(&policy, first_row + BR, args.seq_q).div_ceil(BC);
+    for kv_tile in 0..num_kv_tiles {
+        let first_key = kv_tile * BC;
+        // Hazard: the tile before may still be read while this one is written.
+        thread::sync_threads();
+        tile::load::<T, L, D, BC>(&k, first_key, k_smem);
+        tile::load::<T, L, D, BC>(&v, first_key, v_smem);
+        // Hazard: tiles are read by threads that did not write them (Q too, at first).
+        thread::sync_threads();
+
+        // S = Q Kᵀ [16, BC] of this warp.
+        let mut s = [[0.0f32; 4]; KEY_TILES];
+        fragment::add_scores::<T, C, L, D, KEY_TILES>(
+            &mut s,
+            (q_smem, q_origin),
+            (k_smem, k_origin),
+        );
+
+        // Scale and mask.
+        fragment::scale_rows(&mut s, [args.scale_log2; 2]);
+        policy::hide(&policy, &mut s, i, first_key + column);
+
+        // Online softmax: P replaces S.
+        let alpha = rows.update(&mut s);
+        fragment::scale_rows(&mut acc_o, alpha);
+        policy::drop_weights(&policy, &mut s, i, first_key + column);
+
+        // O += P V [16, D] of this warp.
+        fragment::add_output::<T, C, L, KEY_TILES, MAX_COLUMN_TILES>(
+            &mut acc_o,
+            D,
+            &s,
+            (v_smem, v_origin),
+        );
+    }
+
+    // Normalise, store O and LSE.
+    let to = Destination { b, h, first_row: first_row + warp_row };
+    // SAFETY: the caller vouches for the buffers.
+    unsafe { online::store::<T, C, MAX_COLUMN_TILES>(args, to, D, acc_o, &rows, policy.dropout()) };
+}
+
+entries! {
+    /// Instances of [`flash_mma`] for sm_80 and later.
+    pub static ENTRIES: AttentionArgs => "sm_80", threads THREADS, min_blocks 2;
+    flash_mma_f16_d64 = flash_mma::<f16, Ampere, Padded<64>, 64>;
+    flash_mma_f16_d128 = flash_mma::<f16, Ampere, Padded<128>, 128>;
+    flash_mma_bf16_d64 = flash_mma::<bf16, Ampere, Padded<64>, 64>;
+    flash_mma_bf16_d128 = flash_mma::<bf16, Ampere, Padded<128>, 128>;
+}
+entries! {
+    /// Instances of [`flash_mma`] for sm_75.
+    pub static TURING: AttentionArgs => "sm_75", threads THREADS, min_blocks 2;
+    flash_mma_turing_f16_d64 = flash_mma::<f16, Turing, Padded<64>, 64>;
+    flash_mma_turing_f16_d128 = flash_mma::<f16, Turing, Padded<128>, 128>;
+}

@@ -1,0 +1,136 @@
+//! The online softmax on fragments: what a warp knows of its 16 rows, and the epilogue.
+
+use simt::{
+    global::GlobalMut, math, memory::Memory, mma::TensorCore, scalar::Scalar, unroll, warp,
+};
+
+use crate::{
+    args::{AttentionArgs, DropoutArgs},
+    fragment, softmax,
+};
+
+/// Maximum and sum of the two rows of a lane. The four lanes of a row have the same
+/// maximum, and each the sum over its own keys.
+#[derive(Clone, Copy, Debug)]
+pub struct RowState {
+    /// Running maximum, in units of log2(e).
+    pub m_i: [f32; 2],
+    /// Running sum of this lane's weights.
+    pub l_i: [f32; 2],
+}
+
+impl RowState {
+    /// Rows that have seen no key.
+    pub const EMPTY: Self = Self { m_i: [f32::NEG_INFINITY; 2], l_i: [0.0; 2] };
+
+    /// Turns scores (in units of log2(e)) into weights under the new maximum; what was
+    /// summed under the old one is to be multiplied by the result.
+    #[inline(always)]
+    pub fn update<const N: usize>(&mut self, s: &mut [[f32; 4]; N]) -> [f32; 2] {
+        let mut alpha = [0.0; 2];
+        unroll!(for R in 0..2 {
+            let mut tile_max = self.m_i[R];
+            unroll!(for TILE in 0..16 {
+                if TILE < N {
+                    tile_max = math::max(tile_max, math::max(s[TILE][2 * R], s[TILE][2 * R + 1]));
+                }
+            });
+            let m_new = warp::reduce_max::<4>(tile_max);
+            let m_used = softmax::safe_max(m_new);
+            alpha[R] = math::exp2(self.m_i[R] - m_used);
+            self.m_i[R] = m_new;
+            let mut sum = 0.0;
+            unroll!(for TILE in 0..16 {
+                if TILE < N {
+                    let p = [s[TILE][2 * R], s[TILE][2 * R + 1]].map(|s| math::exp2(s - m_used));
+                    (s[TILE][2 * R], s[TILE][2 * R + 1]) = (p[0], p[1]);
+                    sum += p[0] + p[1];
+                }
+            });
+            self.l_i[R] = math::fma(self.l_i[R], alpha[R], sum);
+        });
+        alpha
+    }
+}
+
+/// Where a warp's rows of O and LSE go.
+#[derive(Clone, Copy, Debug)]
+pub struct Destination {
+    /// Batch entry.
+    pub b: u32,
+    /// Head.
+    pub h: u32,
+    /// The warp's first row.
+    pub first_row: u32,
+}
+
+/// Normalises 16 rows and stores them, with their LSE. Lanes of a row exchange what they
+/// have, so that each stores 16 bytes and the four 64 bytes side by side.
+///
+/// # Safety
+/// `args.o` must be `[B, H, Nq, D]` with D = 8 O, its address and strides multiples of 16
+/// bytes, `args.lse` `[B, H, Nq]`.
+#[inline(always)]
+pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
+    args: &AttentionArgs,
+    to: Destination,
+    d: usize,
+    mut acc_o: [[f32; 4]; O],
+    rows: &RowState,
+    dropout: DropoutArgs,
+) {
+    // SAFETY: the caller vouches for the buffers.
+    let (o, lse) = unsafe { (args.o.buffer.view_mut::<T>(), args.lse.view_mut::<f32>()) };
+    let (g, column) = fragment::row_and_column();
+    let l_i = [warp::reduce_add::<4>(rows.l_i[0]), warp::reduce_add::<4>(rows.l_i[1])];
+    // Kept weights are scaled up here, all at once.
+    let kept = if dropout.threshold != 0 { dropout.rescale } else { 1.0 };
+    fragment::scale_rows(&mut acc_o, l_i.map(|l| softmax::normaliser(l) * kept));
+    unroll!(for R in 0..2 {
+        let i = to.first_row + g + 8 * R as u32;
+        let inside = i < args.seq_q;
+        let o_row = args.o.head(to.b, to.h) + i as u64 * args.o.stride_n;
+        // 32 columns at a time: 8 of them to each of the row's four lanes.
+        unroll!(for QUAD in 0..8 {
+            if QUAD < d / 32 {
+                let pack = |tile: usize| {
+                    let c = acc_o[4 * QUAD + tile];
+                    C::pack(c[2 * R], c[2 * R + 1])
+                };
+                let chunk = transpose_quad([pack(0), pack(1), pack(2), pack(3)]);
+                if inside {
+                    let first = (32 * QUAD) as u64 + column as u64 * 4;
+                    store_chunk(o, o_row + first, chunk);
+                }
+            }
+        });
+        if inside && column == 0 {
+            let bh = to.b as u64 * args.heads as u64 + to.h as u64;
+            let value = softmax::log_sum_exp(rows.m_i[R], l_i[R]);
+            lse.write(bh * args.seq_q as u64 + i as u64, value);
+        }
+    });
+}
+
+#[inline(always)]
+fn store_chunk<T: Memory>(o: GlobalMut<T>, index: u64, chunk: [u32; 4]) {
+    o.write_as::<[u32; 4]>(index, chunk);
+}
+
+/// Transposes 4 x 4 registers over four neighbouring lanes: lane `t` gets register `t` of
+/// each of them. Two steps: 2 x 2 blocks are exchanged, then what is in them.
+#[inline(always)]
+fn transpose_quad(v: [u32; 4]) -> [u32; 4] {
+    let lane = warp::lane_id();
+    let (odd, upper) = (lane & 1 != 0, lane & 2 != 0);
+    let exchange = |keep_high: bool, low: u32, high: u32, distance: u32| {
+        let (kept, given) = if keep_high { (high, low) } else { (low, high) };
+        let received = warp::shuffle_xor(given, distance);
+        if keep_high { (received, kept) } else { (kept, received) }
+    };
+    let (a0, a2) = exchange(upper, v[0], v[2], 2);
+    let (a1, a3) = exchange(upper, v[1], v[3], 2);
+    let (b0, b1) = exchange(odd, a0, a1, 1);
+    let (b2, b3) = exchange(odd, a2, a3, 1);
+    [b0, b1, b2, b3]
+}

@@ -1,0 +1,290 @@
+//! What happens to scores and weights between the two products, as compile-time policies.
+//!
+//! A [`Policy`] says which keys a row sees and which weights dropout keeps. The tensor core
+//! rungs are generic over it and ask it in one place; what a policy does not need costs
+//! nothing. A new kind of mask (a sliding window, a bias) is a new policy, not a change
+//! of a main loop.
+//!
+//! | policy | keys a row sees | dropout |
+//! |---|---|---|
+//! | [`Full`] | all | no |
+//! | [`Causal`] | up to its own position, aligned to the bottom right | no |
+//! | [`General`] | chosen when it runs: causal or not, padding or not | if given |
+//!
+//! The parts work on fragments as [`simt::mma`] lays them out: lane `4 g + t` holds rows `g`
+//! and `g + 8` of 16, and of every 8 columns those at `2 t` and `2 t + 1`. Sets of a lane's
+//! columns are bits: bit `2 n + e` is column `8 n + 2 t + e`.
+
+use simt::{global::Global, unroll};
+
+use crate::{
+    args::{AttentionArgs, DropoutArgs},
+    dropout,
+};
+
+/// Which keys a row sees and which weights are kept.
+pub trait Policy: Copy {
+    /// The policy for head `h` of batch entry `b`.
+    ///
+    /// # Safety
+    /// `args.mask` must be empty or hold `[B, Nk]` bytes.
+    unsafe fn new(args: &AttentionArgs, b: u32, h: u32) -> Self;
+
+    /// The first key that row `i` does not see by its position.
+    fn end_of_row(&self, i: u32) -> u32;
+
+    /// Whether every key is seen by every row whose position allows it: no padding.
+    fn by_position_only(&self) -> bool;
+
+    /// Of the keys `j + 8 n + e` with `n < N` and `e < 2`, those that are not padding.
+    fn visible_keys<const N: usize>(&self, j: u32) -> u32;
+
+    /// What dropout is given; a threshold of 0 drops nothing.
+    fn dropout(&self) -> DropoutArgs;
+
+    /// Of the weights of row `i` at the keys `j + 8 n + e`, those that dropout keeps. `j` is
+    /// even.
+    fn kept_weights<const N: usize>(&self, i: u32, j: u32) -> u32;
+}
+
+/// Keys of the tiles that rows from 0 to `end_i` have to visit: what comes after is
+/// hidden from all of them.
+#[inline(always)]
+pub fn end_of_tile<P: Policy>(policy: &P, end_i: u32, seq_q: u32) -> u32 {
+    policy.end_of_row(end_i.min(seq_q) - 1)
+}
+
+/// Whether a tile whose keys end at `end_j` has anything to hide from rows from `first_i`
+/// on. The rows' ends ascend, so that the first row sees least.
+#[inline(always)]
+pub fn needs_mask<P: Policy>(policy: &P, first_i: u32, end_j: u32) -> bool {
+    !policy.by_position_only() || end_j > policy.end_of_row(first_i)
+}
+
+/// Sets hidden scores to -inf. `i` is the row of the lane's first score, `j` its key.
+#[inline(always)]
+pub fn hide<P: Policy, const N: usize>(policy: &P, s: &mut [[f32; 4]; N], i: u32, j: u32) {
+    let visible = policy.visible_keys::<N>(j);
+    let end = [policy.end_of_row(i), policy.end_of_row(i + 8)].map(|end| end.saturating_sub(j));
+    unroll!(for TILE in 0..16 {
+        if TILE < N {
+            unroll!(for E in 0..4 {
+                let column = (8 * TILE + E % 2) as u32;
+                let padding = visible >> (2 * TILE + E % 2) & 1 == 0;
+                if column >= end[E / 2] || padding {
+                    s[TILE][E] = f32::NEG_INFINITY;
+                }
+            });
+        }
+    });
+}
+
+/// Sets dropped weights to 0. The others are not scaled up here but all at once, with the
+/// normaliser. `i` and `j` as for [`hide`].
+#[inline(always)]
+pub fn drop_weights<P: Policy, const N: usize>(policy: &P, p: &mut [[f32; 4]; N], i: u32, j: u32) {
+    if policy.dropout().threshold == 0 {
+        return;
+    }
+    let kept = [policy.kept_weights::<N>(i, j), policy.kept_weights::<N>(i + 8, j)];
+    unroll!(for TILE in 0..16 {
+        if TILE < N {
+            unroll!(for E in 0..4 {
+                if kept[E / 2] >> (2 * TILE + E % 2) & 1 == 0 {
+                    p[TILE][E] = 0.0;
+                }
+            });
+        }
+    });
+}
+
+/// Every row sees every key.
+#[derive(Clone, Copy, Debug)]
+pub struct Full {
+    seq_k: u32,
+}
+
+/// Row `i` sees keys `j <= i + Nk - Nq`.
+#[derive(Clone, Copy, Debug)]
+pub struct Causal {
+    seq_q: u32,
+    seq_k: u32,
+}
+
+/// No dropout.
+const NO_DROPOUT: DropoutArgs = DropoutArgs { seed: 0, threshold: 0, rescale: 1.0 };
+
+/// What policies without padding and dropout have in common.
+macro_rules! by_position {
+    () => {
+        #[inline(always)]
+        fn by_position_only(&self) -> bool {
+            true
+        }
+        #[inline(always)]
+        fn visible_keys<const N: usize>(&self, _: u32) -> u32 {
+            u32::MAX
+        }
+        #[inline(always)]
+        fn dropout(&self) -> DropoutArgs {
+            NO_DROPOUT
+        }
+        #[inline(always)]
+        fn kept_weights<const N: usize>(&self, _: u32, _: u32) -> u32 {
+            u32::MAX
+        }
+    };
+}
+
+impl Policy for Full {
+    #[inline(always)]
+    unsafe fn new(args: &AttentionArgs, _: u32, _: u32) -> Self {
+        Self { seq_k: args.seq_k }
+    }
+    #[inline(always)]
+    fn end_of_row(&self, _: u32) -> u32 {
+        self.seq_k
+    }
+    by_position!();
+}
+
+impl Policy for Causal {
+    #[inline(always)]
+    unsafe fn new(args: &AttentionArgs, _: u32, _: u32) -> Self {
+        Self { seq_q: args.seq_q, seq_k: args.seq_k }
+    }
+    #[inline(always)]
+    fn end_of_row(&self, i: u32) -> u32 {
+        (i + 1 + self.seq_k).saturating_sub(self.seq_q).min(self.seq_k)
+    }
+    by_position!();
+}
+
+/// Everything that [`AttentionArgs`] can ask for, looked up as the kernel runs.
+#[derive(Clone, Copy)]
+pub struct General {
+    position: Causal,
+    causal: bool,
+    padding: Option<Global<u8>>,
+    padding_row: u64,
+    dropout: DropoutArgs,
+    b: u32,
+    h: u32,
+}
+
+impl Policy for General {
+    #[inline(always)]
+    unsafe fn new(args: &AttentionArgs, b: u32, h: u32) -> Self {
+        // SAFETY: the caller vouches for the buffer.
+        let padding = (!args.mask.is_empty()).then(|| unsafe { args.mask.view::<u8>() });
+        Self {
+            position: Causal { seq_q: args.seq_q, seq_k: args.seq_k },
+            causal: args.causal != 0,
+            padding,
+            padding_row: b as u64 * args.seq_k as u64,
+            dropout: args.dropout,
+            b,
+            h,
+        }
+    }
+    #[inline(always)]
+    fn end_of_row(&self, i: u32) -> u32 {
+        if self.causal { self.position.end_of_row(i) } else { self.position.seq_k }
+    }
+    #[inline(always)]
+    fn by_position_only(&self) -> bool {
+        self.padding.is_none()
+    }
+    #[inline(always)]
+    fn visible_keys<const N: usize>(&self, j: u32) -> u32 {
+        let Some(padding) = self.padding else { return u32::MAX };
+        let mut visible = 0;
+        // A loop that stays one: the columns become bits, not registers.
+        for bit in 0..2 * N as u32 {
+            let key = j + bit / 2 * 8 + bit % 2;
+            let seen =
+                key < self.position.seq_k && padding.read(self.padding_row + key as u64) != 0;
+            visible |= u32::from(seen) << bit;
+        }
+        visible
+    }
+    #[inline(always)]
+    fn dropout(&self) -> DropoutArgs {
+        self.dropout
+    }
+    #[inline(always)]
+    fn kept_weights<const N: usize>(&self, i: u32, j: u32) -> u32 {
+        let mut kept = 0;
+        // As above: ten rounds of Philox for each tile are not to be unrolled.
+        for tile in 0..N as u32 {
+            let key = j + 8 * tile;
+            let draws = dropout::draws(self.dropout.seed, self.b, self.h, i, key / 4);
+            let (first, second) =
+                if key % 4 == 0 { (draws[0], draws[1]) } else { (draws[2], draws[3]) };
+            kept |= u32::from(first >= self.dropout.threshold) << (2 * tile);
+            kept |= u32::from(second >= self.dropout.threshold) << (2 * tile + 1);
+        }
+        kept
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(seq_q: u32, seq_k: u32, causal: u32) -> AttentionArgs {
+        AttentionArgs { seq_q, seq_k, causal, ..AttentionArgs::default() }
+    }
+
+    #[test]
+    fn a_row_sees_up_to_the_diagonal_at_the_bottom_right() {
+        // SAFETY: there is no padding mask.
+        let causal = unsafe { Causal::new(&args(4, 6, 1), 0, 0) };
+        assert_eq!([0, 1, 3, 9].map(|i| causal.end_of_row(i)), [3, 4, 6, 6]);
+        // More rows than keys: the first see nothing.
+        // SAFETY: as above.
+        let causal = unsafe { Causal::new(&args(5, 2, 1), 0, 0) };
+        assert_eq!([0, 2, 3, 4].map(|i| causal.end_of_row(i)), [0, 0, 1, 2]);
+        assert_eq!(end_of_tile(&causal, 64, 5), 2);
+        assert!(needs_mask(&causal, 0, 1) && !needs_mask(&causal, 4, 2));
+    }
+
+    #[test]
+    fn policies_agree_where_they_mean_the_same() {
+        for (seq_q, seq_k) in [(1, 1), (7, 20), (20, 7)] {
+            // SAFETY: there is no padding mask.
+            let (full, causal, general_full, general_causal) = unsafe {
+                (
+                    Full::new(&args(seq_q, seq_k, 0), 0, 0),
+                    Causal::new(&args(seq_q, seq_k, 1), 0, 0),
+                    General::new(&args(seq_q, seq_k, 0), 0, 0),
+                    General::new(&args(seq_q, seq_k, 1), 0, 0),
+                )
+            };
+            for i in 0..40 {
+                assert_eq!(full.end_of_row(i), general_full.end_of_row(i));
+                assert_eq!(causal.end_of_row(i), general_causal.end_of_row(i));
+            }
+        }
+    }
+
+    #[test]
+    fn bits_stand_for_a_lanes_columns() {
+        let args = AttentionArgs {
+            dropout: DropoutArgs { seed: 5, threshold: dropout::threshold(0.4), rescale: 1.0 },
+            ..args(9, 70, 0)
+        };
+        // SAFETY: there is no padding mask.
+        let policy = unsafe { General::new(&args, 3, 2) };
+        for t in 0..4 {
+            let kept = policy.kept_weights::<8>(6, 16 + 2 * t);
+            for n in 0..8 {
+                for e in 0..2 {
+                    let key = 16 + 8 * n + 2 * t + e;
+                    let expected = dropout::keeps(&args.dropout, 3, 2, 6, key);
+                    assert_eq!(kept >> (2 * n + e) & 1 == 1, expected, "key {key}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! The tensor core rungs on the emulator, against attention computed in f64.
+
+mod common;
+
+use common::{Case, run};
+use half::{bf16, f16};
+use kernels_gpu::flash_mma;
+use simt::{Dim3, emulator::Stats, scalar::Scalar};
+
+/// Shapes and features that every rung must get right, for a tile of `br` rows and `bc`
+/// keys.
+fn cases(d: u32, br: u32, bc: u32) -> Vec<Case> {
+    let plain = |q, k| Case::new(q, k, d);
+    vec![
+        plain(1, 1),
+        plain(br + 1, bc - 1),
+        plain(br - 1, 2 * bc + 1),
+        Case { causal: true, ..plain(br + 5, br + 5) },
+        Case { causal: true, ..plain(7, 2 * bc + 3) },
+        // More rows than keys: the first rows see nothing.
+        Case { causal: true, ..plain(bc + 9, 9) },
+        Case { padding: true, causal: true, heads: 2, interleaved: true, ..plain(19, bc + 11) },
+        Case { dropout: 0.3, heads: 2, ..plain(21, bc + 6) },
+        // Logits of thousands: one key takes all the weight.
+        Case { size: 60.0, ..plain(10, bc + 20) },
+    ]
+}
+
+fn check<T: Scalar>(
+    symbol: &str,
+    (br, bc, threads): (u32, u32, u32),
+    shared: u32,
+    d: u32,
+    cases: &[Case],
+) -> Stats {
+    let mut total = Stats::default();
+    for case in cases {
+        total += case.check::<T>(|args| {
+            let grid = Dim3::new(args.seq_q.div_ceil(br), args.heads, args.batch);
+            run(symbol, grid, threads.into(), shared, args)
+        });
+    }
+    assert_eq!(total.bank_conflicts, 0, "{symbol} {bc} {d}");
+    total
+}
+
+fn check_mma<T: Scalar>(symbol: &str, d: u32) {
+    let tile = (flash_mma::BR, flash_mma::BC, flash_mma::THREADS);
+    let shared = flash_mma::shared_bytes(d as usize);
+    check::<T>(symbol, tile, shared, d, &cases(d, tile.0, tile.1));
+}
+
+#[test]
+fn flash_mma_computes_attention() {
+    check_mma::<f16>("flash_mma_f16_d64", 64);
+    check_mma::<f16>("flash_mma_f16_d128", 128);
+    check_mma::<bf16>("flash_mma_bf16_d64", 64);
+    check_mma::<bf16>("flash_mma_bf16_d128", 128);
+}
+
+#[test]
+fn flash_mma_computes_attention_on_turing() {
+    check_mma::<f16>("flash_mma_turing_f16_d64", 64);
+    check_mma::<f16>("flash_mma_turing_f16_d128", 128);
+}
