@@ -13,6 +13,7 @@ pub mod output;
 pub mod progress;
 pub mod report;
 pub mod results;
+pub mod run;
 pub mod table;
 
 use std::process::ExitCode;
@@ -37,6 +38,8 @@ pub fn main() -> ExitCode {
     };
     let outcome = match &cli.command {
         Command::Compare(args) => compare::run(args),
+        Command::Run(args) => run::run(args),
+        Command::Report(args) => report::remake(args),
     };
     match outcome {
         Ok(outcome) => outcome.into(),

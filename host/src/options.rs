@@ -10,7 +10,7 @@ use flash_attention::{
     registry::{self, KERNELS, KernelSpec, Target},
 };
 
-use crate::failure::Usage;
+use crate::{failure::Usage, report::ReportArgs, run::RunArgs};
 
 /// FlashAttention kernels in Rust: look at them, compare them, verify them.
 #[derive(Debug, Parser)]
@@ -26,6 +26,10 @@ pub struct Cli {
 pub enum Command {
     /// Measure kernels side by side: time, memory, error
     Compare(Box<CompareArgs>),
+    /// Compute attention of your own tensors, from a safetensors file
+    Run(Box<RunArgs>),
+    /// Make the report of a run anew from the JSON that it wrote
+    Report(ReportArgs),
 }
 
 /// What both `compare` and `verify` take.
@@ -138,7 +142,7 @@ impl FromStr for DeviceChoice {
 }
 
 /// Bytes, with a binary unit or none.
-fn parse_bytes(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match &text[digits.len()..] {
         "" | "B" => 0,

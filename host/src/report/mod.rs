@@ -7,9 +7,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use clap::Args;
 use flash_attention::Error;
 
-use crate::results::{Results, SCHEMA};
+use crate::{failure::Outcome, progress::print_lines, results::Results};
 
 pub mod analysis;
 pub mod format;
@@ -67,27 +68,25 @@ pub fn write(results: &Results, dir: &Path) -> Result<Paths> {
     Ok(Paths { html, json, csv, pictures })
 }
 
-/// Reads what `compare --json`, `verify --json` or an earlier report wrote.
+/// Arguments of `report`.
+#[derive(Args, Clone, Debug)]
+pub struct ReportArgs {
+    /// What `compare --json`, `verify --json` or an earlier report wrote
+    #[arg(value_name = "RESULTS.json")]
+    pub results: PathBuf,
+    /// Directory for the report
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+/// Makes the report of an earlier run anew.
 ///
 /// # Errors
-/// Why the file cannot be read, or that it is no such document.
-pub fn read(path: &Path) -> Result<Results> {
-    let path = path.to_owned();
-    let text = match fs::read(&path) {
-        Ok(text) => text,
-        Err(source) => return Err(Error::Io { path, source }.into()),
-    };
-    let remedy = "use a file written by compare --json or verify --json";
-    let reason = match serde_json::from_slice::<Results>(&text) {
-        Ok(results) if (1..=SCHEMA).contains(&results.schema) => return Ok(results),
-        Ok(Results { schema: 0, .. }) => format!("not a results document (no schema): {remedy}"),
-        Ok(newer) => format!(
-            "schema {}, but this program reads up to {SCHEMA}: use a newer program",
-            newer.schema
-        ),
-        Err(error) => format!("not a results document ({error}): {remedy}"),
-    };
-    Err(Error::BadFile { path, reason }.into())
+/// When the file cannot be read or is no results document; as [`write`].
+pub fn remake(args: &ReportArgs) -> Result<Outcome> {
+    let paths = write(&Results::read_json(&args.results)?, &args.out)?;
+    print_lines(&format!("wrote {}", paths.html.display()));
+    Ok(Outcome::Good)
 }
 
 fn csv_rows(results: &Results) -> Result<Vec<u8>> {

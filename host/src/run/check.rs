@@ -1,0 +1,77 @@
+//! Outputs beside those that came with the input.
+
+use flash_attention::{
+    Problem,
+    verify::{Differences, FACTOR, Worst},
+};
+
+/// One output compared with the one in the file.
+pub struct Comparison {
+    /// Name of the tensor.
+    pub name: &'static str,
+    /// How they differ.
+    pub differences: Differences,
+    /// Largest error of the plain algorithm against f64.
+    pub plain: f64,
+    /// Largest error of ours against f64.
+    pub ours_from_f64: f64,
+    /// Largest error of the file's against f64.
+    pub theirs_from_f64: f64,
+    /// Index of an element, as `[b, h, i, d]`, from its place among those compared.
+    pub place: Box<dyn Fn(usize) -> Vec<usize>>,
+    /// Rows compared, and rows that there are.
+    pub compared: (usize, usize),
+}
+
+/// Index of an element of the rows compared, `width` elements each.
+pub fn place(problem: &Problem, rows: &[usize], width: usize) -> Box<dyn Fn(usize) -> Vec<usize>> {
+    let (rows, heads, seq) = (rows.to_vec(), problem.heads(), problem.seq_q());
+    Box::new(move |element| {
+        let (row, d) = (rows[element / width], element % width);
+        let mut index = vec![row / seq / heads, row / seq % heads, row % seq];
+        if width > 1 {
+            index.push(d);
+        }
+        index
+    })
+}
+
+impl Comparison {
+    /// The largest difference that passes.
+    #[must_use]
+    pub fn limit(&self) -> f64 {
+        FACTOR * self.plain
+    }
+
+    /// Whether the difference is within the limit.
+    #[must_use]
+    pub fn passes(&self) -> bool {
+        let error = self.differences.max_abs;
+        error.is_finite() && error <= self.limit()
+    }
+
+    /// Two lines: the verdict, and who is how far from f64.
+    #[must_use]
+    pub fn lines(&self) -> String {
+        let d = &self.differences;
+        let Worst { index, actual, expected } = d.worst;
+        let (compared, all) = self.compared;
+        format!(
+            "{} {}: differs from the file's by at most {:.1e} (mean {:.1e}, median {:.1e}; relative \
+             at most {:.1e}), allowed {:.1e}; worst {:?}: {actual} for {expected}\n  \
+             from f64: ours {:.1e}, the file's {:.1e}, the plain algorithm {:.1e}; {compared} of \
+             {all} rows compared",
+            self.name,
+            if self.passes() { "passed" } else { "FAILED" },
+            d.max_abs,
+            d.mean_abs,
+            d.median_abs,
+            d.max_rel,
+            self.limit(),
+            (self.place)(index),
+            self.ours_from_f64,
+            self.theirs_from_f64,
+            self.plain,
+        )
+    }
+}
