@@ -27,6 +27,42 @@ pub fn digits(value: f64) -> String {
     format!("{value:.places$}")
 }
 
+/// A time in milliseconds.
+#[must_use]
+pub fn millis(ms: f64) -> String {
+    if ms >= 10_000.0 { format!("{} s", digits(ms / 1000.0)) } else { format!("{} ms", digits(ms)) }
+}
+
+/// Two significant digits and a power of ten: `3.1e-7`.
+#[must_use]
+pub fn scientific(value: f64) -> String {
+    if value == 0.0 { "0".into() } else { format!("{value:.1e}") }
+}
+
+/// A whole number with its thousands apart.
+#[must_use]
+pub fn count(value: i64) -> String {
+    let digits = value.unsigned_abs().to_string();
+    let mut text = String::new();
+    for (i, c) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(c);
+    }
+    if value < 0 { format!("-{text}") } else { text }
+}
+
+/// Names as a sentence lists them: `a, b and c`.
+#[must_use]
+pub fn list(names: &[String]) -> String {
+    match names {
+        [] => String::new(),
+        [one] => one.clone(),
+        [all @ .., last] => format!("{} and {last}", all.join(", ")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -39,5 +75,9 @@ mod tests {
         assert_eq!(digits(0.012_34), "0.0123");
         assert_eq!(digits(1234.5), "1234");
         assert_eq!(digits(9.87e-5), "9.9e-5");
+        assert_eq!(millis(0.0123), "0.0123 ms");
+        assert_eq!(millis(65_000.0), "65.0 s");
+        assert_eq!(count(-1_234_567), "-1,234,567");
+        assert_eq!(list(&["a".into(), "b".into(), "c".into()]), "a, b and c");
     }
 }

@@ -94,6 +94,9 @@ pub struct CompareArgs {
     /// Write the rows as CSV
     #[arg(long, value_name = "FILE")]
     pub csv: Option<PathBuf>,
+    /// Write a report into this directory: one page, pictures, JSON and CSV
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
 }
 
 /// Arguments of `verify`.

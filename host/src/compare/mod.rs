@@ -17,6 +17,7 @@ use crate::{
     options::{CompareArgs, Defaults},
     output,
     progress::{Progress, print_lines},
+    report,
     results::{LevelChoice, Options, Results, Row, Status},
     table,
 };
@@ -45,6 +46,9 @@ const ORACLE_BUDGET: usize = 1 << 25;
 pub fn run(args: &CompareArgs) -> Result<Outcome> {
     for path in args.json.iter().chain(&args.csv) {
         output::check_file(path)?;
+    }
+    if let Some(folder) = &args.report {
+        output::check_folder(folder)?;
     }
     let opened = machine::open(args.problem.device, args.problem.memory_limit)?;
     let (defaults, repeats) =
@@ -203,7 +207,12 @@ fn write(args: &CompareArgs, results: &Results) -> Result<()> {
     // Each file is tried, whatever became of the one before.
     let json = args.json.as_deref().map_or(Ok(()), |path| results.write_json(path));
     let csv = args.csv.as_deref().map_or(Ok(()), |path| results.write_csv(path));
-    json.and(csv)
+    let report = args.report.as_deref().map_or(Ok(()), |folder| {
+        let paths = report::write(results, folder)?;
+        print_lines(&format!("\nwrote {}", paths.html.display()));
+        Ok(())
+    });
+    json.and(csv).and(report)
 }
 
 fn outcome(results: &Results) -> Outcome {

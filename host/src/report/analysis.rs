@@ -1,8 +1,10 @@
 //! What a run's figures say: series by kernel, fitted growth, conclusions. Nothing here
 //! knows how they are drawn.
 
-use super::format;
-use crate::results::{Check, Level, Results, Row, Status};
+use crate::{
+    format,
+    results::{Check, Level, Results, Row, Status},
+};
 
 /// The kernel that others are measured against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -386,6 +388,7 @@ impl Found<'_> {
     fn capacity(&mut self, view: &View<'_>) {
         let device = &self.results.device;
         let (limit, whose) = match (device.memory_bytes, self.results.machine.memory_bytes) {
+            (Some(bytes), _) if device.emulated => (bytes as f64, "the emulator's limit".into()),
             (Some(bytes), _) => (bytes as f64, device.name.clone()),
             (None, Some(bytes)) => {
                 (bytes as f64, "this computer (the emulator itself has no limit)".into())

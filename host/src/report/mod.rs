@@ -8,12 +8,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use flash_attention::Error;
 
-use crate::{failure::Outcome, progress::print_lines, results::Results};
+use crate::{failure::Outcome, output, progress::print_lines, results::Results};
 
 pub mod analysis;
-pub mod format;
 mod page;
 pub mod panel;
 mod picture;
@@ -36,18 +34,16 @@ pub struct Paths {
 /// # Errors
 /// Which file could not be written, and why.
 pub fn write(results: &Results, dir: &Path) -> Result<Paths> {
-    let io = |path: &Path| {
-        let path = path.to_owned();
-        move |source| Error::Io { path, source }
-    };
-    fs::create_dir_all(dir).map_err(io(dir))?;
+    output::check_folder(dir)?;
     let put = |name: &str, data: &[u8]| -> Result<PathBuf> {
         let path = dir.join(name);
-        fs::write(&path, data).map_err(io(&path))?;
+        fs::write(&path, data)
+            .with_context(|| format!("{} could not be written", path.display()))?;
         Ok(path)
     };
-    let json = put("results.json", &serde_json::to_vec_pretty(results)?)?;
-    let csv = put("results.csv", &csv_rows(results)?)?;
+    let (json, csv) = (dir.join("results.json"), dir.join("results.csv"));
+    results.write_json(&json)?;
+    results.write_csv(&csv)?;
 
     let mut figures = Vec::new();
     for view in analysis::views(results) {
@@ -87,14 +83,6 @@ pub fn remake(args: &ReportArgs) -> Result<Outcome> {
     let paths = write(&Results::read_json(&args.results)?, &args.out)?;
     print_lines(&format!("wrote {}", paths.html.display()));
     Ok(Outcome::Good)
-}
-
-fn csv_rows(results: &Results) -> Result<Vec<u8>> {
-    let mut writer = csv::Writer::from_writer(Vec::new());
-    for row in &results.rows {
-        writer.serialize(row)?;
-    }
-    writer.into_inner().context("writing the table as CSV")
 }
 
 #[cfg(test)]

@@ -4,11 +4,13 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::{
     analysis::{Conclusion, Tone, View, kernels, time, views},
-    format,
     panel::{self, Panel},
     picture,
 };
-use crate::results::{Check, Level, Results, Row, Status};
+use crate::{
+    format,
+    results::{Check, Level, Results, Row, Status},
+};
 
 const STYLE: &str = include_str!("style.css");
 

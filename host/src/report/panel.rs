@@ -1,11 +1,11 @@
 //! What the pictures show: lines with error bars on named axes, taken from the results.
 //! `picture.rs` draws them.
 
-use super::{
-    analysis::{Baseline, Series, View, time},
+use super::analysis::{Baseline, Series, View, time};
+use crate::{
     format,
+    results::{Check, Histogram, Results, Row, Status},
 };
-use crate::results::{Check, Histogram, Results, Row, Status};
 
 /// What an axis shows, and how.
 #[derive(Clone, Debug, PartialEq)]

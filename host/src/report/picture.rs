@@ -17,10 +17,8 @@ use kuva::{
     render::figure::Figure,
 };
 
-use super::{
-    format,
-    panel::{Axis, Line, Panel, Point, Scale},
-};
+use super::panel::{Axis, Line, Panel, Point, Scale};
+use crate::format;
 
 /// Size of a panel. Small, so that its text is still read when a phone shrinks it.
 const WIDTH: f64 = 460.0;
@@ -228,6 +226,9 @@ fn range(panel: &Panel, horizontal: bool) -> Range {
             Range { low: low - 0.3, high: high + 0.3, step }
         }
         Scale::Log10 => {
+            // Room for the name of an upright mark, which stands to its right.
+            let upright = horizontal && !panel.marks.is_empty();
+            let high = if upright { high + 0.7 } else { high };
             let (low, high) = (low.floor(), high.ceil().max(low.floor() + 1.0));
             Range { low, high, step: ((high - low) / 6.0).ceil().max(1.0) }
         }
