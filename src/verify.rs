@@ -1,5 +1,5 @@
 //! Is a kernel right? Its O and LSE are compared with attention in f64
-//! ([`oracle::reference`](crate::oracle::reference)), and its error may be at most twice
+//! ([`oracle::reference`]), and its error may be at most twice
 //! that of the plain algorithm in the same storage precision
 //! ([`oracle::plain`]), which is compared with f64 too.
 //!

@@ -78,7 +78,7 @@ pub struct ReportArgs {
 /// Makes the report of an earlier run anew.
 ///
 /// # Errors
-/// When the file cannot be read or is no results document; as [`write`].
+/// When the file cannot be read or is no results document; as [`write()`].
 pub fn remake(args: &ReportArgs) -> Result<Outcome> {
     let paths = write(&Results::read_json(&args.results)?, &args.out)?;
     print_lines(&format!("wrote {}", paths.html.display()));
