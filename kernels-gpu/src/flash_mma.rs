@@ -30,7 +30,8 @@
 //!
 //! Memory: Q, K and V tiles of 16-bit elements, rows padded by 16 bytes so that eight rows
 //! of a matrix load meet eight groups of banks. D = 64: 27,648 bytes, D = 128: 52,224.
-//! A warp loads 32 bytes of shared memory for each instruction: 16 rows are few.
+//! A warp loads 256 bytes of shared memory for each instruction, 16 FLOP a byte: 16 rows
+//! are few.
 //!
 //! Measured: not measured yet. Limits: loads and arithmetic take turns, with two barriers
 //! a tile; every score goes through a mask; padding costs memory (see flash_swizzled).

@@ -9,8 +9,8 @@
 //! output:  O[i, d] = sum_j P[i, j] * V[j, d]            one thread per (i, d)
 //! ```
 //!
-//! Memory: the matrix holds B*H*Nq*Nk elements of the storage type, written twice and
-//! read twice (once per pass of the softmax, once for the output). Every score reads
+//! Memory: the matrix holds B*H*Nq*Nk elements of the storage type, written twice, read
+//! three times by the softmax and by D threads for the output. Every score reads
 //! 2*D elements for 2*D FLOP: one FLOP per element, where a GPU needs hundreds to be
 //! busy. No shared memory.
 //!
