@@ -304,7 +304,8 @@ pub fn differences(results: &Results, kernels: &[&str]) -> Vec<Panel> {
     };
     // The bound is one only where all lines share it.
     let bound = 2.0 * checks[0].plain_max_abs;
-    let shared = bound > 0.0 && checks.iter().all(|c| 2.0 * c.plain_max_abs == bound);
+    let shared =
+        bound > 0.0 && bound.is_finite() && checks.iter().all(|c| 2.0 * c.plain_max_abs == bound);
     let mark = shared.then(|| Mark { label: "allowed".into(), at: bound, vertical: true });
     let mut panels = vec![
         panel("absolute", "Absolute", lines(|c| &c.abs_histogram), mark.into_iter().collect()),

@@ -244,3 +244,18 @@ fn runs_with_little_in_them_are_reported_too() {
     one.rows[0].status = Status::Oom;
     write(&one, dir.path()).unwrap();
 }
+
+#[test]
+fn outputs_that_are_not_finite_are_reported_too() {
+    let mut results = run(false);
+    let mut nan = check("flash_tiled", f64::INFINITY);
+    nan.plain_max_abs = f64::INFINITY;
+    nan.within_twice = false;
+    nan.abs_histogram = Histogram::default();
+    results.checks = vec![nan];
+    let dir = tempfile::tempdir().unwrap();
+    let paths = write(&results, dir.path()).unwrap();
+    let html = fs::read_to_string(&paths.html).unwrap();
+    assert!(html.contains("off by inf") && !html.contains("\"NaN\""));
+    assert_eq!(Results::read_json(&paths.json).unwrap(), results);
+}
