@@ -3,6 +3,7 @@
 
 pub mod accuracy;
 pub mod compare;
+pub mod env;
 pub mod failure;
 pub mod format;
 pub mod inputs;
@@ -15,6 +16,7 @@ pub mod report;
 pub mod results;
 pub mod run;
 pub mod table;
+pub mod verify;
 
 use std::process::ExitCode;
 
@@ -37,7 +39,9 @@ pub fn main() -> ExitCode {
         }
     };
     let outcome = match &cli.command {
+        Command::Env => Ok(env::run()),
         Command::Compare(args) => compare::run(args),
+        Command::Verify(args) => verify::run(args),
         Command::Run(args) => run::run(args),
         Command::Report(args) => report::remake(args),
     };

@@ -140,6 +140,25 @@ impl Default for Options {
     }
 }
 
+impl fmt::Display for Options {
+    /// The problem in one line: `batch 4, heads 12, head dim 64 (hidden 768), f16`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { batch, heads, head_dim, dtype, .. } = self;
+        let hidden = heads * head_dim;
+        write!(f, "batch {batch}, heads {heads}, head dim {head_dim} (hidden {hidden}), {dtype}")?;
+        for (_, name) in [(self.causal, ", causal"), (self.mask, ", padding mask")]
+            .iter()
+            .filter(|(given, _)| *given)
+        {
+            f.write_str(name)?;
+        }
+        if self.dropout > 0.0 {
+            write!(f, ", dropout {}", self.dropout)?;
+        }
+        Ok(())
+    }
+}
+
 /// Which levels a run covers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]

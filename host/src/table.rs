@@ -80,7 +80,13 @@ pub fn rows(rows: &[Row]) -> String {
         cells.push(cell(row.max_abs_err, |error| format!("{error:.1e}")));
         table.add_row(cells);
     }
-    let mut text = finish(&table);
+    finish(&table) + &reasons(rows)
+}
+
+/// A line for each row that has something to say.
+#[must_use]
+pub fn reasons(rows: &[Row]) -> String {
+    let mut text = String::new();
     for row in rows.iter().filter(|row| !row.reason.is_empty()) {
         text += &format!("\n  {} ({}): {}", row.kernel, row.status, row.reason);
     }

@@ -18,10 +18,12 @@ use crate::{
     output,
     progress::{Progress, print_lines},
     report,
-    results::{LevelChoice, Options, Results, Row, Status},
+    results::{Options, Results, Row, Status},
     table,
 };
 use measure::{Bench, Repeats};
+
+pub use measure::foresee;
 
 /// The lab's experiment, on a GPU.
 const ON_GPU: Defaults = Defaults {
@@ -60,7 +62,8 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     let session = Session::new(opened.device.clone());
     let problems = args.problem.problems(&defaults)?;
     let kernels = args.problem.chosen_kernels(&problems, &session.target())?;
-    let options = options(args, &problems, &kernels, repeats);
+    let Repeats { warmup, iters } = repeats;
+    let options = Options { warmup, iters, ..args.problem.recorded(&problems, &kernels) };
     let mut results = machine::results("compare", &opened, options);
     print_lines(&heading(args, &opened, &results.options));
 
@@ -133,31 +136,6 @@ fn compare_one(
     Ok(())
 }
 
-fn options(
-    args: &CompareArgs,
-    problems: &[Problem],
-    kernels: &[&KernelSpec],
-    repeats: Repeats,
-) -> Options {
-    let Some(first) = problems.first() else { return Options::default() };
-    Options {
-        seq: problems.iter().map(Problem::seq_q).collect(),
-        batch: first.batch(),
-        heads: first.heads(),
-        head_dim: first.head_dim(),
-        dtype: first.dtype(),
-        causal: first.causal(),
-        mask: first.has_mask(),
-        dropout: args.problem.dropout,
-        kernels: kernels.iter().map(|k| k.name.to_owned()).collect(),
-        iters: repeats.iters,
-        warmup: repeats.warmup,
-        seed: args.problem.seed,
-        level: LevelChoice::Attention,
-        peers: false,
-    }
-}
-
 /// What is about to be measured, and where.
 fn heading(args: &CompareArgs, opened: &Opened, options: &Options) -> String {
     let mut text = device_line(opened);
@@ -168,20 +146,9 @@ fn heading(args: &CompareArgs, opened: &Opened, options: &Options) -> String {
             text += "\nThe defaults are smaller here than on a GPU, to end within seconds.";
         }
     }
-    let Options { batch, heads, head_dim, dtype, warmup, iters, .. } = options;
-    text += &format!(
-        "\nbatch {batch}, {heads} heads of {head_dim} (hidden {}), {dtype}",
-        heads * head_dim
-    );
-    let masks = [(options.causal, "causal"), (options.mask, "padding mask")];
-    for (_, name) in masks.iter().filter(|(on, _)| *on) {
-        text += &format!(", {name}");
-    }
-    if options.dropout > 0.0 {
-        text += &format!(", dropout {}", options.dropout);
-    }
+    let Options { warmup, iters, .. } = options;
     text + &format!(
-        "; {warmup} warm-ups, {iters} runs; × and saved are against naive, by the median"
+        "\n{options}; warm-ups {warmup}, runs {iters}; × and saved are against naive, by the median"
     )
 }
 

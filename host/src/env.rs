@@ -1,0 +1,190 @@
+//! `env`: the computer, the driver, each GPU with the kernels it can run and why not the
+//! others, and what to do about what is missing.
+
+use std::fmt::Write as _;
+
+use flash_attention::{
+    CpuDevice,
+    backend::gpu::{GpuDescription, describe_all},
+    ptx,
+    registry::{KERNELS, KernelSpec, Target},
+};
+
+use crate::{
+    failure::Outcome,
+    format,
+    machine::{capability, machine},
+    progress::print_lines,
+    results::Machine,
+};
+
+/// Runs the command: whatever is missing is said, and is no failure.
+#[must_use]
+pub fn run() -> Outcome {
+    let mut text = computer(&machine());
+    text += &modules();
+    match describe_all() {
+        Ok(gpus) if gpus.is_empty() => {
+            text += "\nno GPU: the driver lists none; check CUDA_VISIBLE_DEVICES\n"
+        }
+        Ok(gpus) => gpus.iter().for_each(|gpu| text += &describe(gpu)),
+        Err(error) => writeln!(text, "\n{error}").unwrap_or_default(),
+    }
+    text += &emulator();
+    print_lines(text.trim_end());
+    Outcome::Good
+}
+
+fn computer(machine: &Machine) -> String {
+    let Machine { os, arch, cpu, threads, memory_bytes } = machine;
+    let memory =
+        memory_bytes.map_or_else(String::new, |b| format!(", {}", format::bytes(b as f64)));
+    format!(
+        "host {} (commit {}) on {os} {arch}: {}, {threads} threads{memory}\n",
+        env!("CARGO_PKG_VERSION"),
+        env!("HOST_COMMIT"),
+        cpu.as_deref().unwrap_or("unknown CPU"),
+    )
+}
+
+/// The PTX that this program holds.
+fn modules() -> String {
+    let modules = ptx::modules();
+    if modules.is_empty() {
+        return "PTX: none in this build, so that it runs no kernel on a GPU; build it without \
+                FLASH_ATTENTION_PTX=emulator-only\n"
+            .into();
+    }
+    let list: Vec<_> = modules
+        .iter()
+        .map(|m| format!("{} ({})", m.name, needs(m.compute_capability, m.exact)))
+        .collect();
+    format!("PTX: {}\n", list.join(", "))
+}
+
+fn needs(least: (u32, u32), exact: bool) -> String {
+    format!(
+        "compute capability {}{}",
+        capability(least),
+        if exact { " only" } else { " and later" }
+    )
+}
+
+/// One GPU and what runs on it.
+fn describe(gpu: &GpuDescription) -> String {
+    let driver = gpu.driver_version.as_deref().unwrap_or("of unknown version");
+    let mut text = format!(
+        "\nGPU {}: {}\n  driver {driver}, CUDA {}\n  compute capability {}, {} multiprocessors at up to {} MHz\n",
+        gpu.index,
+        gpu.name,
+        capability(gpu.cuda_version),
+        capability(gpu.compute_capability),
+        gpu.multiprocessors,
+        gpu.clock_mhz,
+    );
+    let free = match gpu.free_bytes {
+        Some(free) => format!("{} free", format::bytes(free as f64)),
+        None => "the GPU cannot be used now: end the process that has taken it, or wait".into(),
+    };
+    let (total, shared, l2) = (gpu.total_bytes, gpu.max_shared_bytes, gpu.l2_bytes);
+    let _ = writeln!(
+        text,
+        "  memory {}, {free}; shared memory of a block up to {}, L2 cache {}",
+        format::bytes(total as f64),
+        format::bytes(f64::from(shared)),
+        format::bytes(f64::from(l2)),
+    );
+    let loadable: Vec<_> = ptx::loadable(gpu.compute_capability).map(|m| m.name).collect();
+    let _ = match loadable.as_slice() {
+        [] => writeln!(text, "  PTX: no module of this build loads here"),
+        [best, ..] => writeln!(
+            text,
+            "  PTX: {best} is the newest that loads here; each kernel comes from the oldest module that has its instructions"
+        ),
+    };
+    let target = Target {
+        capability: gpu.compute_capability,
+        max_shared_bytes: shared,
+        multiprocessors: gpu.multiprocessors,
+    };
+    text + &kernels(&target)
+}
+
+/// A line for each kernel: the module that it comes from, or why it cannot run.
+fn kernels(target: &Target) -> String {
+    let width = KERNELS.iter().map(|k| k.name.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for kernel in KERNELS {
+        let what = match (kernel.runs_on(target), module(kernel)) {
+            (Err(flash_attention::Error::Unsupported { reason, .. }), _) => format!("no: {reason}"),
+            (Err(error), _) => format!("no: {error}"),
+            (Ok(()), None) => "no: this build has no PTX for it".into(),
+            (Ok(()), Some(module)) => format!("yes, from {module}: {}", kernel.summary),
+        };
+        let _ = writeln!(text, "  {:width$}  {what}", kernel.name);
+    }
+    text
+}
+
+/// The module that holds a kernel: that of its capability.
+fn module(kernel: &KernelSpec) -> Option<&'static str> {
+    ptx::modules()
+        .iter()
+        .find(|m| m.compute_capability == kernel.capability && m.exact == kernel.exact_capability)
+        .map(|m| m.name)
+}
+
+fn emulator() -> String {
+    let target = Target::of(&CpuDevice::new());
+    let able = KERNELS.iter().filter(|kernel| kernel.runs_on(&target).is_ok()).count();
+    format!(
+        "\nemulator: runs {able} of {} kernels on the CPU (--device cpu), as compute capability {}, and \
+         checks every access; its times are not a GPU's\n",
+        KERNELS.len(),
+        capability(target.capability),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpu(compute_capability: (u32, u32)) -> GpuDescription {
+        GpuDescription {
+            index: 1,
+            name: "A GPU".into(),
+            total_bytes: 80 << 30,
+            free_bytes: Some(79 << 30),
+            compute_capability,
+            multiprocessors: 132,
+            max_shared_bytes: 232_448,
+            l2_bytes: 50 << 20,
+            clock_mhz: 1980,
+            cuda_version: (13, 0),
+            driver_version: Some("580.1".into()),
+        }
+    }
+
+    #[test]
+    fn a_gpu_is_described_with_its_kernels() {
+        let text = describe(&gpu((9, 0)));
+        for part in ["GPU 1: A GPU", "80.0 GiB", "79.0 GiB free", "227 KiB", "CUDA 13.0", "580.1"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert_eq!(
+            text.lines().filter(|line| line.contains("no: ")).count(),
+            if ptx::modules().is_empty() { KERNELS.len() } else { 0 }
+        );
+    }
+
+    #[test]
+    fn what_cannot_run_says_why() {
+        let text = describe(&GpuDescription { free_bytes: None, ..gpu((6, 1)) });
+        assert!(
+            text.contains("no: needs compute capability 7.5 or later, this GPU has 6.1"),
+            "{text}"
+        );
+        assert!(text.contains("no module of this build loads here"), "{text}");
+        assert!(text.contains("taken it"), "{text}");
+    }
+}

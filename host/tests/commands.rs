@@ -1,0 +1,140 @@
+//! The commands from end to end, on the emulator and on a GPU behind the driver for tests.
+
+mod common;
+
+use common::{host, run, with_gpu};
+use host::{
+    output,
+    results::{Results, SCHEMA, Status},
+};
+
+const SMALL: [&str; 6] = ["--seq", "33,64", "--heads", "1", "--iters", "2"];
+
+#[test]
+fn compare_writes_what_it_prints() {
+    let folder = tempfile::tempdir().unwrap();
+    let (json, csv) = (folder.path().join("a.json"), folder.path().join("a.csv"));
+    let (code, stdout, stderr) = run(host()
+        .args(["compare", "--causal", "--mask", "--dropout", "0.1"])
+        .args(SMALL)
+        .arg("--json")
+        .arg(&json)
+        .arg("--csv")
+        .arg(&csv));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert!(stdout.contains("Emulated times show the algorithm"), "{stdout}");
+    assert!(stdout.contains("N = 33") && stdout.contains("N = 64"), "{stdout}");
+
+    let results = Results::read_json(&json).unwrap();
+    assert_eq!((results.schema, results.command.as_str()), (SCHEMA, "compare"));
+    assert_eq!(results.options.seq, [33, 64]);
+    assert!(results.options.causal && results.options.mask && !results.interrupted);
+    assert!(results.device.emulated && results.driver.is_none() && !results.commit.is_empty());
+    assert_eq!(results.rows.len(), 2 * results.options.kernels.len());
+    assert_eq!(output::read_csv(&csv).unwrap(), results.rows);
+    for row in &results.rows {
+        assert!(stdout.contains(&row.kernel));
+        if row.status == Status::Ok {
+            assert!(row.emulated && row.min_ms <= row.median_ms && row.median_ms <= row.max_ms);
+            assert!(row.global_bytes_read > Some(0) && row.global_bytes_written > Some(0));
+            assert!(row.peak_bytes == row.needed_bytes && row.tflops.is_some());
+            assert!(row.max_abs_err.is_some() && row.speedup.is_some());
+        }
+    }
+    let naive = &results.rows[0];
+    assert_eq!(
+        (naive.kernel.as_str(), naive.speedup, naive.memory_saved),
+        ("naive", Some(1.0), Some(0.0))
+    );
+    let flash = &results.rows[1];
+    assert!(flash.memory_saved > Some(0.0) && flash.workspace_bytes == Some(0));
+    let ok = results.rows.iter().filter(|row| row.status == Status::Ok).count();
+    assert_eq!(results.checks.len(), 2 * ok);
+    assert!(results.checks.iter().all(|check| check.passed()));
+}
+
+#[test]
+fn what_does_not_fit_is_a_row() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("a.json");
+    let limited = ["compare", "--memory-limit", "100KiB", "--seq", "64,256,1000000"];
+    let (code, stdout, _) = run(host()
+        .args(limited)
+        .args(["--heads", "1", "--iters", "1", "--kernels", "naive,flash_tiled", "--json"])
+        .arg(&json));
+    assert_eq!(code, 0, "{stdout}");
+    let status: Vec<_> = Results::read_json(&json).unwrap().rows.iter().map(|r| r.status).collect();
+    let (ok, oom) = (Status::Ok, Status::Oom);
+    assert_eq!(status, [ok, ok, oom, oom, oom, oom], "{stdout}");
+    assert!(stdout.contains("100 KiB were free: not tried"), "{stdout}");
+}
+
+#[test]
+fn rows_that_cannot_be_are_told() {
+    let (code, stdout, _) = run(host().args(["compare", "--dtype", "f32"]).args(SMALL));
+    assert_eq!(code, 0, "{stdout}");
+    assert!(stdout.contains("flash_mma (unsupported): does not support f32"), "{stdout}");
+}
+
+#[test]
+fn verify_gives_both_verdicts() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("v.json");
+    let small = ["verify", "--seq", "70", "--heads", "2", "--json"];
+    let (code, stdout, stderr) = run(host().args(small).arg(&json));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert!(stdout.contains("verdict: every kernel that ran is right"), "{stdout}");
+    let results = Results::read_json(&json).unwrap();
+    assert!(results.checks.iter().all(|c| c.threshold == Some(1e-3) && c.abs.max < 1e-5));
+    assert!(results.checks.iter().all(|c| c.compared == c.elements));
+
+    let strict = ["--threshold", "1e-12", "--rows", "8"];
+    let (code, stdout, _) = run(host().args(&small[..5]).args(strict));
+    assert_eq!(code, 1, "{stdout}");
+    assert!(stdout.contains("8 of 140 rows compared"), "{stdout}");
+    assert!(
+        stdout.contains("verdict: WRONG") && stdout.contains("beyond the threshold"),
+        "{stdout}"
+    );
+
+    let (code, stdout, _) = run(host().args(&small[..5]).args(["--dtype", "bf16", "--causal"]));
+    assert_eq!(code, 0, "{stdout}");
+}
+
+#[test]
+fn env_says_what_is_missing_and_what_is_there() {
+    let (code, stdout, stderr) = run(host().arg("env"));
+    assert_eq!((code, stderr.as_str()), (0, ""));
+    assert!(stdout.contains("no GPU: ") && stdout.contains("emulator: runs"), "{stdout}");
+
+    let Some(mut turing) = with_gpu("7.5", 1 << 30) else { return };
+    let (code, stdout, stderr) = run(turing.arg("env"));
+    assert_eq!((code, stderr.as_str()), (0, ""));
+    assert!(stdout.contains("compute capability 7.5"), "{stdout}");
+    assert!(stdout.contains("yes, from sm_75"), "{stdout}");
+    assert!(stdout.contains("no: needs compute capability 9.0 exactly"), "{stdout}");
+}
+
+#[test]
+fn a_gpu_is_preferred_and_its_memory_counts() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("gpu.json");
+    let Some(mut gpu) = with_gpu("9.0", 4 << 20) else { return };
+    let arguments = ["--batch", "1", "--heads", "1", "--seq", "64,2048", "--iters", "1"];
+    let only = ["--warmup", "0", "--kernels", "naive,flash_hopper", "--json"];
+    let (code, stdout, stderr) = run(gpu.arg("compare").args(arguments).args(only).arg(&json));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    let results = Results::read_json(&json).unwrap();
+    assert!(!results.device.emulated && results.driver.is_some());
+    let status: Vec<_> = results.rows.iter().map(|row| row.status).collect();
+    assert_eq!(status, [Status::Ok, Status::Ok, Status::Oom, Status::Ok], "{stdout}");
+    assert!(results.rows.iter().all(|row| row.global_bytes_read.is_none()));
+}
+
+#[test]
+fn help_and_version_are_no_errors() {
+    for argument in ["--help", "--version"] {
+        let (code, stdout, stderr) = run(host().arg(argument));
+        assert!(code == 0 && !stdout.is_empty() && stderr.is_empty());
+    }
+}
