@@ -1,7 +1,7 @@
 //! A kernel's outputs against attention in f64, as results record it.
 
 use flash_attention::{
-    Problem,
+    DType, Problem, Tensor,
     oracle::{self, Rows},
     session::{Inputs, Outputs},
     verify::{Credit, Differences, FACTOR, Verification},
@@ -65,6 +65,14 @@ impl Oracle {
         [check("o", &v.o, v.credit.o, d), check("lse", &v.lse, v.credit.lse, 1)]
     }
 
+    /// Compares O alone, of an implementation that gives no LSE.
+    #[must_use]
+    pub fn check_o(&self, kernel: &str, o: Tensor) -> Check {
+        let lse = Tensor::zeros(DType::F32, &self.problem.lse_shape());
+        let [o, _] = self.checks(kernel, &Outputs { o, lse, weights: None }, None);
+        o
+    }
+
     /// `[b, h, i, d]`, or `[b, h, i]` where a row has one element, of an element compared.
     fn index(&self, element: usize, width: usize) -> Vec<usize> {
         let p = &self.problem;
@@ -86,7 +94,7 @@ pub fn check(differences: &Differences, plain: f64, threshold: Option<f64>) -> C
         kernel: String::new(),
         level: Level::Attention,
         seq: 0,
-        dtype: flash_attention::DType::F32,
+        dtype: DType::F32,
         tensor: String::new(),
         compared: differences.count as u64,
         elements: differences.count as u64,
@@ -140,8 +148,6 @@ pub fn complaint(check: &Check) -> String {
 
 #[cfg(test)]
 mod tests {
-    use flash_attention::{DType, Tensor};
-
     use super::*;
     use crate::inputs::Tensors;
 

@@ -11,6 +11,7 @@ pub mod interrupt;
 pub mod machine;
 pub mod options;
 pub mod output;
+pub mod peers;
 pub mod progress;
 pub mod report;
 pub mod results;

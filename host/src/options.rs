@@ -92,6 +92,10 @@ pub struct CompareArgs {
     /// Runs before those
     #[arg(long, value_name = "COUNT")]
     pub warmup: Option<usize>,
+    /// Run PyTorch's attention beside the kernels, where python3 (or the Python that
+    /// FLASH_ATTENTION_PYTHON names) has PyTorch
+    #[arg(long)]
+    pub peers: bool,
     /// Write everything measured as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

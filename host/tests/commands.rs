@@ -132,6 +132,51 @@ fn a_gpu_is_preferred_and_its_memory_counts() {
 }
 
 #[test]
+fn peers_are_rows_or_one_line() {
+    let mut absent = host();
+    absent.args(["compare", "--peers"]).args(SMALL).env("FLASH_ATTENTION_PYTHON", "/no/python");
+    let (code, stdout, stderr) = run(&mut absent);
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert!(stdout.contains("no rows of PyTorch: /no/python cannot be started"), "{stdout}");
+
+    // Whatever Python this computer has: with PyTorch, it agrees.
+    let (code, stdout, stderr) =
+        run(host().args(["compare", "--peers", "--causal", "--mask"]).args(SMALL));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    let absent = stdout.matches("no rows of PyTorch: ").count();
+    let rows = stdout.lines().filter(|line| line.starts_with(" torch-math")).count();
+    assert_eq!(2 * absent + rows, 2, "{stdout}");
+    assert!(!stdout.contains("is wrong"), "{stdout}");
+}
+
+/// Ctrl-C, as a terminal sends it.
+#[cfg(unix)]
+#[test]
+fn what_was_measured_survives_ctrl_c() {
+    use std::{process::Stdio, thread, time::Duration};
+
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("a.json");
+    let mut child = host()
+        .args(["compare", "--seq", "32", "--heads", "1", "--iters", "1000000000", "--json"])
+        .arg(&json)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    thread::sleep(Duration::from_secs(2));
+    let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(kill.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let mut stdout = String::new();
+    std::io::Read::read_to_string(&mut child.stdout.take().unwrap(), &mut stdout).unwrap();
+    assert!(stdout.contains("N = 32"), "{stdout}");
+    let results = Results::read_json(&json).unwrap();
+    assert!(results.interrupted && results.rows.len() == 1);
+    assert!(results.rows[0].kernel == "naive" && results.rows[0].mean_ms.is_some());
+}
+
+#[test]
 fn help_and_version_are_no_errors() {
     for argument in ["--help", "--version"] {
         let (code, stdout, stderr) = run(host().arg(argument));

@@ -1,6 +1,7 @@
 //! `compare`: kernels side by side, each verified and then timed, one table a sequence
 //! length. What does not fit, is not supported or fails is a row, and the run goes on.
 
+mod beside;
 mod measure;
 mod stats;
 
@@ -16,6 +17,7 @@ use crate::{
     machine::Opened,
     options::{CompareArgs, Defaults},
     output,
+    peers::Peers,
     progress::{Progress, print_lines},
     report,
     results::{Options, Results, Row, Status},
@@ -66,16 +68,17 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     let options = Options { warmup, iters, ..args.problem.recorded(&problems, &kernels) };
     let mut results = machine::results("compare", &opened, options);
     print_lines(&heading(args, &opened, &results.options));
+    let mut peers = args.peers.then(|| beside::start(&opened, args.problem.device)).flatten();
+    results.options.peers = peers.is_some();
 
     interrupt::listen();
     let progress =
         Progress::new(problems.len() * kernels.len() * (1 + repeats.warmup + repeats.iters));
     let mut failure = None;
     for problem in &problems {
-        let (before, asked) = (results.rows.len(), &kernels);
-        if let Err(error) =
-            compare_one(&session, problem, asked, repeats, args, &mut results, &progress)
-        {
+        let before = results.rows.len();
+        let run = Run { session: &session, kernels: &kernels, repeats, seed: args.problem.seed };
+        if let Err(error) = run.compare_one(problem, &mut peers, &mut results, &progress) {
             failure = Some(error);
         }
         let rows = &mut results.rows[before..];
@@ -96,44 +99,56 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     Ok(outcome(&results))
 }
 
-/// Measures every kernel on one problem; rows are added as they are ready.
-fn compare_one(
-    session: &Session,
-    problem: &Problem,
-    kernels: &[&'static KernelSpec],
+/// What is the same for every problem.
+struct Run<'a> {
+    session: &'a Session,
+    kernels: &'a [&'static KernelSpec],
     repeats: Repeats,
-    args: &CompareArgs,
-    results: &mut Results,
-    progress: &Progress,
-) -> Result<()> {
-    let mut foreseen: Vec<(&'static KernelSpec, Row, bool)> = Vec::new();
-    for &kernel in kernels {
-        let (row, can_run) = measure::foresee(session, kernel, problem)?;
-        foreseen.push((kernel, row, can_run));
-    }
-    // Tensors may be too large for this computer when none of the kernels can run.
-    if foreseen.iter().all(|(.., can_run)| !can_run) {
-        results.rows.extend(foreseen.into_iter().map(|(_, row, _)| row));
-        return Ok(());
-    }
-    progress.doing(format!("N {}: inputs and their attention in f64", problem.seq_q()));
-    let tensors = Tensors::random(problem, args.problem.seed);
-    let rows = Oracle::affordable_rows(problem, ORACLE_BUDGET);
-    let oracle = Oracle::new(problem, &tensors.inputs(), rows);
-    let bench = Bench { session, problem, inputs: tensors.inputs(), oracle: &oracle, repeats };
-    for (kernel, row, can_run) in foreseen {
-        if interrupt::requested() {
-            break;
+    seed: u64,
+}
+
+impl Run<'_> {
+    /// Measures every kernel on one problem; rows are added as they are ready.
+    fn compare_one(
+        &self,
+        problem: &Problem,
+        peers: &mut Option<Peers>,
+        results: &mut Results,
+        progress: &Progress,
+    ) -> Result<()> {
+        let &Self { session, kernels, repeats, seed } = self;
+        let mut foreseen: Vec<(&'static KernelSpec, Row, bool)> = Vec::new();
+        for &kernel in kernels {
+            let (row, can_run) = measure::foresee(session, kernel, problem)?;
+            foreseen.push((kernel, row, can_run));
         }
-        if !can_run {
+        // Tensors may be too large for this computer when none of the kernels can run.
+        if foreseen.iter().all(|(.., can_run)| !can_run) {
+            results.rows.extend(foreseen.into_iter().map(|(_, row, _)| row));
+            return Ok(());
+        }
+        progress.doing(format!("N {}: inputs and their attention in f64", problem.seq_q()));
+        let tensors = Tensors::random(problem, seed);
+        let rows = Oracle::affordable_rows(problem, ORACLE_BUDGET);
+        let oracle = Oracle::new(problem, &tensors.inputs(), rows);
+        let bench = Bench { session, problem, inputs: tensors.inputs(), oracle: &oracle, repeats };
+        for (kernel, row, can_run) in foreseen {
+            if interrupt::requested() {
+                break;
+            }
+            if !can_run {
+                results.rows.push(row);
+                continue;
+            }
+            let (row, checks) = bench.measure(kernel, row, progress);
             results.rows.push(row);
-            continue;
+            results.checks.extend(checks);
         }
-        let (row, checks) = bench.measure(kernel, row, progress);
-        results.rows.push(row);
-        results.checks.extend(checks);
+        if !interrupt::requested() {
+            beside::measure(peers, &bench, results, progress);
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// What is about to be measured, and where.
@@ -185,7 +200,7 @@ fn write(args: &CompareArgs, results: &Results) -> Result<()> {
 fn outcome(results: &Results) -> Outcome {
     if results.interrupted {
         Outcome::Interrupted
-    } else if results.rows.iter().any(|row| row.status == Status::Failed) {
+    } else if results.rows.iter().any(|row| row.status == Status::Failed && !row.peer) {
         Outcome::Bad
     } else {
         Outcome::Good

@@ -1,0 +1,123 @@
+//! PyTorch's rows beside those of the kernels.
+
+use super::{
+    measure::{Bench, row},
+    stats::Times,
+};
+use crate::{
+    accuracy::complaint,
+    format,
+    machine::Opened,
+    options::DeviceChoice,
+    peers::{Measured, PYTHON, Peers},
+    progress::{Progress, print_lines},
+    results::{Check, Results, Row, Status},
+};
+
+/// Starts PyTorch, or says in a line why there will be no rows of it.
+pub fn start(opened: &Opened, choice: DeviceChoice) -> Option<Peers> {
+    match Peers::start(opened.info.emulated, choice) {
+        Ok(peers) => {
+            let version = peers.version();
+            let place = if opened.info.emulated {
+                "on the CPU, whose times are no measure for the emulator's"
+            } else {
+                "on the same GPU and tensors"
+            };
+            print_lines(&format!("rows torch-…: PyTorch {version}, {place}"));
+            Some(peers)
+        }
+        Err(error) => {
+            print_lines(&format!(
+                "no rows of PyTorch: {error:#}; {PYTHON} names a Python that has it"
+            ));
+            None
+        }
+    }
+}
+
+/// Adds PyTorch's rows for one problem. A process that has ended is said once, and its rows
+/// are missing from then on.
+pub fn measure(
+    peers: &mut Option<Peers>,
+    bench: &Bench<'_>,
+    results: &mut Results,
+    progress: &Progress,
+) {
+    let Some(process) = peers else { return };
+    progress.doing(format!("N {}: PyTorch", bench.problem.seq_q()));
+    let repeats = (bench.repeats.warmup, bench.repeats.iters);
+    let mut backends = process.backends().to_vec();
+    if let Some(row) = too_large_for_the_cpu(bench) {
+        backends.retain(|&backend| backend != "math");
+        results.rows.push(row);
+    }
+    match process.measure(&backends, bench.problem, &bench.inputs, repeats) {
+        Ok(all) => {
+            for measured in all {
+                let (row, check) = finish(bench, measured);
+                results.rows.push(row);
+                results.checks.extend(check);
+            }
+        }
+        Err(error) => {
+            progress.print(&format!("no further rows of PyTorch: {error:#}"));
+            *peers = None;
+        }
+    }
+}
+
+/// The row of the backend that keeps the N x N matrix, where it would not fit the memory of
+/// this computer: Linux would end the process, and perhaps this one.
+fn too_large_for_the_cpu(bench: &Bench<'_>) -> Option<Row> {
+    let device = bench.session.device();
+    let (rows, keys) = (bench.problem.rows() as u64, bench.problem.seq_k() as u64);
+    // Scores and weights, each once in f32 and once in the storage type.
+    let needed = 2 * rows * keys * (4 + bench.problem.dtype().size() as u64);
+    let free = device.memory_info().ok()?.free;
+    (device.is_emulated() && needed > free).then(|| Row {
+        status: Status::Oom,
+        reason: format!(
+            "needs {}, {} were free: not tried",
+            format::bytes(needed as f64),
+            format::bytes(free as f64)
+        ),
+        needed_bytes: Some(needed),
+        free_bytes: Some(free),
+        ..peer_row(bench, "torch-math")
+    })
+}
+
+fn peer_row(bench: &Bench<'_>, name: &str) -> Row {
+    let mut row = row(bench.session, name, bench.problem);
+    if row.emulated {
+        row.device = "CPU".into();
+        row.emulated = false;
+    }
+    row.peer = true;
+    row
+}
+
+fn finish(bench: &Bench<'_>, measured: Measured) -> (Row, Option<Check>) {
+    let problem = bench.problem;
+    let mut row = peer_row(bench, &measured.name);
+    row.status = measured.status;
+    row.reason = measured.reason;
+    row.peak_bytes = measured.peak_bytes;
+    let own = problem.input_bytes() + problem.output_bytes();
+    row.workspace_bytes = measured.peak_bytes.map(|peak| peak.saturating_sub(own));
+    if let Some(times) = Times::of(&measured.times_ms) {
+        times.write_to(&mut row);
+    }
+    // Another generator drops other weights.
+    let comparable = problem.dropout().is_none();
+    let check = measured.o.filter(|_| comparable).map(|o| bench.oracle.check_o(&row.kernel, o));
+    if let Some(check) = &check {
+        row.max_abs_err = Some(check.abs.max);
+        if !check.passed() {
+            row.status = Status::Failed;
+            row.reason = complaint(check);
+        }
+    }
+    (row, check)
+}

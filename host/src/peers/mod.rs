@@ -1,0 +1,294 @@
+//! `--peers`: PyTorch's attention beside the kernels, on the same tensors, measured the same
+//! way, where a Python with PyTorch is there. A Python process ([`peers.py`](peers.py))
+//! does it; tensors go and come through pipes.
+
+use std::{
+    env,
+    io::{BufRead, BufReader, Write},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+use flash_attention::{Problem, Tensor, session::Inputs};
+use serde::{Deserialize, Serialize};
+
+use crate::{options::DeviceChoice, results::Status};
+
+/// Names the Python to run; `python3` unless set.
+pub const PYTHON: &str = "FLASH_ATTENTION_PYTHON";
+const SCRIPT: &str = include_str!("peers.py");
+/// PyTorch's backends that a GPU may have, and those of a CPU.
+const ON_GPU: &[&str] = &["math", "efficient", "flash", "cudnn"];
+const ON_CPU: &[&str] = &["math", "flash"];
+
+/// A Python process with PyTorch, waiting for work.
+pub struct Peers {
+    child: Child,
+    link: Link<BufReader<ChildStdout>, ChildStdin>,
+    version: String,
+    device: String,
+}
+
+/// What one backend did.
+#[derive(Debug)]
+pub struct Measured {
+    /// `torch-math`, say.
+    pub name: String,
+    /// How it ended.
+    pub status: Status,
+    /// Why it did not end well; empty otherwise.
+    pub reason: String,
+    /// Milliseconds of each run.
+    pub times_ms: Vec<f64>,
+    /// Most memory that PyTorch had in use, where it counts.
+    pub peak_bytes: Option<u64>,
+    /// O.
+    pub o: Option<Tensor>,
+}
+
+impl Peers {
+    /// Starts Python.
+    ///
+    /// # Errors
+    /// Why there will be no rows of PyTorch: no Python, no PyTorch, or no GPU that it sees
+    /// although the kernels run on one.
+    pub fn start(emulated: bool, choice: DeviceChoice) -> Result<Self> {
+        let python = env::var_os(PYTHON).unwrap_or_else(|| "python3".into());
+        let shown = python.display().to_string();
+        let mut child = Command::new(&python)
+            .args(["-c", SCRIPT])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .with_context(|| format!("{shown} cannot be started"))?;
+        let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
+            bail!("{shown} has no pipes");
+        };
+        let mut link = Link { from: BufReader::new(output), to: input };
+        let hello = link.hello().with_context(|| format!("{shown} gives no answer"));
+        let device = match choice {
+            _ if emulated => "cpu".into(),
+            DeviceChoice::Gpu(index) => format!("cuda:{index}"),
+            _ => "cuda:0".into(),
+        };
+        let mut peers = Self { child, link, version: String::new(), device };
+        match hello? {
+            Hello { error: Some(error), .. } => bail!("{shown} has no PyTorch: {error}"),
+            Hello { torch, cuda, .. } if !cuda && !emulated => {
+                bail!("PyTorch {torch} of {shown} finds no GPU")
+            }
+            Hello { torch, .. } => peers.version = torch,
+        }
+        Ok(peers)
+    }
+
+    /// Version of PyTorch.
+    #[must_use]
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// The backends that the device may have.
+    #[must_use]
+    pub fn backends(&self) -> &'static [&'static str] {
+        if self.device == "cpu" { ON_CPU } else { ON_GPU }
+    }
+
+    /// Runs some backends on one problem.
+    ///
+    /// # Errors
+    /// When the process has ended or is not understood; it is of no use after that.
+    pub fn measure(
+        &mut self,
+        backends: &[&str],
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        (warmup, iters): (usize, usize),
+    ) -> Result<Vec<Measured>> {
+        let job = Job {
+            device: &self.device,
+            backends,
+            batch: problem.batch(),
+            heads: problem.heads(),
+            seq: problem.seq_q(),
+            head_dim: problem.head_dim(),
+            dtype: problem.dtype().name(),
+            scale: problem.scale(),
+            causal: problem.causal(),
+            mask: problem.has_mask(),
+            dropout: problem.dropout().map_or(0.0, |d| d.p),
+            seed: problem.dropout().map_or(0, |d| d.seed),
+            warmup,
+            iters,
+        };
+        self.link.run(&job, problem, inputs).context("PyTorch's process")
+    }
+}
+
+impl Drop for Peers {
+    fn drop(&mut self) {
+        // It holds nothing that anyone would miss; where it has ended already, these fail.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The first line of the process.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Hello {
+    torch: String,
+    cuda: bool,
+    error: Option<String>,
+}
+
+/// One problem, for every backend.
+#[derive(Serialize)]
+struct Job<'a> {
+    device: &'a str,
+    backends: &'a [&'a str],
+    batch: usize,
+    heads: usize,
+    seq: usize,
+    head_dim: usize,
+    dtype: &'a str,
+    scale: f32,
+    causal: bool,
+    mask: bool,
+    dropout: f32,
+    seed: u64,
+    warmup: usize,
+    iters: usize,
+}
+
+/// The answer of one backend; O follows it.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Answer {
+    status: Status,
+    reason: String,
+    times_ms: Vec<f64>,
+    peak_bytes: Option<u64>,
+    bytes: usize,
+}
+
+/// Both directions of the protocol that `peers.py` describes.
+struct Link<R, W> {
+    from: R,
+    to: W,
+}
+
+impl<R: BufRead, W: Write> Link<R, W> {
+    fn line<T: for<'a> Deserialize<'a>>(&mut self) -> Result<T> {
+        let mut line = String::new();
+        if self.from.read_line(&mut line)? == 0 {
+            bail!("it has ended");
+        }
+        serde_json::from_str(&line).with_context(|| format!("it says {line:?}"))
+    }
+
+    fn hello(&mut self) -> Result<Hello> {
+        self.line()
+    }
+
+    fn run(
+        &mut self,
+        job: &Job<'_>,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+    ) -> Result<Vec<Measured>> {
+        serde_json::to_writer(&mut self.to, job)?;
+        self.to.write_all(b"\n")?;
+        for tensor in [inputs.q, inputs.k, inputs.v] {
+            self.to.write_all(tensor.bytes())?;
+        }
+        self.to.write_all(inputs.mask.unwrap_or_default())?;
+        self.to.flush()?;
+        job.backends.iter().map(|backend| self.answer(backend, problem)).collect()
+    }
+
+    fn answer(&mut self, backend: &str, problem: &Problem) -> Result<Measured> {
+        let Answer { status, reason, times_ms, peak_bytes, bytes } = self.line()?;
+        let mut o = None;
+        if status == Status::Ok {
+            let expected = problem.q_elements() * problem.dtype().size();
+            if bytes != expected {
+                bail!("its output has {bytes} bytes, expected {expected}");
+            }
+            let mut data = vec![0; bytes];
+            self.from.read_exact(&mut data)?;
+            o = Some(Tensor::from_bytes(problem.dtype(), &problem.q_shape(), &data)?);
+        }
+        let name = format!("torch-{backend}");
+        Ok(Measured { name, status, reason, times_ms, peak_bytes, o })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inputs::Tensors;
+
+    fn job(problem: &Problem) -> Job<'_> {
+        Job {
+            device: "cpu",
+            backends: &["math", "flash"],
+            batch: problem.batch(),
+            heads: problem.heads(),
+            seq: problem.seq_q(),
+            head_dim: problem.head_dim(),
+            dtype: "f32",
+            scale: problem.scale(),
+            causal: false,
+            mask: true,
+            dropout: 0.0,
+            seed: 0,
+            warmup: 1,
+            iters: 2,
+        }
+    }
+
+    #[test]
+    fn tensors_go_out_and_outputs_come_back() {
+        let problem = Problem::builder(1, 1, 3, 32).mask(true).build().unwrap();
+        let tensors = Tensors::random(&problem, 1);
+        let inputs = tensors.inputs();
+        let mut answers =
+            br#"{"status": "ok", "times_ms": [1.5, 2.5], "peak_bytes": 7, "bytes": 384}"#.to_vec();
+        answers.push(b'\n');
+        answers.extend_from_slice(inputs.v.bytes());
+        answers.extend_from_slice(b"{\"status\": \"unsupported\", \"reason\": \"no mask\"}\n");
+        let mut link = Link { from: answers.as_slice(), to: Vec::new() };
+        let [math, flash] =
+            <[_; 2]>::try_from(link.run(&job(&problem), &problem, &inputs).unwrap()).unwrap();
+        assert_eq!(
+            (math.name.as_str(), math.status, math.peak_bytes),
+            ("torch-math", Status::Ok, Some(7))
+        );
+        assert_eq!(math.times_ms, [1.5, 2.5]);
+        assert_eq!(math.o.as_ref(), Some(inputs.v));
+        assert_eq!((flash.status, flash.reason.as_str()), (Status::Unsupported, "no mask"));
+        let sent = link.to;
+        let end = sent.iter().position(|&b| b == b'\n').unwrap();
+        let header: serde_json::Value = serde_json::from_slice(&sent[..end]).unwrap();
+        assert_eq!((&header["seq"], &header["mask"]), (&3.into(), &true.into()));
+        assert_eq!(sent.len() - end - 1, 3 * 384 + 3);
+        assert!(link.from.is_empty());
+    }
+
+    #[test]
+    fn a_process_that_ends_or_babbles_is_an_error() {
+        let problem = Problem::builder(1, 1, 3, 32).build().unwrap();
+        let tensors = Tensors::random(&problem, 1);
+        for (answers, part) in [
+            (&b""[..], "ended"),
+            (b"Killed\n", "it says \"Killed"),
+            (b"{\"status\": \"ok\", \"bytes\": 4}\n", "expected 384"),
+        ] {
+            let mut link = Link { from: answers, to: Vec::new() };
+            let error = link.run(&job(&problem), &problem, &tensors.inputs()).unwrap_err();
+            assert!(format!("{error:#}").contains(part), "{error:#}");
+        }
+    }
+}
