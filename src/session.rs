@@ -390,6 +390,20 @@ impl Prepared {
         Ok(times)
     }
 
+    /// Milliseconds that a launch takes among `runs` back to back, none waited for: what is
+    /// left when launches cost nothing, the L2 cache is as the launch before left it, and a
+    /// GPU at its power limit runs slower than in a burst.
+    ///
+    /// # Errors
+    /// What went wrong while the kernel ran.
+    pub fn sustained_ms(&self, runs: usize) -> Result<f64, Error> {
+        let runs = runs.max(1);
+        let device = self.attention.memory.device();
+        let all = device.time_ms(&mut || (0..runs).try_for_each(|_| self.attention.start()))?;
+        device.synchronize()?;
+        Ok(all / runs as f64)
+    }
+
     /// Waits and downloads the outputs.
     ///
     /// # Errors

@@ -45,6 +45,9 @@ pub struct ProblemArgs {
     /// Batch entries
     #[arg(long, value_name = "B")]
     pub batch: Option<usize>,
+    /// Tokens over all batch entries: each sequence length N gets TOKENS / N entries
+    #[arg(long, value_name = "TOKENS", conflicts_with = "batch")]
+    pub tokens: Option<usize>,
     /// Heads
     #[arg(long, value_name = "H")]
     pub heads: Option<usize>,
@@ -92,10 +95,14 @@ pub struct CompareArgs {
     /// Runs before those
     #[arg(long, value_name = "COUNT")]
     pub warmup: Option<usize>,
+    /// Launch each kernel back to back for about this long too: on a GPU the rate that its
+    /// power limit leaves
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub sustained: Option<f64>,
     /// Run PyTorch's attention beside the kernels, where python3 (or the Python that
-    /// FLASH_ATTENTION_PYTHON names) has PyTorch
-    #[arg(long)]
-    pub peers: bool,
+    /// FLASH_ATTENTION_PYTHON names) has PyTorch: every backend, or those listed
+    #[arg(long, value_name = "BACKEND,…", value_delimiter = ',', num_args = 0.., require_equals = true)]
+    pub peers: Option<Vec<String>>,
     /// Write everything measured as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -168,6 +175,14 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     count.checked_mul(1 << shift).ok_or_else(|| "more than an address can span".to_owned())
 }
 
+/// A time that something can be repeated for.
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if seconds > 0.0 && seconds <= 60.0 => Ok(seconds),
+        _ => Err("use a number of seconds above 0, up to 60".into()),
+    }
+}
+
 /// What is run where nothing else is asked for.
 #[derive(Clone, Copy, Debug)]
 pub struct Defaults {
@@ -195,10 +210,16 @@ impl ProblemArgs {
             (None, Some(hidden)) => head_dim_of(hidden, heads)?,
             (None, None) => defaults.head_dim,
         };
-        let batch = self.batch.unwrap_or(defaults.batch);
+        let batch = |n: usize| match self.tokens {
+            Some(tokens) if n == 0 || tokens == 0 || tokens % n != 0 => Err(Usage(format!(
+                "--tokens {tokens} is no multiple of the sequence length {n}: use one of every --seq"
+            ))),
+            Some(tokens) => Ok(tokens / n),
+            None => Ok(self.batch.unwrap_or(defaults.batch)),
+        };
         let seq = self.seq.as_deref().unwrap_or(defaults.seq);
         let problem = |&n: &usize| {
-            let builder = Problem::builder(batch, heads, n, head_dim)
+            let builder = Problem::builder(batch(n)?, heads, n, head_dim)
                 .dtype(self.dtype.unwrap_or(defaults.dtype))
                 .causal(self.causal)
                 .mask(self.mask)
@@ -253,6 +274,7 @@ impl ProblemArgs {
         Options {
             seq: problems.iter().map(Problem::seq_q).collect(),
             batch: first.batch(),
+            tokens: self.tokens,
             heads: first.heads(),
             head_dim: first.head_dim(),
             dtype: first.dtype(),
@@ -283,6 +305,8 @@ mod tests {
         assert!("gpu:x".parse::<DeviceChoice>().is_err());
         assert_eq!(parse_bytes("2GiB"), Ok(2 << 30));
         assert_eq!(parse_bytes("70"), Ok(70));
+        assert_eq!(parse_seconds("0.5"), Ok(0.5));
+        assert!(parse_seconds("0").is_err() && parse_seconds("NaN").is_err());
         assert!(parse_bytes("2GB").is_err() && parse_bytes("99999999999GiB").is_err());
     }
 }

@@ -90,8 +90,11 @@ pub struct Driver {
 pub struct Options {
     /// Sequence lengths.
     pub seq: Vec<usize>,
-    /// Batch entries.
+    /// Batch entries, of the first sequence length where they differ.
     pub batch: usize,
+    /// Tokens over the batch, where each sequence length has as many batch entries as that
+    /// takes.
+    pub tokens: Option<usize>,
     /// Heads.
     pub heads: usize,
     /// Elements of a row.
@@ -111,6 +114,8 @@ pub struct Options {
     pub iters: usize,
     /// Runs before those.
     pub warmup: usize,
+    /// Seconds that each was run back to back for, where that was asked for.
+    pub sustained: Option<f64>,
     /// Seed of inputs and dropout.
     pub seed: u64,
     /// What was run.
@@ -124,6 +129,7 @@ impl Default for Options {
         Self {
             seq: Vec::new(),
             batch: 1,
+            tokens: None,
             heads: 1,
             head_dim: 64,
             dtype: DType::F32,
@@ -133,6 +139,7 @@ impl Default for Options {
             kernels: Vec::new(),
             iters: 0,
             warmup: 0,
+            sustained: None,
             seed: 42,
             level: LevelChoice::Attention,
             peers: false,
@@ -145,7 +152,11 @@ impl fmt::Display for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { batch, heads, head_dim, dtype, .. } = self;
         let hidden = heads * head_dim;
-        write!(f, "batch {batch}, heads {heads}, head dim {head_dim} (hidden {hidden}), {dtype}")?;
+        match self.tokens {
+            Some(tokens) => write!(f, "{tokens} tokens")?,
+            None => write!(f, "batch {batch}")?,
+        }
+        write!(f, ", heads {heads}, head dim {head_dim} (hidden {hidden}), {dtype}")?;
         for (_, name) in [(self.causal, ", causal"), (self.mask, ", padding mask")]
             .iter()
             .filter(|(given, _)| *given)
@@ -268,6 +279,10 @@ pub struct Row {
     pub median_ms: Option<f64>,
     /// 10^12 floating-point operations a second, from the median time.
     pub tflops: Option<f64>,
+    /// Mean time of a run among many back to back, in milliseconds.
+    pub sustained_ms: Option<f64>,
+    /// 10^12 floating-point operations a second then.
+    pub sustained_tflops: Option<f64>,
     /// Most device memory in use at once, in bytes, inputs and outputs included.
     pub peak_bytes: Option<u64>,
     /// Device memory beyond inputs and outputs, in bytes.
@@ -318,6 +333,8 @@ impl Default for Row {
             max_ms: None,
             median_ms: None,
             tflops: None,
+            sustained_ms: None,
+            sustained_tflops: None,
             peak_bytes: None,
             workspace_bytes: None,
             needed_bytes: None,

@@ -47,9 +47,12 @@ fn bytes(value: Option<u64>) -> String {
 pub fn rows(rows: &[Row]) -> String {
     let with_standard = rows.iter().any(|row| row.kernel == "standard");
     let counted = rows.iter().any(|row| row.global_bytes_read.is_some());
-    let mut header = vec![
-        "kernel", "mean ms", "std", "min", "median", "max", "TFLOP/s", "× naive", "peak", "saved",
-    ];
+    let sustained = rows.iter().any(|row| row.sustained_ms.is_some());
+    let mut header = vec!["kernel", "mean ms", "std", "min", "median", "max", "TFLOP/s"];
+    if sustained {
+        header.extend(["sustained ms", "sustained TFLOP/s"]);
+    }
+    header.extend(["× naive", "peak", "saved"]);
     if with_standard {
         header.extend(["× standard", "saved vs standard"]);
     }
@@ -66,6 +69,9 @@ pub fn rows(rows: &[Row]) -> String {
             if row.status == Status::Ok { number(row.mean_ms) } else { row.status.to_string() };
         let mut cells = vec![row.kernel.clone(), mean];
         cells.extend([row.std_ms, row.min_ms, row.median_ms, row.max_ms, row.tflops].map(number));
+        if sustained {
+            cells.extend([row.sustained_ms, row.sustained_tflops].map(number));
+        }
         cells.push(number(row.speedup));
         let peak = if row.status == Status::Oom { row.needed_bytes } else { row.peak_bytes };
         cells.extend([bytes(peak), percent(row.memory_saved)]);

@@ -1,22 +1,29 @@
 //! PyTorch's rows beside those of the kernels.
 
+use anyhow::Result;
+
 use super::{
     measure::{Bench, row},
-    stats::Times,
+    stats::{Times, write_sustained},
 };
 use crate::{
     accuracy::complaint,
     format,
     machine::Opened,
     options::DeviceChoice,
-    peers::{Measured, PYTHON, Peers},
+    peers::{self, Measured, PYTHON, Peers},
     progress::{Progress, print_lines},
     results::{Check, Results, Row, Status},
 };
 
-/// Starts PyTorch, or says in a line why there will be no rows of it.
-pub fn start(opened: &Opened, choice: DeviceChoice) -> Option<Peers> {
-    match Peers::start(opened.info.emulated, choice) {
+/// Starts PyTorch, or says in a line why there will be no rows of it. `backends`: those to
+/// run; none for all.
+///
+/// # Errors
+/// A backend that the device does not have.
+pub fn start(opened: &Opened, choice: DeviceChoice, backends: &[String]) -> Result<Option<Peers>> {
+    let backends = peers::backends(opened.info.emulated, backends)?;
+    Ok(match Peers::start(opened.info.emulated, choice, backends) {
         Ok(peers) => {
             let version = peers.version();
             let place = if opened.info.emulated {
@@ -33,7 +40,7 @@ pub fn start(opened: &Opened, choice: DeviceChoice) -> Option<Peers> {
             ));
             None
         }
-    }
+    })
 }
 
 /// Adds PyTorch's rows for one problem. A process that has ended is said once, and its rows
@@ -46,13 +53,12 @@ pub fn measure(
 ) {
     let Some(process) = peers else { return };
     progress.doing(format!("N {}: PyTorch", bench.problem.seq_q()));
-    let repeats = (bench.repeats.warmup, bench.repeats.iters);
     let mut backends = process.backends().to_vec();
     if let Some(row) = too_large_for_the_cpu(bench) {
         backends.retain(|&backend| backend != "math");
         results.rows.push(row);
     }
-    match process.measure(&backends, bench.problem, &bench.inputs, repeats) {
+    match process.measure(&backends, bench.problem, &bench.inputs, bench.repeats) {
         Ok(all) => {
             for measured in all {
                 let (row, check) = finish(bench, measured);
@@ -108,6 +114,9 @@ fn finish(bench: &Bench<'_>, measured: Measured) -> (Row, Option<Check>) {
     row.workspace_bytes = measured.peak_bytes.map(|peak| peak.saturating_sub(own));
     if let Some(times) = Times::of(&measured.times_ms) {
         times.write_to(&mut row);
+        if let Some(ms) = measured.sustained_ms {
+            write_sustained(&mut row, ms);
+        }
     }
     // Another generator drops other weights.
     let comparable = problem.dropout().is_none();

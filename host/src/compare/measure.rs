@@ -6,7 +6,7 @@ use flash_attention::{
     session::{Inputs, Prepared, Session},
 };
 
-use super::stats::Times;
+use super::stats::{Times, runs_in, write_sustained};
 use crate::{
     accuracy::{Oracle, complaint},
     format, interrupt,
@@ -21,6 +21,8 @@ pub struct Repeats {
     pub warmup: usize,
     /// Runs that are.
     pub iters: usize,
+    /// Seconds of runs back to back after those.
+    pub sustained: Option<f64>,
 }
 
 /// A row with what is known before anything runs.
@@ -173,6 +175,11 @@ impl Bench<'_> {
         match Times::of(&times) {
             Some(times) => times.write_to(row),
             None => row.reason = "stopped before it was timed".into(),
+        }
+        if let Some(seconds) = self.repeats.sustained.filter(|_| !interrupt::requested()) {
+            progress.doing(format!("{title}: back to back"));
+            let runs = runs_in(seconds, row);
+            write_sustained(row, prepared.sustained_ms(runs)?);
         }
         Ok(())
     }

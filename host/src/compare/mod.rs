@@ -23,9 +23,9 @@ use crate::{
     results::{Options, Results, Row, Status},
     table,
 };
-use measure::{Bench, Repeats};
+use measure::Bench;
 
-pub use measure::foresee;
+pub use measure::{Repeats, foresee};
 
 /// The lab's experiment, on a GPU.
 const ON_GPU: Defaults = Defaults {
@@ -35,10 +35,10 @@ const ON_GPU: Defaults = Defaults {
     head_dim: 64,
     dtype: flash_attention::DType::F16,
 };
-const REPEATS_ON_GPU: Repeats = Repeats { warmup: 5, iters: 30 };
+const REPEATS_ON_GPU: Repeats = Repeats { warmup: 5, iters: 30, sustained: None };
 /// Small enough that every kernel is through in 20 seconds on two cores.
 const EMULATED: Defaults = Defaults { seq: &[64, 128, 256], batch: 1, heads: 2, ..ON_GPU };
-const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 3 };
+const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 3, sustained: None };
 /// Multiplications that the oracle may spend on a sequence length; rows are sampled so.
 const ORACLE_BUDGET: usize = 1 << 25;
 
@@ -60,15 +60,20 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     let repeats = Repeats {
         warmup: args.warmup.unwrap_or(repeats.warmup),
         iters: args.iters.unwrap_or(repeats.iters),
+        sustained: args.sustained,
     };
     let session = Session::new(opened.device.clone());
     let problems = args.problem.problems(&defaults)?;
     let kernels = args.problem.chosen_kernels(&problems, &session.target())?;
-    let Repeats { warmup, iters } = repeats;
-    let options = Options { warmup, iters, ..args.problem.recorded(&problems, &kernels) };
+    let Repeats { warmup, iters, sustained } = repeats;
+    let options =
+        Options { warmup, iters, sustained, ..args.problem.recorded(&problems, &kernels) };
     let mut results = machine::results("compare", &opened, options);
     print_lines(&heading(args, &opened, &results.options));
-    let mut peers = args.peers.then(|| beside::start(&opened, args.problem.device)).flatten();
+    let mut peers = match &args.peers {
+        Some(backends) => beside::start(&opened, args.problem.device, backends)?,
+        None => None,
+    };
     results.options.peers = peers.is_some();
 
     interrupt::listen();

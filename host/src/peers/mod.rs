@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use flash_attention::{Problem, Tensor, session::Inputs};
 use serde::{Deserialize, Serialize};
 
-use crate::{options::DeviceChoice, results::Status};
+use crate::{compare::Repeats, failure::Usage, options::DeviceChoice, results::Status};
 
 /// Names the Python to run; `python3` unless set.
 pub const PYTHON: &str = "FLASH_ATTENTION_PYTHON";
@@ -27,6 +27,21 @@ pub struct Peers {
     link: Link<BufReader<ChildStdout>, ChildStdin>,
     version: String,
     device: String,
+    backends: Vec<&'static str>,
+}
+
+/// The backends named, or all that a device may have where none is.
+///
+/// # Errors
+/// A name that is none of them.
+pub fn backends(emulated: bool, names: &[String]) -> Result<Vec<&'static str>> {
+    let all = if emulated { ON_CPU } else { ON_GPU };
+    let find = |name: &String| {
+        all.iter().copied().find(|backend| backend == name).ok_or_else(|| {
+            Usage(format!("--peers {name}: PyTorch's backends here are {}", all.join(", "))).into()
+        })
+    };
+    if names.is_empty() { Ok(all.to_vec()) } else { names.iter().map(find).collect() }
 }
 
 /// What one backend did.
@@ -40,6 +55,8 @@ pub struct Measured {
     pub reason: String,
     /// Milliseconds of each run.
     pub times_ms: Vec<f64>,
+    /// Milliseconds of a run among many back to back.
+    pub sustained_ms: Option<f64>,
     /// Most memory that PyTorch had in use, where it counts.
     pub peak_bytes: Option<u64>,
     /// O.
@@ -52,7 +69,11 @@ impl Peers {
     /// # Errors
     /// Why there will be no rows of PyTorch: no Python, no PyTorch, or no GPU that it sees
     /// although the kernels run on one.
-    pub fn start(emulated: bool, choice: DeviceChoice) -> Result<Self> {
+    pub fn start(
+        emulated: bool,
+        choice: DeviceChoice,
+        backends: Vec<&'static str>,
+    ) -> Result<Self> {
         let python = env::var_os(PYTHON).unwrap_or_else(|| "python3".into());
         let shown = python.display().to_string();
         let mut child = Command::new(&python)
@@ -72,7 +93,7 @@ impl Peers {
             DeviceChoice::Gpu(index) => format!("cuda:{index}"),
             _ => "cuda:0".into(),
         };
-        let mut peers = Self { child, link, version: String::new(), device };
+        let mut peers = Self { child, link, version: String::new(), device, backends };
         match hello? {
             Hello { error: Some(error), .. } => bail!("{shown} has no PyTorch: {error}"),
             Hello { torch, cuda, .. } if !cuda && !emulated => {
@@ -89,10 +110,10 @@ impl Peers {
         &self.version
     }
 
-    /// The backends that the device may have.
+    /// The backends to run.
     #[must_use]
-    pub fn backends(&self) -> &'static [&'static str] {
-        if self.device == "cpu" { ON_CPU } else { ON_GPU }
+    pub fn backends(&self) -> &[&'static str] {
+        &self.backends
     }
 
     /// Runs some backends on one problem.
@@ -104,7 +125,7 @@ impl Peers {
         backends: &[&str],
         problem: &Problem,
         inputs: &Inputs<'_>,
-        (warmup, iters): (usize, usize),
+        Repeats { warmup, iters, sustained }: Repeats,
     ) -> Result<Vec<Measured>> {
         let job = Job {
             device: &self.device,
@@ -121,6 +142,7 @@ impl Peers {
             seed: problem.dropout().map_or(0, |d| d.seed),
             warmup,
             iters,
+            sustained,
         };
         self.link.run(&job, problem, inputs).context("PyTorch's process")
     }
@@ -160,6 +182,7 @@ struct Job<'a> {
     seed: u64,
     warmup: usize,
     iters: usize,
+    sustained: Option<f64>,
 }
 
 /// The answer of one backend; O follows it.
@@ -169,6 +192,7 @@ struct Answer {
     status: Status,
     reason: String,
     times_ms: Vec<f64>,
+    sustained_ms: Option<f64>,
     peak_bytes: Option<u64>,
     bytes: usize,
 }
@@ -209,7 +233,7 @@ impl<R: BufRead, W: Write> Link<R, W> {
     }
 
     fn answer(&mut self, backend: &str, problem: &Problem) -> Result<Measured> {
-        let Answer { status, reason, times_ms, peak_bytes, bytes } = self.line()?;
+        let Answer { status, reason, times_ms, sustained_ms, peak_bytes, bytes } = self.line()?;
         let mut o = None;
         if status == Status::Ok {
             let expected = problem.q_elements() * problem.dtype().size();
@@ -221,7 +245,7 @@ impl<R: BufRead, W: Write> Link<R, W> {
             o = Some(Tensor::from_bytes(problem.dtype(), &problem.q_shape(), &data)?);
         }
         let name = format!("torch-{backend}");
-        Ok(Measured { name, status, reason, times_ms, peak_bytes, o })
+        Ok(Measured { name, status, reason, times_ms, sustained_ms, peak_bytes, o })
     }
 }
 
@@ -246,6 +270,7 @@ mod tests {
             seed: 0,
             warmup: 1,
             iters: 2,
+            sustained: None,
         }
     }
 
