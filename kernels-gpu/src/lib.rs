@@ -13,10 +13,12 @@
 //! |---|---|---|
 //! | `linear_naive` | `linear.rs` | a thread per element |
 //! | `linear_tiled` | `linear.rs` | tiles in shared memory, pieces in registers |
+//! | `linear_mma` | `linear_mma.rs` | tensor cores, slices brought while others are used (sm_80) |
 //!
 //! What several rungs share stands in a module of its own: [`args`] (what a kernel is
 //! given), [`entry`] (how a generic kernel becomes entries), [`mask`] (which keys a
 //! row sees), [`dropout`] (Philox), [`softmax`] (the arithmetic of the online softmax),
+//! [`gemm`] (matrix products: what the projections and standard attention are made of),
 //! [`pipeline`] (a ring of stages between a producer and consumers), [`schedule`] (which
 //! block does which tile).
 
@@ -30,7 +32,9 @@ pub mod flash_hopper;
 pub mod flash_mma;
 pub mod flash_tiled;
 pub mod fragment;
+pub mod gemm;
 pub mod linear;
+pub mod linear_mma;
 pub mod mask;
 pub mod naive;
 pub mod online;
@@ -60,6 +64,7 @@ const TABLES: &[&[entry::Entry]] = &[
     flash_mma::TURING,
     linear::NAIVE,
     linear::TILED,
+    linear_mma::ENTRIES,
     flash_hopper::THREE_CONSUMERS,
     flash_hopper::TWO_CONSUMERS,
 ];

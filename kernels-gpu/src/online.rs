@@ -120,7 +120,9 @@ fn store_chunk<T: Memory>(o: GlobalMut<T>, index: u64, chunk: [u32; 4]) {
 /// Transposes 4 x 4 registers over four neighbouring lanes: lane `t` gets register `t` of
 /// each of them. Two steps: 2 x 2 blocks are exchanged, then what is in them.
 #[inline(always)]
-fn transpose_quad(v: [u32; 4]) -> [u32; 4] {
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn transpose_quad(v: [u32; 4]) -> [u32; 4] {
     let lane = warp::lane_id();
     let (odd, upper) = (lane & 1 != 0, lane & 2 != 0);
     let exchange = |keep_high: bool, low: u32, high: u32, distance: u32| {

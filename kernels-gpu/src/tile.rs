@@ -9,14 +9,7 @@
 //!            row ends, then THREADS / GROUP rows below until the tile ends
 //! ```
 
-use simt::{
-    async_copy,
-    global::Global,
-    layout::{CHUNK, Layout},
-    memory::Memory,
-    shared::Shared,
-    thread, unroll,
-};
+use simt::{async_copy, global::Global, layout::Layout, memory::Memory, shared::Shared};
 
 use crate::args::Tensor;
 
@@ -62,12 +55,14 @@ impl<T: Memory> Rows<T> {
 /// Calls `$body` for each chunk of this thread in a tile of ROWS rows of D elements of
 /// layout L: `$index` is where it goes, `$row` and `$column` where it comes from.
 macro_rules! for_each_chunk {
-    ($L:ident, $D:ident, $ROWS:ident, |$index:ident, $row:ident, $column:ident| $body:block) => {
+    ($L:ident, $D:ident, $ROWS:ident, |$index:ident, $row:ident, $column:ident| $body:block) => {{
+        use simt::{layout::CHUNK, thread, unroll};
+        use $crate::tile::{group, rows_at_once};
         let tid = thread::thread_idx_x();
         let (first_row, first_chunk) = (tid / const { group($D) }, tid % const { group($D) });
         let first_index = $L::index(first_row, first_chunk * CHUNK);
         unroll!(for PASS in 0..8 {
-            if (PASS as u32) < const { $ROWS / rows_at_once($D) } {
+            if (PASS as u32) < const { $ROWS as u32 / rows_at_once($D) } {
                 unroll!(for STEP in 0..8 {
                     if (STEP as u32) < const { $D as u32 / CHUNK / group($D) } {
                         let (below, right) = (
@@ -82,8 +77,9 @@ macro_rules! for_each_chunk {
                 });
             }
         });
-    };
+    }};
 }
+pub(crate) use for_each_chunk;
 
 /// Loads rows `first..first + ROWS` into a tile, through registers. Rows past the end are
 /// 0, so that what is computed from them and hidden later is finite.
@@ -123,12 +119,12 @@ pub fn load_async<T: Memory, L: Layout, const D: usize, const ROWS: u32>(
 }
 
 /// Threads side by side on a row of `d` elements.
-const fn group(d: usize) -> u32 {
+pub(crate) const fn group(d: usize) -> u32 {
     assert!(d % 32 == 0, "a row is a multiple of 4 chunks");
     if d % 64 == 0 { 8 } else { 4 }
 }
 
 /// Rows that the block's threads touch at once.
-const fn rows_at_once(d: usize) -> u32 {
+pub(crate) const fn rows_at_once(d: usize) -> u32 {
     THREADS / group(d)
 }

@@ -2,9 +2,9 @@
 
 mod common;
 
-use common::{check_linear, run};
+use common::{buffer, buffer_mut, check_linear, run, values};
 use half::{bf16, f16};
-use kernels_gpu::linear;
+use kernels_gpu::{args::LinearArgs, linear, linear_mma};
 use simt::{Dim3, scalar::Scalar};
 
 fn naive<T: Scalar>(symbol: &str, shape: (u32, u32, u32), bias: bool) {
@@ -23,6 +23,16 @@ fn tiled<T: Scalar>(symbol: &str, shape: (u32, u32, u32), bias: bool) {
     });
 }
 
+fn mma<T: Scalar>(symbol: &str, shape: (u32, u32, u32), bias: bool) {
+    let tile = linear_mma::TILE;
+    let grid = Dim3::new(shape.0.div_ceil(tile), shape.2.div_ceil(tile), 1);
+    check_linear::<T>(shape, bias, |args| {
+        let shared = linear_mma::SHARED_BYTES;
+        let stats = run(symbol, grid, linear_mma::THREADS.into(), shared, args);
+        assert_eq!(stats.bank_conflicts, 0, "{symbol} {shape:?}");
+    });
+}
+
 #[test]
 fn naive_computes_the_projection() {
     naive::<f32>("linear_naive_f32", (17, 33, 20), true);
@@ -35,4 +45,41 @@ fn tiled_computes_the_projection() {
     tiled::<f32>("linear_tiled_f32", (65, 33, 127), true);
     tiled::<f16>("linear_tiled_f16", (64, 48, 64), false);
     tiled::<bf16>("linear_tiled_bf16", (1, 1, 1), true);
+}
+
+#[test]
+fn mma_computes_the_projection() {
+    // Whole tiles; more slices than stages.
+    mma::<f16>("linear_mma_f16", (128, 160, 128), true);
+    // Tails in every direction, rows still multiples of 16 bytes; tiles side by side and
+    // below each other.
+    mma::<bf16>("linear_mma_bf16", (129, 72, 264), true);
+    mma::<f16>("linear_mma_f16", (257, 8, 8), false);
+    // Rows that are no multiple of 16 bytes: x and w, or y.
+    mma::<f16>("linear_mma_f16", (130, 37, 144), true);
+    mma::<bf16>("linear_mma_bf16", (65, 96, 131), true);
+    mma::<bf16>("linear_mma_bf16", (1, 1, 1), true);
+}
+
+/// Every tile reads its rows of x and w once: no slice twice, none in vain.
+#[test]
+fn mma_reads_each_slice_once_a_tile() {
+    let (rows, features) = (256, 96);
+    let (x, w) = (values::<f16>(rows * features, 1), values::<f16>(rows * features, 2));
+    let mut y = vec![f16::NAN; (rows * rows) as usize];
+    let args = LinearArgs {
+        x: buffer(&x),
+        w: buffer(&w),
+        y: buffer_mut(&mut y),
+        rows,
+        in_features: features,
+        out_features: rows,
+        ..LinearArgs::default()
+    };
+    let grid = Dim3::new(2, 2, 1);
+    let threads = linear_mma::THREADS.into();
+    let stats = run("linear_mma_f16", grid, threads, linear_mma::SHARED_BYTES, &args);
+    let tile_bytes = u64::from(2 * linear_mma::TILE * features * 2);
+    assert_eq!(stats.global_bytes_read, 4 * tile_bytes);
+    assert_eq!(stats.global_bytes_written, u64::from(rows * rows * 2));
 }

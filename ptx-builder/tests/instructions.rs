@@ -33,8 +33,7 @@ const REQUIRED: &[(&str, &[&str])] = &[
         ],
     ),
     ("linear_tiled", &["ld.shared", "bar.sync", "fma.rn"]),
-    ("linear_mma", &["mma.sync", "ldmatrix"]),
-    ("gemm_mma", &["mma.sync", "ldmatrix"]),
+    ("linear_mma", &["mma.sync", "ldmatrix", "cp.async", "bar.sync", "st.global.v4"]),
 ];
 
 /// Instructions that belong to a later architecture than the module's.

@@ -31,11 +31,12 @@ struct LaneCopies {
     started: usize,
 }
 
-/// Where the n-th copies of a warp's lanes went, for each n from `first` on.
+/// Where the n-th copies of a warp's lanes went, for each n from `first` on. Lanes take
+/// turns in any order, so that each place comes with its lane.
 #[derive(Default)]
 struct Rounds {
     first: usize,
-    rounds: VecDeque<Vec<u32>>,
+    rounds: VecDeque<Vec<(usize, u32)>>,
 }
 
 /// The copies of a block.
@@ -66,7 +67,7 @@ impl Copies {
     }
 
     /// Adds a copy of `lane`. When each of the `present` lanes of its warp has started as
-    /// many copies, returns where those went: one instruction of the warp.
+    /// many copies, returns where those went, lane by lane: one instruction of the warp.
     pub fn start(&mut self, lane: usize, present: u32, copy: Copy) -> Option<Vec<u32>> {
         let this = &mut self.lanes[lane];
         this.open.push(copy);
@@ -77,12 +78,14 @@ impl Copies {
         while warp.rounds.len() <= round {
             warp.rounds.push_back(Vec::with_capacity(32));
         }
-        warp.rounds[round].push(copy.offset);
-        if round == 0 && warp.rounds[0].len() == present as usize {
-            warp.first += 1;
-            return warp.rounds.pop_front();
+        warp.rounds[round].push((lane, copy.offset));
+        if round > 0 || warp.rounds[0].len() < present as usize {
+            return None;
         }
-        None
+        warp.first += 1;
+        let mut places = warp.rounds.pop_front()?;
+        places.sort_unstable();
+        Some(places.into_iter().map(|(_, offset)| offset).collect())
     }
 
     /// Closes the group of `lane`.
