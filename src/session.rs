@@ -10,13 +10,13 @@ use crate::{
     dtype::DType,
     error::Error,
     problem::Problem,
-    registry::{Addresses, KernelSpec, Target},
+    registry::{self, Addresses, KernelSpec, Step, Target},
     tensor::Tensor,
 };
 
 /// Outputs and workspace are filled with this before a launch: all bits set is NaN in
 /// every storage type, so that an element that no kernel wrote shows.
-const POISON: u8 = 0xff;
+pub(crate) const POISON: u8 = 0xff;
 
 /// The tensors that attention is computed from, on the host.
 #[derive(Clone, Copy, Debug)]
@@ -198,6 +198,7 @@ pub struct Attention {
     memory: Arc<Memory>,
     kernel: &'static KernelSpec,
     problem: Problem,
+    args: AttentionArgs,
     launches: Vec<Launch>,
     o: DeviceBuffer,
     lse: DeviceBuffer,
@@ -251,20 +252,13 @@ impl Attention {
             scale_log2: (f64::from(problem.scale()) * std::f64::consts::LOG2_E) as f32,
             causal: problem.causal().into(),
             dropout: problem.dropout_args(),
-        }
-        .to_launch_bytes();
-        let launches = plan.steps.into_iter().map(|step| Launch {
-            symbol: step.symbol,
-            grid: step.grid,
-            block: step.block,
-            shared_bytes: step.shared_bytes,
-            args: args.clone(),
-        });
-        let launches = launches.collect();
+        };
+        let launches = plan.steps.into_iter().map(|step| step.launch(&args)).collect();
         Ok(Self {
             memory: memory.clone(),
             kernel,
             problem: *problem,
+            args,
             launches,
             o,
             lse,
@@ -318,11 +312,32 @@ impl Attention {
     pub fn outputs(&self) -> Result<Outputs, Error> {
         let mut outputs = self.outputs_without_weights()?;
         if self.kernel.features.weights {
-            let mut w = Tensor::zeros(self.problem.dtype(), &self.problem.weights_shape());
-            self.workspace.read(w.bytes_mut())?;
-            outputs.weights = Some(w);
+            outputs.weights = Some(self.weights()?);
         }
         Ok(outputs)
+    }
+
+    /// The attention weights `[B, H, Nq, Nk]` after dropout, once the kernel has run: as it
+    /// left them in memory, or computed again from Q, K and LSE by a launch of their own,
+    /// into [`Problem::weights_bytes`] of memory.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; a head dim that weights cannot be computed for; or what went
+    /// wrong while the kernel ran.
+    pub fn weights(&self) -> Result<Tensor, Error> {
+        let device = self.memory.device();
+        let mut weights = Tensor::zeros(self.problem.dtype(), &self.problem.weights_shape());
+        if self.kernel.features.weights {
+            device.synchronize()?;
+            self.workspace.read(weights.bytes_mut())?;
+            return Ok(weights);
+        }
+        let step = registry::weights_step(&self.problem)?;
+        let buffer = self.memory.filled(self.problem.weights_bytes(), POISON)?;
+        device.launch(&step.launch(&AttentionArgs { weights: buffer.as_arg(), ..self.args }))?;
+        device.synchronize()?;
+        buffer.read(weights.bytes_mut())?;
+        Ok(weights)
     }
 
     /// Waits and downloads O and LSE only: at a long sequence the weights are many times
@@ -339,6 +354,34 @@ impl Attention {
         self.lse.read(lse.bytes_mut())?;
         Ok(Outputs { o, lse, weights: None })
     }
+}
+
+impl Step {
+    /// The launch of this step with its arguments.
+    pub(crate) fn launch(self, args: &impl KernelArgs) -> Launch {
+        let Self { symbol, grid, block, shared_bytes } = self;
+        Launch { symbol, grid, block, shared_bytes, args: args.to_launch_bytes() }
+    }
+}
+
+/// Milliseconds of each of `runs` runs of `start`, after `warm_up` that are not timed. Each
+/// starts with a cold L2 cache.
+pub(crate) fn time_ms(
+    device: &dyn Device,
+    (warm_up, runs): (usize, usize),
+    start: impl Fn() -> Result<(), Error>,
+) -> Result<Vec<f64>, Error> {
+    for _ in 0..warm_up {
+        start()?;
+        device.synchronize()?;
+    }
+    let mut times = Vec::with_capacity(runs);
+    for _ in 0..runs {
+        device.flush_l2()?;
+        times.push(device.time_ms(&mut || start())?);
+    }
+    device.synchronize()?;
+    Ok(times)
 }
 
 /// A kernel with its inputs on the device, to be launched as often as wanted.
@@ -377,17 +420,8 @@ impl Prepared {
     /// # Errors
     /// What went wrong while the kernel ran.
     pub fn time_ms(&self, warm_up: usize, runs: usize) -> Result<Vec<f64>, Error> {
-        let device = self.attention.memory.device();
-        for _ in 0..warm_up {
-            self.launch()?;
-        }
-        let mut times = Vec::with_capacity(runs);
-        for _ in 0..runs {
-            device.flush_l2()?;
-            times.push(device.time_ms(&mut || self.attention.start())?);
-        }
-        device.synchronize()?;
-        Ok(times)
+        let device = &**self.attention.memory.device();
+        time_ms(device, (warm_up, runs), || self.attention.start())
     }
 
     /// Milliseconds that a launch takes among `runs` back to back, none waited for: what is

@@ -15,6 +15,8 @@
 //! | `linear_tiled` | `linear.rs` | tiles in shared memory, pieces in registers |
 //! | `linear_mma` | `linear_mma.rs` | tensor cores, slices brought while others are used (sm_80) |
 //!
+//! `weights.rs` computes the attention weights that a flash kernel did not keep.
+//!
 //! What several rungs share stands in a module of its own: [`args`] (what a kernel is
 //! given), [`entry`] (how a generic kernel becomes entries), [`mask`] (which keys a
 //! row sees), [`dropout`] (Philox), [`softmax`] (the arithmetic of the online softmax),
@@ -43,6 +45,7 @@ pub mod policy;
 pub mod schedule;
 pub mod softmax;
 pub mod tile;
+pub mod weights;
 
 simt::declare_dynamic_shared!();
 
@@ -65,6 +68,7 @@ const TABLES: &[&[entry::Entry]] = &[
     linear::NAIVE,
     linear::TILED,
     linear_mma::ENTRIES,
+    weights::ENTRIES,
     flash_hopper::THREE_CONSUMERS,
     flash_hopper::TWO_CONSUMERS,
 ];

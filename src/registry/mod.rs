@@ -4,6 +4,7 @@
 //! The table stands in the order of the ladder, which is the order of speed: the best
 //! kernel for a problem is the last one that can do it.
 
+mod linear;
 mod table;
 
 use simt::Dim3;
@@ -15,6 +16,7 @@ use crate::{
     problem::{Layout, Problem},
 };
 
+pub use linear::{LINEAR_KERNELS, LinearSpec, Projection, best_linear, find_linear};
 pub use table::KERNELS;
 
 /// Bytes of an encoded tensor map.
@@ -142,26 +144,14 @@ impl KernelSpec {
     /// # Errors
     /// [`Error::Unsupported`] with what the device lacks.
     pub fn runs_on(&self, target: &Target) -> Result<(), Error> {
-        match self.lacking(target) {
+        match lacking(self.capability, self.exact_capability, target) {
             None => Ok(()),
             Some(reason) => Err(Error::Unsupported { kernel: self.name.into(), reason }),
         }
     }
 
-    fn lacking(&self, target: &Target) -> Option<String> {
-        let ((major, minor), (has_major, has_minor)) = (self.capability, target.capability);
-        let has = format!("this GPU has {has_major}.{has_minor}");
-        if self.exact_capability && target.capability != self.capability {
-            return Some(format!("needs compute capability {major}.{minor} exactly, {has}"));
-        }
-        if target.capability < self.capability {
-            return Some(format!("needs compute capability {major}.{minor} or later, {has}"));
-        }
-        None
-    }
-
     fn obstacle(&self, problem: &Problem, target: &Target) -> Option<String> {
-        if let Some(reason) = self.lacking(target) {
+        if let Some(reason) = lacking(self.capability, self.exact_capability, target) {
             return Some(reason);
         }
         if !self.dtypes.contains(&problem.dtype()) {
@@ -199,10 +189,7 @@ impl KernelSpec {
                     step.shared_bytes, target.max_shared_bytes
                 ));
             }
-            let Dim3 { x, y, z } = step.grid;
-            (x > MAX_GRID_X || y > MAX_GRID_YZ || z > MAX_GRID_YZ).then(|| {
-                format!("needs a grid of {x} x {y} x {z} blocks, a GPU has {MAX_GRID_X} x {MAX_GRID_YZ} x {MAX_GRID_YZ}: use a smaller batch or sequence")
-            })
+            grid_obstacle(step.grid)
         })
     }
 
@@ -256,6 +243,49 @@ pub fn best_for(problem: &Problem, target: &Target) -> Result<Choice, Error> {
     Err(passed_over
         .pop()
         .unwrap_or_else(|| Error::UnknownKernel { given: "best".into(), known: String::new() }))
+}
+
+/// The launch that computes the weights of a problem again, from Q, K and LSE: as every
+/// step, it is given the problem's `AttentionArgs`.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a head dim that it has no entry for, or a grid that no GPU has.
+pub fn weights_step(problem: &Problem) -> Result<Step, Error> {
+    let step = table::weights(problem);
+    let reason = match kernels_gpu::find(&step.symbol) {
+        Some(_) => grid_obstacle(step.grid),
+        None => Some(format!(
+            "does not support head dim {}: it has multiples of 32",
+            problem.head_dim()
+        )),
+    };
+    match reason {
+        None => Ok(step),
+        Some(reason) => Err(Error::Unsupported { kernel: "weights".into(), reason }),
+    }
+}
+
+/// What a device lacks to run a kernel of that compute capability.
+fn lacking(capability: (u32, u32), exact: bool, target: &Target) -> Option<String> {
+    let ((major, minor), (has_major, has_minor)) = (capability, target.capability);
+    let has = format!("this GPU has {has_major}.{has_minor}");
+    if exact && target.capability != capability {
+        return Some(format!("needs compute capability {major}.{minor} exactly, {has}"));
+    }
+    if target.capability < capability {
+        return Some(format!("needs compute capability {major}.{minor} or later, {has}"));
+    }
+    None
+}
+
+/// Why no GPU has a grid.
+fn grid_obstacle(Dim3 { x, y, z }: Dim3) -> Option<String> {
+    (x > MAX_GRID_X || y > MAX_GRID_YZ || z > MAX_GRID_YZ).then(|| {
+        format!(
+            "needs a grid of {x} x {y} x {z} blocks, a GPU has {MAX_GRID_X} x {MAX_GRID_YZ} x \
+             {MAX_GRID_YZ}: use a smaller batch or sequence"
+        )
+    })
 }
 
 fn list<T: ToString>(values: &[T]) -> String {

@@ -1,6 +1,6 @@
 //! The entries of the table, in the order of the ladder.
 
-use kernels_gpu::{args, flash_hopper, flash_mma, flash_tiled, naive};
+use kernels_gpu::{args, flash_hopper, flash_mma, flash_tiled, naive, weights};
 use simt::Dim3;
 
 use super::{Features, KernelSpec, Plan, Step};
@@ -169,6 +169,16 @@ fn hopper_map(p: &Problem, address: u64, query: bool) -> TensorMapSpec {
     }
 }
 
+/// The launch that computes the weights again.
+pub(super) fn weights(p: &Problem) -> Step {
+    Step {
+        symbol: symbol("weights", p),
+        grid: Dim3::new(tiles(p.seq_k(), weights::TILE), tiles(p.seq_q(), weights::TILE), heads(p)),
+        block: Dim3::new(weights::TILE, weights::TILE, 1),
+        shared_bytes: 0,
+    }
+}
+
 /// A plan of one launch without a workspace, as the flash kernels have.
 fn one_step(step: Step) -> Plan {
     Plan { workspace_bytes: 0, steps: vec![step] }
@@ -181,7 +191,7 @@ fn symbol(kernel: &str, p: &Problem) -> String {
 
 /// How many tiles of `tile` cover `n`; more than a grid can have where it overflows, so
 /// that the launch is refused.
-fn tiles(n: usize, tile: u32) -> u32 {
+pub(super) fn tiles(n: usize, tile: u32) -> u32 {
     u32::try_from(n.div_ceil(tile as usize)).unwrap_or(u32::MAX)
 }
 

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use flash_attention::{
-    Dropout, Error, Layout, Problem, Tensor,
+    Dropout, Layout, Problem, Tensor,
     error::Shape,
     oracle,
     registry::{self, KernelSpec},
@@ -15,7 +15,6 @@ use super::{
     check::{self, Comparison},
     file::{Stored, TensorFile},
 };
-use crate::failure::Usage;
 
 /// Multiplications that a check may spend on attention in f64.
 const ORACLE_BUDGET: usize = 1 << 31;
@@ -89,33 +88,18 @@ impl<'a> Given<'a> {
     /// Why the kernel cannot, or that none can.
     pub fn kernel(&self, args: &RunArgs, session: &Session) -> Result<&'static KernelSpec> {
         let target = session.target();
-        let able = |kernel: &KernelSpec| kernel.features.weights || !args.with_weights;
-        if args.kernel != "best" {
-            let kernel = registry::find(&args.kernel)?;
-            kernel.supports(&self.problem, &target)?;
-            if !able(kernel) {
-                let names = registry::KERNELS.iter().filter(|k| able(k)).map(|k| k.name);
-                let names = names.collect::<Vec<_>>().join(" or ");
-                let reason = format!("does not keep the attention weights: use {names}");
-                return Err(Error::Unsupported { kernel: kernel.name.into(), reason }.into());
-            }
-            return Ok(kernel);
-        }
-        if !args.with_weights {
+        if args.kernel == "best" {
             return Ok(registry::best_for(&self.problem, &target)?.kernel);
         }
-        let mut kernels = registry::KERNELS.iter().rev().filter(|k| able(k));
-        let best = kernels.find(|k| k.supports(&self.problem, &target).is_ok());
-        best.ok_or_else(|| {
-            Usage("no kernel that keeps the weights can do this: leave --with-weights out".into())
-                .into()
-        })
+        let kernel = registry::find(&args.kernel)?;
+        kernel.supports(&self.problem, &target)?;
+        Ok(kernel)
     }
 
     /// Runs a kernel on the tensors, which go to the device straight from the file.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], before anything is allocated where that can be foreseen; or
+    /// [`flash_attention::Error::OutOfMemory`], before anything is allocated where that can be foreseen; or
     /// what went wrong while the kernel ran.
     pub fn run(
         &self,
@@ -138,8 +122,10 @@ impl<'a> Given<'a> {
         };
         let attention = Attention::new(memory, kernel, p, &inputs)?;
         let ms = session.device().time_ms(&mut || attention.start())?;
-        let outputs =
-            if weights { attention.outputs()? } else { attention.outputs_without_weights()? };
+        let mut outputs = attention.outputs_without_weights()?;
+        if weights {
+            outputs.weights = Some(attention.weights()?);
+        }
         Ok(Done { outputs, ms, peak_bytes: memory.peak() })
     }
 

@@ -49,7 +49,7 @@ pub struct RunArgs {
     /// Seed of dropout
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
-    /// Write the attention weights too, from a kernel that keeps them
+    /// Write the attention weights too: those that the kernel kept, or computed again from LSE
     #[arg(long)]
     pub with_weights: bool,
     /// Compare with o and lse of the input file, by the 2x rule

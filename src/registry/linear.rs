@@ -1,0 +1,183 @@
+//! The ladder of linear kernels: projections `y = x wᵀ + bias`. As in the table of
+//! attention kernels, the best one for a projection is the last that can do it; a kernel
+//! joins with one entry here.
+
+use kernels_gpu::linear;
+use simt::Dim3;
+
+use super::{Step, Target, grid_obstacle, lacking, list, table::tiles};
+use crate::{dtype::DType, error::Error};
+
+/// A projection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Projection {
+    /// Storage type of everything.
+    pub dtype: DType,
+    /// Rows of `x: [rows, in]` and `y: [rows, out]`.
+    pub rows: usize,
+    /// Columns of `x` and of `w: [out, in]`.
+    pub in_features: usize,
+    /// Columns of `y`, rows of `w` and elements of `bias: [out]`.
+    pub out_features: usize,
+}
+
+/// One linear kernel.
+#[derive(Debug)]
+pub struct LinearSpec {
+    /// Name that tables use.
+    pub name: &'static str,
+    /// What it is, in one line.
+    pub summary: &'static str,
+    /// Storage types that it has entries for.
+    pub dtypes: &'static [DType],
+    /// The least compute capability, `(major, minor)`.
+    pub capability: (u32, u32),
+    /// Both numbers of features must be multiples of this.
+    pub feature_multiple: usize,
+    /// Its launch for a projection that it supports.
+    pub step: fn(&Projection) -> Step,
+}
+
+/// Every linear kernel, the slowest first.
+pub static LINEAR_KERNELS: &[LinearSpec] = &[LINEAR_NAIVE, LINEAR_TILED];
+
+const LINEAR_NAIVE: LinearSpec = LinearSpec {
+    name: "linear_naive",
+    summary: "a thread per element of y",
+    dtypes: &DType::ALL,
+    capability: (7, 5),
+    feature_multiple: 1,
+    step: |p| Step {
+        symbol: format!("linear_naive_{}", p.dtype),
+        grid: grid(p, linear::NAIVE_TILE),
+        block: Dim3::new(linear::NAIVE_TILE, linear::NAIVE_TILE, 1),
+        shared_bytes: 0,
+    },
+};
+
+const LINEAR_TILED: LinearSpec = LinearSpec {
+    name: "linear_tiled",
+    summary: "tiles in shared memory, pieces in registers, scalar arithmetic",
+    dtypes: &DType::ALL,
+    capability: (7, 5),
+    feature_multiple: 1,
+    step: |p| Step {
+        symbol: format!("linear_tiled_{}", p.dtype),
+        grid: grid(p, linear::TILE),
+        block: linear::TILED_THREADS.into(),
+        shared_bytes: 0,
+    },
+};
+
+/// A block per tile of `y`: `x` counts tiles of rows, `y` tiles of columns.
+fn grid(p: &Projection, tile: u32) -> Dim3 {
+    Dim3::new(tiles(p.rows, tile), tiles(p.out_features, tile), 1)
+}
+
+impl LinearSpec {
+    /// Whether the kernel can do this projection on this device.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the first reason why not.
+    pub fn supports(&self, projection: &Projection, target: &Target) -> Result<(), Error> {
+        match self.obstacle(projection, target) {
+            None => Ok(()),
+            Some(reason) => Err(Error::Unsupported { kernel: self.name.into(), reason }),
+        }
+    }
+
+    fn obstacle(&self, p: &Projection, target: &Target) -> Option<String> {
+        if let Some(reason) = lacking(self.capability, false, target) {
+            return Some(reason);
+        }
+        if !self.dtypes.contains(&p.dtype) {
+            return Some(format!("does not support {}: it has {}", p.dtype, list(self.dtypes)));
+        }
+        for features in [p.in_features, p.out_features] {
+            let multiple = self.feature_multiple;
+            if !features.is_multiple_of(multiple) {
+                return Some(format!(
+                    "does not support {features} features: it needs a multiple of {multiple}"
+                ));
+            }
+        }
+        // Kernels count rows and features in 32 bits.
+        if let Some(n) = [p.rows, p.in_features].into_iter().find(|&n| u32::try_from(n).is_err()) {
+            return Some(format!("counts rows and features in 32 bits: {n} is too many"));
+        }
+        let step = (self.step)(p);
+        grid_obstacle(step.grid).or_else(|| {
+            (step.shared_bytes > target.max_shared_bytes).then(|| {
+                format!(
+                    "needs {} bytes of shared memory for a block, this GPU has {}",
+                    step.shared_bytes, target.max_shared_bytes
+                )
+            })
+        })
+    }
+}
+
+/// The linear kernel of that name.
+///
+/// # Errors
+/// [`Error::UnknownKernel`], which lists the names.
+pub fn find_linear(name: &str) -> Result<&'static LinearSpec, Error> {
+    LINEAR_KERNELS.iter().find(|k| k.name == name).ok_or_else(|| Error::UnknownKernel {
+        given: name.into(),
+        known: list(&LINEAR_KERNELS.iter().map(|k| k.name).collect::<Vec<_>>()),
+    })
+}
+
+/// The best linear kernel for a projection on a device.
+///
+/// # Errors
+/// [`Error::Unsupported`] when none can do it, with the reason of the most widely usable
+/// one.
+pub fn best_linear(projection: &Projection, target: &Target) -> Result<&'static LinearSpec, Error> {
+    let able = |kernel: &&LinearSpec| kernel.supports(projection, target).is_ok();
+    match LINEAR_KERNELS.iter().rev().find(able) {
+        Some(kernel) => Ok(kernel),
+        None => LINEAR_KERNELS[0].supports(projection, target).map(|()| &LINEAR_KERNELS[0]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::CpuDevice;
+
+    fn emulator() -> Target {
+        Target::of(&CpuDevice::new())
+    }
+
+    #[test]
+    fn every_step_names_an_entry_with_its_threads() {
+        for kernel in LINEAR_KERNELS {
+            for &dtype in kernel.dtypes {
+                let features = 3 * kernel.feature_multiple;
+                let projection =
+                    Projection { dtype, rows: 5, in_features: features, out_features: features };
+                kernel.supports(&projection, &emulator()).unwrap();
+                let step = (kernel.step)(&projection);
+                let entry = kernels_gpu::find(&step.symbol)
+                    .unwrap_or_else(|| panic!("{} has no entry", step.symbol));
+                assert_eq!(u64::from(entry.threads), step.block.count(), "{}", step.symbol);
+                assert_eq!(entry.args_bytes, size_of::<kernels_gpu::args::LinearArgs>());
+            }
+        }
+    }
+
+    #[test]
+    fn the_best_is_the_last_that_can() {
+        let projection = Projection { dtype: DType::F32, rows: 5, in_features: 7, out_features: 9 };
+        let best = best_linear(&projection, &emulator()).unwrap();
+        assert!(LINEAR_KERNELS[1..].iter().any(|kernel| kernel.name == best.name));
+        let old = Target { capability: (6, 1), ..emulator() };
+        let message = best_linear(&projection, &old).unwrap_err().to_string();
+        assert!(message.contains("linear_naive needs compute capability 7.5"), "{message}");
+        let wide = Projection { rows: 1 << 33, ..projection };
+        let message = best_linear(&wide, &emulator()).unwrap_err().to_string();
+        assert!(message.contains("8589934592 is too many"), "{message}");
+        assert!(find_linear("linear_typo").unwrap_err().to_string().contains("linear_naive, "));
+    }
+}
