@@ -33,6 +33,7 @@
 pub mod backend;
 pub mod dtype;
 pub mod error;
+pub mod module;
 pub mod oracle;
 pub mod problem;
 pub mod ptx;

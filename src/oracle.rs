@@ -48,7 +48,7 @@ pub fn sample_rows(problem: &Problem, count: usize) -> Vec<usize> {
 /// The rows of a kernel's outputs.
 #[must_use]
 pub fn rows_of(problem: &Problem, outputs: &Outputs, rows: &[usize]) -> Rows {
-    let o = View::new(problem, &outputs.o, problem.seq_q());
+    let o = View::new(problem, outputs.o.to_f32(), problem.seq_q());
     let lse = outputs.lse.to_f32();
     let mut result = Rows { o: Vec::new(), lse: Vec::new() };
     for &row in rows {
@@ -63,7 +63,18 @@ pub fn rows_of(problem: &Problem, outputs: &Outputs, rows: &[usize]) -> Rows {
 /// that f64 would not round.
 #[must_use]
 pub fn reference(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows {
-    let case = Case::new(problem, inputs);
+    let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
+    reference_of(problem, values, inputs.mask, rows)
+}
+
+/// [`reference`] of q, k and v that no storage type holds: the projections of a module.
+pub(crate) fn reference_of<T: Copy + Into<f64> + Sync>(
+    problem: &Problem,
+    qkv: [Vec<T>; 3],
+    mask: Option<&[u8]>,
+    rows: &[usize],
+) -> Rows {
+    let case = Case::new(problem, qkv, mask);
     collect(rows, |row| case.reference_row(row))
 }
 
@@ -73,7 +84,18 @@ pub fn reference(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows
 /// rounded S.
 #[must_use]
 pub fn plain(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows {
-    let case = Case::new(problem, inputs);
+    let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
+    plain_of(problem, values, inputs.mask, rows)
+}
+
+/// [`plain`] of values of the storage type.
+pub(crate) fn plain_of(
+    problem: &Problem,
+    qkv: [Vec<f32>; 3],
+    mask: Option<&[u8]>,
+    rows: &[usize],
+) -> Rows {
+    let case = Case::new(problem, qkv, mask);
     collect(rows, |row| case.plain_row(row))
 }
 
@@ -93,42 +115,42 @@ fn position(problem: &Problem, row: usize) -> (usize, usize, usize) {
 }
 
 /// A tensor seen as rows, whatever its layout. f32 holds every storage type exactly.
-struct View {
-    values: Vec<f32>,
+struct View<T> {
+    values: Vec<T>,
     strides: [usize; 3],
     head_dim: usize,
 }
 
-impl View {
-    fn new(problem: &Problem, tensor: &Tensor, seq: usize) -> Self {
+impl<T> View<T> {
+    fn new(problem: &Problem, values: Vec<T>, seq: usize) -> Self {
         let head_dim = problem.head_dim();
         let strides = problem.layout().strides(problem.heads(), seq, head_dim);
-        Self { values: tensor.to_f32(), strides, head_dim }
+        Self { values, strides, head_dim }
     }
 
-    fn row(&self, b: usize, h: usize, n: usize) -> &[f32] {
+    fn row(&self, b: usize, h: usize, n: usize) -> &[T] {
         let start = b * self.strides[0] + h * self.strides[1] + n * self.strides[2];
         &self.values[start..start + self.head_dim]
     }
 }
 
-struct Case<'a> {
+struct Case<'a, T> {
     problem: &'a Problem,
     mask: Option<&'a [u8]>,
-    q: View,
-    k: View,
-    v: View,
+    q: View<T>,
+    k: View<T>,
+    v: View<T>,
     dropout: DropoutArgs,
 }
 
-impl<'a> Case<'a> {
-    fn new(problem: &'a Problem, inputs: &Inputs<'a>) -> Self {
+impl<'a, T: Copy + Into<f64>> Case<'a, T> {
+    fn new(problem: &'a Problem, [q, k, v]: [Vec<T>; 3], mask: Option<&'a [u8]>) -> Self {
         Self {
             problem,
-            mask: inputs.mask,
-            q: View::new(problem, inputs.q, problem.seq_q()),
-            k: View::new(problem, inputs.k, problem.seq_k()),
-            v: View::new(problem, inputs.v, problem.seq_k()),
+            mask,
+            q: View::new(problem, q, problem.seq_q()),
+            k: View::new(problem, k, problem.seq_k()),
+            v: View::new(problem, v, problem.seq_k()),
             dropout: problem.dropout_args(),
         }
     }
@@ -159,7 +181,7 @@ impl<'a> Case<'a> {
             return (o, f64::NEG_INFINITY);
         }
         let scale = f64::from(self.problem.scale());
-        let q: Vec<f64> = self.q.row(b, h, i).iter().map(|&x| f64::from(x)).collect();
+        let q: Vec<f64> = self.q.row(b, h, i).iter().map(|&x| x.into()).collect();
         let scores: Vec<f64> =
             seen.iter().map(|&j| scale * dot_f64(&q, self.k.row(b, h, j))).collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -168,12 +190,14 @@ impl<'a> Case<'a> {
         for (&j, weight) in seen.iter().zip(&weights) {
             let weight = weight / sum * f64::from(self.kept(b, h, i, j));
             for (o, &v) in o.iter_mut().zip(self.v.row(b, h, j)) {
-                *o += weight * f64::from(v);
+                *o += weight * v.into();
             }
         }
         (o, max + sum.ln())
     }
+}
 
+impl Case<'_, f32> {
     fn plain_row(&self, row: usize) -> (Vec<f64>, f64) {
         let (b, h, i) = position(self.problem, row);
         let mut o = vec![0.0f32; self.problem.head_dim()];
@@ -210,11 +234,11 @@ impl<'a> Case<'a> {
 }
 
 /// A dot product in f64, in several partial sums.
-fn dot_f64(q: &[f64], k: &[f32]) -> f64 {
+fn dot_f64<T: Copy + Into<f64>>(q: &[f64], k: &[T]) -> f64 {
     let mut sums = [0.0; CHAINS];
     for (q, k) in q.chunks(CHAINS).zip(k.chunks(CHAINS)) {
         for ((sum, &q), &k) in sums.iter_mut().zip(q).zip(k) {
-            *sum += q * f64::from(k);
+            *sum += q * k.into();
         }
     }
     sums.iter().sum()
@@ -231,7 +255,7 @@ fn dots_f32(q: &[f32], k: [&[f32]; CHAINS]) -> [f32; CHAINS] {
     sums
 }
 
-fn round(dtype: DType, value: f32) -> f32 {
+pub(crate) fn round(dtype: DType, value: f32) -> f32 {
     match dtype {
         DType::F32 => value,
         DType::F16 => half::f16::from_f32(value).to_f32(),

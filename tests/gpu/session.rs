@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::fake_driver::open;
 use flash_attention::{
     CpuDevice, DType, Error, GpuDevice, Problem, Tensor,
+    module::{MultiHeadAttention, Pass, Weights},
     registry::{self, KERNELS},
     session::{Inputs, MemoryReport, Outputs, Session},
 };
@@ -48,6 +49,26 @@ fn every_kernel_gives_on_the_gpu_backend_what_it_gives_on_the_cpu() {
             assert_eq!(report.peak, kernel.peak_bytes(&problem, &gpu.target()), "{context}");
             assert_eq!(fake.used_bytes(), 0, "{context}: memory was left");
         }
+    }
+}
+
+#[test]
+fn the_module_gives_on_the_gpu_backend_what_it_gives_on_the_cpu() {
+    let fake = open();
+    for kernel in ["naive", "flash_tiled"] {
+        let run = |session: &Session| {
+            let weights = Weights::random(DType::F16, 128, 1).unwrap();
+            let module = MultiHeadAttention::new(session, &weights, 2).unwrap();
+            let x = Tensor::random(DType::F16, &[1, 40, 128], 2, 0.0);
+            let pass = Pass { causal: true, weights: true, ..Pass::default() };
+            module.forward(registry::find(kernel).unwrap(), &x, None, &pass).unwrap()
+        };
+        let (expected, memory) = run(&Session::new(Arc::new(CpuDevice::new())));
+        let (outputs, on_gpu) = run(&gpu());
+        assert_eq!(outputs.y, expected.y, "{kernel}");
+        assert_eq!(outputs.weights, expected.weights, "{kernel}");
+        assert_eq!(on_gpu, memory, "{kernel}");
+        assert_eq!(fake.used_bytes(), 0, "{kernel}: memory was left");
     }
 }
 

@@ -1,0 +1,125 @@
+//! A forward pass that is ready to run, and what it gives.
+
+use super::MultiHeadAttention;
+use crate::{
+    backend::{DeviceBuffer, Launch},
+    error::Error,
+    problem::Problem,
+    session::{Attention, time_ms},
+    tensor::Tensor,
+};
+
+/// What a module gives.
+#[derive(Clone, Debug)]
+pub struct ModuleOutputs {
+    /// `[B, N, hidden]`.
+    pub y: Tensor,
+    /// Attention weights `[B, H, N, N]` after dropout, where they were asked for.
+    pub weights: Option<Tensor>,
+}
+
+/// Device memory of a forward pass, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModuleMemory {
+    /// Weights and biases of the projections, which stay from pass to pass.
+    pub parameters: u64,
+    /// x and the padding mask.
+    pub inputs: u64,
+    /// y.
+    pub outputs: u64,
+    /// Everything else: q, k, v, o, the log-sum-exp and what the kernel needs; the attention
+    /// weights, once they were asked for.
+    pub workspace: u64,
+    /// The most in use at once, as counted.
+    pub peak: u64,
+}
+
+/// A pass with its input in device memory, to be run as often as wanted.
+pub struct Forward<'a> {
+    pub(super) module: &'a MultiHeadAttention,
+    /// The projections of q, k and v.
+    pub(super) before: [Launch; 3],
+    pub(super) attention: Attention,
+    /// The projection of the output.
+    pub(super) after: Launch,
+    pub(super) x: DeviceBuffer,
+    pub(super) mask: DeviceBuffer,
+    /// Kept alive for the kernels.
+    pub(super) _projected: [DeviceBuffer; 3],
+    pub(super) y: DeviceBuffer,
+    /// Bytes that were in use beside the module when the pass was prepared.
+    pub(super) others: u64,
+}
+
+impl Forward<'_> {
+    /// The attention problem between the projections.
+    #[must_use]
+    pub const fn problem(&self) -> &Problem {
+        self.attention.problem()
+    }
+
+    /// Starts everything; does not wait.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn start(&self) -> Result<(), Error> {
+        let device = self.module.memory.device();
+        self.before.iter().try_for_each(|launch| device.launch(launch))?;
+        self.attention.start()?;
+        device.launch(&self.after)
+    }
+
+    /// Runs the pass and waits for it.
+    ///
+    /// # Errors
+    /// What went wrong while a kernel ran.
+    pub fn launch(&self) -> Result<(), Error> {
+        self.start()?;
+        self.module.memory.device().synchronize()
+    }
+
+    /// Milliseconds of each of `runs` passes, after `warm_up` that are not timed. Each starts
+    /// with a cold L2 cache.
+    ///
+    /// # Errors
+    /// What went wrong while a kernel ran.
+    pub fn time_ms(&self, warm_up: usize, runs: usize) -> Result<Vec<f64>, Error> {
+        time_ms(&**self.module.memory.device(), (warm_up, runs), || self.start())
+    }
+
+    /// Waits and downloads y.
+    ///
+    /// # Errors
+    /// What went wrong while a kernel ran.
+    pub fn y(&self) -> Result<Tensor, Error> {
+        self.module.memory.device().synchronize()?;
+        let p = self.problem();
+        let mut y = Tensor::zeros(p.dtype(), &[p.batch(), p.seq_q(), self.module.hidden()]);
+        self.y.read(y.bytes_mut())?;
+        Ok(y)
+    }
+
+    /// The attention weights, once the pass has run; see [`Attention::weights`].
+    ///
+    /// # Errors
+    /// As [`Attention::weights`].
+    pub fn weights(&self) -> Result<Tensor, Error> {
+        self.attention.weights()
+    }
+
+    /// Device memory of this pass so far.
+    #[must_use]
+    pub fn memory(&self) -> ModuleMemory {
+        let peak = self.module.memory.peak() - self.others;
+        let parameters = self.module.parameter_bytes();
+        let inputs = self.x.bytes() + self.mask.bytes();
+        let outputs = self.y.bytes();
+        ModuleMemory {
+            parameters,
+            inputs,
+            outputs,
+            workspace: peak - parameters - inputs - outputs,
+            peak,
+        }
+    }
+}

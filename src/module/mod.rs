@@ -1,0 +1,382 @@
+//! Multi-head attention as a module: tokens in, tokens out. The queries, keys and values of
+//! every head are projections of the same input, attention runs on each head, and a last
+//! projection mixes the heads:
+//!
+//! ```text
+//! q, k, v = x Wqᵀ + bq, x Wkᵀ + bk, x Wvᵀ + bv     [B, N, hidden], seen as [B, N, H, D]
+//! o       = attention(q, k, v)                      [B, N, H, D], seen as [B, N, hidden]
+//! y       = o Woᵀ + bo                              [B, N, hidden]
+//! ```
+//!
+//! Heads are split and joined by strides alone: a projection writes `[B, N, hidden]`, which
+//! is `[B, N, H, D]` in memory ([`Layout::TokensFirst`]). Nothing is transposed.
+//!
+//! Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
+
+mod forward;
+pub mod oracle;
+mod weights;
+
+use std::sync::Arc;
+
+use kernels_gpu::args::{Buffer, LinearArgs};
+
+use crate::{
+    backend::{DeviceBuffer, Memory},
+    dtype::DType,
+    error::{Error, Shape},
+    problem::{Dropout, Layout, Problem, head_dim_of},
+    registry::{self, KernelSpec, LinearSpec, Projection, Target},
+    session::{Attention, DeviceInputs, POISON, Session},
+    tensor::Tensor,
+};
+
+pub use forward::{Forward, ModuleMemory, ModuleOutputs};
+pub use weights::{Linear, Weights};
+
+/// What a forward pass is asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pass {
+    /// Whether token `i` sees tokens up to `i` only.
+    pub causal: bool,
+    /// Whether attention weights are dropped.
+    pub mode: Mode,
+    /// Whether the attention weights are wanted too.
+    pub weights: bool,
+}
+
+/// Training or not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Nothing is dropped.
+    #[default]
+    Eval,
+    /// Attention weights are dropped with the module's probability.
+    Train {
+        /// Key of the generator: the same seed drops the same weights with every kernel.
+        seed: u64,
+    },
+}
+
+/// Multi-head self-attention with its parameters in device memory. Which attention kernel
+/// runs is chosen for each pass: all of them use the same parameters.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use flash_attention::{
+///     CpuDevice, DType, Error, Tensor,
+///     module::{MultiHeadAttention, Pass, Weights},
+///     registry,
+///     session::Session,
+/// };
+///
+/// fn main() -> Result<(), Error> {
+///     let session = Session::new(Arc::new(CpuDevice::new()));
+///     // Or Weights::load, from a file.
+///     let weights = Weights::random(DType::F16, 128, 42)?;
+///     let module = MultiHeadAttention::new(&session, &weights, 2)?;
+///     // Batch 1, 48 tokens.
+///     let x = Tensor::random(DType::F16, &[1, 48, 128], 1, 0.0);
+///     let pass = Pass { causal: true, ..Pass::default() };
+///     let (flash, memory) = module.forward(registry::find("flash_tiled")?, &x, None, &pass)?;
+///     let (naive, more) = module.forward(registry::find("naive")?, &x, None, &pass)?;
+///     assert_eq!(flash.y.shape(), [1, 48, 128]);
+///     assert!(memory.peak < more.peak);
+///     # assert!((flash.y.get(77) - naive.y.get(77)).abs() < 0.01);
+///     Ok(())
+/// }
+/// ```
+pub struct MultiHeadAttention {
+    memory: Arc<Memory>,
+    /// Weight and bias of each projection, in the order of [`Weights::NAMES`].
+    parameters: [[DeviceBuffer; 2]; 4],
+    dtype: DType,
+    heads: usize,
+    head_dim: usize,
+    dropout: f32,
+    linear: Option<&'static LinearSpec>,
+}
+
+impl MultiHeadAttention {
+    /// Uploads the parameters.
+    ///
+    /// # Errors
+    /// [`Error::HiddenNotDivisible`], [`Error::OutOfMemory`], or what the device reports.
+    pub fn new(session: &Session, weights: &Weights, heads: usize) -> Result<Self, Error> {
+        let head_dim = head_dim_of(weights.hidden(), heads)?;
+        let memory = session.memory().clone();
+        let upload = |linear: &Linear| {
+            let weight = memory.upload(linear.weight.bytes())?;
+            Ok([weight, memory.upload(linear.bias.bytes())?])
+        };
+        let [q, k, v, out] = weights.projections().each_ref().map(upload);
+        let parameters = [q?, k?, v?, out?];
+        let dtype = weights.dtype();
+        Ok(Self { memory, parameters, dtype, heads, head_dim, dropout: 0.0, linear: None })
+    }
+
+    /// The module with attention weights dropped with probability `p` in training.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] for a probability outside `[0, 1)`.
+    pub fn with_dropout(mut self, p: f32) -> Result<Self, Error> {
+        let dropout = Some(Dropout { p, seed: 0 });
+        Problem::builder(1, self.heads, 1, self.head_dim).dropout(dropout).build()?;
+        self.dropout = p;
+        Ok(self)
+    }
+
+    /// The module with its projections on a certain kernel, not on the best that the device
+    /// can run.
+    #[must_use]
+    pub const fn with_linear(mut self, linear: &'static LinearSpec) -> Self {
+        self.linear = Some(linear);
+        self
+    }
+
+    /// Features of a token.
+    #[must_use]
+    pub const fn hidden(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Heads.
+    #[must_use]
+    pub const fn heads(&self) -> usize {
+        self.heads
+    }
+
+    /// Storage type of parameters, input and output.
+    #[must_use]
+    pub const fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The attention problem of a pass over `batch` sequences of `seq` tokens, with or
+    /// without a padding mask.
+    ///
+    /// # Errors
+    /// As [`Builder::build`](crate::problem::Builder::build).
+    pub fn problem(
+        &self,
+        batch: usize,
+        seq: usize,
+        mask: bool,
+        pass: &Pass,
+    ) -> Result<Problem, Error> {
+        let dropout = match pass.mode {
+            Mode::Eval => None,
+            Mode::Train { seed } => Some(Dropout { p: self.dropout, seed }),
+        };
+        Problem::builder(batch, self.heads, seq, self.head_dim)
+            .dtype(self.dtype)
+            .causal(pass.causal)
+            .mask(mask)
+            .dropout(dropout)
+            .layout(Layout::TokensFirst)
+            .build()
+    }
+
+    /// The kernel that projects so many tokens: the best that can, unless a certain one was
+    /// asked for.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the reason.
+    pub fn linear(&self, tokens: usize) -> Result<&'static LinearSpec, Error> {
+        let target = Target::of(&**self.memory.device());
+        let projection = self.projection(tokens);
+        match self.linear {
+            None => registry::best_linear(&projection, &target),
+            Some(kernel) => kernel.supports(&projection, &target).map(|()| kernel),
+        }
+    }
+
+    const fn projection(&self, tokens: usize) -> Projection {
+        let hidden = self.hidden();
+        Projection { dtype: self.dtype, rows: tokens, in_features: hidden, out_features: hidden }
+    }
+
+    /// Bytes of the parameters.
+    #[must_use]
+    pub fn parameter_bytes(&self) -> u64 {
+        self.parameters.iter().flatten().map(DeviceBuffer::bytes).sum()
+    }
+
+    /// Device memory that a pass will need beyond the parameters, known before anything is
+    /// allocated; attention weights that are asked for, and that the kernel does not keep,
+    /// come on top.
+    #[must_use]
+    pub fn pass_bytes(&self, kernel: &KernelSpec, problem: &Problem) -> u64 {
+        pass_bytes(kernel, problem, &Target::of(&**self.memory.device()))
+    }
+
+    /// Checks an input and gets a pass ready to run.
+    ///
+    /// # Errors
+    /// What is wrong with x, the mask or the kernel; [`Error::OutOfMemory`] (before anything
+    /// is allocated where that can be foreseen), or what the device reports.
+    pub fn prepare(
+        &self,
+        kernel: &'static KernelSpec,
+        x: &Tensor,
+        mask: Option<&[u8]>,
+        pass: &Pass,
+    ) -> Result<Forward<'_>, Error> {
+        let &[batch, seq, hidden] = x.shape() else { return Err(self.wrong_shape(x)) };
+        if hidden != self.hidden() {
+            return Err(self.wrong_shape(x));
+        }
+        x.expect("x", self.dtype, &[batch, seq, hidden])?;
+        if let Some(mask) = mask
+            && mask.len() != batch * seq
+        {
+            return Err(Error::ShapeMismatch {
+                what: "mask".into(),
+                expected: [batch, seq].into(),
+                given: [mask.len()].into(),
+            });
+        }
+        let problem = self.problem(batch, seq, mask.is_some(), pass)?;
+        self.prepare_bytes(kernel, &problem, x.bytes(), mask.unwrap_or_default())
+    }
+
+    /// As [`MultiHeadAttention::prepare`], from the elements of `x: [B, N, hidden]` as bytes
+    /// and a mask that is empty where the problem has none: what a mapped file holds goes
+    /// to the device without a copy.
+    ///
+    /// # Errors
+    /// As [`MultiHeadAttention::prepare`]; [`Error::ShapeMismatch`] when there are more or
+    /// fewer bytes than the problem has.
+    pub fn prepare_bytes(
+        &self,
+        kernel: &'static KernelSpec,
+        problem: &Problem,
+        x: &[u8],
+        mask: &[u8],
+    ) -> Result<Forward<'_>, Error> {
+        let device = &**self.memory.device();
+        let target = Target::of(device);
+        kernel.supports(problem, &target)?;
+        let tokens = problem.batch() * problem.seq_q();
+        let linear = self.linear(tokens)?;
+        let x_bytes = problem.q_elements() * self.dtype.size();
+        let mask_bytes = if problem.has_mask() { tokens } else { 0 };
+        for (what, expected, given) in
+            [("bytes of x", x_bytes, x.len()), ("bytes of the mask", mask_bytes, mask.len())]
+        {
+            if expected != given {
+                let (expected, given) = ([expected].into(), [given].into());
+                return Err(Error::ShapeMismatch { what: what.into(), expected, given });
+            }
+        }
+        let (needed, free) = (self.pass_bytes(kernel, problem), device.memory_info()?.free);
+        if needed > free {
+            return Err(Error::OutOfMemory { device: device.name(), needed, free });
+        }
+        self.memory.reset_peak();
+        let others = self.memory.current() - self.parameter_bytes();
+        let (x, mask) = (self.memory.upload(x)?, self.memory.upload(mask)?);
+        let empty = || self.memory.filled(x.bytes(), POISON);
+        let projected = [empty()?, empty()?, empty()?];
+        let [q, k, v] = projected.each_ref().map(|buffer| problem.q_arg(buffer.as_arg()));
+        let inputs = DeviceInputs { q, k, v, mask: mask.as_arg() };
+        let attention = Attention::new(&self.memory, kernel, problem, &inputs)?;
+        let y = empty()?;
+
+        let step = (linear.step)(&self.projection(tokens));
+        let project = |index: usize, from: &DeviceBuffer, to: &DeviceBuffer| {
+            let [weight, bias] = self.parameters[index].each_ref().map(DeviceBuffer::as_arg);
+            step.clone().launch(&self.linear_args(
+                tokens,
+                from.as_arg(),
+                [weight, bias],
+                to.as_arg(),
+            ))
+        };
+        let before = [0, 1, 2].map(|index| project(index, &x, &projected[index]));
+        let after = project(3, attention.o(), &y);
+        Ok(Forward {
+            module: self,
+            before,
+            attention,
+            after,
+            x,
+            mask,
+            _projected: projected,
+            y,
+            others,
+        })
+    }
+
+    fn linear_args(
+        &self,
+        tokens: usize,
+        x: Buffer,
+        [w, bias]: [Buffer; 2],
+        y: Buffer,
+    ) -> LinearArgs {
+        let features = self.hidden() as u32;
+        LinearArgs {
+            x,
+            w,
+            bias,
+            y,
+            rows: tokens as u32,
+            in_features: features,
+            out_features: features,
+        }
+    }
+
+    fn wrong_shape(&self, x: &Tensor) -> Error {
+        Error::InvalidValue {
+            what: "shape of x",
+            given: Shape::from(x.shape()).to_string(),
+            remedy: format!("it must be [batch, tokens, {}]", self.hidden()),
+        }
+    }
+
+    /// Runs a pass once.
+    ///
+    /// # Errors
+    /// As [`MultiHeadAttention::prepare`], or what went wrong while a kernel ran.
+    pub fn forward(
+        &self,
+        kernel: &'static KernelSpec,
+        x: &Tensor,
+        mask: Option<&[u8]>,
+        pass: &Pass,
+    ) -> Result<(ModuleOutputs, ModuleMemory), Error> {
+        let forward = self.prepare(kernel, x, mask, pass)?;
+        forward.launch()?;
+        let weights = pass.weights.then(|| forward.weights()).transpose()?;
+        Ok((ModuleOutputs { y: forward.y()?, weights }, forward.memory()))
+    }
+}
+
+/// Floating-point operations of a pass: those of attention by convention
+/// ([`Problem::flops`]), and a multiplication and an addition for each product of the four
+/// projections.
+#[must_use]
+pub fn flops(problem: &Problem) -> f64 {
+    let hidden = (problem.heads() * problem.head_dim()) as f64;
+    problem.flops() + 8.0 * problem.q_elements() as f64 * hidden
+}
+
+/// Bytes of the parameters of a module for such problems.
+#[must_use]
+pub const fn parameter_bytes(problem: &Problem) -> u64 {
+    let hidden = (problem.heads() * problem.head_dim()) as u64;
+    4 * (hidden * hidden + hidden) * problem.dtype().size() as u64
+}
+
+/// [`MultiHeadAttention::pass_bytes`] on any device.
+#[must_use]
+pub fn pass_bytes(kernel: &KernelSpec, problem: &Problem, target: &Target) -> u64 {
+    // Attention, and x and y, which are as large as O each.
+    let x = problem.q_elements() as u64 * problem.dtype().size() as u64;
+    kernel.peak_bytes(problem, target) + 2 * x
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,207 @@
+//! What a module should give: a reference in f64, and the plain algorithm in the storage
+//! precision, whose error is the yardstick. As for attention ([`crate::oracle`]), which both
+//! of them use between their projections.
+
+use std::ops::{AddAssign, Mul};
+
+use rayon::prelude::*;
+
+use super::weights::{Linear, Weights};
+use crate::{
+    oracle::{plain_of, reference_of, round},
+    problem::Problem,
+    tensor::Tensor,
+    verify::Differences,
+};
+
+/// Tokens that are projected side by side, so that a row of weights is read once for them.
+const SIDE_BY_SIDE: usize = 8;
+
+/// Tokens of a problem, as `b * N + n`: as many as can be compared with about so many
+/// multiplications, spread evenly over batch entries and positions; every token where that
+/// is affordable. At least one batch entry is computed, whose keys all have to be projected.
+#[must_use]
+pub fn sample_tokens(problem: &Problem, multiplications: u64) -> Vec<usize> {
+    let (batch, seq) = (problem.batch(), problem.seq_q());
+    let hidden = (problem.heads() * problem.head_dim()) as u64;
+    // K and V of an entry; Q, the output projection and attention of a token.
+    let (n, pair) = (seq as u64, 2 * hidden * hidden);
+    let (entry, token) = (n * pair, pair + 2 * n * hidden);
+    let all = (entry + n * token).saturating_mul(batch as u64);
+    if all <= multiplications {
+        return (0..batch * seq).collect();
+    }
+    let half = multiplications / 2;
+    let entries = usize::try_from(half / entry).unwrap_or(batch).clamp(1, batch);
+    let tokens = usize::try_from(half / token).unwrap_or(seq) / entries;
+    let tokens = spread(seq, tokens.clamp(SIDE_BY_SIDE.min(seq), seq));
+    spread(batch, entries).iter().flat_map(|b| tokens.iter().map(move |n| b * seq + n)).collect()
+}
+
+/// `count` of the numbers below `all`, evenly apart, the first and (from two on) the last
+/// among them.
+fn spread(all: usize, count: usize) -> Vec<usize> {
+    let last = count.saturating_sub(1).max(1);
+    (0..count).map(|i| (i as u128 * (all as u128 - 1) / last as u128) as usize).collect()
+}
+
+/// The module in f64: input and weights are taken as they are stored, and nothing is rounded
+/// that f64 would not round. `hidden` elements for each of `tokens`.
+///
+/// `problem` is one of [`MultiHeadAttention::problem`](super::MultiHeadAttention::problem).
+#[must_use]
+pub fn reference(
+    problem: &Problem,
+    weights: &Weights,
+    x: &Tensor,
+    mask: Option<&[u8]>,
+    tokens: &[usize],
+) -> Vec<f64> {
+    let [q, k, v, out] = weights.projections().each_ref().map(|l| Matrix::new(l, f64::from));
+    let x: Vec<f64> = x.to_f64();
+    let keys = tokens_of_entries(problem, tokens);
+    let qkv = [
+        q.project_in_place(&x, tokens, |y| y),
+        k.project_in_place(&x, &keys, |y| y),
+        v.project_in_place(&x, &keys, |y| y),
+    ];
+    let o = reference_of(problem, qkv, mask, &rows_of(problem, tokens)).o;
+    out.project(&o, &all(tokens), |y| y)
+}
+
+/// The plain algorithm in the storage precision: q, k and v are accumulated in f32 and
+/// rounded to the storage type, attention is [`crate::oracle::plain`]'s, and the output is
+/// accumulated in f32 and rounded. It is what a framework does without a fused kernel.
+#[must_use]
+pub fn plain(
+    problem: &Problem,
+    weights: &Weights,
+    x: &Tensor,
+    mask: Option<&[u8]>,
+    tokens: &[usize],
+) -> Vec<f64> {
+    let [q, k, v, out] = weights.projections().each_ref().map(|l| Matrix::new(l, |x| x));
+    let x = x.to_f32();
+    let keys = tokens_of_entries(problem, tokens);
+    let rounded = |y| round(problem.dtype(), y);
+    let qkv = [
+        q.project_in_place(&x, tokens, rounded),
+        k.project_in_place(&x, &keys, rounded),
+        v.project_in_place(&x, &keys, rounded),
+    ];
+    let o = plain_of(problem, qkv, mask, &rows_of(problem, tokens)).o;
+    // They are values of the storage type: f32 holds them exactly.
+    let o: Vec<f32> = o.into_iter().map(|x| x as f32).collect();
+    out.project(&o, &all(tokens), rounded).into_iter().map(f64::from).collect()
+}
+
+/// What the plain algorithm is credited with: its largest error, and no less than one
+/// rounding of the largest output to the storage type (see [`crate::verify`]).
+#[must_use]
+pub fn credit(
+    problem: &Problem,
+    weights: &Weights,
+    x: &Tensor,
+    mask: Option<&[u8]>,
+    tokens: &[usize],
+    reference: &[f64],
+) -> f64 {
+    let differences = Differences::new(&plain(problem, weights, x, mask, tokens), reference);
+    differences.max_abs.max(problem.dtype().unit_roundoff() * differences.max_expected)
+}
+
+/// Some tokens of an output `[B, N, hidden]`, widened to f64.
+#[must_use]
+pub fn tokens_of(y: &Tensor, tokens: &[usize]) -> Vec<f64> {
+    let hidden = y.shape().last().copied().unwrap_or(0);
+    let element = |token: &usize| token * hidden..(token + 1) * hidden;
+    tokens.iter().flat_map(element).map(|index| y.get(index)).collect()
+}
+
+fn all(tokens: &[usize]) -> Vec<usize> {
+    (0..tokens.len()).collect()
+}
+
+/// Every token of the batch entries that some tokens belong to.
+fn tokens_of_entries(problem: &Problem, tokens: &[usize]) -> Vec<usize> {
+    let seq = problem.seq_k();
+    let mut entries: Vec<usize> = tokens.iter().map(|token| token / seq).collect();
+    entries.dedup();
+    entries.into_iter().flat_map(|b| b * seq..(b + 1) * seq).collect()
+}
+
+/// The rows of attention of each token's heads, which side by side are a row of `[B, N, H, D]`.
+fn rows_of(problem: &Problem, tokens: &[usize]) -> Vec<usize> {
+    let (heads, seq) = (problem.heads(), problem.seq_q());
+    let rows =
+        |&token: &usize| (0..heads).map(move |h| (token / seq * heads + h) * seq + token % seq);
+    tokens.iter().flat_map(rows).collect()
+}
+
+/// A projection with its weight transposed, so that neighbouring outputs are neighbours.
+struct Matrix<T> {
+    /// `[in, out]`.
+    weight: Vec<T>,
+    bias: Vec<T>,
+}
+
+impl<T: Copy + Default + AddAssign + Mul<Output = T> + Send + Sync> Matrix<T> {
+    fn new(linear: &Linear, widen: impl Fn(f32) -> T) -> Self {
+        let (w, hidden) = (linear.weight.to_f32(), linear.bias.len());
+        let transposed = (0..hidden * hidden).map(|i| w[i % hidden * hidden + i / hidden]);
+        Self {
+            weight: transposed.map(&widen).collect(),
+            bias: linear.bias.to_f32().into_iter().map(widen).collect(),
+        }
+    }
+
+    /// Some rows of `x: [rows, in]` projected: the products summed in their order, then the
+    /// bias; `finish` sees each sum.
+    fn project(&self, x: &[T], rows: &[usize], finish: impl Fn(T) -> T + Sync) -> Vec<T> {
+        let hidden = self.bias.len();
+        let few = |rows: &[usize]| {
+            let mut y = vec![T::default(); rows.len() * hidden];
+            for (i, w) in self.weight.chunks_exact(hidden).enumerate() {
+                for (&row, y) in rows.iter().zip(y.chunks_exact_mut(hidden)) {
+                    let x = x[row * hidden + i];
+                    for (y, &w) in y.iter_mut().zip(w) {
+                        *y += x * w;
+                    }
+                }
+            }
+            for (y, &bias) in y.iter_mut().zip(self.bias.iter().cycle()) {
+                *y += bias;
+                *y = finish(*y);
+            }
+            y
+        };
+        rows.par_chunks(SIDE_BY_SIDE).flat_map_iter(few).collect()
+    }
+
+    /// As [`Matrix::project`], with each row of the result where its row of `x` is, and zeros
+    /// between them: memory that nobody touches, and that costs nothing therefore.
+    fn project_in_place(&self, x: &[T], rows: &[usize], finish: impl Fn(T) -> T + Sync) -> Vec<T> {
+        let hidden = self.bias.len();
+        let mut y = vec![T::default(); x.len()];
+        for (&row, values) in rows.iter().zip(self.project(x, rows, finish).chunks_exact(hidden)) {
+            y[row * hidden..(row + 1) * hidden].copy_from_slice(values);
+        }
+        y
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_all_or_spread() {
+        let problem = Problem::builder(3, 2, 50, 32).build().unwrap();
+        assert_eq!(sample_tokens(&problem, u64::MAX), (0..150).collect::<Vec<_>>());
+        let some = sample_tokens(&problem, 2_000_000);
+        assert!(some.len() < 150 && some.contains(&0) && some.contains(&149), "{some:?}");
+        let few = sample_tokens(&problem, 0);
+        assert_eq!((few.len(), few[0], few[7]), (8, 0, 49));
+        assert_eq!(sample_tokens(&Problem::builder(2, 2, 1, 32).build().unwrap(), 0), [0]);
+    }
+}

@@ -1,0 +1,153 @@
+use safetensors::{Dtype, tensor::TensorView};
+
+use super::*;
+use crate::{
+    backend::CpuDevice,
+    registry::{KERNELS, LINEAR_KERNELS, find},
+};
+
+const HIDDEN: usize = 128;
+
+fn session() -> Session {
+    Session::new(Arc::new(CpuDevice::new()))
+}
+
+fn module(session: &Session, dtype: DType) -> MultiHeadAttention {
+    MultiHeadAttention::new(session, &Weights::random(dtype, HIDDEN, 7).unwrap(), 2).unwrap()
+}
+
+#[test]
+fn memory_is_as_predicted() {
+    let session = session();
+    let module = module(&session, DType::F16);
+    let x = Tensor::random(DType::F16, &[2, 40, HIDDEN], 1, 0.0);
+    let mask = vec![1; 80];
+    for kernel in KERNELS.iter().filter(|k| k.head_dims.contains(&64)) {
+        for weights in [false, true] {
+            let pass = Pass { weights, ..Pass::default() };
+            let problem = module.problem(2, 40, true, &pass).unwrap();
+            let (outputs, memory) = module.forward(kernel, &x, Some(&mask), &pass).unwrap();
+            let extra = if weights && !kernel.features.weights { 2 * 2 * 40 * 40 * 2 } else { 0 };
+            let pass_bytes = module.pass_bytes(kernel, &problem);
+            assert_eq!(memory.peak, memory.parameters + pass_bytes + extra, "{}", kernel.name);
+            assert_eq!(memory.parameters, parameter_bytes(&problem));
+            assert_eq!((memory.inputs, memory.outputs), (2 * 40 * 128 * 2 + 80, 2 * 40 * 128 * 2));
+            assert_eq!(outputs.weights.is_some(), weights);
+            // Everything but the parameters is given back.
+            assert_eq!(session.memory().current(), memory.parameters);
+        }
+    }
+    drop(module);
+    assert_eq!(session.memory().current(), 0);
+}
+
+#[test]
+fn what_does_not_fit_is_not_tried() {
+    let problem = Problem::builder(1, 2, 64, 64).layout(Layout::TokensFirst).build().unwrap();
+    let (naive, flash) = (find("naive").unwrap(), find("flash_tiled").unwrap());
+    let target = session().target();
+    let limit = parameter_bytes(&problem) + pass_bytes(flash, &problem, &target);
+    let session = Session::new(Arc::new(CpuDevice::with_memory_limit(limit)));
+    let module = module(&session, DType::F32);
+    let x = Tensor::random(DType::F32, &[1, 64, HIDDEN], 1, 0.0);
+    let error = module.forward(naive, &x, None, &Pass::default()).err().unwrap();
+    let expected = (pass_bytes(naive, &problem, &target), pass_bytes(flash, &problem, &target));
+    assert!(
+        matches!(error, Error::OutOfMemory { needed, free, .. } if (needed, free) == expected),
+        "{error}"
+    );
+    assert!(module.forward(flash, &x, None, &Pass::default()).is_ok());
+    // The weights come on top.
+    let pass = Pass { weights: true, ..Pass::default() };
+    assert!(module.forward(flash, &x, None, &pass).err().unwrap().is_out_of_memory());
+}
+
+#[test]
+fn wrong_requests_are_named() {
+    let session = session();
+    let module = module(&session, DType::F32);
+    let kernel = find("flash_tiled").unwrap();
+    let message = |x: &Tensor, mask: Option<&[u8]>| {
+        let error = module.forward(kernel, x, mask, &Pass::default()).err().unwrap();
+        assert!(error.is_usage());
+        error.to_string()
+    };
+    let x = |dtype, shape: &[usize]| Tensor::zeros(dtype, shape);
+    let text = message(&x(DType::F32, &[3, 128]), None);
+    assert_eq!(text, "shape of x = [3, 128] is not possible: it must be [batch, tokens, 128]");
+    assert!(message(&x(DType::F32, &[1, 3, 127]), None).contains("[batch, tokens, 128]"));
+    assert!(message(&x(DType::F16, &[1, 3, 128]), None).contains("x is f16, expected f32"));
+    assert!(message(&x(DType::F32, &[1, 0, 128]), None).contains("= 0 is not possible"));
+    let text = message(&x(DType::F32, &[2, 3, 128]), Some(&[1; 5]));
+    assert_eq!(text, "tensor mask has shape [5], expected [2, 3]");
+    let hopper = find("flash_hopper").unwrap();
+    let x = x(DType::F32, &[1, 3, 128]);
+    let error = module.forward(hopper, &x, None, &Pass::default()).err().unwrap();
+    assert!(error.to_string().contains("does not support f32"), "{error}");
+
+    let weights = Weights::random(DType::F32, 128, 7).unwrap();
+    let error = MultiHeadAttention::new(&session, &weights, 3).err().unwrap();
+    assert!(error.to_string().contains("hidden = 128 is not divisible by heads = 3"), "{error}");
+    let error = module.with_dropout(1.0).err().unwrap();
+    assert!(error.to_string().contains("dropout = 1 "), "{error}");
+    assert!(Weights::random(DType::F32, 0, 7).unwrap_err().to_string().contains("hidden = 0"));
+}
+
+#[test]
+fn a_projection_runs_on_the_kernel_that_was_asked_for() {
+    let session = session();
+    let x = Tensor::random(DType::BF16, &[1, 5, HIDDEN], 1, 0.0);
+    for linear in LINEAR_KERNELS {
+        let module = module(&session, DType::BF16);
+        assert_eq!(module.linear(5).unwrap().name, LINEAR_KERNELS.last().unwrap().name);
+        let module = module.with_linear(linear);
+        let kernel = find("flash_tiled").unwrap();
+        let forward = module.prepare(kernel, &x, None, &Pass::default()).unwrap();
+        assert!(forward.after.symbol.starts_with(linear.name), "{}", forward.after.symbol);
+    }
+}
+
+#[test]
+fn files_read_back_and_what_is_wrong_in_them_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("w.safetensors");
+    for dtype in DType::ALL {
+        let weights = Weights::random(dtype, 6, 1).unwrap();
+        weights.save(&path).unwrap();
+        assert_eq!(Weights::load(&path).unwrap(), weights);
+    }
+    let data = [0; 6 * 6 * 4];
+    let save = |skip: &str, odd: (&str, Dtype, Vec<usize>)| {
+        let names = Weights::NAMES.map(|n| [format!("{n}.weight"), format!("{n}.bias")]);
+        let tensors = names.iter().flatten().filter(|name| *name != skip).map(|name| {
+            let shape = if name.ends_with("bias") { vec![6] } else { vec![6, 6] };
+            let (dtype, shape) =
+                if *name == odd.0 { (odd.1, odd.2.clone()) } else { (Dtype::F32, shape) };
+            let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            (name, TensorView::new(dtype, shape, &data[..bytes]).unwrap())
+        });
+        safetensors::serialize_to_file(tensors, None, &path).unwrap();
+        let error = Weights::load(&path).unwrap_err();
+        assert!(error.is_usage());
+        error.to_string()
+    };
+    let same = || (Dtype::F32, vec![6, 6]);
+    let with = |name, (dtype, shape)| (name, dtype, shape);
+    let text = save("k_proj.bias", with("", same()));
+    assert!(text.starts_with("tensor k_proj.bias is missing: "), "{text}");
+    assert!(text.contains("w.safetensors has k_proj.weight, out_proj.bias,"), "{text}");
+    let text = save("", with("v_proj.weight", (Dtype::F32, vec![6, 5])));
+    assert_eq!(text, "tensor v_proj.weight has shape [6, 5], expected [6, 6]");
+    let text = save("", with("out_proj.bias", (Dtype::F32, vec![1, 6])));
+    assert_eq!(text, "tensor out_proj.bias has shape [1, 6], expected [6]");
+    let text = save("", with("q_proj.weight", (Dtype::F32, vec![2, 3])));
+    assert_eq!(text, "tensor q_proj.weight has shape [2, 3], expected [2, 2]");
+    let text = save("", with("k_proj.weight", (Dtype::F16, vec![6, 6])));
+    assert!(text.contains("tensor k_proj.weight is f16, expected f32"), "{text}");
+    let text = save("", with("k_proj.weight", (Dtype::I32, vec![6, 6])));
+    assert!(text.contains("k_proj.weight is i32 [6, 6]: it must be f32, f16 or bf16"), "{text}");
+    std::fs::write(&path, "not tensors").unwrap();
+    assert!(Weights::load(&path).unwrap_err().to_string().contains("not a whole safetensors"));
+    let missing = Weights::load(&folder.path().join("none")).unwrap_err();
+    assert!(matches!(missing, Error::Io { .. }), "{missing}");
+}

@@ -1,0 +1,278 @@
+//! The attention module with every kernel of the registry, in every storage type, against
+//! f64 by the 2x rule: on the emulator, and on a GPU where there is one.
+
+mod suite;
+
+use std::{io::Write, sync::Arc};
+
+use flash_attention::{
+    DType, Device, Error, Problem, Tensor,
+    module::{Mode, MultiHeadAttention, Pass, Weights, oracle},
+    registry::{KERNELS, KernelSpec, LINEAR_KERNELS, LinearSpec, find},
+    session::Session,
+    verify::{DRAWS, Differences, FACTOR},
+};
+
+const HEADS: usize = 2;
+const HIDDEN: usize = 128;
+const DROPOUT: f32 = 0.2;
+
+/// A pass over tokens.
+struct Case {
+    name: &'static str,
+    batch: usize,
+    seq: usize,
+    mask: bool,
+    pass: Pass,
+}
+
+/// The input and parameters of one draw.
+struct Draw {
+    weights: Weights,
+    x: Tensor,
+    mask: Option<Vec<u8>>,
+}
+
+fn cases() -> [Case; 5] {
+    let plain = Pass::default();
+    let causal = Pass { causal: true, ..plain };
+    let training = Pass { mode: Mode::Train { seed: 0x9abc_def0 }, ..causal };
+    let case = |name, batch, seq, mask, pass| Case { name, batch, seq, mask, pass };
+    [
+        case("one token", 1, 1, false, plain),
+        case("two sequences", 2, 71, false, plain),
+        case("causal", 1, 130, false, causal),
+        case("padding, a hidden sequence", 3, 40, true, plain),
+        case("training, causal, padding", 3, 65, true, training),
+    ]
+}
+
+impl Case {
+    fn problem(&self, dtype: DType) -> Problem {
+        let session = Session::new(suite::emulator());
+        let weights = Weights::random(dtype, HIDDEN, 0).unwrap();
+        let module = MultiHeadAttention::new(&session, &weights, HEADS).unwrap();
+        let module = module.with_dropout(DROPOUT).unwrap();
+        module.problem(self.batch, self.seq, self.mask, &self.pass).unwrap()
+    }
+
+    /// The mask hides sequence 1 altogether and the tail of the others.
+    fn draw(&self, dtype: DType, seed: u64) -> Draw {
+        let visible = |i| u8::from(i / self.seq != 1 && i % self.seq < self.seq * 2 / 3);
+        Draw {
+            weights: Weights::random(dtype, HIDDEN, seed).unwrap(),
+            x: Tensor::random(dtype, &[self.batch, self.seq, HIDDEN], seed, 0.5),
+            mask: self.mask.then(|| (0..self.batch * self.seq).map(visible).collect()),
+        }
+    }
+
+    /// The reference of draw 0, and the plain algorithm's worst error over all draws.
+    fn yardstick(&self, dtype: DType) -> (Vec<f64>, f64) {
+        let problem = self.problem(dtype);
+        let tokens = oracle::sample_tokens(&problem, u64::MAX);
+        let mut draws = (0..DRAWS).map(|seed| {
+            let Draw { weights, x, mask } = self.draw(dtype, seed);
+            let mask = mask.as_deref();
+            let reference = oracle::reference(&problem, &weights, &x, mask, &tokens);
+            let credit = oracle::credit(&problem, &weights, &x, mask, &tokens, &reference);
+            (reference, credit)
+        });
+        let (reference, credit) = draws.next().unwrap();
+        (reference, draws.fold(credit, |worst, (_, credit)| worst.max(credit)))
+    }
+
+    /// Runs a kernel on draw 0; `None` where it cannot.
+    fn run(
+        &self,
+        device: &Arc<dyn Device>,
+        kernel: &'static KernelSpec,
+        linear: Option<&'static LinearSpec>,
+        dtype: DType,
+    ) -> Result<Option<Tensor>, Error> {
+        let Draw { weights, x, mask } = self.draw(dtype, 0);
+        let session = Session::new(device.clone());
+        let mut module = MultiHeadAttention::new(&session, &weights, HEADS)?;
+        if let Some(linear) = linear {
+            module = module.with_linear(linear);
+        }
+        let module = module.with_dropout(DROPOUT)?;
+        match module.forward(kernel, &x, mask.as_deref(), &self.pass) {
+            Ok((outputs, _)) => Ok(Some(outputs.y)),
+            Err(Error::Unsupported { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Every kernel with the best linear kernel, and every linear kernel with `flash_tiled`.
+fn run(device: &Arc<dyn Device>) {
+    let best = KERNELS.iter().map(|kernel| (kernel, None));
+    let tiled = find("flash_tiled").unwrap();
+    let pairs: Vec<_> =
+        best.chain(LINEAR_KERNELS.iter().map(|linear| (tiled, Some(linear)))).collect();
+    let (mut failures, mut compared) = (Vec::new(), 0);
+    for dtype in DType::ALL {
+        for case in cases() {
+            let (reference, credit) = case.yardstick(dtype);
+            for &(kernel, linear) in &pairs {
+                let linear_name = linear.map_or("best linear", |l| l.name);
+                let label = format!("{} {dtype} {linear_name}: {}", kernel.name, case.name);
+                let y = match case.run(device, kernel, linear, dtype) {
+                    Ok(Some(y)) => y,
+                    Ok(None) => continue,
+                    Err(error) => panic!("{label}: {error}"),
+                };
+                let d = Differences::new(&y.to_f64(), &reference);
+                compared += 1;
+                println!("{label}: {:.2} times the plain algorithm's error", d.max_abs / credit);
+                if !(d.max_abs.is_finite() && d.max_abs <= FACTOR * credit) {
+                    let error = d.max_abs;
+                    failures.push(format!("{label}: {error:.2e} for {credit:.2e}, {:?}", d.worst));
+                }
+            }
+        }
+    }
+    assert!(compared > 0, "no kernel could run");
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn every_kernel_in_the_module_on_the_emulator() {
+    run(&suite::emulator());
+}
+
+#[test]
+fn every_kernel_in_the_module_on_a_gpu() {
+    match suite::gpu() {
+        Ok(gpu) => run(&gpu),
+        // Straight to stderr: the harness keeps what a passing test prints.
+        Err(error) => writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
+    }
+}
+
+/// The module as its formula says, one element after the other: y and the attention weights.
+/// In f64, or with sums in f32 and every tensor rounded to the storage type.
+fn textbook(case: &Case, draw: &Draw, plain: bool) -> (Vec<f64>, Vec<f64>) {
+    let dtype = draw.x.dtype();
+    let round = |x: f64| if plain { dtype.round(x) } else { x };
+    let f32 = |x: f64| if plain { DType::F32.round(x) } else { x };
+    let d = HIDDEN / HEADS;
+    let tokens = draw.x.len() / HIDDEN;
+    let project = |from: &[f64], index: usize| -> Vec<f64> {
+        let linear = &draw.weights.projections()[index];
+        let w = linear.weight.to_f64();
+        let element = |i: usize| {
+            let (token, out) = (i / HIDDEN, i % HIDDEN);
+            let product = |f| from[token * HIDDEN + f] * w[out * HIDDEN + f];
+            let sum = (0..HIDDEN).fold(0.0, |sum, f| f32(sum + product(f)));
+            round(sum + linear.bias.get(out))
+        };
+        (0..tokens * HIDDEN).map(element).collect()
+    };
+    let x = draw.x.to_f64();
+    let (q, k, v) = (project(&x, 0), project(&x, 1), project(&x, 2));
+    let (mut o, mut all_weights) = (vec![0.0; tokens * HIDDEN], Vec::new());
+    let seq = case.seq;
+    for (b, h, i) in
+        (0..case.batch).flat_map(|b| (0..HEADS).flat_map(move |h| (0..seq).map(move |i| (b, h, i))))
+    {
+        let at = |n: usize| (b * seq + n) * HIDDEN + h * d;
+        let weight = |j: usize| {
+            let hidden = draw.mask.as_ref().is_some_and(|mask| mask[b * seq + j] == 0);
+            if hidden || case.pass.causal && j > i {
+                return 0.0;
+            }
+            let s = (0..d).fold(0.0, |sum, e| f32(sum + q[at(i) + e] * k[at(j) + e]));
+            f32(round(s / (d as f64).sqrt()).exp())
+        };
+        let weights: Vec<f64> = (0..seq).map(weight).collect();
+        let sum = weights.iter().fold(0.0, |sum, weight| f32(sum + weight));
+        for (j, weight) in weights.into_iter().enumerate() {
+            let p = if sum == 0.0 { 0.0 } else { round(weight / sum) };
+            all_weights.push(p);
+            for e in 0..d {
+                o[at(i) + e] = f32(o[at(i) + e] + p * v[at(j) + e]);
+            }
+        }
+    }
+    o.iter_mut().for_each(|o| *o = round(*o));
+    (project(&o, 3), all_weights)
+}
+
+/// The cases without dropout, which the textbook does not know.
+fn evaluated() -> impl Iterator<Item = Case> {
+    cases().into_iter().filter(|case| case.pass.mode == Mode::Eval)
+}
+
+#[test]
+fn the_oracle_is_the_textbook() {
+    for case in evaluated() {
+        let draw = case.draw(DType::F16, 3);
+        let (y, _) = textbook(&case, &draw, false);
+        let problem = case.problem(DType::F16);
+        let mask = draw.mask.as_deref();
+        for tokens in [u64::MAX, 0].map(|budget| oracle::sample_tokens(&problem, budget)) {
+            let reference = oracle::reference(&problem, &draw.weights, &draw.x, mask, &tokens);
+            let expected: Vec<f64> =
+                tokens.iter().flat_map(|t| y[t * HIDDEN..(t + 1) * HIDDEN].to_vec()).collect();
+            let error = Differences::new(&reference, &expected).max_abs;
+            assert!(error < 1e-12, "{}: {error}", case.name);
+        }
+    }
+}
+
+/// Weights come from memory or are computed again: both are those of the textbook, by the 2x
+/// rule.
+#[test]
+fn weights_are_those_of_the_textbook_with_every_kernel() {
+    for dtype in DType::ALL {
+        for case in evaluated() {
+            let draws = (0..DRAWS).map(|seed| {
+                let draw = case.draw(dtype, seed);
+                let (_, plain) = textbook(&case, &draw, true);
+                let (_, expected) = textbook(&case, &draw, false);
+                let d = Differences::new(&plain, &expected);
+                (expected, d.max_abs.max(dtype.unit_roundoff() * d.max_expected))
+            });
+            let (expected, credit) = draws.reduce(|a, b| (a.0, a.1.max(b.1))).unwrap();
+            let draw = case.draw(dtype, 0);
+            let session = Session::new(suite::emulator());
+            let module = MultiHeadAttention::new(&session, &draw.weights, HEADS).unwrap();
+            let pass = Pass { weights: true, ..case.pass };
+            for kernel in KERNELS.iter().filter(|k| k.dtypes.contains(&dtype)) {
+                let mask = draw.mask.as_deref();
+                let (outputs, _) = module.forward(kernel, &draw.x, mask, &pass).unwrap();
+                let weights = outputs.weights.unwrap();
+                assert_eq!(weights.shape(), [case.batch, HEADS, case.seq, case.seq]);
+                let error = Differences::new(&weights.to_f64(), &expected).max_abs;
+                let label = format!("{} {dtype} {}", kernel.name, case.name);
+                println!("{label}: {:.2} times", error / credit);
+                assert!(error <= FACTOR * credit, "{label}: {error} for {credit}");
+            }
+        }
+    }
+}
+
+/// Training drops something, the same with every kernel and the same every time; another
+/// seed drops something else, and evaluation nothing.
+#[test]
+fn training_drops_weights_by_seed() {
+    let weights = Weights::random(DType::F32, HIDDEN, 1).unwrap();
+    let x = Tensor::random(DType::F32, &[1, 50, HIDDEN], 2, 0.0);
+    let session = Session::new(suite::emulator());
+    let module = MultiHeadAttention::new(&session, &weights, HEADS).unwrap();
+    let module = module.with_dropout(DROPOUT).unwrap();
+    let dropped = |kernel: &str, mode: Mode| -> Vec<bool> {
+        let pass = Pass { mode, weights: true, ..Pass::default() };
+        let (outputs, _) = module.forward(find(kernel).unwrap(), &x, None, &pass).unwrap();
+        outputs.weights.unwrap().to_f64().iter().map(|&w| w == 0.0).collect()
+    };
+    let (one, two) = (Mode::Train { seed: 1 }, Mode::Train { seed: 2 });
+    let naive = dropped("naive", one);
+    let count = naive.iter().filter(|&&dropped| dropped).count();
+    // 5000 draws: the standard deviation of the count is 28.
+    assert!((850..1150).contains(&count), "{count} of 5000");
+    assert_eq!(dropped("flash_tiled", one), naive);
+    assert_ne!(dropped("flash_tiled", two), naive);
+    assert!(!dropped("flash_tiled", Mode::Eval).contains(&true));
+}
