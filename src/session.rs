@@ -364,24 +364,58 @@ impl Step {
     }
 }
 
-/// Milliseconds of each of `runs` runs of `start`, after `warm_up` that are not timed. Each
-/// starts with a cold L2 cache.
-pub(crate) fn time_ms(
-    device: &dyn Device,
-    (warm_up, runs): (usize, usize),
-    start: impl Fn() -> Result<(), Error>,
-) -> Result<Vec<f64>, Error> {
-    for _ in 0..warm_up {
-        start()?;
+/// Something that is ready to run on a device, as often as wanted.
+pub trait Work {
+    /// The device.
+    fn device(&self) -> &dyn Device;
+
+    /// Starts it; does not wait.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn start(&self) -> Result<(), Error>;
+
+    /// Runs it and waits.
+    ///
+    /// # Errors
+    /// What went wrong while a kernel ran.
+    fn launch(&self) -> Result<(), Error> {
+        self.start()?;
+        self.device().synchronize()
+    }
+
+    /// Milliseconds of each of `runs` launches, after `warm_up` that are not timed. Each
+    /// starts with a cold L2 cache.
+    ///
+    /// # Errors
+    /// What went wrong while a kernel ran.
+    fn time_ms(&self, warm_up: usize, runs: usize) -> Result<Vec<f64>, Error> {
+        let device = self.device();
+        for _ in 0..warm_up {
+            self.launch()?;
+        }
+        let mut times = Vec::with_capacity(runs);
+        for _ in 0..runs {
+            device.flush_l2()?;
+            times.push(device.time_ms(&mut || self.start())?);
+        }
         device.synchronize()?;
+        Ok(times)
     }
-    let mut times = Vec::with_capacity(runs);
-    for _ in 0..runs {
-        device.flush_l2()?;
-        times.push(device.time_ms(&mut || start())?);
+
+    /// Milliseconds that a launch takes among `runs` back to back, none waited for: what is
+    /// left when launches cost nothing, the L2 cache is as the launch before left it, and a
+    /// GPU at its power limit runs slower than in a burst.
+    ///
+    /// # Errors
+    /// What went wrong while a kernel ran.
+    fn sustained_ms(&self, runs: usize) -> Result<f64, Error> {
+        let runs = runs.max(1);
+        let device = self.device();
+        let all = device.time_ms(&mut || (0..runs).try_for_each(|_| self.start()))?;
+        device.synchronize()?;
+        Ok(all / runs as f64)
     }
-    device.synchronize()?;
-    Ok(times)
 }
 
 /// A kernel with its inputs on the device, to be launched as often as wanted.
@@ -405,45 +439,22 @@ impl Prepared {
         self.memory
     }
 
-    /// Runs the kernel and waits for it.
-    ///
-    /// # Errors
-    /// What went wrong while the kernel ran.
-    pub fn launch(&self) -> Result<(), Error> {
-        self.attention.start()?;
-        self.attention.memory.device().synchronize()
-    }
-
-    /// Milliseconds of each of `runs` launches, after `warm_up` that are not timed. Each
-    /// starts with a cold L2 cache.
-    ///
-    /// # Errors
-    /// What went wrong while the kernel ran.
-    pub fn time_ms(&self, warm_up: usize, runs: usize) -> Result<Vec<f64>, Error> {
-        let device = &**self.attention.memory.device();
-        time_ms(device, (warm_up, runs), || self.attention.start())
-    }
-
-    /// Milliseconds that a launch takes among `runs` back to back, none waited for: what is
-    /// left when launches cost nothing, the L2 cache is as the launch before left it, and a
-    /// GPU at its power limit runs slower than in a burst.
-    ///
-    /// # Errors
-    /// What went wrong while the kernel ran.
-    pub fn sustained_ms(&self, runs: usize) -> Result<f64, Error> {
-        let runs = runs.max(1);
-        let device = self.attention.memory.device();
-        let all = device.time_ms(&mut || (0..runs).try_for_each(|_| self.attention.start()))?;
-        device.synchronize()?;
-        Ok(all / runs as f64)
-    }
-
     /// Waits and downloads the outputs.
     ///
     /// # Errors
     /// What went wrong while the kernel ran.
     pub fn outputs(&self) -> Result<Outputs, Error> {
         self.attention.outputs()
+    }
+}
+
+impl Work for Prepared {
+    fn device(&self) -> &dyn Device {
+        &**self.attention.memory.device()
+    }
+
+    fn start(&self) -> Result<(), Error> {
+        self.attention.start()
     }
 }
 

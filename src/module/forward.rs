@@ -2,10 +2,10 @@
 
 use super::MultiHeadAttention;
 use crate::{
-    backend::{DeviceBuffer, Launch},
+    backend::{Device, DeviceBuffer, Launch},
     error::Error,
     problem::Problem,
-    session::{Attention, time_ms},
+    session::{Attention, Work},
     tensor::Tensor,
 };
 
@@ -58,35 +58,6 @@ impl Forward<'_> {
         self.attention.problem()
     }
 
-    /// Starts everything; does not wait.
-    ///
-    /// # Errors
-    /// What the device reports.
-    pub fn start(&self) -> Result<(), Error> {
-        let device = self.module.memory.device();
-        self.before.iter().try_for_each(|launch| device.launch(launch))?;
-        self.attention.start()?;
-        device.launch(&self.after)
-    }
-
-    /// Runs the pass and waits for it.
-    ///
-    /// # Errors
-    /// What went wrong while a kernel ran.
-    pub fn launch(&self) -> Result<(), Error> {
-        self.start()?;
-        self.module.memory.device().synchronize()
-    }
-
-    /// Milliseconds of each of `runs` passes, after `warm_up` that are not timed. Each starts
-    /// with a cold L2 cache.
-    ///
-    /// # Errors
-    /// What went wrong while a kernel ran.
-    pub fn time_ms(&self, warm_up: usize, runs: usize) -> Result<Vec<f64>, Error> {
-        time_ms(&**self.module.memory.device(), (warm_up, runs), || self.start())
-    }
-
     /// Waits and downloads y.
     ///
     /// # Errors
@@ -121,5 +92,17 @@ impl Forward<'_> {
             workspace: peak - parameters - inputs - outputs,
             peak,
         }
+    }
+}
+
+impl Work for Forward<'_> {
+    fn device(&self) -> &dyn Device {
+        &**self.module.memory.device()
+    }
+
+    fn start(&self) -> Result<(), Error> {
+        self.before.iter().try_for_each(|launch| self.device().launch(launch))?;
+        self.attention.start()?;
+        self.device().launch(&self.after)
     }
 }

@@ -27,7 +27,7 @@ use crate::{
     error::{Error, Shape},
     problem::{Dropout, Layout, Problem, head_dim_of},
     registry::{self, KernelSpec, LinearSpec, Projection, Target},
-    session::{Attention, DeviceInputs, POISON, Session},
+    session::{Attention, DeviceInputs, POISON, Session, Work},
     tensor::Tensor,
 };
 

@@ -3,7 +3,7 @@
 use flash_attention::{
     Error, Problem,
     registry::KernelSpec,
-    session::{Inputs, Prepared, Session},
+    session::{Inputs, Session, Work},
 };
 
 use super::stats::{Times, runs_in, write_sustained};
@@ -150,7 +150,7 @@ impl Bench<'_> {
 
     fn time(
         &self,
-        prepared: &Prepared,
+        prepared: &impl Work,
         row: &mut Row,
         title: &str,
         progress: &Progress,

@@ -7,7 +7,7 @@ use anyhow::Result;
 use flash_attention::{
     DType, Error, Problem,
     registry::KernelSpec,
-    session::{Inputs, Session},
+    session::{Inputs, Session, Work},
 };
 
 use crate::{
