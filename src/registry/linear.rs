@@ -2,7 +2,7 @@
 //! attention kernels, the best one for a projection is the last that can do it; a kernel
 //! joins with one entry here.
 
-use kernels_gpu::linear;
+use kernels_gpu::{linear, linear_mma};
 use simt::Dim3;
 
 use super::{Step, Target, grid_obstacle, lacking, list, table::tiles};
@@ -32,21 +32,18 @@ pub struct LinearSpec {
     pub dtypes: &'static [DType],
     /// The least compute capability, `(major, minor)`.
     pub capability: (u32, u32),
-    /// Both numbers of features must be multiples of this.
-    pub feature_multiple: usize,
     /// Its launch for a projection that it supports.
     pub step: fn(&Projection) -> Step,
 }
 
 /// Every linear kernel, the slowest first.
-pub static LINEAR_KERNELS: &[LinearSpec] = &[LINEAR_NAIVE, LINEAR_TILED];
+pub static LINEAR_KERNELS: &[LinearSpec] = &[LINEAR_NAIVE, LINEAR_TILED, LINEAR_MMA];
 
 const LINEAR_NAIVE: LinearSpec = LinearSpec {
     name: "linear_naive",
     summary: "a thread per element of y",
     dtypes: &DType::ALL,
     capability: (7, 5),
-    feature_multiple: 1,
     step: |p| Step {
         symbol: format!("linear_naive_{}", p.dtype),
         grid: grid(p, linear::NAIVE_TILE),
@@ -60,12 +57,24 @@ const LINEAR_TILED: LinearSpec = LinearSpec {
     summary: "tiles in shared memory, pieces in registers, scalar arithmetic",
     dtypes: &DType::ALL,
     capability: (7, 5),
-    feature_multiple: 1,
     step: |p| Step {
         symbol: format!("linear_tiled_{}", p.dtype),
         grid: grid(p, linear::TILE),
         block: linear::TILED_THREADS.into(),
         shared_bytes: 0,
+    },
+};
+
+const LINEAR_MMA: LinearSpec = LinearSpec {
+    name: "linear_mma",
+    summary: "tensor cores by mma.sync, slices copied while others are multiplied",
+    dtypes: &[DType::F16, DType::BF16],
+    capability: (8, 0),
+    step: |p| Step {
+        symbol: format!("linear_mma_{}", p.dtype),
+        grid: grid(p, linear_mma::TILE),
+        block: linear_mma::THREADS.into(),
+        shared_bytes: linear_mma::SHARED_BYTES,
     },
 };
 
@@ -92,14 +101,6 @@ impl LinearSpec {
         }
         if !self.dtypes.contains(&p.dtype) {
             return Some(format!("does not support {}: it has {}", p.dtype, list(self.dtypes)));
-        }
-        for features in [p.in_features, p.out_features] {
-            let multiple = self.feature_multiple;
-            if !features.is_multiple_of(multiple) {
-                return Some(format!(
-                    "does not support {features} features: it needs a multiple of {multiple}"
-                ));
-            }
         }
         // Kernels count rows and features in 32 bits.
         if let Some(n) = [p.rows, p.in_features].into_iter().find(|&n| u32::try_from(n).is_err()) {
@@ -154,9 +155,7 @@ mod tests {
     fn every_step_names_an_entry_with_its_threads() {
         for kernel in LINEAR_KERNELS {
             for &dtype in kernel.dtypes {
-                let features = 3 * kernel.feature_multiple;
-                let projection =
-                    Projection { dtype, rows: 5, in_features: features, out_features: features };
+                let projection = Projection { dtype, rows: 5, in_features: 7, out_features: 9 };
                 kernel.supports(&projection, &emulator()).unwrap();
                 let step = (kernel.step)(&projection);
                 let entry = kernels_gpu::find(&step.symbol)
