@@ -2,12 +2,16 @@
 
 use flash_attention::{
     DType, Problem, Tensor,
+    module::oracle as module_oracle,
     oracle::{self, Rows},
     session::{Inputs, Outputs},
     verify::{Credit, Differences, FACTOR, Verification},
 };
 
-use crate::results::{Check, Histogram, Level, Spread};
+use crate::{
+    inputs::ModuleTensors,
+    results::{Check, Histogram, Level, Spread},
+};
 
 /// The right answer for some rows of a problem, and how wrong the plain algorithm is.
 pub struct Oracle {
@@ -86,6 +90,48 @@ impl Oracle {
     }
 }
 
+/// The right answer for some tokens of a module's output, and how wrong the plain algorithm
+/// is.
+pub struct ModuleOracle {
+    problem: Problem,
+    tokens: Vec<usize>,
+    reference: Vec<f64>,
+    credit: f64,
+}
+
+impl ModuleOracle {
+    /// Computes some tokens in f64.
+    #[must_use]
+    pub fn new(problem: &Problem, tensors: &ModuleTensors, tokens: Vec<usize>) -> Self {
+        let ModuleTensors { weights, x, mask } = tensors;
+        let mask = mask.as_deref();
+        let reference = module_oracle::reference(problem, weights, x, mask, &tokens);
+        let credit = module_oracle::credit(problem, weights, x, mask, &tokens, &reference);
+        Self { problem: *problem, tokens, reference, credit }
+    }
+
+    /// Compares y.
+    #[must_use]
+    pub fn check(&self, kernel: &str, y: &Tensor, threshold: Option<f64>) -> Check {
+        let p = &self.problem;
+        let actual = module_oracle::tokens_of(y, &self.tokens);
+        let differences = Differences::new(&actual, &self.reference);
+        let hidden = p.heads() * p.head_dim();
+        let worst = differences.worst.index;
+        let token = self.tokens[worst / hidden];
+        Check {
+            kernel: kernel.into(),
+            level: Level::Module,
+            seq: p.seq_q(),
+            dtype: p.dtype(),
+            tensor: "y".into(),
+            elements: y.len() as u64,
+            worst_index: vec![token / p.seq_q(), token % p.seq_q(), worst % hidden],
+            ..check(&differences, self.credit, threshold)
+        }
+    }
+}
+
 /// The verdicts and figures of one comparison; what was compared is left to the caller.
 #[must_use]
 pub fn check(differences: &Differences, plain: f64, threshold: Option<f64>) -> Check {
@@ -150,6 +196,25 @@ pub fn complaint(check: &Check) -> String {
 mod tests {
     use super::*;
     use crate::inputs::Tensors;
+
+    #[test]
+    fn the_worst_element_of_a_module_is_named() {
+        let problem = Problem::builder(2, 2, 5, 32).dtype(DType::F16);
+        let problem = problem.layout(flash_attention::Layout::TokensFirst).build().unwrap();
+        let tensors = ModuleTensors::random(&problem, 1).unwrap();
+        let tokens = module_oracle::sample_tokens(&problem, 3);
+        let oracle = ModuleOracle::new(&problem, &tensors, tokens);
+        let mut y = vec![0.0; 10 * 64];
+        for (token, row) in oracle.tokens.iter().zip(oracle.reference.chunks(64)) {
+            y[token * 64..(token + 1) * 64].copy_from_slice(row);
+        }
+        let tensor = |y: &[f64]| Tensor::from_f64(DType::F16, &[2, 5, 64], y).unwrap();
+        let good = oracle.check("k", &tensor(&y), None);
+        assert!(good.passed() && (good.compared, good.elements) == (3 * 64, 640));
+        y[9 * 64 + 17] += 0.5;
+        let bad = oracle.check("k", &tensor(&y), None);
+        assert!(!bad.passed() && bad.worst_index == [1, 4, 17], "{:?}", bad.worst_index);
+    }
 
     #[test]
     fn the_worst_element_is_named() {

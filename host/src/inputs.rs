@@ -1,6 +1,6 @@
 //! Random tensors for a problem: the same seed gives the same numbers everywhere.
 
-use flash_attention::{DType, Problem, Tensor, session::Inputs};
+use flash_attention::{DType, Error, Problem, Tensor, module::Weights, session::Inputs};
 
 /// Inputs on the host.
 #[derive(Clone, Debug)]
@@ -30,6 +30,34 @@ impl Tensors {
     #[must_use]
     pub fn inputs(&self) -> Inputs<'_> {
         Inputs { q: &self.q, k: &self.k, v: &self.v, mask: self.mask.as_deref() }
+    }
+}
+
+/// Parameters and input of a module on the host.
+#[derive(Clone, Debug)]
+pub struct ModuleTensors {
+    /// The parameters.
+    pub weights: Weights,
+    /// Input, `[B, N, hidden]`.
+    pub x: Tensor,
+    /// Padding mask `[B, N]`, if the problem has one.
+    pub mask: Option<Vec<u8>>,
+}
+
+impl ModuleTensors {
+    /// Parameters and x from the normal distribution.
+    ///
+    /// # Errors
+    /// As [`Weights::random`].
+    pub fn random(problem: &Problem, seed: u64) -> Result<Self, Error> {
+        let (batch, seq) = (problem.batch(), problem.seq_q());
+        let hidden = problem.heads() * problem.head_dim();
+        Ok(Self {
+            weights: Weights::random(problem.dtype(), hidden, seed)?,
+            // Weights draw from streams of their own.
+            x: Tensor::random(problem.dtype(), &[batch, seq, hidden], !seed.wrapping_mul(3), 0.0),
+            mask: problem.has_mask().then(|| tail_mask(batch, seq, seed)),
+        })
     }
 }
 

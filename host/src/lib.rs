@@ -16,6 +16,7 @@ pub mod progress;
 pub mod report;
 pub mod results;
 pub mod run;
+pub mod subject;
 pub mod table;
 pub mod verify;
 

@@ -10,7 +10,12 @@ use flash_attention::{
     registry::{self, KERNELS, KernelSpec, Target},
 };
 
-use crate::{failure::Usage, report::ReportArgs, results::Options, run::RunArgs};
+use crate::{
+    failure::Usage,
+    report::ReportArgs,
+    results::{LevelChoice, Options},
+    run::RunArgs,
+};
 
 /// FlashAttention kernels in Rust: look at them, compare them, verify them.
 #[derive(Debug, Parser)]
@@ -89,6 +94,10 @@ pub struct CompareArgs {
     /// The problem.
     #[command(flatten)]
     pub problem: ProblemArgs,
+    /// What to run: attention alone, the multi-head attention module with its projections, or
+    /// both
+    #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
+    pub level: LevelChoice,
     /// Timed runs of each kernel
     #[arg(long, value_name = "COUNT", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub iters: Option<usize>,
@@ -120,12 +129,16 @@ pub struct VerifyArgs {
     /// The problem.
     #[command(flatten)]
     pub problem: ProblemArgs,
-    /// Largest absolute difference of O and LSE that passes; 1e-3 in f32, none in f16 and bf16,
+    /// What to verify: attention alone, the multi-head attention module with its projections, or
+    /// both
+    #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
+    pub level: LevelChoice,
+    /// Largest absolute difference that passes; 1e-3 in f32, none in f16 and bf16,
     /// where twice the plain algorithm's error alone decides
     #[arg(long, value_name = "MAX")]
     pub threshold: Option<f64>,
-    /// Rows of O to compare, spread over the tensor; every row unless given, as far as that
-    /// takes seconds
+    /// Rows of O, and tokens of a module's output, to compare, spread over the tensor; every one
+    /// unless given, as far as that takes seconds
     #[arg(long, value_name = "COUNT", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub rows: Option<usize>,
     /// Write every difference's summary as JSON

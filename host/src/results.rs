@@ -34,9 +34,9 @@ pub struct Results {
     pub options: Options,
     /// Whether the run was stopped (Ctrl-C) before everything was measured.
     pub interrupted: bool,
-    /// One row a kernel and sequence length.
+    /// One row a kernel, sequence length and level.
     pub rows: Vec<Row>,
-    /// One comparison with the f64 oracle a kernel, sequence length and tensor.
+    /// One comparison with the f64 oracle a kernel, sequence length, level and tensor.
     pub checks: Vec<Check>,
 }
 
@@ -183,7 +183,22 @@ pub enum LevelChoice {
     Both,
 }
 
+impl fmt::Display for LevelChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Attention => "attention",
+            Self::Module => "module",
+            Self::Both => "both",
+        })
+    }
+}
+
 impl LevelChoice {
+    /// The levels covered.
+    pub fn levels(self) -> impl Iterator<Item = Level> {
+        [Level::Attention, Level::Module].into_iter().filter(move |&level| self.covers(level))
+    }
+
     /// Whether a level is covered.
     #[must_use]
     pub const fn covers(self, level: Level) -> bool {
@@ -283,9 +298,9 @@ pub struct Row {
     pub sustained_ms: Option<f64>,
     /// 10^12 floating-point operations a second then.
     pub sustained_tflops: Option<f64>,
-    /// Most device memory in use at once, in bytes, inputs and outputs included.
+    /// Most device memory in use at once, in bytes, inputs, outputs and parameters included.
     pub peak_bytes: Option<u64>,
-    /// Device memory beyond inputs and outputs, in bytes.
+    /// Device memory beyond inputs and outputs, and parameters of a module, in bytes.
     pub workspace_bytes: Option<u64>,
     /// Peak memory predicted before the launch.
     pub needed_bytes: Option<u64>,
@@ -299,11 +314,13 @@ pub struct Row {
     pub speedup_standard: Option<f64>,
     /// Share of `standard`'s peak memory that this one does without.
     pub memory_saved_standard: Option<f64>,
-    /// Largest absolute difference of O from the f64 oracle, over the rows compared.
+    /// Largest absolute difference of O, or of a module's y, from the f64 oracle, over the rows
+    /// compared.
     pub max_abs_err: Option<f64>,
     /// Whether times are those of the emulator: the algorithm, not GPU speed.
     pub emulated: bool,
-    /// Floating-point operations of the problem, by convention.
+    /// Floating-point operations of the problem, by convention; with the projections at module
+    /// level.
     pub flops: f64,
     /// Bytes that the kernel read from global memory, counted by the emulator.
     pub global_bytes_read: Option<u64>,
@@ -311,6 +328,18 @@ pub struct Row {
     pub global_bytes_written: Option<u64>,
     /// Whether this is another library's implementation.
     pub peer: bool,
+}
+
+impl Row {
+    /// Bytes of the parameters of a module, which its peak memory includes.
+    #[must_use]
+    pub const fn parameter_bytes(&self) -> u64 {
+        let hidden = (self.heads * self.head_dim) as u64;
+        match self.level {
+            Level::Attention => 0,
+            Level::Module => 4 * (hidden * hidden + hidden) * self.dtype.size() as u64,
+        }
+    }
 }
 
 impl Default for Row {
@@ -385,7 +414,7 @@ pub struct Check {
     pub within_threshold: bool,
     /// Whether the error is within twice that of the plain algorithm.
     pub within_twice: bool,
-    /// Index of the worst element, `[b, h, i, d]` or `[b, h, i]`.
+    /// Index of the worst element, `[b, h, i, d]` or `[b, h, i]`; `[b, n, feature]` of a module.
     pub worst_index: Vec<usize>,
     /// The kernel's value there.
     #[serde(with = "number")]

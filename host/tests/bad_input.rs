@@ -37,6 +37,7 @@ fn impossible_values_are_named() {
         (&["--kernels", "naive,naive"], "listed twice"),
         (&["--kernels", "flash_mma", "--dtype", "f32"], "flash_mma does not support f32"),
         (&["--kernels", "naive,flash_mma", "--dtype", "f32"], "flash_mma does not support f32"),
+        (&["--level", "tokens"], "'tokens'"),
         (&["--device", "tpu"], "use auto, gpu, gpu:1 or cpu"),
         (&["--device", "gpu"], "no GPU: "),
         (&["--device", "gpu", "--memory-limit", "1GiB"], "--device cpu"),

@@ -5,7 +5,7 @@ mod common;
 use common::{host, run, with_gpu};
 use host::{
     output,
-    results::{Results, SCHEMA, Status},
+    results::{Level, LevelChoice, Results, SCHEMA, Status},
 };
 
 const SMALL: [&str; 6] = ["--seq", "33,64", "--heads", "1", "--iters", "2"];
@@ -23,14 +23,19 @@ fn compare_writes_what_it_prints() {
         .arg(&csv));
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
     assert!(stdout.contains("Emulated times show the algorithm"), "{stdout}");
-    assert!(stdout.contains("N = 33") && stdout.contains("N = 64"), "{stdout}");
+    for heading in ["N = 33, attention", "N = 33, module", "N = 64, attention", "N = 64, module"] {
+        assert!(stdout.contains(heading), "{stdout}");
+    }
+    assert!(stdout.contains("projections are by linear_mma"), "{stdout}");
 
     let results = Results::read_json(&json).unwrap();
     assert_eq!((results.schema, results.command.as_str()), (SCHEMA, "compare"));
     assert_eq!(results.options.seq, [33, 64]);
     assert!(results.options.causal && results.options.mask && !results.interrupted);
     assert!(results.device.emulated && results.driver.is_none() && !results.commit.is_empty());
-    assert_eq!(results.rows.len(), 2 * results.options.kernels.len());
+    assert_eq!(results.options.level, LevelChoice::Both);
+    let kernels = results.options.kernels.len();
+    assert_eq!(results.rows.len(), 2 * 2 * kernels);
     assert_eq!(output::read_csv(&csv).unwrap(), results.rows);
     for row in &results.rows {
         assert!(stdout.contains(&row.kernel));
@@ -41,15 +46,26 @@ fn compare_writes_what_it_prints() {
             assert!(row.max_abs_err.is_some() && row.speedup.is_some());
         }
     }
-    let naive = &results.rows[0];
-    assert_eq!(
-        (naive.kernel.as_str(), naive.speedup, naive.memory_saved),
-        ("naive", Some(1.0), Some(0.0))
-    );
-    let flash = &results.rows[1];
+    for naive in [&results.rows[0], &results.rows[kernels]] {
+        assert_eq!(
+            (naive.kernel.as_str(), naive.speedup, naive.memory_saved),
+            ("naive", Some(1.0), Some(0.0))
+        );
+    }
+    let flash = results.rows.iter().find(|row| row.kernel == "flash_tiled").unwrap();
     assert!(flash.memory_saved > Some(0.0) && flash.workspace_bytes == Some(0));
-    let ok = results.rows.iter().filter(|row| row.status == Status::Ok).count();
-    assert_eq!(results.checks.len(), 2 * ok);
+    let module = results.rows.iter().find(|row| row.level == Level::Module).unwrap();
+    // Parameters, x and y; q, k, v and O are the module's workspace.
+    let (hidden, tokens) = (64, 33);
+    let own = 4 * (hidden * hidden + hidden) * 2 + 2 * tokens * hidden * 2 + tokens;
+    let workspace = module.workspace_bytes.unwrap();
+    assert_eq!(module.peak_bytes, Some(own + workspace));
+    assert!(workspace > 4 * tokens * hidden * 2);
+    let ok = |level| {
+        let rows = results.rows.iter().filter(move |row| row.level == level);
+        rows.filter(|row| row.status == Status::Ok).count()
+    };
+    assert_eq!(results.checks.len(), 2 * ok(Level::Attention) + ok(Level::Module));
     assert!(results.checks.iter().all(|check| check.passed()));
 }
 
@@ -60,13 +76,27 @@ fn what_does_not_fit_is_a_row() {
     let limited = ["compare", "--memory-limit", "100KiB", "--seq", "64,256,1000000"];
     let (code, stdout, _) = run(host()
         .args(limited)
-        .args(["--heads", "1", "--iters", "1", "--kernels", "naive,flash_tiled", "--json"])
+        .args(["--heads", "1", "--iters", "1", "--kernels", "naive,flash_tiled"])
+        .args(["--level", "attention", "--json"])
         .arg(&json));
     assert_eq!(code, 0, "{stdout}");
     let status: Vec<_> = Results::read_json(&json).unwrap().rows.iter().map(|r| r.status).collect();
     let (ok, oom) = (Status::Ok, Status::Oom);
     assert_eq!(status, [ok, ok, oom, oom, oom, oom], "{stdout}");
     assert!(stdout.contains("100 KiB were free: not tried"), "{stdout}");
+
+    // Both modules need their parameters, 32.5 KiB in f16; one needs the matrix too.
+    let module = ["compare", "--level", "module", "--memory-limit", "100KiB", "--heads", "1"];
+    let (code, stdout, _) = run(host()
+        .args(module)
+        .args(["--seq", "64,80", "--iters", "1", "--kernels", "naive,flash_tiled", "--json"])
+        .arg(&json));
+    assert_eq!(code, 0, "{stdout}");
+    let results = Results::read_json(&json).unwrap();
+    let status: Vec<_> = results.rows.iter().map(|r| (r.level, r.status)).collect();
+    assert!(status.iter().all(|(level, _)| *level == Level::Module));
+    let status: Vec<_> = status.into_iter().map(|(_, status)| status).collect();
+    assert_eq!(status, [ok, ok, oom, ok], "{stdout}");
 }
 
 #[test]
@@ -87,11 +117,15 @@ fn verify_gives_both_verdicts() {
     let results = Results::read_json(&json).unwrap();
     assert!(results.checks.iter().all(|c| c.threshold == Some(1e-3) && c.abs.max < 1e-5));
     assert!(results.checks.iter().all(|c| c.compared == c.elements));
+    let modules = results.checks.iter().filter(|c| c.level == Level::Module);
+    assert!(modules.clone().all(|c| c.tensor == "y" && c.worst_index.len() == 3));
+    assert!(modules.count() >= 2 && stdout.contains("flash_tiled, y: share of differences"));
 
     let strict = ["--threshold", "1e-12", "--rows", "8"];
     let (code, stdout, _) = run(host().args(&small[..5]).args(strict));
     assert_eq!(code, 1, "{stdout}");
     assert!(stdout.contains("8 of 140 rows compared"), "{stdout}");
+    assert!(stdout.contains("8 of 70 tokens compared"), "{stdout}");
     assert!(
         stdout.contains("verdict: WRONG") && stdout.contains("beyond the threshold"),
         "{stdout}"
@@ -121,7 +155,8 @@ fn a_gpu_is_preferred_and_its_memory_counts() {
     let json = folder.path().join("gpu.json");
     let Some(mut gpu) = with_gpu("9.0", 4 << 20) else { return };
     let arguments = ["--batch", "1", "--heads", "1", "--seq", "64,2048", "--iters", "1"];
-    let only = ["--warmup", "0", "--kernels", "naive,flash_hopper", "--json"];
+    let only =
+        ["--warmup", "0", "--kernels", "naive,flash_hopper", "--level", "attention", "--json"];
     let (code, stdout, stderr) = run(gpu.arg("compare").args(arguments).args(only).arg(&json));
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
     let results = Results::read_json(&json).unwrap();
@@ -145,7 +180,7 @@ fn peers_are_rows_or_one_line() {
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
     let absent = stdout.matches("no rows of PyTorch: ").count();
     let rows = stdout.lines().filter(|line| line.starts_with(" torch-math")).count();
-    assert_eq!(2 * absent + rows, 2, "{stdout}");
+    assert_eq!(4 * absent + rows, 4, "{stdout}");
     assert!(!stdout.contains("is wrong"), "{stdout}");
 }
 

@@ -178,23 +178,18 @@ impl MultiHeadAttention {
             .build()
     }
 
-    /// The kernel that projects so many tokens: the best that can, unless a certain one was
-    /// asked for.
+    /// The kernel that runs the projections of a problem: the best that can, unless a certain
+    /// one was asked for.
     ///
     /// # Errors
     /// [`Error::Unsupported`] with the reason.
-    pub fn linear(&self, tokens: usize) -> Result<&'static LinearSpec, Error> {
+    pub fn linear(&self, problem: &Problem) -> Result<&'static LinearSpec, Error> {
         let target = Target::of(&**self.memory.device());
-        let projection = self.projection(tokens);
+        let projection = projection(problem);
         match self.linear {
             None => registry::best_linear(&projection, &target),
             Some(kernel) => kernel.supports(&projection, &target).map(|()| kernel),
         }
-    }
-
-    const fn projection(&self, tokens: usize) -> Projection {
-        let hidden = self.hidden();
-        Projection { dtype: self.dtype, rows: tokens, in_features: hidden, out_features: hidden }
     }
 
     /// Bytes of the parameters.
@@ -259,7 +254,7 @@ impl MultiHeadAttention {
         let target = Target::of(device);
         kernel.supports(problem, &target)?;
         let tokens = problem.batch() * problem.seq_q();
-        let linear = self.linear(tokens)?;
+        let linear = self.linear(problem)?;
         let x_bytes = problem.q_elements() * self.dtype.size();
         let mask_bytes = if problem.has_mask() { tokens } else { 0 };
         for (what, expected, given) in
@@ -284,7 +279,7 @@ impl MultiHeadAttention {
         let attention = Attention::new(&self.memory, kernel, problem, &inputs)?;
         let y = empty()?;
 
-        let step = (linear.step)(&self.projection(tokens));
+        let step = (linear.step)(&projection(problem));
         let project = |index: usize, from: &DeviceBuffer, to: &DeviceBuffer| {
             let [weight, bias] = self.parameters[index].each_ref().map(DeviceBuffer::as_arg);
             step.clone().launch(&self.linear_args(
@@ -361,6 +356,18 @@ impl MultiHeadAttention {
 pub fn flops(problem: &Problem) -> f64 {
     let hidden = (problem.heads() * problem.head_dim()) as f64;
     problem.flops() + 8.0 * problem.q_elements() as f64 * hidden
+}
+
+/// Each of the four projections around a problem.
+#[must_use]
+pub const fn projection(problem: &Problem) -> Projection {
+    let hidden = problem.heads() * problem.head_dim();
+    Projection {
+        dtype: problem.dtype(),
+        rows: problem.batch() * problem.seq_q(),
+        in_features: hidden,
+        out_features: hidden,
+    }
 }
 
 /// Bytes of the parameters of a module for such problems.

@@ -17,11 +17,19 @@ use crate::{
 /// Tokens that are projected side by side, so that a row of weights is read once for them.
 const SIDE_BY_SIDE: usize = 8;
 
-/// Tokens of a problem, as `b * N + n`: as many as can be compared with about so many
-/// multiplications, spread evenly over batch entries and positions; every token where that
-/// is affordable. At least one batch entry is computed, whose keys all have to be projected.
+/// At most `count` tokens of a problem, as `b * N + n`, spread evenly over batch entries and
+/// positions.
 #[must_use]
-pub fn sample_tokens(problem: &Problem, multiplications: u64) -> Vec<usize> {
+pub fn sample_tokens(problem: &Problem, count: usize) -> Vec<usize> {
+    let all = problem.batch() * problem.seq_q();
+    spread(all, count.min(all))
+}
+
+/// As many tokens as can be compared with about so many multiplications; every token where
+/// that is affordable. At least one batch entry is computed, whose keys all have to be
+/// projected.
+#[must_use]
+pub fn affordable_tokens(problem: &Problem, multiplications: u64) -> Vec<usize> {
     let (batch, seq) = (problem.batch(), problem.seq_q());
     let hidden = (problem.heads() * problem.head_dim()) as u64;
     // K and V of an entry; Q, the output projection and attention of a token.
@@ -197,11 +205,13 @@ mod tests {
     #[test]
     fn tokens_are_all_or_spread() {
         let problem = Problem::builder(3, 2, 50, 32).build().unwrap();
-        assert_eq!(sample_tokens(&problem, u64::MAX), (0..150).collect::<Vec<_>>());
-        let some = sample_tokens(&problem, 2_000_000);
+        assert_eq!(affordable_tokens(&problem, u64::MAX), (0..150).collect::<Vec<_>>());
+        let some = affordable_tokens(&problem, 2_000_000);
         assert!(some.len() < 150 && some.contains(&0) && some.contains(&149), "{some:?}");
-        let few = sample_tokens(&problem, 0);
+        let few = affordable_tokens(&problem, 0);
         assert_eq!((few.len(), few[0], few[7]), (8, 0, 49));
-        assert_eq!(sample_tokens(&Problem::builder(2, 2, 1, 32).build().unwrap(), 0), [0]);
+        assert_eq!(sample_tokens(&problem, 3), [0, 74, 149]);
+        assert_eq!(sample_tokens(&problem, 500).len(), 150);
+        assert_eq!(affordable_tokens(&Problem::builder(2, 2, 1, 32).build().unwrap(), 0), [0]);
     }
 }

@@ -99,7 +99,8 @@ fn a_projection_runs_on_the_kernel_that_was_asked_for() {
     let x = Tensor::random(DType::BF16, &[1, 5, HIDDEN], 1, 0.0);
     for linear in LINEAR_KERNELS {
         let module = module(&session, DType::BF16);
-        assert_eq!(module.linear(5).unwrap().name, LINEAR_KERNELS.last().unwrap().name);
+        let problem = module.problem(1, 5, false, &Pass::default()).unwrap();
+        assert_eq!(module.linear(&problem).unwrap().name, LINEAR_KERNELS.last().unwrap().name);
         let module = module.with_linear(linear);
         let kernel = find("flash_tiled").unwrap();
         let forward = module.prepare(kernel, &x, None, &Pass::default()).unwrap();

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::{
-    measure::{Bench, row},
+    measure::Bench,
     stats::{Times, write_sustained},
 };
 use crate::{
@@ -14,6 +14,7 @@ use crate::{
     peers::{self, Measured, PYTHON, Peers},
     progress::{Progress, print_lines},
     results::{Check, Results, Row, Status},
+    subject::row,
 };
 
 /// Starts PyTorch, or says in a line why there will be no rows of it. `backends`: those to
@@ -52,13 +53,14 @@ pub fn measure(
     progress: &Progress,
 ) {
     let Some(process) = peers else { return };
-    progress.doing(format!("N {}: PyTorch", bench.problem.seq_q()));
+    let subject = bench.subject;
+    progress.doing(format!("N {}, {}: PyTorch", subject.problem().seq_q(), subject.level()));
     let mut backends = process.backends().to_vec();
     if let Some(row) = too_large_for_the_cpu(bench) {
         backends.retain(|&backend| backend != "math");
         results.rows.push(row);
     }
-    match process.measure(&backends, bench.problem, &bench.inputs, bench.repeats) {
+    match process.measure(&backends, subject, bench.repeats) {
         Ok(all) => {
             for measured in all {
                 let (row, check) = finish(bench, measured);
@@ -76,10 +78,10 @@ pub fn measure(
 /// The row of the backend that keeps the N x N matrix, where it would not fit the memory of
 /// this computer: Linux would end the process, and perhaps this one.
 fn too_large_for_the_cpu(bench: &Bench<'_>) -> Option<Row> {
-    let device = bench.session.device();
-    let (rows, keys) = (bench.problem.rows() as u64, bench.problem.seq_k() as u64);
+    let (device, problem) = (bench.subject.session().device(), bench.subject.problem());
+    let (rows, keys) = (problem.rows() as u64, problem.seq_k() as u64);
     // Scores and weights, each once in f32 and once in the storage type.
-    let needed = 2 * rows * keys * (4 + bench.problem.dtype().size() as u64);
+    let needed = 2 * rows * keys * (4 + problem.dtype().size() as u64);
     let free = device.memory_info().ok()?.free;
     (device.is_emulated() && needed > free).then(|| Row {
         status: Status::Oom,
@@ -95,7 +97,8 @@ fn too_large_for_the_cpu(bench: &Bench<'_>) -> Option<Row> {
 }
 
 fn peer_row(bench: &Bench<'_>, name: &str) -> Row {
-    let mut row = row(bench.session, name, bench.problem);
+    let subject = bench.subject;
+    let mut row = row(subject.session(), subject.level(), name, subject.problem());
     if row.emulated {
         row.device = "CPU".into();
         row.emulated = false;
@@ -105,12 +108,12 @@ fn peer_row(bench: &Bench<'_>, name: &str) -> Row {
 }
 
 fn finish(bench: &Bench<'_>, measured: Measured) -> (Row, Option<Check>) {
-    let problem = bench.problem;
+    let subject = bench.subject;
     let mut row = peer_row(bench, &measured.name);
     row.status = measured.status;
     row.reason = measured.reason;
     row.peak_bytes = measured.peak_bytes;
-    let own = problem.input_bytes() + problem.output_bytes();
+    let own = subject.own_bytes();
     row.workspace_bytes = measured.peak_bytes.map(|peak| peak.saturating_sub(own));
     if let Some(times) = Times::of(&measured.times_ms) {
         times.write_to(&mut row);
@@ -119,8 +122,9 @@ fn finish(bench: &Bench<'_>, measured: Measured) -> (Row, Option<Check>) {
         }
     }
     // Another generator drops other weights.
-    let comparable = problem.dropout().is_none();
-    let check = measured.o.filter(|_| comparable).map(|o| bench.oracle.check_o(&row.kernel, o));
+    let comparable = subject.problem().dropout().is_none();
+    let output = measured.output.filter(|_| comparable);
+    let check = output.map(|output| subject.check_output(&row.kernel, output));
     if let Some(check) = &check {
         row.max_abs_err = Some(check.abs.max);
         if !check.passed() {

@@ -1,17 +1,14 @@
 //! One row: a kernel on a problem, verified first and then timed.
 
-use flash_attention::{
-    Error, Problem,
-    registry::KernelSpec,
-    session::{Inputs, Session, Work},
-};
+use flash_attention::{Error, registry::KernelSpec, session::Work};
 
 use super::stats::{Times, runs_in, write_sustained};
 use crate::{
-    accuracy::{Oracle, complaint},
-    format, interrupt,
+    accuracy::complaint,
+    interrupt,
     progress::Progress,
     results::{Check, Row, Status},
+    subject::Subject,
 };
 
 /// How often a kernel is run.
@@ -25,70 +22,10 @@ pub struct Repeats {
     pub sustained: Option<f64>,
 }
 
-/// A row with what is known before anything runs.
-#[must_use]
-pub fn row(session: &Session, kernel: &str, problem: &Problem) -> Row {
-    let device = session.device();
-    Row {
-        kernel: kernel.into(),
-        device: device.name(),
-        batch: problem.batch(),
-        heads: problem.heads(),
-        seq: problem.seq_q(),
-        head_dim: problem.head_dim(),
-        dtype: problem.dtype(),
-        causal: problem.causal(),
-        emulated: device.is_emulated(),
-        flops: problem.flops(),
-        ..Row::default()
-    }
-}
-
-/// What can be said of a kernel without running it: a row that ends here because the
-/// kernel cannot do the problem, or because its memory is not free.
-///
-/// # Errors
-/// When the device does not answer.
-pub fn foresee(
-    session: &Session,
-    kernel: &KernelSpec,
-    problem: &Problem,
-) -> Result<(Row, bool), Error> {
-    let mut row = row(session, kernel.name, problem);
-    match kernel.supports(problem, &session.target()) {
-        Err(Error::Unsupported { reason, .. }) => {
-            row.status = Status::Unsupported;
-            row.reason = reason;
-            return Ok((row, false));
-        }
-        other => other?,
-    }
-    row.needed_bytes = Some(kernel.peak_bytes(problem, &session.target()));
-    match session.check_fits(kernel, problem) {
-        Err(Error::OutOfMemory { needed, free, .. }) => {
-            row.status = Status::Oom;
-            row.free_bytes = Some(free);
-            row.reason = format!(
-                "needs {}, {} were free: not tried",
-                format::bytes(needed as f64),
-                format::bytes(free as f64)
-            );
-            Ok((row, false))
-        }
-        other => other.map(|()| (row, true)),
-    }
-}
-
 /// What is needed to measure kernels on one problem.
 pub struct Bench<'a> {
-    /// The device.
-    pub session: &'a Session,
-    /// The problem.
-    pub problem: &'a Problem,
-    /// Its tensors.
-    pub inputs: Inputs<'a>,
-    /// The right answer.
-    pub oracle: &'a Oracle,
+    /// The problem with its tensors.
+    pub subject: &'a Subject<'a>,
     /// How often kernels run.
     pub repeats: Repeats,
 }
@@ -105,7 +42,8 @@ impl Bench<'_> {
         if let Err(error) = self.try_measure(kernel, &mut row, &mut checks, progress) {
             if error.is_out_of_memory() {
                 row.status = Status::Oom;
-                row.free_bytes = self.session.device().memory_info().ok().map(|m| m.free);
+                let memory = self.subject.session().device().memory_info();
+                row.free_bytes = memory.ok().map(|m| m.free);
                 row.reason = format!("ran out in spite of the prediction: {error}");
             } else {
                 row.status = Status::Failed;
@@ -122,22 +60,14 @@ impl Bench<'_> {
         checks: &mut Vec<Check>,
         progress: &Progress,
     ) -> Result<(), Error> {
-        let device = self.session.device();
-        let prepared = self.session.prepare(kernel, self.problem, &self.inputs)?;
-        let memory = prepared.memory();
-        row.peak_bytes = Some(memory.peak);
-        row.workspace_bytes = Some(memory.workspace);
-
-        let title = format!("N {}: {}", self.problem.seq_q(), kernel.name);
+        let title = format!("N {}, {}: {}", row.seq, row.level, kernel.name);
         progress.doing(format!("{title}: verifying"));
-        device.take_counters();
-        prepared.launch()?;
-        if let Some(counters) = device.take_counters() {
-            row.global_bytes_read = Some(counters.global_bytes_read);
-            row.global_bytes_written = Some(counters.global_bytes_written);
-        }
-        let outputs = prepared.attention().outputs_without_weights()?;
-        checks.extend(self.oracle.checks(kernel.name, &outputs, None));
+        let ran = self.subject.run(kernel, None)?;
+        row.peak_bytes = Some(ran.peak_bytes);
+        row.workspace_bytes = Some(ran.workspace_bytes);
+        row.global_bytes_read = ran.counters.map(|c| c.global_bytes_read);
+        row.global_bytes_written = ran.counters.map(|c| c.global_bytes_written);
+        checks.extend(ran.checks);
         row.max_abs_err = checks.first().map(|o| o.abs.max);
         progress.step();
         if let Some(bad) = checks.iter().find(|check| !check.passed()) {
@@ -145,12 +75,12 @@ impl Bench<'_> {
             row.reason = complaint(bad);
             return Ok(());
         }
-        self.time(&prepared, row, &title, progress)
+        self.time(&*ran.work, row, &title, progress)
     }
 
     fn time(
         &self,
-        prepared: &impl Work,
+        work: &dyn Work,
         row: &mut Row,
         title: &str,
         progress: &Progress,
@@ -160,7 +90,7 @@ impl Bench<'_> {
             if interrupt::requested() {
                 break;
             }
-            prepared.launch()?;
+            work.launch()?;
             progress.step();
         }
         let mut times = Vec::with_capacity(self.repeats.iters);
@@ -169,7 +99,7 @@ impl Bench<'_> {
                 break;
             }
             progress.doing(format!("{title}: run {} of {}", run + 1, self.repeats.iters));
-            times.extend(prepared.time_ms(0, 1)?);
+            times.extend(work.time_ms(0, 1)?);
             progress.step();
         }
         match Times::of(&times) {
@@ -179,7 +109,7 @@ impl Bench<'_> {
         if let Some(seconds) = self.repeats.sustained.filter(|_| !interrupt::requested()) {
             progress.doing(format!("{title}: back to back"));
             let runs = runs_in(seconds, row);
-            write_sustained(row, prepared.sustained_ms(runs)?);
+            write_sustained(row, work.sustained_ms(runs)?);
         }
         Ok(())
     }

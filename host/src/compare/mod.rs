@@ -6,26 +6,28 @@ mod measure;
 mod stats;
 
 use anyhow::Result;
-use flash_attention::{Problem, registry::KernelSpec, session::Session};
+use flash_attention::{
+    Problem, module,
+    registry::{KernelSpec, Target, best_linear},
+    session::Session,
+};
 
 use crate::{
-    accuracy::Oracle,
     failure::Outcome,
-    format,
-    inputs::Tensors,
-    interrupt, machine,
+    format, interrupt, machine,
     machine::Opened,
     options::{CompareArgs, Defaults},
     output,
     peers::Peers,
     progress::{Progress, print_lines},
     report,
-    results::{Options, Results, Row, Status},
+    results::{Level, Options, Results, Row, Status},
+    subject::{Effort, Subject, foresee},
     table,
 };
 use measure::Bench;
 
-pub use measure::{Repeats, foresee};
+pub use measure::Repeats;
 
 /// The lab's experiment, on a GPU.
 const ON_GPU: Defaults = Defaults {
@@ -41,6 +43,8 @@ const EMULATED: Defaults = Defaults { seq: &[64, 128, 256], batch: 1, heads: 2, 
 const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 3, sustained: None };
 /// Multiplications that the oracle may spend on a sequence length; rows are sampled so.
 const ORACLE_BUDGET: usize = 1 << 25;
+/// The same for a module, whose keys have to be projected before any row can be compared.
+const MODULE_ORACLE_BUDGET: usize = 1 << 30;
 
 /// Runs the command.
 ///
@@ -66,10 +70,15 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     let problems = args.problem.problems(&defaults)?;
     let kernels = args.problem.chosen_kernels(&problems, &session.target())?;
     let Repeats { warmup, iters, sustained } = repeats;
-    let options =
-        Options { warmup, iters, sustained, ..args.problem.recorded(&problems, &kernels) };
+    let options = Options {
+        warmup,
+        iters,
+        sustained,
+        level: args.level,
+        ..args.problem.recorded(&problems, &kernels)
+    };
     let mut results = machine::results("compare", &opened, options);
-    print_lines(&heading(args, &opened, &results.options));
+    print_lines(&heading(args, &opened, &results.options, &problems));
     let mut peers = match &args.peers {
         Some(backends) => beside::start(&opened, args.problem.device, backends)?,
         None => None,
@@ -77,19 +86,21 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     results.options.peers = peers.is_some();
 
     interrupt::listen();
-    let progress =
-        Progress::new(problems.len() * kernels.len() * (1 + repeats.warmup + repeats.iters));
+    let run = Run { session: &session, kernels: &kernels, repeats, seed: args.problem.seed };
+    let all: Vec<_> =
+        problems.iter().flat_map(|p| args.level.levels().map(move |level| (level, p))).collect();
+    let progress = Progress::new(all.len() * kernels.len() * (1 + repeats.warmup + repeats.iters));
     let mut failure = None;
-    for problem in &problems {
+    for (level, problem) in all {
         let before = results.rows.len();
-        let run = Run { session: &session, kernels: &kernels, repeats, seed: args.problem.seed };
-        if let Err(error) = run.compare_one(problem, &mut peers, &mut results, &progress) {
+        if let Err(error) = run.compare_one(level, problem, &mut peers, &mut results, &progress) {
             failure = Some(error);
         }
         let rows = &mut results.rows[before..];
         stats::fill_ratios(rows);
         if !rows.is_empty() {
-            progress.print(&format!("\nN = {}\n{}", problem.seq_q(), table::rows(rows)));
+            let heading = format!("\nN = {}, {level}", problem.seq_q());
+            progress.print(&format!("{heading}\n{}", table::rows(rows)));
         }
         results.interrupted = interrupt::requested();
         if results.interrupted || failure.is_some() {
@@ -116,6 +127,7 @@ impl Run<'_> {
     /// Measures every kernel on one problem; rows are added as they are ready.
     fn compare_one(
         &self,
+        level: Level,
         problem: &Problem,
         peers: &mut Option<Peers>,
         results: &mut Results,
@@ -124,7 +136,7 @@ impl Run<'_> {
         let &Self { session, kernels, repeats, seed } = self;
         let mut foreseen: Vec<(&'static KernelSpec, Row, bool)> = Vec::new();
         for &kernel in kernels {
-            let (row, can_run) = measure::foresee(session, kernel, problem)?;
+            let (row, can_run) = foresee(session, level, kernel, problem)?;
             foreseen.push((kernel, row, can_run));
         }
         // Tensors may be too large for this computer when none of the kernels can run.
@@ -132,11 +144,14 @@ impl Run<'_> {
             results.rows.extend(foreseen.into_iter().map(|(_, row, _)| row));
             return Ok(());
         }
-        progress.doing(format!("N {}: inputs and their attention in f64", problem.seq_q()));
-        let tensors = Tensors::random(problem, seed);
-        let rows = Oracle::affordable_rows(problem, ORACLE_BUDGET);
-        let oracle = Oracle::new(problem, &tensors.inputs(), rows);
-        let bench = Bench { session, problem, inputs: tensors.inputs(), oracle: &oracle, repeats };
+        progress.doing(format!("N {}, {level}: inputs and outputs in f64", problem.seq_q()));
+        let budget = match level {
+            Level::Attention => ORACLE_BUDGET,
+            Level::Module => MODULE_ORACLE_BUDGET,
+        };
+        let effort = Effort::Multiplications(budget);
+        let subject = Subject::new(session, level, problem, seed, effort)?;
+        let bench = Bench { subject: &subject, repeats };
         for (kernel, row, can_run) in foreseen {
             if interrupt::requested() {
                 break;
@@ -157,7 +172,7 @@ impl Run<'_> {
 }
 
 /// What is about to be measured, and where.
-fn heading(args: &CompareArgs, opened: &Opened, options: &Options) -> String {
+fn heading(args: &CompareArgs, opened: &Opened, options: &Options, problems: &[Problem]) -> String {
     let mut text = device_line(opened);
     if opened.info.emulated {
         text += "\nEmulated times show the algorithm, not GPU speed. FLOP, bytes read and written in \
@@ -165,6 +180,11 @@ fn heading(args: &CompareArgs, opened: &Opened, options: &Options) -> String {
         if args.problem.seq.is_none() && args.problem.batch.is_none() {
             text += "\nThe defaults are smaller here than on a GPU, to end within seconds.";
         }
+    }
+    let module = problems.first().filter(|_| args.level.covers(Level::Module));
+    let target = Target::of(&*opened.device);
+    if let Some(Ok(linear)) = module.map(|p| best_linear(&module::projection(p), &target)) {
+        text += &format!("\nThe module's projections are by {}.", linear.name);
     }
     let Options { warmup, iters, .. } = options;
     text + &format!(

@@ -1,4 +1,4 @@
-//! `--peers`: PyTorch's attention beside the kernels, on the same tensors, measured the same
+//! `--peers`: PyTorch's attention, or a module around it with the same parameters, beside the kernels, on the same tensors, measured the same
 //! way, where a Python with PyTorch is there. A Python process ([`peers.py`](peers.py))
 //! does it; tensors go and come through pipes.
 
@@ -9,10 +9,16 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use flash_attention::{Problem, Tensor, session::Inputs};
+use flash_attention::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::{compare::Repeats, failure::Usage, options::DeviceChoice, results::Status};
+use crate::{
+    compare::Repeats,
+    failure::Usage,
+    options::DeviceChoice,
+    results::{Level, Status},
+    subject::Subject,
+};
 
 /// Names the Python to run; `python3` unless set.
 pub const PYTHON: &str = "FLASH_ATTENTION_PYTHON";
@@ -59,8 +65,8 @@ pub struct Measured {
     pub sustained_ms: Option<f64>,
     /// Most memory that PyTorch had in use, where it counts.
     pub peak_bytes: Option<u64>,
-    /// O.
-    pub o: Option<Tensor>,
+    /// O, or a module's y.
+    pub output: Option<Tensor>,
 }
 
 impl Peers {
@@ -123,13 +129,16 @@ impl Peers {
     pub fn measure(
         &mut self,
         backends: &[&str],
-        problem: &Problem,
-        inputs: &Inputs<'_>,
+        subject: &Subject<'_>,
         Repeats { warmup, iters, sustained }: Repeats,
     ) -> Result<Vec<Measured>> {
+        let problem = subject.problem();
+        let work = Work { tensors: subject.tensors(), mask: subject.mask() };
         let job = Job {
             device: &self.device,
             backends,
+            level: subject.level(),
+            shapes: work.tensors.iter().map(|tensor| tensor.shape()).collect(),
             batch: problem.batch(),
             heads: problem.heads(),
             seq: problem.seq_q(),
@@ -144,7 +153,7 @@ impl Peers {
             iters,
             sustained,
         };
-        self.link.run(&job, problem, inputs).context("PyTorch's process")
+        self.link.run(&job, &work).context("PyTorch's process")
     }
 }
 
@@ -170,6 +179,8 @@ struct Hello {
 struct Job<'a> {
     device: &'a str,
     backends: &'a [&'a str],
+    level: Level,
+    shapes: Vec<&'a [usize]>,
     batch: usize,
     heads: usize,
     seq: usize,
@@ -185,7 +196,13 @@ struct Job<'a> {
     sustained: Option<f64>,
 }
 
-/// The answer of one backend; O follows it.
+/// The tensors of a job, in the order in which they are sent. The output is as the first.
+struct Work<'a> {
+    tensors: Vec<&'a Tensor>,
+    mask: Option<&'a [u8]>,
+}
+
+/// The answer of one backend; its output follows it.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Answer {
@@ -216,41 +233,38 @@ impl<R: BufRead, W: Write> Link<R, W> {
         self.line()
     }
 
-    fn run(
-        &mut self,
-        job: &Job<'_>,
-        problem: &Problem,
-        inputs: &Inputs<'_>,
-    ) -> Result<Vec<Measured>> {
+    fn run(&mut self, job: &Job<'_>, work: &Work<'_>) -> Result<Vec<Measured>> {
         serde_json::to_writer(&mut self.to, job)?;
         self.to.write_all(b"\n")?;
-        for tensor in [inputs.q, inputs.k, inputs.v] {
+        for tensor in &work.tensors {
             self.to.write_all(tensor.bytes())?;
         }
-        self.to.write_all(inputs.mask.unwrap_or_default())?;
+        self.to.write_all(work.mask.unwrap_or_default())?;
         self.to.flush()?;
-        job.backends.iter().map(|backend| self.answer(backend, problem)).collect()
+        job.backends.iter().map(|backend| self.answer(backend, work.tensors[0])).collect()
     }
 
-    fn answer(&mut self, backend: &str, problem: &Problem) -> Result<Measured> {
+    fn answer(&mut self, backend: &str, like: &Tensor) -> Result<Measured> {
         let Answer { status, reason, times_ms, sustained_ms, peak_bytes, bytes } = self.line()?;
-        let mut o = None;
+        let mut output = None;
         if status == Status::Ok {
-            let expected = problem.q_elements() * problem.dtype().size();
+            let expected = like.bytes().len();
             if bytes != expected {
                 bail!("its output has {bytes} bytes, expected {expected}");
             }
             let mut data = vec![0; bytes];
             self.from.read_exact(&mut data)?;
-            o = Some(Tensor::from_bytes(problem.dtype(), &problem.q_shape(), &data)?);
+            output = Some(Tensor::from_bytes(like.dtype(), like.shape(), &data)?);
         }
         let name = format!("torch-{backend}");
-        Ok(Measured { name, status, reason, times_ms, sustained_ms, peak_bytes, o })
+        Ok(Measured { name, status, reason, times_ms, sustained_ms, peak_bytes, output })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use flash_attention::Problem;
+
     use super::*;
     use crate::inputs::Tensors;
 
@@ -258,6 +272,8 @@ mod tests {
         Job {
             device: "cpu",
             backends: &["math", "flash"],
+            level: Level::Attention,
+            shapes: Vec::new(),
             batch: problem.batch(),
             heads: problem.heads(),
             seq: problem.seq_q(),
@@ -279,20 +295,20 @@ mod tests {
         let problem = Problem::builder(1, 1, 3, 32).mask(true).build().unwrap();
         let tensors = Tensors::random(&problem, 1);
         let inputs = tensors.inputs();
+        let work = Work { tensors: vec![inputs.q, inputs.k, inputs.v], mask: inputs.mask };
         let mut answers =
             br#"{"status": "ok", "times_ms": [1.5, 2.5], "peak_bytes": 7, "bytes": 384}"#.to_vec();
         answers.push(b'\n');
         answers.extend_from_slice(inputs.v.bytes());
         answers.extend_from_slice(b"{\"status\": \"unsupported\", \"reason\": \"no mask\"}\n");
         let mut link = Link { from: answers.as_slice(), to: Vec::new() };
-        let [math, flash] =
-            <[_; 2]>::try_from(link.run(&job(&problem), &problem, &inputs).unwrap()).unwrap();
+        let [math, flash] = <[_; 2]>::try_from(link.run(&job(&problem), &work).unwrap()).unwrap();
         assert_eq!(
             (math.name.as_str(), math.status, math.peak_bytes),
             ("torch-math", Status::Ok, Some(7))
         );
         assert_eq!(math.times_ms, [1.5, 2.5]);
-        assert_eq!(math.o.as_ref(), Some(inputs.v));
+        assert_eq!(math.output.as_ref(), Some(inputs.v));
         assert_eq!((flash.status, flash.reason.as_str()), (Status::Unsupported, "no mask"));
         let sent = link.to;
         let end = sent.iter().position(|&b| b == b'\n').unwrap();
@@ -306,13 +322,14 @@ mod tests {
     fn a_process_that_ends_or_babbles_is_an_error() {
         let problem = Problem::builder(1, 1, 3, 32).build().unwrap();
         let tensors = Tensors::random(&problem, 1);
+        let work = Work { tensors: vec![tensors.inputs().q], mask: None };
         for (answers, part) in [
             (&b""[..], "ended"),
             (b"Killed\n", "it says \"Killed"),
             (b"{\"status\": \"ok\", \"bytes\": 4}\n", "expected 384"),
         ] {
             let mut link = Link { from: answers, to: Vec::new() };
-            let error = link.run(&job(&problem), &problem, &tensors.inputs()).unwrap_err();
+            let error = link.run(&job(&problem), &work).unwrap_err();
             assert!(format!("{error:#}").contains(part), "{error:#}");
         }
     }

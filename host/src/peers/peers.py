@@ -1,8 +1,10 @@
 """PyTorch's attention on tensors that come through standard input.
 
 Protocol. First line out: {"torch": version, "cuda": bool} or {"error": text}. Then, for each
-job, in: a line of JSON and the bytes of q, k, v and, if "mask", the mask u8 [B, N]; out: for
-each of "backends" a line of JSON and, if its "status" is "ok", the "bytes" bytes of o.
+job, in: a line of JSON and the bytes of tensors of the "shapes" and, if "mask", the mask u8
+[B, N]; out: for each of "backends" a line of JSON and, if its "status" is "ok", the "bytes"
+bytes of the output. The tensors are q, k and v at "level" "attention"; x, and weight and bias
+of the projections of q, k, v and the output at "level" "module".
 """
 
 import json
@@ -42,17 +44,15 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def receive(job):
-    """q, k, v and the mask, as they came."""
-    shape = [job["batch"], job["heads"], job["seq"], job["head_dim"]]
-    dtype = DTYPES[job["dtype"]]
-    count = shape[0] * shape[1] * shape[2] * shape[3]
+    """The tensors and the mask, as they came."""
 
-    def read(count, dtype, shape):
+    def read(shape, dtype):
+        count = torch.Size(shape).numel()
         data = bytearray(sys.stdin.buffer.read(count * dtype.itemsize))
         return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
-    tensors = [read(count, dtype, shape) for _ in range(3)]
-    mask = read(shape[0] * shape[2], torch.uint8, [shape[0], 1, 1, shape[2]]) if job["mask"] else None
+    tensors = [read(shape, DTYPES[job["dtype"]]) for shape in job["shapes"]]
+    mask = read([job["batch"], 1, 1, job["seq"]], torch.uint8) if job["mask"] else None
     return tensors, mask
 
 
@@ -120,15 +120,37 @@ def sustained(run, seconds, once, device):
     return start.elapsed_time(end) / (count * batch)
 
 
+def attend(job, q, k, v, mask):
+    """Attention, [B, H, N, D] in and out, by the backend that is enabled."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=job["dropout"],
+        is_causal=job["causal"] and mask is None,
+        scale=job["scale"],
+    )
+
+
+def forward(job, x, parameters, mask):
+    """The module: heads are split and joined by strides, [B, N, H, D] seen as [B, H, N, D]."""
+    linear = torch.nn.functional.linear
+    (wq, bq), (wk, bk), (wv, bv), (wo, bo) = parameters
+    q, k, v = (
+        linear(x, w, b).unflatten(-1, (job["heads"], -1)).transpose(1, 2)
+        for w, b in ((wq, bq), (wk, bk), (wv, bv))
+    )
+    return linear(attend(job, q, k, v, mask).transpose(1, 2).flatten(2), wo, bo)
+
+
 def measure(job, backend, tensors, mask, device):
     """One backend: its first output, its memory, its times."""
-    q, k, v = tensors
-    causal = job["causal"] and mask is None
 
     def run():
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=job["dropout"], is_causal=causal, scale=job["scale"]
-        )
+        if job["level"] == "attention":
+            return attend(job, *tensors, mask)
+        return forward(job, tensors[0], list(zip(tensors[1::2], tensors[2::2])), mask)
 
     cuda = device.type == "cuda"
     with sdpa_kernel(backend), torch.inference_mode():

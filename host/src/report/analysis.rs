@@ -376,8 +376,15 @@ impl Found<'_> {
             self.add(Tone::Finding, "Growth of time", text);
         }
         if !memory.is_empty() {
+            let within = match view.level {
+                Level::Attention => "inputs and output, which grow as N, are in it",
+                Level::Module => {
+                    "input and output, which grow as N, and the parameters, which do not grow, are \
+                     in it"
+                }
+            };
             let text = format!(
-                "{prefix}peak memory grows as {}, {}; inputs and output, which grow as N, are in it.",
+                "{prefix}peak memory grows as {}, {}; {within}.",
                 format::list(&memory),
                 range(|s| s.memory())
             );
@@ -396,8 +403,11 @@ impl Found<'_> {
             (None, None) => return,
         };
         let prefix = self.prefix(view.level);
+        // The parameters of a module do not grow with N.
+        let fixed = view.series[0].rows[0].parameter_bytes() as f64;
         let at = |s: &Series<'_>| {
-            let seq = seq_at_memory(&s.memory(), limit)?;
+            let growing: Vec<_> = s.memory().into_iter().map(|(n, y)| (n, y - fixed)).collect();
+            let seq = seq_at_memory(&growing, limit - fixed)?;
             Some((s.kernel.to_owned(), seq))
         };
         let plain = view.baseline.and_then(|baseline| {

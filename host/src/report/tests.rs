@@ -4,7 +4,10 @@ use super::{
     analysis::{Tone, conclusions, exponent, seq_at_memory},
     *,
 };
-use crate::results::{Check, DeviceInfo, Histogram, Machine, Options, Row, SCHEMA, Spread, Status};
+use crate::{
+    format,
+    results::{Check, DeviceInfo, Histogram, Level, Machine, Options, Row, SCHEMA, Spread, Status},
+};
 use flash_attention::DType;
 
 /// Bytes of a made-up GPU.
@@ -120,7 +123,7 @@ fn check(kernel: &str, max: f64) -> Check {
     };
     Check {
         kernel: kernel.into(),
-        level: crate::results::Level::Attention,
+        level: Level::Attention,
         seq: 2048,
         dtype: DType::F16,
         tensor: "o".into(),
@@ -230,6 +233,27 @@ fn a_report_is_written_whole_and_reads_back() {
     // Self-contained: no address but the SVG name space.
     let elsewhere = html.replace("http://www.w3.org/2000/svg", "");
     assert!(!elsewhere.contains("http") && !elsewhere.contains("src="));
+}
+
+/// What does not grow with N is no part of the law that memory is extrapolated by.
+#[test]
+fn a_module_fills_memory_where_its_law_says() {
+    let mut results = run(false);
+    results.rows.retain(|row| row.kernel == "naive" && row.status == Status::Ok);
+    assert!(results.rows.len() > 1);
+    for row in &mut results.rows {
+        row.level = Level::Module;
+        let n = row.seq as u64;
+        row.peak_bytes = Some(row.parameter_bytes() + 1000 * n + 100 * n * n);
+    }
+    let fixed = results.rows[0].parameter_bytes() as f64;
+    assert!(fixed > 0.0);
+    let n = (-1000.0 + (1e6 + 400.0 * (MEMORY as f64 - fixed)).sqrt()) / 200.0;
+    let two_digits = 10f64.powf(n.log10().floor() - 1.0);
+    let expected = format::count(((n / two_digits).round() * two_digits) as i64);
+    let all = conclusions(&results);
+    let text = &all.iter().find(|c| c.topic == "Where memory ends").unwrap().text;
+    assert!(text.contains(&format!("at about N = {expected}")), "{text} {expected}");
 }
 
 #[test]

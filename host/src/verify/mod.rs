@@ -1,25 +1,22 @@
-//! `verify`: each kernel's O and LSE against attention in f64, with a verdict by a
-//! threshold and by the 2x rule, and how the differences spread.
+//! `verify`: each kernel's O and LSE against attention in f64, and the output of the module
+//! around it against the module in f64, with a verdict by a threshold and by the 2x rule, and
+//! how the differences spread.
 
 mod terminal;
 
 use anyhow::Result;
-use flash_attention::{
-    DType, Error, Problem,
-    registry::KernelSpec,
-    session::{Inputs, Session, Work},
-};
+use flash_attention::{DType, Problem, registry::KernelSpec, session::Session};
 
 use crate::{
-    accuracy::{Oracle, complaint},
-    compare::{device_line, foresee},
+    accuracy::complaint,
+    compare::device_line,
     failure::{Outcome, Usage},
-    inputs::Tensors,
     interrupt, machine,
     options::{Defaults, VerifyArgs},
     output,
     progress::{Progress, print_lines},
-    results::{Check, Results, Row, Status},
+    results::{Check, Level, Options, Results, Row, Status},
+    subject::{Effort, Subject, foresee},
     table,
 };
 
@@ -31,6 +28,8 @@ const EMULATED: Defaults = Defaults { batch: 1, heads: 2, ..LAB };
 /// Multiplications that the oracle may spend on a sequence length before rows are sampled:
 /// all of the lab's experiment.
 const ORACLE_BUDGET: usize = 1 << 30;
+/// The same for a module, in the lab's experiment about 3.3 * 10^9.
+const MODULE_ORACLE_BUDGET: usize = 1 << 32;
 /// The threshold of the lab's experiment, which is in f32. Narrower types cannot keep it
 /// for every input: there the 2x rule decides.
 const F32_THRESHOLD: f64 = 1e-3;
@@ -53,7 +52,7 @@ pub fn run(args: &VerifyArgs) -> Result<Outcome> {
     let defaults = if opened.info.emulated { EMULATED } else { LAB };
     let problems = args.problem.problems(&defaults)?;
     let kernels = args.problem.chosen_kernels(&problems, &session.target())?;
-    let options = args.problem.recorded(&problems, &kernels);
+    let options = Options { level: args.level, ..args.problem.recorded(&problems, &kernels) };
     let mut results = machine::results("verify", &opened, options);
     let mut heading = device_line(&opened);
     if opened.info.emulated && args.problem.batch.is_none() && args.problem.heads.is_none() {
@@ -63,12 +62,16 @@ pub fn run(args: &VerifyArgs) -> Result<Outcome> {
     print_lines(&format!("{heading}\n{}", results.options));
 
     interrupt::listen();
-    let progress = Progress::new(problems.len() * (1 + kernels.len()));
+    let all: Vec<_> =
+        problems.iter().flat_map(|p| args.level.levels().map(move |level| (level, p))).collect();
+    let progress = Progress::new(all.len() * (1 + kernels.len()));
     let mut failure = None;
-    for problem in &problems {
+    for (level, problem) in all {
         let (rows, checks) = (results.rows.len(), results.checks.len());
-        failure = verify_one(&session, problem, &kernels, args, &mut results, &progress).err();
-        progress.print(&summary(problem, &results.rows[rows..], &results.checks[checks..]));
+        let run = Run { session: &session, kernels: &kernels, args };
+        failure = run.verify_one(level, problem, &mut results, &progress).err();
+        let (rows, checks) = (&results.rows[rows..], &results.checks[checks..]);
+        progress.print(&summary(level, problem, rows, checks));
         results.interrupted = interrupt::requested();
         if results.interrupted || failure.is_some() {
             break;
@@ -89,80 +92,81 @@ pub fn run(args: &VerifyArgs) -> Result<Outcome> {
     failure.map_or(Ok(outcome), Err)
 }
 
-/// Runs every kernel once on one problem, and compares.
-fn verify_one(
-    session: &Session,
-    problem: &Problem,
-    kernels: &[&'static KernelSpec],
-    args: &VerifyArgs,
-    results: &mut Results,
-    progress: &Progress,
-) -> Result<()> {
-    let mut able = Vec::new();
-    for &kernel in kernels {
-        let (row, can_run) = foresee(session, kernel, problem)?;
-        if can_run { able.push((kernel, row)) } else { results.rows.push(row) }
-    }
-    // Tensors may be too large for this computer when none of the kernels can run.
-    if able.is_empty() {
-        return Ok(());
-    }
-    progress.doing(format!("N {}: inputs and their attention in f64", problem.seq_q()));
-    let tensors = Tensors::random(problem, args.problem.seed);
-    let inputs = tensors.inputs();
-    let rows = args.rows.unwrap_or_else(|| Oracle::affordable_rows(problem, ORACLE_BUDGET));
-    let oracle = Oracle::new(problem, &inputs, rows);
-    progress.step();
-    let threshold = args.threshold.or((problem.dtype() == DType::F32).then_some(F32_THRESHOLD));
-    for (kernel, mut row) in able {
-        if interrupt::requested() {
-            break;
+/// What is the same for every problem.
+struct Run<'a> {
+    session: &'a Session,
+    kernels: &'a [&'static KernelSpec],
+    args: &'a VerifyArgs,
+}
+
+impl Run<'_> {
+    /// Runs every kernel once on one problem, and compares.
+    fn verify_one(
+        &self,
+        level: Level,
+        problem: &Problem,
+        results: &mut Results,
+        progress: &Progress,
+    ) -> Result<()> {
+        let &Self { session, kernels, args } = self;
+        let mut able = Vec::new();
+        for &kernel in kernels {
+            let (row, can_run) = foresee(session, level, kernel, problem)?;
+            if can_run { able.push((kernel, row)) } else { results.rows.push(row) }
         }
-        progress.doing(format!("N {}: {}", problem.seq_q(), kernel.name));
-        match run_once(session, kernel, problem, &inputs, &oracle, threshold) {
-            Ok((checks, peak)) => {
-                row.peak_bytes = Some(peak);
-                row.max_abs_err = checks.first().map(|o| o.abs.max);
-                if let Some(bad) = checks.iter().find(|check| !check.passed()) {
-                    row.status = Status::Failed;
-                    row.reason = complaint(bad);
-                }
-                results.checks.extend(checks);
-            }
-            Err(error) => {
-                row.status = if error.is_out_of_memory() { Status::Oom } else { Status::Failed };
-                row.reason = error.to_string();
-            }
+        // Tensors may be too large for this computer when none of the kernels can run.
+        if able.is_empty() {
+            return Ok(());
         }
-        results.rows.push(row);
+        progress.doing(format!("N {}, {level}: inputs and outputs in f64", problem.seq_q()));
+        let budget = match level {
+            Level::Attention => ORACLE_BUDGET,
+            Level::Module => MODULE_ORACLE_BUDGET,
+        };
+        let effort = args.rows.map_or(Effort::Multiplications(budget), Effort::Rows);
+        let subject = Subject::new(session, level, problem, args.problem.seed, effort)?;
         progress.step();
-    }
-    Ok(())
-}
-
-fn run_once(
-    session: &Session,
-    kernel: &'static KernelSpec,
-    problem: &Problem,
-    inputs: &Inputs<'_>,
-    oracle: &Oracle,
-    threshold: Option<f64>,
-) -> Result<([Check; 2], u64), Error> {
-    let prepared = session.prepare(kernel, problem, inputs)?;
-    prepared.launch()?;
-    let outputs = prepared.attention().outputs_without_weights()?;
-    Ok((oracle.checks(kernel.name, &outputs, threshold), prepared.memory().peak))
-}
-
-/// What is printed for one sequence length.
-fn summary(problem: &Problem, rows: &[Row], checks: &[Check]) -> String {
-    let mut text = format!("\nN = {}", problem.seq_q());
-    if let Some(o) = checks.iter().find(|check| check.tensor == "o") {
-        let rows = |elements: u64| elements / problem.head_dim() as u64;
-        if o.compared < o.elements {
-            let (some, all) = (rows(o.compared), rows(o.elements));
-            text += &format!("; {some} of {all} rows compared, spread over the tensor");
+        let f32_threshold = (problem.dtype() == DType::F32).then_some(F32_THRESHOLD);
+        let threshold = args.threshold.or(f32_threshold);
+        for (kernel, mut row) in able {
+            if interrupt::requested() {
+                break;
+            }
+            progress.doing(format!("N {}, {level}: {}", problem.seq_q(), kernel.name));
+            match subject.run(kernel, threshold) {
+                Ok(ran) => {
+                    row.peak_bytes = Some(ran.peak_bytes);
+                    row.workspace_bytes = Some(ran.workspace_bytes);
+                    row.max_abs_err = ran.checks.first().map(|o| o.abs.max);
+                    if let Some(bad) = ran.checks.iter().find(|check| !check.passed()) {
+                        row.status = Status::Failed;
+                        row.reason = complaint(bad);
+                    }
+                    results.checks.extend(ran.checks);
+                }
+                Err(error) => {
+                    let oom = error.is_out_of_memory();
+                    row.status = if oom { Status::Oom } else { Status::Failed };
+                    row.reason = error.to_string();
+                }
+            }
+            results.rows.push(row);
+            progress.step();
         }
+        Ok(())
+    }
+}
+
+/// What is printed for one sequence length and level.
+fn summary(level: Level, problem: &Problem, rows: &[Row], checks: &[Check]) -> String {
+    let mut text = format!("\nN = {}, {level}", problem.seq_q());
+    if let Some(first) = checks.first().filter(|first| first.compared < first.elements) {
+        let (width, what) = match level {
+            Level::Attention => (problem.head_dim(), "rows"),
+            Level::Module => (problem.heads() * problem.head_dim(), "tokens"),
+        };
+        let (some, all) = (first.compared / width as u64, first.elements / width as u64);
+        text += &format!("; {some} of {all} {what} compared, spread over the tensor");
     }
     if !checks.is_empty() {
         text += &format!("\n{}", table::checks(checks));
