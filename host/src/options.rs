@@ -31,11 +31,11 @@ pub struct Cli {
 pub enum Command {
     /// Show the driver, the GPUs and which kernels each can run
     Env,
-    /// Measure kernels side by side: time, memory, error
+    /// Measure kernels, and the module around them, side by side: time, memory, error
     Compare(Box<CompareArgs>),
-    /// Compare each kernel's output with attention in f64
+    /// Compare outputs of each kernel, and of the module around it, with f64
     Verify(Box<VerifyArgs>),
-    /// Compute attention of your own tensors, from a safetensors file
+    /// Compute attention, or the attention module, of your own tensors, from a safetensors file
     Run(Box<RunArgs>),
     /// Make the report of a run anew from the JSON that it wrote
     Report(ReportArgs),

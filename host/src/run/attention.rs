@@ -2,52 +2,45 @@
 
 use anyhow::Result;
 use flash_attention::{
-    Dropout, Layout, Problem, Tensor,
-    error::Shape,
-    oracle,
-    registry::{self, KernelSpec},
+    Dropout, Layout, Problem, Tensor, oracle,
+    registry::KernelSpec,
     session::{Attention, DeviceInputs, Inputs, Outputs, Session},
     verify::{Credit, Differences},
 };
 
 use super::{
-    RunArgs,
+    Done, Given, RunArgs,
     check::{self, Comparison},
-    file::{Stored, TensorFile},
+    file::{Stored, TensorFile, mask_of},
 };
 
 /// Multiplications that a check may spend on attention in f64.
 const ORACLE_BUDGET: usize = 1 << 31;
 
 /// The tensors of a file and the problem that they pose.
-pub struct Given<'a> {
-    file: &'a TensorFile,
+pub struct GivenAttention<'a> {
     q: Stored<'a>,
     k: Stored<'a>,
     v: Stored<'a>,
     mask: Option<Stored<'a>>,
-    /// The problem.
-    pub problem: Problem,
+    problem: Problem,
+    /// Outputs to be compared with.
+    expected: Option<Expected>,
 }
 
-/// What a kernel made of them.
-pub struct Done {
-    /// O and LSE, and the weights where they were asked for.
-    pub outputs: Outputs,
-    /// Milliseconds that the device was busy.
-    pub ms: f64,
-    /// The most device memory in use at once, in bytes.
-    pub peak_bytes: u64,
+/// What a file says the outputs should be.
+struct Expected {
+    o: Option<Tensor>,
+    lse: Option<Tensor>,
 }
 
-impl<'a> Given<'a> {
+impl<'a> GivenAttention<'a> {
     /// Looks the tensors up and derives the problem from their shapes.
     ///
     /// # Errors
     /// Which tensor is missing or wrong, what it is and what it must be.
     pub fn read(file: &'a TensorFile, args: &RunArgs) -> Result<Self> {
         let (q, k, v) = (file.get("q")?, file.get("k")?, file.get("v")?);
-        let mask = file.find("mask");
         let dtype = q.dtype()?;
         let layout = args.layout.into();
         let names = match layout {
@@ -62,6 +55,7 @@ impl<'a> Given<'a> {
         };
         let [batch, heads, seq_q, head_dim] = four(&q)?;
         let seq_k = four(&k)?[2];
+        let mask = mask_of(file, batch, seq_k)?;
         let problem = Problem::builder(batch, heads, seq_q, head_dim)
             .seq_k(seq_k)
             .dtype(dtype)
@@ -73,39 +67,25 @@ impl<'a> Given<'a> {
             .build()?;
         k.expect(dtype, &problem.k_shape())?;
         v.expect(dtype, &problem.k_shape())?;
-        if let Some(mask) = mask
-            && (!mask.is_bytes() || mask.shape != [batch, seq_k])
-        {
-            let shape = Shape(vec![batch, seq_k]);
-            return Err(mask.must_be(&format!("u8 or bool {shape} (batch, keys), 0 = hidden")));
-        }
-        Ok(Self { file, q, k, v, mask, problem })
+        let expected = if args.check { Some(Expected::read(file, &problem)?) } else { None };
+        Ok(Self { q, k, v, mask, problem, expected })
+    }
+}
+
+impl Given for GivenAttention<'_> {
+    fn problem(&self) -> &Problem {
+        &self.problem
     }
 
-    /// The kernel that was asked for, or the best one that can do what is asked.
-    ///
-    /// # Errors
-    /// Why the kernel cannot, or that none can.
-    pub fn kernel(&self, args: &RunArgs, session: &Session) -> Result<&'static KernelSpec> {
-        let target = session.target();
-        if args.kernel == "best" {
-            return Ok(registry::best_for(&self.problem, &target)?.kernel);
-        }
-        let kernel = registry::find(&args.kernel)?;
-        kernel.supports(&self.problem, &target)?;
-        Ok(kernel)
+    fn shape(&self) -> &[usize] {
+        self.q.shape
     }
 
-    /// Runs a kernel on the tensors, which go to the device straight from the file.
-    ///
-    /// # Errors
-    /// [`flash_attention::Error::OutOfMemory`], before anything is allocated where that can be foreseen; or
-    /// what went wrong while the kernel ran.
-    pub fn run(
+    fn run(
         &self,
         session: &Session,
         kernel: &'static KernelSpec,
-        weights: bool,
+        with_weights: bool,
     ) -> Result<Done> {
         let p = &self.problem;
         session.check_fits(kernel, p)?;
@@ -122,52 +102,31 @@ impl<'a> Given<'a> {
         };
         let attention = Attention::new(memory, kernel, p, &inputs)?;
         let ms = session.device().time_ms(&mut || attention.start())?;
-        let mut outputs = attention.outputs_without_weights()?;
-        if weights {
-            outputs.weights = Some(attention.weights()?);
+        let Outputs { o, lse, .. } = attention.outputs_without_weights()?;
+        let mut tensors = vec![("o", o), ("lse", lse)];
+        if with_weights {
+            tensors.push(("weights", attention.weights()?));
         }
-        Ok(Done { outputs, ms, peak_bytes: memory.peak() })
+        Ok(Done { tensors, by: kernel.name.into(), ms, peak_bytes: memory.peak() })
     }
 
-    /// Checks that the file has something to compare with, of the right shape.
-    ///
-    /// # Errors
-    /// That it has neither `o` nor `lse`, or what is wrong with them.
-    pub fn expected(&self) -> Result<Expected> {
-        let get = |name, shape: &[usize]| -> Result<Option<Tensor>> {
-            let Some(stored) = self.file.find(name) else { return Ok(None) };
-            let dtype = stored.dtype()?;
-            stored.expect(dtype, shape)?;
-            Ok(Some(stored.to_tensor()?))
-        };
-        let o = get("o", &self.problem.q_shape())?;
-        let lse = get("lse", &self.problem.lse_shape())?;
-        if o.is_none() && lse.is_none() {
-            self.file.get("o")?;
-        }
-        Ok(Expected { o, lse })
-    }
-
-    /// Compares outputs with those of the file by the 2x rule: they may differ by twice the
-    /// error that the plain algorithm makes on the same input, against f64.
-    ///
-    /// # Errors
-    /// When the inputs cannot be read.
-    pub fn compare(&self, outputs: &Outputs, expected: &Expected) -> Result<Vec<Comparison>> {
+    fn compare(&self, done: &Done) -> Result<Vec<Comparison>> {
+        let Some(expected) = &self.expected else { return Ok(Vec::new()) };
+        let [(_, o), (_, lse), ..] = done.tensors.as_slice() else { return Ok(Vec::new()) };
         let p = &self.problem;
         let rows = oracle::sample_rows(p, (ORACLE_BUDGET / (p.seq_k() * p.head_dim())).max(64));
         let (q, k, v) = (self.q.to_tensor()?, self.k.to_tensor()?, self.v.to_tensor()?);
         let inputs = Inputs { q: &q, k: &k, v: &v, mask: self.mask.map(|mask| mask.bytes) };
         let reference = oracle::reference(p, &inputs, &rows);
         let credit = Credit::of(p, &inputs, &rows, &reference);
-        let ours = oracle::rows_of(p, outputs, &rows);
-        // What the file lacks is filled with our own, and not reported.
-        let theirs = Outputs {
-            o: expected.o.clone().unwrap_or_else(|| outputs.o.clone()),
-            lse: expected.lse.clone().unwrap_or_else(|| outputs.lse.clone()),
-            weights: None,
+        let rows_of = |o: &Tensor, lse: &Tensor| {
+            let outputs = Outputs { o: o.clone(), lse: lse.clone(), weights: None };
+            oracle::rows_of(p, &outputs, &rows)
         };
-        let theirs = oracle::rows_of(p, &theirs, &rows);
+        let ours = rows_of(o, lse);
+        // What the file lacks is filled with our own, and not reported.
+        let theirs =
+            rows_of(expected.o.as_ref().unwrap_or(o), expected.lse.as_ref().unwrap_or(lse));
         let one = |name, width, ours: &[f64], theirs: &[f64], exact: &[f64], plain| Comparison {
             name,
             differences: Differences::new(ours, theirs),
@@ -176,6 +135,7 @@ impl<'a> Given<'a> {
             theirs_from_f64: Differences::new(theirs, exact).max_abs,
             place: check::place(p, &rows, width),
             compared: (rows.len(), p.rows()),
+            rows: "rows",
         };
         let mut all = Vec::new();
         if expected.o.is_some() {
@@ -188,8 +148,23 @@ impl<'a> Given<'a> {
     }
 }
 
-/// What a file says the outputs should be.
-pub struct Expected {
-    o: Option<Tensor>,
-    lse: Option<Tensor>,
+impl Expected {
+    /// Looks for o and lse in the file of the inputs.
+    ///
+    /// # Errors
+    /// That it has neither, or what is wrong with them.
+    fn read(file: &TensorFile, problem: &Problem) -> Result<Self> {
+        let get = |name, shape: &[usize]| -> Result<Option<Tensor>> {
+            let Some(stored) = file.find(name) else { return Ok(None) };
+            let dtype = stored.dtype()?;
+            stored.expect(dtype, shape)?;
+            Ok(Some(stored.to_tensor()?))
+        };
+        let o = get("o", &problem.q_shape())?;
+        let lse = get("lse", &problem.lse_shape())?;
+        if o.is_none() && lse.is_none() {
+            file.get("o")?;
+        }
+        Ok(Self { o, lse })
+    }
 }

@@ -21,6 +21,8 @@ pub struct Comparison {
     pub place: Box<dyn Fn(usize) -> Vec<usize>>,
     /// Rows compared, and rows that there are.
     pub compared: (usize, usize),
+    /// What a row is called.
+    pub rows: &'static str,
 }
 
 /// Index of an element of the rows compared, `width` elements each.
@@ -60,7 +62,7 @@ impl Comparison {
             "{} {}: differs from the file's by at most {:.1e} (mean {:.1e}, median {:.1e}; relative \
              at most {:.1e}), allowed {:.1e}; worst {:?}: {actual} for {expected}\n  \
              from f64: ours {:.1e}, the file's {:.1e}, the plain algorithm {:.1e}; {compared} of \
-             {all} rows compared",
+             {all} {} compared",
             self.name,
             if self.passes() { "passed" } else { "FAILED" },
             d.max_abs,
@@ -72,6 +74,7 @@ impl Comparison {
             self.ours_from_f64,
             self.theirs_from_f64,
             self.plain,
+            self.rows,
         )
     }
 }

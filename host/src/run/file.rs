@@ -141,6 +141,21 @@ impl Stored<'_> {
     }
 }
 
+/// The padding mask of a file, where it has one.
+///
+/// # Errors
+/// When it is not bytes of the shape `[batch, keys]`.
+pub fn mask_of(file: &TensorFile, batch: usize, keys: usize) -> Result<Option<Stored<'_>>> {
+    let mask = file.find("mask");
+    if let Some(mask) = mask
+        && (!mask.is_bytes() || mask.shape != [batch, keys])
+    {
+        let shape = Shape(vec![batch, keys]);
+        return Err(mask.must_be(&format!("u8 or bool {shape} (batch, keys), 0 = hidden")));
+    }
+    Ok(mask)
+}
+
 /// The file's name for a storage type.
 #[must_use]
 pub const fn stored_dtype(dtype: DType) -> Dtype {
@@ -155,13 +170,13 @@ pub const fn stored_dtype(dtype: DType) -> Dtype {
 ///
 /// # Errors
 /// [`Error::BadFile`] with the reason.
-pub fn save(path: &Path, tensors: &[(&str, &Tensor)], notes: &[(&str, String)]) -> Result<()> {
+pub fn save(path: &Path, tensors: &[(&str, Tensor)], notes: &[(&str, String)]) -> Result<()> {
     let bad = |e: safetensors::SafeTensorError| Error::BadFile {
         path: path.to_owned(),
         reason: format!("could not be written: {e}"),
     };
     let mut views = Vec::new();
-    for &(name, tensor) in tensors {
+    for (name, tensor) in tensors {
         let (dtype, shape) = (stored_dtype(tensor.dtype()), tensor.shape().to_vec());
         views.push((name, TensorView::new(dtype, shape, tensor.bytes()).map_err(bad)?));
     }

@@ -3,12 +3,18 @@
 mod attention;
 mod check;
 pub mod file;
+mod module;
 
 use std::{fs, path::PathBuf};
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use flash_attention::{Layout, session::Session};
+use flash_attention::{
+    Layout, Problem, Tensor,
+    error::Shape,
+    registry::{self, KernelSpec},
+    session::Session,
+};
 
 use crate::{
     failure::{Outcome, Usage},
@@ -17,17 +23,26 @@ use crate::{
     output,
     progress::print_lines,
 };
-use attention::Given;
+use attention::GivenAttention;
+use check::Comparison;
 use file::TensorFile;
+use module::GivenModule;
 
 /// Arguments of `run`.
 #[derive(Args, Clone, Debug)]
 pub struct RunArgs {
-    /// Tensors to compute with: q, k, v and, if some keys are hidden, mask (u8 or bool,
-    /// batch by keys, 0 = hidden)
+    /// Tensors to compute with: q, k and v, or with --weights x (batch by tokens by features);
+    /// and, if some keys are hidden, mask (u8 or bool, batch by keys, 0 = hidden)
     #[arg(long, value_name = "FILE")]
     pub input: PathBuf,
-    /// Where to write o and lse
+    /// Run the multi-head attention module whose q_proj, k_proj, v_proj and out_proj (.weight and
+    /// .bias each) are in this file
+    #[arg(long, value_name = "FILE", requires = "heads", conflicts_with_all = ["layout", "scale"])]
+    pub weights: Option<PathBuf>,
+    /// Heads of the module
+    #[arg(long, value_name = "H", requires = "weights")]
+    pub heads: Option<usize>,
+    /// Where to write o and lse, or the module's y
     #[arg(long, value_name = "FILE", required_unless_present = "check")]
     pub output: Option<PathBuf>,
     /// Kernel by name; best is the fastest that can do it here
@@ -52,7 +67,7 @@ pub struct RunArgs {
     /// Write the attention weights too: those that the kernel kept, or computed again from LSE
     #[arg(long)]
     pub with_weights: bool,
-    /// Compare with o and lse of the input file, by the 2x rule
+    /// Compare with o and lse, or y, of the input file, by the 2x rule
     #[arg(long)]
     pub check: bool,
     /// Where to run: auto (a GPU if there is one), gpu, gpu:1 (a certain one) or cpu
@@ -81,6 +96,46 @@ impl From<Order> for Layout {
     }
 }
 
+/// Tensors of files and the problem that they pose.
+trait Given {
+    /// The problem.
+    fn problem(&self) -> &Problem;
+
+    /// Shape of the first tensor.
+    fn shape(&self) -> &[usize];
+
+    /// Runs a kernel on the tensors, which go to the device straight from the file.
+    ///
+    /// # Errors
+    /// [`flash_attention::Error::OutOfMemory`], before anything is allocated where that can be
+    /// foreseen; or what went wrong while the kernel ran.
+    fn run(
+        &self,
+        session: &Session,
+        kernel: &'static KernelSpec,
+        with_weights: bool,
+    ) -> Result<Done>;
+
+    /// Compares outputs with those of the file by the 2x rule: they may differ by twice the
+    /// error that the plain algorithm makes on the same input, against f64.
+    ///
+    /// # Errors
+    /// When the inputs cannot be read.
+    fn compare(&self, done: &Done) -> Result<Vec<Comparison>>;
+}
+
+/// What a kernel made of them.
+struct Done {
+    /// Outputs by name, the main one first.
+    tensors: Vec<(&'static str, Tensor)>,
+    /// Kernels that ran.
+    by: String,
+    /// Milliseconds that the device was busy.
+    ms: f64,
+    /// The most device memory in use at once, in bytes.
+    peak_bytes: u64,
+}
+
 /// Runs the command.
 ///
 /// # Errors
@@ -91,47 +146,59 @@ pub fn run(args: &RunArgs) -> Result<Outcome> {
         refuse_same_file(args, path)?;
         output::check_file(path)?;
     }
-    let given = Given::read(&input, args)?;
-    let expected = args.check.then(|| given.expected()).transpose()?;
+    let given: Box<dyn Given> = match (&args.weights, args.heads) {
+        (Some(weights), Some(heads)) => Box::new(GivenModule::read(&input, weights, heads, args)?),
+        _ => Box::new(GivenAttention::read(&input, args)?),
+    };
     let opened = machine::open(args.device, args.memory_limit)?;
     let session = Session::new(opened.device.clone());
-    let kernel = given.kernel(args, &session)?;
+    let kernel = kernel(args, given.problem(), &session)?;
     let done = given.run(&session, kernel, args.with_weights)?;
 
-    let p = &given.problem;
     print_lines(&format!(
         "{} {} by {} on {}: {}{}, peak memory {}",
-        p.dtype(),
-        flash_attention::error::Shape(p.q_shape().to_vec()),
-        kernel.name,
+        given.problem().dtype(),
+        Shape(given.shape().to_vec()),
+        done.by,
         opened.info.name,
         format::digits(done.ms) + " ms",
         if opened.info.emulated { " (emulated: not GPU speed)" } else { "" },
         format::bytes(done.peak_bytes as f64),
     ));
     if let Some(path) = &args.output {
-        let mut tensors = vec![("o", &done.outputs.o), ("lse", &done.outputs.lse)];
-        tensors.extend(done.outputs.weights.as_ref().map(|weights| ("weights", weights)));
         let notes = [("kernel", kernel.name.to_owned()), ("device", opened.info.name.clone())];
-        file::save(path, &tensors, &notes)?;
-        let names: Vec<&str> = tensors.iter().map(|(name, _)| *name).collect();
+        file::save(path, &done.tensors, &notes)?;
+        let names: Vec<&str> = done.tensors.iter().map(|(name, _)| *name).collect();
         print_lines(&format!("wrote {} to {}", names.join(", "), path.display()));
     }
-    let Some(expected) = expected else { return Ok(Outcome::Good) };
-    let comparisons = given.compare(&done.outputs, &expected)?;
+    let comparisons = given.compare(&done)?;
     for comparison in &comparisons {
         print_lines(&comparison.lines());
     }
-    let good = comparisons.iter().all(check::Comparison::passes);
+    let good = comparisons.iter().all(Comparison::passes);
     Ok(if good { Outcome::Good } else { Outcome::Bad })
+}
+
+/// The kernel that was asked for, or the best one that can do what is asked.
+fn kernel(args: &RunArgs, problem: &Problem, session: &Session) -> Result<&'static KernelSpec> {
+    let target = session.target();
+    if args.kernel == "best" {
+        return Ok(registry::best_for(problem, &target)?.kernel);
+    }
+    let kernel = registry::find(&args.kernel)?;
+    kernel.supports(problem, &target)?;
+    Ok(kernel)
 }
 
 /// Writing to the file that is read from would destroy the tensors while they are used.
 fn refuse_same_file(args: &RunArgs, output: &std::path::Path) -> Result<()> {
-    let same = fs::canonicalize(&args.input).ok().zip(fs::canonicalize(output).ok());
-    if same.is_some_and(|(input, output)| input == output) {
-        let path = output.display();
-        return Err(Usage(format!("--output {path} is the input: write to another file")).into());
+    let files = [(Some(&args.input), "the input"), (args.weights.as_ref(), "the weights' file")];
+    for (file, what) in files {
+        let same = file.and_then(|f| fs::canonicalize(f).ok()).zip(fs::canonicalize(output).ok());
+        if same.is_some_and(|(file, output)| file == output) {
+            let path = output.display();
+            return Err(Usage(format!("--output {path} is {what}: write to another file")).into());
+        }
     }
     Ok(())
 }

@@ -1,0 +1,135 @@
+//! The attention module on the tensors `x` and, where it is given, `mask` of a file, with the
+//! parameters of another.
+
+use std::path::Path;
+
+use anyhow::Result;
+use flash_attention::{
+    Dropout, Layout, Problem, Tensor,
+    module::{MultiHeadAttention, Weights, oracle},
+    problem::head_dim_of,
+    registry::KernelSpec,
+    session::{Session, Work},
+    verify::Differences,
+};
+
+use super::{
+    Done, Given, RunArgs,
+    check::Comparison,
+    file::{Stored, TensorFile, mask_of},
+};
+
+/// Multiplications that a check may spend on the module in f64.
+const ORACLE_BUDGET: u64 = 1 << 33;
+
+/// The tensors of the files and the problem that they pose.
+pub struct GivenModule<'a> {
+    x: Stored<'a>,
+    mask: Option<Stored<'a>>,
+    weights: Weights,
+    problem: Problem,
+    /// y, to be compared with.
+    expected: Option<Tensor>,
+}
+
+impl<'a> GivenModule<'a> {
+    /// Looks the tensors up and derives the problem from their shapes.
+    ///
+    /// # Errors
+    /// Which tensor is missing or wrong, what it is and what it must be.
+    pub fn read(
+        file: &'a TensorFile,
+        weights: &Path,
+        heads: usize,
+        args: &RunArgs,
+    ) -> Result<Self> {
+        let x = file.get("x")?;
+        let path = weights.display();
+        let weights = Weights::load(weights)?;
+        let (dtype, hidden) = (weights.dtype(), weights.hidden());
+        let head_dim = head_dim_of(hidden, heads)?;
+        let must_be = || {
+            x.must_be(&format!("{dtype} [batch, tokens, {hidden}], as the weights of {path} are"))
+        };
+        let &[batch, seq, features] = x.shape else { return Err(must_be()) };
+        if features != hidden || x.dtype()? != dtype {
+            return Err(must_be());
+        }
+        let mask = mask_of(file, batch, seq)?;
+        let problem = Problem::builder(batch, heads, seq, head_dim)
+            .dtype(dtype)
+            .causal(args.causal)
+            .mask(mask.is_some())
+            .dropout(Some(Dropout { p: args.dropout, seed: args.seed }))
+            .layout(Layout::TokensFirst)
+            .build()?;
+        let expected = if args.check {
+            let y = file.get("y")?;
+            y.expect(dtype, x.shape)?;
+            Some(y.to_tensor()?)
+        } else {
+            None
+        };
+        Ok(Self { x, mask, weights, problem, expected })
+    }
+
+    fn mask_bytes(&self) -> Option<&'a [u8]> {
+        self.mask.map(|mask| mask.bytes)
+    }
+}
+
+impl Given for GivenModule<'_> {
+    fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.x.shape
+    }
+
+    fn run(
+        &self,
+        session: &Session,
+        kernel: &'static KernelSpec,
+        with_weights: bool,
+    ) -> Result<Done> {
+        let p = &self.problem;
+        let module = MultiHeadAttention::new(session, &self.weights, p.heads())?;
+        let mask = self.mask_bytes().unwrap_or_default();
+        let forward = module.prepare_bytes(kernel, p, self.x.bytes, mask)?;
+        let ms = session.device().time_ms(&mut || forward.start())?;
+        let mut tensors = vec![("y", forward.y()?)];
+        if with_weights {
+            tensors.push(("weights", forward.weights()?));
+        }
+        let by = format!("{}, projections by {}", kernel.name, module.linear(p)?.name);
+        Ok(Done { tensors, by, ms, peak_bytes: forward.memory().peak })
+    }
+
+    fn compare(&self, done: &Done) -> Result<Vec<Comparison>> {
+        let (Some(theirs), Some((_, ours))) = (&self.expected, done.tensors.first()) else {
+            return Ok(Vec::new());
+        };
+        let (p, mask) = (&self.problem, self.mask_bytes());
+        let x = self.x.to_tensor()?;
+        let tokens = oracle::affordable_tokens(p, ORACLE_BUDGET);
+        let exact = oracle::reference(p, &self.weights, &x, mask, &tokens);
+        let plain = oracle::credit(p, &self.weights, &x, mask, &tokens, &exact);
+        let [ours, theirs] = [ours, theirs].map(|y| oracle::tokens_of(y, &tokens));
+        let (compared, all) = (tokens.len(), p.batch() * p.seq_q());
+        let (seq, hidden) = (p.seq_q(), self.weights.hidden());
+        Ok(vec![Comparison {
+            name: "y",
+            differences: Differences::new(&ours, &theirs),
+            plain,
+            ours_from_f64: Differences::new(&ours, &exact).max_abs,
+            theirs_from_f64: Differences::new(&theirs, &exact).max_abs,
+            place: Box::new(move |element| {
+                let token = tokens[element / hidden];
+                vec![token / seq, token % seq, element % hidden]
+            }),
+            compared: (compared, all),
+            rows: "tokens",
+        }])
+    }
+}
