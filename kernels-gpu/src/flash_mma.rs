@@ -46,12 +46,13 @@ use simt::{
     mma::{Ampere, TensorCore, Turing},
     scalar::Scalar,
     shared::Shared,
-    thread, warp,
+    thread, unroll, warp,
 };
 
 use crate::{
     args::AttentionArgs,
-    entries, fragment,
+    entries,
+    fragment::{self, SharedQueries},
     online::{self, Destination, RowState},
     policy::{self, General, Policy},
     tile::{self, Rows},
@@ -62,12 +63,10 @@ pub const BR: u32 = 64;
 /// Keys of a tile.
 pub const BC: u32 = 64;
 /// Threads of a block: four warps.
-pub const THREADS: u32 = tile::THREADS;
+pub const THREADS: u32 = tile::FOUR_WARPS;
 
 /// Products of 8 keys in a tile.
 const KEY_TILES: usize = BC as usize / 8;
-/// Products of 8 columns in the largest head dim.
-const MAX_COLUMN_TILES: usize = 128 / 8;
 
 const _: () = assert!(BR == fragment::ROWS * THREADS / warp::LANES, "every row has its warp");
 
@@ -93,10 +92,16 @@ pub const fn shared_bytes(d: usize) -> u32 {
 /// The buffers of `args` must have these shapes, with addresses and strides that are
 /// multiples of 16 bytes, and the launch the threads and shared memory stated here.
 #[inline(always)]
-pub unsafe fn flash_mma<T: Scalar, C: TensorCore<T>, L: Layout, const D: usize>(
+pub unsafe fn flash_mma<
+    T: Scalar,
+    C: TensorCore<T>,
+    L: Layout,
+    const D: usize,
+    const COLUMN_TILES: usize,
+>(
     args: &AttentionArgs,
 ) {
-    const { assert!(D % 32 == 0 && D <= 8 * MAX_COLUMN_TILES) };
+    const { assert!(D % 32 == 0 && D == 8 * COLUMN_TILES) };
 
     // Who am I.
     let (h, b) = (thread::block_idx_y(), thread::block_idx_z());
@@ -116,48 +121,46 @@ pub unsafe fn flash_mma<T: Scalar, C: TensorCore<T>, L: Layout, const D: usize>(
             Shared::<T>::dynamic(L::len(BR + BC) * 2, L::len(BC)),
         )
     };
-    let q_origin = fragment::a_origin::<L>(warp_row);
-    let k_origin = fragment::b_origin::<L>(0);
-    let v_origin = fragment::a_origin::<L>(0);
+    let queries = SharedQueries::<T, L>::new(q_smem, warp_row);
+    let (k_origin, v_origin) = (fragment::b_origin::<L>(0), fragment::a_origin::<L>(0));
 
     // Load Q.
-    tile::load::<T, L, D, BR>(&q, first_row, q_smem);
+    tile::load::<T, L, D, BR, THREADS>(&q, first_row, q_smem);
 
     let mut rows = RowState::EMPTY;
-    let mut acc_o = [[0.0f32; 4]; MAX_COLUMN_TILES];
+    let mut acc_o = [[0.0f32; 4]; COLUMN_TILES];
 
     let num_kv_tiles = policy::end_of_tile(&policy, first_row + BR, args.seq_q).div_ceil(BC);
     for kv_tile in 0..num_kv_tiles {
         let first_key = kv_tile * BC;
         // Hazard: the tile before may still be read while this one is written.
         thread::sync_threads();
-        tile::load::<T, L, D, BC>(&k, first_key, k_smem);
-        tile::load::<T, L, D, BC>(&v, first_key, v_smem);
+        tile::load::<T, L, D, BC, THREADS>(&k, first_key, k_smem);
+        tile::load::<T, L, D, BC, THREADS>(&v, first_key, v_smem);
         // Hazard: tiles are read by threads that did not write them (Q too, at first).
         thread::sync_threads();
 
         // S = Q Kᵀ [16, BC] of this warp.
-        let mut s = [[0.0f32; 4]; KEY_TILES];
-        fragment::add_scores::<T, C, L, D, KEY_TILES>(
-            &mut s,
-            (q_smem, q_origin),
-            (k_smem, k_origin),
-        );
+        let mut s = [[[0.0f32; 4]; KEY_TILES]];
+        fragment::add_scores::<T, C, L, D, KEY_TILES, 1>(&mut s, queries, (k_smem, k_origin));
 
         // Scale and mask.
-        fragment::scale_rows(&mut s, [args.scale_log2; 2]);
+        fragment::scale_rows(&mut s[0], [args.scale_log2; 2]);
         policy::hide(&policy, &mut s, i, first_key + column);
 
         // Online softmax: P replaces S.
-        let alpha = rows.update(&mut s);
+        let [mut p] = s;
+        let alpha = rows.update(&mut p);
         fragment::scale_rows(&mut acc_o, alpha);
-        policy::drop_weights(&policy, &mut s, i, first_key + column);
+        let kept = policy::kept_weights::<_, KEY_TILES>(&policy, i, first_key + column);
+        unroll!(for TILE in 0..8 {
+            policy::drop_weights(&policy, &mut p[TILE], kept, TILE);
+        });
 
         // O += P V [16, D] of this warp.
-        fragment::add_output::<T, C, L, KEY_TILES, MAX_COLUMN_TILES>(
+        fragment::add_output::<T, C, L, KEY_TILES, COLUMN_TILES>(
             &mut acc_o,
-            D,
-            &s,
+            &p,
             (v_smem, v_origin),
         );
     }
@@ -165,20 +168,20 @@ pub unsafe fn flash_mma<T: Scalar, C: TensorCore<T>, L: Layout, const D: usize>(
     // Normalise, store O and LSE.
     let to = Destination { b, h, first_row: first_row + warp_row };
     // SAFETY: the caller vouches for the buffers.
-    unsafe { online::store::<T, C, MAX_COLUMN_TILES>(args, to, D, acc_o, &rows, policy.dropout()) };
+    unsafe { online::store::<T, C, COLUMN_TILES>(args, to, acc_o, &rows, policy.dropout()) };
 }
 
 entries! {
     /// Instances of [`flash_mma`] for sm_80 and later.
     pub static ENTRIES: AttentionArgs => "sm_80", threads THREADS, min_blocks 2;
-    flash_mma_f16_d64 = flash_mma::<f16, Ampere, Padded<64>, 64>;
-    flash_mma_f16_d128 = flash_mma::<f16, Ampere, Padded<128>, 128>;
-    flash_mma_bf16_d64 = flash_mma::<bf16, Ampere, Padded<64>, 64>;
-    flash_mma_bf16_d128 = flash_mma::<bf16, Ampere, Padded<128>, 128>;
+    flash_mma_f16_d64 = flash_mma::<f16, Ampere, Padded<64>, 64, 8>;
+    flash_mma_f16_d128 = flash_mma::<f16, Ampere, Padded<128>, 128, 16>;
+    flash_mma_bf16_d64 = flash_mma::<bf16, Ampere, Padded<64>, 64, 8>;
+    flash_mma_bf16_d128 = flash_mma::<bf16, Ampere, Padded<128>, 128, 16>;
 }
 entries! {
     /// Instances of [`flash_mma`] for sm_75.
     pub static TURING: AttentionArgs => "sm_75", threads THREADS, min_blocks 2;
-    flash_mma_turing_f16_d64 = flash_mma::<f16, Turing, Padded<64>, 64>;
-    flash_mma_turing_f16_d128 = flash_mma::<f16, Turing, Padded<128>, 128>;
+    flash_mma_turing_f16_d64 = flash_mma::<f16, Turing, Padded<64>, 64, 8>;
+    flash_mma_turing_f16_d128 = flash_mma::<f16, Turing, Padded<128>, 128, 16>;
 }

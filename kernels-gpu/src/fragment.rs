@@ -1,7 +1,8 @@
-//! The two products of attention on fragments: what a warp does with 16 rows of Q and P.
+//! The two products of attention on fragments: what a warp does with its rows of Q and P.
 //!
-//! A warp keeps 16 rows. Its scores are `[[f32; 4]; N]`: `N` products of 16 x 8, so 8 N keys; its
-//! output is the same over the head's columns. [`simt::mma`] says which lane has what.
+//! A fragment is 16 rows. Its scores are `[[f32; 4]; N]`: `N` products of 16 x 8, so 8 N keys;
+//! its output is the same over the head's columns. [`simt::mma`] says which lane has what.
+//! A warp keeps `F` fragments: what it loads of K and V serves all of them.
 //!
 //! ```text
 //! S = Q Kᵀ   A: rows of Q as they stand           B: rows of K as they stand, since B is
@@ -9,8 +10,15 @@
 //! O += P V   A: S, exponentiated and packed       B: V, transposed as it is loaded
 //!               where it is, in registers
 //! ```
+//!
+//! What depends on the lane alone (its rows, its addresses) is computed where it is asked
+//! for, a few instructions each time: the compiler would keep it in registers of the loop
+//! over tiles, which has none to spare.
+
+use core::marker::PhantomData;
 
 use simt::{
+    compiler::opaque,
     layout::{CHUNK, Layout},
     matrix,
     mma::TensorCore,
@@ -19,7 +27,7 @@ use simt::{
     unroll, warp,
 };
 
-/// Rows of a warp's tile.
+/// Rows of a fragment.
 pub const ROWS: u32 = 16;
 
 /// This lane's first row and column in a fragment of C: rows `g` and `g + 8`, columns
@@ -27,7 +35,7 @@ pub const ROWS: u32 = 16;
 #[inline(always)]
 #[must_use]
 pub fn row_and_column() -> (u32, u32) {
-    let lane = warp::lane_id();
+    let lane = opaque(warp::lane_id());
     (lane / 4, 2 * (lane % 4))
 }
 
@@ -36,58 +44,167 @@ pub fn row_and_column() -> (u32, u32) {
 #[inline(always)]
 #[must_use]
 pub fn a_origin<L: Layout>(row: u32) -> u32 {
-    let lane = warp::lane_id();
+    let lane = opaque(warp::lane_id());
     L::index(row + lane % 16, lane / 16 * CHUNK)
 }
 
-/// As [`a_origin`], for the order of matrices in B: two products side by side.
+/// As [`a_origin`], for the order of matrices in B: two products side by side. (The same
+/// matrices in the order of A would do; but the two registers of a B must be neighbours,
+/// and the compiler would move them.)
 #[inline(always)]
 #[must_use]
 pub fn b_origin<L: Layout>(row: u32) -> u32 {
-    let lane = warp::lane_id();
+    let lane = opaque(warp::lane_id());
     L::index(row + lane % 8 + lane / 16 * 8, lane / 8 % 2 * CHUNK)
 }
 
-/// `S += Q Kᵀ` with Q and K in shared memory; `q` from [`a_origin`], `k` from [`b_origin`].
+/// Rows of Q as the operand A.
+pub trait Queries<const F: usize>: Copy {
+    /// Columns `16 step` to `16 step + 16` of each fragment.
+    fn step(&self, step: usize) -> [[u32; 4]; F];
+}
+
+/// Q in shared memory, loaded again for each tile of keys.
+pub struct SharedQueries<T, L> {
+    tile: Shared<T>,
+    origin: u32,
+    layout: PhantomData<L>,
+}
+
+impl<T, L> Clone for SharedQueries<T, L> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T, L> Copy for SharedQueries<T, L> {}
+
+impl<T: Scalar, L: Layout> SharedQueries<T, L> {
+    /// The rows of `tile` from `row` on.
+    #[inline(always)]
+    #[must_use]
+    pub fn new(tile: Shared<T>, row: u32) -> Self {
+        Self { tile, origin: a_origin::<L>(row), layout: PhantomData }
+    }
+}
+
+impl<T: Scalar, L: Layout, const F: usize> Queries<F> for SharedQueries<T, L> {
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn step(&self, step: usize) -> [[u32; 4]; F] {
+        let mut a = [[0; 4]; F];
+        unroll!(for FRAGMENT in 0..2 {
+            if FRAGMENT < F {
+                let right = L::right(self.origin, step as u32 * 16);
+                a[FRAGMENT] = matrix::load_x4(self.tile, L::down(right, FRAGMENT as u32 * ROWS));
+            }
+        });
+        a
+    }
+}
+
+/// Q in registers, 4 a fragment for every 16 columns.
+#[derive(Clone, Copy, Debug)]
+pub struct RegisterQueries<const F: usize, const STEPS: usize>([[[u32; 4]; F]; STEPS]);
+
+impl<const F: usize, const STEPS: usize> RegisterQueries<F, STEPS> {
+    /// Loads all of Q's columns.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn load<T: Scalar, L: Layout>(shared: SharedQueries<T, L>) -> Self {
+        let mut a = [[[0; 4]; F]; STEPS];
+        unroll!(for STEP in 0..16 {
+            if STEP < STEPS {
+                a[STEP] = shared.step(STEP);
+            }
+        });
+        Self(a)
+    }
+
+    /// What stands in their place where Q stays in shared memory.
+    #[inline(always)]
+    #[must_use]
+    pub const fn none() -> Self {
+        Self([[[0; 4]; F]; STEPS])
+    }
+}
+
+impl<const F: usize, const STEPS: usize> Queries<F> for RegisterQueries<F, STEPS> {
+    #[inline(always)]
+    fn step(&self, step: usize) -> [[u32; 4]; F] {
+        self.0[step]
+    }
+}
+
+/// `S += Q Kᵀ` over D columns with K in shared memory; `k` from [`b_origin`].
 #[inline(always)]
-pub fn add_scores<T: Scalar, C: TensorCore<T>, L: Layout, const D: usize, const N: usize>(
-    s: &mut [[f32; 4]; N],
-    (q_smem, q): (Shared<T>, u32),
+pub fn add_scores<T, C, L, const D: usize, const N: usize, const F: usize>(
+    s: &mut [[[f32; 4]; N]; F],
+    queries: impl Queries<F>,
     (k_smem, k): (Shared<T>, u32),
-) {
-    unroll!(for STEP in 0..8 {
+) where
+    T: Scalar,
+    C: TensorCore<T>,
+    L: Layout,
+{
+    unroll!(for STEP in 0..16 {
         if STEP < D / 16 {
-            let a = matrix::load_x4(q_smem, L::right(q, STEP as u32 * 16));
+            let a = queries.step(STEP);
+            let right = L::right(k, STEP as u32 * 16);
             unroll!(for PAIR in 0..8 {
                 if PAIR < N / 2 {
-                    let below = L::down(k, PAIR as u32 * 16);
-                    let b = matrix::load_x4(k_smem, L::right(below, STEP as u32 * 16));
-                    C::multiply(&mut s[2 * PAIR], a, [b[0], b[1]]);
-                    C::multiply(&mut s[2 * PAIR + 1], a, [b[2], b[3]]);
+                    let b = matrix::load_x4(k_smem, L::down(right, PAIR as u32 * 16));
+                    unroll!(for FRAGMENT in 0..2 {
+                        if FRAGMENT < F {
+                            let s = &mut s[FRAGMENT];
+                            C::multiply(&mut s[2 * PAIR], a[FRAGMENT], [b[0], b[1]]);
+                            C::multiply(&mut s[2 * PAIR + 1], a[FRAGMENT], [b[2], b[3]]);
+                        }
+                    });
                 }
             });
         }
     });
 }
 
-/// `O += P V` over `d` columns, with V in shared memory; `v` from [`a_origin`].
+/// `O += P V` over 8 O columns, with V in shared memory; `v` from [`a_origin`].
 #[inline(always)]
 pub fn add_output<T: Scalar, C: TensorCore<T>, L: Layout, const N: usize, const O: usize>(
     acc_o: &mut [[f32; 4]; O],
-    d: usize,
     p: &[[f32; 4]; N],
     (v_smem, v): (Shared<T>, u32),
 ) {
     unroll!(for STEP in 0..8 {
         if STEP < N / 2 {
             let a = pack_a::<T, C>(p[2 * STEP], p[2 * STEP + 1]);
-            unroll!(for PAIR in 0..16 {
-                if PAIR < d / 16 {
-                    let below = L::down(v, STEP as u32 * 16);
-                    let right = L::right(below, PAIR as u32 * 16);
-                    let b = matrix::load_x4_transposed(v_smem, right);
-                    C::multiply(&mut acc_o[2 * PAIR], a, [b[0], b[1]]);
-                    C::multiply(&mut acc_o[2 * PAIR + 1], a, [b[2], b[3]]);
+            let acc_o = core::array::from_mut(acc_o);
+            add_output_step::<T, C, L, O, 1>(acc_o, [a], (v_smem, v), 16 * STEP as u32);
+        }
+    });
+}
+
+/// `O += P V` for the 16 keys from `key` of the tile on, with their weights `p`, packed.
+#[inline(always)]
+pub fn add_output_step<T, C, L, const O: usize, const F: usize>(
+    acc_o: &mut [[[f32; 4]; O]; F],
+    p: [[u32; 4]; F],
+    (v_smem, v): (Shared<T>, u32),
+    key: u32,
+) where
+    T: Scalar,
+    C: TensorCore<T>,
+    L: Layout,
+{
+    unroll!(for PAIR in 0..16 {
+        if PAIR < O / 2 {
+            let right = L::right(v, PAIR as u32 * 16);
+            let b = matrix::load_x4_transposed(v_smem, L::down(right, key));
+            unroll!(for FRAGMENT in 0..2 {
+                if FRAGMENT < F {
+                    let acc_o = &mut acc_o[FRAGMENT];
+                    C::multiply(&mut acc_o[2 * PAIR], p[FRAGMENT], [b[0], b[1]]);
+                    C::multiply(&mut acc_o[2 * PAIR + 1], p[FRAGMENT], [b[2], b[3]]);
                 }
             });
         }

@@ -5,6 +5,7 @@
 //! | `naive` | `naive.rs` | attention as the textbook has it; the N x N matrix in memory |
 //! | `flash_tiled` | `flash_tiled.rs` | tiles in shared memory, online softmax, no N x N matrix |
 //! | `flash_mma` | `flash_mma.rs` | both products on the tensor cores, weights stay in registers |
+//! | `flash_pipelined` | `flash_pipelined.rs` | copies ahead, two fragments a warp, nothing done in vain (sm_80) |
 //! | `flash_hopper` | `flash_hopper.rs` | copies, products and softmax at the same time (sm_90a) |
 //!
 //! Projections have a ladder of their own:
@@ -32,6 +33,7 @@ pub mod dropout;
 pub mod entry;
 pub mod flash_hopper;
 pub mod flash_mma;
+pub mod flash_pipelined;
 pub mod flash_tiled;
 pub mod fragment;
 pub mod gemm;
@@ -65,6 +67,7 @@ const TABLES: &[&[entry::Entry]] = &[
     flash_tiled::ENTRIES,
     flash_mma::ENTRIES,
     flash_mma::TURING,
+    flash_pipelined::FOUR_WARPS,
     linear::NAIVE,
     linear::TILED,
     linear_mma::ENTRIES,

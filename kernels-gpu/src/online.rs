@@ -1,4 +1,4 @@
-//! The online softmax on fragments: what a warp knows of its 16 rows, and the epilogue.
+//! The online softmax on fragments: what a warp knows of 16 rows, and the epilogue.
 
 use simt::{
     global::GlobalMut, math, memory::Memory, mma::TensorCore, scalar::Scalar, unroll, warp,
@@ -9,19 +9,25 @@ use crate::{
     fragment, softmax,
 };
 
+/// Growth of a row's maximum, in units of log2(e), that is let pass: weights are then at
+/// most 2^8, which f16 and bf16 hold with the same relative error as 1.
+const SLACK: f32 = 8.0;
+
 /// Maximum and sum of the two rows of a lane. The four lanes of a row have the same
 /// maximum, and each the sum over its own keys.
 #[derive(Clone, Copy, Debug)]
 pub struct RowState {
-    /// Running maximum, in units of log2(e).
+    /// Running maximum, in units of log2(e); where maxima are raised only when they
+    /// outgrow it, at most `SLACK` less.
     pub m_i: [f32; 2],
     /// Running sum of this lane's weights.
     pub l_i: [f32; 2],
 }
 
 impl RowState {
-    /// Rows that have seen no key.
-    pub const EMPTY: Self = Self { m_i: [f32::NEG_INFINITY; 2], l_i: [0.0; 2] };
+    /// Rows that have seen no key. The maximum is below every score but finite, so that
+    /// a hidden score, -inf, less the maximum stays -inf instead of becoming NaN.
+    pub const EMPTY: Self = Self { m_i: [f32::MIN; 2], l_i: [0.0; 2] };
 
     /// Turns scores (in units of log2(e)) into weights under the new maximum; what was
     /// summed under the old one is to be multiplied by the result.
@@ -36,13 +42,12 @@ impl RowState {
                 }
             });
             let m_new = warp::reduce_max::<4>(tile_max);
-            let m_used = softmax::safe_max(m_new);
-            alpha[R] = math::exp2(self.m_i[R] - m_used);
+            alpha[R] = math::exp2(self.m_i[R] - m_new);
             self.m_i[R] = m_new;
             let mut sum = 0.0;
             unroll!(for TILE in 0..16 {
                 if TILE < N {
-                    let p = [s[TILE][2 * R], s[TILE][2 * R + 1]].map(|s| math::exp2(s - m_used));
+                    let p = [s[TILE][2 * R], s[TILE][2 * R + 1]].map(|s| math::exp2(s - m_new));
                     (s[TILE][2 * R], s[TILE][2 * R + 1]) = (p[0], p[1]);
                     sum += p[0] + p[1];
                 }
@@ -51,6 +56,57 @@ impl RowState {
         });
         alpha
     }
+
+    /// Whether a tile's maxima are so far above what is subtracted that the sums have to
+    /// be rescaled. `maxima` may be those of this lane's columns alone.
+    #[inline(always)]
+    #[must_use]
+    pub fn outgrown(&self, maxima: [f32; 2]) -> bool {
+        maxima[0] - self.m_i[0] > SLACK || maxima[1] - self.m_i[1] > SLACK
+    }
+
+    /// Raises `m_i` to a tile's maxima, of which each lane has those of its own columns.
+    /// What was summed before is to be multiplied by the result, as `l_i` is here.
+    #[inline(always)]
+    pub fn raise(&mut self, maxima: [f32; 2]) -> [f32; 2] {
+        let mut alpha = [0.0; 2];
+        unroll!(for R in 0..2 {
+            let m_new = math::max(self.m_i[R], warp::reduce_max::<4>(maxima[R]));
+            alpha[R] = math::exp2(self.m_i[R] - m_new);
+            self.m_i[R] = m_new;
+            self.l_i[R] *= alpha[R];
+        });
+        alpha
+    }
+
+    /// The weights of four raw scores, which join the sum: scale and maximum are one fma
+    /// before exp2.
+    #[inline(always)]
+    pub fn weigh(&mut self, s: [f32; 4], scale_log2: f32) -> [f32; 4] {
+        let mut p = [0.0; 4];
+        unroll!(for E in 0..4 {
+            p[E] = math::exp2(math::fma(s[E], scale_log2, -self.m_i[E / 2]));
+        });
+        self.l_i[0] += p[0] + p[1];
+        self.l_i[1] += p[2] + p[3];
+        p
+    }
+}
+
+/// Maxima of this lane's raw scores in its two rows, in units of log2(e). The scale is positive.
+#[inline(always)]
+#[must_use]
+pub fn maxima<const N: usize>(s: &[[f32; 4]; N], scale_log2: f32) -> [f32; 2] {
+    // Four chains that do not wait for each other.
+    let mut max = s[0];
+    unroll!(for TILE in 0..16 {
+        if TILE + 1 < N {
+            unroll!(for E in 0..4 {
+                max[E] = math::max(max[E], s[TILE + 1][E]);
+            });
+        }
+    });
+    [math::max(max[0], max[1]) * scale_log2, math::max(max[2], max[3]) * scale_log2]
 }
 
 /// Where a warp's rows of O and LSE go.
@@ -74,7 +130,6 @@ pub struct Destination {
 pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
     args: &AttentionArgs,
     to: Destination,
-    d: usize,
     mut acc_o: [[f32; 4]; O],
     rows: &RowState,
     dropout: DropoutArgs,
@@ -92,7 +147,7 @@ pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
         let o_row = args.o.head(to.b, to.h) + i as u64 * args.o.stride_n;
         // 32 columns at a time: 8 of them to each of the row's four lanes.
         unroll!(for QUAD in 0..8 {
-            if QUAD < d / 32 {
+            if QUAD < O / 4 {
                 let pack = |tile: usize| {
                     let c = acc_o[4 * QUAD + tile];
                     C::pack(c[2 * R], c[2 * R + 1])

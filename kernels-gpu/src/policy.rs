@@ -15,20 +15,26 @@
 //! and `g + 8` of 16, and of every 8 columns those at `2 t` and `2 t + 1`. Sets of a lane's
 //! columns are bits: bit `2 n + e` is column `8 n + 2 t + e`.
 
-use simt::{global::Global, unroll};
+use simt::{compiler::opaque, global::Global, unroll};
 
 use crate::{
     args::{AttentionArgs, DropoutArgs},
-    dropout,
+    dropout, fragment,
 };
 
 /// Which keys a row sees and which weights are kept.
 pub trait Policy: Copy {
+    /// Whether it decides at run time, which takes registers.
+    const GENERAL: bool;
+
     /// The policy for head `h` of batch entry `b`.
     ///
     /// # Safety
     /// `args.mask` must be empty or hold `[B, Nk]` bytes.
     unsafe fn new(args: &AttentionArgs, b: u32, h: u32) -> Self;
+
+    /// Whether later rows see more keys than earlier ones.
+    fn is_causal(args: &AttentionArgs) -> bool;
 
     /// The first key that row `i` does not see by its position.
     fn end_of_row(&self, i: u32) -> u32;
@@ -41,6 +47,9 @@ pub trait Policy: Copy {
 
     /// What dropout is given; a threshold of 0 drops nothing.
     fn dropout(&self) -> DropoutArgs;
+
+    /// Whether dropout is on.
+    fn drops(&self) -> bool;
 
     /// Of the weights of row `i` at the keys `j + 8 n + e`, those that dropout keeps. `j` is
     /// even.
@@ -61,39 +70,56 @@ pub fn needs_mask<P: Policy>(policy: &P, first_i: u32, end_j: u32) -> bool {
     !policy.by_position_only() || end_j > policy.end_of_row(first_i)
 }
 
-/// Sets hidden scores to -inf. `i` is the row of the lane's first score, `j` its key.
+/// Sets hidden scores to -inf. `i` is the row of the lane's first score, `j` its key; the
+/// fragments are 16 rows each.
 #[inline(always)]
-pub fn hide<P: Policy, const N: usize>(policy: &P, s: &mut [[f32; 4]; N], i: u32, j: u32) {
+pub fn hide<P: Policy, const N: usize, const F: usize>(
+    policy: &P,
+    s: &mut [[[f32; 4]; N]; F],
+    i: u32,
+    j: u32,
+) {
     let visible = policy.visible_keys::<N>(j);
-    let end = [policy.end_of_row(i), policy.end_of_row(i + 8)].map(|end| end.saturating_sub(j));
-    unroll!(for TILE in 0..16 {
-        if TILE < N {
-            unroll!(for E in 0..4 {
-                let column = (8 * TILE + E % 2) as u32;
-                let padding = visible >> (2 * TILE + E % 2) & 1 == 0;
-                if column >= end[E / 2] || padding {
-                    s[TILE][E] = f32::NEG_INFINITY;
+    unroll!(for FRAGMENT in 0..2 {
+        if FRAGMENT < F {
+            let i = i + FRAGMENT as u32 * fragment::ROWS;
+            let ends = [policy.end_of_row(i), policy.end_of_row(i + 8)];
+            let ends = ends.map(|end| end.saturating_sub(j));
+            unroll!(for TILE in 0..16 {
+                if TILE < N {
+                    unroll!(for E in 0..4 {
+                        let column = (8 * TILE + E % 2) as u32;
+                        let padding = visible >> (2 * TILE + E % 2) & 1 == 0;
+                        if column >= ends[E / 2] || padding {
+                            s[FRAGMENT][TILE][E] = f32::NEG_INFINITY;
+                        }
+                    });
                 }
             });
         }
     });
 }
 
-/// Sets dropped weights to 0. The others are not scaled up here but all at once, with the
-/// normaliser. `i` and `j` as for [`hide`].
+/// Of a lane's weights in the rows `i` and `i + 8`, those that dropout keeps; `i` and `j` as
+/// for [`hide`].
 #[inline(always)]
-pub fn drop_weights<P: Policy, const N: usize>(policy: &P, p: &mut [[f32; 4]; N], i: u32, j: u32) {
-    if policy.dropout().threshold == 0 {
+pub fn kept_weights<P: Policy, const N: usize>(policy: &P, i: u32, j: u32) -> [u32; 2] {
+    if !policy.drops() {
+        return [u32::MAX; 2];
+    }
+    [policy.kept_weights::<N>(i, j), policy.kept_weights::<N>(i + 8, j)]
+}
+
+/// Sets dropped weights of the `tile`-th 8 keys to 0. The others are not scaled up here but
+/// all at once, with the normaliser.
+#[inline(always)]
+pub fn drop_weights<P: Policy>(policy: &P, p: &mut [f32; 4], kept: [u32; 2], tile: usize) {
+    if !policy.drops() {
         return;
     }
-    let kept = [policy.kept_weights::<N>(i, j), policy.kept_weights::<N>(i + 8, j)];
-    unroll!(for TILE in 0..16 {
-        if TILE < N {
-            unroll!(for E in 0..4 {
-                if kept[E / 2] >> (2 * TILE + E % 2) & 1 == 0 {
-                    p[TILE][E] = 0.0;
-                }
-            });
+    unroll!(for E in 0..4 {
+        if kept[E / 2] >> (2 * tile + E % 2) & 1 == 0 {
+            p[E] = 0.0;
         }
     });
 }
@@ -117,6 +143,8 @@ const NO_DROPOUT: DropoutArgs = DropoutArgs { seed: 0, threshold: 0, rescale: 1.
 /// What policies without padding and dropout have in common.
 macro_rules! by_position {
     () => {
+        const GENERAL: bool = false;
+
         #[inline(always)]
         fn by_position_only(&self) -> bool {
             true
@@ -128,6 +156,10 @@ macro_rules! by_position {
         #[inline(always)]
         fn dropout(&self) -> DropoutArgs {
             NO_DROPOUT
+        }
+        #[inline(always)]
+        fn drops(&self) -> bool {
+            false
         }
         #[inline(always)]
         fn kept_weights<const N: usize>(&self, _: u32, _: u32) -> u32 {
@@ -142,6 +174,10 @@ impl Policy for Full {
         Self { seq_k: args.seq_k }
     }
     #[inline(always)]
+    fn is_causal(_: &AttentionArgs) -> bool {
+        false
+    }
+    #[inline(always)]
     fn end_of_row(&self, _: u32) -> u32 {
         self.seq_k
     }
@@ -154,6 +190,10 @@ impl Policy for Causal {
         Self { seq_q: args.seq_q, seq_k: args.seq_k }
     }
     #[inline(always)]
+    fn is_causal(_: &AttentionArgs) -> bool {
+        true
+    }
+    #[inline(always)]
     fn end_of_row(&self, i: u32) -> u32 {
         (i + 1 + self.seq_k).saturating_sub(self.seq_q).min(self.seq_k)
     }
@@ -161,49 +201,61 @@ impl Policy for Causal {
 }
 
 /// Everything that [`AttentionArgs`] can ask for, looked up as the kernel runs.
+///
+/// It asks through [`opaque`], so that nothing of this takes registers of the main loop: a
+/// decision is taken again for each tile, and Philox's round keys are made where they are
+/// used.
 #[derive(Clone, Copy)]
 pub struct General {
     position: Causal,
-    causal: bool,
-    padding: Option<Global<u8>>,
-    padding_row: u64,
+    causal: u32,
+    /// Whether there is a padding mask.
+    padded: u32,
+    padding: Global<u8>,
     dropout: DropoutArgs,
     b: u32,
     h: u32,
 }
 
 impl Policy for General {
+    const GENERAL: bool = true;
+
     #[inline(always)]
     unsafe fn new(args: &AttentionArgs, b: u32, h: u32) -> Self {
-        // SAFETY: the caller vouches for the buffer.
-        let padding = (!args.mask.is_empty()).then(|| unsafe { args.mask.view::<u8>() });
         Self {
             position: Causal { seq_q: args.seq_q, seq_k: args.seq_k },
-            causal: args.causal != 0,
-            padding,
-            padding_row: b as u64 * args.seq_k as u64,
+            causal: args.causal,
+            padded: u32::from(!args.mask.is_empty()),
+            // SAFETY: the caller vouches for the buffer.
+            padding: unsafe { args.mask.view::<u8>() },
             dropout: args.dropout,
             b,
             h,
         }
     }
     #[inline(always)]
+    fn is_causal(args: &AttentionArgs) -> bool {
+        args.causal != 0
+    }
+    #[inline(always)]
     fn end_of_row(&self, i: u32) -> u32 {
-        if self.causal { self.position.end_of_row(i) } else { self.position.seq_k }
+        if opaque(self.causal) != 0 { self.position.end_of_row(i) } else { self.position.seq_k }
     }
     #[inline(always)]
     fn by_position_only(&self) -> bool {
-        self.padding.is_none()
+        opaque(self.padded) == 0
     }
     #[inline(always)]
     fn visible_keys<const N: usize>(&self, j: u32) -> u32 {
-        let Some(padding) = self.padding else { return u32::MAX };
+        if self.by_position_only() {
+            return u32::MAX;
+        }
+        let row = opaque(self.b) as u64 * self.position.seq_k as u64;
         let mut visible = 0;
         // A loop that stays one: the columns become bits, not registers.
         for bit in 0..2 * N as u32 {
             let key = j + bit / 2 * 8 + bit % 2;
-            let seen =
-                key < self.position.seq_k && padding.read(self.padding_row + key as u64) != 0;
+            let seen = key < self.position.seq_k && self.padding.read(row + key as u64) != 0;
             visible |= u32::from(seen) << bit;
         }
         visible
@@ -213,12 +265,18 @@ impl Policy for General {
         self.dropout
     }
     #[inline(always)]
+    fn drops(&self) -> bool {
+        opaque(self.dropout.threshold) != 0
+    }
+    #[inline(always)]
     fn kept_weights<const N: usize>(&self, i: u32, j: u32) -> u32 {
         let mut kept = 0;
         // As above: ten rounds of Philox for each tile are not to be unrolled.
         for tile in 0..N as u32 {
+            let [low, high] = [self.dropout.seed as u32, (self.dropout.seed >> 32) as u32];
+            let seed = opaque(low) as u64 | (opaque(high) as u64) << 32;
             let key = j + 8 * tile;
-            let draws = dropout::draws(self.dropout.seed, self.b, self.h, i, key / 4);
+            let draws = dropout::draws(seed, opaque(self.b), opaque(self.h), i, key / 4);
             let (first, second) =
                 if key % 4 == 0 { (draws[0], draws[1]) } else { (draws[2], draws[3]) };
             kept |= u32::from(first >= self.dropout.threshold) << (2 * tile);

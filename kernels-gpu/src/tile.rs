@@ -9,17 +9,20 @@
 //!            row ends, then THREADS / GROUP rows below until the tile ends
 //! ```
 
-use simt::{async_copy, global::Global, layout::Layout, memory::Memory, shared::Shared};
+use simt::{
+    async_copy, compiler::opaque, global::Global, layout::Layout, memory::Memory, shared::Shared,
+    thread, warp,
+};
 
 use crate::args::Tensor;
 
-/// Threads of the blocks that use these tiles.
-pub const THREADS: u32 = 128;
+/// Threads of a block of four warps.
+pub const FOUR_WARPS: u32 = 4 * warp::LANES;
 
 /// The rows of one head of a tensor.
 pub struct Rows<T> {
-    view: Global<T>,
-    head: u64,
+    /// The head's first row and what follows.
+    head: Global<T>,
     stride: u64,
     /// Rows that the head has.
     seq: u32,
@@ -43,35 +46,42 @@ impl<T: Memory> Rows<T> {
     pub unsafe fn new(tensor: &Tensor, b: u32, h: u32, seq: u32) -> Self {
         // SAFETY: the caller vouches for the buffer.
         let view = unsafe { tensor.buffer.view::<T>() };
-        Self { view, head: tensor.head(b, h), stride: tensor.stride_n, seq }
+        Self { head: view.skip(tensor.head(b, h)), stride: tensor.stride_n, seq }
     }
 
+    /// The elements from `column` of `row` on.
     #[inline(always)]
-    fn index(&self, row: u32, column: u32) -> u64 {
-        self.head + row as u64 * self.stride + column as u64
+    fn from(&self, row: u32, column: u32) -> Global<T> {
+        self.head.skip(row as u64 * self.stride + column as u64)
+    }
+
+    /// The elements from `columns` to the right of `row` rows below the first of `chunk`.
+    #[inline(always)]
+    fn walk(&self, chunk: Global<T>, below: u32, right: u32) -> Global<T> {
+        chunk.skip(below as u64 * self.stride).skip(right as u64)
     }
 }
 
-/// Calls `$body` for each chunk of this thread in a tile of ROWS rows of D elements of
-/// layout L: `$index` is where it goes, `$row` and `$column` where it comes from.
+/// Calls `$body` for each chunk of thread `$tid`, of THREADS, in a tile of ROWS rows of D
+/// elements of layout L. The chunk is the one `$below` rows below and `$right` columns to
+/// the right, both constants, of the thread's first, at `$row` and `$column`; `$index` is
+/// where it goes.
 macro_rules! for_each_chunk {
-    ($L:ident, $D:ident, $ROWS:ident, |$index:ident, $row:ident, $column:ident| $body:block) => {{
-        use simt::{layout::CHUNK, thread, unroll};
-        use $crate::tile::{group, rows_at_once};
-        let tid = thread::thread_idx_x();
-        let (first_row, first_chunk) = (tid / const { group($D) }, tid % const { group($D) });
-        let first_index = $L::index(first_row, first_chunk * CHUNK);
+    ($L:ident, $D:ident, $ROWS:ident, $tid:ident of $THREADS:ident,
+        |$index:ident, ($row:ident, $below:ident), ($column:ident, $right:ident)| $body:block) => {{
+        use simt::{layout::CHUNK, unroll};
+        use $crate::tile::{group, passes, rows_at_once};
+        const { assert!(passes($D, $ROWS as u32, $THREADS) <= 8) };
+        let ($row, $column) = ($tid / const { group($D) }, $tid % const { group($D) } * CHUNK);
+        let first_index = $L::index($row, $column);
         unroll!(for PASS in 0..8 {
-            if (PASS as u32) < const { $ROWS as u32 / rows_at_once($D) } {
+            if (PASS as u32) < const { passes($D, $ROWS as u32, $THREADS) } {
                 unroll!(for STEP in 0..8 {
                     if (STEP as u32) < const { $D as u32 / CHUNK / group($D) } {
-                        let (below, right) = (
-                            PASS as u32 * const { rows_at_once($D) },
-                            STEP as u32 * const { group($D) } * CHUNK,
-                        );
+                        let $below = PASS as u32 * const { rows_at_once($D, $THREADS) };
                         // A whole number of groups to the right the exchange is the same.
-                        let $index = $L::down(first_index, below) + right;
-                        let ($row, $column) = (first_row + below, first_chunk * CHUNK + right);
+                        let $right = STEP as u32 * const { group($D) * CHUNK };
+                        let $index = $L::down(first_index, $below) + $right;
                         $body
                     }
                 });
@@ -85,20 +95,16 @@ pub(crate) use for_each_chunk;
 /// 0, so that what is computed from them and hidden later is finite.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub fn load<T: Memory, L: Layout, const D: usize, const ROWS: u32>(
+pub fn load<T: Memory, L: Layout, const D: usize, const ROWS: u32, const THREADS: u32>(
     rows: &Rows<T>,
     first: u32,
     tile: Shared<T>,
 ) {
-    const { assert!(ROWS % rows_at_once(D) == 0 && ROWS / rows_at_once(D) <= 8) };
-    for_each_chunk!(L, D, ROWS, |index, row, column| {
-        let inside = first + row < rows.seq;
-        let chunk = if inside {
-            rows.view.read_as::<[u32; 4]>(rows.index(first + row, column))
-        } else {
-            [0; 4]
-        };
-        tile.write_as(index, chunk);
+    let tid = thread::thread_idx_x();
+    for_each_chunk!(L, D, ROWS, tid of THREADS, |index, (row, below), (column, right)| {
+        let from = rows.walk(rows.from(first + row, column), below, right);
+        let inside = first + row + below < rows.seq;
+        tile.write_as(index, if inside { from.read_as::<[u32; 4]>(0) } else { [0; 4] });
     });
 }
 
@@ -106,15 +112,17 @@ pub fn load<T: Memory, L: Layout, const D: usize, const ROWS: u32>(
 /// caller commits and waits.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub fn load_async<T: Memory, L: Layout, const D: usize, const ROWS: u32>(
+pub fn load_async<T: Memory, L: Layout, const D: usize, const ROWS: u32, const THREADS: u32>(
     rows: &Rows<T>,
     first: u32,
     tile: Shared<T>,
 ) {
-    const { assert!(ROWS % rows_at_once(D) == 0 && ROWS / rows_at_once(D) <= 8) };
-    for_each_chunk!(L, D, ROWS, |index, row, column| {
-        let inside = first + row < rows.seq;
-        async_copy::copy_or_zero(tile, index, rows.view, rows.index(first + row, column), inside);
+    // Computed for each tile anew: the compiler would keep all that follows from it in
+    // registers of the loop over tiles.
+    let tid = opaque(thread::thread_idx_x());
+    for_each_chunk!(L, D, ROWS, tid of THREADS, |index, (row, below), (column, right)| {
+        let from = rows.walk(rows.from(first + row, column), below, right);
+        async_copy::copy_or_zero(tile, index, from, 0, first + row + below < rows.seq);
     });
 }
 
@@ -125,6 +133,12 @@ pub(crate) const fn group(d: usize) -> u32 {
 }
 
 /// Rows that the block's threads touch at once.
-pub(crate) const fn rows_at_once(d: usize) -> u32 {
-    THREADS / group(d)
+pub(crate) const fn rows_at_once(d: usize, threads: u32) -> u32 {
+    threads / group(d)
+}
+
+/// How often the block's threads go over a tile.
+pub(crate) const fn passes(d: usize, rows: u32, threads: u32) -> u32 {
+    assert!(rows % rows_at_once(d, threads) == 0, "every thread has as many rows");
+    rows / rows_at_once(d, threads)
 }

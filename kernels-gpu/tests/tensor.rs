@@ -4,7 +4,7 @@ mod common;
 
 use common::{Case, run};
 use half::{bf16, f16};
-use kernels_gpu::flash_mma;
+use kernels_gpu::{flash_mma, flash_pipelined};
 use simt::{Dim3, emulator::Stats, scalar::Scalar};
 
 /// Shapes and features that every rung must get right, for a tile of `br` rows and `bc`
@@ -62,4 +62,34 @@ fn flash_mma_computes_attention() {
 fn flash_mma_computes_attention_on_turing() {
     check_mma::<f16>("flash_mma_turing_f16_d64", 64);
     check_mma::<f16>("flash_mma_turing_f16_d128", 128);
+}
+
+/// Every policy that has an entry for a case: the general one does all of them.
+fn check_pipelined<T: Scalar>(dtype: &str, d: u32) {
+    let widest = flash_pipelined::shape(d as usize, false);
+    for case in cases(d, widest.rows(), widest.keys) {
+        let special = if case.causal { "causal" } else { "full" };
+        let only_general = case.padding || case.dropout > 0.0;
+        for (policy, general) in [(special, false), ("general", true)] {
+            if only_general && !general {
+                continue;
+            }
+            let symbol = format!("flash_pipelined_{dtype}_d{d}_{policy}");
+            let shape = flash_pipelined::shape(d as usize, general);
+            let shared = flash_pipelined::shared_bytes(d as usize, general);
+            let stats = case.check::<T>(|args| {
+                let blocks = args.seq_q.div_ceil(shape.rows()) * args.heads * args.batch;
+                run(&symbol, blocks.into(), shape.threads().into(), shared, args)
+            });
+            assert_eq!(stats.bank_conflicts, 0, "{symbol}");
+        }
+    }
+}
+
+#[test]
+fn flash_pipelined_computes_attention() {
+    for d in [64, 128] {
+        check_pipelined::<f16>("f16", d);
+        check_pipelined::<bf16>("bf16", d);
+    }
 }

@@ -61,6 +61,17 @@ impl<T: Memory> Global<T> {
         self.len == 0
     }
 
+    /// The view without its first `count` elements; empty if it has no more.
+    #[inline(always)]
+    #[must_use]
+    pub const fn skip(self, count: u64) -> Self {
+        Self {
+            address: self.address_of(count),
+            len: self.len.saturating_sub(count),
+            element: PhantomData,
+        }
+    }
+
     /// Address of element `index`, for instructions that take one.
     #[inline(always)]
     #[must_use]

@@ -52,6 +52,7 @@
 pub mod async_copy;
 pub mod atomic;
 pub mod barrier;
+pub mod compiler;
 pub mod dim;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod emulator;

@@ -1,13 +1,13 @@
 //! The entries of the table, in the order of the ladder.
 
-use kernels_gpu::{args, flash_hopper, flash_mma, flash_tiled, naive, weights};
+use kernels_gpu::{args, flash_hopper, flash_mma, flash_pipelined, flash_tiled, naive, weights};
 use simt::Dim3;
 
 use super::{Features, KernelSpec, Plan, Step};
 use crate::{backend::TensorMapSpec, dtype::DType, problem::Problem};
 
 /// Every kernel.
-pub static KERNELS: &[KernelSpec] = &[NAIVE, FLASH_TILED, FLASH_MMA, FLASH_HOPPER];
+pub static KERNELS: &[KernelSpec] = &[NAIVE, FLASH_TILED, FLASH_MMA, FLASH_PIPELINED, FLASH_HOPPER];
 
 /// What the first rungs all support.
 const ALL_FEATURES: Features =
@@ -108,6 +108,34 @@ const FLASH_MMA: KernelSpec = KernelSpec {
     tensor_maps: None,
 };
 
+const FLASH_PIPELINED: KernelSpec = KernelSpec {
+    name: "flash_pipelined",
+    summary: "mma.sync at its best: copies ahead, 32 rows a warp, masks only where they cut",
+    idea: "every operand is there before it is needed, serves two products when it comes, and \
+           what need not be done is not done",
+    dtypes: &[DType::F16, DType::BF16],
+    head_dims: &[64, 128],
+    capability: (8, 0),
+    exact_capability: false,
+    tile: |d| {
+        let shape = flash_pipelined::shape(d, false);
+        (shape.rows() as usize, shape.keys as usize)
+    },
+    features: ALL_FEATURES,
+    plan: |p, _| {
+        let (policy, general) = policy(p);
+        let shape = flash_pipelined::shape(p.head_dim(), general);
+        one_step(Step {
+            symbol: format!("{}_{policy}", symbol("flash_pipelined", p)),
+            // Too many blocks for a grid: the launch is refused.
+            grid: tiles(p.seq_q(), shape.rows()).saturating_mul(heads(p)).into(),
+            block: shape.threads().into(),
+            shared_bytes: flash_pipelined::shared_bytes(p.head_dim(), general),
+        })
+    },
+    tensor_maps: None,
+};
+
 const FLASH_HOPPER: KernelSpec = KernelSpec {
     name: "flash_hopper",
     summary: "wgmma, bulk copies, producer and consumer warpgroups",
@@ -123,15 +151,10 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
     },
     features: ALL_FEATURES,
     plan: |p, target| {
-        let (d, general) = (p.head_dim() as u32, hopper_general(p));
+        let (d, (policy, general)) = (p.head_dim() as u32, policy(p));
         let (seq_q, all_heads) = (p.seq_q() as u64, u64::from(heads(p)));
         let consumers =
             flash_hopper::consumers(d, general, seq_q, all_heads, target.multiprocessors);
-        let policy = match (general, p.causal()) {
-            (true, _) => "general",
-            (false, true) => "causal",
-            (false, false) => "full",
-        };
         let size = if consumers == 3 { "_x3" } else { "" };
         let q_tiles = tiles(p.seq_q(), flash_hopper::tile_rows(consumers));
         one_step(Step {
@@ -148,9 +171,14 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
     }),
 };
 
-/// Whether a problem needs the kernel that decides at run time.
-fn hopper_general(p: &Problem) -> bool {
-    p.has_mask() || p.dropout().is_some()
+/// The policy that a kernel has for a problem, as its entries name it, and whether it is
+/// the one that decides at run time.
+fn policy(p: &Problem) -> (&'static str, bool) {
+    match (p.has_mask() || p.dropout().is_some(), p.causal()) {
+        (true, _) => ("general", true),
+        (false, true) => ("causal", false),
+        (false, false) => ("full", false),
+    }
 }
 
 /// The tensor map of Q, or that of K or V: `[D, N, H, B]`, fastest first.

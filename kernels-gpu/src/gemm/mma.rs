@@ -43,7 +43,7 @@ pub const DEPTH: u32 = 32;
 /// 48 KiB, which every GPU gives to a block without being asked.
 pub const STAGES: u32 = 3;
 /// Threads of a block: four warps.
-pub const THREADS: u32 = tile::THREADS;
+pub const THREADS: u32 = tile::FOUR_WARPS;
 
 /// Warps of a block.
 const WARPS: u32 = THREADS / warp::LANES;
@@ -71,8 +71,9 @@ pub fn load<T: Scalar, L: Layout, const COLUMNS: usize, const ROWS: usize>(
     to: Shared<T>,
 ) {
     if matrix.is_aligned() {
-        tile::for_each_chunk!(L, COLUMNS, ROWS, |index, r, c| {
-            let (row, column) = (row + r, column + c);
+        let tid = thread::thread_idx_x();
+        tile::for_each_chunk!(L, COLUMNS, ROWS, tid of THREADS, |index, (r, below), (c, right)| {
+            let (row, column) = (row + r + below, column + c + right);
             let from = matrix.index(row, column);
             async_copy::copy_or_zero(to, index, matrix.view, from, matrix.has(row, column));
         });

@@ -1,0 +1,436 @@
+//! flash_pipelined: what `mma.sync` can do, from sm_80 on.
+//!
+//! The idea: on the tensor cores' way stands everything that is not a product. So operands
+//! are in shared memory before they are needed, serve two products when they come to
+//! registers, and what need not be done is not done.
+//!
+//! ```text
+//! start to copy Q, and K, V of the first tile
+//! for each tile of BC keys:
+//!     wait for the copies; barrier                one a tile
+//!     start to copy K, V of the next tile         into the other stage
+//!     S = Q Kᵀ                                    32 rows a warp
+//!     hide, in tiles that the diagonal, the last key or padding cuts
+//!     if some row's maximum has grown a lot: raise m; O, l *= alpha
+//!     for each 16 keys: P = exp2(S * scale - m); l += rowsum(P); O += P V
+//! O / l, LSE = m + log(l)
+//! ```
+//!
+//! ```text
+//!              BC keys
+//!            +---------+     A warp has two fragments of 16 rows: K and V that it loads
+//!    warp 0  | 16 x BC |     serve both. S, P and O stay in registers; at D <= 64 Q does
+//!            | 16 x BC |     too, and passes through the stage that is still empty.
+//!    warp 1  |   ...   |
+//! ```
+//!
+//! | D | BR x BC | Q in | shared bytes | registers of Q, S, O a thread |
+//! |---|---|---|---|---|
+//! | 64 | 128 x 64 | registers | 32,768 | 32, 64, 64 |
+//! | 128 | 128 x 48 | shared memory | 81,920 | -, 48, 128 |
+//! | 128, general | 128 x 32 | shared memory | 65,536 | -, 32, 128 |
+//!
+//! Where the time goes, by counting: a B of 512 bytes serves four products of 4096 FLOP,
+//! 32 FLOP a byte of shared memory, twice what 16 rows give. At D = 128 Q is loaded again for
+//! each tile: 24.6 FLOP a byte with the tile of 48 keys. A tile's exponentials, BR BC of
+//! them, stand between the two products; those of the next 16 keys go beside the products of
+//! these.
+//!
+//! What is not done: the scale is part of the fma before exp2; maxima are exchanged, and O is
+//! rescaled, only when a maximum has grown by more than 2^8 (one vote of the warp decides);
+//! tiles that no row of a warp sees are skipped. Causal launches take the longest query
+//! tiles first (`schedule.rs`).
+//!
+//! Measured: not measured yet. Limits: f16 and bf16, a positive scale.
+//!
+//! Source: Dao, "FlashAttention-2", 2023, sections 3.1 to 3.3; the rescaling rule as in
+//! "FlashAttention-4".
+
+use core::marker::PhantomData;
+
+use half::{bf16, f16};
+use simt::{
+    async_copy,
+    compiler::opaque,
+    layout::{Layout, Swizzled},
+    mma::{Ampere, TensorCore},
+    scalar::Scalar,
+    shared::Shared,
+    thread, unroll, warp,
+};
+
+use crate::{
+    args::AttentionArgs,
+    entries,
+    fragment::{self, Queries, RegisterQueries, SharedQueries},
+    online::{self, Destination, RowState},
+    policy::{self, Causal, Full, General, Policy},
+    schedule,
+    tile::{self, Rows},
+};
+
+/// Stages of K and V: one is computed with while the other is filled.
+const STAGES: u32 = 2;
+
+/// How a block works on its tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Warps of a block.
+    pub warps: u32,
+    /// Fragments of 16 rows that a warp keeps.
+    pub fragments: u32,
+    /// Keys of a tile.
+    pub keys: u32,
+    /// Whether Q is held in registers.
+    pub q_in_registers: bool,
+}
+
+/// The shape for head dim `d`; `general` kernels have fewer registers to spare.
+#[must_use]
+pub const fn shape(d: usize, general: bool) -> Shape {
+    match d {
+        0..=64 => Shape { warps: 4, fragments: 2, keys: 64, q_in_registers: true },
+        _ => {
+            let keys = if general { 32 } else { 48 };
+            Shape { warps: 4, fragments: 2, keys, q_in_registers: false }
+        }
+    }
+}
+
+impl Shape {
+    /// Threads of a block.
+    #[must_use]
+    pub const fn threads(&self) -> u32 {
+        self.warps * warp::LANES
+    }
+
+    /// Query rows of a block.
+    #[must_use]
+    pub const fn rows(&self) -> u32 {
+        self.warps * self.fragments * fragment::ROWS
+    }
+
+    /// Rows of Q that have shared memory of their own.
+    const fn shared_q_rows(&self) -> u32 {
+        if self.q_in_registers { 0 } else { self.rows() }
+    }
+}
+
+/// Dynamic shared memory of a block in bytes.
+#[must_use]
+pub const fn shared_bytes(d: usize, general: bool) -> u32 {
+    let shape = shape(d, general);
+    (shape.shared_q_rows() + STAGES * 2 * shape.keys) * d as u32 * 2
+}
+
+/// Flash attention forward, copies ahead of the products.
+///
+/// # Layout
+/// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`.
+///
+/// # Thread mapping
+/// `B * H * ceil(Nq / BR)` blocks along x, [`Shape::threads`] each. A warp has FRAGMENTS
+/// fragments of 16 rows below each other.
+///
+/// # Shared memory
+/// [`shared_bytes`], dynamic: two stages of K and V, then Q if it is not in registers.
+///
+/// # Safety
+/// The buffers of `args` must have these shapes, with addresses and strides that are
+/// multiples of 16 bytes, and the launch the threads and shared memory stated here.
+#[inline(always)]
+pub unsafe fn flash_pipelined<
+    T: Scalar,
+    P: Policy,
+    const D: usize,
+    const D_STEPS: usize,
+    const COLUMN_TILES: usize,
+    const FRAGMENTS: usize,
+    const THREADS: u32,
+    const BR: u32,
+    const BC: u32,
+    const KEY_TILES: usize,
+>(
+    args: &AttentionArgs,
+) where
+    Ampere: TensorCore<T>,
+{
+    const {
+        let shape = shape(D, P::GENERAL);
+        assert!(D == 8 * COLUMN_TILES && D == 16 * D_STEPS, "whole products over D");
+        assert!(THREADS == shape.threads() && BR == shape.rows());
+        assert!(FRAGMENTS as u32 == shape.fragments);
+        assert!(BC == shape.keys && BC as usize == 8 * KEY_TILES);
+        assert!(!shape.q_in_registers || BR <= 2 * BC, "Q fits a stage of K and V");
+    }
+    let q_in_registers = const { shape(D, P::GENERAL).q_in_registers };
+
+    // Who am I.
+    let Place { b, h, first_row, warp_row } = place::<P, D, BR, FRAGMENTS>(args);
+    // SAFETY: the caller vouches for the buffers and the shared memory.
+    let (policy, q, stages, q_smem) = unsafe {
+        let stages = Stages::<T, D, THREADS> {
+            k: Rows::new(&args.k, b, h, args.seq_k),
+            v: Rows::new(&args.v, b, h, args.seq_k),
+            smem: Shared::<T>::dynamic(0, const { STAGES * 2 * BC * D as u32 }),
+        };
+        let q_smem = if q_in_registers {
+            // Room that the second tile of keys will need.
+            stages.smem.slice(const { 2 * BC * D as u32 }, const { BR * D as u32 })
+        } else {
+            Shared::<T>::dynamic(const { STAGES * 2 * BC * D as u32 * 2 }, const { BR * D as u32 })
+        };
+        (P::new(args, b, h), Rows::<T>::new(&args.q, b, h, args.seq_q), stages, q_smem)
+    };
+
+    let mut state = Warp::<T, P, KEY_TILES, COLUMN_TILES, FRAGMENTS> {
+        policy,
+        scale_log2: args.scale_log2,
+        first_row: first_row + warp_row,
+        end: policy.end_of_row(first_row + warp_row + const { FRAGMENTS as u32 * 16 - 1 }),
+        rows: [RowState::EMPTY; FRAGMENTS],
+        acc_o: [[[0.0; 4]; COLUMN_TILES]; FRAGMENTS],
+        element: PhantomData,
+    };
+    let num_kv_tiles = policy::end_of_tile(&policy, first_row + BR, args.seq_q).div_ceil(BC);
+    if num_kv_tiles > 0 {
+        // Load Q, and the first tile of K and V.
+        tile::load_async::<T, Swizzled<D>, D, BR, THREADS>(&q, first_row, q_smem);
+        stages.start::<BC>(0, 0);
+        async_copy::commit();
+        let shared = || SharedQueries::<T, Swizzled<D>>::new(q_smem, warp_row);
+        let queries = if q_in_registers {
+            async_copy::wait::<0>();
+            // Hazard: Q is read by threads that did not copy it.
+            thread::sync_threads();
+            RegisterQueries::<FRAGMENTS, D_STEPS>::load(shared())
+        } else {
+            RegisterQueries::none()
+        };
+
+        let mut stage = 0;
+        for kv_tile in 0..num_kv_tiles {
+            async_copy::wait::<0>();
+            // Hazards: K and V are read by threads that did not copy them; and the other
+            // stage, which is overwritten next, may still be read for the tile before
+            // (or Q in it).
+            thread::sync_threads();
+            if kv_tile + 1 < num_kv_tiles {
+                stages.start::<BC>(kv_tile + 1, stage ^ 1);
+            }
+            async_copy::commit();
+            let (k_smem, v_smem) = stages.tiles::<BC>(stage);
+            if q_in_registers {
+                state.attend::<Swizzled<D>, D>(queries, k_smem, v_smem, kv_tile * BC);
+            } else {
+                state.attend::<Swizzled<D>, D>(shared(), k_smem, v_smem, kv_tile * BC);
+            }
+            stage ^= 1;
+        }
+    }
+
+    // Normalise, store O and LSE. Where to is computed again: it would take registers of
+    // the loop.
+    let Place { b, h, first_row, warp_row } = place::<P, D, BR, FRAGMENTS>(args);
+    unroll!(for FRAGMENT in 0..2 {
+        if FRAGMENT < FRAGMENTS {
+            let to = Destination {
+                b,
+                h,
+                first_row: first_row + warp_row + FRAGMENT as u32 * fragment::ROWS,
+            };
+            let (acc_o, rows) = (state.acc_o[FRAGMENT], &state.rows[FRAGMENT]);
+            // SAFETY: the caller vouches for the buffers.
+            unsafe {
+                online::store::<T, Ampere, COLUMN_TILES>(args, to, acc_o, rows, policy.dropout());
+            };
+        }
+    });
+}
+
+/// Where a warp's rows are. All of it is the same for the whole warp.
+struct Place {
+    b: u32,
+    h: u32,
+    /// The block's first row.
+    first_row: u32,
+    /// The warp's first row, counted from the block's.
+    warp_row: u32,
+}
+
+#[inline(always)]
+fn place<P: Policy, const D: usize, const BR: u32, const FRAGMENTS: usize>(
+    args: &AttentionArgs,
+) -> Place {
+    // Asked for twice, and opaque so that nothing is kept from one time to the other.
+    let block = opaque(thread::block_idx_x());
+    let (heads, num_q_tiles) = (args.batch * args.heads, opaque(args.seq_q).div_ceil(BR));
+    let work = if P::is_causal(args) {
+        let head_bytes = opaque(args.seq_k) as u64 * (4 * D) as u64;
+        schedule::longest_first(block, num_q_tiles, heads, head_bytes)
+    } else {
+        schedule::in_order(block, num_q_tiles)
+    };
+    let (b, h) = schedule::divide(work.head, args.heads);
+    Place {
+        b,
+        h,
+        first_row: work.q_tile * BR,
+        warp_row: warp::uniform(opaque(thread::thread_idx_x()) / warp::LANES)
+            * const { FRAGMENTS as u32 * fragment::ROWS },
+    }
+}
+
+/// K and V of a head, and where their tiles go.
+struct Stages<T, const D: usize, const THREADS: u32> {
+    k: Rows<T>,
+    v: Rows<T>,
+    smem: Shared<T>,
+}
+
+impl<T: Scalar, const D: usize, const THREADS: u32> Stages<T, D, THREADS> {
+    /// The tiles of K and V of a stage.
+    #[inline(always)]
+    fn tiles<const BC: u32>(&self, stage: u32) -> (Shared<T>, Shared<T>) {
+        let len = const { BC * D as u32 };
+        let smem = self.smem.slice(2 * stage * len, 2 * len);
+        (smem.slice(0, len), smem.slice(len, len))
+    }
+
+    /// Starts to copy a tile of keys into a stage.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn start<const BC: u32>(&self, kv_tile: u32, stage: u32) {
+        let (k_smem, v_smem) = self.tiles::<BC>(stage);
+        tile::load_async::<T, Swizzled<D>, D, BC, THREADS>(&self.k, kv_tile * BC, k_smem);
+        tile::load_async::<T, Swizzled<D>, D, BC, THREADS>(&self.v, kv_tile * BC, v_smem);
+    }
+}
+
+/// What a warp has in registers: N tiles of 8 keys, O tiles of 8 columns, F fragments of
+/// 16 rows.
+struct Warp<T, P, const N: usize, const O: usize, const F: usize> {
+    policy: P,
+    scale_log2: f32,
+    /// The warp's first row.
+    first_row: u32,
+    /// The first key that none of its rows sees by its position.
+    end: u32,
+    rows: [RowState; F],
+    acc_o: [[[f32; 4]; O]; F],
+    element: PhantomData<T>,
+}
+
+impl<T: Scalar, P: Policy, const N: usize, const O: usize, const F: usize> Warp<T, P, N, O, F>
+where
+    Ampere: TensorCore<T>,
+{
+    /// Takes in a tile of keys.
+    #[inline(always)]
+    fn attend<L: Layout, const D: usize>(
+        &mut self,
+        queries: impl Queries<F>,
+        k_smem: Shared<T>,
+        v_smem: Shared<T>,
+        first_key: u32,
+    ) {
+        if first_key >= self.end {
+            return; // Above the diagonal.
+        }
+        // S = Q Kᵀ.
+        let mut s = [[[0.0f32; 4]; N]; F];
+        let k = (k_smem, fragment::b_origin::<L>(0));
+        fragment::add_scores::<T, Ampere, L, D, N, F>(&mut s, queries, k);
+
+        if policy::needs_mask(&self.policy, self.first_row, first_key + 8 * N as u32) {
+            let (row, column) = fragment::row_and_column();
+            policy::hide(&self.policy, &mut s, self.first_row + row, first_key + column);
+        }
+
+        // Online softmax; O and the sums are rescaled only where a maximum has moved far.
+        let mut maxima = [[0.0; 2]; F];
+        let mut outgrown = false;
+        unroll!(for FRAGMENT in 0..2 {
+            if FRAGMENT < F {
+                maxima[FRAGMENT] = online::maxima(&s[FRAGMENT], self.scale_log2);
+                outgrown |= self.rows[FRAGMENT].outgrown(maxima[FRAGMENT]);
+            }
+        });
+        if warp::any(outgrown) {
+            unroll!(for FRAGMENT in 0..2 {
+                if FRAGMENT < F {
+                    let alpha = self.rows[FRAGMENT].raise(maxima[FRAGMENT]);
+                    fragment::scale_rows(&mut self.acc_o[FRAGMENT], alpha);
+                }
+            });
+        }
+        let v = (v_smem, fragment::a_origin::<L>(0));
+        let (row, column) = fragment::row_and_column();
+        let mut kept = [[0; 2]; F];
+        unroll!(for FRAGMENT in 0..2 {
+            if FRAGMENT < F {
+                let i = self.first_row + row + FRAGMENT as u32 * fragment::ROWS;
+                let j = first_key + column;
+                kept[FRAGMENT] = policy::kept_weights::<_, N>(&self.policy, i, j);
+            }
+        });
+
+        // P, and O += P V, 16 keys at a time: exponentials of the next keys go beside the
+        // products of these.
+        unroll!(for STEP in 0..8 {
+            if STEP < N / 2 {
+                let mut p = [[0; 4]; F];
+                unroll!(for FRAGMENT in 0..2 {
+                    if FRAGMENT < F {
+                        let (rows, kept) = (&mut self.rows[FRAGMENT], kept[FRAGMENT]);
+                        let mut weigh = |tile: usize| {
+                            let s = s[FRAGMENT][tile];
+                            let mut p = rows.weigh(s, self.scale_log2);
+                            policy::drop_weights(&self.policy, &mut p, kept, tile);
+                            p
+                        };
+                        let (left, right) = (weigh(2 * STEP), weigh(2 * STEP + 1));
+                        p[FRAGMENT] = fragment::pack_a::<T, Ampere>(left, right);
+                    }
+                });
+                let key = 16 * STEP as u32;
+                fragment::add_output_step::<T, Ampere, L, O, F>(&mut self.acc_o, p, v, key);
+            }
+        });
+    }
+}
+
+/// The kernel for a type, policy and head dim.
+macro_rules! kernel {
+    ($type:ty, $policy:ty, $d:literal) => {
+        flash_pipelined::<
+            $type,
+            $policy,
+            $d,
+            { $d / 16 },
+            { $d / 8 },
+            { shape($d, <$policy>::GENERAL).fragments as usize },
+            { shape($d, <$policy>::GENERAL).threads() },
+            { shape($d, <$policy>::GENERAL).rows() },
+            { shape($d, <$policy>::GENERAL).keys },
+            { shape($d, <$policy>::GENERAL).keys as usize / 8 },
+        >
+    };
+}
+
+entries! {
+    /// Instances of [`flash_pipelined`] with four warps.
+    pub static FOUR_WARPS: AttentionArgs => "sm_80", threads tile::FOUR_WARPS, min_blocks 2;
+    flash_pipelined_f16_d64_full = kernel!(f16, Full, 64);
+    flash_pipelined_f16_d64_causal = kernel!(f16, Causal, 64);
+    flash_pipelined_f16_d64_general = kernel!(f16, General, 64);
+    flash_pipelined_f16_d128_full = kernel!(f16, Full, 128);
+    flash_pipelined_f16_d128_causal = kernel!(f16, Causal, 128);
+    flash_pipelined_f16_d128_general = kernel!(f16, General, 128);
+    flash_pipelined_bf16_d64_full = kernel!(bf16, Full, 64);
+    flash_pipelined_bf16_d64_causal = kernel!(bf16, Causal, 64);
+    flash_pipelined_bf16_d64_general = kernel!(bf16, General, 64);
+    flash_pipelined_bf16_d128_full = kernel!(bf16, Full, 128);
+    flash_pipelined_bf16_d128_causal = kernel!(bf16, Causal, 128);
+    flash_pipelined_bf16_d128_general = kernel!(bf16, General, 128);
+}
