@@ -10,7 +10,7 @@ use crate::{
     dtype::DType,
     error::Error,
     problem::Problem,
-    registry::{self, Addresses, KernelSpec, Step, Target},
+    registry::{self, KernelSpec, Step, Target},
     tensor::Tensor,
 };
 
@@ -179,7 +179,8 @@ impl Session {
     }
 }
 
-/// Inputs in device memory.
+/// Inputs in device memory, each with the strides that it has: not necessarily those of the
+/// problem's layout.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DeviceInputs {
     /// Queries.
@@ -225,14 +226,9 @@ impl Attention {
             memory.filled(problem.q_elements() as u64 * problem.dtype().size() as u64, POISON)?;
         let lse = memory.filled(problem.rows() as u64 * size_of::<f32>() as u64, POISON)?;
         let workspace = memory.filled(plan.workspace_bytes, POISON)?;
-        let addresses = Addresses {
-            q: inputs.q.buffer.address,
-            k: inputs.k.buffer.address,
-            v: inputs.v.buffer.address,
-            o: o.address(),
-        };
+        let qkv = [inputs.q, inputs.k, inputs.v];
         let mut maps = Vec::new();
-        for map in kernel.tensor_maps.map_or_else(Vec::new, |f| f(problem, &addresses)) {
+        for map in kernel.tensor_maps.map_or_else(Vec::new, |f| f(problem, &qkv)) {
             maps.extend_from_slice(&device.encode_tensor_map(&map)?);
         }
         let tensor_maps = memory.upload(&maps)?;

@@ -6,7 +6,7 @@ use flash_attention::{
     Error, Layout, Problem, Tensor,
     backend::Counters,
     module::{self, MultiHeadAttention, oracle as module_oracle},
-    registry::{KernelSpec, best_linear},
+    registry::KernelSpec,
     session::{Inputs, Session, Work},
 };
 
@@ -257,7 +257,7 @@ pub fn foresee(
     let mut row = row(session, level, kernel.name, &problem);
     let supported = kernel.supports(&problem, &target).and_then(|()| match level {
         Level::Attention => Ok(()),
-        Level::Module => best_linear(&module::projection(&problem), &target).map(drop),
+        Level::Module => module::best_linear(&problem, &target).map(drop),
     });
     match supported {
         Err(Error::Unsupported { reason, .. }) => {

@@ -37,15 +37,15 @@ pub struct ModuleMemory {
 /// A pass with its input in device memory, to be run as often as wanted.
 pub struct Forward<'a> {
     pub(super) module: &'a MultiHeadAttention,
-    /// The projections of q, k and v.
-    pub(super) before: [Launch; 3],
+    /// The projection of q, k and v.
+    pub(super) before: Launch,
     pub(super) attention: Attention,
     /// The projection of the output.
     pub(super) after: Launch,
     pub(super) x: DeviceBuffer,
     pub(super) mask: DeviceBuffer,
     /// Kept alive for the kernels.
-    pub(super) _projected: [DeviceBuffer; 3],
+    pub(super) _qkv: DeviceBuffer,
     pub(super) y: DeviceBuffer,
     /// Bytes that were in use beside the module when the pass was prepared.
     pub(super) others: u64,
@@ -101,7 +101,7 @@ impl Work for Forward<'_> {
     }
 
     fn start(&self) -> Result<(), Error> {
-        self.before.iter().try_for_each(|launch| self.device().launch(launch))?;
+        self.device().launch(&self.before)?;
         self.attention.start()?;
         self.device().launch(&self.after)
     }

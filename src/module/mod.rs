@@ -3,13 +3,15 @@
 //! projection mixes the heads:
 //!
 //! ```text
-//! q, k, v = x Wqᵀ + bq, x Wkᵀ + bk, x Wvᵀ + bv     [B, N, hidden], seen as [B, N, H, D]
-//! o       = attention(q, k, v)                      [B, N, H, D], seen as [B, N, hidden]
-//! y       = o Woᵀ + bo                              [B, N, hidden]
+//! q | k | v = x Wᵀ + b                [B, N, 3 hidden], seen as three of [B, N, H, D]
+//! o         = attention(q, k, v)      [B, N, H, D], seen as [B, N, hidden]
+//! y         = o Woᵀ + bo              [B, N, hidden]
 //! ```
 //!
-//! Heads are split and joined by strides alone: a projection writes `[B, N, hidden]`, which
-//! is `[B, N, H, D]` in memory ([`Layout::TokensFirst`]). Nothing is transposed.
+//! The first three projections are one launch: their weights stand below each other in memory,
+//! so that a token's q, k and v come out side by side. Heads are split and joined by strides
+//! alone: `[B, N, hidden]` is `[B, N, H, D]` in memory ([`Layout::TokensFirst`]). Nothing is
+//! transposed.
 //!
 //! Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
 
@@ -19,7 +21,7 @@ mod weights;
 
 use std::sync::Arc;
 
-use kernels_gpu::args::{Buffer, LinearArgs};
+use kernels_gpu::args::{self, Buffer, LinearArgs};
 
 use crate::{
     backend::{DeviceBuffer, Memory},
@@ -89,8 +91,10 @@ pub enum Mode {
 /// ```
 pub struct MultiHeadAttention {
     memory: Arc<Memory>,
-    /// Weight and bias of each projection, in the order of [`Weights::NAMES`].
-    parameters: [[DeviceBuffer; 2]; 4],
+    /// Weight `[3 hidden, hidden]` and bias of q, k and v.
+    qkv: [DeviceBuffer; 2],
+    /// Weight and bias of the output.
+    out: [DeviceBuffer; 2],
     dtype: DType,
     heads: usize,
     head_dim: usize,
@@ -106,14 +110,15 @@ impl MultiHeadAttention {
     pub fn new(session: &Session, weights: &Weights, heads: usize) -> Result<Self, Error> {
         let head_dim = head_dim_of(weights.hidden(), heads)?;
         let memory = session.memory().clone();
-        let upload = |linear: &Linear| {
-            let weight = memory.upload(linear.weight.bytes())?;
-            Ok([weight, memory.upload(linear.bias.bytes())?])
+        let upload = |projections: &[Linear]| -> Result<_, Error> {
+            let weight: Vec<&[u8]> = projections.iter().map(|l| l.weight.bytes()).collect();
+            let bias: Vec<&[u8]> = projections.iter().map(|l| l.bias.bytes()).collect();
+            Ok([memory.upload(&weight.concat())?, memory.upload(&bias.concat())?])
         };
-        let [q, k, v, out] = weights.projections().each_ref().map(upload);
-        let parameters = [q?, k?, v?, out?];
+        let (qkv, out) = weights.projections().split_at(3);
+        let (qkv, out) = (upload(qkv)?, upload(out)?);
         let dtype = weights.dtype();
-        Ok(Self { memory, parameters, dtype, heads, head_dim, dropout: 0.0, linear: None })
+        Ok(Self { memory, qkv, out, dtype, heads, head_dim, dropout: 0.0, linear: None })
     }
 
     /// The module with attention weights dropped with probability `p` in training.
@@ -185,17 +190,19 @@ impl MultiHeadAttention {
     /// [`Error::Unsupported`] with the reason.
     pub fn linear(&self, problem: &Problem) -> Result<&'static LinearSpec, Error> {
         let target = Target::of(&**self.memory.device());
-        let projection = projection(problem);
         match self.linear {
-            None => registry::best_linear(&projection, &target),
-            Some(kernel) => kernel.supports(&projection, &target).map(|()| kernel),
+            None => best_linear(problem, &target),
+            Some(kernel) => {
+                let all = projections(problem);
+                all.iter().try_for_each(|p| kernel.supports(p, &target)).map(|()| kernel)
+            }
         }
     }
 
     /// Bytes of the parameters.
     #[must_use]
     pub fn parameter_bytes(&self) -> u64 {
-        self.parameters.iter().flatten().map(DeviceBuffer::bytes).sum()
+        self.qkv.iter().chain(&self.out).map(DeviceBuffer::bytes).sum()
     }
 
     /// Device memory that a pass will need beyond the parameters, known before anything is
@@ -272,55 +279,29 @@ impl MultiHeadAttention {
         self.memory.reset_peak();
         let others = self.memory.current() - self.parameter_bytes();
         let (x, mask) = (self.memory.upload(x)?, self.memory.upload(mask)?);
-        let empty = || self.memory.filled(x.bytes(), POISON);
-        let projected = [empty()?, empty()?, empty()?];
-        let [q, k, v] = projected.each_ref().map(|buffer| problem.q_arg(buffer.as_arg()));
+        let qkv = self.memory.filled(3 * x.bytes(), POISON)?;
+        let [q, k, v] = [0, 1, 2].map(|third| self.third(third, problem, &qkv));
         let inputs = DeviceInputs { q, k, v, mask: mask.as_arg() };
         let attention = Attention::new(&self.memory, kernel, problem, &inputs)?;
-        let y = empty()?;
+        let y = self.memory.filled(x.bytes(), POISON)?;
 
-        let step = (linear.step)(&projection(problem));
-        let project = |index: usize, from: &DeviceBuffer, to: &DeviceBuffer| {
-            let [weight, bias] = self.parameters[index].each_ref().map(DeviceBuffer::as_arg);
-            step.clone().launch(&self.linear_args(
-                tokens,
-                from.as_arg(),
-                [weight, bias],
-                to.as_arg(),
-            ))
+        let launch = |projection: &Projection, x: &DeviceBuffer, parameters, y: &DeviceBuffer| {
+            let args = linear_args(projection, x, parameters, y);
+            (linear.step)(projection).launch(&args)
         };
-        let before = [0, 1, 2].map(|index| project(index, &x, &projected[index]));
-        let after = project(3, attention.o(), &y);
-        Ok(Forward {
-            module: self,
-            before,
-            attention,
-            after,
-            x,
-            mask,
-            _projected: projected,
-            y,
-            others,
-        })
+        let [first, last] = projections(problem);
+        let before = launch(&first, &x, &self.qkv, &qkv);
+        let after = launch(&last, attention.o(), &self.out, &y);
+        Ok(Forward { module: self, before, attention, after, x, mask, _qkv: qkv, y, others })
     }
 
-    fn linear_args(
-        &self,
-        tokens: usize,
-        x: Buffer,
-        [w, bias]: [Buffer; 2],
-        y: Buffer,
-    ) -> LinearArgs {
-        let features = self.hidden() as u32;
-        LinearArgs {
-            x,
-            w,
-            bias,
-            y,
-            rows: tokens as u32,
-            in_features: features,
-            out_features: features,
-        }
+    /// Q, K or V, of which a token has a third each: `[B, N, 3, H, D]` at `third`.
+    fn third(&self, third: u64, problem: &Problem, qkv: &DeviceBuffer) -> args::Tensor {
+        let offset = third * (self.hidden() * self.dtype.size()) as u64;
+        let Buffer { address, bytes } = qkv.as_arg();
+        let buffer = Buffer { address: address + offset, bytes: bytes - offset };
+        let args::Tensor { stride_b, stride_h, stride_n, .. } = problem.q_arg(buffer);
+        args::Tensor { buffer, stride_b: 3 * stride_b, stride_h, stride_n: 3 * stride_n }
     }
 
     fn wrong_shape(&self, x: &Tensor) -> Error {
@@ -358,15 +339,44 @@ pub fn flops(problem: &Problem) -> f64 {
     problem.flops() + 8.0 * problem.q_elements() as f64 * hidden
 }
 
-/// Each of the four projections around a problem.
+/// The projections around a problem: that of q, k and v together, and that of the output.
 #[must_use]
-pub const fn projection(problem: &Problem) -> Projection {
+pub const fn projections(problem: &Problem) -> [Projection; 2] {
     let hidden = problem.heads() * problem.head_dim();
-    Projection {
+    let last = Projection {
         dtype: problem.dtype(),
         rows: problem.batch() * problem.seq_q(),
         in_features: hidden,
         out_features: hidden,
+    };
+    [Projection { out_features: 3 * hidden, ..last }, last]
+}
+
+/// The best kernel for the projections around a problem on a device.
+///
+/// # Errors
+/// As [`registry::best_linear`].
+pub fn best_linear(problem: &Problem, target: &Target) -> Result<&'static LinearSpec, Error> {
+    let [first, last] = projections(problem);
+    let kernel = registry::best_linear(&first, target)?;
+    kernel.supports(&last, target).map(|()| kernel)
+}
+
+fn linear_args(
+    projection: &Projection,
+    x: &DeviceBuffer,
+    [weight, bias]: &[DeviceBuffer; 2],
+    y: &DeviceBuffer,
+) -> LinearArgs {
+    // A kernel that supports the projection counts in 32 bits.
+    LinearArgs {
+        x: x.as_arg(),
+        w: weight.as_arg(),
+        bias: bias.as_arg(),
+        y: y.as_arg(),
+        rows: projection.rows as u32,
+        in_features: projection.in_features as u32,
+        out_features: projection.out_features as u32,
     }
 }
 

@@ -7,6 +7,7 @@
 mod linear;
 mod table;
 
+use kernels_gpu::args;
 use simt::Dim3;
 
 use crate::{
@@ -48,10 +49,13 @@ pub struct KernelSpec {
     pub features: Features,
     /// Memory and launches for a problem that it supports.
     pub plan: fn(&Problem, &Target) -> Plan,
-    /// The tensor maps of a kernel that copies through TMA, in the order in which the
-    /// kernel expects them.
-    pub tensor_maps: Option<fn(&Problem, &Addresses) -> Vec<TensorMapSpec>>,
+    /// The tensor maps of a kernel that copies through TMA.
+    pub tensor_maps: Option<TensorMaps>,
 }
+
+/// Makes tensor maps from Q, K and V in device memory, in the order in which a kernel expects
+/// them.
+pub type TensorMaps = fn(&Problem, &[args::Tensor; 3]) -> Vec<TensorMapSpec>;
 
 /// What a kernel can do beyond plain attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,19 +116,6 @@ pub struct Step {
     pub block: Dim3,
     /// Dynamic shared memory of a block in bytes.
     pub shared_bytes: u32,
-}
-
-/// Device addresses of a problem's tensors.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Addresses {
-    /// Queries.
-    pub q: u64,
-    /// Keys.
-    pub k: u64,
-    /// Values.
-    pub v: u64,
-    /// Output.
-    pub o: u64,
 }
 
 impl KernelSpec {
@@ -196,7 +187,8 @@ impl KernelSpec {
     /// Bytes beyond inputs and outputs: the plan's workspace and the tensor maps.
     #[must_use]
     pub fn workspace_bytes(&self, problem: &Problem, target: &Target) -> u64 {
-        let maps = self.tensor_maps.map_or(0, |f| f(problem, &Addresses::default()).len() as u64);
+        let nowhere = [args::Tensor::default(); 3];
+        let maps = self.tensor_maps.map_or(0, |f| f(problem, &nowhere).len() as u64);
         (self.plan)(problem, target).workspace_bytes + maps * TENSOR_MAP_BYTES
     }
 

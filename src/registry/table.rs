@@ -165,9 +165,8 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
             shared_bytes: flash_hopper::shared_bytes(d, consumers),
         })
     },
-    tensor_maps: Some(|p, addresses| {
-        let map = |address, query| hopper_map(p, address, query);
-        vec![map(addresses.q, true), map(addresses.k, false), map(addresses.v, false)]
+    tensor_maps: Some(|p, [q, k, v]| {
+        vec![hopper_map(p, q, true), hopper_map(p, k, false), hopper_map(p, v, false)]
     }),
 };
 
@@ -182,13 +181,11 @@ fn policy(p: &Problem) -> (&'static str, bool) {
 }
 
 /// The tensor map of Q, or that of K or V: `[D, N, H, B]`, fastest first.
-fn hopper_map(p: &Problem, address: u64, query: bool) -> TensorMapSpec {
-    let buffer = args::Buffer { address, bytes: 0 };
-    let (tensor, seq) =
-        if query { (p.q_arg(buffer), p.seq_q()) } else { (p.k_arg(buffer), p.seq_k()) };
+fn hopper_map(p: &Problem, tensor: &args::Tensor, query: bool) -> TensorMapSpec {
+    let seq = if query { p.seq_q() } else { p.seq_k() };
     let strides = [tensor.stride_n, tensor.stride_h, tensor.stride_b];
     TensorMapSpec {
-        address,
+        address: tensor.buffer.address,
         dtype: p.dtype(),
         dims: [p.head_dim(), seq, p.heads(), p.batch()].map(|n| n as u64).to_vec(),
         strides_bytes: strides.map(|s| s * p.dtype().size() as u64).to_vec(),

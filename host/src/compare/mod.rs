@@ -8,7 +8,7 @@ mod stats;
 use anyhow::Result;
 use flash_attention::{
     Problem, module,
-    registry::{KernelSpec, Target, best_linear},
+    registry::{KernelSpec, Target},
     session::Session,
 };
 
@@ -183,7 +183,7 @@ fn heading(args: &CompareArgs, opened: &Opened, options: &Options, problems: &[P
     }
     let module = problems.first().filter(|_| args.level.covers(Level::Module));
     let target = Target::of(&*opened.device);
-    if let Some(Ok(linear)) = module.map(|p| best_linear(&module::projection(p), &target)) {
+    if let Some(Ok(linear)) = module.map(|p| module::best_linear(p, &target)) {
         text += &format!("\nThe module's projections are by {}.", linear.name);
     }
     let Options { warmup, iters, .. } = options;
