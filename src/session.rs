@@ -248,6 +248,7 @@ impl Attention {
             scale_log2: (f64::from(problem.scale()) * std::f64::consts::LOG2_E) as f32,
             causal: problem.causal().into(),
             dropout: problem.dropout_args(),
+            head_dim: problem.head_dim() as u32,
         };
         let launches = plan.steps.into_iter().map(|step| step.launch(&args)).collect();
         Ok(Self {

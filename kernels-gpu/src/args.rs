@@ -125,6 +125,8 @@ pub struct AttentionArgs {
     pub causal: u32,
     /// Dropout of weights.
     pub dropout: DropoutArgs,
+    /// Columns of a head, D: for kernels that are not made for one head dim.
+    pub head_dim: u32,
 }
 
 /// What every linear kernel is given: `y = x wᵀ + bias`.

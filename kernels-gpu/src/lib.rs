@@ -3,6 +3,7 @@
 //! | rung | file | the idea it adds |
 //! |---|---|---|
 //! | `naive` | `naive.rs` | attention as the textbook has it; the N x N matrix in memory |
+//! | `standard` | `standard.rs` | the same three steps, done well: the fair baseline (sm_80) |
 //! | `flash_tiled` | `flash_tiled.rs` | tiles in shared memory, online softmax, no N x N matrix |
 //! | `flash_mma` | `flash_mma.rs` | both products on the tensor cores, weights stay in registers |
 //! | `flash_pipelined` | `flash_pipelined.rs` | copies ahead, two fragments a warp, nothing done in vain (sm_80) |
@@ -29,6 +30,7 @@
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, stdarch_nvptx))]
 
 pub mod args;
+pub mod chunk;
 pub mod dropout;
 pub mod entry;
 pub mod flash_hopper;
@@ -46,6 +48,7 @@ pub mod pipeline;
 pub mod policy;
 pub mod schedule;
 pub mod softmax;
+pub mod standard;
 pub mod tile;
 pub mod weights;
 
@@ -64,6 +67,9 @@ const TABLES: &[&[entry::Entry]] = &[
     naive::SCORES,
     naive::SOFTMAX,
     naive::OUTPUT,
+    standard::PRODUCTS,
+    standard::TILED_PRODUCTS,
+    standard::softmax::ENTRIES,
     flash_tiled::ENTRIES,
     flash_mma::ENTRIES,
     flash_mma::TURING,

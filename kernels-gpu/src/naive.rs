@@ -37,7 +37,7 @@ pub const OUTPUT_THREADS: u32 = 128;
 
 /// Batch entry and head of this block, from the grid's slowest dimension.
 #[inline(always)]
-fn batch_and_head(args: &AttentionArgs) -> (u32, u32) {
+pub(crate) fn batch_and_head(args: &AttentionArgs) -> (u32, u32) {
     let bh = thread::block_idx_z();
     // There is at least one head; saying so spares the check for a division by zero.
     let heads = args.heads.max(1);
@@ -46,7 +46,7 @@ fn batch_and_head(args: &AttentionArgs) -> (u32, u32) {
 
 /// Index of `weights[b, h, i, j]`.
 #[inline(always)]
-fn weight_index(args: &AttentionArgs, b: u32, h: u32, i: u32, j: u32) -> u64 {
+pub(crate) fn weight_index(args: &AttentionArgs, b: u32, h: u32, i: u32, j: u32) -> u64 {
     let row = (b as u64 * args.heads as u64 + h as u64) * args.seq_q as u64 + i as u64;
     row * args.seq_k as u64 + j as u64
 }

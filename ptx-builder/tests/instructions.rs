@@ -13,6 +13,11 @@ use ptx_builder::{Workspace, ptxas};
 /// entries must contain. A rung that is not named here passes the general checks only.
 const REQUIRED: &[(&str, &[&str])] = &[
     ("naive_softmax", &["ex2.approx"]),
+    ("standard_scores", &["mma.sync", "ldmatrix", "cp.async", "bar.sync", "st.global.v4"]),
+    ("standard_output", &["mma.sync", "ldmatrix", "cp.async", "bar.sync", "st.global.v4"]),
+    ("standard_scores_f32", &["ld.shared", "bar.sync", "fma.rn"]),
+    ("standard_output_f32", &["ld.shared", "bar.sync", "fma.rn"]),
+    ("standard_softmax", &["ex2.approx", "cp.async", "ld.shared.v4", "st.global.v4"]),
     ("flash_", &["ex2.approx", "ld.shared", "bar.sync"]),
     ("flash_tiled", &["ex2.approx", "ld.shared", "bar.sync", "fma.rn"]),
     ("flash_mma", &["ex2.approx", "bar.sync", "mma.sync", "ldmatrix"]),

@@ -1,13 +1,16 @@
 //! The entries of the table, in the order of the ladder.
 
-use kernels_gpu::{args, flash_hopper, flash_mma, flash_pipelined, flash_tiled, naive, weights};
+use kernels_gpu::{
+    args, flash_hopper, flash_mma, flash_pipelined, flash_tiled, naive, standard, weights,
+};
 use simt::Dim3;
 
 use super::{Features, KernelSpec, Plan, Step};
 use crate::{backend::TensorMapSpec, dtype::DType, problem::Problem};
 
 /// Every kernel.
-pub static KERNELS: &[KernelSpec] = &[NAIVE, FLASH_TILED, FLASH_MMA, FLASH_PIPELINED, FLASH_HOPPER];
+pub static KERNELS: &[KernelSpec] =
+    &[NAIVE, STANDARD, FLASH_TILED, FLASH_MMA, FLASH_PIPELINED, FLASH_HOPPER];
 
 /// What the first rungs all support.
 const ALL_FEATURES: Features =
@@ -56,6 +59,70 @@ const NAIVE: KernelSpec = KernelSpec {
     },
     tensor_maps: None,
 };
+
+const STANDARD: KernelSpec = KernelSpec {
+    name: "standard",
+    summary: "product, softmax, product: tensor cores, rows in shared memory, the N x N matrix in \
+              memory",
+    idea: "the same three steps, done well: the fair baseline",
+    dtypes: &DType::ALL,
+    head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
+    capability: (8, 0),
+    exact_capability: false,
+    tile: |_| (standard::MMA_TILE as usize, standard::MMA_TILE as usize),
+    features: Features { weights: true, ..ALL_FEATURES },
+    plan: |p, _| {
+        let softmax = standard_softmax(p);
+        let [scores, output] = standard_products(p);
+        Plan { workspace_bytes: p.weights_bytes(), steps: vec![scores, softmax, output] }
+    },
+    tensor_maps: None,
+};
+
+/// The two products of `standard`: tensor cores for 16-bit types, scalar tiles for f32.
+fn standard_products(p: &Problem) -> [Step; 2] {
+    let (dtype, d) = (p.dtype(), p.head_dim() as u32);
+    let columns = standard::output_columns(d);
+    let step = |symbol, grid, [block, shared_bytes]: [u32; 2]| Step {
+        symbol,
+        grid,
+        block: block.into(),
+        shared_bytes,
+    };
+    let scores_grid = |tile| Dim3::new(tiles(p.seq_k(), tile), tiles(p.seq_q(), tile), heads(p));
+    let output_grid =
+        |rows, columns| Dim3::new(tiles(p.seq_q(), rows), tiles(p.head_dim(), columns), heads(p));
+    let (scores, output) = (format!("standard_scores_{dtype}"), format!("standard_output_{dtype}"));
+    if dtype == DType::F32 {
+        let (tile, launch) = (standard::TILED_TILE, [standard::TILED_THREADS, 0]);
+        return [
+            step(scores, scores_grid(tile), launch),
+            step(output, output_grid(tile, tile), launch),
+        ];
+    }
+    let (tile, threads) = (standard::MMA_TILE, standard::MMA_THREADS);
+    [
+        step(scores, scores_grid(tile), [threads, standard::SCORES_SHARED_BYTES]),
+        step(
+            format!("{output}_x{columns}"),
+            output_grid(tile, columns),
+            [threads, standard::output_shared_bytes(columns)],
+        ),
+    ]
+}
+
+/// The softmax of `standard`: a warp a row, or a block for a long one.
+fn standard_softmax(p: &Problem) -> Step {
+    let (seq_k, bytes) = (p.seq_k() as u32, p.dtype().size() as u32);
+    let row_threads = standard::softmax::row_threads(seq_k);
+    let of_row = if row_threads == standard::softmax::THREADS { "block" } else { "warp" };
+    Step {
+        symbol: format!("standard_softmax_{}_{of_row}", p.dtype()),
+        grid: Dim3::new(tiles(p.seq_q(), standard::softmax::THREADS / row_threads), 1, heads(p)),
+        block: standard::softmax::THREADS.into(),
+        shared_bytes: standard::softmax::shared_bytes(seq_k, bytes, row_threads),
+    }
+}
 
 const FLASH_TILED: KernelSpec = KernelSpec {
     name: "flash_tiled",

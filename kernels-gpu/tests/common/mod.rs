@@ -103,6 +103,8 @@ pub struct Case {
     pub interleaved: bool,
     /// What the inputs are multiplied by: large values make logits of thousands.
     pub size: f32,
+    /// Whether scores pass through memory, rounded to the storage type.
+    pub scores_stored: bool,
 }
 
 impl Case {
@@ -118,6 +120,7 @@ impl Case {
             dropout: 0.0,
             interleaved: false,
             size: 1.0,
+            scores_stored: false,
         }
     }
 
@@ -193,6 +196,7 @@ impl Case {
             scale_log2: std::f32::consts::LOG2_E / (self.d as f32).sqrt(),
             causal: self.causal.into(),
             dropout: drops,
+            head_dim: self.d,
             ..AttentionArgs::default()
         });
         // `o` is read again only now that the kernel has written it.
@@ -247,7 +251,9 @@ impl Case {
         let scores: Vec<f64> = keys.iter().map(|&j| dot(&k(j))).collect();
         // Scores are sums in f32: their error grows with the terms.
         let largest = keys.iter().map(|&j| magnitude(&k(j)) * scale).fold(0.0, f64::max);
-        let score_error = (largest + 1.0) * 2f64.powi(-20);
+        let largest_score = scores.iter().copied().map(f64::abs).fold(0.0, f64::max);
+        let stored = if self.scores_stored { largest_score * epsilon::<T>() } else { 0.0 };
+        let score_error = (largest + 1.0) * 2f64.powi(-20) + stored;
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
         let expected_lse = max + sum.ln();

@@ -1,0 +1,269 @@
+//! Rung 2, standard: attention in three kernels, none of them naive.
+//!
+//! The idea: what a framework does without a fused kernel, done well. Two matrix products
+//! by the best tiles there are, and between them a softmax that reads a row once and
+//! writes it once. It is the baseline that a flash kernel has to beat.
+//!
+//! What changed from naive: the products run on tensor cores, over tiles
+//! ([`gemm::mma`](crate::gemm::mma), which the projections share); rows of the softmax stand
+//! in shared memory and move 16 bytes at a time; tiles above the diagonal of a causal mask
+//! are left out of both products. What did not: the N x N matrix goes through memory.
+//!
+//! ```text
+//! scores:  S = Q Kᵀ * scale                one block per 128 x 128 of S; hidden tiles skipped
+//! softmax: P[i, :] = exp(S[i, :] - max) / sum; LSE[i]       one warp or one block per row
+//! output:  O = P V                         one block per 128 rows; only keys that are seen
+//! ```
+//!
+//! Memory: S is written, read and replaced by P, which is read: four times B*H*Nq*Nk elements
+//! of the storage type, two of them reads, next to which Q, K, V and O are small. That is
+//! 2 D FLOP a product for 2 e bytes of traffic an element: with D = 64 and f16 no more than
+//! 32 FLOP a byte, where a GPU's tensor cores need hundreds. S and P are stored in the
+//! type of the tensors: the plain algorithm of the 2x rule rounds both, so that f32 in
+//! memory would cost twice the traffic for an exactness that nobody asks for, and the
+//! weights can be returned as they stand.
+//!
+//! Scores are in natural units, not in those of log2(e) that naive stores: f16 ends at
+//! 65,504, and a factor of 1.44 would be lost.
+//!
+//! Measured: not measured yet. Limits: memory grows with N². f32 has scalar products (see
+//! `linear_mma.rs` for why).
+//!
+//! Source: Dao et al., "FlashAttention", 2022, algorithm 0.
+
+use half::{bf16, f16};
+use simt::{
+    mma::{Ampere, TensorCore},
+    scalar::Scalar,
+    thread,
+};
+
+use crate::{
+    args::AttentionArgs,
+    entries,
+    gemm::{AsStored, Matrix, MatrixMut, Plain, Product, Scaled, Transposed, mma, tiled},
+    naive::{batch_and_head, weight_index},
+    policy::{self, General, Policy},
+    softmax::LN_2,
+};
+
+pub mod softmax;
+
+/// Rows and keys of a tile of the scores on tensor cores; rows of a tile of the output.
+pub const MMA_TILE: u32 = mma::BM;
+/// Threads of their blocks.
+pub const MMA_THREADS: u32 = mma::THREADS;
+/// Dynamic shared memory of a block of [`scores`] in bytes.
+pub const SCORES_SHARED_BYTES: u32 = mma::shared_bytes(MMA_TILE);
+/// Columns of a tile of the output on tensor cores, widest first.
+pub const OUTPUT_COLUMNS: [u32; 3] = [128, 96, 64];
+/// Rows and columns of the tiles of f32.
+pub const TILED_TILE: u32 = tiled::TILE;
+/// Threads of their blocks.
+pub const TILED_THREADS: u32 = tiled::THREADS;
+
+/// Columns of a tile of the output for a head dim: those that compute least beside it.
+#[must_use]
+pub const fn output_columns(d: u32) -> u32 {
+    let [mut best, ..] = OUTPUT_COLUMNS;
+    let mut i = 1;
+    while i < OUTPUT_COLUMNS.len() {
+        let columns = OUTPUT_COLUMNS[i];
+        if d.next_multiple_of(columns) < d.next_multiple_of(best) {
+            best = columns;
+        }
+        i += 1;
+    }
+    best
+}
+
+/// Dynamic shared memory of a block of [`output`] in bytes.
+#[must_use]
+pub const fn output_shared_bytes(columns: u32) -> u32 {
+    mma::shared_bytes(columns)
+}
+
+/// The weights of one head.
+///
+/// # Safety
+/// `args.weights` must be `[B, H, Nq, Nk]`.
+#[inline(always)]
+unsafe fn weights_of<T: Scalar>(args: &AttentionArgs, b: u32, h: u32) -> Matrix<T> {
+    let first = weight_index(args, b, h, 0, 0);
+    let (rows, keys) = (args.seq_q, args.seq_k);
+    // SAFETY: the caller vouches for the buffer.
+    unsafe { Matrix::new(&args.weights, first, keys as u64, rows, keys) }
+}
+
+/// The product of a block of scores: `S = Q Kᵀ * scale`. `None` for a tile of `tile` rows and
+/// keys that is hidden: its scores are never read.
+///
+/// # Safety
+/// As for [`scores`].
+#[inline(always)]
+unsafe fn scores_product<T: Scalar>(
+    args: &AttentionArgs,
+    (first_row, first_key): (u32, u32),
+    tile: u32,
+) -> Option<Product<T, Scaled>> {
+    let (b, h) = batch_and_head(args);
+    // SAFETY: the caller vouches for the buffers.
+    unsafe {
+        let policy = General::new(args, b, h);
+        if first_key >= policy::end_of_tile(&policy, first_row + tile, args.seq_q) {
+            return None;
+        }
+        Some(Product {
+            a: Matrix::of_head(&args.q, b, h, args.seq_q, args.head_dim),
+            b: Matrix::of_head(&args.k, b, h, args.seq_k, args.head_dim),
+            c: MatrixMut::new(weights_of(args, b, h), &args.weights),
+            depth: args.head_dim,
+            epilogue: Scaled(args.scale_log2 * LN_2),
+        })
+    }
+}
+
+/// The product of a block of output: `O = P V`, over the keys that its `tile` rows see.
+///
+/// # Safety
+/// As for [`output`].
+#[inline(always)]
+unsafe fn output_product<T: Scalar>(
+    args: &AttentionArgs,
+    first_row: u32,
+    tile: u32,
+) -> Product<T, Plain> {
+    let (b, h) = batch_and_head(args);
+    // SAFETY: the caller vouches for the buffers.
+    unsafe {
+        let policy = General::new(args, b, h);
+        let o = Matrix::of_head(&args.o, b, h, args.seq_q, args.head_dim);
+        Product {
+            a: weights_of(args, b, h),
+            b: Matrix::of_head(&args.v, b, h, args.seq_k, args.head_dim),
+            c: MatrixMut::new(o, &args.o.buffer),
+            depth: policy::end_of_tile(&policy, first_row + tile, args.seq_q),
+            epilogue: Plain,
+        }
+    }
+}
+
+/// `S = Q Kᵀ * scale`, in natural units; nothing is hidden yet.
+///
+/// # Layout
+/// `q: [B, H, Nq, D]`, `k: [B, H, Nk, D]`, `weights: [B, H, Nq, Nk]`.
+///
+/// # Thread mapping
+/// A block per tile of 128 x 128; `x` counts tiles of keys, `y` of rows, `z` heads. Within it
+/// as in [`mma::tile`].
+///
+/// # Shared memory
+/// Dynamic, [`SCORES_SHARED_BYTES`].
+///
+/// # Safety
+/// The buffers of `args` must have these shapes, and the launch the threads and shared memory
+/// stated here.
+#[inline(always)]
+pub unsafe fn scores<T: Scalar, C: TensorCore<T>>(args: &AttentionArgs) {
+    let first = (thread::block_idx_y() * MMA_TILE, thread::block_idx_x() * MMA_TILE);
+    // SAFETY: the caller vouches for the buffers and the shared memory.
+    unsafe {
+        if let Some(product) = scores_product::<T>(args, first, MMA_TILE) {
+            mma::tile::<T, C, Transposed, Scaled, { MMA_TILE as usize }, 4, 8>(
+                &product, first.0, first.1,
+            );
+        }
+    }
+}
+
+/// As [`scores`], in scalar arithmetic: tiles of 64 x 64, static shared memory.
+///
+/// # Safety
+/// As for [`scores`].
+#[inline(always)]
+pub unsafe fn scores_tiled<T: Scalar>(args: &AttentionArgs) {
+    let first = (thread::block_idx_y() * TILED_TILE, thread::block_idx_x() * TILED_TILE);
+    // SAFETY: the caller vouches for the buffers.
+    if let Some(product) = unsafe { scores_product::<T>(args, first, TILED_TILE) } {
+        tiled::tile::<T, Transposed, Scaled>(&product, first.0, first.1);
+    }
+}
+
+/// `O = P V`, in tiles of `COLUMNS` columns of the head; a warp has M_TILES x N_TILES products.
+///
+/// # Layout
+/// `weights: [B, H, Nq, Nk]`, `v: [B, H, Nk, D]`, `o: [B, H, Nq, D]`.
+///
+/// # Thread mapping
+/// A block per 128 rows (`x`), COLUMNS columns (`y`) and head (`z`). Within it as in
+/// [`mma::tile`].
+///
+/// # Shared memory
+/// Dynamic, [`output_shared_bytes`]`(COLUMNS)`.
+///
+/// # Safety
+/// As for [`scores`]; [`softmax::softmax_rows`] must have run.
+#[inline(always)]
+pub unsafe fn output<
+    T: Scalar,
+    C: TensorCore<T>,
+    const COLUMNS: usize,
+    const M_TILES: usize,
+    const N_TILES: usize,
+>(
+    args: &AttentionArgs,
+) {
+    let first_row = thread::block_idx_x() * MMA_TILE;
+    let first_column = thread::block_idx_y() * COLUMNS as u32;
+    // SAFETY: the caller vouches for the buffers and the shared memory.
+    unsafe {
+        mma::tile::<T, C, AsStored, Plain, COLUMNS, M_TILES, N_TILES>(
+            &output_product(args, first_row, MMA_TILE),
+            first_row,
+            first_column,
+        );
+    }
+}
+
+/// As [`output`], in scalar arithmetic: tiles of 64 x 64, static shared memory.
+///
+/// # Safety
+/// As for [`output`].
+#[inline(always)]
+pub unsafe fn output_tiled<T: Scalar>(args: &AttentionArgs) {
+    let first_row = thread::block_idx_x() * TILED_TILE;
+    let first_column = thread::block_idx_y() * TILED_TILE;
+    // SAFETY: the caller vouches for the buffers.
+    let product = unsafe { output_product::<T>(args, first_row, TILED_TILE) };
+    tiled::tile::<T, AsStored, Plain>(&product, first_row, first_column);
+}
+
+entries! {
+    /// Instances of [`scores`] and [`output`].
+    pub static PRODUCTS: AttentionArgs => "sm_80", threads MMA_THREADS, min_blocks 2;
+    standard_scores_f16 = scores::<f16, Ampere>;
+    standard_scores_bf16 = scores::<bf16, Ampere>;
+    standard_output_f16_x64 = output::<f16, Ampere, 64, 2, 8>;
+    standard_output_f16_x96 = output::<f16, Ampere, 96, 2, 12>;
+    standard_output_f16_x128 = output::<f16, Ampere, 128, 4, 8>;
+    standard_output_bf16_x64 = output::<bf16, Ampere, 64, 2, 8>;
+    standard_output_bf16_x96 = output::<bf16, Ampere, 96, 2, 12>;
+    standard_output_bf16_x128 = output::<bf16, Ampere, 128, 4, 8>;
+}
+entries! {
+    /// Instances of [`scores_tiled`] and [`output_tiled`].
+    pub static TILED_PRODUCTS: AttentionArgs => "sm_75", threads TILED_THREADS, min_blocks 2;
+    standard_scores_f32 = scores_tiled::<f32>;
+    standard_output_f32 = output_tiled::<f32>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_tiles_waste_as_little_as_can_be() {
+        let columns = [32, 64, 96, 128, 160, 192, 224, 256].map(output_columns);
+        assert_eq!(columns, [64, 64, 96, 128, 96, 96, 128, 128]);
+    }
+}

@@ -1,0 +1,332 @@
+//! The softmax of standard attention: a row is read once, kept in shared memory, and written
+//! once, 16 bytes at a time.
+//!
+//! ```text
+//! for each segment of the row:             the whole row, if it fits
+//!     load S                               asynchronous copies, all of them at once
+//!     hide; m_new = max(m, max(S))
+//!     l = l * exp(m - m_new) + sum(exp(S - m_new))
+//! LSE = m + log(l)
+//! for each segment:
+//!     load S and hide, if there are several
+//!     P = exp(S - m) / l; drop; store P, and 0 past the keys that are seen
+//! ```
+//!
+//! A short row belongs to a warp, four to a block, and needs no barrier of the block; a long
+//! one belongs to a block. Its keys beyond the diagonal are not read.
+
+use half::{bf16, f16};
+use simt::{
+    async_copy,
+    global::{Global, GlobalMut},
+    math,
+    shared::Shared,
+    shared_array, thread, unroll, warp,
+};
+
+use crate::{
+    args::AttentionArgs,
+    chunk::{Chunk, MAX_ELEMENTS},
+    dropout, entries,
+    naive::{batch_and_head, weight_index},
+    policy::{General, Policy},
+    softmax::{LN_2, normaliser, safe_max},
+};
+
+/// Threads of a block.
+pub const THREADS: u32 = 128;
+/// Rows of up to this many keys belong to a warp, longer ones to a block: four chunks of 16
+/// bits a lane.
+pub const WARP_ROW_KEYS: u32 = 1024;
+/// The most bytes of a row that are kept; a longer one is read twice.
+const SEGMENT_BYTES: u32 = 32 * 1024;
+/// Warps of a block.
+const WARPS: u32 = THREADS / warp::LANES;
+
+/// Keys of a segment of a row of `seq_k` keys, of elements of `element_bytes`: the row itself,
+/// in whole chunks, if it fits.
+#[inline(always)]
+const fn segment_keys(seq_k: u32, element_bytes: u32) -> u32 {
+    let most = SEGMENT_BYTES / element_bytes;
+    if seq_k < most { seq_k.next_multiple_of(16 / element_bytes) } else { most }
+}
+
+/// Dynamic shared memory of a block in bytes, where a row has `row_threads` threads.
+#[must_use]
+pub const fn shared_bytes(seq_k: u32, element_bytes: u32, row_threads: u32) -> u32 {
+    THREADS / row_threads * segment_keys(seq_k, element_bytes) * element_bytes
+}
+
+/// Threads of a row of `seq_k` keys.
+#[must_use]
+pub const fn row_threads(seq_k: u32) -> u32 {
+    if seq_k <= WARP_ROW_KEYS { warp::LANES } else { THREADS }
+}
+
+/// A row of scores, and what its threads know of it.
+struct Row<T, const ROW_THREADS: u32> {
+    policy: General,
+    scores: Global<T>,
+    weights: GlobalMut<T>,
+    /// Index of the row's first element.
+    first: u64,
+    /// The segment at hand.
+    segment: Shared<T>,
+    /// Whether chunks of the row lie at multiples of 16 bytes.
+    aligned: bool,
+    /// This thread's place in the row.
+    thread: u32,
+    /// Keys of the row, and how many of them the row may see.
+    seq_k: u32,
+    end: u32,
+}
+
+impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
+    /// Keys that the row's threads have at once, a chunk each.
+    const STRIDE: usize = (ROW_THREADS * T::ELEMENTS) as usize;
+
+    /// Waits for the threads of the row.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn sync() {
+        if ROW_THREADS == warp::LANES {
+            warp::sync_warp(warp::FULL_MASK);
+        } else {
+            thread::sync_threads();
+        }
+    }
+
+    /// Combines what the warps of the row have; each has the same in all of its lanes.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn combine(of_warp: f32, combine: impl Fn(f32, f32) -> f32) -> f32 {
+        if ROW_THREADS == warp::LANES {
+            return of_warp;
+        }
+        let of_warps = shared_array!(f32; WARPS as usize);
+        if warp::lane_id() == 0 {
+            of_warps.write(warp::warp_id(), of_warp);
+        }
+        // Hazard: each warp reads what the others write.
+        thread::sync_threads();
+        let mut result = of_warps.read(0);
+        for warp in 1..WARPS {
+            result = combine(result, of_warps.read(warp));
+        }
+        // Hazard: the next call writes what slower warps still read.
+        thread::sync_threads();
+        result
+    }
+
+    /// Bit `e`: whether the row sees key `key + e`. `key` is a multiple of the chunk.
+    #[inline(always)]
+    fn visible(&self, key: u32) -> u32 {
+        let by_position = (self.end - key).min(T::ELEMENTS);
+        let mut visible = (1 << by_position) - 1;
+        if !self.policy.by_position_only() {
+            let mut not_padding = 0;
+            for pair in 0..T::ELEMENTS / 2 {
+                not_padding |= self.policy.visible_keys::<1>(key + 2 * pair) % 4 << (2 * pair);
+            }
+            visible &= not_padding;
+        }
+        visible
+    }
+
+    /// Loads the segment of `keys` keys from `start` on, hides what the row does not see,
+    /// and returns the largest score of this thread.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn load(&self, start: u32, keys: u32) -> f32 {
+        // Hazard: the segment before may still be read while this one is written.
+        Self::sync();
+        let first = self.first + start as u64;
+        if self.aligned {
+            for key in (self.thread * T::ELEMENTS..keys).step_by(Self::STRIDE) {
+                async_copy::copy(self.segment, key, self.scores, first + key as u64);
+            }
+            async_copy::commit();
+            async_copy::wait::<0>();
+        } else {
+            // Neighbouring threads take neighbouring elements, to the end of the last chunk.
+            let whole = keys.next_multiple_of(T::ELEMENTS);
+            for key in (self.thread..whole).step_by(ROW_THREADS as usize) {
+                let inside = key < keys;
+                let score =
+                    if inside { self.scores.read(first + key as u64) } else { T::from_f32(0.0) };
+                self.segment.write(key, score);
+            }
+        }
+        // Hazard: chunks are read by threads that did not write them.
+        Self::sync();
+        let mut largest = f32::NEG_INFINITY;
+        for key in (self.thread * T::ELEMENTS..keys).step_by(Self::STRIDE) {
+            let mut s = T::unpack(self.segment.read_as(key));
+            let visible = self.visible(start + key);
+            if visible != const { (1 << T::ELEMENTS) - 1 } {
+                unroll!(for E in 0..8 {
+                    if visible >> E & 1 == 0 {
+                        s[E] = f32::NEG_INFINITY;
+                    }
+                });
+                self.segment.write_as(key, T::pack(s));
+            }
+            unroll!(for E in 0..8 {
+                if E < T::ELEMENTS as usize {
+                    largest = math::max(largest, s[E]);
+                }
+            });
+        }
+        largest
+    }
+
+    /// `exp(s - m)` of the chunk at `key` of the segment.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn exponentials(&self, key: u32, m: f32) -> [f32; MAX_ELEMENTS] {
+        let s = T::unpack(self.segment.read_as(key));
+        s.map(|s| math::exp2((s - m) * core::f32::consts::LOG2_E))
+    }
+
+    /// Stores the chunk at `key` of the segment that begins at `start`; puts it into the segment
+    /// first where the row's chunks do not lie as memory wants them.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn store(&self, start: u32, key: u32, p: [f32; MAX_ELEMENTS]) {
+        if self.aligned {
+            self.weights.write_as(self.first + (start + key) as u64, T::pack(p));
+        } else {
+            self.segment.write_as(key, T::pack(p));
+        }
+    }
+}
+
+/// `P = softmax(S)` in place, and the log-sum-exp of each row; then dropout.
+///
+/// # Layout
+/// `weights: [B, H, Nq, Nk]`, `lse: [B, H, Nq]`.
+///
+/// # Thread mapping
+/// ROW_THREADS threads per row, a warp or the whole block; `x` counts groups of rows, `z`
+/// heads.
+///
+/// # Shared memory
+/// Dynamic, [`shared_bytes`]: a segment for each row. Static: what the warps of a row exchange.
+///
+/// # Safety
+/// The buffers of `args` must have these shapes; [`scores`](super::scores) must have run.
+#[inline(always)]
+pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArgs) {
+    const { assert!(ROW_THREADS == warp::LANES || ROW_THREADS == THREADS) };
+
+    // Who am I.
+    let (b, h) = batch_and_head(args);
+    let tid = thread::thread_idx_x();
+    let row_in_block = tid / ROW_THREADS;
+    let i = thread::block_idx_x() * (THREADS / ROW_THREADS) + row_in_block;
+    if i >= args.seq_q {
+        return; // All threads of the row leave: its barriers need all of them.
+    }
+    let segment = segment_keys(args.seq_k, T::BYTES);
+    // SAFETY: the caller vouches for the buffers and the shared memory.
+    let (row, lse) = unsafe {
+        let policy = General::new(args, b, h);
+        let row = Row::<T, ROW_THREADS> {
+            policy,
+            scores: args.weights.view::<T>(),
+            weights: args.weights.view_mut::<T>(),
+            first: weight_index(args, b, h, i, 0),
+            segment: Shared::dynamic(row_in_block * segment * T::BYTES, segment),
+            aligned: args.seq_k % T::ELEMENTS == 0,
+            thread: tid % ROW_THREADS,
+            seq_k: args.seq_k,
+            end: policy.end_of_row(i),
+        };
+        (row, args.lse.view_mut::<f32>())
+    };
+
+    // Maximum and sum.
+    let (mut m_i, mut l_i) = (f32::NEG_INFINITY, 0.0);
+    let mut start = 0;
+    while start < row.end {
+        let keys = (row.end - start).min(segment);
+        let largest = warp::reduce_max::<32>(row.load(start, keys));
+        let m_new = math::max(m_i, Row::<T, ROW_THREADS>::combine(largest, math::max));
+        let m_used = safe_max(m_new);
+        l_i *= math::exp2((m_i - m_used) * core::f32::consts::LOG2_E);
+        m_i = m_new;
+        for key in (row.thread * T::ELEMENTS..keys).step_by(Row::<T, ROW_THREADS>::STRIDE) {
+            let p = row.exponentials(key, m_used);
+            unroll!(for E in 0..8 {
+                if E < T::ELEMENTS as usize {
+                    l_i += p[E];
+                }
+            });
+        }
+        start += segment;
+    }
+    let l_i = Row::<T, ROW_THREADS>::combine(warp::reduce_add::<32>(l_i), |a, b| a + b);
+
+    // Weights, in the place of the scores.
+    let (m_used, normaliser) = (safe_max(m_i), normaliser(l_i));
+    let mut start = 0;
+    while start < row.seq_k {
+        if row.end > segment && start < row.end {
+            let _ = row.load(start, (row.end - start).min(segment));
+        }
+        let keys = (row.seq_k - start).min(segment);
+        for key in (row.thread * T::ELEMENTS..keys).step_by(Row::<T, ROW_THREADS>::STRIDE) {
+            let mut p = [0.0; MAX_ELEMENTS];
+            if start + key < row.end {
+                p = row.exponentials(key, m_used).map(|p| p * normaliser);
+                if args.dropout.threshold != 0 {
+                    drop_weights::<T>(args, (b, h, i), start + key, &mut p);
+                }
+            }
+            row.store(start, key, p);
+        }
+        if !row.aligned {
+            // Hazard: elements are read by threads that did not write them.
+            Row::<T, ROW_THREADS>::sync();
+            for key in (row.thread..keys).step_by(ROW_THREADS as usize) {
+                row.weights.write(row.first + (start + key) as u64, row.segment.read(key));
+            }
+        }
+        start += segment;
+    }
+    if row.thread == 0 {
+        let bh = b as u64 * args.heads as u64 + h as u64;
+        let value = if l_i == 0.0 { f32::NEG_INFINITY } else { m_i + math::log2(l_i) * LN_2 };
+        lse.write(bh * args.seq_q as u64 + i as u64, value);
+    }
+}
+
+/// Sets dropped weights to 0 and scales the others up. `key` is a multiple of the chunk.
+#[inline(always)]
+fn drop_weights<T: Chunk>(
+    args: &AttentionArgs,
+    (b, h, i): (u32, u32, u32),
+    key: u32,
+    p: &mut [f32; MAX_ELEMENTS],
+) {
+    unroll!(for FOUR in 0..2 {
+        if FOUR < T::ELEMENTS as usize / 4 {
+            let draws = dropout::draws(args.dropout.seed, b, h, i, key / 4 + FOUR as u32);
+            unroll!(for E in 0..4 {
+                let kept = draws[E] >= args.dropout.threshold;
+                p[4 * FOUR + E] = if kept { p[4 * FOUR + E] * args.dropout.rescale } else { 0.0 };
+            });
+        }
+    });
+}
+
+entries! {
+    /// Instances of [`softmax_rows`].
+    pub static ENTRIES: AttentionArgs => "sm_80", threads THREADS, min_blocks 6;
+    standard_softmax_f32_warp = softmax_rows::<f32, { warp::LANES }>;
+    standard_softmax_f16_warp = softmax_rows::<f16, { warp::LANES }>;
+    standard_softmax_bf16_warp = softmax_rows::<bf16, { warp::LANES }>;
+    standard_softmax_f32_block = softmax_rows::<f32, THREADS>;
+    standard_softmax_f16_block = softmax_rows::<f16, THREADS>;
+    standard_softmax_bf16_block = softmax_rows::<bf16, THREADS>;
+}

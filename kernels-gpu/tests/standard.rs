@@ -1,0 +1,161 @@
+//! Standard attention on the emulator, against attention computed in f64.
+
+mod common;
+
+use common::{Case, run};
+use half::{bf16, f16};
+use kernels_gpu::{
+    args::AttentionArgs,
+    standard::{self, softmax},
+};
+use simt::{Dim3, emulator::Stats, scalar::Scalar};
+
+/// What each of the three kernels did.
+struct Steps {
+    scores: Stats,
+    softmax: Stats,
+    output: Stats,
+}
+
+fn launch<T: Scalar>(dtype: &str, args: &AttentionArgs) -> Steps {
+    let heads = args.batch * args.heads;
+    let (tile, threads, scores_shared, columns, output_shared, of_columns) = if dtype == "f32" {
+        let (tile, threads) = (standard::TILED_TILE, standard::TILED_THREADS);
+        (tile, threads, 0, tile, 0, String::new())
+    } else {
+        let columns = standard::output_columns(args.head_dim);
+        let shared = standard::output_shared_bytes(columns);
+        let scores_shared = standard::SCORES_SHARED_BYTES;
+        let (tile, threads) = (standard::MMA_TILE, standard::MMA_THREADS);
+        (tile, threads, scores_shared, columns, shared, format!("_x{columns}"))
+    };
+    let row_threads = softmax::row_threads(args.seq_k);
+    let of_row = if row_threads == softmax::THREADS { "block" } else { "warp" };
+    let row_tiles = args.seq_q.div_ceil(tile);
+    let scores = run(
+        &format!("standard_scores_{dtype}"),
+        Dim3::new(args.seq_k.div_ceil(tile), row_tiles, heads),
+        threads.into(),
+        scores_shared,
+        args,
+    );
+    let softmax = run(
+        &format!("standard_softmax_{dtype}_{of_row}"),
+        Dim3::new(args.seq_q.div_ceil(softmax::THREADS / row_threads), 1, heads),
+        softmax::THREADS.into(),
+        softmax::shared_bytes(args.seq_k, T::BYTES, row_threads),
+        args,
+    );
+    let output = run(
+        &format!("standard_output_{dtype}{of_columns}"),
+        Dim3::new(row_tiles, args.head_dim.div_ceil(columns), heads),
+        threads.into(),
+        output_shared,
+        args,
+    );
+    check_weights::<T>(args);
+    Steps { scores, softmax, output }
+}
+
+/// Every weight was written, and those past the diagonal are 0.
+fn check_weights<T: Scalar>(args: &AttentionArgs) {
+    let len = (args.weights.bytes / u64::from(T::BYTES)) as usize;
+    // SAFETY: the buffer is the test's, and the kernels are done.
+    let weights = unsafe { std::slice::from_raw_parts(args.weights.address as *const T, len) };
+    for (index, weight) in weights.iter().enumerate() {
+        let (i, j) = (index as u32 / args.seq_k % args.seq_q, index as u32 % args.seq_k);
+        let hidden = args.causal != 0 && j + args.seq_q > i + args.seq_k;
+        let weight = weight.to_f32();
+        assert!(weight.is_finite() && weight >= 0.0, "weight {index} is {weight}");
+        assert!(!hidden || weight == 0.0, "row {i} has {weight} for key {j}");
+    }
+}
+
+fn check<T: Scalar>(dtype: &str, cases: &[Case]) {
+    for case in cases {
+        let case = Case { scores_stored: true, ..*case };
+        case.check::<T>(|args| {
+            let Steps { scores, softmax, output } = launch::<T>(dtype, args);
+            let conflicts = [scores, softmax, output].map(|stats| stats.bank_conflicts);
+            assert_eq!(conflicts, [0; 3], "{case:?}");
+            scores
+        });
+    }
+}
+
+/// Shapes beside the tiles, and everything that hides or weighs keys. Rows of Nk = 136 and
+/// 264 keys are multiples of 16 bytes, the others are not.
+fn cases(d: u32) -> Vec<Case> {
+    let plain = |q, k| Case::new(q, k, d);
+    vec![
+        plain(1, 1),
+        plain(129, 136),
+        plain(70, 127),
+        Case { causal: true, ..plain(264, 264) },
+        Case { causal: true, ..plain(131, 131) },
+        // More rows than keys: the first rows see nothing, nor does their tile.
+        Case { causal: true, ..plain(150, 9) },
+        Case { padding: true, causal: true, heads: 2, interleaved: true, ..plain(40, 136) },
+        Case { padding: true, ..plain(9, 45) },
+        Case { dropout: 0.3, heads: 2, ..plain(21, 72) },
+        Case { dropout: 0.3, padding: true, ..plain(6, 51) },
+    ]
+}
+
+#[test]
+fn standard_computes_attention() {
+    check::<f32>("f32", &cases(64));
+    check::<f16>("f16", &cases(64));
+    check::<bf16>("bf16", &cases(64));
+}
+
+#[test]
+fn every_width_of_output_tiles_is_right() {
+    for d in [32, 96, 128, 160, 256] {
+        let cases = [
+            Case { causal: true, heads: 2, interleaved: true, ..Case::new(130, 136, d) },
+            Case::new(5, 131, d),
+        ];
+        check::<f16>("f16", &cases);
+        check::<bf16>("bf16", &cases[..1]);
+        check::<f32>("f32", &cases[1..]);
+    }
+}
+
+/// Rows of a block: one segment, and more of them than fit; aligned and not.
+#[test]
+fn long_rows_are_right() {
+    for keys in [1032, 1035, 16_400, 16_407] {
+        let case = Case { causal: true, padding: keys % 8 == 0, ..Case::new(3, keys, 32) };
+        check::<f16>("f16", &[case]);
+    }
+    let case = Case { dropout: 0.2, ..Case::new(2, 16_386, 32) };
+    check::<bf16>("bf16", &[case]);
+    check::<f32>("f32", &[Case::new(2, 9000, 32)]);
+}
+
+/// The rows of the softmax are read once and written once; hidden tiles are not computed, and
+/// what lies past the diagonal is not read again.
+#[test]
+fn each_element_moves_once() {
+    const N: u64 = 256;
+    const TILE: u64 = standard::MMA_TILE as u64;
+    let (d, bytes) = (64, 2);
+    for causal in [false, true] {
+        let case = Case { causal, scores_stored: true, ..Case::new(N as u32, N as u32, d) };
+        case.check::<f16>(|args| {
+            let Steps { scores, softmax, output } = launch::<f16>("f16", args);
+            let tiles = if causal { 3 } else { 4 };
+            let operands = 2 * TILE * u64::from(d) * bytes;
+            assert_eq!(scores.global_bytes_read, tiles * operands);
+            assert_eq!(scores.global_bytes_written, tiles * TILE * TILE * bytes);
+            // Row i reads its i + 1 keys in chunks of 8.
+            let chunks: u64 = (0..N).map(|i| if causal { i / 8 + 1 } else { N / 8 }).sum();
+            assert_eq!(softmax.global_bytes_read, chunks * 16);
+            assert_eq!(softmax.global_bytes_written, N * N * bytes + 4 * N);
+            let value_tile = TILE * u64::from(d) * bytes;
+            assert_eq!(output.global_bytes_read, tiles * (TILE * TILE * bytes + value_tile));
+            scores
+        });
+    }
+}
