@@ -249,6 +249,7 @@ impl Attention {
             causal: problem.causal().into(),
             dropout: problem.dropout_args(),
             head_dim: problem.head_dim() as u32,
+            scale: problem.scale(),
         };
         let launches = plan.steps.into_iter().map(|step| step.launch(&args)).collect();
         Ok(Self {

@@ -127,6 +127,8 @@ pub struct AttentionArgs {
     pub dropout: DropoutArgs,
     /// Columns of a head, D: for kernels that are not made for one head dim.
     pub head_dim: u32,
+    /// The softmax scale itself: for kernels that keep scores in natural units.
+    pub scale: f32,
 }
 
 /// What every linear kernel is given: `y = x wᵀ + bias`.

@@ -44,7 +44,6 @@ use crate::{
     gemm::{AsStored, Matrix, MatrixMut, Plain, Product, Scaled, Transposed, mma, tiled},
     naive::{batch_and_head, weight_index},
     policy::{self, General, Policy},
-    softmax::LN_2,
 };
 
 pub mod softmax;
@@ -118,7 +117,7 @@ unsafe fn scores_product<T: Scalar>(
             b: Matrix::of_head(&args.k, b, h, args.seq_k, args.head_dim),
             c: MatrixMut::new(weights_of(args, b, h), &args.weights),
             depth: args.head_dim,
-            epilogue: Scaled(args.scale_log2 * LN_2),
+            epilogue: Scaled(args.scale),
         })
     }
 }

@@ -132,12 +132,11 @@ pub unsafe trait KernelArgs: Copy {
     }
 }
 
-// Four tensors, four buffers, six 32-bit numbers, dropout; four bytes of padding at the end.
-const _: () =
-    assert!(std::mem::offset_of!(AttentionArgs, head_dim) == 4 * 40 + 4 * 16 + 6 * 4 + 16);
-// SAFETY: the assertion above leaves no room for padding before the last field.
+// Four tensors, four buffers, eight 32-bit numbers, dropout: nothing left for padding.
+const _: () = assert!(size_of::<AttentionArgs>() == 4 * 40 + 4 * 16 + 8 * 4 + 16);
+// SAFETY: the assertion above leaves no room for padding.
 unsafe impl KernelArgs for AttentionArgs {
-    const FIELD_BYTES: usize = std::mem::offset_of!(Self, head_dim) + 4;
+    const FIELD_BYTES: usize = size_of::<Self>();
 }
 
 // Four buffers and three 32-bit numbers; four bytes of padding at the end.

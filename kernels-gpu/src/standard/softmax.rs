@@ -126,7 +126,8 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
         if !self.policy.by_position_only() {
             let mut not_padding = 0;
             for pair in 0..T::ELEMENTS / 2 {
-                not_padding |= self.policy.visible_keys::<1>(key + 2 * pair) % 4 << (2 * pair);
+                let of_pair = self.policy.visible_keys::<1>(key + 2 * pair);
+                not_padding |= (of_pair & 0b11) << (2 * pair);
             }
             visible &= not_padding;
         }

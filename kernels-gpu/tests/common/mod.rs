@@ -197,6 +197,7 @@ impl Case {
             causal: self.causal.into(),
             dropout: drops,
             head_dim: self.d,
+            scale: 1.0 / (self.d as f32).sqrt(),
             ..AttentionArgs::default()
         });
         // `o` is read again only now that the kernel has written it.
