@@ -52,7 +52,11 @@ fn compare_writes_what_it_prints() {
             ("naive", Some(1.0), Some(0.0))
         );
     }
-    let flash = results.rows.iter().find(|row| row.kernel == "flash_tiled").unwrap();
+    let row = |kernel: &str| results.rows.iter().find(|row| row.kernel == kernel).unwrap();
+    let standard = row("standard");
+    assert_eq!((standard.speedup_standard, standard.memory_saved), (Some(1.0), Some(0.0)));
+    let flash = row("flash_tiled");
+    assert!(flash.speedup_standard.is_some());
     assert!(flash.memory_saved > Some(0.0) && flash.workspace_bytes == Some(0));
     let module = results.rows.iter().find(|row| row.level == Level::Module).unwrap();
     // Parameters, x and y; q, k, v and O are the module's workspace.

@@ -287,7 +287,6 @@ impl Right for Transposed {
         (element % terms, element / terms)
     }
     #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn load<T: Scalar, const COLUMNS: usize>(
         b: &Matrix<T>,
         term: u32,
@@ -324,7 +323,6 @@ impl Right for AsStored {
         (element / columns, element % columns)
     }
     #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn load<T: Scalar, const COLUMNS: usize>(
         b: &Matrix<T>,
         term: u32,

@@ -15,16 +15,15 @@
 //! output:  O = P V                         one block per 128 rows; only keys that are seen
 //! ```
 //!
-//! Memory: S is written, read and replaced by P, which is read: four times B*H*Nq*Nk elements
-//! of the storage type, two of them reads, next to which Q, K, V and O are small. That is
-//! 2 D FLOP a product for 2 e bytes of traffic an element: with D = 64 and f16 no more than
-//! 32 FLOP a byte, where a GPU's tensor cores need hundreds. S and P are stored in the
-//! type of the tensors: the plain algorithm of the 2x rule rounds both, so that f32 in
-//! memory would cost twice the traffic for an exactness that nobody asks for, and the
-//! weights can be returned as they stand.
+//! Memory: S is written, read, and replaced by P, which is read again: four times B*H*Nq*Nk
+//! elements of the storage type, next to which Q, K, V and O are small. Each element stands
+//! for 4 D FLOP: D = 64 and f16 make 32 FLOP a byte, where tensor cores need hundreds.
 //!
-//! Scores are in natural units, not in those of log2(e) that naive stores: f16 ends at
-//! 65,504, and a factor of 1.44 would be lost.
+//! S and P are stored in the type of the tensors. The 2x rule decides: the plain algorithm
+//! that it measures with rounds both, so that f32 in memory would be twice the traffic for
+//! an exactness that is not asked for; and the weights can be returned as they stand. Scores
+//! are in natural units, not in the log2(e) of naive: f16 ends at 65,504, and 1.44 times
+//! fewer scores would fit.
 //!
 //! Measured: not measured yet. Limits: memory grows with N². f32 has scalar products (see
 //! `linear_mma.rs` for why).

@@ -63,7 +63,6 @@ pub const fn shared_bytes(columns: u32) -> u32 {
 /// time. What is outside of the matrix is 0. The caller commits, waits, and then has a
 /// barrier.
 #[inline(always)]
-#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn load<T: Scalar, L: Layout, const COLUMNS: usize, const ROWS: usize>(
     matrix: &Matrix<T>,
     row: u32,
@@ -98,7 +97,6 @@ pub fn load<T: Scalar, L: Layout, const COLUMNS: usize, const ROWS: usize>(
 /// # Safety
 /// The launch must give the threads and the shared memory stated here.
 #[inline(always)]
-#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn tile<
     T: Scalar,
     C: TensorCore<T>,

@@ -39,7 +39,6 @@ const _: () = assert!(DEPTH * TILE % THREADS == 0, "every load has its thread");
 /// # Shared memory
 /// Static, 8,704 bytes: the slices of A and B, as f32, term by term.
 #[inline(always)]
-#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn tile<T: Scalar, R: Right, E: Epilogue>(
     product: &Product<T, E>,
     first_row: u32,

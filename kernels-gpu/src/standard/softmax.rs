@@ -137,7 +137,6 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
     /// Loads the segment of `keys` keys from `start` on, hides what the row does not see,
     /// and returns the largest score of this thread.
     #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn load(&self, start: u32, keys: u32) -> f32 {
         // Hazard: the segment before may still be read while this one is written.
         Self::sync();
@@ -183,7 +182,6 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
 
     /// `exp(s - m)` of the chunk at `key` of the segment.
     #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn exponentials(&self, key: u32, m: f32) -> [f32; MAX_ELEMENTS] {
         let s = T::unpack(self.segment.read_as(key));
         s.map(|s| math::exp2((s - m) * core::f32::consts::LOG2_E))
@@ -192,7 +190,6 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
     /// Stores the chunk at `key` of the segment that begins at `start`; puts it into the segment
     /// first where the row's chunks do not lie as memory wants them.
     #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn store(&self, start: u32, key: u32, p: [f32; MAX_ELEMENTS]) {
         if self.aligned {
             self.weights.write_as(self.first + (start + key) as u64, T::pack(p));
