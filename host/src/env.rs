@@ -7,7 +7,7 @@ use flash_attention::{
     CpuDevice,
     backend::gpu::{GpuDescription, describe_all},
     ptx,
-    registry::{KERNELS, KernelSpec, Target},
+    registry::{KERNELS, LINEAR_KERNELS, Target},
 };
 
 use crate::{
@@ -110,28 +110,34 @@ fn describe(gpu: &GpuDescription) -> String {
     text + &kernels(&target)
 }
 
-/// A line for each kernel: the module that it comes from, or why it cannot run.
+/// A line for each kernel of attention and of projections: the module that it comes from, or
+/// why it cannot run.
 fn kernels(target: &Target) -> String {
-    let width = KERNELS.iter().map(|k| k.name.len()).max().unwrap_or(0);
+    let attention = KERNELS
+        .iter()
+        .map(|k| (k.name, k.summary, k.runs_on(target), module(k.capability, k.exact_capability)));
+    let linear = LINEAR_KERNELS
+        .iter()
+        .map(|k| (k.name, k.summary, k.runs_on(target), module(k.capability, false)));
+    let all: Vec<_> = attention.chain(linear).collect();
+    let width = all.iter().map(|k| k.0.len()).max().unwrap_or(0);
     let mut text = String::new();
-    for kernel in KERNELS {
-        let what = match (kernel.runs_on(target), module(kernel)) {
+    for (name, summary, runs, module) in all {
+        let what = match (runs, module) {
             (Err(flash_attention::Error::Unsupported { reason, .. }), _) => format!("no: {reason}"),
             (Err(error), _) => format!("no: {error}"),
             (Ok(()), None) => "no: this build has no PTX for it".into(),
-            (Ok(()), Some(module)) => format!("yes, from {module}: {}", kernel.summary),
+            (Ok(()), Some(module)) => format!("yes, from {module}: {summary}"),
         };
-        let _ = writeln!(text, "  {:width$}  {what}", kernel.name);
+        let _ = writeln!(text, "  {name:width$}  {what}");
     }
     text
 }
 
 /// The module that holds a kernel: that of its capability.
-fn module(kernel: &KernelSpec) -> Option<&'static str> {
-    ptx::modules()
-        .iter()
-        .find(|m| m.compute_capability == kernel.capability && m.exact == kernel.exact_capability)
-        .map(|m| m.name)
+fn module(capability: (u32, u32), exact: bool) -> Option<&'static str> {
+    let mut modules = ptx::modules().iter();
+    modules.find(|m| m.compute_capability == capability && m.exact == exact).map(|m| m.name)
 }
 
 fn emulator() -> String {
@@ -173,7 +179,7 @@ mod tests {
         }
         assert_eq!(
             text.lines().filter(|line| line.contains("no: ")).count(),
-            if ptx::modules().is_empty() { KERNELS.len() } else { 0 }
+            if ptx::modules().is_empty() { KERNELS.len() + LINEAR_KERNELS.len() } else { 0 }
         );
     }
 

@@ -95,6 +95,17 @@ impl LinearSpec {
         }
     }
 
+    /// Whether the kernel can run on this device at all.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with what the device lacks.
+    pub fn runs_on(&self, target: &Target) -> Result<(), Error> {
+        match lacking(self.capability, false, target) {
+            None => Ok(()),
+            Some(reason) => Err(Error::Unsupported { kernel: self.name.into(), reason }),
+        }
+    }
+
     fn obstacle(&self, p: &Projection, target: &Target) -> Option<String> {
         if let Some(reason) = lacking(self.capability, false, target) {
             return Some(reason);

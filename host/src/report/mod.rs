@@ -45,16 +45,17 @@ pub fn write(results: &Results, dir: &Path) -> Result<Paths> {
     results.write_json(&json)?;
     results.write_csv(&csv)?;
 
+    let title = page::title(results);
     let mut figures = Vec::new();
     for view in analysis::views(results) {
-        let name = format!("{}-panels", view.level);
-        figures.push((name, panel::four(results, &view)));
+        let heading = format!("{title}: {}", view.level);
+        figures.push((format!("{}-panels", view.level), heading, panel::four(results, &view)));
     }
     let kernels = analysis::kernels(results);
-    figures.push(("differences".into(), panel::differences(results, &kernels)));
+    figures.push(("differences".into(), title, panel::differences(results, &kernels)));
     let mut pictures = Vec::new();
-    for (name, panels) in figures.iter().filter(|(_, panels)| !panels.is_empty()) {
-        let (svg, png) = picture::figure(&page::title(results), panels)?;
+    for (name, title, panels) in figures.iter().filter(|(.., panels)| !panels.is_empty()) {
+        let (svg, png) = picture::figure(title, panels)?;
         pictures.push(put(&format!("{name}.svg"), svg.as_bytes())?);
         pictures.push(put(&format!("{name}.png"), &png)?);
     }

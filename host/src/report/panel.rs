@@ -4,7 +4,7 @@
 use super::analysis::{Baseline, Series, View, time};
 use crate::{
     format,
-    results::{Check, Histogram, Results, Row, Status},
+    results::{Check, Histogram, Level, Results, Row, Status},
 };
 
 /// What an axis shows, and how.
@@ -272,30 +272,43 @@ fn saved_panel(view: &View<'_>, baseline: Baseline) -> Panel {
 }
 
 /// Absolute and relative difference of the output from the oracle, at the longest
-/// sequence that was checked.
+/// sequence that was checked; two panels a level.
 #[must_use]
 pub fn differences(results: &Results, kernels: &[&str]) -> Vec<Panel> {
     let outputs = || results.checks.iter().filter(|c| c.tensor != "lse");
     let Some(longest) = outputs().map(|c| c.seq).max() else { return Vec::new() };
-    let checks: Vec<&Check> = outputs().filter(|c| c.seq == longest).collect();
-    let several_levels = checks.iter().any(|c| c.level != checks[0].level);
+    let levels = [Level::Attention, Level::Module].map(|level| {
+        let checks = outputs().filter(|c| c.seq == longest && c.level == level);
+        (level, checks.collect::<Vec<&Check>>())
+    });
+    let several = levels.iter().all(|(_, checks)| !checks.is_empty());
+    let panels = |(level, checks): &(Level, Vec<&Check>)| {
+        let suffix = if several { format!(", {level}") } else { String::new() };
+        level_differences(*level, &suffix, checks, kernels)
+    };
+    levels.iter().filter(|(_, checks)| !checks.is_empty()).flat_map(panels).collect()
+}
+
+/// The panels of one level. `suffix` goes to the end of titles.
+fn level_differences(
+    level: Level,
+    suffix: &str,
+    checks: &[&Check],
+    kernels: &[&str],
+) -> Vec<Panel> {
     let lines = |histogram: fn(&Check) -> &Histogram| -> Vec<Line> {
         let line = |c: &&Check| Line {
-            name: if several_levels {
-                format!("{} ({})", c.kernel, c.level)
-            } else {
-                c.kernel.clone()
-            },
+            name: c.kernel.clone(),
             style: kernels.iter().position(|k| *k == c.kernel).unwrap_or(0),
-            dashed: several_levels && c.tensor == "y",
+            dashed: false,
             steps: true,
             points: steps(histogram(c)),
         };
         merge(checks.iter().map(line).filter(|l| !l.points.is_empty()).collect())
     };
     let panel = |id: &str, what: &str, lines: Vec<Line>, marks: Vec<Mark>| Panel {
-        id: format!("difference-{id}"),
-        title: format!("{what} difference from f64, N = {longest}"),
+        id: format!("{level}-difference-{id}"),
+        title: format!("{what} difference from f64, N = {}{suffix}", checks[0].seq),
         note: "Share of the elements of the output in each bin; exact ones are not drawn.".into(),
         x: Axis { label: format!("{} difference", what.to_lowercase()), scale: Scale::Log10 },
         y: Axis { label: "% of elements".into(), scale: Scale::Linear },

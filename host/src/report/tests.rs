@@ -235,6 +235,22 @@ fn a_report_is_written_whole_and_reads_back() {
     assert!(!elsewhere.contains("http") && !elsewhere.contains("src="));
 }
 
+#[test]
+fn differences_have_panels_of_their_own_at_each_level() {
+    let mut results = run(false);
+    let one = panel::differences(&results, &["naive", "flash_mma"]);
+    assert_eq!(one.len(), 2);
+    let module = Check { level: Level::Module, tensor: "y".into(), ..check("flash_mma", 1e-4) };
+    results.checks.push(module);
+    let both = panel::differences(&results, &["naive", "flash_mma"]);
+    let titles: Vec<_> = both.iter().map(|p| p.title.as_str()).collect();
+    assert_eq!(titles.len(), 4);
+    assert!(titles[0].ends_with(", attention") && titles[2].ends_with(", module"), "{titles:?}");
+    assert_eq!((both[2].lines.len(), both[2].lines[0].name.as_str()), (1, "flash_mma"));
+    // Each has its own bound, and its own place on the page.
+    assert!(both[2].marks.len() == 1 && both[0].id != both[2].id);
+}
+
 /// What does not grow with N is no part of the law that memory is extrapolated by.
 #[test]
 fn a_module_fills_memory_where_its_law_says() {
