@@ -226,9 +226,10 @@ fn range(panel: &Panel, horizontal: bool) -> Range {
             Range { low: low - 0.3, high: high + 0.3, step }
         }
         Scale::Log10 => {
-            // Room for the name of an upright mark, which stands to its right.
+            // Room for the name of an upright mark, which stands to its right: a sixth of the
+            // axis, and no less than most of a decade.
             let upright = horizontal && !panel.marks.is_empty();
-            let high = if upright { high + 0.7 } else { high };
+            let high = if upright { high + ((high - low) / 6.0).max(0.7) } else { high };
             let (low, high) = (low.floor(), high.ceil().max(low.floor() + 1.0));
             Range { low, high, step: ((high - low) / 6.0).ceil().max(1.0) }
         }
