@@ -35,7 +35,6 @@
 //!
 //! Measured: not measured yet. Limits: loads and arithmetic take turns, with two barriers
 //! a tile; every score goes through a mask; padding costs memory (see flash_swizzled).
-//! On sm_75 f16 only, with half of the instruction's depth.
 //!
 //! Source: Dao, "FlashAttention-2", 2023, section 3.3 (rows split between warps, not keys);
 //! NVIDIA, PTX ISA, "Matrix Fragments for mma.m16n8k16".
@@ -43,7 +42,7 @@
 use half::{bf16, f16};
 use simt::{
     layout::{Layout, Padded},
-    mma::{Ampere, TensorCore, Turing},
+    mma::{Ampere, TensorCore},
     scalar::Scalar,
     shared::Shared,
     thread, unroll, warp,
@@ -107,8 +106,6 @@ pub unsafe fn flash_mma<
     let (h, b) = (thread::block_idx_y(), thread::block_idx_z());
     let first_row = thread::block_idx_x() * BR;
     let warp_row = warp::warp_id() * fragment::ROWS;
-    let (row, column) = fragment::row_and_column();
-    let i = first_row + warp_row + row;
     // SAFETY: the caller vouches for the buffers and the shared memory.
     let (policy, q, k, v, q_smem, k_smem, v_smem) = unsafe {
         (
@@ -122,14 +119,11 @@ pub unsafe fn flash_mma<
         )
     };
     let queries = SharedQueries::<T, L>::new(q_smem, warp_row);
-    let (k_origin, v_origin) = (fragment::b_origin::<L>(0), fragment::a_origin::<L>(0));
 
     // Load Q.
     tile::load::<T, L, D, BR, THREADS>(&q, first_row, q_smem);
 
-    let mut rows = RowState::EMPTY;
-    let mut acc_o = [[0.0f32; 4]; COLUMN_TILES];
-
+    let mut warp = Warp::<COLUMN_TILES>::new(first_row + warp_row);
     let num_kv_tiles = policy::end_of_tile(&policy, first_row + BR, args.seq_q).div_ceil(BC);
     for kv_tile in 0..num_kv_tiles {
         let first_key = kv_tile * BC;
@@ -139,36 +133,73 @@ pub unsafe fn flash_mma<
         tile::load::<T, L, D, BC, THREADS>(&v, first_key, v_smem);
         // Hazard: tiles are read by threads that did not write them (Q too, at first).
         thread::sync_threads();
-
-        // S = Q Kᵀ [16, BC] of this warp.
-        let mut s = [[[0.0f32; 4]; KEY_TILES]];
-        fragment::add_scores::<T, C, L, D, KEY_TILES, 1>(&mut s, queries, (k_smem, k_origin));
-
-        // Scale and mask.
-        fragment::scale_rows(&mut s[0], [args.scale_log2; 2]);
-        policy::hide(&policy, &mut s, i, first_key + column);
-
-        // Online softmax: P replaces S.
-        let [mut p] = s;
-        let alpha = rows.update(&mut p);
-        fragment::scale_rows(&mut acc_o, alpha);
-        let kept = policy::kept_weights::<_, KEY_TILES>(&policy, i, first_key + column);
-        unroll!(for TILE in 0..8 {
-            policy::drop_weights(&policy, &mut p[TILE], kept, TILE);
-        });
-
-        // O += P V [16, D] of this warp.
-        fragment::add_output::<T, C, L, KEY_TILES, COLUMN_TILES>(
-            &mut acc_o,
-            &p,
-            (v_smem, v_origin),
-        );
+        let tiles = Tiles { q: queries, k: k_smem, v: v_smem, first_key };
+        warp.attend::<T, C, L, D>(&policy, args.scale_log2, tiles);
     }
 
     // Normalise, store O and LSE.
-    let to = Destination { b, h, first_row: first_row + warp_row };
+    let to = Destination { b, h, first_row: warp.first_row };
     // SAFETY: the caller vouches for the buffers.
-    unsafe { online::store::<T, C, COLUMN_TILES>(args, to, acc_o, &rows, policy.dropout()) };
+    unsafe {
+        online::store::<T, C, COLUMN_TILES>(args, to, warp.acc_o, &warp.rows, policy.dropout());
+    };
+}
+
+/// What a warp knows of its 16 rows: O columns of 8.
+pub(crate) struct Warp<const O: usize> {
+    pub first_row: u32,
+    pub rows: RowState,
+    pub acc_o: [[f32; 4]; O],
+}
+
+/// Q, and the tiles of K and V whose first key is `first_key`, in shared memory.
+pub(crate) struct Tiles<T, L> {
+    pub q: SharedQueries<T, L>,
+    pub k: Shared<T>,
+    pub v: Shared<T>,
+    pub first_key: u32,
+}
+
+impl<const O: usize> Warp<O> {
+    /// Rows that have seen no key.
+    #[inline(always)]
+    pub fn new(first_row: u32) -> Self {
+        Self { first_row, rows: RowState::EMPTY, acc_o: [[0.0; 4]; O] }
+    }
+
+    /// Takes in a tile of BC keys.
+    #[inline(always)]
+    pub fn attend<T: Scalar, C: TensorCore<T>, L: Layout, const D: usize>(
+        &mut self,
+        policy: &General,
+        scale_log2: f32,
+        tiles: Tiles<T, L>,
+    ) {
+        let (row, column) = fragment::row_and_column();
+        let (i, j) = (self.first_row + row, tiles.first_key + column);
+
+        // S = Q Kᵀ [16, BC] of this warp.
+        let mut s = [[[0.0f32; 4]; KEY_TILES]];
+        let k = (tiles.k, fragment::b_origin::<L>(0));
+        fragment::add_scores::<T, C, L, D, KEY_TILES, 1>(&mut s, tiles.q, k);
+
+        // Scale and mask.
+        fragment::scale_rows(&mut s[0], [scale_log2; 2]);
+        policy::hide(policy, &mut s, i, j);
+
+        // Online softmax: P replaces S.
+        let [mut p] = s;
+        let alpha = self.rows.update(&mut p);
+        fragment::scale_rows(&mut self.acc_o, alpha);
+        let kept = policy::kept_weights::<_, KEY_TILES>(policy, i, j);
+        unroll!(for TILE in 0..8 {
+            policy::drop_weights(policy, &mut p[TILE], kept, TILE);
+        });
+
+        // O += P V [16, D] of this warp.
+        let v = (tiles.v, fragment::a_origin::<L>(0));
+        fragment::add_output::<T, C, L, KEY_TILES, O>(&mut self.acc_o, &p, v);
+    }
 }
 
 entries! {
@@ -178,10 +209,4 @@ entries! {
     flash_mma_f16_d128 = flash_mma::<f16, Ampere, Padded<128>, 128, 16>;
     flash_mma_bf16_d64 = flash_mma::<bf16, Ampere, Padded<64>, 64, 8>;
     flash_mma_bf16_d128 = flash_mma::<bf16, Ampere, Padded<128>, 128, 16>;
-}
-entries! {
-    /// Instances of [`flash_mma`] for sm_75.
-    pub static TURING: AttentionArgs => "sm_75", threads THREADS, min_blocks 2;
-    flash_mma_turing_f16_d64 = flash_mma::<f16, Turing, Padded<64>, 64, 8>;
-    flash_mma_turing_f16_d128 = flash_mma::<f16, Turing, Padded<128>, 128, 16>;
 }

@@ -66,11 +66,8 @@ use crate::{
     online::{self, Destination, RowState},
     policy::{self, Causal, Full, General, Policy},
     schedule,
-    tile::{self, Rows},
+    tile::{self, KvStages, Rows},
 };
-
-/// Stages of K and V: one is computed with while the other is filled.
-const STAGES: u32 = 2;
 
 /// How a block works on its tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,7 +117,7 @@ impl Shape {
 #[must_use]
 pub const fn shared_bytes(d: usize, general: bool) -> u32 {
     let shape = shape(d, general);
-    (shape.shared_q_rows() + STAGES * 2 * shape.keys) * d as u32 * 2
+    (shape.shared_q_rows() + tile::STAGES * 2 * shape.keys) * d as u32 * 2
 }
 
 /// Flash attention forward, copies ahead of the products.
@@ -168,19 +165,15 @@ pub unsafe fn flash_pipelined<
     // Who am I.
     let Place { b, h, first_row, warp_row } = place::<P, D, BR, FRAGMENTS>(args);
     // SAFETY: the caller vouches for the buffers and the shared memory.
-    let (policy, q, stages, q_smem) = unsafe {
-        let stages = Stages::<T, D, THREADS> {
-            k: Rows::new(&args.k, b, h, args.seq_k),
-            v: Rows::new(&args.v, b, h, args.seq_k),
-            smem: Shared::<T>::dynamic(0, const { STAGES * 2 * BC * D as u32 }),
-        };
+    let (policy, q, kv, q_smem) = unsafe {
+        let kv = KvStages::<T, D, BC, THREADS>::new(args, b, h);
         let q_smem = if q_in_registers {
-            // Room that the second tile of keys will need.
-            stages.smem.slice(const { 2 * BC * D as u32 }, const { BR * D as u32 })
+            // Where the second tile of keys will go.
+            kv.stage(1)
         } else {
-            Shared::<T>::dynamic(const { STAGES * 2 * BC * D as u32 * 2 }, const { BR * D as u32 })
+            Shared::dynamic(KvStages::<T, D, BC, THREADS>::BYTES, const { BR * D as u32 })
         };
-        (P::new(args, b, h), Rows::<T>::new(&args.q, b, h, args.seq_q), stages, q_smem)
+        (P::new(args, b, h), Rows::<T>::new(&args.q, b, h, args.seq_q), kv, q_smem)
     };
 
     let mut state = Warp::<T, P, KEY_TILES, COLUMN_TILES, FRAGMENTS> {
@@ -196,7 +189,7 @@ pub unsafe fn flash_pipelined<
     if num_kv_tiles > 0 {
         // Load Q, and the first tile of K and V.
         tile::load_async::<T, Swizzled<D>, D, BR, THREADS>(&q, first_row, q_smem);
-        stages.start::<BC>(0, 0);
+        kv.start(0, 0);
         async_copy::commit();
         let shared = || SharedQueries::<T, Swizzled<D>>::new(q_smem, warp_row);
         let queries = if q_in_registers {
@@ -216,10 +209,10 @@ pub unsafe fn flash_pipelined<
             // (or Q in it).
             thread::sync_threads();
             if kv_tile + 1 < num_kv_tiles {
-                stages.start::<BC>(kv_tile + 1, stage ^ 1);
+                kv.start(kv_tile + 1, stage ^ 1);
             }
             async_copy::commit();
-            let (k_smem, v_smem) = stages.tiles::<BC>(stage);
+            let (k_smem, v_smem) = kv.tiles(stage);
             if q_in_registers {
                 state.attend::<Swizzled<D>, D>(queries, k_smem, v_smem, kv_tile * BC);
             } else {
@@ -278,32 +271,6 @@ fn place<P: Policy, const D: usize, const BR: u32, const FRAGMENTS: usize>(
         first_row: work.q_tile * BR,
         warp_row: warp::uniform(opaque(thread::thread_idx_x()) / warp::LANES)
             * const { FRAGMENTS as u32 * fragment::ROWS },
-    }
-}
-
-/// K and V of a head, and where their tiles go.
-struct Stages<T, const D: usize, const THREADS: u32> {
-    k: Rows<T>,
-    v: Rows<T>,
-    smem: Shared<T>,
-}
-
-impl<T: Scalar, const D: usize, const THREADS: u32> Stages<T, D, THREADS> {
-    /// The tiles of K and V of a stage.
-    #[inline(always)]
-    fn tiles<const BC: u32>(&self, stage: u32) -> (Shared<T>, Shared<T>) {
-        let len = const { BC * D as u32 };
-        let smem = self.smem.slice(2 * stage * len, 2 * len);
-        (smem.slice(0, len), smem.slice(len, len))
-    }
-
-    /// Starts to copy a tile of keys into a stage.
-    #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn start<const BC: u32>(&self, kv_tile: u32, stage: u32) {
-        let (k_smem, v_smem) = self.tiles::<BC>(stage);
-        tile::load_async::<T, Swizzled<D>, D, BC, THREADS>(&self.k, kv_tile * BC, k_smem);
-        tile::load_async::<T, Swizzled<D>, D, BC, THREADS>(&self.v, kv_tile * BC, v_smem);
     }
 }
 

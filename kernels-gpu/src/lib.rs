@@ -6,6 +6,8 @@
 //! | `standard` | `standard.rs` | the same three steps, done well: the fair baseline (sm_80) |
 //! | `flash_tiled` | `flash_tiled.rs` | tiles in shared memory, online softmax, no N x N matrix |
 //! | `flash_mma` | `flash_mma.rs` | both products on the tensor cores, weights stay in registers |
+//! | `flash_swizzled` | `flash_swizzled.rs` | tiles without bank conflicts and without padding |
+//! | `flash_async` | `flash_async.rs` | the next tile arrives while this one is computed with |
 //! | `flash_pipelined` | `flash_pipelined.rs` | copies ahead, two fragments a warp, nothing done in vain (sm_80) |
 //! | `flash_hopper` | `flash_hopper.rs` | copies, products and softmax at the same time (sm_90a) |
 //!
@@ -33,9 +35,11 @@ pub mod args;
 pub mod chunk;
 pub mod dropout;
 pub mod entry;
+pub mod flash_async;
 pub mod flash_hopper;
 pub mod flash_mma;
 pub mod flash_pipelined;
+pub mod flash_swizzled;
 pub mod flash_tiled;
 pub mod fragment;
 pub mod gemm;
@@ -72,7 +76,9 @@ const TABLES: &[&[entry::Entry]] = &[
     standard::softmax::ENTRIES,
     flash_tiled::ENTRIES,
     flash_mma::ENTRIES,
-    flash_mma::TURING,
+    flash_swizzled::ENTRIES,
+    flash_swizzled::TURING,
+    flash_async::ENTRIES,
     flash_pipelined::FOUR_WARPS,
     linear::NAIVE,
     linear::TILED,

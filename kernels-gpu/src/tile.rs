@@ -10,11 +10,16 @@
 //! ```
 
 use simt::{
-    async_copy, compiler::opaque, global::Global, layout::Layout, memory::Memory, shared::Shared,
+    async_copy,
+    compiler::opaque,
+    global::Global,
+    layout::{Layout, Swizzled},
+    memory::Memory,
+    shared::Shared,
     thread, warp,
 };
 
-use crate::args::Tensor;
+use crate::args::{AttentionArgs, Tensor};
 
 /// Threads of a block of four warps.
 pub const FOUR_WARPS: u32 = 4 * warp::LANES;
@@ -124,6 +129,65 @@ pub fn load_async<T: Memory, L: Layout, const D: usize, const ROWS: u32, const T
         let from = rows.walk(rows.from(first + row, column), below, right);
         async_copy::copy_or_zero(tile, index, from, 0, first + row + below < rows.seq);
     });
+}
+
+/// Stages of K and V: one is computed with while the other is filled.
+pub const STAGES: u32 = 2;
+
+/// K and V of a head, and the stages in shared memory that their tiles of BC keys go
+/// through: K and V of stage 0, then of stage 1, swizzled.
+#[derive(Clone, Copy)]
+pub struct KvStages<T, const D: usize, const BC: u32, const THREADS: u32> {
+    k: Rows<T>,
+    v: Rows<T>,
+    smem: Shared<T>,
+}
+
+impl<T: Memory, const D: usize, const BC: u32, const THREADS: u32> KvStages<T, D, BC, THREADS> {
+    /// Elements of a tile.
+    pub const TILE: u32 = BC * D as u32;
+    /// Bytes of all stages.
+    pub const BYTES: u32 = STAGES * 2 * Self::TILE * T::BYTES;
+
+    /// Those of head `h` of batch entry `b`, at the beginning of dynamic shared memory.
+    ///
+    /// # Safety
+    /// As for [`Rows::new`] and [`Shared::dynamic`].
+    #[inline(always)]
+    pub unsafe fn new(args: &AttentionArgs, b: u32, h: u32) -> Self {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            Self {
+                k: Rows::new(&args.k, b, h, args.seq_k),
+                v: Rows::new(&args.v, b, h, args.seq_k),
+                smem: Shared::dynamic(0, STAGES * 2 * Self::TILE),
+            }
+        }
+    }
+
+    /// All of a stage.
+    #[inline(always)]
+    #[must_use]
+    pub const fn stage(&self, stage: u32) -> Shared<T> {
+        self.smem.slice(2 * stage * Self::TILE, 2 * Self::TILE)
+    }
+
+    /// The tiles of K and V of a stage.
+    #[inline(always)]
+    #[must_use]
+    pub const fn tiles(&self, stage: u32) -> (Shared<T>, Shared<T>) {
+        let both = self.stage(stage);
+        (both.slice(0, Self::TILE), both.slice(Self::TILE, Self::TILE))
+    }
+
+    /// Starts to copy a tile of keys and values into a stage; the caller commits and waits.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn start(&self, kv_tile: u32, stage: u32) {
+        let (k_smem, v_smem) = self.tiles(stage);
+        load_async::<T, Swizzled<D>, D, BC, THREADS>(&self.k, kv_tile * BC, k_smem);
+        load_async::<T, Swizzled<D>, D, BC, THREADS>(&self.v, kv_tile * BC, v_smem);
+    }
 }
 
 /// Threads side by side on a row of `d` elements.

@@ -4,7 +4,7 @@ mod common;
 
 use common::{Case, run};
 use half::{bf16, f16};
-use kernels_gpu::{flash_mma, flash_pipelined};
+use kernels_gpu::{flash_async, flash_mma, flash_pipelined, flash_swizzled};
 use simt::{Dim3, emulator::Stats, scalar::Scalar};
 
 /// Shapes and features that every rung must get right, for a tile of `br` rows and `bc`
@@ -44,24 +44,36 @@ fn check<T: Scalar>(
     total
 }
 
-fn check_mma<T: Scalar>(symbol: &str, d: u32) {
+/// The rungs that share the tile of flash_mma: `symbol` without type and head dim.
+fn check_rung<T: Scalar>(rung: &str, dtype: &str, shared_bytes: fn(usize) -> u32) {
     let tile = (flash_mma::BR, flash_mma::BC, flash_mma::THREADS);
-    let shared = flash_mma::shared_bytes(d as usize);
-    check::<T>(symbol, tile, shared, d, &cases(d, tile.0, tile.1));
+    for d in [64, 128] {
+        let symbol = format!("{rung}_{dtype}_d{d}");
+        check::<T>(&symbol, tile, shared_bytes(d as usize), d, &cases(d, tile.0, tile.1));
+    }
 }
 
 #[test]
 fn flash_mma_computes_attention() {
-    check_mma::<f16>("flash_mma_f16_d64", 64);
-    check_mma::<f16>("flash_mma_f16_d128", 128);
-    check_mma::<bf16>("flash_mma_bf16_d64", 64);
-    check_mma::<bf16>("flash_mma_bf16_d128", 128);
+    check_rung::<f16>("flash_mma", "f16", flash_mma::shared_bytes);
+    check_rung::<bf16>("flash_mma", "bf16", flash_mma::shared_bytes);
 }
 
 #[test]
-fn flash_mma_computes_attention_on_turing() {
-    check_mma::<f16>("flash_mma_turing_f16_d64", 64);
-    check_mma::<f16>("flash_mma_turing_f16_d128", 128);
+fn flash_swizzled_computes_attention() {
+    check_rung::<f16>("flash_swizzled", "f16", flash_swizzled::shared_bytes);
+    check_rung::<bf16>("flash_swizzled", "bf16", flash_swizzled::shared_bytes);
+}
+
+#[test]
+fn flash_swizzled_computes_attention_on_turing() {
+    check_rung::<f16>("flash_turing", "f16", flash_swizzled::shared_bytes);
+}
+
+#[test]
+fn flash_async_computes_attention() {
+    check_rung::<f16>("flash_async", "f16", flash_async::shared_bytes);
+    check_rung::<bf16>("flash_async", "bf16", flash_async::shared_bytes);
 }
 
 /// Every policy that has an entry for a case: the general one does all of them.

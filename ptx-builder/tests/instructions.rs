@@ -21,9 +21,9 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("flash_", &["ex2.approx", "ld.shared", "bar.sync"]),
     ("flash_tiled", &["ex2.approx", "ld.shared", "bar.sync", "fma.rn"]),
     ("flash_mma", &["ex2.approx", "bar.sync", "mma.sync", "ldmatrix"]),
+    ("flash_turing", &["ex2.approx", "bar.sync", "mma.sync.aligned.m16n8k8", "ldmatrix"]),
     ("flash_swizzled", &["ex2.approx", "bar.sync", "mma.sync", "ldmatrix"]),
     ("flash_async", &["ex2.approx", "bar.sync", "mma.sync", "ldmatrix", "cp.async"]),
-    ("flash_tuned", &["ex2.approx", "bar.sync", "mma.sync", "ldmatrix", "cp.async"]),
     ("flash_pipelined", &["ex2.approx", "bar.sync", "mma.sync", "ldmatrix", "cp.async"]),
     (
         "flash_hopper",

@@ -3,8 +3,8 @@
 //!
 //! A matrix load reads one chunk of 8 elements (16 bytes) from each of eight rows. There
 //! are eight groups of four banks; in a plain tile with rows of 64 elements all eight
-//! chunks lie in the same group, and the load takes eight passes instead of one. Two
-//! cures:
+//! chunks lie in the same group, and the load takes eight passes instead of one ([`Plain`]).
+//! Two cures:
 //!
 //! - [`Padded`]: each row is one chunk longer, so that the next one starts in the next
 //!   group. Costs memory, and rows are no longer aligned to more than 16 bytes.
@@ -37,6 +37,29 @@ pub trait Layout: 'static {
 
     /// The index of the chunk `rows` (a constant multiple of 8) below.
     fn down(index: u32, rows: u32) -> u32;
+}
+
+/// Rows of `COLUMNS` elements as they stand: what the other layouts are measured against.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain<const COLUMNS: usize>;
+
+impl<const COLUMNS: usize> Layout for Plain<COLUMNS> {
+    #[inline(always)]
+    fn len(rows: u32) -> u32 {
+        rows * COLUMNS as u32
+    }
+    #[inline(always)]
+    fn index(row: u32, column: u32) -> u32 {
+        row * COLUMNS as u32 + column
+    }
+    #[inline(always)]
+    fn right(index: u32, columns: u32) -> u32 {
+        index + columns
+    }
+    #[inline(always)]
+    fn down(index: u32, rows: u32) -> u32 {
+        index + rows * COLUMNS as u32
+    }
 }
 
 /// Rows of `COLUMNS` elements and a chunk of padding.

@@ -1,7 +1,8 @@
 //! The entries of the table, in the order of the ladder.
 
 use kernels_gpu::{
-    args, flash_hopper, flash_mma, flash_pipelined, flash_tiled, naive, standard, weights,
+    args, flash_async, flash_hopper, flash_mma, flash_pipelined, flash_swizzled, flash_tiled,
+    naive, standard, weights,
 };
 use simt::Dim3;
 
@@ -9,8 +10,17 @@ use super::{Features, KernelSpec, Plan, Step};
 use crate::{backend::TensorMapSpec, dtype::DType, problem::Problem};
 
 /// Every kernel.
-pub static KERNELS: &[KernelSpec] =
-    &[NAIVE, STANDARD, FLASH_TILED, FLASH_MMA, FLASH_PIPELINED, FLASH_HOPPER];
+pub static KERNELS: &[KernelSpec] = &[
+    NAIVE,
+    STANDARD,
+    FLASH_TILED,
+    FLASH_TURING,
+    FLASH_MMA,
+    FLASH_SWIZZLED,
+    FLASH_ASYNC,
+    FLASH_PIPELINED,
+    FLASH_HOPPER,
+];
 
 /// What the first rungs all support.
 const ALL_FEATURES: Features =
@@ -160,20 +170,46 @@ const FLASH_MMA: KernelSpec = KernelSpec {
     exact_capability: false,
     tile: |_| (flash_mma::BR as usize, flash_mma::BC as usize),
     features: ALL_FEATURES,
-    plan: |p, _| {
-        one_step(Step {
-            symbol: symbol("flash_mma", p),
-            grid: Dim3::new(
-                tiles(p.seq_q(), flash_mma::BR),
-                tiles(p.heads(), 1),
-                tiles(p.batch(), 1),
-            ),
-            block: flash_mma::THREADS.into(),
-            shared_bytes: flash_mma::shared_bytes(p.head_dim()),
-        })
-    },
+    plan: |p, _| mma_step("flash_mma", flash_mma::shared_bytes, p),
     tensor_maps: None,
 };
+
+const FLASH_SWIZZLED: KernelSpec = KernelSpec {
+    name: "flash_swizzled",
+    summary: "flash_mma on swizzled tiles: no bank conflicts, no padding",
+    idea: "exchange the chunks of each row by its number, and eight rows below each other are \
+           in eight groups of banks",
+    plan: |p, _| mma_step("flash_swizzled", flash_swizzled::shared_bytes, p),
+    ..FLASH_MMA
+};
+
+const FLASH_TURING: KernelSpec = KernelSpec {
+    name: "flash_turing",
+    summary: "flash_swizzled with the tensor core instruction of Turing",
+    idea: "the same source for GPUs before Ampere: half of the instruction's depth, f16 only",
+    dtypes: &[DType::F16],
+    capability: (7, 5),
+    plan: |p, _| mma_step("flash_turing", flash_swizzled::shared_bytes, p),
+    ..FLASH_SWIZZLED
+};
+
+const FLASH_ASYNC: KernelSpec = KernelSpec {
+    name: "flash_async",
+    summary: "flash_swizzled with asynchronous copies into two stages",
+    idea: "the next tile arrives while this one is computed with",
+    plan: |p, _| mma_step("flash_async", flash_async::shared_bytes, p),
+    ..FLASH_SWIZZLED
+};
+
+/// The launch of the rungs that share the tile of flash_mma.
+fn mma_step(kernel: &str, shared_bytes: fn(usize) -> u32, p: &Problem) -> Plan {
+    one_step(Step {
+        symbol: symbol(kernel, p),
+        grid: Dim3::new(tiles(p.seq_q(), flash_mma::BR), tiles(p.heads(), 1), tiles(p.batch(), 1)),
+        block: flash_mma::THREADS.into(),
+        shared_bytes: shared_bytes(p.head_dim()),
+    })
+}
 
 const FLASH_PIPELINED: KernelSpec = KernelSpec {
     name: "flash_pipelined",
