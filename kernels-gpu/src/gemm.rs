@@ -385,3 +385,24 @@ impl<T: Scalar> Product<T, Biased<T>> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+
+    #[test]
+    fn vectors_need_rows_that_begin_and_end_at_multiples_of_16_bytes() {
+        let aligned = |address, origin, stride, columns| {
+            let buffer = Buffer { address, bytes: 1 << 20 };
+            // SAFETY: nothing is read.
+            unsafe { Matrix::<f16>::new(&buffer, origin, stride, 4, columns) }.is_aligned()
+        };
+        assert!(aligned(256, 0, 64, 64) && aligned(256, 8, 64, 40));
+        assert!(!aligned(258, 0, 64, 64), "the address");
+        assert!(!aligned(256, 4, 64, 64), "the first element");
+        assert!(!aligned(256, 0, 60, 56), "the stride");
+        assert!(!aligned(256, 0, 64, 60), "the columns: a vector would reach past them");
+    }
+}

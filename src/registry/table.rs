@@ -124,7 +124,7 @@ fn standard_products(p: &Problem) -> [Step; 2] {
 /// The softmax of `standard`: a warp a row, or a block for a long one.
 fn standard_softmax(p: &Problem) -> Step {
     let (seq_k, bytes) = (p.seq_k() as u32, p.dtype().size() as u32);
-    let row_threads = standard::softmax::row_threads(seq_k);
+    let row_threads = standard::softmax::row_threads(seq_k, bytes);
     let of_row = if row_threads == standard::softmax::THREADS { "block" } else { "warp" };
     Step {
         symbol: format!("standard_softmax_{}_{of_row}", p.dtype()),

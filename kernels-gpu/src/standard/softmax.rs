@@ -35,11 +35,10 @@ use crate::{
 
 /// Threads of a block.
 pub const THREADS: u32 = 128;
-/// Rows of up to this many keys belong to a warp, longer ones to a block: four chunks of 16
-/// bits a lane.
-pub const WARP_ROW_KEYS: u32 = 1024;
-/// The most bytes of a row that are kept; a longer one is read twice.
-const SEGMENT_BYTES: u32 = 32 * 1024;
+/// The most bytes that a block keeps: six blocks, all that fit by their registers, then fit
+/// into the shared memory of a multiprocessor of compute capability 9.0. A row that is longer
+/// is read twice.
+const BLOCK_BYTES: u32 = 32 * 1024;
 /// Warps of a block.
 const WARPS: u32 = THREADS / warp::LANES;
 
@@ -47,7 +46,7 @@ const WARPS: u32 = THREADS / warp::LANES;
 /// in whole chunks, if it fits.
 #[inline(always)]
 const fn segment_keys(seq_k: u32, element_bytes: u32) -> u32 {
-    let most = SEGMENT_BYTES / element_bytes;
+    let most = BLOCK_BYTES / element_bytes;
     if seq_k < most { seq_k.next_multiple_of(16 / element_bytes) } else { most }
 }
 
@@ -57,10 +56,11 @@ pub const fn shared_bytes(seq_k: u32, element_bytes: u32, row_threads: u32) -> u
     THREADS / row_threads * segment_keys(seq_k, element_bytes) * element_bytes
 }
 
-/// Threads of a row of `seq_k` keys.
+/// Threads of a row of `seq_k` keys: a warp while a block can keep a row for each of its
+/// warps, since a warp waits for nobody else; else the block.
 #[must_use]
-pub const fn row_threads(seq_k: u32) -> u32 {
-    if seq_k <= WARP_ROW_KEYS { warp::LANES } else { THREADS }
+pub const fn row_threads(seq_k: u32, element_bytes: u32) -> u32 {
+    if seq_k <= BLOCK_BYTES / WARPS / element_bytes { warp::LANES } else { THREADS }
 }
 
 /// A row of scores, and what its threads know of it.
@@ -235,7 +235,7 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
             weights: args.weights.view_mut::<T>(),
             first: weight_index(args, b, h, i, 0),
             segment: Shared::dynamic(row_in_block * segment * T::BYTES, segment),
-            aligned: args.seq_k % T::ELEMENTS == 0,
+            aligned: (args.weights.address | (args.seq_k * T::BYTES) as u64) % 16 == 0,
             thread: tid % ROW_THREADS,
             seq_k: args.seq_k,
             end: policy.end_of_row(i),
