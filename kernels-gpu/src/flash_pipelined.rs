@@ -82,16 +82,26 @@ pub struct Shape {
     pub q_in_registers: bool,
 }
 
-/// The shape for head dim `d`; `general` kernels have fewer registers to spare.
+/// The shape for head dim `d`; `general` kernels have fewer registers to spare. The wider O
+/// is, the less is left for S, for Q, and for a second fragment.
 #[must_use]
 pub const fn shape(d: usize, general: bool) -> Shape {
-    match d {
-        0..=64 => Shape { warps: 4, fragments: 2, keys: 64, q_in_registers: true },
-        _ => {
-            let keys = if general { 32 } else { 48 };
-            Shape { warps: 4, fragments: 2, keys, q_in_registers: false }
-        }
-    }
+    let (warps, fragments, keys, q_in_registers) = match d {
+        0..=64 => (4, 2, 64, true),
+        65..=96 => (4, 2, 64, false),
+        97..=128 => (4, 2, if general { 32 } else { 48 }, false),
+        129..=192 => (8, 1, 64, true),
+        193..=224 => (4, 1, 32, false),
+        _ => (8, 1, 32, false),
+    };
+    Shape { warps, fragments, keys, q_in_registers }
+}
+
+/// Whether head dim `d` has kernels of its own for full and causal attention; the others
+/// have the general one for everything.
+#[must_use]
+pub const fn is_specialised(d: usize) -> bool {
+    matches!(d, 64 | 96 | 128 | 256)
 }
 
 impl Shape {
@@ -388,16 +398,40 @@ macro_rules! kernel {
 entries! {
     /// Instances of [`flash_pipelined`] with four warps.
     pub static FOUR_WARPS: AttentionArgs => "sm_80", threads tile::FOUR_WARPS, min_blocks 2;
+    flash_pipelined_f16_d32_general = kernel!(f16, General, 32);
     flash_pipelined_f16_d64_full = kernel!(f16, Full, 64);
     flash_pipelined_f16_d64_causal = kernel!(f16, Causal, 64);
     flash_pipelined_f16_d64_general = kernel!(f16, General, 64);
+    flash_pipelined_f16_d96_full = kernel!(f16, Full, 96);
+    flash_pipelined_f16_d96_causal = kernel!(f16, Causal, 96);
+    flash_pipelined_f16_d96_general = kernel!(f16, General, 96);
     flash_pipelined_f16_d128_full = kernel!(f16, Full, 128);
     flash_pipelined_f16_d128_causal = kernel!(f16, Causal, 128);
     flash_pipelined_f16_d128_general = kernel!(f16, General, 128);
+    flash_pipelined_f16_d224_general = kernel!(f16, General, 224);
+    flash_pipelined_bf16_d32_general = kernel!(bf16, General, 32);
     flash_pipelined_bf16_d64_full = kernel!(bf16, Full, 64);
     flash_pipelined_bf16_d64_causal = kernel!(bf16, Causal, 64);
     flash_pipelined_bf16_d64_general = kernel!(bf16, General, 64);
+    flash_pipelined_bf16_d96_full = kernel!(bf16, Full, 96);
+    flash_pipelined_bf16_d96_causal = kernel!(bf16, Causal, 96);
+    flash_pipelined_bf16_d96_general = kernel!(bf16, General, 96);
     flash_pipelined_bf16_d128_full = kernel!(bf16, Full, 128);
     flash_pipelined_bf16_d128_causal = kernel!(bf16, Causal, 128);
     flash_pipelined_bf16_d128_general = kernel!(bf16, General, 128);
+    flash_pipelined_bf16_d224_general = kernel!(bf16, General, 224);
+}
+entries! {
+    /// Instances of [`flash_pipelined`] with eight warps.
+    pub static EIGHT_WARPS: AttentionArgs => "sm_80", threads 2 * tile::FOUR_WARPS, min_blocks 1;
+    flash_pipelined_f16_d160_general = kernel!(f16, General, 160);
+    flash_pipelined_f16_d192_general = kernel!(f16, General, 192);
+    flash_pipelined_f16_d256_full = kernel!(f16, Full, 256);
+    flash_pipelined_f16_d256_causal = kernel!(f16, Causal, 256);
+    flash_pipelined_f16_d256_general = kernel!(f16, General, 256);
+    flash_pipelined_bf16_d160_general = kernel!(bf16, General, 160);
+    flash_pipelined_bf16_d192_general = kernel!(bf16, General, 192);
+    flash_pipelined_bf16_d256_full = kernel!(bf16, Full, 256);
+    flash_pipelined_bf16_d256_causal = kernel!(bf16, Causal, 256);
+    flash_pipelined_bf16_d256_general = kernel!(bf16, General, 256);
 }

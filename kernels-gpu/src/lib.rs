@@ -80,6 +80,7 @@ const TABLES: &[&[entry::Entry]] = &[
     flash_swizzled::TURING,
     flash_async::ENTRIES,
     flash_pipelined::FOUR_WARPS,
+    flash_pipelined::EIGHT_WARPS,
     linear::NAIVE,
     linear::TILED,
     linear_mma::ENTRIES,

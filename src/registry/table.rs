@@ -217,16 +217,19 @@ const FLASH_PIPELINED: KernelSpec = KernelSpec {
     idea: "every operand is there before it is needed, serves two products when it comes, and \
            what need not be done is not done",
     dtypes: &[DType::F16, DType::BF16],
-    head_dims: &[64, 128],
+    head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
     capability: (8, 0),
     exact_capability: false,
     tile: |d| {
-        let shape = flash_pipelined::shape(d, false);
+        let shape = flash_pipelined::shape(d, !flash_pipelined::is_specialised(d));
         (shape.rows() as usize, shape.keys as usize)
     },
     features: ALL_FEATURES,
     plan: |p, _| {
-        let (policy, general) = policy(p);
+        let (policy, general) = match policy(p) {
+            (_, false) if !flash_pipelined::is_specialised(p.head_dim()) => ("general", true),
+            policy => policy,
+        };
         let shape = flash_pipelined::shape(p.head_dim(), general);
         one_step(Step {
             symbol: format!("{}_{policy}", symbol("flash_pipelined", p)),

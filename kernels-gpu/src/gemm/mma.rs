@@ -167,7 +167,7 @@ pub unsafe fn tile<
         let a_smem = a_stages.slice(stage * a_len, a_len);
         let b_smem = b_stages.slice(stage * b_len, b_len);
         unroll!(for STEP in 0..2 {
-            let term = const { 16 * STEP as u32 };
+            let term = 16 * STEP as u32;
             let mut a = [[0u32; 4]; M_TILES];
             unroll!(for M in 0..4 {
                 if M < M_TILES {
@@ -219,7 +219,7 @@ pub unsafe fn tile<
                         };
                         // Eight columns to each of the row's four lanes.
                         let chunk = transpose_quad([pack(0), pack(1), pack(2), pack(3)]);
-                        let row = warp_row + const { 16 * M as u32 + 8 * HALF as u32 } + g;
+                        let row = warp_row + (16 * M as u32 + 8 * HALF as u32) + g;
                         let column = quad + 4 * column;
                         if aligned {
                             product.c.write_chunk_if_inside(
