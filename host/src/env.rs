@@ -4,10 +4,10 @@
 use std::fmt::Write as _;
 
 use flash_attention::{
-    CpuDevice,
+    CpuDevice, DType, Problem,
     backend::gpu::{GpuDescription, describe_all},
     ptx,
-    registry::{KERNELS, LINEAR_KERNELS, Target},
+    registry::{KERNELS, LINEAR_KERNELS, Target, best_for},
 };
 
 use crate::{
@@ -107,7 +107,24 @@ fn describe(gpu: &GpuDescription) -> String {
         max_shared_bytes: shared,
         multiprocessors: gpu.multiprocessors,
     };
-    text + &kernels(&target)
+    text + &kernels(&target) + &chosen(&target)
+}
+
+/// The kernel that is chosen for each storage type when none is named, and by what rule.
+fn chosen(target: &Target) -> String {
+    let of = |dtype: DType| {
+        // Head dim 64, which every kernel has.
+        let problem = Problem::builder(1, 1, 1024, 64).dtype(dtype).build().ok()?;
+        let kernel = best_for(&problem, target).ok()?.kernel;
+        Some(format!("{} for {dtype}", kernel.name))
+    };
+    match DType::ALL.into_iter().filter_map(of).collect::<Vec<_>>().as_slice() {
+        [] => String::new(),
+        all => format!(
+            "  chosen for attention at head dim 64: {}; the last of the list that can do a problem\n",
+            all.join(", ")
+        ),
+    }
 }
 
 /// A line for each kernel of attention and of projections: the module that it comes from, or
@@ -192,5 +209,20 @@ mod tests {
         );
         assert!(text.contains("no module of this build loads here"), "{text}");
         assert!(text.contains("taken it"), "{text}");
+    }
+
+    #[test]
+    fn each_generation_has_its_best_kernel() {
+        for (capability, f16, bf16) in [
+            ((9, 0), "flash_hopper", "flash_hopper"),
+            ((10, 0), "flash_pipelined", "flash_pipelined"),
+            ((8, 0), "flash_pipelined", "flash_pipelined"),
+            ((7, 5), "flash_turing", "flash_tiled"),
+        ] {
+            let text = describe(&gpu(capability));
+            let chosen = format!("flash_tiled for f32, {f16} for f16, {bf16} for bf16");
+            assert!(text.contains(&chosen), "{capability:?}: {text}");
+        }
+        assert!(!describe(&gpu((6, 1))).contains("chosen"));
     }
 }

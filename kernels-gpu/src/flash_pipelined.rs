@@ -19,20 +19,26 @@
 //! ```text
 //!              BC keys
 //!            +---------+     A warp has two fragments of 16 rows: K and V that it loads
-//!    warp 0  | 16 x BC |     serve both. S, P and O stay in registers; at D <= 64 Q does
-//!            | 16 x BC |     too, and passes through the stage that is still empty.
+//!    warp 0  | 16 x BC |     serve both. S, P and O stay in registers; Q does where
+//!            | 16 x BC |     there is room, and passes through the stage that is still empty.
 //!    warp 1  |   ...   |
 //! ```
 //!
-//! | D | BR x BC | Q in | shared bytes | registers of Q, S, O a thread |
-//! |---|---|---|---|---|
-//! | 64 | 128 x 64 | registers | 32,768 | 32, 64, 64 |
-//! | 128 | 128 x 48 | shared memory | 81,920 | -, 48, 128 |
-//! | 128, general | 128 x 32 | shared memory | 65,536 | -, 32, 128 |
+//! | D | warps x fragments | BC | Q in | registers of Q, S, O a thread | shared bytes |
+//! |---|---|---|---|---|---|
+//! | 32 | 4 x 2 | 64 | registers | 16, 64, 32 | 16,384 |
+//! | 64 | 4 x 2 | 64 | registers | 32, 64, 64 | 32,768 |
+//! | 96 | 4 x 2 | 64 | shared memory | -, 64, 96 | 73,728 |
+//! | 128 | 4 x 2 | 48 | shared memory | -, 48, 128 | 81,920 |
+//! | 128, general | 4 x 2 | 32 | shared memory | -, 32, 128 | 65,536 |
+//! | 160 | 8 x 1 | 64 | registers | 40, 32, 80 | 81,920 |
+//! | 192 | 8 x 1 | 64 | registers | 48, 32, 96 | 98,304 |
+//! | 224 | 4 x 1 | 32 | shared memory | -, 16, 112 | 86,016 |
+//! | 256 | 8 x 1 | 32 | shared memory | -, 16, 128 | 131,072 |
 //!
-//! Where the time goes, by counting: a B of 512 bytes serves four products of 4096 FLOP,
-//! 32 FLOP a byte of shared memory, twice what 16 rows give. At D = 128 Q is loaded again for
-//! each tile: 24.6 FLOP a byte with the tile of 48 keys. A tile's exponentials, BR BC of
+//! Where the time goes, by counting: with two fragments a B of 512 bytes serves four products
+//! of 4096 FLOP, 32 FLOP a byte of shared memory, twice what 16 rows give. Q that is loaded
+//! again for each tile of keys lowers that: 24 at D = 128. A tile's exponentials, BR BC of
 //! them, stand between the two products; those of the next 16 keys go beside the products of
 //! these.
 //!
@@ -41,7 +47,8 @@
 //! tiles that no row of a warp sees are skipped. Causal launches take the longest query
 //! tiles first (`schedule.rs`).
 //!
-//! Measured: not measured yet. Limits: f16 and bf16, a positive scale.
+//! Measured: not measured yet. Limits: f16 and bf16, a positive scale; head dims in steps of
+//! 32. Head dims that are not [specialised](is_specialised) have the general policy only.
 //!
 //! Source: Dao, "FlashAttention-2", 2023, sections 3.1 to 3.3; the rescaling rule as in
 //! "FlashAttention-4".
