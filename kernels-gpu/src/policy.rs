@@ -15,7 +15,7 @@
 //! and `g + 8` of 16, and of every 8 columns those at `2 t` and `2 t + 1`. Sets of a lane's
 //! columns are bits: bit `2 n + e` is column `8 n + 2 t + e`.
 
-use simt::{compiler::opaque, global::Global, unroll};
+use simt::{compiler::opaque, global::Global, unroll, warp};
 
 use crate::{
     args::{AttentionArgs, DropoutArgs},
@@ -42,7 +42,8 @@ pub trait Policy: Copy {
     /// Whether every key is seen by every row whose position allows it: no padding.
     fn by_position_only(&self) -> bool;
 
-    /// Of the keys `j + 8 n + e` with `n < N` and `e < 2`, those that are not padding.
+    /// Of the keys `j + 8 n + e` with `n < N` and `e < 2`, those that are not padding; `j` is
+    /// the lane's first key, and all lanes of the warp ask.
     fn visible_keys<const N: usize>(&self, j: u32) -> u32;
 
     /// What dropout is given; a threshold of 0 drops nothing.
@@ -251,13 +252,19 @@ impl Policy for General {
             return u32::MAX;
         }
         let row = opaque(self.b) as u64 * self.position.seq_k as u64;
+        // Each lane looks at other keys, a byte each, and tells the others: 32 a vote.
+        let (lane, column) = (warp::lane_id(), fragment::row_and_column().1);
         let mut visible = 0;
-        // A loop that stays one: the columns become bits, not registers.
-        for bit in 0..2 * N as u32 {
-            let key = j + bit / 2 * 8 + bit % 2;
-            let seen = key < self.position.seq_k && self.padding.read(row + key as u64) != 0;
-            visible |= u32::from(seen) << bit;
-        }
+        unroll!(for WORD in 0..4 {
+            if WORD < N.div_ceil(4) {
+                let key = j - column + 32 * WORD as u32 + lane;
+                let seen = key < self.position.seq_k && self.padding.read(row + key as u64) != 0;
+                let word = warp::ballot(seen) >> column;
+                unroll!(for TILE in 0..4 {
+                    visible |= (word >> (8 * TILE) & 3) << (2 * (4 * WORD + TILE));
+                });
+            }
+        });
         visible
     }
     #[inline(always)]
@@ -271,7 +278,7 @@ impl Policy for General {
     #[inline(always)]
     fn kept_weights<const N: usize>(&self, i: u32, j: u32) -> u32 {
         let mut kept = 0;
-        // As above: ten rounds of Philox for each tile are not to be unrolled.
+        // A loop that stays one: ten rounds of Philox for each tile are not to be unrolled.
         for tile in 0..N as u32 {
             let [low, high] = [self.dropout.seed as u32, (self.dropout.seed >> 32) as u32];
             let seed = opaque(low) as u64 | (opaque(high) as u64) << 32;

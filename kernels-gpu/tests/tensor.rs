@@ -21,6 +21,8 @@ fn cases(d: u32, br: u32, bc: u32) -> Vec<Case> {
         Case { causal: true, ..plain(bc + 9, 9) },
         Case { padding: true, causal: true, heads: 2, interleaved: true, ..plain(19, bc + 11) },
         Case { dropout: 0.3, heads: 2, ..plain(21, bc + 6) },
+        // Logits of tens: maxima grow from tile to tile by what a rung may let pass and more.
+        Case { size: 8.0, ..plain(40, 3 * bc) },
         // Logits of thousands: one key takes all the weight.
         Case { size: 60.0, ..plain(10, bc + 20) },
     ]
