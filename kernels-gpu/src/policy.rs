@@ -218,6 +218,32 @@ pub struct General {
     h: u32,
 }
 
+impl General {
+    /// Where the batch entry's row of the padding mask begins.
+    #[inline(always)]
+    fn padding_row(&self) -> u64 {
+        opaque(self.b) as u64 * self.position.seq_k as u64
+    }
+
+    #[inline(always)]
+    fn is_no_padding(&self, padding_row: u64, key: u32) -> bool {
+        key < self.position.seq_k && self.padding.read(padding_row + key as u64) != 0
+    }
+
+    /// Bit `e`: whether key `j + e` of `count` is not padding. Each lane for itself, where
+    /// there is a padding mask.
+    #[inline(always)]
+    #[must_use]
+    pub fn not_padding(&self, j: u32, count: u32) -> u32 {
+        let row = self.padding_row();
+        let mut visible = 0;
+        for e in 0..count {
+            visible |= u32::from(self.is_no_padding(row, j + e)) << e;
+        }
+        visible
+    }
+}
+
 impl Policy for General {
     const GENERAL: bool = true;
 
@@ -251,15 +277,14 @@ impl Policy for General {
         if self.by_position_only() {
             return u32::MAX;
         }
-        let row = opaque(self.b) as u64 * self.position.seq_k as u64;
+        let row = self.padding_row();
         // Each lane looks at other keys, a byte each, and tells the others: 32 a vote.
         let (lane, column) = (warp::lane_id(), fragment::row_and_column().1);
         let mut visible = 0;
         unroll!(for WORD in 0..4 {
             if WORD < N.div_ceil(4) {
                 let key = j - column + 32 * WORD as u32 + lane;
-                let seen = key < self.position.seq_k && self.padding.read(row + key as u64) != 0;
-                let word = warp::ballot(seen) >> column;
+                let word = warp::ballot(self.is_no_padding(row, key)) >> column;
                 unroll!(for TILE in 0..4 {
                     visible |= (word >> (8 * TILE) & 3) << (2 * (4 * WORD + TILE));
                 });

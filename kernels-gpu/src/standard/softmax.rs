@@ -124,12 +124,7 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
         let by_position = (self.end - key).min(T::ELEMENTS);
         let mut visible = (1 << by_position) - 1;
         if !self.policy.by_position_only() {
-            let mut not_padding = 0;
-            for pair in 0..T::ELEMENTS / 2 {
-                let of_pair = self.policy.visible_keys::<1>(key + 2 * pair);
-                not_padding |= (of_pair & 0b11) << (2 * pair);
-            }
-            visible &= not_padding;
+            visible &= self.policy.not_padding(key, T::ELEMENTS);
         }
         visible
     }
