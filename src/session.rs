@@ -10,7 +10,7 @@ use crate::{
     dtype::DType,
     error::Error,
     problem::Problem,
-    registry::{self, KernelSpec, Step, Target},
+    registry::{self, KernelSpec, QUEUE_BYTES, Step, Target},
     tensor::Tensor,
 };
 
@@ -205,6 +205,7 @@ pub struct Attention {
     lse: DeviceBuffer,
     workspace: DeviceBuffer,
     tensor_maps: DeviceBuffer,
+    queue: DeviceBuffer,
 }
 
 impl Attention {
@@ -232,6 +233,7 @@ impl Attention {
             maps.extend_from_slice(&device.encode_tensor_map(&map)?);
         }
         let tensor_maps = memory.upload(&maps)?;
+        let queue = memory.filled(if kernel.queue { QUEUE_BYTES } else { 0 }, 0)?;
         let args = AttentionArgs {
             q: inputs.q,
             k: inputs.k,
@@ -241,6 +243,7 @@ impl Attention {
             mask: inputs.mask,
             weights: workspace.as_arg(),
             tensor_maps: tensor_maps.as_arg(),
+            queue: queue.as_arg(),
             batch: problem.batch() as u32,
             heads: problem.heads() as u32,
             seq_q: problem.seq_q() as u32,
@@ -262,6 +265,7 @@ impl Attention {
             lse,
             workspace,
             tensor_maps,
+            queue,
         })
     }
 
@@ -286,7 +290,7 @@ impl Attention {
     /// Bytes beyond inputs and outputs.
     #[must_use]
     pub const fn workspace_bytes(&self) -> u64 {
-        self.workspace.bytes() + self.tensor_maps.bytes()
+        self.workspace.bytes() + self.tensor_maps.bytes() + self.queue.bytes()
     }
 
     /// The launches, for whoever records or repeats them.

@@ -68,6 +68,7 @@
 
 use half::{bf16, f16};
 use simt::{
+    atomic,
     mbarrier::{self, Mbarrier},
     shared::Shared,
     thread, tma, warp, warpgroup,
@@ -88,11 +89,11 @@ mod consumer;
 mod tiles;
 
 use consumer::{Consumer, ROWS};
-use tiles::{BARRIERS, Layout, tile_bytes};
 pub use tiles::{
-    CONSUMER_ROWS, STAGES, box_dims, consumers, max_consumers, shared_bytes, threads, tile_keys,
-    tile_rows,
+    CONSUMER_ROWS, box_dims, consumers, kv_stages, max_consumers, q_stages, shared_bytes, threads,
+    tile_keys, tile_rows,
 };
+use tiles::{Layout, num_barriers, tile_bytes};
 
 /// What a kernel is compiled for: the less it must ask at run time, the faster it is.
 pub trait Policy {
@@ -122,13 +123,39 @@ impl Policy for General {
     const GENERAL: bool = true;
 }
 
-/// A block's problem: where its rows are, and what they see.
+/// A tile of query rows of one head: where it is, and what it sees.
 #[derive(Clone, Copy)]
 struct Task {
     b: u32,
     h: u32,
     first_row: u32,
     num_kv_tiles: u32,
+}
+
+impl Task {
+    /// The task at a place in the order of work, if there is one.
+    #[inline(always)]
+    fn at<M: Policy, const D: u32, const BR: u32, const BC: u32>(
+        args: &AttentionArgs,
+        place: u32,
+    ) -> Option<Self> {
+        let (heads, num_q_tiles) = (args.batch * args.heads, args.seq_q.div_ceil(BR));
+        if place >= heads * num_q_tiles {
+            return None;
+        }
+        let work = if M::CAUSAL || (M::GENERAL && args.causal != 0) {
+            // Keys and values of a head, of 16 bits.
+            let head_bytes = args.seq_k as u64 * const { 2 * 2 * D as u64 };
+            schedule::longest_first(place, num_q_tiles, heads, (head_bytes >> 10) as u32)
+        } else {
+            schedule::in_order(place, num_q_tiles)
+        };
+        let first_row = work.q_tile * BR;
+        let last_row = (first_row + BR).min(args.seq_q) - 1;
+        let (b, h) = schedule::divide(work.head, args.heads);
+        let num_kv_tiles = visible_keys::<M>(args, last_row).div_ceil(BC);
+        Some(Self { b, h, first_row, num_kv_tiles })
+    }
 }
 
 /// Keys that row `i` sees by its position.
@@ -162,7 +189,10 @@ pub unsafe fn flash_hopper<
     M: Policy,
     const D: u32,
     const CONSUMERS: u32,
+    const BR: u32,
     const BC: u32,
+    const Q_STAGES: u32,
+    const STAGES: u32,
     const K_CHUNK: u32,
     const S_GROUPS: usize,
     const O_GROUPS: usize,
@@ -176,39 +206,31 @@ pub unsafe fn flash_hopper<
 {
     const {
         assert!(2 <= CONSUMERS && CONSUMERS <= max_consumers(D, M::GENERAL), "registers suffice");
-        assert!(BC == tile_keys(D) && K_CHUNK == BC * CHUNK_ROW_BYTES);
+        assert!(BR == tile_rows(CONSUMERS) && Q_STAGES == q_stages(D) && STAGES == kv_stages(D));
+        assert!(BC == tile_keys(D, M::GENERAL) && K_CHUNK == BC * CHUNK_ROW_BYTES);
         assert!(S_GROUPS as u32 * 8 == BC && O_GROUPS as u32 * 8 == D);
         assert!(D_STEPS as u32 * 16 == D && KEY_STEPS as u32 * 16 == BC);
     }
-    let layout = const { Layout::new(D, CONSUMERS) };
-    let br = const { tile_rows(CONSUMERS) };
+    let layout = const { Layout::new(D, CONSUMERS, M::GENERAL) };
 
     // Who am I.
     let warpgroup = warpgroup::id();
-    let (heads, num_q_tiles) = (args.batch * args.heads, args.seq_q.div_ceil(br));
-    let causal = M::CAUSAL || (M::GENERAL && args.causal != 0);
-    let work = if causal {
-        let head_bytes = args.seq_k as u64 * (2 * D * size_of::<T>() as u32) as u64;
-        schedule::longest_first(thread::block_idx_x(), num_q_tiles, heads, head_bytes)
-    } else {
-        schedule::in_order(thread::block_idx_x(), num_q_tiles)
-    };
-    let first_row = work.q_tile * br;
-    let last_row = (first_row + br).min(args.seq_q) - 1;
-    let (b, h) = schedule::divide(work.head, args.heads);
-    let task =
-        Task { b, h, first_row, num_kv_tiles: visible_keys::<M>(args, last_row).div_ceil(BC) };
     // SAFETY: the caller gives the shared memory.
-    let (smem, barriers) = unsafe {
-        (Shared::<u8>::dynamic(0, 0).address(), Shared::<u64>::dynamic(layout.barriers, BARRIERS))
+    let (smem, barriers, slots) = unsafe {
+        let barriers = Shared::<u64>::dynamic(layout.barriers, const { num_barriers(D) });
+        let slots = Shared::<u32>::dynamic(layout.tasks, Q_STAGES * CONSUMERS * TASK_WORDS);
+        (Shared::<u8>::dynamic(0, 0).address(), barriers, slots)
     };
-    let q_full = Mbarrier::at(barriers, 0);
-    let k_ring = Ring::<STAGES>::new(barriers, 1);
-    let v_ring = Ring::<STAGES>::new(barriers, 1 + Ring::<STAGES>::BARRIERS);
+    let rings = Rings::<Q_STAGES, STAGES> {
+        q: Ring::new(barriers, 0),
+        k: Ring::new(barriers, Ring::<Q_STAGES>::BARRIERS),
+        v: Ring::new(barriers, Ring::<Q_STAGES>::BARRIERS + Ring::<STAGES>::BARRIERS),
+        tasks: slots,
+    };
     if thread::thread_idx_x() == 0 {
-        q_full.init(1);
-        k_ring.init(CONSUMERS);
-        v_ring.init(CONSUMERS);
+        rings.q.init(CONSUMERS * const { warpgroup::THREADS / warp::LANES });
+        rings.k.init(CONSUMERS);
+        rings.v.init(CONSUMERS);
         mbarrier::fence_init();
     }
     // Hazard: the barriers are used by threads, and by copies, that did not make them.
@@ -218,13 +240,11 @@ pub unsafe fn flash_hopper<
         if CONSUMERS == 3 {
             warpgroup::decrease_registers::<32>();
         } else {
-            warpgroup::decrease_registers::<24>();
+            warpgroup::decrease_registers::<40>();
         }
-        if thread::thread_idx_x() == 0 && task.num_kv_tiles > 0 {
-            // SAFETY: the caller vouches for the tensor maps.
-            unsafe {
-                produce::<D, CONSUMERS, BC>(args, task, smem, &layout, q_full, k_ring, v_ring)
-            };
+        if thread::thread_idx_x() == 0 {
+            // SAFETY: the caller vouches for the tensor maps and the queue.
+            unsafe { produce::<M, D, CONSUMERS, BR, BC, Q_STAGES, STAGES>(args, smem, rings) };
         }
         return;
     }
@@ -232,21 +252,23 @@ pub unsafe fn flash_hopper<
     if CONSUMERS == 3 {
         warpgroup::increase_registers::<160>();
     } else {
-        warpgroup::increase_registers::<240>();
+        warpgroup::increase_registers::<232>();
     }
-    let row = first_row + (warpgroup - 1) * CONSUMER_ROWS;
-    let mut consumer = Consumer::<T, M, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK> {
+    let own_rows = (warpgroup - 1) * CONSUMER_ROWS;
+    let first_task = (warpgroup - 1) * const { Q_STAGES * TASK_WORDS };
+    let mut consumer = Consumer::<T, M, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK> {
         args,
-        task,
-        first_row: row + warpgroup::thread_id() / warp::LANES * 16 + warp::lane_id() / 4,
+        own_rows,
+        own_row: own_rows + warpgroup::thread_id() / warp::LANES * 16 + warp::lane_id() / 4,
         column: warp::lane_id() % 4 * 2,
         elected: warpgroup::thread_id() == 0,
         q: Descriptor::k_major(smem + (warpgroup - 1) * const { tile_bytes(CONSUMER_ROWS, D) }),
         k: Descriptor::k_major(smem + layout.k),
         v: Descriptor::n_major(smem + layout.v, K_CHUNK),
+        q_bytes: const { tile_bytes(BR, D) },
         tile_bytes: const { tile_bytes(BC, D) },
-        k_ring,
-        v_ring,
+        rings: Rings { tasks: rings.tasks.slice(first_task, Q_STAGES * TASK_WORDS), ..rings },
+        q_stage: Stage::FIRST,
         k_stage: Stage::FIRST,
         v_stage: Stage::FIRST,
         m_i: [f32::NEG_INFINITY; ROWS],
@@ -256,51 +278,108 @@ pub unsafe fn flash_hopper<
         acc_o: Accumulator::zero(),
         types: core::marker::PhantomData,
     };
-    if task.num_kv_tiles > 0 {
-        // Hazard: Q may not have landed.
-        q_full.wait(0);
-        // Tiles below this one are seen whole by every row of this consumer.
-        let whole_tiles = if M::GENERAL { 0 } else { visible_keys::<M>(args, row) / BC };
-        let mut tile = task.num_kv_tiles - 1;
-        // SAFETY: the whole warpgroup is here, and the rings bring what is multiplied.
-        unsafe {
-            consumer.first_tile::<D_STEPS>(tile);
-            if M::CAUSAL || M::GENERAL {
-                while tile > whole_tiles {
-                    tile -= 1;
-                    consumer.next_tile::<D_STEPS, true>(tile);
-                }
+    // SAFETY: the whole warpgroup is here, the rings bring what is multiplied, and the caller
+    // vouches for the buffers.
+    unsafe {
+        // From task to task without a gap where registers suffice.
+        if CONSUMERS == 2 && !M::GENERAL {
+            let Some(mut task) = consumer.take_task() else { return };
+            consumer.first_tile::<D_STEPS>(task);
+            loop {
+                consumer.further_tiles::<D_STEPS>(task);
+                let Some(next) = consumer.take_task() else { break };
+                consumer.change_task::<D_STEPS>(task, next);
+                task = next;
             }
-            if !M::GENERAL {
-                while tile > 0 {
-                    tile -= 1;
-                    consumer.next_tile::<D_STEPS, false>(tile);
-                }
+            consumer.finish(task);
+        } else {
+            while let Some(task) = consumer.take_task() {
+                consumer.first_tile::<D_STEPS>(task);
+                consumer.further_tiles::<D_STEPS>(task);
+                consumer.finish(task);
             }
-            consumer.last_output();
         }
     }
-    // SAFETY: the caller vouches for the buffers.
-    unsafe { consumer.store() };
 }
 
-/// The producer: one thread that starts every copy of the block.
+/// What goes between producer and consumers: a ring of Q with the task that it belongs to,
+/// and rings of tiles of K and V.
+#[derive(Clone, Copy)]
+struct Rings<const Q_STAGES: u32, const STAGES: u32> {
+    q: Ring<Q_STAGES>,
+    k: Ring<STAGES>,
+    v: Ring<STAGES>,
+    /// [`TASK_WORDS`] for each stage of Q, announced with it; the producer sees those of every
+    /// consumer, one after the other.
+    tasks: Shared<u32>,
+}
+
+/// A task in shared memory: its fields in their order.
+const TASK_WORDS: u32 = 4;
+/// In place of `num_kv_tiles`: there is no further task.
+const END: u32 = u32::MAX;
+
+impl<const Q_STAGES: u32, const STAGES: u32> Rings<Q_STAGES, STAGES> {
+    /// Producer: waits for a free stage of Q, and announces a task (or that there is none) and
+    /// so many bytes of Q. Returns the barrier that they count at.
+    #[inline(always)]
+    fn announce<const CONSUMERS: u32>(
+        &self,
+        stage: Stage<Q_STAGES>,
+        task: Option<Task>,
+        bytes: u32,
+    ) -> Mbarrier {
+        self.q.wait_empty(stage);
+        let end = Task { b: 0, h: 0, first_row: 0, num_kv_tiles: END };
+        let Task { b, h, first_row, num_kv_tiles } = task.unwrap_or(end);
+        for consumer in 0..CONSUMERS {
+            let first = (consumer * Q_STAGES + stage.index()) * TASK_WORDS;
+            self.tasks.write(first, b);
+            self.tasks.write(first + 1, h);
+            self.tasks.write(first + 2, first_row);
+            self.tasks.write(first + 3, num_kv_tiles);
+        }
+        // Hazard: consumers read the task; announcing comes after the writes.
+        self.q.announce(stage, bytes)
+    }
+
+    /// Consumer: waits for Q and its task; `None` when there is no further one.
+    #[inline(always)]
+    fn receive(&self, stage: Stage<Q_STAGES>) -> Option<Task> {
+        self.q.wait(stage);
+        let first = stage.index() * TASK_WORDS;
+        let word = |index: u32| warp::uniform(self.tasks.read(first + index));
+        let task = Task { b: word(0), h: word(1), first_row: word(2), num_kv_tiles: word(3) };
+        (task.num_kv_tiles != END).then_some(task)
+    }
+}
+
+/// The producer: one thread that takes tasks and starts every copy of the block, as far ahead
+/// as the rings have room.
 ///
 /// # Safety
-/// As for [`flash_hopper`]; there is at least one tile.
+/// As for [`flash_hopper`].
 #[inline(always)]
-unsafe fn produce<const D: u32, const CONSUMERS: u32, const BC: u32>(
+unsafe fn produce<
+    M: Policy,
+    const D: u32,
+    const CONSUMERS: u32,
+    const BR: u32,
+    const BC: u32,
+    const Q_STAGES: u32,
+    const STAGES: u32,
+>(
     args: &AttentionArgs,
-    task: Task,
     smem: u32,
-    layout: &Layout,
-    q_full: Mbarrier,
-    k_ring: Ring<STAGES>,
-    v_ring: Ring<STAGES>,
+    rings: Rings<Q_STAGES, STAGES>,
 ) {
+    let layout = const { Layout::new(D, CONSUMERS, M::GENERAL) };
+    // SAFETY: the caller vouches for the queue.
+    let queue = unsafe { args.queue.view_mut::<u32>() };
+    let blocks = thread::grid_dim_x();
     let map = |index: u64| args.tensor_maps.address + index * tma::TensorMap::BYTES as u64;
     // All chunks of a tile: rows from `row` on.
-    let copy = |destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
+    let copy = |task: Task, destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
         for chunk in 0..D.div_ceil(CHUNK_COLUMNS) {
             let to = destination + chunk * rows * CHUNK_ROW_BYTES;
             let from = [chunk * CHUNK_COLUMNS, row, task.h, task.b];
@@ -308,20 +387,39 @@ unsafe fn produce<const D: u32, const CONSUMERS: u32, const BC: u32>(
             unsafe { tma::load_4d(to, map, from, full) };
         }
     };
-    q_full.arrive_expect_tx(CONSUMERS * tile_bytes(CONSUMER_ROWS, D));
-    for consumer in 0..CONSUMERS {
-        let to = smem + consumer * tile_bytes(CONSUMER_ROWS, D);
-        let row = task.first_row + consumer * CONSUMER_ROWS;
-        copy(to, map(0), CONSUMER_ROWS, row, q_full);
+    let (mut q_stage, mut stage) = (Stage::FIRST, Stage::FIRST);
+    // A block's first task is that of its number; the others are for whoever is free.
+    let mut place = thread::block_idx_x();
+    while let Some(task) = Task::at::<M, D, BR, BC>(args, place) {
+        // Asked for before this task's copies, so that the answer is there after them.
+        place = blocks + atomic::add_global_u32(queue, 0, 1);
+        let q_bytes = if task.num_kv_tiles > 0 { const { tile_bytes(BR, D) } } else { 0 };
+        let full = rings.announce::<CONSUMERS>(q_stage, Some(task), q_bytes);
+        if task.num_kv_tiles > 0 {
+            for consumer in 0..CONSUMERS {
+                let to = smem
+                    + q_stage.index() * const { tile_bytes(BR, D) }
+                    + consumer * const { tile_bytes(CONSUMER_ROWS, D) };
+                let row = task.first_row + consumer * CONSUMER_ROWS;
+                copy(task, to, map(0), CONSUMER_ROWS, row, full);
+            }
+        }
+        q_stage.advance();
+        for tile in (0..task.num_kv_tiles).rev() {
+            let offset = stage.index() * const { tile_bytes(BC, D) };
+            let full = rings.k.acquire(stage, const { tile_bytes(BC, D) });
+            copy(task, smem + layout.k + offset, map(1), BC, tile * BC, full);
+            let full = rings.v.acquire(stage, const { tile_bytes(BC, D) });
+            copy(task, smem + layout.v + offset, map(2), BC, tile * BC, full);
+            stage.advance();
+        }
     }
-    let mut stage = Stage::FIRST;
-    for tile in (0..task.num_kv_tiles).rev() {
-        let offset = stage.index * tile_bytes(BC, D);
-        let full = k_ring.acquire(stage, tile_bytes(BC, D));
-        copy(smem + layout.k + offset, map(1), BC, tile * BC, full);
-        let full = v_ring.acquire(stage, tile_bytes(BC, D));
-        copy(smem + layout.v + offset, map(2), BC, tile * BC, full);
-        stage.advance();
+    rings.announce::<CONSUMERS>(q_stage, None, 0);
+    // Every block has asked for its last task before it counts itself here: whoever is last
+    // leaves the queue as it was found.
+    if atomic::add_global_u32(queue, 1, 1) == blocks - 1 {
+        atomic::exchange_global_u32(queue, 0, 0);
+        atomic::exchange_global_u32(queue, 1, 0);
     }
 }
 
@@ -333,12 +431,15 @@ macro_rules! kernel {
             $policy,
             $d,
             $consumers,
-            { tile_keys($d) },
-            { tile_keys($d) * CHUNK_ROW_BYTES },
-            { tile_keys($d) as usize / 8 },
+            { tile_rows($consumers) },
+            { tile_keys($d, <$policy>::GENERAL) },
+            { q_stages($d) },
+            { kv_stages($d) },
+            { tile_keys($d, <$policy>::GENERAL) * CHUNK_ROW_BYTES },
+            { tile_keys($d, <$policy>::GENERAL) as usize / 8 },
             { $d / 8 },
             { $d / 16 },
-            { tile_keys($d) as usize / 16 },
+            { tile_keys($d, <$policy>::GENERAL) as usize / 16 },
         >
     };
 }

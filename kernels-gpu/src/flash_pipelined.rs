@@ -277,7 +277,7 @@ fn place<P: Policy, const D: usize, const BR: u32, const FRAGMENTS: usize>(
     let (heads, num_q_tiles) = (args.batch * args.heads, opaque(args.seq_q).div_ceil(BR));
     let work = if P::is_causal(args) {
         let head_bytes = opaque(args.seq_k) as u64 * (4 * D) as u64;
-        schedule::longest_first(block, num_q_tiles, heads, head_bytes)
+        schedule::longest_first(block, num_q_tiles, heads, (head_bytes >> 10) as u32)
     } else {
         schedule::in_order(block, num_q_tiles)
     };

@@ -6,27 +6,37 @@
 
 use simt::{mbarrier::Mbarrier, shared::Shared};
 
-/// A place in a ring of `STAGES` stages.
+/// A place in a ring of `STAGES` stages: how many stages went before, which says both
+/// where in the ring that is and on which round, in one register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stage<const STAGES: u32> {
-    /// Index of the stage.
-    pub index: u32,
-    /// Parity of the phase: 0 on the first round, 1 on the second, and so on.
-    pub parity: u32,
+    count: u32,
 }
 
 impl<const STAGES: u32> Stage<STAGES> {
     /// The first stage, on the first round.
-    pub const FIRST: Self = Self { index: 0, parity: 0 };
+    pub const FIRST: Self = Self { count: 0 };
+
+    /// Index of the stage.
+    #[inline(always)]
+    #[must_use]
+    pub const fn index(self) -> u32 {
+        self.count % STAGES
+    }
+
+    /// Parity of the phase: 0 on the first round, 1 on the second, and so on.
+    #[inline(always)]
+    #[must_use]
+    pub const fn parity(self) -> u32 {
+        self.count / STAGES % 2
+    }
 
     /// Goes to the next stage.
     #[inline(always)]
     pub fn advance(&mut self) {
-        self.index += 1;
-        if self.index == STAGES {
-            self.index = 0;
-            self.parity ^= 1;
-        }
+        // After 2^32 stages the count starts again at the same place, if STAGES divides it.
+        const { assert!(STAGES.is_power_of_two()) };
+        self.count = self.count.wrapping_add(1);
     }
 }
 
@@ -76,10 +86,26 @@ impl<const STAGES: u32> Ring<STAGES> {
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn acquire(&self, stage: Stage<STAGES>, bytes: u32) -> Mbarrier {
+        self.wait_empty(stage);
+        self.announce(stage, bytes)
+    }
+
+    /// Producer: waits until the stage may be overwritten.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn wait_empty(&self, stage: Stage<STAGES>) {
         // Hazard: consumers may still read what the copy overwrites. On the first round
         // the parity is that of the phase before the first, and there is no wait.
-        self.empty(stage.index).wait(stage.parity ^ 1);
-        let full = self.full(stage.index);
+        self.empty(stage.index()).wait(stage.parity() ^ 1);
+    }
+
+    /// Producer: announces `bytes` bytes of a stage that is empty. Returns the barrier that
+    /// copies into it count at.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn announce(&self, stage: Stage<STAGES>, bytes: u32) -> Mbarrier {
+        let full = self.full(stage.index());
         full.arrive_expect_tx(bytes);
         full
     }
@@ -89,7 +115,7 @@ impl<const STAGES: u32> Ring<STAGES> {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn wait(&self, stage: Stage<STAGES>) {
         // Hazard: the copy may not have landed.
-        self.full(stage.index).wait(stage.parity);
+        self.full(stage.index()).wait(stage.parity());
     }
 
     /// Consumer: gives the stage back; by one thread of each.
@@ -97,6 +123,6 @@ impl<const STAGES: u32> Ring<STAGES> {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn release(&self, stage: Stage<STAGES>) {
         // Hazard: what was read must have been read before the producer's next copy.
-        self.empty(stage.index).arrive();
+        self.empty(stage.index()).arrive();
     }
 }

@@ -7,8 +7,8 @@
 //! at once would then stream every head's keys and values through the cache at the
 //! same time: heads are taken in sections whose keys and values fit.
 
-/// What a section of heads may occupy of the L2 cache (50 MB on an H100) in bytes.
-const SECTION_BYTES: u64 = 32 << 20;
+/// What a section of heads may occupy of the L2 cache (50 MB on an H100) in KiB.
+const SECTION_KIB: u32 = 32 << 10;
 
 /// A block's share of the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,13 +36,12 @@ pub fn in_order(block: u32, num_q_tiles: u32) -> Work {
     Work { head, q_tile }
 }
 
-/// Work of block `block` when later tiles take longer. `head_bytes` is the size of a
+/// Work of block `block` when later tiles take longer. `head_kib` is the size of a
 /// head's keys and values.
 #[inline(always)]
 #[must_use]
-pub fn longest_first(block: u32, num_q_tiles: u32, heads: u32, head_bytes: u64) -> Work {
-    let fitting = (SECTION_BYTES / head_bytes.max(1)).max(1);
-    let section_heads = if fitting < heads as u64 { fitting as u32 } else { heads };
+pub fn longest_first(block: u32, num_q_tiles: u32, heads: u32, head_kib: u32) -> Work {
+    let section_heads = divide(SECTION_KIB, head_kib).0.max(1).min(heads);
     let (section, in_section) = divide(block, section_heads * num_q_tiles);
     // The last section may have fewer heads.
     let first = section * section_heads;
@@ -56,14 +55,14 @@ mod tests {
 
     #[test]
     fn every_tile_of_every_head_comes_once() {
-        for (heads, tiles, head_bytes) in
-            [(1, 1, 1), (7, 5, SECTION_BYTES / 3), (16, 9, SECTION_BYTES * 2), (3, 4, 0)]
+        for (heads, tiles, head_kib) in
+            [(1, 1, 1), (7, 5, SECTION_KIB / 3), (16, 9, SECTION_KIB * 2), (3, 4, 0)]
         {
             for longest in [false, true] {
                 let mut seen = vec![false; (heads * tiles) as usize];
                 for block in 0..heads * tiles {
                     let work = if longest {
-                        longest_first(block, tiles, heads, head_bytes)
+                        longest_first(block, tiles, heads, head_kib)
                     } else {
                         in_order(block, tiles)
                     };
@@ -81,7 +80,7 @@ mod tests {
             (0..12).map(|b| longest_first(b, 4, 3, 1)).map(|w| (w.q_tile, w.head)).collect();
         assert_eq!(order[..4], [(3, 0), (3, 1), (3, 2), (2, 0)]);
         // Two heads fit a section: the third comes after both are done.
-        let last = longest_first(8, 4, 3, SECTION_BYTES / 2);
+        let last = longest_first(8, 4, 3, SECTION_KIB / 2);
         assert_eq!(last, Work { head: 2, q_tile: 3 });
     }
 }

@@ -69,7 +69,7 @@ impl Case {
             element_bytes: 2,
             dims: [self.d, seq, self.heads, self.batch].map(u64::from).to_vec(),
             strides_bytes: [tensor.stride_n, tensor.stride_h, tensor.stride_b].map(bytes).to_vec(),
-            box_dims: flash_hopper::box_dims(self.d, query).to_vec(),
+            box_dims: flash_hopper::box_dims(self.d, query, self.policy == "general").to_vec(),
             swizzle_bytes: 128,
         };
         spec.encode().expect("a map that the driver would take")
@@ -145,20 +145,24 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
         case.map(&args.v, seq_k, false),
     ];
     args.tensor_maps = buffer(&mut maps);
+    let mut queue = [0u32; 2];
+    args.queue = buffer(&mut queue);
 
     let consumers = if case.policy.ends_with("_x3") { 3 } else { 2 };
     let symbol = format!("flash_hopper_{dtype}_d{d}_{}", case.policy);
     let entry = kernels_gpu::find(&symbol).expect("an entry of that name");
-    let tile = flash_hopper::tile_rows(consumers);
+    let tasks = seq_q.div_ceil(flash_hopper::tile_rows(consumers)) * batch * heads;
     let launch = Launch {
-        grid: Dim3::new(seq_q.div_ceil(tile) * batch * heads, 1, 1),
+        // Each block does about three tasks, one after the other.
+        grid: Dim3::new(tasks.div_ceil(3), 1, 1),
         block: entry.threads.into(),
-        shared_bytes: flash_hopper::shared_bytes(d, consumers),
+        shared_bytes: flash_hopper::shared_bytes(d, consumers, case.policy == "general"),
     };
     let address = std::ptr::from_ref(&args) as usize;
     // SAFETY: the arguments describe buffers that outlive the launch.
     let kernel = || unsafe { (entry.run)(address as *const _) };
     emulator::launch(launch, &kernel).unwrap_or_else(|fault| panic!("{symbol}: {fault}"));
+    assert_eq!(queue, [0, 0], "{symbol} leaves the queue as it was");
 
     let (mut worst_o, mut worst_lse) = (0.0f64, 0.0f64);
     for b in 0..batch {
@@ -257,6 +261,21 @@ fn causal_is_aligned_to_the_bottom_right() {
     for d in [96, 192, 256] {
         check::<f16>("f16", F16, Case { causal: true, ..Case::new("causal", d, 150, 170) });
     }
+}
+
+#[test]
+fn a_block_does_task_after_task() {
+    for d in [64, 96, 128, 192, 256] {
+        let case = Case { batch: 2, heads: 2, ..Case::new("full", d, 140, 140) };
+        check::<f16>("f16", F16, case);
+        // The first rows of each head see no key: tasks that have nothing to do come between.
+        let case = Case { causal: true, seq_q: 400, seq_k: 100, ..case };
+        check::<f16>("f16", F16, Case { policy: "causal", ..case });
+    }
+    let case =
+        Case { batch: 3, heads: 2, hidden_batch: Some(1), ..Case::new("general", 64, 150, 70) };
+    check::<f16>("f16", F16, case);
+    check::<f16>("f16", F16, Case { causal: true, ..case });
 }
 
 #[test]

@@ -132,8 +132,8 @@ pub unsafe trait KernelArgs: Copy {
     }
 }
 
-// Four tensors, four buffers, eight 32-bit numbers, dropout: nothing left for padding.
-const _: () = assert!(size_of::<AttentionArgs>() == 4 * 40 + 4 * 16 + 8 * 4 + 16);
+// Four tensors, five buffers, eight 32-bit numbers, dropout: nothing left for padding.
+const _: () = assert!(size_of::<AttentionArgs>() == 4 * 40 + 5 * 16 + 8 * 4 + 16);
 // SAFETY: the assertion above leaves no room for padding.
 unsafe impl KernelArgs for AttentionArgs {
     const FIELD_BYTES: usize = size_of::<Self>();

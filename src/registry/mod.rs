@@ -51,7 +51,13 @@ pub struct KernelSpec {
     pub plan: fn(&Problem, &Target) -> Plan,
     /// The tensor maps of a kernel that copies through TMA.
     pub tensor_maps: Option<TensorMaps>,
+    /// Whether its blocks stay and take task after task: from a queue of
+    /// [`QUEUE_BYTES`], zero between launches.
+    pub queue: bool,
 }
+
+/// Device memory of a queue of tasks: `AttentionArgs::queue`.
+pub const QUEUE_BYTES: u64 = 8;
 
 /// Makes tensor maps from Q, K and V in device memory, in the order in which a kernel expects
 /// them.
@@ -189,7 +195,8 @@ impl KernelSpec {
     pub fn workspace_bytes(&self, problem: &Problem, target: &Target) -> u64 {
         let nowhere = [args::Tensor::default(); 3];
         let maps = self.tensor_maps.map_or(0, |f| f(problem, &nowhere).len() as u64);
-        (self.plan)(problem, target).workspace_bytes + maps * TENSOR_MAP_BYTES
+        let queue = if self.queue { QUEUE_BYTES } else { 0 };
+        (self.plan)(problem, target).workspace_bytes + maps * TENSOR_MAP_BYTES + queue
     }
 
     /// Device memory that a run will need, known before anything is allocated.

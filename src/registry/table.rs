@@ -68,6 +68,7 @@ const NAIVE: KernelSpec = KernelSpec {
         ],
     },
     tensor_maps: None,
+    queue: false,
 };
 
 const STANDARD: KernelSpec = KernelSpec {
@@ -87,6 +88,7 @@ const STANDARD: KernelSpec = KernelSpec {
         Plan { workspace_bytes: p.weights_bytes(), steps: vec![scores, softmax, output] }
     },
     tensor_maps: None,
+    queue: false,
 };
 
 /// The two products of `standard`: tensor cores for 16-bit types, scalar tiles for f32.
@@ -157,6 +159,7 @@ const FLASH_TILED: KernelSpec = KernelSpec {
         })
     },
     tensor_maps: None,
+    queue: false,
 };
 
 const FLASH_MMA: KernelSpec = KernelSpec {
@@ -172,6 +175,7 @@ const FLASH_MMA: KernelSpec = KernelSpec {
     features: ALL_FEATURES,
     plan: |p, _| mma_step("flash_mma", flash_mma::shared_bytes, p),
     tensor_maps: None,
+    queue: false,
 };
 
 const FLASH_SWIZZLED: KernelSpec = KernelSpec {
@@ -240,6 +244,7 @@ const FLASH_PIPELINED: KernelSpec = KernelSpec {
         })
     },
     tensor_maps: None,
+    queue: false,
 };
 
 const FLASH_HOPPER: KernelSpec = KernelSpec {
@@ -253,7 +258,10 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
     exact_capability: true,
     tile: |d| {
         let consumers = flash_hopper::max_consumers(d as u32, false);
-        (flash_hopper::tile_rows(consumers) as usize, flash_hopper::tile_keys(d as u32) as usize)
+        (
+            flash_hopper::tile_rows(consumers) as usize,
+            flash_hopper::tile_keys(d as u32, false) as usize,
+        )
     },
     features: ALL_FEATURES,
     plan: |p, target| {
@@ -263,17 +271,19 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
             flash_hopper::consumers(d, general, seq_q, all_heads, target.multiprocessors);
         let size = if consumers == 3 { "_x3" } else { "" };
         let q_tiles = tiles(p.seq_q(), flash_hopper::tile_rows(consumers));
+        let tasks = q_tiles.saturating_mul(heads(p));
         one_step(Step {
             symbol: format!("{}_{policy}{size}", symbol("flash_hopper", p)),
-            // Too many blocks for a grid: the launch is refused.
-            grid: q_tiles.saturating_mul(heads(p)).into(),
+            // One block a multiprocessor: shared memory and registers leave no room for two.
+            grid: tasks.min(target.multiprocessors).into(),
             block: flash_hopper::threads(consumers).into(),
-            shared_bytes: flash_hopper::shared_bytes(d, consumers),
+            shared_bytes: flash_hopper::shared_bytes(d, consumers, general),
         })
     },
     tensor_maps: Some(|p, [q, k, v]| {
         vec![hopper_map(p, q, true), hopper_map(p, k, false), hopper_map(p, v, false)]
     }),
+    queue: true,
 };
 
 /// The policy that a kernel has for a problem, as its entries name it, and whether it is
@@ -295,7 +305,7 @@ fn hopper_map(p: &Problem, tensor: &args::Tensor, query: bool) -> TensorMapSpec 
         dtype: p.dtype(),
         dims: [p.head_dim(), seq, p.heads(), p.batch()].map(|n| n as u64).to_vec(),
         strides_bytes: strides.map(|s| s * p.dtype().size() as u64).to_vec(),
-        box_dims: flash_hopper::box_dims(p.head_dim() as u32, query).to_vec(),
+        box_dims: flash_hopper::box_dims(p.head_dim() as u32, query, policy(p).1).to_vec(),
         swizzle_bytes: 128,
     }
 }

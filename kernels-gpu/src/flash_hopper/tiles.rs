@@ -6,12 +6,10 @@ use simt::{
     wgmma::{CHUNK_COLUMNS, CHUNK_ROW_BYTES},
 };
 
-use crate::pipeline::Ring;
+use super::TASK_WORDS;
 
 /// Query rows of a consumer warpgroup.
 pub const CONSUMER_ROWS: u32 = 64;
-/// Stages of the rings of K and of V.
-pub const STAGES: u32 = 2;
 
 /// Query rows of a block.
 #[must_use]
@@ -45,12 +43,14 @@ pub fn consumers(d: u32, general: bool, seq_q: u64, heads: u64, multiprocessors:
     if max_consumers(d, general) == 3 && time(3) <= time(2) { 3 } else { 2 }
 }
 
-/// Keys of a tile for head dim `d`: what shared memory and registers leave room for.
+/// Keys of a tile for head dim `d`: what shared memory and registers leave room for; `general`
+/// takes registers for what it decides at run time.
 #[must_use]
-pub const fn tile_keys(d: u32) -> u32 {
+pub const fn tile_keys(d: u32, general: bool) -> u32 {
     match d {
         0..=128 => 128,
         129..=192 => 96,
+        _ if general => 64,
         _ => 80,
     }
 }
@@ -65,40 +65,59 @@ pub(super) struct Layout {
     pub k: u32,
     pub v: u32,
     pub barriers: u32,
+    pub tasks: u32,
     pub end: u32,
 }
 
-/// Mbarriers: one for Q, then the rings of K and V.
-pub(super) const BARRIERS: u32 = 1 + 2 * Ring::<STAGES>::BARRIERS;
+/// Stages of the ring of Q for head dim `d`: two where shared memory has room for them, so
+/// that the next task's Q is there before this one is done.
+#[must_use]
+pub const fn q_stages(d: u32) -> u32 {
+    if d <= 128 { 2 } else { 1 }
+}
+
+/// Stages of the rings of K and of V for head dim `d`: more where tiles are small and soon
+/// used up.
+#[must_use]
+pub const fn kv_stages(d: u32) -> u32 {
+    if d <= 64 { 4 } else { 2 }
+}
+
+/// Mbarriers: those of the rings of Q, K and V.
+pub(super) const fn num_barriers(d: u32) -> u32 {
+    2 * (q_stages(d) + 2 * kv_stages(d))
+}
 
 impl Layout {
-    pub const fn new(d: u32, consumers: u32) -> Self {
-        let kv_bytes = STAGES * tile_bytes(tile_keys(d), d);
-        let k = tile_bytes(tile_rows(consumers), d);
+    pub const fn new(d: u32, consumers: u32, general: bool) -> Self {
+        let kv_bytes = kv_stages(d) * tile_bytes(tile_keys(d, general), d);
+        let k = q_stages(d) * tile_bytes(tile_rows(consumers), d);
         let (v, barriers) = (k + kv_bytes, k + 2 * kv_bytes);
-        Self { k, v, barriers, end: barriers + BARRIERS * Mbarrier::BYTES }
+        let tasks = barriers + num_barriers(d) * Mbarrier::BYTES;
+        let task_bytes = TASK_WORDS * size_of::<u32>() as u32;
+        Self { k, v, barriers, tasks, end: tasks + q_stages(d) * consumers * task_bytes }
     }
 }
 
 /// Dynamic shared memory of a block in bytes.
 #[must_use]
-pub const fn shared_bytes(d: u32, consumers: u32) -> u32 {
-    Layout::new(d, consumers).end
+pub const fn shared_bytes(d: u32, consumers: u32, general: bool) -> u32 {
+    Layout::new(d, consumers, general).end
 }
 
 /// Extent of the tensor maps' boxes, fastest dimension first, over dimensions
 /// `[D, N, H, B]`: `query` for that of Q, otherwise for K and V. Swizzle: 128 bytes.
 #[must_use]
-pub const fn box_dims(d: u32, query: bool) -> [u32; 4] {
-    [CHUNK_COLUMNS, if query { CONSUMER_ROWS } else { tile_keys(d) }, 1, 1]
+pub const fn box_dims(d: u32, query: bool, general: bool) -> [u32; 4] {
+    [CHUNK_COLUMNS, if query { CONSUMER_ROWS } else { tile_keys(d, general) }, 1, 1]
 }
 
 /// The most shared memory that a block may have on sm_90.
 const MAX_SHARED_BYTES: u32 = 232_448;
-const _: () = assert!(shared_bytes(64, 3) <= MAX_SHARED_BYTES, "fits a multiprocessor");
-const _: () = assert!(shared_bytes(128, 2) <= MAX_SHARED_BYTES, "fits a multiprocessor");
-const _: () = assert!(shared_bytes(192, 2) <= MAX_SHARED_BYTES, "fits a multiprocessor");
-const _: () = assert!(shared_bytes(256, 2) <= MAX_SHARED_BYTES, "fits a multiprocessor");
+const _: () = assert!(shared_bytes(64, 3, false) <= MAX_SHARED_BYTES, "fits a multiprocessor");
+const _: () = assert!(shared_bytes(128, 2, false) <= MAX_SHARED_BYTES, "fits a multiprocessor");
+const _: () = assert!(shared_bytes(192, 2, false) <= MAX_SHARED_BYTES, "fits a multiprocessor");
+const _: () = assert!(shared_bytes(256, 2, false) <= MAX_SHARED_BYTES, "fits a multiprocessor");
 
 #[cfg(test)]
 mod tests {
