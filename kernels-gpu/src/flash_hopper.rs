@@ -7,7 +7,8 @@
 //! one, the threads do this one's softmax.
 //!
 //! ```text
-//! producer:   Q, then for each tile of BC keys, last to first: K, V    (TMA, 2 stages)
+//! producer:   for each task from the queue: Q, then for each tile of BC keys, last to
+//!             first: K, V                              (TMA, rings of stages)
 //!
 //! consumer:   S = Q Kᵀ of the first tile; P = softmax(S)
 //!             for each further tile:
@@ -29,12 +30,12 @@
 //!
 //! | D | BR x BC | consumers | shared bytes | registers of O, S, P a thread |
 //! |---|---|---|---|---|
-//! | 64 | 192 x 128 | 3 | 90,184 | 32, 64, 32 of 160 |
-//! | 64 | 128 x 128 | 2 | 81,992 | 32, 64, 32 of 240 |
-//! | 96 | 128 x 128 | 2 | 163,920 | 48, 64, 32 of 240 |
-//! | 128 | 128 x 128 | 2 | 163,920 | 64, 64, 32 of 240 |
-//! | 192 | 128 x 96 | 2 | 196,688 | 96, 48, 24 of 240 |
-//! | 256 | 128 x 80 | 2 | 229,456 | 128, 40, 20 of 240 |
+//! | 64 | 192 x 128 | 3 | 180,480 | 32, 64, 32 of 160 |
+//! | 64 | 128 x 128 | 2 | 164,064 | 32, 64, 32 of 232 |
+//! | 96 | 128 x 128 | 2 | 196,768 | 48, 64, 32 of 232 |
+//! | 128 | 128 x 128 | 2 | 196,768 | 64, 64, 32 of 232 |
+//! | 192 | 128 x 96 | 2 | 196,720 | 96, 48, 24 of 232 |
+//! | 256 | 128 x 80 | 2 | 229,488 | 128, 40, 20 of 232 |
 //!
 //! Where the time goes, by counting: a tile costs 4 BR BC D FLOP and brings 4 BC D bytes
 //! from L2, BR FLOP a byte. A multiprocessor's tensor cores do 4096 FLOP a clock, so that
@@ -64,7 +65,7 @@
 //!
 //! Source: Shah et al., "FlashAttention-3", 2024, sections 3.1 and 3.2; the rescaling
 //! rule as in "FlashAttention-4". Departures: no ping-pong between consumers (tried on
-//! the GPU in a sketch, no effect), one tile a block.
+//! the GPU in a sketch, no effect).
 
 use half::{bf16, f16};
 use simt::{

@@ -51,6 +51,27 @@ pub(crate) fn weight_index(args: &AttentionArgs, b: u32, h: u32, i: u32, j: u32)
     row * args.seq_k as u64 + j as u64
 }
 
+/// `Q[i, :] · K[j, :]` of head `h` of batch entry `b`.
+///
+/// # Safety
+/// Q and K must have the shapes that `args` says, and these rows.
+#[inline(always)]
+pub(crate) unsafe fn dot<T: Scalar, const D: usize>(
+    args: &AttentionArgs,
+    (b, h): (u32, u32),
+    (i, j): (u32, u32),
+) -> f32 {
+    // SAFETY: the caller vouches for the buffers.
+    let (q, k) = unsafe { (args.q.buffer.view::<T>(), args.k.buffer.view::<T>()) };
+    let q_row = args.q.head(b, h) + i as u64 * args.q.stride_n;
+    let k_row = args.k.head(b, h) + j as u64 * args.k.stride_n;
+    let mut s = 0.0;
+    for d in 0..D as u64 {
+        s = math::fma(q.read(q_row + d).to_f32(), k.read(k_row + d).to_f32(), s);
+    }
+    s
+}
+
 /// `S = Q Kᵀ * scale`, with hidden entries at -inf, in units of log2(e).
 ///
 /// # Layout
@@ -70,20 +91,9 @@ pub unsafe fn scores<T: Scalar, const D: usize>(args: &AttentionArgs) {
         return;
     }
     // SAFETY: the caller vouches for the buffers.
-    let (q, k, weights, mask) = unsafe {
-        (
-            args.q.buffer.view::<T>(),
-            args.k.buffer.view::<T>(),
-            args.weights.view_mut::<T>(),
-            Mask::new(args, b),
-        )
-    };
-    let q_row = args.q.head(b, h) + i as u64 * args.q.stride_n;
-    let k_row = args.k.head(b, h) + j as u64 * args.k.stride_n;
-    let mut s = 0.0;
-    for d in 0..D as u64 {
-        s = math::fma(q.read(q_row + d).to_f32(), k.read(k_row + d).to_f32(), s);
-    }
+    let (weights, mask) = unsafe { (args.weights.view_mut::<T>(), Mask::new(args, b)) };
+    // SAFETY: the caller vouches for the buffers.
+    let s = unsafe { dot::<T, D>(args, (b, h), (i, j)) };
     let s = if mask.sees(i, j) { s * args.scale_log2 } else { f32::NEG_INFINITY };
     weights.write(weight_index(args, b, h, i, j), T::from_f32(s));
 }

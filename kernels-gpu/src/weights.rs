@@ -15,7 +15,12 @@
 use half::{bf16, f16};
 use simt::{math, scalar::Scalar, thread};
 
-use crate::{args::AttentionArgs, dropout, entries, mask::Mask};
+use crate::{
+    args::AttentionArgs,
+    dropout, entries,
+    mask::Mask,
+    naive::{batch_and_head, dot, weight_index},
+};
 
 /// Keys and rows of a block.
 pub const TILE: u32 = 16;
@@ -33,32 +38,18 @@ pub const TILE: u32 = 16;
 /// the same arguments.
 #[inline(always)]
 pub unsafe fn weights<T: Scalar, const D: usize>(args: &AttentionArgs) {
-    // There is at least one head; saying so spares the check for a division by zero.
-    let heads = args.heads.max(1);
-    let bh = thread::block_idx_z();
-    let (b, h) = (bh / heads, bh % heads);
+    let (b, h) = batch_and_head(args);
     let j = thread::block_idx_x() * TILE + thread::thread_idx_x();
     let i = thread::block_idx_y() * TILE + thread::thread_idx_y();
     if i >= args.seq_q || j >= args.seq_k {
         return;
     }
     // SAFETY: the caller vouches for the buffers.
-    let (q, k, lse, weights, mask) = unsafe {
-        (
-            args.q.buffer.view::<T>(),
-            args.k.buffer.view::<T>(),
-            args.lse.view::<f32>(),
-            args.weights.view_mut::<T>(),
-            Mask::new(args, b),
-        )
-    };
-    let q_row = args.q.head(b, h) + i as u64 * args.q.stride_n;
-    let k_row = args.k.head(b, h) + j as u64 * args.k.stride_n;
-    let mut s = 0.0;
-    for d in 0..D as u64 {
-        s = math::fma(q.read(q_row + d).to_f32(), k.read(k_row + d).to_f32(), s);
-    }
-    let row = bh as u64 * args.seq_q as u64 + i as u64;
+    let (lse, weights, mask) =
+        unsafe { (args.lse.view::<f32>(), args.weights.view_mut::<T>(), Mask::new(args, b)) };
+    // SAFETY: the caller vouches for the buffers.
+    let s = unsafe { dot::<T, D>(args, (b, h), (i, j)) };
+    let row = (b as u64 * args.heads as u64 + h as u64) * args.seq_q as u64 + i as u64;
     let lse_log2 = lse.read(row) * core::f32::consts::LOG2_E;
     // A row that sees no key has LSE = -inf, which is not touched.
     let mut p = if mask.sees(i, j) { math::exp2(s * args.scale_log2 - lse_log2) } else { 0.0 };
@@ -66,7 +57,7 @@ pub unsafe fn weights<T: Scalar, const D: usize>(args: &AttentionArgs) {
         let kept = dropout::keeps(&args.dropout, b, h, i, j);
         p = if kept { p * args.dropout.rescale } else { 0.0 };
     }
-    weights.write(row * args.seq_k as u64 + j as u64, T::from_f32(p));
+    weights.write(weight_index(args, b, h, i, j), T::from_f32(p));
 }
 
 entries! {

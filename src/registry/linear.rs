@@ -5,7 +5,7 @@
 use kernels_gpu::{linear, linear_mma};
 use simt::Dim3;
 
-use super::{Step, Target, grid_obstacle, lacking, list, table::tiles};
+use super::{Step, Target, dtype_obstacle, lacking, list, table::tiles, unless};
 use crate::{dtype::DType, error::Error};
 
 /// A projection.
@@ -89,10 +89,7 @@ impl LinearSpec {
     /// # Errors
     /// [`Error::Unsupported`] with the first reason why not.
     pub fn supports(&self, projection: &Projection, target: &Target) -> Result<(), Error> {
-        match self.obstacle(projection, target) {
-            None => Ok(()),
-            Some(reason) => Err(Error::Unsupported { kernel: self.name.into(), reason }),
-        }
+        unless(self.name, self.obstacle(projection, target))
     }
 
     /// Whether the kernel can run on this device at all.
@@ -100,32 +97,21 @@ impl LinearSpec {
     /// # Errors
     /// [`Error::Unsupported`] with what the device lacks.
     pub fn runs_on(&self, target: &Target) -> Result<(), Error> {
-        match lacking(self.capability, false, target) {
-            None => Ok(()),
-            Some(reason) => Err(Error::Unsupported { kernel: self.name.into(), reason }),
-        }
+        unless(self.name, lacking(self.capability, false, target))
     }
 
     fn obstacle(&self, p: &Projection, target: &Target) -> Option<String> {
         if let Some(reason) = lacking(self.capability, false, target) {
             return Some(reason);
         }
-        if !self.dtypes.contains(&p.dtype) {
-            return Some(format!("does not support {}: it has {}", p.dtype, list(self.dtypes)));
+        if let Some(reason) = dtype_obstacle(self.dtypes, p.dtype) {
+            return Some(reason);
         }
         // Kernels count rows and features in 32 bits.
         if let Some(n) = [p.rows, p.in_features].into_iter().find(|&n| u32::try_from(n).is_err()) {
             return Some(format!("counts rows and features in 32 bits: {n} is too many"));
         }
-        let step = (self.step)(p);
-        grid_obstacle(step.grid).or_else(|| {
-            (step.shared_bytes > target.max_shared_bytes).then(|| {
-                format!(
-                    "needs {} bytes of shared memory for a block, this GPU has {}",
-                    step.shared_bytes, target.max_shared_bytes
-                )
-            })
-        })
+        (self.step)(p).obstacle(target)
     }
 }
 

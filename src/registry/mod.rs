@@ -130,10 +130,7 @@ impl KernelSpec {
     /// # Errors
     /// [`Error::Unsupported`] with the first reason why not.
     pub fn supports(&self, problem: &Problem, target: &Target) -> Result<(), Error> {
-        match self.obstacle(problem, target) {
-            None => Ok(()),
-            Some(reason) => Err(Error::Unsupported { kernel: self.name.into(), reason }),
-        }
+        unless(self.name, self.obstacle(problem, target))
     }
 
     /// Whether the kernel can run on this device at all.
@@ -141,22 +138,15 @@ impl KernelSpec {
     /// # Errors
     /// [`Error::Unsupported`] with what the device lacks.
     pub fn runs_on(&self, target: &Target) -> Result<(), Error> {
-        match lacking(self.capability, self.exact_capability, target) {
-            None => Ok(()),
-            Some(reason) => Err(Error::Unsupported { kernel: self.name.into(), reason }),
-        }
+        unless(self.name, lacking(self.capability, self.exact_capability, target))
     }
 
     fn obstacle(&self, problem: &Problem, target: &Target) -> Option<String> {
         if let Some(reason) = lacking(self.capability, self.exact_capability, target) {
             return Some(reason);
         }
-        if !self.dtypes.contains(&problem.dtype()) {
-            return Some(format!(
-                "does not support {}: it has {}",
-                problem.dtype(),
-                list(self.dtypes)
-            ));
+        if let Some(reason) = dtype_obstacle(self.dtypes, problem.dtype()) {
+            return Some(reason);
         }
         if !self.head_dims.contains(&problem.head_dim()) {
             return Some(format!(
@@ -179,15 +169,7 @@ impl KernelSpec {
                 return Some(format!("does not support {what}"));
             }
         }
-        (self.plan)(problem, target).steps.iter().find_map(|step| {
-            if step.shared_bytes > target.max_shared_bytes {
-                return Some(format!(
-                    "needs {} bytes of shared memory for a block, this GPU has {}",
-                    step.shared_bytes, target.max_shared_bytes
-                ));
-            }
-            grid_obstacle(step.grid)
-        })
+        (self.plan)(problem, target).steps.iter().find_map(|step| step.obstacle(target))
     }
 
     /// Bytes beyond inputs and outputs: the plan's workspace and the tensor maps.
@@ -275,6 +257,32 @@ fn lacking(capability: (u32, u32), exact: bool, target: &Target) -> Option<Strin
         return Some(format!("needs compute capability {major}.{minor} or later, {has}"));
     }
     None
+}
+
+/// [`Error::Unsupported`] where there is an obstacle.
+fn unless(kernel: &str, obstacle: Option<String>) -> Result<(), Error> {
+    match obstacle {
+        None => Ok(()),
+        Some(reason) => Err(Error::Unsupported { kernel: kernel.into(), reason }),
+    }
+}
+
+/// Why a kernel that has these storage types cannot do another.
+fn dtype_obstacle(has: &[DType], wanted: DType) -> Option<String> {
+    (!has.contains(&wanted)).then(|| format!("does not support {wanted}: it has {}", list(has)))
+}
+
+impl Step {
+    /// Why a device cannot launch it.
+    fn obstacle(&self, target: &Target) -> Option<String> {
+        if self.shared_bytes > target.max_shared_bytes {
+            return Some(format!(
+                "needs {} bytes of shared memory for a block, this GPU has {}",
+                self.shared_bytes, target.max_shared_bytes
+            ));
+        }
+        grid_obstacle(self.grid)
+    }
 }
 
 /// Why no GPU has a grid.
