@@ -1,6 +1,6 @@
 //! The arithmetic of the online softmax, shared by the flash rungs.
 //!
-//! Scores are kept in units of log2(e): `exp(s * scale) = exp2(s * scale_log2)`, so that
+//! Maxima are kept in units of log2(e): `exp(s * scale) = exp2(s * scale_log2)`, so that
 //! one fma and one `ex2` give a weight. A row carries its running maximum `m_i` and
 //! its running sum `l_i`. Source: Dao et al., "FlashAttention", 2022, algorithm 1;
 //! Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
@@ -26,9 +26,10 @@ pub fn normaliser(l_i: f32) -> f32 {
 }
 
 /// Log-sum-exp in natural units from a maximum in log2 units; -inf for a row that has
-/// seen no key.
+/// seen no key. The logarithm of the sum is small: its roundings are too, and the maximum
+/// takes only one.
 #[inline(always)]
 #[must_use]
 pub fn log_sum_exp(m_i: f32, l_i: f32) -> f32 {
-    if l_i == 0.0 { f32::NEG_INFINITY } else { (m_i + math::log2(l_i)) * LN_2 }
+    if l_i == 0.0 { f32::NEG_INFINITY } else { math::fma(m_i, LN_2, math::log2(l_i) * LN_2) }
 }

@@ -289,7 +289,8 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
     }
     if row.thread == 0 {
         let bh = b as u64 * args.heads as u64 + h as u64;
-        let value = if l_i == 0.0 { f32::NEG_INFINITY } else { m_i + math::log2(l_i) * LN_2 };
+        let value =
+            if l_i == 0.0 { f32::NEG_INFINITY } else { math::fma(math::log2(l_i), LN_2, m_i) };
         lse.write(bh * args.seq_q as u64 + i as u64, value);
     }
 }
