@@ -1,14 +1,12 @@
-//! `run --weights` on small files made here: the module's output, and what is said of files
-//! that are not as they must be.
+//! The module's output: `run --weights`.
 
-use std::path::{Path, PathBuf};
-
-use assert_cmd::Command;
 use flash_attention::{
     DType, Layout, Problem, Tensor,
     module::{Weights, oracle},
 };
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::Dtype;
+
+use crate::{Folder, entry};
 
 const HEADS: usize = 2;
 const HIDDEN: usize = 64;
@@ -25,7 +23,7 @@ const FILES: [&str; 8] = [
 ];
 
 struct Case {
-    folder: tempfile::TempDir,
+    folder: Folder,
     problem: Problem,
     weights: Weights,
     x: Tensor,
@@ -39,37 +37,21 @@ impl Case {
         let problem = Problem::builder(batch, HEADS, seq, hidden / HEADS).dtype(dtype);
         let problem = problem.mask(true).causal(true).layout(Layout::TokensFirst).build().unwrap();
         let case = Self {
-            folder: tempfile::tempdir().unwrap(),
+            folder: Folder::new(),
             problem,
             weights: Weights::random(dtype, HIDDEN, 5).unwrap(),
             x: Tensor::random(dtype, &SHAPE, 6, 0.1),
             mask: (0..batch * seq).map(|j| u8::from(j % 5 != 0)).collect(),
         };
-        case.weights.save(&case.path("w.safetensors")).unwrap();
+        case.weights.save(&case.folder.path("w.safetensors")).unwrap();
         case
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
     fn save(&self, x: &Tensor, y: Option<&Tensor>) {
-        let view = |tensor: &Tensor| {
-            let dtype = match tensor.dtype() {
-                DType::F32 => Dtype::F32,
-                DType::F16 => Dtype::F16,
-                DType::BF16 => Dtype::BF16,
-            };
-            let bytes = tensor.bytes().to_vec();
-            (dtype, tensor.shape().to_vec(), bytes)
-        };
-        let mut tensors = vec![("x", view(x))];
-        tensors.push(("mask", (Dtype::BOOL, SHAPE[..2].to_vec(), self.mask.clone())));
-        tensors.extend(y.map(|y| ("y", view(y))));
-        let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
-            (*name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
-        });
-        safetensors::serialize_to_file(views, None, &self.path("in.safetensors")).unwrap();
+        let mask = ("mask", Dtype::BOOL, SHAPE[..2].to_vec(), self.mask.clone());
+        let mut entries = vec![entry("x", x), mask];
+        entries.extend(y.map(|y| entry("y", y)));
+        self.folder.save(&entries);
     }
 
     /// y by the plain algorithm, as another program would have saved it.
@@ -82,27 +64,6 @@ impl Case {
     fn tensor(&self, y: &[f64]) -> Tensor {
         Tensor::from_f64(self.problem.dtype(), &SHAPE, y).unwrap()
     }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::cargo_bin("host").unwrap();
-        command.current_dir(self.folder.path()).args(["run", "--device", "cpu"]).args(args);
-        command
-    }
-
-    /// The one line that a wrong request is answered with.
-    fn refused(&self, args: &[&str]) -> String {
-        let output = self.command(args).assert().code(2).get_output().clone();
-        let text = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(text.lines().count(), 1, "{text}");
-        text
-    }
-}
-
-fn load(path: &Path, name: &str, dtype: DType) -> Tensor {
-    let bytes = std::fs::read(path).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let view = file.tensor(name).unwrap();
-    Tensor::from_bytes(dtype, view.shape(), view.data()).unwrap()
 }
 
 #[test]
@@ -112,22 +73,18 @@ fn a_module_gives_what_another_program_saved() {
         let plain = case.plain();
         case.save(&case.x, Some(&case.tensor(&plain)));
         for kernel in ["naive", "flash_tiled", "best"] {
-            let mut command = case.command(&FILES);
-            command.args(["--causal", "--check", "--with-weights", "--kernel", kernel]);
-            let output = command.assert().success().get_output().stdout.clone();
-            let text = String::from_utf8(output).unwrap();
+            let more = ["--causal", "--check", "--with-weights", "--kernel", kernel];
+            let text = case.folder.printed(&[&FILES[..], &more].concat(), 0);
             assert!(text.contains("y passed") && text.contains("42 of 42 tokens"), "{text}");
-            let path = case.path("out.safetensors");
-            assert_eq!(load(&path, "y", dtype).shape(), SHAPE);
-            let weights = load(&path, "weights", dtype);
+            assert_eq!(case.folder.load("y", dtype).shape(), SHAPE);
+            let weights = case.folder.load("weights", dtype);
             assert_eq!(weights.shape(), case.problem.weights_shape());
             // Causal: the first token of a sequence sees itself alone.
             let row = weights.to_f64()[2 * 21 * 21..][..21].to_vec();
             assert_eq!((row[0], row[1..].iter().sum::<f64>()), (1.0, 0.0), "{kernel} {dtype}");
         }
         // Not causal, it is another function.
-        let output = case.command(&FILES[..6]).arg("--check").assert().code(1).get_output().clone();
-        let text = String::from_utf8(output.stdout).unwrap();
+        let text = case.folder.printed(&[&FILES[..6], &["--check"]].concat(), 1);
         assert!(text.contains("y FAILED"), "{text}");
     }
 }
@@ -139,9 +96,7 @@ fn a_wrong_element_is_named() {
     // Token 4 of batch entry 1, feature 9.
     plain[(21 + 4) * HIDDEN + 9] += 0.5;
     case.save(&case.x, Some(&case.tensor(&plain)));
-    let mut command = case.command(&FILES[..6]);
-    let output = command.args(["--causal", "--check"]).assert().code(1).get_output().clone();
-    let text = String::from_utf8(output.stdout).unwrap();
+    let text = case.folder.printed(&[&FILES[..6], &["--causal", "--check"]].concat(), 1);
     assert!(text.contains("y FAILED") && text.contains("[1, 4, 9]"), "{text}");
 }
 
@@ -150,8 +105,8 @@ fn dropout_is_by_seed() {
     let case = Case::new(DType::F32);
     case.save(&case.x, None);
     let y = |args: &[&str]| {
-        case.command(&FILES).args(args).assert().success();
-        load(&case.path("out.safetensors"), "y", DType::F32)
+        case.folder.command(&FILES).args(args).assert().success();
+        case.folder.load("y", DType::F32)
     };
     let kept = y(&[]);
     let dropped = y(&["--dropout", "0.3", "--seed", "1"]);
@@ -164,7 +119,7 @@ fn dropout_is_by_seed() {
 fn wrong_files_and_requests_are_named() {
     let case = Case::new(DType::F32);
     case.save(&case.x, None);
-    let with = |args: &[&str]| case.refused(&[&FILES[..4], args].concat());
+    let with = |args: &[&str]| case.folder.refused(&[&FILES[..4], args].concat());
     assert!(with(&[]).contains("--heads"));
     let output = ["--output", "out.safetensors", "--heads"];
     let heads = |n| with(&[&output[..], &[n]].concat());
@@ -176,17 +131,17 @@ fn wrong_files_and_requests_are_named() {
     assert!(text.contains("tensor y is missing: in.safetensors has mask, x"), "{text}");
     let text = with(&["--heads", "2", "--output", "o", "--layout", "bnhd"]);
     assert!(text.contains("cannot be used with"), "{text}");
-    let text = case.refused(&["--input", "in.safetensors", "--heads", "2", "--output", "o"]);
+    let text = case.folder.refused(&["--input", "in.safetensors", "--heads", "2", "--output", "o"]);
     assert!(text.contains("--weights"), "{text}");
 
     case.save(&Tensor::zeros(DType::F32, &[2, 21, 60]), None);
-    let text = case.refused(&FILES);
+    let text = case.folder.refused(&FILES);
     assert!(
         text.contains("x in in.safetensors is f32 [2, 21, 60]: it must be f32 [batch, tokens, 64]"),
         "{text}"
     );
     case.save(&case.x.cast(DType::F16), None);
-    assert!(case.refused(&FILES).contains("is f16 [2, 21, 64]: it must be f32"));
-    std::fs::remove_file(case.path("w.safetensors")).unwrap();
-    assert!(case.refused(&FILES).contains("w.safetensors: No such file"));
+    assert!(case.folder.refused(&FILES).contains("is f16 [2, 21, 64]: it must be f32"));
+    std::fs::remove_file(case.folder.path("w.safetensors")).unwrap();
+    assert!(case.folder.refused(&FILES).contains("w.safetensors: No such file"));
 }

@@ -1,49 +1,17 @@
-//! `run` on small files made here: what it computes, and what it says of files that are
-//! not as they must be.
+//! Attention of q, k, v and a mask.
 
-use std::path::{Path, PathBuf};
-
-use assert_cmd::Command;
 use flash_attention::{
     DType, Layout, Problem, Tensor, oracle,
     session::{Inputs, Outputs},
 };
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::Dtype;
 
-/// A tensor for a file: name, storage type, shape, bytes.
-type Entry = (&'static str, Dtype, Vec<usize>, Vec<u8>);
+use crate::{Entry, Folder, entry};
 
 const FILES: [&str; 4] = ["--input", "in.safetensors", "--output", "out.safetensors"];
 
-fn stored(dtype: DType) -> Dtype {
-    match dtype {
-        DType::F32 => Dtype::F32,
-        DType::F16 => Dtype::F16,
-        DType::BF16 => Dtype::BF16,
-    }
-}
-
-fn entry(name: &'static str, tensor: &Tensor) -> Entry {
-    (name, stored(tensor.dtype()), tensor.shape().to_vec(), tensor.bytes().to_vec())
-}
-
-fn save(path: &Path, entries: &[Entry]) {
-    let views = entries.iter().map(|(name, dtype, shape, bytes)| {
-        (*name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
-    });
-    safetensors::serialize_to_file(views, None, path).unwrap();
-}
-
-fn load(path: &Path, name: &str, dtype: DType) -> Tensor {
-    let bytes = std::fs::read(path).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let view = file.tensor(name).unwrap();
-    assert_eq!(view.dtype(), stored(dtype));
-    Tensor::from_bytes(dtype, view.shape(), view.data()).unwrap()
-}
-
 struct Case {
-    folder: tempfile::TempDir,
+    folder: Folder,
     problem: Problem,
     tensors: [Tensor; 3],
     mask: Vec<u8>,
@@ -57,11 +25,7 @@ impl Case {
         let (q, k) = (problem.q_shape(), problem.k_shape());
         let tensors = [random(q, 1), random(k, 2), random(k, 3)];
         let mask = (0..2 * 37).map(|j| u8::from(j % 5 != 0)).collect();
-        Self { folder: tempfile::tempdir().unwrap(), problem, tensors, mask }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        Self { folder: Folder::new(), problem, tensors, mask }
     }
 
     fn inputs(&self) -> Inputs<'_> {
@@ -86,21 +50,6 @@ impl Case {
         }
         [o, Tensor::from_f64(DType::F32, &p.lse_shape(), &rows.lse).unwrap()]
     }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::cargo_bin("host").unwrap();
-        command.current_dir(self.folder.path()).args(["run", "--device", "cpu"]).args(args);
-        command
-    }
-
-    /// The one line that a wrong request is answered with.
-    fn refused(&self, args: &[&str]) -> String {
-        let output = self.command(args).assert().code(2).get_output().clone();
-        let text = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(text.lines().count(), 1, "{text}");
-        assert!(!self.path("out.safetensors").exists());
-        text
-    }
 }
 
 #[test]
@@ -111,10 +60,9 @@ fn outputs_are_those_of_attention_in_every_type_and_layout() {
         (DType::BF16, Layout::HeadsFirst, "bhnd"),
     ] {
         let case = Case::new(dtype, layout);
-        save(&case.path("in.safetensors"), &case.entries());
-        case.command(&FILES).args(["--layout", order]).assert().success();
-        let path = case.path("out.safetensors");
-        let (o, lse) = (load(&path, "o", dtype), load(&path, "lse", DType::F32));
+        case.folder.save(&case.entries());
+        case.folder.command(&FILES).args(["--layout", order]).assert().success();
+        let (o, lse) = (case.folder.load("o", dtype), case.folder.load("lse", DType::F32));
         let p = &case.problem;
         assert_eq!((o.shape(), lse.shape()), (&p.q_shape()[..], &p.lse_shape()[..]));
         let outputs = Outputs { o, lse, weights: None };
@@ -130,10 +78,9 @@ fn a_check_passes_what_agrees_and_fails_what_does_not() {
     let [o, lse] = case.plain();
     let mut entries = case.entries();
     entries.extend([entry("o", &o), entry("lse", &lse)]);
-    save(&case.path("in.safetensors"), &entries);
+    case.folder.save(&entries);
     let check = ["--input", "in.safetensors", "--layout", "bnhd", "--check"];
-    let output = case.command(&check).assert().success().get_output().stdout.clone();
-    let text = String::from_utf8(output).unwrap();
+    let text = case.folder.printed(&check, 0);
     assert!(text.contains("o passed") && text.contains("lse passed"), "{text}");
 
     // One element of batch entry 1, row 4, head 2.
@@ -141,19 +88,18 @@ fn a_check_passes_what_agrees_and_fails_what_does_not() {
     wrong[((21 + 4) * 3 + 2) * 32 + 9] += 0.5;
     let wrong = Tensor::from_f64(DType::F16, o.shape(), &wrong).unwrap();
     entries[4] = entry("o", &wrong);
-    save(&case.path("in.safetensors"), &entries);
-    let output = case.command(&check).assert().code(1).get_output().stdout.clone();
-    let text = String::from_utf8(output).unwrap();
+    case.folder.save(&entries);
+    let text = case.folder.printed(&check, 1);
     assert!(text.contains("o FAILED") && text.contains("[1, 2, 4, 9]"), "{text}");
 }
 
 #[test]
 fn weights_are_written_by_every_kernel() {
     let case = Case::new(DType::F32, Layout::HeadsFirst);
-    save(&case.path("in.safetensors"), &case.entries());
+    case.folder.save(&case.entries());
     for kernel in ["naive", "flash_tiled"] {
-        case.command(&FILES).args(["--with-weights", "--kernel", kernel]).assert().success();
-        let weights = load(&case.path("out.safetensors"), "weights", DType::F32);
+        case.folder.command(&FILES).args(["--with-weights", "--kernel", kernel]).assert().success();
+        let weights = case.folder.load("weights", DType::F32);
         assert_eq!(weights.shape(), case.problem.weights_shape());
         for row in weights.to_f64().chunks(37) {
             assert!((row.iter().sum::<f64>() - 1.0).abs() < 1e-5);
@@ -167,8 +113,8 @@ fn wrong_tensors_are_named_with_what_they_must_be() {
     let save_with = |change: &dyn Fn(&mut Vec<Entry>)| {
         let mut entries = case.entries();
         change(&mut entries);
-        save(&case.path("in.safetensors"), &entries);
-        case.refused(&FILES)
+        case.folder.save(&entries);
+        case.folder.refused(&FILES)
     };
     let text = save_with(&|e| drop(e.remove(1)));
     assert!(text.contains("tensor k is missing: in.safetensors has mask, q, v"), "{text}");
@@ -181,20 +127,20 @@ fn wrong_tensors_are_named_with_what_they_must_be() {
     assert!(text.contains("is i32 [2, 3, 21, 32]: it must be f32, f16 or bf16"), "{text}");
     let text = save_with(&|e| e[3].2 = vec![37, 2]);
     assert!(text.contains("is bool [37, 2]: it must be u8 or bool [2, 37]"), "{text}");
-    save(&case.path("in.safetensors"), &case.entries());
-    let text = case.refused(&["--input", "in.safetensors", "--check"]);
+    case.folder.save(&case.entries());
+    let text = case.folder.refused(&["--input", "in.safetensors", "--check"]);
     assert!(text.contains("tensor o is missing"), "{text}");
 }
 
 #[test]
 fn wrong_requests_are_answered_in_one_line() {
     let case = Case::new(DType::F32, Layout::HeadsFirst);
-    assert!(case.refused(&FILES).contains("in.safetensors: No such file"));
-    std::fs::write(case.path("in.safetensors"), "not tensors").unwrap();
-    assert!(case.refused(&FILES).contains("not a whole safetensors file"));
-    save(&case.path("in.safetensors"), &case.entries());
+    assert!(case.folder.refused(&FILES).contains("in.safetensors: No such file"));
+    std::fs::write(case.folder.path("in.safetensors"), "not tensors").unwrap();
+    assert!(case.folder.refused(&FILES).contains("not a whole safetensors file"));
+    case.folder.save(&case.entries());
     let input = ["--input", "in.safetensors"];
-    let refused = |args: &[&str]| case.refused(&[&input[..], args].concat());
+    let refused = |args: &[&str]| case.folder.refused(&[&input[..], args].concat());
     assert!(refused(&["--output", "in.safetensors"]).contains("is the input"));
     assert!(refused(&["--output", "no/out.safetensors"]).contains("cannot be written"));
     let typo = refused(&["--output", "out.safetensors", "--kernel", "fast"]);
