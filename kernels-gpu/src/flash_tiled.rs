@@ -29,8 +29,9 @@
 //! tile is read once per BR rows, so traffic falls by BR over naive; memory beyond
 //! inputs and outputs is nothing at all.
 //!
-//! Measured: not measured yet. Limits: arithmetic is scalar fma, at most a sixteenth of
-//! what the tensor cores do; loads and arithmetic take turns.
+//! Measured: 4.09 ms, before scores were summed in spans (H100; f16, batch 4, 12 heads, N 2048,
+//! D 64). Limits: arithmetic is scalar fma, at most a sixteenth of what the tensor cores do;
+//! loads and arithmetic take turns.
 //!
 //! Source: Dao et al., "FlashAttention", 2022, algorithm 1; the loop order (queries
 //! outside, keys inside) is that of "FlashAttention-2", 2023, section 3.1.
