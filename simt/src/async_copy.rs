@@ -9,7 +9,7 @@
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::block;
+use crate::emulator::{block, current};
 use crate::{global::Global, memory::Memory, shared::Shared};
 
 /// Bytes of a copy.
@@ -42,7 +42,7 @@ pub fn copy_or_zero<T: Memory>(
     {
         let at = Location::caller();
         let address = inside.then(|| source.check::<[u32; 4]>(from, "read", at));
-        block::checked(|b| {
+        current::checked(|b| {
             tile.check::<[u32; 4]>(b, to, "asynchronous copy", at)?;
             b.copy_async(tile.address_of(to), address, at)
         });
@@ -76,7 +76,7 @@ pub fn commit() {
         core::arch::asm!("cp.async.commit_group;", options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    block::with(block::Block::commit_copies);
+    current::with(block::Block::commit_copies);
 }
 
 /// Waits until all of this thread's groups have landed but the newest `PENDING`.
@@ -88,5 +88,5 @@ pub fn wait<const PENDING: u32>() {
         core::arch::asm!("cp.async.wait_group {0};", const PENDING, options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    block::with(|b| b.wait_copies(PENDING as usize));
+    current::with(|b| b.wait_copies(PENDING as usize));
 }

@@ -11,7 +11,7 @@ use std::{
 };
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::block;
+use crate::emulator::current;
 use crate::{global::GlobalMut, shared::Shared};
 
 macro_rules! atomic {
@@ -35,7 +35,7 @@ macro_rules! atomic {
             #[cfg(not(target_arch = "nvptx64"))]
             {
                 let at = Location::caller();
-                block::checked(|b| {
+                current::checked(|b| {
                     let word = b.shared_atomic(view.address_of(index), 4, at)?.cast::<$type>();
                     // SAFETY: `shared_atomic` checked bounds and alignment.
                     let old = unsafe { word.read() };

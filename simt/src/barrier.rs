@@ -24,7 +24,7 @@
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::block;
+use crate::emulator::barriers;
 
 /// A kernel's enum of named barriers.
 pub trait Named: Copy {
@@ -44,7 +44,7 @@ pub fn sync(barrier: impl Named, threads: u32) {
             options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    block::barrier(barrier.id(), threads, true, Location::caller());
+    barriers::barrier(barrier.id(), threads, true, Location::caller());
 }
 
 /// Comes to the barrier without waiting: what this thread did before is ordered before
@@ -59,5 +59,5 @@ pub fn arrive(barrier: impl Named, threads: u32) {
             options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    block::barrier(barrier.id(), threads, false, Location::caller());
+    barriers::barrier(barrier.id(), threads, false, Location::caller());
 }

@@ -7,7 +7,7 @@ use core::marker::PhantomData;
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::{FaultKind, block};
+use crate::emulator::{FaultKind, current};
 use crate::memory::Memory;
 
 /// A view of `len` elements of global memory, for reading.
@@ -118,13 +118,13 @@ impl<T: Memory> Global<T> {
         let address = self.address_of(index);
         // In units of the access, so that nothing can overflow.
         if index >= self.len || (self.len - index) * size < bytes {
-            let this = block::with(|b| b.site(at));
+            let this = current::with(|b| b.site(at));
             let (space, len) = ("global", self.len);
-            block::fail(FaultKind::OutOfBounds { space, what, index, len, this });
+            current::fail(FaultKind::OutOfBounds { space, what, index, len, this });
         }
         if address % bytes != 0 {
-            let this = block::with(|b| b.site(at));
-            block::fail(FaultKind::Misaligned {
+            let this = current::with(|b| b.site(at));
+            current::fail(FaultKind::Misaligned {
                 space: "global",
                 what,
                 address,
@@ -132,7 +132,7 @@ impl<T: Memory> Global<T> {
                 this,
             });
         }
-        block::with(|b| match what {
+        current::with(|b| match what {
             "read" => b.stats.global_bytes_read += bytes,
             _ => b.stats.global_bytes_written += bytes,
         });

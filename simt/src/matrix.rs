@@ -22,7 +22,8 @@ use std::panic::Location;
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::emulator::{
     FaultKind,
-    block::{self, WarpCall},
+    collectives::{self, WarpCall},
+    current,
 };
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::warp::FULL_MASK;
@@ -87,7 +88,7 @@ pub fn store_x4<T: Memory>(tile: Shared<T>, row: u32, v: [u32; 4]) {
         check_row(tile, row, "write", at);
         let input = [tile.address_of(row), v[0], v[1], v[2], v[3]];
         let _: [u32; 0] =
-            block::collective("store_x4", FULL_MASK, input, at, |call: WarpCall<'_>| {
+            collectives::collective("store_x4", FULL_MASK, input, at, |call: WarpCall<'_>| {
                 whole_warp(&call, "store_x4", at)?;
                 let base = call.warp * 32;
                 for lane in 0..32 {
@@ -115,7 +116,7 @@ fn check_row<T: Memory>(
     what: &'static str,
     at: &'static Location<'static>,
 ) {
-    block::checked(|b| tile.check::<[u32; 4]>(b, row, what, at));
+    current::checked(|b| tile.check::<[u32; 4]>(b, row, what, at));
 }
 
 /// These instructions are for whole warps.
@@ -142,11 +143,11 @@ fn load<T: Memory, const N: usize>(
     transposed: bool,
     at: &'static Location<'static>,
 ) -> [u32; N] {
-    let lane = block::with(|b| b.current % 32);
+    let lane = current::with(|b| b.current % 32);
     if lane < 8 * N {
         check_row(tile, row, "read", at);
     }
-    block::collective(name, FULL_MASK, [tile.address_of(row)], at, |call: WarpCall<'_>| {
+    collectives::collective(name, FULL_MASK, [tile.address_of(row)], at, |call: WarpCall<'_>| {
         whole_warp(&call, name, at)?;
         let base = call.warp * 32;
         let mut offsets = [0; 32];

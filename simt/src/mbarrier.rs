@@ -122,7 +122,7 @@ pub fn fence_init() {
         );
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    crate::emulator::block::with(crate::emulator::block::Block::fence_proxy_async);
+    crate::emulator::current::with(crate::emulator::block::Block::fence_proxy_async);
 }
 
 /// Makes this thread's ordinary writes to shared memory visible to bulk copies and to
@@ -135,5 +135,5 @@ pub fn fence_proxy_async() {
         core::arch::asm!("fence.proxy.async.shared::cta;", options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    crate::emulator::block::with(crate::emulator::block::Block::fence_proxy_async);
+    crate::emulator::current::with(crate::emulator::block::Block::fence_proxy_async);
 }

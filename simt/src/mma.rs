@@ -27,7 +27,7 @@ use std::panic::Location;
 use crate::scalar::Scalar;
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::{
-    emulator::block::{self, WarpCall},
+    emulator::collectives::{self, WarpCall},
     matrix::whole_warp,
     warp::FULL_MASK,
 };
@@ -192,41 +192,42 @@ fn product<const K: usize, const A: usize, const B: usize>(
     input[..4].copy_from_slice(&c.map(f32::to_bits));
     input[4..4 + A].copy_from_slice(&a);
     input[8..8 + B].copy_from_slice(&b);
-    let output: [u32; 4] = block::collective(name, FULL_MASK, input, at, |call: WarpCall<'_>| {
-        whole_warp(&call, name, at)?;
-        let (mut a, mut b, mut c) = ([[0.0; K]; 16], [[0.0; 8]; K], [[0.0; 8]; 16]);
-        for lane in 0..32 {
-            let (g, t) = (lane / 4, lane % 4);
-            let input = &call.input[lane];
-            for (i, &register) in input[4..4 + A].iter().enumerate() {
-                let Elements { values, count } = elements(register);
-                let (row, column) = (g + 8 * (i % 2), count * (t + 4 * (i / 2)));
-                a[row][column..column + count].copy_from_slice(&values[..count]);
-            }
-            for (i, &register) in input[8..8 + B].iter().enumerate() {
-                let Elements { values, count } = elements(register);
-                for (e, value) in values[..count].iter().enumerate() {
-                    b[count * (t + 4 * i) + e][g] = *value;
+    let output: [u32; 4] =
+        collectives::collective(name, FULL_MASK, input, at, |call: WarpCall<'_>| {
+            whole_warp(&call, name, at)?;
+            let (mut a, mut b, mut c) = ([[0.0; K]; 16], [[0.0; 8]; K], [[0.0; 8]; 16]);
+            for lane in 0..32 {
+                let (g, t) = (lane / 4, lane % 4);
+                let input = &call.input[lane];
+                for (i, &register) in input[4..4 + A].iter().enumerate() {
+                    let Elements { values, count } = elements(register);
+                    let (row, column) = (g + 8 * (i % 2), count * (t + 4 * (i / 2)));
+                    a[row][column..column + count].copy_from_slice(&values[..count]);
+                }
+                for (i, &register) in input[8..8 + B].iter().enumerate() {
+                    let Elements { values, count } = elements(register);
+                    for (e, value) in values[..count].iter().enumerate() {
+                        b[count * (t + 4 * i) + e][g] = *value;
+                    }
+                }
+                for (i, &register) in input[..4].iter().enumerate() {
+                    c[g + 8 * (i / 2)][2 * t + i % 2] = f32::from_bits(register);
                 }
             }
-            for (i, &register) in input[..4].iter().enumerate() {
-                c[g + 8 * (i / 2)][2 * t + i % 2] = f32::from_bits(register);
-            }
-        }
-        for (c, a) in c.iter_mut().zip(&a) {
-            for (a, b) in a.iter().zip(&b) {
-                for (c, b) in c.iter_mut().zip(b) {
-                    *c += a * b;
+            for (c, a) in c.iter_mut().zip(&a) {
+                for (a, b) in a.iter().zip(&b) {
+                    for (c, b) in c.iter_mut().zip(b) {
+                        *c += a * b;
+                    }
                 }
             }
-        }
-        for lane in 0..32 {
-            let (g, t) = (lane / 4, lane % 4);
-            for i in 0..4 {
-                call.output[lane][i] = c[g + 8 * (i / 2)][2 * t + i % 2].to_bits();
+            for lane in 0..32 {
+                let (g, t) = (lane / 4, lane % 4);
+                for i in 0..4 {
+                    call.output[lane][i] = c[g + 8 * (i / 2)][2 * t + i % 2].to_bits();
+                }
             }
-        }
-        Ok(())
-    });
+            Ok(())
+        });
     *c = output.map(f32::from_bits);
 }

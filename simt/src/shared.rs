@@ -10,7 +10,7 @@ use core::marker::PhantomData;
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::{FaultKind, block};
+use crate::emulator::{FaultKind, block, current};
 use crate::memory::Memory;
 
 /// Declares the dynamic shared memory of all kernels of a crate. It is aligned to 1024
@@ -55,7 +55,7 @@ macro_rules! shared_array {
 #[cfg(not(target_arch = "nvptx64"))]
 #[must_use]
 pub fn static_array(key: *const u8, bytes: u32) -> u32 {
-    block::with(|b| b.static_shared(key, bytes))
+    current::with(|b| b.static_shared(key, bytes))
 }
 
 /// A view of `len` elements of shared memory.
@@ -97,7 +97,7 @@ impl<T: Memory> Shared<T> {
         #[cfg(not(target_arch = "nvptx64"))]
         let base = {
             let at = Location::caller();
-            block::checked(|b| {
+            current::checked(|b| {
                 let end = u64::from(byte_offset) + u64::from(len) * u64::from(T::BYTES);
                 let given = b.dynamic_shared_bytes();
                 if end > given.into() {
@@ -188,7 +188,7 @@ impl<T: Memory> Shared<T> {
         #[cfg(not(target_arch = "nvptx64"))]
         {
             let at = Location::caller();
-            block::checked(|b| {
+            current::checked(|b| {
                 self.check::<V>(b, index, "read", at)?;
                 let from = b.shared_read(self.address_of(index), V::BYTES, at)?;
                 // SAFETY: `shared_read` checked bounds and alignment.
@@ -209,7 +209,7 @@ impl<T: Memory> Shared<T> {
         #[cfg(not(target_arch = "nvptx64"))]
         {
             let at = Location::caller();
-            block::checked(|b| {
+            current::checked(|b| {
                 self.check::<V>(b, index, "write", at)?;
                 let to = b.shared_write(self.address_of(index), V::BYTES, at)?;
                 // SAFETY: `shared_write` checked bounds and alignment.

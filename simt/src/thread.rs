@@ -2,7 +2,7 @@
 //! barrier of the block. Names as in `cuda_std::thread`.
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::block;
+use crate::emulator::{barriers, current};
 
 macro_rules! index {
     ($($(#[$doc:meta])* $name:ident, $intrinsic:ident, $host:expr;)*) => {$(
@@ -17,7 +17,7 @@ macro_rules! index {
             }
             #[cfg(not(target_arch = "nvptx64"))]
             {
-                block::with($host)
+                current::with($host)
             }
         }
     )*};
@@ -77,5 +77,5 @@ pub fn sync_threads() {
         core::arch::asm!("bar.sync 0;", options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    block::sync_threads(core::panic::Location::caller());
+    barriers::sync_threads(core::panic::Location::caller());
 }

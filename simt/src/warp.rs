@@ -7,7 +7,7 @@
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::block::{self, WarpCall};
+use crate::emulator::collectives::{self, WarpCall};
 use crate::thread;
 
 /// All lanes of a warp.
@@ -53,7 +53,7 @@ pub fn sync_warp(mask: u32) {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     {
-        let _: [u32; 0] = block::collective(
+        let _: [u32; 0] = collectives::collective(
             "sync_warp",
             mask,
             [],
@@ -90,7 +90,7 @@ macro_rules! shuffle {
             }
             #[cfg(not(target_arch = "nvptx64"))]
             {
-                let [result] = block::collective(
+                let [result] = collectives::collective(
                     stringify!($name_u32), FULL_MASK, [value, b], Location::caller(),
                     |call: WarpCall<'_>| {
                         for lane in call.lanes() {
@@ -157,7 +157,7 @@ pub fn ballot(predicate: bool) -> u32 {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     {
-        let [mask] = block::collective(
+        let [mask] = collectives::collective(
             "ballot",
             FULL_MASK,
             [u32::from(predicate)],
@@ -213,7 +213,7 @@ macro_rules! reduce {
             }
             #[cfg(not(target_arch = "nvptx64"))]
             {
-                let [result] = block::collective(
+                let [result] = collectives::collective(
                     stringify!($name), FULL_MASK, [value.to_bits()], Location::caller(),
                     |call: WarpCall<'_>| {
                         let mut values: [f32; 32] = std::array::from_fn(|l| f32::from_bits(call.input[l][0]));

@@ -1,18 +1,17 @@
 //! Bulk copies as agents of their own: a load lands as late as it can, a store reads its
 //! shared memory as late as it may.
 
-use std::{collections::VecDeque, panic::Location};
+use std::collections::VecDeque;
 
 use super::{
-    block::{self, Block},
+    block::Block,
     clock::{Agent, Clock, Time},
-    fault::{FaultKind, Site},
+    current,
+    fault::{FaultKind, Place, Site},
     shadow::Access,
     tensor_map::TensorMapSpec,
 };
 use crate::tma::TensorMap;
-
-type Place = &'static Location<'static>;
 
 struct Load {
     map: TensorMapSpec,
@@ -157,7 +156,7 @@ impl Block {
 }
 
 pub(crate) fn load(destination: u32, map: u64, coordinates: [u32; 4], mbarrier: u32, at: Place) {
-    block::checked(|b| {
+    current::checked(|b| {
         let map = b.tensor_map(map, at)?;
         b.check_box(&map, destination, "bulk load", at)?;
         let index = b.mbarrier(mbarrier, at)?;
@@ -179,7 +178,7 @@ pub(crate) fn load(destination: u32, map: u64, coordinates: [u32; 4], mbarrier: 
 }
 
 pub(crate) fn store(map: u64, coordinates: [u32; 4], source: u32, at: Place) {
-    block::checked(|b| {
+    current::checked(|b| {
         let map = b.tensor_map(map, at)?;
         b.check_box(&map, source, "bulk store", at)?;
         let now = b.tick();
@@ -196,7 +195,7 @@ pub(crate) fn store(map: u64, coordinates: [u32; 4], source: u32, at: Place) {
 }
 
 pub(crate) fn commit_group() {
-    block::with(|b| {
+    current::with(|b| {
         let lane = b.current as u16;
         let copies = &mut b.bulk;
         let count = match copies.groups.iter_mut().find(|(l, _)| *l == lane) {
@@ -214,7 +213,7 @@ pub(crate) fn commit_group() {
 }
 
 pub(crate) fn wait_group_read(pending: usize) {
-    block::with(|b| {
+    current::with(|b| {
         let lane = b.current as u16;
         let committed = b.bulk.groups.iter().find(|(l, _)| *l == lane).map_or(0, |g| g.1);
         let complete = committed.saturating_sub(pending as u64);

@@ -1,9 +1,9 @@
 //! Asynchronous copies on their way. They land when the lane that started them waits for
 //! their group, as late as they may on a GPU, so that a forgotten wait always shows.
 
-use std::{collections::VecDeque, panic::Location};
+use std::collections::VecDeque;
 
-type Place = &'static Location<'static>;
+use super::fault::Place;
 
 /// A copy of 16 bytes.
 #[derive(Clone, Copy, Debug)]

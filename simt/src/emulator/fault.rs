@@ -2,6 +2,9 @@
 
 use std::{fmt, panic::Location};
 
+/// A line of a kernel.
+pub(crate) type Place = &'static Location<'static>;
+
 use super::clock::Agent;
 use crate::Dim3;
 

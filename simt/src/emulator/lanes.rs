@@ -10,7 +10,8 @@ use corosensei::{Coroutine, CoroutineResult, Yielder, stack::DefaultStack};
 
 use super::{
     Launch, Stats,
-    block::{self, Block, LaneState},
+    block::{Block, LaneState},
+    current,
     fault::{Fault, FaultKind, Site},
 };
 use crate::Dim3;
@@ -50,7 +51,7 @@ impl Engine {
             self.lanes.push(new_lane());
         }
         self.block.start(launch, block_idx, kernel);
-        let entered = block::Entered::new(&mut self.block);
+        let entered = current::Entered::new(&mut self.block);
         let result = self.drive(threads);
         drop(entered);
         match result {
@@ -94,7 +95,7 @@ fn new_lane() -> Lane {
     let stack = DefaultStack::new(STACK_BYTES).expect("memory for the stacks of emulated lanes");
     Coroutine::with_stack(stack, |yielder: &LaneYielder, ()| {
         loop {
-            block::run_current_lane(yielder);
+            current::run_current_lane(yielder);
             yielder.suspend(());
         }
     })
@@ -112,7 +113,7 @@ fn kind_of(payload: Box<dyn Any + Send>, lane: usize) -> FaultKind {
         .unwrap_or_else(|| "unknown".to_owned());
     FaultKind::Panic {
         message,
-        this: Site { lane: lane as u32, location: block::take_panic_location() },
+        this: Site { lane: lane as u32, location: current::take_panic_location() },
     }
 }
 
@@ -122,8 +123,8 @@ fn quiet_panics() {
     ONCE.call_once(|| {
         let previous = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            if block::is_inside() {
-                block::set_panic_location(info.location());
+            if current::is_inside() {
+                current::set_panic_location(info.location());
             } else {
                 previous(info);
             }

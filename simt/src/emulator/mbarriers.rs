@@ -1,14 +1,11 @@
 //! Mbarriers: phases that count arrivals and bytes, and the lanes that wait for them.
 
-use std::panic::Location;
-
 use super::{
-    block::{self, Block, LaneState},
+    block::{Block, LaneState},
     clock::{Agent, Clock, Time},
-    fault::{FaultKind, Site},
+    current,
+    fault::{FaultKind, Place, Site},
 };
-
-type Place = &'static Location<'static>;
 
 /// Mbarriers that a block may have under the emulator: each is an agent of its own.
 pub(crate) const MAX_MBARRIERS: usize = Agent::MBARRIERS;
@@ -123,7 +120,7 @@ impl Block {
 }
 
 pub(crate) fn init(address: u32, arrivals: u32, at: Place) {
-    block::checked(|b| {
+    current::checked(|b| {
         let this = b.site(at);
         if arrivals == 0 || arrivals as usize > b.threads() {
             let threads = b.threads();
@@ -156,7 +153,7 @@ pub(crate) fn init(address: u32, arrivals: u32, at: Place) {
 }
 
 pub(crate) fn arrive(address: u32, bytes: u32, at: Place) {
-    block::checked(|b| {
+    current::checked(|b| {
         let index = b.mbarrier(address, at)?;
         let now = b.tick();
         let lane = b.current as u16;
@@ -180,7 +177,7 @@ pub(crate) fn arrive(address: u32, bytes: u32, at: Place) {
 }
 
 pub(crate) fn wait(address: u32, parity: u32, at: Place) {
-    let suspended = block::checked(|b| {
+    let suspended = current::checked(|b| {
         if parity > 1 {
             let message = format!("parity {parity}: the phases of an mbarrier have parity 0 or 1");
             return Err(FaultKind::Misuse { message, this: b.site(at) });
@@ -198,6 +195,6 @@ pub(crate) fn wait(address: u32, parity: u32, at: Place) {
         Ok(false)
     });
     if suspended {
-        block::suspend();
+        current::suspend();
     }
 }

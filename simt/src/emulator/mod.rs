@@ -19,11 +19,15 @@
 //! mbarrier was waited for; a wgmma product is NaN until it is waited for, and writing to
 //! its operands before is a race. Missing proxy fences and arrivals are reported too.
 
+mod accesses;
 mod banks;
+pub(crate) mod barriers;
 pub(crate) mod block;
 pub(crate) mod bulk;
 mod clock;
+pub(crate) mod collectives;
 mod copies;
+pub(crate) mod current;
 mod fault;
 mod lanes;
 pub(crate) mod mbarriers;

@@ -1,19 +1,18 @@
 //! wgmma as an agent of its own: a product starts when the 128 lanes of a warpgroup have
 //! asked for it, and is theirs when they have waited for it.
 
-use std::{collections::VecDeque, panic::Location};
+use std::collections::VecDeque;
 
 use half::{bf16, f16};
 
 use super::{
-    block::{self, Block, LaneState},
+    block::{Block, LaneState},
     clock::{Agent, Clock, Time},
-    fault::{FaultKind, Site},
+    current,
+    fault::{FaultKind, Place, Site},
     shadow::Access,
     tensor_map::swizzle,
 };
-
-type Place = &'static Location<'static>;
 
 /// Lanes of a warpgroup.
 const LANES: usize = 128;
@@ -94,7 +93,7 @@ impl TensorCores {
 /// Ends the launch if a product is still in flight on an accumulator that is looked at.
 pub(crate) fn check_landed(in_flight: Option<u64>, at: Place) {
     if in_flight.is_some() {
-        block::checked(|b| Err::<(), _>(FaultKind::AccumulatorInFlight { this: b.site(at) }));
+        current::checked(|b| Err::<(), _>(FaultKind::AccumulatorInFlight { this: b.site(at) }));
     }
 }
 
@@ -105,7 +104,7 @@ pub(crate) fn start(
     values: &[f32],
     at: Place,
 ) -> u64 {
-    block::checked(|b| {
+    current::checked(|b| {
         let (lane, group) = (b.current, b.current / LANES);
         let this = b.site(at);
         if (group + 1) * LANES > b.threads() {
@@ -185,7 +184,7 @@ pub(crate) fn start(
 /// accumulator if it is among them.
 pub(crate) fn wait_group(pending: u32, in_flight: &mut Option<u64>, values: &mut [f32], at: Place) {
     loop {
-        let suspended = block::with(|b| {
+        let suspended = current::with(|b| {
             let (lane, group) = (b.current, b.current / LANES);
             let complete = b.tensor_cores.asked[lane].saturating_sub(pending.into());
             let running = &mut b.tensor_cores.running[group];
@@ -211,7 +210,7 @@ pub(crate) fn wait_group(pending: u32, in_flight: &mut Option<u64>, values: &mut
         if !suspended {
             return;
         }
-        block::suspend();
+        current::suspend();
     }
 }
 

@@ -1,0 +1,155 @@
+//! Accesses to a block's shared memory: each is checked, recorded and counted.
+
+use std::ptr;
+
+use super::{
+    banks,
+    block::{Block, LaneStatus},
+    clock::Time,
+    copies::Copy,
+    fault::{FaultKind, Place},
+    shadow::Access,
+};
+
+impl Block {
+    /// Checks and records a read of shared memory; returns where the bytes are.
+    #[inline]
+    pub fn shared_read(
+        &mut self,
+        offset: u32,
+        bytes: u32,
+        at: Place,
+    ) -> Result<*const u8, FaultKind> {
+        self.shared_bounds(offset, bytes, "read", at)?;
+        self.stats.shared_bytes_read += u64::from(bytes);
+        let by = access(&self.lanes, self.current, self.time, at);
+        self.shared.read(offset, bytes, by)?;
+        Ok(self.shared.at(offset))
+    }
+
+    /// Checks and records a write of shared memory; returns where the bytes go.
+    #[inline]
+    pub fn shared_write(
+        &mut self,
+        offset: u32,
+        bytes: u32,
+        at: Place,
+    ) -> Result<*mut u8, FaultKind> {
+        self.shared_bounds(offset, bytes, "write", at)?;
+        self.stats.shared_bytes_written += u64::from(bytes);
+        let by = access(&self.lanes, self.current, self.time, at);
+        self.shared.write(offset, bytes, by)?;
+        Ok(self.shared.at(offset))
+    }
+
+    /// Starts an asynchronous copy of 16 bytes from global address `source`, or of zeros.
+    pub fn copy_async(
+        &mut self,
+        offset: u32,
+        source: Option<u64>,
+        at: Place,
+    ) -> Result<(), FaultKind> {
+        let bytes = Copy::BYTES;
+        self.shared_bounds(offset, bytes, "asynchronous copy", at)?;
+        let by = access(&self.lanes, self.current, self.time, at);
+        self.shared.pend(offset, bytes, by)?;
+        let (lane, present) = (self.current, self.present(self.warp()));
+        if let Some(offsets) =
+            self.copies.start(lane, present.count_ones(), Copy { offset, source, at })
+        {
+            self.stats.bank_conflicts += banks::conflicts(&offsets);
+        }
+        Ok(())
+    }
+
+    /// Makes the current lane's copies since the last commit a group.
+    pub fn commit_copies(&mut self) {
+        self.copies.commit(self.current);
+    }
+
+    /// Lets the current lane's groups land, all but the newest `pending`.
+    pub fn wait_copies(&mut self, pending: usize) {
+        let (lane, now) = (self.current as u16, self.time);
+        for copy in self.copies.finish(self.current, pending) {
+            self.stats.shared_bytes_written += u64::from(Copy::BYTES);
+            self.shared.land(copy.offset, Copy::BYTES, lane, now);
+            let to = self.shared.at(copy.offset);
+            match copy.source {
+                // SAFETY: bounds were checked on both sides when the copy was started.
+                Some(source) => unsafe {
+                    ptr::copy_nonoverlapping(source as *const u8, to, Copy::BYTES as usize);
+                },
+                // SAFETY: as above.
+                None => unsafe { ptr::write_bytes(to, 0, Copy::BYTES as usize) },
+            }
+        }
+    }
+
+    /// Counts the bank conflicts of a warp that moves 16 bytes at each of `offsets`.
+    pub fn count_conflicts(&mut self, offsets: &[u32]) {
+        self.stats.bank_conflicts += banks::conflicts(offsets);
+    }
+
+    /// Checks and records an atomic update of shared memory; returns where the bytes are.
+    pub fn shared_atomic(
+        &mut self,
+        offset: u32,
+        bytes: u32,
+        at: Place,
+    ) -> Result<*mut u8, FaultKind> {
+        self.shared_bounds(offset, bytes, "atomic", at)?;
+        let by = access(&self.lanes, self.current, self.time, at);
+        self.shared.atomic(offset, bytes, by)?;
+        Ok(self.shared.at(offset))
+    }
+
+    #[inline]
+    fn shared_bounds(
+        &self,
+        offset: u32,
+        bytes: u32,
+        what: &'static str,
+        at: Place,
+    ) -> Result<(), FaultKind> {
+        if offset % bytes.next_power_of_two() != 0 {
+            return Err(FaultKind::Misaligned {
+                space: "shared",
+                what,
+                address: offset.into(),
+                bytes,
+                this: self.site(at),
+            });
+        }
+        if u64::from(offset) + u64::from(bytes) > u64::from(self.shared.len()) {
+            return Err(FaultKind::OutOfBounds {
+                space: "shared",
+                what,
+                index: offset.into(),
+                len: self.shared.len().into(),
+                this: self.site(at),
+            });
+        }
+        Ok(())
+    }
+
+    /// Bytes of dynamic shared memory that the launch gave.
+    pub fn dynamic_shared_bytes(&self) -> u32 {
+        self.dynamic_shared_bytes
+    }
+
+    /// Offset of the static shared array that `key` stands for.
+    pub fn static_shared(&mut self, key: *const u8, bytes: u32) -> u32 {
+        if let Some(&(_, offset)) = self.statics.iter().find(|(k, _)| *k == key) {
+            return offset;
+        }
+        let offset = self.shared.extend(bytes);
+        self.statics.push((key, offset));
+        offset
+    }
+}
+
+/// The current lane as the maker of an access.
+#[inline]
+fn access(lanes: &[LaneStatus], current: usize, now: Time, location: Place) -> Access<'_> {
+    Access { lane: current as u16, now, clock: &lanes[current].clock, location }
+}

@@ -1,0 +1,125 @@
+//! Warp collectives: each lane brings registers, the last to come computes for all.
+
+use super::{
+    block::{Block, LaneState},
+    current::{checked, suspend, with},
+    fault::{FaultKind, Place},
+};
+
+/// Registers that a lane hands to a collective, at most.
+pub(crate) const COLLECTIVE_REGISTERS: usize = 16;
+
+/// Registers of the 32 lanes of a warp.
+pub(crate) type WarpRegisters = [[u32; COLLECTIVE_REGISTERS]; 32];
+
+/// A collective in the making: who has come, with what.
+#[derive(Default)]
+pub(super) struct Collective {
+    name: &'static str,
+    at: Option<Place>,
+    expected: u32,
+    arrived: u32,
+    input: WarpRegisters,
+    output: WarpRegisters,
+}
+
+impl Collective {
+    /// Forgets what another block did.
+    pub fn reset(&mut self) {
+        (self.at, self.expected, self.arrived) = (None, 0, 0);
+    }
+}
+
+/// What the last lane of a collective does for all.
+pub(crate) struct WarpCall<'a> {
+    /// The block.
+    pub block: &'a mut Block,
+    /// Index of the warp in the block.
+    pub warp: usize,
+    /// Lanes that take part.
+    pub mask: u32,
+    /// What each lane brought.
+    pub input: &'a WarpRegisters,
+    /// What each lane gets.
+    pub output: &'a mut WarpRegisters,
+}
+
+/// A collective of the lanes of `mask` in the current warp: each brings registers, the
+/// last to come computes what all of them get.
+pub(crate) fn collective<const I: usize, const O: usize>(
+    name: &'static str,
+    mask: u32,
+    input: [u32; I],
+    at: Place,
+    compute: impl FnOnce(WarpCall<'_>) -> Result<(), FaultKind>,
+) -> [u32; O] {
+    const { assert!(I <= COLLECTIVE_REGISTERS && O <= COLLECTIVE_REGISTERS) };
+    let suspended = checked(|b| {
+        let (lane, warp) = (b.current % 32, b.warp());
+        let mask = mask & b.present(warp);
+        let this = b.site(at);
+        if mask >> lane & 1 == 0 {
+            return Err(FaultKind::Misuse {
+                message: format!(
+                    "{name} with the mask {mask:#010x}, which lacks lane {lane} itself"
+                ),
+                this,
+            });
+        }
+        let call = &mut b.warps[warp];
+        if call.arrived == 0 {
+            (call.name, call.at, call.expected) = (name, Some(at), mask);
+        } else if call.name != name || call.expected != mask || call.at != Some(at) {
+            let other = call.at.map_or(String::new(), |p| format!(" at {}:{}", p.file(), p.line()));
+            return Err(FaultKind::Divergence(format!(
+                "{this} is in {name} with mask {mask:#010x} while lanes {:#010x} of its warp are in {}{other} with mask {:#010x}",
+                call.arrived, call.name, call.expected
+            )));
+        }
+        call.arrived |= 1 << lane;
+        call.input[lane][..I].copy_from_slice(&input);
+        if call.arrived != mask {
+            b.lanes[b.current].state = LaneState::InCollective { name, at };
+            return Ok(true);
+        }
+        call.arrived = 0;
+        // The registers leave the block while `compute` has all of it.
+        let spare = b.spare.take().unwrap_or_default();
+        let mut call = std::mem::replace(&mut b.warps[warp], spare);
+        let result = compute(WarpCall {
+            block: b,
+            warp,
+            mask,
+            input: &call.input,
+            output: &mut call.output,
+        });
+        b.spare = Some(std::mem::replace(&mut b.warps[warp], call));
+        for other in (0..32).filter(|l| mask >> l & 1 == 1) {
+            b.lanes[warp * 32 + other].state = LaneState::Ready;
+        }
+        result.map(|()| false)
+    });
+    if suspended {
+        suspend();
+    }
+    with(|b| {
+        let mut registers = [0; O];
+        registers.copy_from_slice(&b.warps[b.warp()].output[b.current % 32][..O]);
+        registers
+    })
+}
+
+impl WarpCall<'_> {
+    /// Indices in the warp of the lanes that take part.
+    pub fn lanes(&self) -> impl Iterator<Item = usize> + use<> {
+        let mask = self.mask;
+        (0..32).filter(move |l| mask >> l & 1 == 1)
+    }
+
+    /// Orders the memory accesses of the lanes that take part.
+    pub fn synchronise(&mut self) {
+        let base = (self.warp * 32) as u16;
+        let lanes: Vec<u16> = self.lanes().map(|l| base + l as u16).collect();
+        self.block.synchronise(&lanes);
+    }
+}
