@@ -12,6 +12,7 @@ use clap::Args;
 use crate::{failure::Outcome, output, progress::print_lines, results::Results};
 
 pub mod analysis;
+mod legend;
 mod page;
 pub mod panel;
 mod picture;

@@ -4,6 +4,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::{
     analysis::{Conclusion, Tone, View, kernels, time, views},
+    legend,
     panel::{self, Panel},
     picture,
 };
@@ -106,10 +107,7 @@ fn figure(p: &Panel) -> Markup {
             figcaption {
                 ul.legend {
                     @for line in &p.lines {
-                        li class=[line.dashed.then_some("dashed")] {
-                            i style=(format!("color: {}", picture::colour_on_page(line.style))) {}
-                            (line.name)
-                        }
+                        li { (PreEscaped(legend::sample(line))) (line.name) }
                     }
                 }
                 (p.note)

@@ -67,7 +67,7 @@ pub struct Line {
     pub name: String,
     /// Which colour and marker.
     pub style: usize,
-    /// Dashed, for what was not measured here by one of our kernels.
+    /// Dashed, for what is not one of our kernels.
     pub dashed: bool,
     /// Drawn as steps: a histogram.
     pub steps: bool,
@@ -135,8 +135,8 @@ fn lines(view: &View<'_>, points: impl Fn(&Series<'_>) -> Vec<Point>) -> Vec<Lin
 /// Lines that lie on each other become one that bears all their names: only the last
 /// would be seen.
 fn merge(lines: Vec<Line>) -> Vec<Line> {
-    // Closer than a line is wide.
-    let near = |a: f64, b: f64| (a - b).abs() <= 2e-3 * a.abs().max(b.abs());
+    // Closer than a line is wide: 2 pixels of 340.
+    let near = |a: f64, b: f64| (a - b).abs() <= 6e-3 * a.abs().max(b.abs());
     let mut merged: Vec<Line> = Vec::new();
     for line in lines {
         let on_it = |other: &&mut Line| {

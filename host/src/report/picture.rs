@@ -7,42 +7,19 @@ use anyhow::{Context as _, Result, anyhow};
 use kuva::{
     RasterBackend,
     backend::svg::SvgBackend,
-    plot::{
-        annotations::ReferenceLine,
-        legend::LegendPosition,
-        line::LinePlot,
-        scatter::{MarkerShape, ScatterPlot},
-    },
+    plot::{annotations::ReferenceLine, line::LinePlot, scatter::ScatterPlot},
     prelude::{Layout, Plot, Theme, TickFormat},
     render::figure::Figure,
 };
 
-use super::panel::{Axis, Line, Panel, Point, Scale};
+use super::{
+    legend,
+    panel::{Axis, Line, Panel, Point, Scale},
+};
 use crate::format;
 
-/// Size of a panel. Small, so that its text is still read when a phone shrinks it.
-const WIDTH: f64 = 460.0;
-const HEIGHT: f64 = 340.0;
 /// Pixels of a PNG for each of the panel's.
 const PNG_SCALE: f32 = 2.0;
-
-/// Colours of the lines: (name for the page's style sheet, on white).
-pub const COLOURS: [(&str, &str); 8] = [
-    ("var(--line0)", "#b93a0c"),
-    ("var(--line1)", "#1d6fb8"),
-    ("var(--line2)", "#23803c"),
-    ("var(--line3)", "#8b3fa8"),
-    ("var(--line4)", "#96690a"),
-    ("var(--line5)", "#0b7a7a"),
-    ("var(--line6)", "#c2255c"),
-    ("var(--line7)", "#4b5563"),
-];
-
-/// The colour of a line, as the page's style sheet names it.
-#[must_use]
-pub fn colour_on_page(style: usize) -> &'static str {
-    Place::Page.line(style)
-}
 
 /// Where a picture is to be seen.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -55,8 +32,19 @@ enum Place {
 
 impl Place {
     fn line(self, style: usize) -> &'static str {
-        let (page, file) = COLOURS[style % COLOURS.len()];
-        if self == Self::Page { page } else { file }
+        match self {
+            Self::Page => legend::colour_on_page(style),
+            Self::File => legend::colour_on_white(style),
+        }
+    }
+
+    /// Width and height of a panel. Small in the page, so that its text is still read when a
+    /// phone shrinks it.
+    const fn size(self) -> (f64, f64) {
+        match self {
+            Self::Page => (460.0, 340.0),
+            Self::File => (600.0, 440.0),
+        }
     }
 
     fn mark(self) -> &'static str {
@@ -88,8 +76,9 @@ pub fn inline(panel: &Panel) -> String {
     let svg = kuva::render_to_svg(plots(panel, Place::Page), layout(panel, Place::Page));
     // Without a fixed size the page decides; and names must not meet those of other panels.
     let label = panel.title.replace('&', "&amp;").replace('"', "&quot;").replace('<', "&lt;");
-    let size = format!(r#"width="{WIDTH}" height="{HEIGHT}""#);
-    let view = format!(r#"viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}""#);
+    let (width, height) = Place::Page.size();
+    let size = format!(r#"width="{width}" height="{height}""#);
+    let view = format!(r#"viewBox="0 0 {width} {height}" role="img" aria-label="{label}""#);
     svg.replacen(&size, &view, 1).replace("kuva-clip-", &format!("{}-clip-", panel.id))
 }
 
@@ -98,30 +87,19 @@ pub fn inline(panel: &Panel) -> String {
 /// # Errors
 /// What the rasteriser reports.
 pub fn figure(title: &str, panels: &[Panel]) -> Result<(String, Vec<u8>)> {
+    let (width, height) = Place::File.size();
     let columns = panels.len().clamp(1, 2);
-    let scene = Figure::new(panels.len().div_ceil(columns), columns)
+    let mut scene = Figure::new(panels.len().div_ceil(columns), columns)
         .with_title(title)
         .with_title_size(16)
         .with_plots(panels.iter().map(|p| plots(p, Place::File)).collect())
         .with_layouts(panels.iter().map(|p| layout(p, Place::File)).collect())
-        .with_cell_size(WIDTH, HEIGHT)
-        .with_shared_legend_bottom()
+        .with_cell_size(width, height)
         .render();
+    legend::add(&mut scene, panels);
     let svg = SvgBackend::new().render_scene(&scene);
     let png = RasterBackend::new().with_scale(PNG_SCALE).render_scene(&scene);
     Ok((svg, png.map_err(|e| anyhow!("{e}")).context("drawing the PNG")?))
-}
-
-/// Style of the marker and dashes: lines that share a colour still differ.
-fn marker(style: usize) -> MarkerShape {
-    match style % 6 {
-        0 => MarkerShape::Circle,
-        1 => MarkerShape::Square,
-        2 => MarkerShape::Triangle,
-        3 => MarkerShape::Diamond,
-        4 => MarkerShape::TriangleDown,
-        _ => MarkerShape::Star,
-    }
 }
 
 fn plots(panel: &Panel, place: Place) -> Vec<Plot> {
@@ -135,10 +113,7 @@ fn plots_of(panel: &Panel, line: &Line, place: Place) -> Vec<Plot> {
     let points: Vec<(f64, f64)> = line.points.iter().map(at).collect();
     let mut drawn =
         LinePlot::new().with_data(points.clone()).with_color(colour).with_stroke_width(2.0);
-    if place == Place::File {
-        drawn = drawn.with_legend(line.name.as_str());
-    }
-    if line.dashed || line.style >= COLOURS.len() {
+    if line.dashed {
         drawn = drawn.with_dashed();
     }
     if line.steps {
@@ -155,8 +130,8 @@ fn plots_of(panel: &Panel, line: &Line, place: Place) -> Vec<Plot> {
     let mut markers = ScatterPlot::new()
         .with_data(points)
         .with_color(colour)
-        .with_marker(marker(line.style))
-        .with_size(4.0);
+        .with_marker(legend::marker(line.style))
+        .with_size(legend::MARKER);
     if has_bars {
         markers = markers.with_y_err_asymmetric(bars);
     }
@@ -165,11 +140,12 @@ fn plots_of(panel: &Panel, line: &Line, place: Place) -> Vec<Plot> {
 
 fn layout(panel: &Panel, place: Place) -> Layout {
     let plots = plots(panel, place);
+    let (width, height) = place.size();
     let (x, y) = (range(panel, true), range(panel, false));
     let mut layout = Layout::auto_from_plots(&plots)
         .with_theme(place.theme())
-        .with_width(WIDTH)
-        .with_height(HEIGHT)
+        .with_width(width)
+        .with_height(height)
         .with_title(panel.title.as_str())
         .with_x_label(panel.x.label.as_str())
         .with_y_label(panel.y.label.as_str())
@@ -177,7 +153,6 @@ fn layout(panel: &Panel, place: Place) -> Layout {
         .with_label_size(13)
         .with_tick_size(12)
         .with_body_size(12)
-        .with_legend_position(LegendPosition::InsideTopLeft)
         .with_x_axis_min(x.low)
         .with_x_axis_max(x.high)
         .with_x_tick_step(x.step)
