@@ -135,6 +135,15 @@ pub struct AttentionArgs {
     pub scale: f32,
 }
 
+impl AttentionArgs {
+    /// Index of `lse[b, h, i]`; row `i` of the weights begins `seq_k` times as far.
+    #[inline(always)]
+    #[must_use]
+    pub const fn row(&self, b: u32, h: u32, i: u32) -> u64 {
+        (b as u64 * self.heads as u64 + h as u64) * self.seq_q as u64 + i as u64
+    }
+}
+
 /// What every linear kernel is given: `y = x wᵀ + bias`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]

@@ -53,6 +53,16 @@ pub const fn keeps(dropout: &DropoutArgs, b: u32, h: u32, i: u32, j: u32) -> boo
     (if j % 4 < 2 { low } else { high }) >= dropout.threshold
 }
 
+/// Weight `p` of `(b, h, i, j)` after dropout: 0, or scaled up.
+#[inline(always)]
+#[must_use]
+pub const fn apply(dropout: &DropoutArgs, (b, h, i, j): (u32, u32, u32, u32), p: f32) -> f32 {
+    if dropout.threshold == 0 {
+        return p;
+    }
+    if keeps(dropout, b, h, i, j) { p * dropout.rescale } else { 0.0 }
+}
+
 /// The threshold below which a draw drops its weight, for a probability in [0, 1).
 #[must_use]
 pub fn threshold(probability: f32) -> u32 {

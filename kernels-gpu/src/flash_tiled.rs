@@ -49,7 +49,7 @@ use crate::{
     args::{AttentionArgs, Tensor},
     dropout, entries,
     mask::Mask,
-    softmax,
+    softmax::{self, SPAN},
 };
 
 /// Query rows of a tile.
@@ -69,10 +69,6 @@ const KEYS: usize = (BC / COLUMN_THREADS) as usize;
 const VECTOR: usize = 4;
 /// Columns of O that the threads side by side cover with one vector each.
 const COLUMN_STEP: usize = COLUMN_THREADS as usize * VECTOR;
-/// Products of a score that are summed by themselves first. The rounding of each step is
-/// as large as the sum so far: of D = 64 products, four short sums leave 0.6 of the error
-/// of a long one, for one addition more in 16.
-const SPAN: usize = 16;
 /// Groups of columns of the largest head dim.
 const MAX_COLUMN_GROUPS: usize = 128 / COLUMN_STEP;
 
@@ -193,8 +189,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
                 let column = tx + entry % KEYS as u32 * COLUMN_THREADS;
                 let index = row * pitch(BC as usize) + column;
                 let (i, j) = (first_row + row, first_key + column);
-                let kept = dropout::keeps(&args.dropout, b, h, i, j);
-                let p = if kept { p_smem.read(index) * args.dropout.rescale } else { 0.0 };
+                let p = dropout::apply(&args.dropout, (b, h, i, j), p_smem.read(index));
                 p_smem.write(index, p);
             }
         }
@@ -244,8 +239,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
                 }
             });
             if tx == 0 {
-                let row = (b as u64 * args.heads as u64 + h as u64) * args.seq_q as u64 + i as u64;
-                lse.write(row, softmax::log_sum_exp(m_i[R], l_row));
+                lse.write(args.row(b, h, i), softmax::log_sum_exp(m_i[R], l_row));
             }
         }
     });

@@ -32,6 +32,7 @@ pub mod tiled;
 const VECTOR_BYTES: u64 = 16;
 
 /// A matrix in global memory: rows a stride apart, columns next to each other.
+#[derive(Clone, Copy)]
 pub struct Matrix<T> {
     view: Global<T>,
     origin: u64,
@@ -41,14 +42,6 @@ pub struct Matrix<T> {
     /// Columns.
     pub columns: u32,
 }
-
-impl<T> Clone for Matrix<T> {
-    #[inline(always)]
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T> Copy for Matrix<T> {}
 
 impl<T: Memory> Matrix<T> {
     /// The matrix of `rows` rows and `columns` columns whose first element is element
@@ -109,18 +102,11 @@ impl<T: Scalar> Matrix<T> {
 }
 
 /// A matrix to be written.
+#[derive(Clone, Copy)]
 pub struct MatrixMut<T> {
     place: Matrix<T>,
     view: GlobalMut<T>,
 }
-
-impl<T> Clone for MatrixMut<T> {
-    #[inline(always)]
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T> Copy for MatrixMut<T> {}
 
 impl<T: Memory> MatrixMut<T> {
     /// The matrix at `place`.
@@ -191,17 +177,10 @@ impl Epilogue for Scaled {
 }
 
 /// The sum plus the element of a bias `[columns]`, where there is one.
+#[derive(Clone, Copy)]
 pub struct Biased<T> {
     bias: Option<Global<T>>,
 }
-
-impl<T> Clone for Biased<T> {
-    #[inline(always)]
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T> Copy for Biased<T> {}
 
 impl<T: Scalar> Biased<T> {
     /// With the bias in `buffer`; an empty one means none.

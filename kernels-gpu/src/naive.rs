@@ -47,27 +47,33 @@ pub(crate) fn batch_and_head(args: &AttentionArgs) -> (u32, u32) {
 /// Index of `weights[b, h, i, j]`.
 #[inline(always)]
 pub(crate) fn weight_index(args: &AttentionArgs, b: u32, h: u32, i: u32, j: u32) -> u64 {
-    let row = (b as u64 * args.heads as u64 + h as u64) * args.seq_q as u64 + i as u64;
-    row * args.seq_k as u64 + j as u64
+    args.row(b, h, i) * args.seq_k as u64 + j as u64
 }
 
 /// `Q[i, :] · K[j, :]` of head `h` of batch entry `b`.
 ///
+/// SPAN products are summed at a time: D, which is the plain sum, or [`softmax::SPAN`].
+///
 /// # Safety
 /// Q and K must have the shapes that `args` says, and these rows.
 #[inline(always)]
-pub(crate) unsafe fn dot<T: Scalar, const D: usize>(
+pub(crate) unsafe fn dot<T: Scalar, const D: usize, const SPAN: usize>(
     args: &AttentionArgs,
     (b, h): (u32, u32),
     (i, j): (u32, u32),
 ) -> f32 {
+    const { assert!(D % SPAN == 0) };
     // SAFETY: the caller vouches for the buffers.
     let (q, k) = unsafe { (args.q.buffer.view::<T>(), args.k.buffer.view::<T>()) };
     let q_row = args.q.head(b, h) + i as u64 * args.q.stride_n;
     let k_row = args.k.head(b, h) + j as u64 * args.k.stride_n;
     let mut s = 0.0;
-    for d in 0..D as u64 {
-        s = math::fma(q.read(q_row + d).to_f32(), k.read(k_row + d).to_f32(), s);
+    for first in (0..D as u64).step_by(SPAN) {
+        let mut part = 0.0;
+        for d in first..first + SPAN as u64 {
+            part = math::fma(q.read(q_row + d).to_f32(), k.read(k_row + d).to_f32(), part);
+        }
+        s += part;
     }
     s
 }
@@ -93,7 +99,7 @@ pub unsafe fn scores<T: Scalar, const D: usize>(args: &AttentionArgs) {
     // SAFETY: the caller vouches for the buffers.
     let (weights, mask) = unsafe { (args.weights.view_mut::<T>(), Mask::new(args, b)) };
     // SAFETY: the caller vouches for the buffers.
-    let s = unsafe { dot::<T, D>(args, (b, h), (i, j)) };
+    let s = unsafe { dot::<T, D, D>(args, (b, h), (i, j)) };
     let s = if mask.sees(i, j) { s * args.scale_log2 } else { f32::NEG_INFINITY };
     weights.write(weight_index(args, b, h, i, j), T::from_f32(s));
 }
@@ -135,16 +141,12 @@ pub unsafe fn softmax_rows<T: Scalar>(args: &AttentionArgs) {
     let normaliser = softmax::normaliser(l_i);
 
     for j in (lane..args.seq_k).step_by(warp::LANES as usize) {
-        let mut p = math::exp2(weights.read(row + j as u64).to_f32() - m_used) * normaliser;
-        if args.dropout.threshold != 0 {
-            let kept = dropout::keeps(&args.dropout, b, h, i, j);
-            p = if kept { p * args.dropout.rescale } else { 0.0 };
-        }
+        let p = math::exp2(weights.read(row + j as u64).to_f32() - m_used) * normaliser;
+        let p = dropout::apply(&args.dropout, (b, h, i, j), p);
         weights.write(row + j as u64, T::from_f32(p));
     }
     if lane == 0 {
-        let bh = b as u64 * args.heads as u64 + h as u64;
-        lse.write(bh * args.seq_q as u64 + i as u64, softmax::log_sum_exp(m_i, l_i));
+        lse.write(args.row(b, h, i), softmax::log_sum_exp(m_i, l_i));
     }
 }
 

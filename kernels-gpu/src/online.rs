@@ -160,9 +160,8 @@ pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
             }
         });
         if inside && column == 0 {
-            let bh = to.b as u64 * args.heads as u64 + to.h as u64;
             let value = softmax::log_sum_exp(rows.m_i[R], l_i[R]);
-            lse.write(bh * args.seq_q as u64 + i as u64, value);
+            lse.write(args.row(to.b, to.h, i), value);
         }
     });
 }

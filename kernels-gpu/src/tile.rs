@@ -25,6 +25,7 @@ use crate::args::{AttentionArgs, Tensor};
 pub const FOUR_WARPS: u32 = 4 * warp::LANES;
 
 /// The rows of one head of a tensor.
+#[derive(Clone, Copy)]
 pub struct Rows<T> {
     /// The head's first row and what follows.
     head: Global<T>,
@@ -32,14 +33,6 @@ pub struct Rows<T> {
     /// Rows that the head has.
     seq: u32,
 }
-
-impl<T> Clone for Rows<T> {
-    #[inline(always)]
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T> Copy for Rows<T> {}
 
 impl<T: Memory> Rows<T> {
     /// The `seq` rows of head `h` of batch entry `b`.

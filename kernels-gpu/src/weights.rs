@@ -20,6 +20,7 @@ use crate::{
     dropout, entries,
     mask::Mask,
     naive::{batch_and_head, dot, weight_index},
+    softmax,
 };
 
 /// Keys and rows of a block.
@@ -48,15 +49,11 @@ pub unsafe fn weights<T: Scalar, const D: usize>(args: &AttentionArgs) {
     let (lse, weights, mask) =
         unsafe { (args.lse.view::<f32>(), args.weights.view_mut::<T>(), Mask::new(args, b)) };
     // SAFETY: the caller vouches for the buffers.
-    let s = unsafe { dot::<T, D>(args, (b, h), (i, j)) };
-    let row = (b as u64 * args.heads as u64 + h as u64) * args.seq_q as u64 + i as u64;
-    let lse_log2 = lse.read(row) * core::f32::consts::LOG2_E;
+    let s = unsafe { dot::<T, D, { softmax::SPAN }>(args, (b, h), (i, j)) };
+    let lse = lse.read(args.row(b, h, i));
     // A row that sees no key has LSE = -inf, which is not touched.
-    let mut p = if mask.sees(i, j) { math::exp2(s * args.scale_log2 - lse_log2) } else { 0.0 };
-    if args.dropout.threshold != 0 {
-        let kept = dropout::keeps(&args.dropout, b, h, i, j);
-        p = if kept { p * args.dropout.rescale } else { 0.0 };
-    }
+    let p = if mask.sees(i, j) { softmax::exp(math::fma(s, args.scale, -lse)) } else { 0.0 };
+    let p = dropout::apply(&args.dropout, (b, h, i, j), p);
     weights.write(weight_index(args, b, h, i, j), T::from_f32(p));
 }
 

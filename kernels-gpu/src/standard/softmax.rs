@@ -30,7 +30,7 @@ use crate::{
     dropout, entries,
     naive::{batch_and_head, weight_index},
     policy::{General, Policy},
-    softmax::{LN_2, normaliser, safe_max},
+    softmax::{exp, log_sum_exp_natural, normaliser, safe_max},
 };
 
 /// Threads of a block.
@@ -179,7 +179,7 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
     #[inline(always)]
     fn exponentials(&self, key: u32, m: f32) -> [f32; MAX_ELEMENTS] {
         let s = T::unpack(self.segment.read_as(key));
-        s.map(|s| math::exp2((s - m) * core::f32::consts::LOG2_E))
+        s.map(|s| exp(s - m))
     }
 
     /// Stores the chunk at `key` of the segment that begins at `start`; puts it into the segment
@@ -246,7 +246,7 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
         let largest = warp::reduce_max::<32>(row.load(start, keys));
         let m_new = math::max(m_i, Row::<T, ROW_THREADS>::combine(largest, math::max));
         let m_used = safe_max(m_new);
-        l_i *= math::exp2((m_i - m_used) * core::f32::consts::LOG2_E);
+        l_i *= exp(m_i - m_used);
         m_i = m_new;
         for key in (row.thread * T::ELEMENTS..keys).step_by(Row::<T, ROW_THREADS>::STRIDE) {
             let p = row.exponentials(key, m_used);
@@ -288,10 +288,7 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
         start += segment;
     }
     if row.thread == 0 {
-        let bh = b as u64 * args.heads as u64 + h as u64;
-        let value =
-            if l_i == 0.0 { f32::NEG_INFINITY } else { math::fma(math::log2(l_i), LN_2, m_i) };
-        lse.write(bh * args.seq_q as u64 + i as u64, value);
+        lse.write(args.row(b, h, i), log_sum_exp_natural(m_i, l_i));
     }
 }
 
