@@ -1,7 +1,7 @@
 //! The arithmetic of the softmax, shared by the rungs.
 //!
-//! But for `standard`, maxima are in units of log2(e): `exp(s * scale) = exp2(s * scale_log2)`; so
-//! one fma and one `ex2` give a weight. A row carries its running maximum `m_i` and
+//! But for `standard`, maxima are in units of log2(e), `exp(s * scale) = exp2(s * scale_log2)`,
+//! so that one fma and one `ex2` give a weight. A row carries its running maximum `m_i` and
 //! its running sum `l_i`. Source: Dao et al., "FlashAttention", 2022, algorithm 1;
 //! Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
 
