@@ -17,6 +17,8 @@
 //!                     r = 2 | 2 3 0 1 6 7 4 5     where chunk c of a row stands
 //! ```
 //!
+//! An f32 counts as two elements, so that a chunk is 16 bytes for every type.
+//!
 //! A row of 4 more chunks than a multiple of 8 begins in the other half of the groups than
 //! the one before, so that two rows share a value: `c ^ (r / 2 % 4)`.
 
@@ -32,7 +34,8 @@ pub trait Layout: 'static {
     fn index(row: u32, column: u32) -> u32;
 
     /// The index of the chunk `columns` (a constant multiple of 16) to the right of the
-    /// one at `index`, which is in the first 16 columns of its row.
+    /// one at `index`, which is in the first 16 columns of its row; or in the first 64, and
+    /// `columns` is a multiple of 64.
     fn right(index: u32, columns: u32) -> u32;
 
     /// The index of the chunk `rows` (a constant multiple of 8) below.

@@ -70,6 +70,39 @@ load! {
     load_x4_transposed, 4, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{{0}, {1}, {2}, {3}}}, [{4}];", true, 0 1 2 3;
 }
 
+/// Loads 16 bytes a lane, each from the index that it gives and as they stand: an ordinary
+/// load, of which the emulator counts the bank conflicts. For elements that are no matrix
+/// of 16-bit ones.
+#[inline(always)]
+#[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn load_chunk<T: Memory>(tile: Shared<T>, index: u32) -> [u32; 4] {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        tile.read_as(index)
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let at = Location::caller();
+        check_row(tile, index, "read", at);
+        let address = [tile.address_of(index)];
+        collectives::collective("load_chunk", FULL_MASK, address, at, |call: WarpCall<'_>| {
+            whole_warp(&call, "load_chunk", at)?;
+            let base = call.warp * 32;
+            let offsets: [u32; 32] = std::array::from_fn(|lane| call.input[lane][0]);
+            for (lane, &offset) in offsets.iter().enumerate() {
+                let block = &mut *call.block;
+                let from = block.as_lane(base + lane, |b| b.shared_read(offset, ROW_BYTES, at))?;
+                // SAFETY: `shared_read` checked bounds and alignment.
+                let chunk = unsafe { from.cast::<[u32; 4]>().read() };
+                call.output[lane][..4].copy_from_slice(&chunk);
+            }
+            call.block.count_conflicts(&offsets);
+            Ok(())
+        })
+    }
+}
+
 /// Stores four matrices: the reverse of [`load_x4`]. From sm_90 on.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]

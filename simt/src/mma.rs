@@ -33,7 +33,7 @@ use crate::{
 };
 
 macro_rules! product {
-    ($($(#[$doc:meta])* $name:ident, $k:literal, $a:literal, $b:literal, $elements:expr, $text:expr,
+    ($($(#[$doc:meta])* $name:ident, $k:literal, $a:literal, $b:literal, $elements:expr, $add:expr, $text:expr,
         $($ai:literal)*, $($bi:literal)*;)*) => {$(
         $(#[$doc])*
         #[inline(always)]
@@ -47,30 +47,35 @@ macro_rules! product {
                     $(in(reg32) a[$ai],)* $(in(reg32) b[$bi],)* options(nomem, nostack));
             }
             #[cfg(not(target_arch = "nvptx64"))]
-            product::<$k, $a, $b>(stringify!($name), $elements, c, a, b, Location::caller());
+            product::<$k, $a, $b>(stringify!($name), ($elements, $add), c, a, b, Location::caller());
         }
     )*};
 }
 
 product! {
     /// `C += A B`, 16 x 8 with k = 8, f16; from sm_75 on.
-    m16n8k8_f16, 8, 2, 1, halves_f16,
+    m16n8k8_f16, 8, 2, 1, halves_f16, add_in_order,
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}}}, {{{6}}}, {{{0}, {1}, {2}, {3}}};",
         0 1, 0;
     /// `C += A B`, 16 x 8 with k = 16, f16; from sm_80 on.
-    m16n8k16_f16, 16, 4, 2, halves_f16,
+    m16n8k16_f16, 16, 4, 2, halves_f16, add_in_order,
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};",
         0 1 2 3, 0 1;
     /// `C += A B`, 16 x 8 with k = 16, bf16; from sm_80 on.
-    m16n8k16_bf16, 16, 4, 2, halves_bf16,
+    m16n8k16_bf16, 16, 4, 2, halves_bf16, add_in_order,
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};",
         0 1 2 3, 0 1;
     /// `C += A B`, 16 x 8 with k = 8, tf32; from sm_80 on. The lowest 13 bits of each
     /// element are ignored.
-    m16n8k8_tf32, 8, 4, 2, whole_tf32,
+    m16n8k8_tf32, 8, 4, 2, whole_tf32, add_cut,
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};",
         0 1 2 3, 0 1;
 }
+
+/// Bits of an f32 that tf32 has no room for.
+const TF32_BEYOND: u32 = (1 << 13) - 1;
+/// Half a unit in the last place of tf32, as a difference of an f32's bits.
+const TF32_HALF: u32 = 1 << 12;
 
 /// The value rounded to tf32: 8 bits of exponent, 10 of fraction; ties away from zero.
 #[inline(always)]
@@ -88,14 +93,26 @@ pub fn to_tf32(value: f32) -> u32 {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     {
-        if value.is_finite() { (value.to_bits() + 0x1000) & !0x1fff } else { value.to_bits() }
+        let bits = value.to_bits();
+        if value.is_finite() { (bits + TF32_HALF) & !TF32_BEYOND } else { bits }
     }
 }
 
 /// A generation of tensor cores that multiplies elements of type `T`.
-pub trait TensorCore<T: Scalar>: 'static {
-    /// `C += A B`, 16 x 8 with k = 16.
-    fn multiply(c: &mut [f32; 4], a: [u32; 4], b: [u32; 2]);
+pub trait Multiply<T: Scalar>: 'static {
+    /// What a product takes of a register of A or B.
+    type Operand: Copy;
+
+    /// Makes a register of A or B, as it comes from shared memory, an operand.
+    fn operand(bits: u32) -> Self::Operand;
+
+    /// `C += A B`, 16 x 8 with 32 bytes of each row of A and column of B: k = 16 for 16-bit
+    /// elements, k = 8 for f32.
+    fn multiply(c: &mut [f32; 4], a: [Self::Operand; 4], b: [Self::Operand; 2]);
+}
+
+/// One for 16-bit elements, two a register.
+pub trait TensorCore<T: Scalar>: Multiply<T, Operand = u32> {
     /// Two values rounded to `T` in one register.
     fn pack(low: f32, high: f32) -> u32;
 }
@@ -103,17 +120,26 @@ pub trait TensorCore<T: Scalar>: 'static {
 /// sm_75: f16, k = 8.
 #[derive(Clone, Copy, Debug)]
 pub struct Turing;
-/// sm_80 and later: f16 and bf16, k = 16.
+/// sm_80 and later: f16 and bf16, k = 16; f32 by three products of tf32, k = 8.
 #[derive(Clone, Copy, Debug)]
 pub struct Ampere;
 
-impl TensorCore<f16> for Turing {
+impl Multiply<f16> for Turing {
+    type Operand = u32;
+
+    #[inline(always)]
+    fn operand(bits: u32) -> u32 {
+        bits
+    }
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn multiply(c: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
         m16n8k8_f16(c, [a[0], a[1]], [b[0]]);
         m16n8k8_f16(c, [a[2], a[3]], [b[1]]);
     }
+}
+
+impl TensorCore<f16> for Turing {
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         let bits = |x| u32::from(<f16 as Scalar>::from_f32(x).to_bits());
@@ -123,12 +149,21 @@ impl TensorCore<f16> for Turing {
 
 macro_rules! ampere {
     ($type:ident, $multiply:ident, $pack:literal) => {
-        impl TensorCore<$type> for Ampere {
+        impl Multiply<$type> for Ampere {
+            type Operand = u32;
+
+            #[inline(always)]
+            fn operand(bits: u32) -> u32 {
+                bits
+            }
             #[inline(always)]
             #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
             fn multiply(c: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
                 $multiply(c, a, b);
             }
+        }
+
+        impl TensorCore<$type> for Ampere {
             #[inline(always)]
             fn pack(low: f32, high: f32) -> u32 {
                 #[cfg(target_arch = "nvptx64")]
@@ -154,6 +189,67 @@ macro_rules! ampere {
 ampere!(f16, m16n8k16_f16, "cvt.rn.f16x2.f32 {0}, {1}, {2};");
 ampere!(bf16, m16n8k16_bf16, "cvt.rn.bf16x2.f32 {0}, {1}, {2};");
 
+/// An f32 as the sum of two tf32: 11 bits of the value, and 11 of the 12 that are left
+/// besides a sign. What is lost is at most 2^-23 of the value.
+#[derive(Clone, Copy, Debug)]
+pub struct Split {
+    high: u32,
+    /// Not rounded: a product ignores what is beyond tf32. Of 12 bits one is lost, and
+    /// rounding that up is as far off as leaving it out.
+    low: u32,
+}
+
+/// f32 by three products: `A B = low high + high low + high high`, smallest first. The
+/// product of the low parts, 2^-24 of the whole at most, is left out.
+///
+/// A tensor core adds in f32 but cuts off what it cannot hold, each time towards 0; over
+/// a long sum that is an error of its own. So the three products are summed from 0, and
+/// an addition that rounds takes their sum into C. Source: Ootomo and Yokota, "Recovering
+/// single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
+/// performance", 2022, section 3.
+impl Multiply<f32> for Ampere {
+    type Operand = Split;
+
+    #[inline(always)]
+    fn operand(bits: u32) -> Split {
+        // `to_tf32` in two instructions, for which ptxas would write four to keep a NaN one:
+        // here `low` is NaN then, and the sum with it.
+        let high = bits.wrapping_add(TF32_HALF) & !TF32_BEYOND;
+        Split { high, low: (f32::from_bits(bits) - f32::from_bits(high)).to_bits() }
+    }
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn multiply(c: &mut [f32; 4], a: [Split; 4], b: [Split; 2]) {
+        let a_high = [a[0].high, a[1].high, a[2].high, a[3].high];
+        let a_low = [a[0].low, a[1].low, a[2].low, a[3].low];
+        let (b_high, b_low) = ([b[0].high, b[1].high], [b[0].low, b[1].low]);
+        let mut sum = [0.0; 4];
+        m16n8k8_tf32(&mut sum, a_low, b_high);
+        m16n8k8_tf32(&mut sum, a_high, b_low);
+        m16n8k8_tf32(&mut sum, a_high, b_high);
+        add_here(&mut c[0], sum[0]);
+        add_here(&mut c[1], sum[1]);
+        add_here(&mut c[2], sum[2]);
+        add_here(&mut c[3], sum[3]);
+    }
+}
+
+/// `c += x`, where it stands: LLVM would put off the additions of many products to the end
+/// and keep all their terms in registers until then.
+#[inline(always)]
+fn add_here(c: &mut f32, x: f32) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: arithmetic between registers. Not `pure`, so that it stays behind its product.
+    unsafe {
+        core::arch::asm!("add.rn.f32 {0}, {0}, {1};", inout(reg32) *c, in(reg32) x,
+            options(nomem, nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        *c += x;
+    }
+}
+
 /// The elements that a register holds, at most two.
 #[cfg(not(target_arch = "nvptx64"))]
 struct Elements {
@@ -174,15 +270,62 @@ fn halves_bf16(bits: u32) -> Elements {
 
 #[cfg(not(target_arch = "nvptx64"))]
 fn whole_tf32(bits: u32) -> Elements {
-    Elements { values: [f32::from_bits(bits & !0x1fff), 0.0], count: 1 }
+    Elements { values: [f32::from_bits(bits & !TF32_BEYOND), 0.0], count: 1 }
 }
 
-/// `C += A B` as a collective. Products of two such elements are exact in f32; the sums
-/// are made in f32 in the order of k, which a GPU does not promise.
+/// C, and the rows of A and B, all in f32, where products of two elements are exact.
+#[cfg(not(target_arch = "nvptx64"))]
+type Add<const K: usize> = fn(&mut [[f32; 8]; 16], &[[f32; K]; 16], &[[f32; 8]; K]);
+
+/// `C += A B` in f32, in the order of k. A GPU promises no order; next to what rounding a
+/// factor to 16 bits does that is little.
+#[cfg(not(target_arch = "nvptx64"))]
+fn add_in_order<const K: usize>(c: &mut [[f32; 8]; 16], a: &[[f32; K]; 16], b: &[[f32; 8]; K]) {
+    for (c, a) in c.iter_mut().zip(a) {
+        for (a, b) in a.iter().zip(b) {
+            for (c, b) in c.iter_mut().zip(b) {
+                *c += a * b;
+            }
+        }
+    }
+}
+
+/// `C += A B` as a tensor core does it: all terms of an element are brought under the
+/// exponent of the largest, cut off one bit below an f32's last, and their sum is cut to an
+/// f32. Nothing is rounded, so that errors add up, towards 0. Source: Fasi, Higham, Mikaitis
+/// and Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021, section 4.
+#[cfg(not(target_arch = "nvptx64"))]
+fn add_cut<const K: usize>(c: &mut [[f32; 8]; 16], a: &[[f32; K]; 16], b: &[[f32; 8]; K]) {
+    for (c, a) in c.iter_mut().zip(a) {
+        for (n, c) in c.iter_mut().enumerate() {
+            *c = sum_cut(*c, &std::array::from_fn::<_, K, _>(|k| a[k] * b[k][n]));
+        }
+    }
+}
+
+/// `c` and the terms, added as [`add_cut`] says.
+#[cfg(not(target_arch = "nvptx64"))]
+fn sum_cut(c: f32, terms: &[f32]) -> f32 {
+    let plain = terms.iter().fold(c, |sum, t| sum + t);
+    let largest = terms.iter().fold(c.abs(), |most, t| most.max(t.abs()));
+    if largest == 0.0 || !plain.is_finite() {
+        return plain;
+    }
+    let exponent = (largest.to_bits() >> 23) as i32 - 127;
+    // An f32's last bit is worth 2^(exponent - 23).
+    let unit = 2f64.powi(exponent - 24);
+    let cut = |term: f32| (f64::from(term) / unit).trunc();
+    let sum = terms.iter().fold(cut(c), |sum, &t| sum + cut(t)) * unit;
+    let rounded = sum as f32;
+    let is_too_large = f64::from(rounded).abs() > sum.abs();
+    if is_too_large { f32::from_bits(rounded.to_bits() - 1) } else { rounded }
+}
+
+/// `C += A B` as a collective.
 #[cfg(not(target_arch = "nvptx64"))]
 fn product<const K: usize, const A: usize, const B: usize>(
     name: &'static str,
-    elements: fn(u32) -> Elements,
+    (elements, add): (fn(u32) -> Elements, Add<K>),
     c: &mut [f32; 4],
     a: [u32; A],
     b: [u32; B],
@@ -214,13 +357,7 @@ fn product<const K: usize, const A: usize, const B: usize>(
                     c[g + 8 * (i / 2)][2 * t + i % 2] = f32::from_bits(register);
                 }
             }
-            for (c, a) in c.iter_mut().zip(&a) {
-                for (a, b) in a.iter().zip(&b) {
-                    for (c, b) in c.iter_mut().zip(b) {
-                        *c += a * b;
-                    }
-                }
-            }
+            add(&mut c, &a, &b);
             for lane in 0..32 {
                 let (g, t) = (lane / 4, lane % 4);
                 for i in 0..4 {

@@ -11,7 +11,7 @@ use simt::{
     emulator::FaultKind,
     layout::{Layout, Padded, Swizzled},
     matrix,
-    mma::{self, Ampere, TensorCore, Turing},
+    mma::{self, Ampere, Multiply, TensorCore, Turing},
     shared::Shared,
     thread, warp,
 };
@@ -59,8 +59,8 @@ fn check_product(pack: fn(f32, f32) -> u32, multiply: fn(&mut [f32; 4], [u32; 4]
 
 #[test]
 fn products_have_the_documented_fragments() {
-    check_product(<Ampere as TensorCore<f16>>::pack, <Ampere as TensorCore<f16>>::multiply);
-    check_product(<Ampere as TensorCore<bf16>>::pack, <Ampere as TensorCore<bf16>>::multiply);
+    check_product(<Ampere as TensorCore<f16>>::pack, <Ampere as Multiply<f16>>::multiply);
+    check_product(<Ampere as TensorCore<bf16>>::pack, <Ampere as Multiply<bf16>>::multiply);
     check_product(Turing::pack, Turing::multiply);
 }
 
@@ -90,6 +90,55 @@ fn tf32_has_one_element_a_register_and_ten_bits_of_fraction() {
     }
     assert_eq!(f32::from_bits(mma::to_tf32(1.0 + 2f32.powi(-11))), 1.0 + 2f32.powi(-10));
     assert_eq!(f32::from_bits(mma::to_tf32(1.0 + 2f32.powi(-12))), 1.0);
+}
+
+/// One element of C that starts as `c`, after products of 8 equal terms `a * b` from `multiply`.
+fn eight_terms(c: f32, a: f32, b: f32, multiply: impl Fn(&mut [f32; 4], f32, f32) + Sync) -> f32 {
+    let mut result = vec![f32::NAN];
+    let out = view_mut(&mut result);
+    launch(1, 32, || {
+        let mut sum = [c; 4];
+        multiply(&mut sum, a, b);
+        if warp::lane_id() == 0 {
+            out.write(0, sum[0]);
+        }
+    });
+    result[0]
+}
+
+#[test]
+fn tf32_sums_are_cut_off_and_not_rounded() {
+    let product = |c, a: f32, b: f32| {
+        eight_terms(c, a, b, |c, a, b| {
+            mma::m16n8k8_tf32(c, [a.to_bits(); 4], [b.to_bits(); 2]);
+        })
+    };
+    let ulp = f32::EPSILON;
+    // Each term is half a unit in the last place of C: there is one bit for that.
+    assert_eq!(product(1.0, ulp, 0.5), 1.0 + 4.0 * ulp);
+    // A quarter each: two units together, but each is cut off before.
+    assert_eq!(product(1.0, ulp, 0.25), 1.0);
+    assert_eq!(product(-1.0, -ulp, 0.25), -1.0);
+    // 2 and 3 ulp, and from 2 on an f32 has every second ulp: rounding would give 4.
+    assert_eq!(product(2.0 - ulp, ulp, 0.5), 2.0 + 2.0 * ulp);
+    assert_eq!(product(0.0, 1.5, 2.0), 24.0);
+    assert!(product(f32::INFINITY, 1.0, 1.0).is_infinite() && product(0.0, f32::NAN, 1.0).is_nan());
+}
+
+#[test]
+fn three_products_of_tf32_are_as_good_as_f32() {
+    let multiply = |c: &mut [f32; 4], a: f32, b: f32| {
+        let operand = |x: f32| <Ampere as Multiply<f32>>::operand(x.to_bits());
+        <Ampere as Multiply<f32>>::multiply(c, [operand(a); 4], [operand(b); 2]);
+    };
+    for i in 0..200u32 {
+        let (a, b) = ((i as f32 * 0.37).sin() + 1.5, (i as f32 * 0.73).cos() + 1.3);
+        let exact = 8.0 * f64::from(a) * f64::from(b);
+        // Products of parts are lost up to 2^-22 of the whole, and a few bits are cut off.
+        let error = (f64::from(eight_terms(0.0, a, b, multiply)) - exact).abs() / exact;
+        assert!(error < 2f64.powi(-21), "8 * {a} * {b} is off by {error:e}");
+    }
+    assert!(eight_terms(0.0, f32::from_bits(0x7fff_ffff), 1.0, multiply).is_nan());
 }
 
 #[test]
