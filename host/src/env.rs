@@ -213,14 +213,14 @@ mod tests {
 
     #[test]
     fn each_generation_has_its_best_kernel() {
-        for (capability, f16, bf16) in [
-            ((9, 0), "flash_hopper", "flash_hopper"),
-            ((10, 0), "flash_pipelined", "flash_pipelined"),
-            ((8, 0), "flash_pipelined", "flash_pipelined"),
-            ((7, 5), "flash_turing", "flash_tiled"),
+        for (capability, f32, f16, bf16) in [
+            ((9, 0), "flash_tf32", "flash_hopper", "flash_hopper"),
+            ((10, 0), "flash_tf32", "flash_pipelined", "flash_pipelined"),
+            ((8, 0), "flash_tf32", "flash_pipelined", "flash_pipelined"),
+            ((7, 5), "flash_tiled", "flash_turing", "flash_tiled"),
         ] {
             let text = describe(&gpu(capability));
-            let chosen = format!("flash_tiled for f32, {f16} for f16, {bf16} for bf16");
+            let chosen = format!("{f32} for f32, {f16} for f16, {bf16} for bf16");
             assert!(text.contains(&chosen), "{capability:?}: {text}");
         }
         assert!(!describe(&gpu((6, 1))).contains("chosen"));

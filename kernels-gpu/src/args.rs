@@ -77,6 +77,18 @@ impl Tensor {
     pub const fn head(&self, b: u32, h: u32) -> u64 {
         b as u64 * self.stride_b + h as u64 * self.stride_h
     }
+
+    /// The same memory in elements half as long: an f32 as two of 16 bits.
+    #[inline(always)]
+    #[must_use]
+    pub const fn halves(&self) -> Self {
+        Self {
+            buffer: self.buffer,
+            stride_b: 2 * self.stride_b,
+            stride_h: 2 * self.stride_h,
+            stride_n: 2 * self.stride_n,
+        }
+    }
 }
 
 /// Dropout of attention weights, by Philox 4x32-10 (see `dropout.rs`).

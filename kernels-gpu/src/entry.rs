@@ -14,7 +14,7 @@ pub struct Entry {
     pub module: &'static str,
     /// Threads of a block: its launch bound, and what it must be launched with.
     pub threads: u32,
-    /// Blocks that must fit on a multiprocessor at once; bounds the registers.
+    /// Blocks that must fit on a multiprocessor at once; bounds the registers. 0: no bound.
     pub min_blocks: u32,
     /// Size of the argument struct in bytes.
     pub args_bytes: usize,

@@ -88,7 +88,10 @@ pub unsafe fn flash_async<T: Scalar, const D: usize, const COLUMN_TILES: usize>(
         (
             General::new(args, b, h),
             Rows::<T>::new(&args.q, b, h, args.seq_q),
-            KvStages::<T, D, BC, THREADS>::new(args, b, h),
+            KvStages::<T, D, BC, THREADS>::new(
+                Rows::new(&args.k, b, h, args.seq_k),
+                Rows::new(&args.v, b, h, args.seq_k),
+            ),
             Shared::<T>::dynamic(KvStages::<T, D, BC, THREADS>::BYTES, Swizzled::<D>::len(BR)),
         )
     };

@@ -61,7 +61,7 @@ use simt::{
     async_copy,
     compiler::opaque,
     layout::{Layout, Swizzled},
-    mma::{Ampere, TensorCore},
+    mma::{Ampere, Multiply, TensorCore},
     scalar::Scalar,
     shared::Shared,
     thread, unroll, warp,
@@ -181,10 +181,14 @@ pub unsafe fn flash_pipelined<
     let q_in_registers = const { shape(D, P::GENERAL).q_in_registers };
 
     // Who am I.
-    let Place { b, h, first_row, warp_row } = place::<P, D, BR, FRAGMENTS>(args);
+    let row_bytes = 2 * D as u64 * T::BYTES as u64;
+    let Place { b, h, first_row, warp_row } = place::<P, BR, FRAGMENTS>(args, row_bytes);
     // SAFETY: the caller vouches for the buffers and the shared memory.
     let (policy, q, kv, q_smem) = unsafe {
-        let kv = KvStages::<T, D, BC, THREADS>::new(args, b, h);
+        let kv = KvStages::<T, D, BC, THREADS>::new(
+            Rows::new(&args.k, b, h, args.seq_k),
+            Rows::new(&args.v, b, h, args.seq_k),
+        );
         let q_smem = if q_in_registers {
             // Where the second tile of keys will go.
             kv.stage(1)
@@ -194,15 +198,11 @@ pub unsafe fn flash_pipelined<
         (P::new(args, b, h), Rows::<T>::new(&args.q, b, h, args.seq_q), kv, q_smem)
     };
 
-    let mut state = Warp::<T, P, KEY_TILES, COLUMN_TILES, FRAGMENTS> {
+    let mut state = Warp::<T, P, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(
         policy,
-        scale_log2: args.scale_log2,
-        first_row: first_row + warp_row,
-        end: policy.end_of_row(first_row + warp_row + const { FRAGMENTS as u32 * 16 - 1 }),
-        rows: [RowState::EMPTY; FRAGMENTS],
-        acc_o: [[[0.0; 4]; COLUMN_TILES]; FRAGMENTS],
-        element: PhantomData,
-    };
+        args.scale_log2,
+        first_row + warp_row,
+    );
     let num_kv_tiles = policy::end_of_tile(&policy, first_row + BR, args.seq_q).div_ceil(BC);
     if num_kv_tiles > 0 {
         // Load Q, and the first tile of K and V.
@@ -242,7 +242,7 @@ pub unsafe fn flash_pipelined<
 
     // Normalise, store O and LSE. Where to is computed again: it would take registers of
     // the loop.
-    let Place { b, h, first_row, warp_row } = place::<P, D, BR, FRAGMENTS>(args);
+    let Place { b, h, first_row, warp_row } = place::<P, BR, FRAGMENTS>(args, row_bytes);
     unroll!(for FRAGMENT in 0..2 {
         if FRAGMENT < FRAGMENTS {
             let to = Destination {
@@ -260,24 +260,26 @@ pub unsafe fn flash_pipelined<
 }
 
 /// Where a warp's rows are. All of it is the same for the whole warp.
-struct Place {
-    b: u32,
-    h: u32,
+pub(crate) struct Place {
+    pub b: u32,
+    pub h: u32,
     /// The block's first row.
-    first_row: u32,
+    pub first_row: u32,
     /// The warp's first row, counted from the block's.
-    warp_row: u32,
+    pub warp_row: u32,
 }
 
+/// The place of this warp; a row of K and one of V take `row_bytes` bytes together.
 #[inline(always)]
-fn place<P: Policy, const D: usize, const BR: u32, const FRAGMENTS: usize>(
+pub(crate) fn place<P: Policy, const BR: u32, const FRAGMENTS: usize>(
     args: &AttentionArgs,
+    row_bytes: u64,
 ) -> Place {
     // Asked for twice, and opaque so that nothing is kept from one time to the other.
     let block = opaque(thread::block_idx_x());
     let (heads, num_q_tiles) = (args.batch * args.heads, opaque(args.seq_q).div_ceil(BR));
     let work = if P::is_causal(args) {
-        let head_bytes = opaque(args.seq_k) as u64 * (4 * D) as u64;
+        let head_bytes = opaque(args.seq_k) as u64 * row_bytes;
         schedule::longest_first(block, num_q_tiles, heads, (head_bytes >> 10) as u32)
     } else {
         schedule::in_order(block, num_q_tiles)
@@ -294,45 +296,54 @@ fn place<P: Policy, const D: usize, const BR: u32, const FRAGMENTS: usize>(
 
 /// What a warp has in registers: N tiles of 8 keys, O tiles of 8 columns, F fragments of
 /// 16 rows.
-struct Warp<T, P, const N: usize, const O: usize, const F: usize> {
+pub(crate) struct Warp<T, P, const N: usize, const O: usize, const F: usize> {
     policy: P,
     scale_log2: f32,
     /// The warp's first row.
     first_row: u32,
     /// The first key that none of its rows sees by its position.
     end: u32,
-    rows: [RowState; F],
-    acc_o: [[[f32; 4]; O]; F],
+    pub rows: [RowState; F],
+    pub acc_o: [[[f32; 4]; O]; F],
     element: PhantomData<T>,
 }
 
 impl<T: Scalar, P: Policy, const N: usize, const O: usize, const F: usize> Warp<T, P, N, O, F>
 where
-    Ampere: TensorCore<T>,
+    Ampere: Multiply<T>,
 {
-    /// Takes in a tile of keys.
+    /// The rows from `first_row` on, before any key.
     #[inline(always)]
-    fn attend<L: Layout, const D: usize>(
-        &mut self,
-        queries: impl Queries<F>,
-        k_smem: Shared<T>,
-        v_smem: Shared<T>,
-        first_key: u32,
-    ) {
-        if first_key >= self.end {
-            return; // Above the diagonal.
+    pub fn new(policy: P, scale_log2: f32, first_row: u32) -> Self {
+        Self {
+            policy,
+            scale_log2,
+            first_row,
+            end: policy.end_of_row(first_row + const { F as u32 * fragment::ROWS - 1 }),
+            rows: [RowState::EMPTY; F],
+            acc_o: [[[0.0; 4]; O]; F],
+            element: PhantomData,
         }
-        // S = Q Kᵀ.
-        let mut s = [[[0.0f32; 4]; N]; F];
-        let k = (k_smem, fragment::b_origin::<L>(0));
-        fragment::add_scores::<T, Ampere, L, D, N, F>(&mut s, queries, k);
+    }
 
+    /// Whether no row sees the keys from this one on.
+    #[inline(always)]
+    pub fn is_above_the_diagonal(&self, first_key: u32) -> bool {
+        first_key >= self.end
+    }
+
+    /// Sets hidden scores of a tile of keys to -inf.
+    #[inline(always)]
+    pub fn hide(&self, s: &mut [[[f32; 4]; N]; F], first_key: u32) {
         if policy::needs_mask(&self.policy, self.first_row, first_key + 8 * N as u32) {
             let (row, column) = fragment::row_and_column();
-            policy::hide(&self.policy, &mut s, self.first_row + row, first_key + column);
+            policy::hide(&self.policy, s, self.first_row + row, first_key + column);
         }
+    }
 
-        // Online softmax; O and the sums are rescaled only where a maximum has moved far.
+    /// Online softmax: O and the sums are rescaled only where a maximum has moved far.
+    #[inline(always)]
+    pub fn raise(&mut self, s: &[[[f32; 4]; N]; F]) {
         let mut maxima = [[0.0; 2]; F];
         let mut outgrown = false;
         unroll!(for FRAGMENT in 0..2 {
@@ -349,7 +360,11 @@ where
                 }
             });
         }
-        let v = (v_smem, fragment::a_origin::<L>(0));
+    }
+
+    /// Of this lane's weights of a tile, those that dropout keeps.
+    #[inline(always)]
+    pub fn kept_weights(&self, first_key: u32) -> [[u32; 2]; F] {
         let (row, column) = fragment::row_and_column();
         let mut kept = [[0; 2]; F];
         unroll!(for FRAGMENT in 0..2 {
@@ -359,6 +374,43 @@ where
                 kept[FRAGMENT] = policy::kept_weights::<_, N>(&self.policy, i, j);
             }
         });
+        kept
+    }
+
+    /// The weights of the scores `s` of a fragment for the `tile`-th 8 keys; they join the
+    /// sum, and those that are dropped are 0 after that.
+    #[inline(always)]
+    pub fn weigh(&mut self, fragment: usize, s: [f32; 4], kept: [u32; 2], tile: usize) -> [f32; 4] {
+        let mut p = self.rows[fragment].weigh(s, self.scale_log2);
+        policy::drop_weights(&self.policy, &mut p, kept, tile);
+        p
+    }
+}
+
+impl<T: Scalar, P: Policy, const N: usize, const O: usize, const F: usize> Warp<T, P, N, O, F>
+where
+    Ampere: TensorCore<T>,
+{
+    /// Takes in a tile of keys.
+    #[inline(always)]
+    fn attend<L: Layout, const D: usize>(
+        &mut self,
+        queries: impl Queries<F>,
+        k_smem: Shared<T>,
+        v_smem: Shared<T>,
+        first_key: u32,
+    ) {
+        if self.is_above_the_diagonal(first_key) {
+            return;
+        }
+        // S = Q Kᵀ.
+        let mut s = [[[0.0f32; 4]; N]; F];
+        let k = (k_smem, fragment::b_origin::<L>(0));
+        fragment::add_scores::<T, Ampere, L, D, N, F>(&mut s, queries, k);
+        self.hide(&mut s, first_key);
+        self.raise(&s);
+        let v = (v_smem, fragment::a_origin::<L>(0));
+        let kept = self.kept_weights(first_key);
 
         // P, and O += P V, 16 keys at a time: exponentials of the next keys go beside the
         // products of these.
@@ -367,12 +419,8 @@ where
                 let mut p = [[0; 4]; F];
                 unroll!(for FRAGMENT in 0..2 {
                     if FRAGMENT < F {
-                        let (rows, kept) = (&mut self.rows[FRAGMENT], kept[FRAGMENT]);
                         let mut weigh = |tile: usize| {
-                            let s = s[FRAGMENT][tile];
-                            let mut p = rows.weigh(s, self.scale_log2);
-                            policy::drop_weights(&self.policy, &mut p, kept, tile);
-                            p
+                            self.weigh(FRAGMENT, s[FRAGMENT][tile], kept[FRAGMENT], tile)
                         };
                         let (left, right) = (weigh(2 * STEP), weigh(2 * STEP + 1));
                         p[FRAGMENT] = fragment::pack_a::<T, Ampere>(left, right);

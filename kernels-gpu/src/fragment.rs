@@ -11,6 +11,10 @@
 //!               where it is, in registers
 //! ```
 //!
+//! Rows count in elements of 16 bits, also those of f32: 32 bytes of a row are a step of
+//! the product over it. With 4-byte elements a matrix load brings one a register, which is
+//! where the product of f32 wants it.
+//!
 //! What depends on the lane alone (its rows, its addresses) is computed where it is asked
 //! for, a few instructions each time: the compiler would keep it in registers of the loop
 //! over tiles, which has none to spare.
@@ -21,7 +25,8 @@ use simt::{
     compiler::opaque,
     layout::{CHUNK, Layout},
     matrix,
-    mma::TensorCore,
+    memory::Memory,
+    mma::{Multiply, TensorCore},
     scalar::Scalar,
     shared::Shared,
     unroll, warp,
@@ -79,7 +84,7 @@ impl<T, L> Clone for SharedQueries<T, L> {
 }
 impl<T, L> Copy for SharedQueries<T, L> {}
 
-impl<T: Scalar, L: Layout> SharedQueries<T, L> {
+impl<T: Memory, L: Layout> SharedQueries<T, L> {
     /// The rows of `tile` from `row` on.
     #[inline(always)]
     #[must_use]
@@ -88,7 +93,7 @@ impl<T: Scalar, L: Layout> SharedQueries<T, L> {
     }
 }
 
-impl<T: Scalar, L: Layout, const F: usize> Queries<F> for SharedQueries<T, L> {
+impl<T: Memory, L: Layout, const F: usize> Queries<F> for SharedQueries<T, L> {
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn step(&self, step: usize) -> [[u32; 4]; F] {
@@ -145,27 +150,52 @@ pub fn add_scores<T, C, L, const D: usize, const N: usize, const F: usize>(
     (k_smem, k): (Shared<T>, u32),
 ) where
     T: Scalar,
-    C: TensorCore<T>,
+    C: Multiply<T>,
     L: Layout,
 {
     unroll!(for STEP in 0..16 {
         if STEP < D / 16 {
-            let a = queries.step(STEP);
             let right = L::right(k, STEP as u32 * 16);
-            unroll!(for PAIR in 0..8 {
-                if PAIR < N / 2 {
-                    let b = matrix::load_x4(k_smem, L::down(right, PAIR as u32 * 16));
-                    unroll!(for FRAGMENT in 0..2 {
-                        if FRAGMENT < F {
-                            let s = &mut s[FRAGMENT];
-                            C::multiply(&mut s[2 * PAIR], a[FRAGMENT], [b[0], b[1]]);
-                            C::multiply(&mut s[2 * PAIR + 1], a[FRAGMENT], [b[2], b[3]]);
-                        }
-                    });
+            add_scores_step::<T, C, L, N, F>(s, queries.step(STEP), (k_smem, right));
+        }
+    });
+}
+
+/// `S += Q Kᵀ` over 16 columns of Q and K.
+#[inline(always)]
+pub fn add_scores_step<T, C, L, const N: usize, const F: usize>(
+    s: &mut [[[f32; 4]; N]; F],
+    q: [[u32; 4]; F],
+    (k_smem, k): (Shared<impl Memory>, u32),
+) where
+    T: Scalar,
+    C: Multiply<T>,
+    L: Layout,
+{
+    let mut a = [operands::<T, C>([0; 4]); F];
+    unroll!(for FRAGMENT in 0..2 {
+        if FRAGMENT < F {
+            a[FRAGMENT] = operands::<T, C>(q[FRAGMENT]);
+        }
+    });
+    unroll!(for PAIR in 0..8 {
+        if PAIR < N / 2 {
+            let b = operands::<T, C>(matrix::load_x4(k_smem, L::down(k, PAIR as u32 * 16)));
+            unroll!(for FRAGMENT in 0..2 {
+                if FRAGMENT < F {
+                    let s = &mut s[FRAGMENT];
+                    C::multiply(&mut s[2 * PAIR], a[FRAGMENT], [b[0], b[1]]);
+                    C::multiply(&mut s[2 * PAIR + 1], a[FRAGMENT], [b[2], b[3]]);
                 }
             });
         }
     });
+}
+
+/// Four registers as operands. (`map` would be a loop.)
+#[inline(always)]
+pub fn operands<T: Scalar, C: Multiply<T>>(v: [u32; 4]) -> [C::Operand; 4] {
+    [C::operand(v[0]), C::operand(v[1]), C::operand(v[2]), C::operand(v[3])]
 }
 
 /// `O += P V` over 8 O columns, with V in shared memory; `v` from [`a_origin`].

@@ -9,6 +9,7 @@
 //! | `flash_swizzled` | `flash_swizzled.rs` | tiles without bank conflicts and without padding |
 //! | `flash_async` | `flash_async.rs` | the next tile arrives while this one is computed with |
 //! | `flash_pipelined` | `flash_pipelined.rs` | copies ahead, two fragments a warp, nothing done in vain (sm_80) |
+//! | `flash_tf32` | `flash_tf32.rs` | f32 on the tensor cores: each product is three of tf32 (sm_80) |
 //! | `flash_hopper` | `flash_hopper.rs` | copies, products and softmax at the same time (sm_90a) |
 //!
 //! Projections have a ladder of their own:
@@ -40,6 +41,7 @@ pub mod flash_hopper;
 pub mod flash_mma;
 pub mod flash_pipelined;
 pub mod flash_swizzled;
+pub mod flash_tf32;
 pub mod flash_tiled;
 pub mod fragment;
 pub mod gemm;
@@ -81,6 +83,7 @@ const TABLES: &[&[entry::Entry]] = &[
     flash_async::ENTRIES,
     flash_pipelined::FOUR_WARPS,
     flash_pipelined::EIGHT_WARPS,
+    flash_tf32::ENTRIES,
     linear::NAIVE,
     linear::TILED,
     linear_mma::ENTRIES,

@@ -137,10 +137,7 @@ pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
     // SAFETY: the caller vouches for the buffers.
     let (o, lse) = unsafe { (args.o.buffer.view_mut::<T>(), args.lse.view_mut::<f32>()) };
     let (g, column) = fragment::row_and_column();
-    let l_i = [warp::reduce_add::<4>(rows.l_i[0]), warp::reduce_add::<4>(rows.l_i[1])];
-    // Kept weights are scaled up here, all at once.
-    let kept = if dropout.threshold != 0 { dropout.rescale } else { 1.0 };
-    fragment::scale_rows(&mut acc_o, l_i.map(|l| softmax::normaliser(l) * kept));
+    let l_i = normalise(&mut acc_o, rows, dropout);
     unroll!(for R in 0..2 {
         let i = to.first_row + g + 8 * R as u32;
         let inside = i < args.seq_q;
@@ -164,6 +161,20 @@ pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
             lse.write(args.row(to.b, to.h, i), value);
         }
     });
+}
+
+/// Divides O by the sums of its rows; returns these, of which each lane had its own part.
+#[inline(always)]
+pub fn normalise<const O: usize>(
+    acc_o: &mut [[f32; 4]; O],
+    rows: &RowState,
+    dropout: DropoutArgs,
+) -> [f32; 2] {
+    let l_i = [warp::reduce_add::<4>(rows.l_i[0]), warp::reduce_add::<4>(rows.l_i[1])];
+    // Kept weights are scaled up here, all at once.
+    let kept = if dropout.threshold != 0 { dropout.rescale } else { 1.0 };
+    fragment::scale_rows(acc_o, l_i.map(|l| softmax::normaliser(l) * kept));
+    l_i
 }
 
 #[inline(always)]

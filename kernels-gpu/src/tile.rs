@@ -19,7 +19,7 @@ use simt::{
     thread, warp,
 };
 
-use crate::args::{AttentionArgs, Tensor};
+use crate::args::Tensor;
 
 /// Threads of a block of four warps.
 pub const FOUR_WARPS: u32 = 4 * warp::LANES;
@@ -142,20 +142,15 @@ impl<T: Memory, const D: usize, const BC: u32, const THREADS: u32> KvStages<T, D
     /// Bytes of all stages.
     pub const BYTES: u32 = STAGES * 2 * Self::TILE * T::BYTES;
 
-    /// Those of head `h` of batch entry `b`, at the beginning of dynamic shared memory.
+    /// Those of `k` and `v`, at the beginning of dynamic shared memory.
     ///
     /// # Safety
-    /// As for [`Rows::new`] and [`Shared::dynamic`].
+    /// As for [`Shared::dynamic`].
     #[inline(always)]
-    pub unsafe fn new(args: &AttentionArgs, b: u32, h: u32) -> Self {
+    #[must_use]
+    pub unsafe fn new(k: Rows<T>, v: Rows<T>) -> Self {
         // SAFETY: passed on to the caller.
-        unsafe {
-            Self {
-                k: Rows::new(&args.k, b, h, args.seq_k),
-                v: Rows::new(&args.v, b, h, args.seq_k),
-                smem: Shared::dynamic(0, STAGES * 2 * Self::TILE),
-            }
-        }
+        Self { k, v, smem: unsafe { Shared::dynamic(0, STAGES * 2 * Self::TILE) } }
     }
 
     /// All of a stage.

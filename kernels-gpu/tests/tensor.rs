@@ -4,7 +4,7 @@ mod common;
 
 use common::{Case, run};
 use half::{bf16, f16};
-use kernels_gpu::{flash_async, flash_mma, flash_pipelined, flash_swizzled};
+use kernels_gpu::{flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32};
 use simt::{Dim3, emulator::Stats, scalar::Scalar};
 
 /// Shapes and features that every rung must get right, for a tile of `br` rows and `bc`
@@ -95,6 +95,22 @@ fn check_pipelined<T: Scalar>(dtype: &str, d: u32) {
             let stats = case.check::<T>(|args| {
                 let blocks = args.seq_q.div_ceil(shape.rows()) * args.heads * args.batch;
                 run(&symbol, blocks.into(), shape.threads().into(), shared, args)
+            });
+            assert_eq!(stats.bank_conflicts, 0, "{symbol}");
+        }
+    }
+}
+
+#[test]
+fn flash_tf32_computes_attention() {
+    for d in (32..=256).step_by(32) {
+        let (symbol, shape) = (format!("flash_tf32_f32_d{d}"), flash_tf32::shape(d as usize));
+        let rows = shape.rows(d as usize);
+        for case in cases(d, rows, shape.keys) {
+            let stats = case.check::<f32>(|args| {
+                let blocks = args.seq_q.div_ceil(rows) * args.heads * args.batch;
+                let shared = flash_tf32::shared_bytes(d as usize);
+                run(&symbol, blocks.into(), flash_tf32::THREADS.into(), shared, args)
             });
             assert_eq!(stats.bank_conflicts, 0, "{symbol}");
         }

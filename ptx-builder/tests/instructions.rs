@@ -26,6 +26,18 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("flash_async", &["ex2.approx", "bar.sync", "mma.sync", "ldmatrix", "cp.async"]),
     ("flash_pipelined", &["ex2.approx", "bar.sync", "mma.sync", "ldmatrix", "cp.async"]),
     (
+        "flash_tf32",
+        &[
+            "ex2.approx",
+            "bar.sync",
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
+            "ldmatrix",
+            "ld.shared.v4",
+            "cp.async",
+            "st.global.v4",
+        ],
+    ),
+    (
         "flash_hopper",
         &[
             "ex2.approx",

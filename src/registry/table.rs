@@ -1,8 +1,8 @@
 //! The entries of the table, in the order of the ladder.
 
 use kernels_gpu::{
-    args, flash_async, flash_hopper, flash_mma, flash_pipelined, flash_swizzled, flash_tiled,
-    naive, standard, weights,
+    args, flash_async, flash_hopper, flash_mma, flash_pipelined, flash_swizzled, flash_tf32,
+    flash_tiled, naive, standard, weights,
 };
 use simt::Dim3;
 
@@ -19,6 +19,7 @@ pub static KERNELS: &[KernelSpec] = &[
     FLASH_SWIZZLED,
     FLASH_ASYNC,
     FLASH_PIPELINED,
+    FLASH_TF32,
     FLASH_HOPPER,
 ];
 
@@ -241,6 +242,34 @@ const FLASH_PIPELINED: KernelSpec = KernelSpec {
             grid: tiles(p.seq_q(), shape.rows()).saturating_mul(heads(p)).into(),
             block: shape.threads().into(),
             shared_bytes: flash_pipelined::shared_bytes(p.head_dim(), general),
+        })
+    },
+    tensor_maps: None,
+    queue: false,
+};
+
+const FLASH_TF32: KernelSpec = KernelSpec {
+    name: "flash_tf32",
+    summary: "f32 on tensor cores: each product is three of tf32",
+    idea: "a value is the sum of two that the tensor core can multiply, and three of the four \
+           products of such sums are as good as f32",
+    dtypes: &[DType::F32],
+    head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
+    capability: (8, 0),
+    exact_capability: false,
+    tile: |d| {
+        let shape = flash_tf32::shape(d);
+        (shape.rows(d) as usize, shape.keys as usize)
+    },
+    features: ALL_FEATURES,
+    plan: |p, _| {
+        let rows = flash_tf32::shape(p.head_dim()).rows(p.head_dim());
+        one_step(Step {
+            symbol: symbol("flash_tf32", p),
+            // Too many blocks for a grid: the launch is refused.
+            grid: tiles(p.seq_q(), rows).saturating_mul(heads(p)).into(),
+            block: flash_tf32::THREADS.into(),
+            shared_bytes: flash_tf32::shared_bytes(p.head_dim()),
         })
     },
     tensor_maps: None,

@@ -79,9 +79,13 @@ fn a_module_gives_what_another_program_saved() {
             assert_eq!(case.folder.load("y", dtype).shape(), SHAPE);
             let weights = case.folder.load("weights", dtype);
             assert_eq!(weights.shape(), case.problem.weights_shape());
-            // Causal: the first token of a sequence sees itself alone.
+            // Causal: the first token of a sequence sees itself alone. A flash kernel's weight
+            // is exp(s - LSE) with s summed again: in another order than a tensor core's, and
+            // both sums and the difference are rounded.
             let row = weights.to_f64()[2 * 21 * 21..][..21].to_vec();
-            assert_eq!((row[0], row[1..].iter().sum::<f64>()), (1.0, 0.0), "{kernel} {dtype}");
+            let slack = 4.0 * dtype.unit_roundoff();
+            assert!((row[0] - 1.0).abs() <= slack, "{kernel} {dtype}: {}", row[0]);
+            assert!(row[1..].iter().all(|&w| w == 0.0), "{kernel} {dtype}");
         }
         // Not causal, it is another function.
         let text = case.folder.printed(&[&FILES[..6], &["--check"]].concat(), 1);
