@@ -43,29 +43,35 @@
 //! take 1024 clocks at 16 a clock, and the other arithmetic of the softmax about 4
 //! instructions an element, 512 clocks at 128 a clock. At D = 64 the products take half
 //! as long and the softmax the same: there the exponentials alone fill the tensor
-//! cores' time; a third consumer gives them more to overlap with.
+//! cores' time; a third consumer gives them more to overlap with ([`Tiles::best`]).
 //!
 //! What keeps the threads' part small:
 //! - the scale and the maximum go into one fma before exp2;
 //! - O is rescaled only when some row's maximum has grown by more than 2^8 since the last
 //!   time (its weights are then at most 256, which f16 holds as exactly as 1);
 //! - only tiles that the diagonal or the last key cuts are masked, and they come first;
-//! - dropout's rescaling is part of the last division.
+//! - dropout's rescaling is part of the last division;
+//! - lanes exchange O before they store it, so that each writes 16 bytes at a time.
 //!
-//! At D = 64 two consumers serve launches whose blocks would leave the last round of
-//! multiprocessors idle with three ([`consumers`]).
+//! What keeps the tensor cores busy between tiles and tasks:
+//! - two consumers start their products in turn, so that one's softmax runs beside the
+//!   other's products; and the last product of a task comes with the first of the next;
+//! - blocks stay and take tasks from a queue, the short ones of a section of heads last
+//!   (`schedule.rs`); they ask for the next one as late as its copies allow;
+//! - a consumer that has no rows in a task, or sees nothing of a tile, lets it pass.
 //!
-//! Causal launches take the longest query tiles first (`schedule.rs`). Rows past Nq and
-//! keys past Nk are zeros that the copy engine supplies; such keys are masked, such rows
-//! not stored. Results do not depend on timing: bit for bit the same every run.
+//! Rows past Nq and keys past Nk are zeros that the copy engine supplies; such keys are
+//! masked, such rows not stored. Results do not depend on timing: bit for bit the same
+//! every run.
 //!
-//! Measured: not measured yet. Limits: f16 and bf16; a positive scale; strides and
-//! addresses in multiples of 16 bytes (TMA's rule); tiles of one head only, so that many
-//! short heads leave rows of a tile idle.
+//! Measured: 0.107 ms at N 2048, D 64 (f16, batch 4, 12 heads), where flash_pipelined took
+//! 0.156; at 16k tokens, hidden 2048, N 16,384: 691 TFLOP/s at D 128, 576 at D 64, 817 at D 256
+//! (one H100 80GB HBM3). Limits: f16 and bf16; a positive scale; strides and addresses in
+//! multiples of 16 bytes (TMA's rule); tiles of one head only.
 //!
-//! Source: Shah et al., "FlashAttention-3", 2024, sections 3.1 and 3.2; the rescaling
-//! rule as in "FlashAttention-4". Departures: no ping-pong between consumers (tried on
-//! the GPU in a sketch, no effect).
+//! Source: Shah et al., "FlashAttention-3", 2024, sections 3.1 (roles, turns of two
+//! consumers) and 3.2 (softmax beside products); the rescaling rule as in
+//! "FlashAttention-4".
 
 use half::{bf16, f16};
 use simt::{
@@ -90,11 +96,8 @@ mod consumer;
 mod tiles;
 
 use consumer::{Consumer, ROWS};
-pub use tiles::{
-    CONSUMER_ROWS, box_dims, consumers, kv_stages, max_consumers, q_stages, shared_bytes, threads,
-    tile_keys, tile_rows,
-};
-use tiles::{Layout, num_barriers, tile_bytes};
+use tiles::tile_bytes;
+pub use tiles::{CONSUMER_ROWS, Tiles, max_consumers};
 
 /// What a kernel is compiled for: the less it must ask at run time, the faster it is.
 pub trait Policy {
@@ -144,10 +147,11 @@ impl Task {
         if place >= heads * num_q_tiles {
             return None;
         }
-        let work = if M::CAUSAL || (M::GENERAL && args.causal != 0) {
-            // Keys and values of a head, of 16 bits.
-            let head_bytes = args.seq_k as u64 * const { 2 * 2 * D as u64 };
-            schedule::longest_first(place, num_q_tiles, heads, (head_bytes >> 10) as u32)
+        let causal = M::CAUSAL || (M::GENERAL && args.causal != 0);
+        let work = if causal || !args.seq_q.is_multiple_of(BR) {
+            // Tasks of different lengths: the short ones of a section come last.
+            let heads_together = schedule::section(num_q_tiles, heads, thread::grid_dim_x());
+            schedule::in_sections(place, num_q_tiles, heads, heads_together, causal)
         } else {
             schedule::in_order(place, num_q_tiles)
         };
@@ -173,13 +177,13 @@ fn visible_keys<M: Policy>(args: &AttentionArgs, i: u32) -> u32 {
 ///
 /// # Layout
 /// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`; `tensor_maps`: those of
-/// q, k and v, over dimensions `[D, N, H, B]`, boxes as [`box_dims`] says.
+/// q, k and v, over dimensions `[D, N, H, B]`, boxes as [`Tiles::box_dims`] says.
 ///
 /// # Thread mapping
-/// `B * H * ceil(Nq / BR)` blocks along x, [`threads`] each. Warpgroup 0 is the producer.
+/// `B * H * ceil(Nq / BR)` blocks along x, [`Tiles::threads`] each. Warpgroup 0 is the producer.
 ///
 /// # Shared memory
-/// [`shared_bytes`] of it, dynamic: Q, the stages of K, those of V, the mbarriers.
+/// [`Tiles::shared_bytes`] of it, dynamic: Q, the stages of K, those of V, the mbarriers.
 ///
 /// # Safety
 /// The buffers and maps of `args` must have these shapes, and the launch the threads and
@@ -199,27 +203,29 @@ pub unsafe fn flash_hopper<
     const O_GROUPS: usize,
     const D_STEPS: usize,
     const KEY_STEPS: usize,
+    const TURNS: bool,
 >(
     args: &AttentionArgs,
 ) where
     Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
     Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,
 {
+    let tiles = const { Tiles::of::<M>(D, CONSUMERS) };
     const {
-        assert!(2 <= CONSUMERS && CONSUMERS <= max_consumers(D, M::GENERAL), "registers suffice");
-        assert!(BR == tile_rows(CONSUMERS) && Q_STAGES == q_stages(D) && STAGES == kv_stages(D));
-        assert!(BC == tile_keys(D, M::GENERAL) && K_CHUNK == BC * CHUNK_ROW_BYTES);
+        let tiles = Tiles::of::<M>(D, CONSUMERS);
+        assert!(2 <= CONSUMERS && CONSUMERS <= max_consumers::<M>(D), "registers suffice");
+        assert!(BR == tiles.rows() && BC == tiles.keys && K_CHUNK == BC * CHUNK_ROW_BYTES);
+        assert!(Q_STAGES == tiles.q_stages && STAGES == tiles.kv_stages);
         assert!(S_GROUPS as u32 * 8 == BC && O_GROUPS as u32 * 8 == D);
         assert!(D_STEPS as u32 * 16 == D && KEY_STEPS as u32 * 16 == BC);
     }
-    let layout = const { Layout::new(D, CONSUMERS, M::GENERAL) };
 
     // Who am I.
     let warpgroup = warpgroup::id();
     // SAFETY: the caller gives the shared memory.
     let (smem, barriers, slots) = unsafe {
-        let barriers = Shared::<u64>::dynamic(layout.barriers, const { num_barriers(D) });
-        let slots = Shared::<u32>::dynamic(layout.tasks, Q_STAGES * CONSUMERS * TASK_WORDS);
+        let barriers = Shared::<u64>::dynamic(tiles.barriers(), tiles.num_barriers());
+        let slots = Shared::<u32>::dynamic(tiles.tasks(), tiles.task_words());
         (Shared::<u8>::dynamic(0, 0).address(), barriers, slots)
     };
     let rings = Rings::<Q_STAGES, STAGES> {
@@ -257,50 +263,32 @@ pub unsafe fn flash_hopper<
     }
     let own_rows = (warpgroup - 1) * CONSUMER_ROWS;
     let first_task = (warpgroup - 1) * const { Q_STAGES * TASK_WORDS };
-    let mut consumer = Consumer::<T, M, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK> {
-        args,
-        own_rows,
-        own_row: own_rows + warpgroup::thread_id() / warp::LANES * 16 + warp::lane_id() / 4,
-        column: warp::lane_id() % 4 * 2,
-        elected: warpgroup::thread_id() == 0,
-        q: Descriptor::k_major(smem + (warpgroup - 1) * const { tile_bytes(CONSUMER_ROWS, D) }),
-        k: Descriptor::k_major(smem + layout.k),
-        v: Descriptor::n_major(smem + layout.v, K_CHUNK),
-        q_bytes: const { tile_bytes(BR, D) },
-        tile_bytes: const { tile_bytes(BC, D) },
-        rings: Rings { tasks: rings.tasks.slice(first_task, Q_STAGES * TASK_WORDS), ..rings },
-        q_stage: Stage::FIRST,
-        k_stage: Stage::FIRST,
-        v_stage: Stage::FIRST,
-        m_i: [f32::NEG_INFINITY; ROWS],
-        l_i: [0.0; ROWS],
-        s: Accumulator::zero(),
-        p: [[0; 4]; KEY_STEPS],
-        acc_o: Accumulator::zero(),
-        types: core::marker::PhantomData,
-    };
+    let mut consumer =
+        Consumer::<T, M, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS> {
+            args,
+            own_rows,
+            own_row: own_rows + warpgroup::thread_id() / warp::LANES * 16 + warp::lane_id() / 4,
+            column: warp::lane_id() % 4 * 2,
+            elected: warpgroup::thread_id() == 0,
+            q: Descriptor::k_major(smem + (warpgroup - 1) * const { tile_bytes(CONSUMER_ROWS, D) }),
+            k: Descriptor::k_major(smem + tiles.k()),
+            v: Descriptor::n_major(smem + tiles.v(), K_CHUNK),
+            q_bytes: const { tile_bytes(BR, D) },
+            tile_bytes: const { tile_bytes(BC, D) },
+            rings: Rings { tasks: rings.tasks.slice(first_task, Q_STAGES * TASK_WORDS), ..rings },
+            q_stage: Stage::FIRST,
+            k_stage: Stage::FIRST,
+            v_stage: Stage::FIRST,
+            m_i: [f32::NEG_INFINITY; ROWS],
+            l_i: [0.0; ROWS],
+            s: Accumulator::zero(),
+            p: [[0; 4]; KEY_STEPS],
+            acc_o: Accumulator::zero(),
+            types: core::marker::PhantomData,
+        };
     // SAFETY: the whole warpgroup is here, the rings bring what is multiplied, and the caller
     // vouches for the buffers.
-    unsafe {
-        // From task to task without a gap where registers suffice.
-        if CONSUMERS == 2 && !M::GENERAL {
-            let Some(mut task) = consumer.take_task() else { return };
-            consumer.first_tile::<D_STEPS>(task);
-            loop {
-                consumer.further_tiles::<D_STEPS>(task);
-                let Some(next) = consumer.take_task() else { break };
-                consumer.change_task::<D_STEPS>(task, next);
-                task = next;
-            }
-            consumer.finish(task);
-        } else {
-            while let Some(task) = consumer.take_task() {
-                consumer.first_tile::<D_STEPS>(task);
-                consumer.further_tiles::<D_STEPS>(task);
-                consumer.finish(task);
-            }
-        }
-    }
+    unsafe { consumer.work::<D_STEPS>() };
 }
 
 /// What goes between producer and consumers: a ring of Q with the task that it belongs to,
@@ -374,11 +362,15 @@ unsafe fn produce<
     smem: u32,
     rings: Rings<Q_STAGES, STAGES>,
 ) {
-    let layout = const { Layout::new(D, CONSUMERS, M::GENERAL) };
+    let tiles = const { Tiles::of::<M>(D, CONSUMERS) };
     // SAFETY: the caller vouches for the queue.
     let queue = unsafe { args.queue.view_mut::<u32>() };
     let blocks = thread::grid_dim_x();
     let map = |index: u64| args.tensor_maps.address + index * tma::TensorMap::BYTES as u64;
+    for index in 0..3 {
+        // SAFETY: the caller vouches for the maps.
+        unsafe { tma::prefetch_map(map(index)) };
+    }
     // All chunks of a tile: rows from `row` on.
     let copy = |task: Task, destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
         for chunk in 0..D.div_ceil(CHUNK_COLUMNS) {
@@ -392,26 +384,37 @@ unsafe fn produce<
     // A block's first task is that of its number; the others are for whoever is free.
     let mut place = thread::block_idx_x();
     while let Some(task) = Task::at::<M, D, BR, BC>(args, place) {
-        // Asked for before this task's copies, so that the answer is there after them.
-        place = blocks + atomic::add_global_u32(queue, 0, 1);
-        let q_bytes = if task.num_kv_tiles > 0 { const { tile_bytes(BR, D) } } else { 0 };
+        // Consumers past the last row have no Q, and none has without keys.
+        let consumers = if task.num_kv_tiles > 0 {
+            (args.seq_q - task.first_row).div_ceil(CONSUMER_ROWS).min(CONSUMERS)
+        } else {
+            0
+        };
+        let q_bytes = consumers * const { tile_bytes(CONSUMER_ROWS, D) };
         let full = rings.announce::<CONSUMERS>(q_stage, Some(task), q_bytes);
-        if task.num_kv_tiles > 0 {
-            for consumer in 0..CONSUMERS {
-                let to = smem
-                    + q_stage.index() * const { tile_bytes(BR, D) }
-                    + consumer * const { tile_bytes(CONSUMER_ROWS, D) };
-                let row = task.first_row + consumer * CONSUMER_ROWS;
-                copy(task, to, map(0), CONSUMER_ROWS, row, full);
-            }
+        for consumer in 0..consumers {
+            let to = smem
+                + q_stage.index() * const { tile_bytes(BR, D) }
+                + consumer * const { tile_bytes(CONSUMER_ROWS, D) };
+            let row = task.first_row + consumer * CONSUMER_ROWS;
+            copy(task, to, map(0), CONSUMER_ROWS, row, full);
         }
         q_stage.advance();
+        // Asked for late: whoever asks early may keep a task that another block has time for.
+        // Before the last tile, so that the answer is there after it.
+        let next = || blocks + atomic::add_global_u32(queue, 0, 1);
+        if task.num_kv_tiles == 0 {
+            place = next();
+        }
         for tile in (0..task.num_kv_tiles).rev() {
+            if tile == 0 {
+                place = next();
+            }
             let offset = stage.index() * const { tile_bytes(BC, D) };
             let full = rings.k.acquire(stage, const { tile_bytes(BC, D) });
-            copy(task, smem + layout.k + offset, map(1), BC, tile * BC, full);
+            copy(task, smem + tiles.k() + offset, map(1), BC, tile * BC, full);
             let full = rings.v.acquire(stage, const { tile_bytes(BC, D) });
-            copy(task, smem + layout.v + offset, map(2), BC, tile * BC, full);
+            copy(task, smem + tiles.v() + offset, map(2), BC, tile * BC, full);
             stage.advance();
         }
     }
@@ -432,22 +435,23 @@ macro_rules! kernel {
             $policy,
             $d,
             $consumers,
-            { tile_rows($consumers) },
-            { tile_keys($d, <$policy>::GENERAL) },
-            { q_stages($d) },
-            { kv_stages($d) },
-            { tile_keys($d, <$policy>::GENERAL) * CHUNK_ROW_BYTES },
-            { tile_keys($d, <$policy>::GENERAL) as usize / 8 },
+            { Tiles::of::<$policy>($d, $consumers).rows() },
+            { Tiles::of::<$policy>($d, $consumers).keys },
+            { Tiles::of::<$policy>($d, $consumers).q_stages },
+            { Tiles::of::<$policy>($d, $consumers).kv_stages },
+            { Tiles::of::<$policy>($d, $consumers).keys * CHUNK_ROW_BYTES },
+            { Tiles::of::<$policy>($d, $consumers).keys as usize / 8 },
             { $d / 8 },
             { $d / 16 },
-            { tile_keys($d, <$policy>::GENERAL) as usize / 16 },
+            { Tiles::of::<$policy>($d, $consumers).keys as usize / 16 },
+            { $consumers == 2 && !<$policy>::GENERAL },
         >
     };
 }
 
 entries! {
     /// Instances of [`flash_hopper`] with three consumers.
-    pub static THREE_CONSUMERS: AttentionArgs => "sm_90a", threads threads(3), min_blocks 1;
+    pub static THREE_CONSUMERS: AttentionArgs => "sm_90a", threads Tiles::of::<Full>(64, 3).threads(), min_blocks 1;
     flash_hopper_f16_d64_full_x3 = kernel!(f16, Full, 64, 3);
     flash_hopper_f16_d64_causal_x3 = kernel!(f16, Causal, 64, 3);
     flash_hopper_bf16_d64_full_x3 = kernel!(bf16, Full, 64, 3);
@@ -455,7 +459,7 @@ entries! {
 }
 entries! {
     /// Instances of [`flash_hopper`] with two consumers.
-    pub static TWO_CONSUMERS: AttentionArgs => "sm_90a", threads threads(2), min_blocks 1;
+    pub static TWO_CONSUMERS: AttentionArgs => "sm_90a", threads Tiles::of::<Full>(64, 2).threads(), min_blocks 1;
     flash_hopper_f16_d64_full = kernel!(f16, Full, 64, 2);
     flash_hopper_f16_d64_causal = kernel!(f16, Causal, 64, 2);
     flash_hopper_f16_d64_general = kernel!(f16, General, 64, 2);

@@ -5,7 +5,9 @@
 //! one next to none. Blocks start in the order of their index; if the long ones come last,
 //! most of the GPU waits for them. So tiles come in descending order. Taking all heads
 //! at once would then stream every head's keys and values through the cache at the
-//! same time: heads are taken in sections whose keys and values fit.
+//! same time: heads are taken in sections, whose keys and values fit
+//! ([`longest_first`], a block a tile) or that have a tile for every block
+//! ([`in_sections`], blocks that take tile after tile).
 
 /// What a section of heads may occupy of the L2 cache (50 MB on an H100) in KiB.
 const SECTION_KIB: u32 = 32 << 10;
@@ -36,51 +38,94 @@ pub fn in_order(block: u32, num_q_tiles: u32) -> Work {
     Work { head, q_tile }
 }
 
+/// Heads of a section that has a tile for each of about `blocks` blocks: sections are of one
+/// size, but that the last may be smaller.
+#[inline(always)]
+#[must_use]
+pub fn section(num_q_tiles: u32, heads: u32, blocks: u32) -> u32 {
+    let heads_needed = divide(blocks, num_q_tiles).0.max(1);
+    let sections = divide(heads, heads_needed).0.max(1);
+    heads.div_ceil(sections)
+}
+
+/// Work at `place` in sections of `section_heads` heads, in each of them tile by tile:
+/// `last_first`, or with the last tile, which may be a short one, last.
+#[inline(always)]
+#[must_use]
+pub fn in_sections(
+    place: u32,
+    num_q_tiles: u32,
+    heads: u32,
+    section_heads: u32,
+    last_first: bool,
+) -> Work {
+    let (section, in_section) = divide(place, section_heads * num_q_tiles);
+    // The last section may have fewer heads.
+    let first = section * section_heads;
+    let (tile, head) = divide(in_section, section_heads.min(heads - first));
+    let q_tile = if last_first { num_q_tiles - 1 - tile } else { tile };
+    Work { head: first + head, q_tile }
+}
+
 /// Work of block `block` when later tiles take longer. `head_kib` is the size of a
 /// head's keys and values.
 #[inline(always)]
 #[must_use]
 pub fn longest_first(block: u32, num_q_tiles: u32, heads: u32, head_kib: u32) -> Work {
     let section_heads = divide(SECTION_KIB, head_kib).0.max(1).min(heads);
-    let (section, in_section) = divide(block, section_heads * num_q_tiles);
-    // The last section may have fewer heads.
-    let first = section * section_heads;
-    let (place, head) = divide(in_section, section_heads.min(heads - first));
-    Work { head: first + head, q_tile: num_q_tiles - 1 - place }
+    in_sections(block, num_q_tiles, heads, section_heads, true)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// The order of all tiles, as (tile, head).
+    fn order(heads: u32, tiles: u32, at: impl Fn(u32) -> Work) -> Vec<(u32, u32)> {
+        (0..heads * tiles).map(at).map(|work| (work.q_tile, work.head)).collect()
+    }
+
     #[test]
     fn every_tile_of_every_head_comes_once() {
         for (heads, tiles, head_kib) in
             [(1, 1, 1), (7, 5, SECTION_KIB / 3), (16, 9, SECTION_KIB * 2), (3, 4, 0)]
         {
-            for longest in [false, true] {
-                let mut seen = vec![false; (heads * tiles) as usize];
-                for block in 0..heads * tiles {
-                    let work = if longest {
-                        longest_first(block, tiles, heads, head_kib)
-                    } else {
-                        in_order(block, tiles)
-                    };
-                    let index = (work.head * tiles + work.q_tile) as usize;
-                    assert!(!std::mem::replace(&mut seen[index], true), "{work:?} twice");
+            let mut orders = vec![
+                order(heads, tiles, |place| in_order(place, tiles)),
+                order(heads, tiles, |place| longest_first(place, tiles, heads, head_kib)),
+            ];
+            for blocks in [1, 2, 20, 1000] {
+                let together = section(tiles, heads, blocks);
+                for last_first in [false, true] {
+                    let at = |place| in_sections(place, tiles, heads, together, last_first);
+                    orders.push(order(heads, tiles, at));
                 }
-                assert!(seen.iter().all(|&s| s));
+            }
+            let all: Vec<_> = (0..tiles).flat_map(|t| (0..heads).map(move |h| (t, h))).collect();
+            for mut order in orders {
+                order.sort_unstable();
+                assert_eq!(order, all);
             }
         }
     }
 
     #[test]
     fn tiles_descend_within_a_section() {
-        let order: Vec<_> =
-            (0..12).map(|b| longest_first(b, 4, 3, 1)).map(|w| (w.q_tile, w.head)).collect();
+        let order = order(3, 4, |place| longest_first(place, 4, 3, 1));
         assert_eq!(order[..4], [(3, 0), (3, 1), (3, 2), (2, 0)]);
         // Two heads fit a section: the third comes after both are done.
         let last = longest_first(8, 4, 3, SECTION_KIB / 2);
         assert_eq!(last, Work { head: 2, q_tile: 3 });
+    }
+
+    #[test]
+    fn a_section_keeps_the_blocks_busy() {
+        // Ten heads of four tiles, twelve blocks: three heads at a time would leave one alone,
+        // so that sections have four.
+        assert_eq!(section(4, 10, 12), 4);
+        let order = order(10, 4, |place| in_sections(place, 4, 10, 4, false));
+        // Tile by tile, the last one last; then the next section.
+        assert_eq!(order[3..5], [(0, 3), (1, 0)]);
+        assert_eq!(order[15..17], [(3, 3), (0, 4)]);
     }
 }

@@ -4,7 +4,8 @@
 use half::{bf16, f16};
 use kernels_gpu::{
     args::{AttentionArgs, Buffer, DropoutArgs, Tensor},
-    dropout, flash_hopper,
+    dropout,
+    flash_hopper::{self, Causal, Full, General, Tiles},
 };
 use simt::{
     Dim3,
@@ -47,6 +48,16 @@ impl Case {
         }
     }
 
+    fn tiles(&self) -> Tiles {
+        match self.policy {
+            "full" => Tiles::of::<Full>(self.d, 2),
+            "full_x3" => Tiles::of::<Full>(self.d, 3),
+            "causal" => Tiles::of::<Causal>(self.d, 2),
+            "causal_x3" => Tiles::of::<Causal>(self.d, 3),
+            _ => Tiles::of::<General>(self.d, 2),
+        }
+    }
+
     fn strides(&self, seq: u32) -> (u64, u64, u64) {
         let (h, n, d) = (u64::from(self.heads), u64::from(seq), u64::from(self.d));
         if self.token_major { (n * h * d, d, h * d) } else { (h * n * d, n * d, d) }
@@ -69,7 +80,7 @@ impl Case {
             element_bytes: 2,
             dims: [self.d, seq, self.heads, self.batch].map(u64::from).to_vec(),
             strides_bytes: [tensor.stride_n, tensor.stride_h, tensor.stride_b].map(bytes).to_vec(),
-            box_dims: flash_hopper::box_dims(self.d, query, self.policy == "general").to_vec(),
+            box_dims: self.tiles().box_dims(query).to_vec(),
             swizzle_bytes: 128,
         };
         spec.encode().expect("a map that the driver would take")
@@ -94,7 +105,7 @@ fn values<T: Scalar>(count: usize, seed: u32, offset: f32) -> Vec<T> {
 /// Checks a case with every number of consumers that there is.
 fn check<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
     check_one::<T>(dtype, tolerance, case);
-    if flash_hopper::max_consumers(case.d, case.policy == "general") == 3 {
+    if case.policy != "general" && flash_hopper::max_consumers::<Full>(case.d) == 3 {
         let policy = if case.policy == "full" { "full_x3" } else { "causal_x3" };
         check_one::<T>(dtype, tolerance, Case { policy, ..case });
     }
@@ -148,15 +159,15 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
     let mut queue = [0u32; 2];
     args.queue = buffer(&mut queue);
 
-    let consumers = if case.policy.ends_with("_x3") { 3 } else { 2 };
+    let tiles = case.tiles();
     let symbol = format!("flash_hopper_{dtype}_d{d}_{}", case.policy);
     let entry = kernels_gpu::find(&symbol).expect("an entry of that name");
-    let tasks = seq_q.div_ceil(flash_hopper::tile_rows(consumers)) * batch * heads;
+    let tasks = seq_q.div_ceil(tiles.rows()) * batch * heads;
     let launch = Launch {
         // Each block does about three tasks, one after the other.
         grid: Dim3::new(tasks.div_ceil(3), 1, 1),
         block: entry.threads.into(),
-        shared_bytes: flash_hopper::shared_bytes(d, consumers, case.policy == "general"),
+        shared_bytes: tiles.shared_bytes(),
     };
     let address = std::ptr::from_ref(&args) as usize;
     // SAFETY: the arguments describe buffers that outlive the launch.

@@ -1,8 +1,9 @@
 //! The entries of the table, in the order of the ladder.
 
 use kernels_gpu::{
-    args, flash_async, flash_hopper, flash_mma, flash_pipelined, flash_swizzled, flash_tf32,
-    flash_tiled, naive, standard, weights,
+    args, flash_async,
+    flash_hopper::{self, Tiles},
+    flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, naive, standard, weights,
 };
 use simt::Dim3;
 
@@ -286,27 +287,21 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
     capability: (9, 0),
     exact_capability: true,
     tile: |d| {
-        let consumers = flash_hopper::max_consumers(d as u32, false);
-        (
-            flash_hopper::tile_rows(consumers) as usize,
-            flash_hopper::tile_keys(d as u32, false) as usize,
-        )
+        let consumers = flash_hopper::max_consumers::<flash_hopper::Full>(d as u32);
+        let tiles = Tiles::of::<flash_hopper::Full>(d as u32, consumers);
+        (tiles.rows() as usize, tiles.keys as usize)
     },
     features: ALL_FEATURES,
     plan: |p, target| {
-        let (d, (policy, general)) = (p.head_dim() as u32, policy(p));
-        let (seq_q, all_heads) = (p.seq_q() as u64, u64::from(heads(p)));
-        let consumers =
-            flash_hopper::consumers(d, general, seq_q, all_heads, target.multiprocessors);
-        let size = if consumers == 3 { "_x3" } else { "" };
-        let q_tiles = tiles(p.seq_q(), flash_hopper::tile_rows(consumers));
-        let tasks = q_tiles.saturating_mul(heads(p));
+        let hopper = hopper_tiles(p, target.multiprocessors);
+        let size = if hopper.consumers == 3 { "_x3" } else { "" };
+        let tasks = tiles(p.seq_q(), hopper.rows()).saturating_mul(heads(p));
         one_step(Step {
-            symbol: format!("{}_{policy}{size}", symbol("flash_hopper", p)),
+            symbol: format!("{}_{}{size}", symbol("flash_hopper", p), policy(p).0),
             // One block a multiprocessor: shared memory and registers leave no room for two.
             grid: tasks.min(target.multiprocessors).into(),
-            block: flash_hopper::threads(consumers).into(),
-            shared_bytes: flash_hopper::shared_bytes(d, consumers, general),
+            block: hopper.threads().into(),
+            shared_bytes: hopper.shared_bytes(),
         })
     },
     tensor_maps: Some(|p, [q, k, v]| {
@@ -325,6 +320,16 @@ fn policy(p: &Problem) -> (&'static str, bool) {
     }
 }
 
+/// Tiles of flash_hopper for a problem.
+fn hopper_tiles(p: &Problem, multiprocessors: u32) -> Tiles {
+    let best = match policy(p).0 {
+        "general" => Tiles::best::<flash_hopper::General>,
+        "causal" => Tiles::best::<flash_hopper::Causal>,
+        _ => Tiles::best::<flash_hopper::Full>,
+    };
+    best(p.head_dim() as u32, p.seq_q() as u64, heads(p).into(), multiprocessors)
+}
+
 /// The tensor map of Q, or that of K or V: `[D, N, H, B]`, fastest first.
 fn hopper_map(p: &Problem, tensor: &args::Tensor, query: bool) -> TensorMapSpec {
     let seq = if query { p.seq_q() } else { p.seq_k() };
@@ -334,7 +339,8 @@ fn hopper_map(p: &Problem, tensor: &args::Tensor, query: bool) -> TensorMapSpec 
         dtype: p.dtype(),
         dims: [p.head_dim(), seq, p.heads(), p.batch()].map(|n| n as u64).to_vec(),
         strides_bytes: strides.map(|s| s * p.dtype().size() as u64).to_vec(),
-        box_dims: flash_hopper::box_dims(p.head_dim() as u32, query, policy(p).1).to_vec(),
+        // The same for any number of consumers.
+        box_dims: hopper_tiles(p, 1).box_dims(query).to_vec(),
         swizzle_bytes: 128,
     }
 }

@@ -1,7 +1,7 @@
 //! What a consumer warpgroup does with its 64 rows: products, mask, softmax, output.
 
 use simt::{
-    math, unroll, warp,
+    barrier, math, unroll, warp, warpgroup,
     wgmma::{
         Accumulator, CHUNK_ROW_BYTES, Descriptor, Fragments, Operand, RegisterProduct,
         SharedProduct, WaitGroup,
@@ -9,7 +9,7 @@ use simt::{
 };
 
 use super::{CONSUMER_ROWS, Policy, Rings, Task, visible_keys};
-use crate::{args::AttentionArgs, dropout, pipeline::Stage, softmax};
+use crate::{args::AttentionArgs, dropout, online::transpose_quad, pipeline::Stage, softmax};
 
 /// Rows of S that a thread has.
 pub(super) const ROWS: usize = 2;
@@ -17,6 +17,38 @@ pub(super) const ROWS: usize = 2;
 const Q_CHUNK: u32 = CONSUMER_ROWS * CHUNK_ROW_BYTES;
 /// Growth of a row's maximum, in log2 units, that O is not rescaled for.
 const SLACK: f32 = 8.0;
+
+/// Whose turn it is to start products: named barriers at which one consumer waits until
+/// the other has started its own.
+#[derive(Clone, Copy)]
+pub(super) struct Turn(u32);
+
+impl Turn {
+    /// That of the consumer whose rows begin at `own_rows`.
+    #[inline(always)]
+    const fn of(own_rows: u32) -> Self {
+        Self(1 + own_rows / CONSUMER_ROWS)
+    }
+
+    /// Lets the other one start.
+    #[inline(always)]
+    fn pass(self) {
+        barrier::arrive(Self(3 - self.0), 2 * warpgroup::THREADS);
+    }
+
+    /// Waits until the other one has started.
+    #[inline(always)]
+    fn await_other(self) {
+        barrier::sync(self, 2 * warpgroup::THREADS);
+    }
+}
+
+impl barrier::Named for Turn {
+    #[inline(always)]
+    fn id(self) -> u32 {
+        self.0
+    }
+}
 
 /// A thread of a consumer warpgroup.
 pub(super) struct Consumer<
@@ -29,6 +61,7 @@ pub(super) struct Consumer<
     const O_GROUPS: usize,
     const KEY_STEPS: usize,
     const K_CHUNK: u32,
+    const TURNS: bool,
 > {
     pub args: &'a AttentionArgs,
     /// The first of this thread's two rows, counted from the task's first; the other is 8
@@ -70,7 +103,8 @@ impl<
     const O_GROUPS: usize,
     const KEY_STEPS: usize,
     const K_CHUNK: u32,
-> Consumer<'_, T, M, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK>
+    const TURNS: bool,
+> Consumer<'_, T, M, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS>
 where
     Accumulator<S_GROUPS>: WaitGroup,
     Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,
@@ -78,21 +112,90 @@ where
     /// Keys of a tile.
     const TILE_KEYS: u32 = S_GROUPS as u32 * 8;
 
-    /// The next task that has anything to compute, with its Q there. Tasks whose rows see no
-    /// key are done on the way.
+    /// Works through the tasks, until there is no further one.
     ///
     /// # Safety
-    /// As for [`change_task`](Self::change_task).
+    /// The whole warpgroup calls it, the rings bring what is multiplied, and the buffers
+    /// must have the shapes that [`flash_hopper`](super::flash_hopper()) states.
     #[inline(always)]
-    pub unsafe fn take_task(&mut self) -> Option<Task> {
-        loop {
-            let task = self.rings.receive(self.q_stage)?;
-            if task.num_kv_tiles > 0 {
-                return Some(task);
-            }
+    pub unsafe fn work<const D_STEPS: usize>(&mut self)
+    where
+        Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
+    {
+        if TURNS && self.own_rows > 0 {
+            // The other one begins.
+            Turn::of(self.own_rows).pass();
+        }
+        // Where two consumers take turns, registers suffice to go from task to task without
+        // a gap: this one's last product then comes with the next one's first.
+        let mut before: Option<Task> = None;
+        while let Some(mut task) = self.rings.receive(self.q_stage) {
+            let own_tiles = self.own_tiles(task);
             // SAFETY: passed on to the caller.
-            unsafe { self.store_nothing(task) };
-            self.release_q();
+            unsafe {
+                if own_tiles == 0 {
+                    if let Some(before) = before.take() {
+                        self.finish(before);
+                    }
+                    self.store_nothing(task);
+                    self.pass_tiles(task.num_kv_tiles);
+                    self.release_q();
+                    continue;
+                }
+                if !TURNS {
+                    self.pass_tiles(task.num_kv_tiles - own_tiles);
+                    task.num_kv_tiles = own_tiles;
+                }
+                match before {
+                    Some(before) => self.change_task::<D_STEPS>(before, task),
+                    None => self.first_tile::<D_STEPS>(task),
+                }
+                self.further_tiles::<D_STEPS>(task);
+                if TURNS {
+                    before = Some(task);
+                } else {
+                    self.finish(task);
+                }
+            }
+        }
+        if let Some(before) = before {
+            // SAFETY: passed on to the caller.
+            unsafe { self.finish(before) };
+        }
+        if TURNS && self.own_rows == 0 {
+            // The turn that nobody takes any more.
+            Turn::of(self.own_rows).await_other();
+        }
+    }
+
+    /// Tiles of a task, from the first key on, that this consumer's rows see any key of.
+    #[inline(always)]
+    fn own_tiles(&self, task: Task) -> u32 {
+        let first_row = task.first_row + self.own_rows;
+        if first_row >= self.args.seq_q {
+            0
+        } else if TURNS {
+            // Both go through the same tiles in turn.
+            task.num_kv_tiles
+        } else {
+            let last_row = (first_row + CONSUMER_ROWS).min(self.args.seq_q) - 1;
+            visible_keys::<M>(self.args, last_row).div_ceil(Self::TILE_KEYS)
+        }
+    }
+
+    /// Lets tiles pass that this consumer's rows see nothing of.
+    #[inline(always)]
+    fn pass_tiles(&mut self, count: u32) {
+        for _ in 0..count {
+            if TURNS {
+                Turn::of(self.own_rows).await_other();
+                Turn::of(self.own_rows).pass();
+            }
+            // A stage is given back once for each time that it was filled: not before.
+            self.rings.k.wait(self.k_stage);
+            self.release_k();
+            self.rings.v.wait(self.v_stage);
+            self.release_v();
         }
     }
 
@@ -108,18 +211,24 @@ where
     /// # Safety
     /// The whole warpgroup calls it.
     #[inline(always)]
-    pub unsafe fn first_tile<const D_STEPS: usize>(&mut self, task: Task)
+    unsafe fn first_tile<const D_STEPS: usize>(&mut self, task: Task)
     where
         Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
     {
-        (self.m_i, self.l_i) = ([f32::NEG_INFINITY; ROWS], [0.0; ROWS]);
+        self.m_i = [f32::NEG_INFINITY; ROWS];
         self.acc_o = Accumulator::zero();
+        if TURNS {
+            Turn::of(self.own_rows).await_other();
+        }
         // SAFETY: passed on to the caller.
         unsafe { self.start_scores::<D_STEPS>() };
+        if TURNS {
+            Turn::of(self.own_rows).pass();
+        }
         self.s.wait_group::<0>();
         self.release_k();
         self.first_weights(task);
-        self.pack();
+        self.pack(task, task.num_kv_tiles - 1);
     }
 
     /// The first tile of the next task over the last product of the one before, whose
@@ -129,23 +238,22 @@ where
     /// The whole warpgroup calls it, and the buffers must have the shapes that
     /// [`flash_hopper`](super::flash_hopper()) states.
     #[inline(always)]
-    pub unsafe fn change_task<const D_STEPS: usize>(&mut self, before: Task, task: Task)
+    unsafe fn change_task<const D_STEPS: usize>(&mut self, before: Task, task: Task)
     where
         Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
     {
-        let (m_before, l_before) = (self.m_i, self.l_i);
-        (self.m_i, self.l_i) = ([f32::NEG_INFINITY; ROWS], [0.0; ROWS]);
         // SAFETY: passed on to the caller.
         unsafe {
-            self.start_scores::<D_STEPS>();
-            self.start_output();
+            let factors = self.store_lse(before);
+            self.start_products::<D_STEPS>();
+            self.m_i = [f32::NEG_INFINITY; ROWS];
             self.s.wait_group::<1>();
             self.release_k();
             self.first_weights(task);
             self.acc_o.wait_group::<0>();
             self.release_v();
-            self.pack();
-            self.store(before, m_before, l_before);
+            self.pack(task, task.num_kv_tiles - 1);
+            self.store_output(before, factors);
         }
         self.acc_o = Accumulator::zero();
     }
@@ -155,18 +263,26 @@ where
     /// # Safety
     /// The whole warpgroup calls it, after the first tile.
     #[inline(always)]
-    pub unsafe fn further_tiles<const D_STEPS: usize>(&mut self, task: Task)
+    unsafe fn further_tiles<const D_STEPS: usize>(&mut self, task: Task)
     where
         Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
     {
-        // Tiles below this one are seen whole by every row of this consumer.
-        let whole_tiles =
-            if M::GENERAL { 0 } else { self.keys_all_rows_see(task) / Self::TILE_KEYS };
         let mut tile = task.num_kv_tiles - 1;
-        while tile > 0 {
-            tile -= 1;
-            // SAFETY: passed on to the caller.
-            unsafe { self.next_tile::<D_STEPS>(task, tile, tile >= whole_tiles) };
+        // Tiles below this one are seen whole by every row of this consumer.
+        let whole_tiles = self.keys_all_rows_see(task) / Self::TILE_KEYS;
+        if M::CAUSAL || M::GENERAL {
+            while tile > if M::GENERAL { 0 } else { whole_tiles } {
+                tile -= 1;
+                // SAFETY: passed on to the caller.
+                unsafe { self.next_tile::<D_STEPS, true>(task, tile) };
+            }
+        }
+        if !M::GENERAL {
+            while tile > 0 {
+                tile -= 1;
+                // SAFETY: passed on to the caller.
+                unsafe { self.next_tile::<D_STEPS, false>(task, tile) };
+            }
         }
         self.release_q();
     }
@@ -179,7 +295,8 @@ where
         if M::GENERAL || (tile + 1) * Self::TILE_KEYS > self.keys_all_rows_see(task) {
             self.mask(task, tile);
         }
-        let _ = self.softmax(task, tile, true);
+        // Nothing came before: l is 0, O is 0.
+        (_, self.l_i) = self.softmax(true);
     }
 
     /// S = Q Kᵀ of `tile` over the softmax and P V of the tile before.
@@ -187,36 +304,42 @@ where
     /// # Safety
     /// The whole warpgroup calls it, after the first tile.
     #[inline(always)]
-    unsafe fn next_tile<const D_STEPS: usize>(&mut self, task: Task, tile: u32, cut: bool)
+    unsafe fn next_tile<const D_STEPS: usize, const CUT: bool>(&mut self, task: Task, tile: u32)
     where
         Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
     {
         // SAFETY: passed on to the caller.
-        unsafe {
-            self.start_scores::<D_STEPS>();
-            self.start_output();
-        }
+        unsafe { self.start_products::<D_STEPS>() };
         // S is complete; O += P V may still run.
         self.s.wait_group::<1>();
         self.release_k();
-        if M::GENERAL || (M::CAUSAL && cut) {
+        if CUT {
             self.mask(task, tile);
         }
-        let alpha = self.softmax(task, tile, M::CAUSAL || M::GENERAL);
-        self.acc_o.wait_group::<0>();
-        self.release_v();
-        if let Some([alpha_0, alpha_1]) = alpha {
+        let (growth, sums) = self.softmax(CUT);
+        // The wait is in both branches, after the exponentials: ptxas puts a wait as early as
+        // its basic block lets it.
+        if let Some([factor_0, factor_1]) = growth {
+            self.acc_o.wait_group::<0>();
+            self.l_i = [
+                math::fma(self.l_i[0], factor_0, sums[0]),
+                math::fma(self.l_i[1], factor_1, sums[1]),
+            ];
             let acc_o = self.acc_o.values_mut();
             unroll!(for G in 0..32 {
                 if G < O_GROUPS {
-                    acc_o[G][0] *= alpha_0;
-                    acc_o[G][1] *= alpha_0;
-                    acc_o[G][2] *= alpha_1;
-                    acc_o[G][3] *= alpha_1;
+                    acc_o[G][0] *= factor_0;
+                    acc_o[G][1] *= factor_0;
+                    acc_o[G][2] *= factor_1;
+                    acc_o[G][3] *= factor_1;
                 }
             });
+        } else {
+            self.l_i = [self.l_i[0] + sums[0], self.l_i[1] + sums[1]];
+            self.acc_o.wait_group::<0>();
         }
-        self.pack();
+        self.release_v();
+        self.pack(task, tile);
     }
 
     /// The last product of a task, and its outputs.
@@ -224,13 +347,14 @@ where
     /// # Safety
     /// As for [`change_task`](Self::change_task).
     #[inline(always)]
-    pub unsafe fn finish(&mut self, task: Task) {
+    unsafe fn finish(&mut self, task: Task) {
         // SAFETY: passed on to the caller.
         unsafe {
             self.start_output();
+            let factors = self.store_lse(task);
             self.acc_o.wait_group::<0>();
             self.release_v();
-            self.store(task, self.m_i, self.l_i);
+            self.store_output(task, factors);
         }
     }
 
@@ -272,6 +396,31 @@ where
         let v = self.v.offset(self.v_stage.index() * self.tile_bytes);
         // SAFETY: V has landed, and is released only when O was waited for.
         unsafe { self.acc_o.product_registers::<T>(&self.p, v) };
+    }
+
+    /// Starts S = Q Kᵀ of the next tile and O += P V of the one before.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it.
+    #[inline(always)]
+    unsafe fn start_products<const D_STEPS: usize>(&mut self)
+    where
+        Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
+    {
+        // Not for a hazard: products of both consumers that start together end together, and
+        // then nothing runs beside the softmax. In turn, each one's runs beside the other's
+        // products.
+        if TURNS {
+            Turn::of(self.own_rows).await_other();
+        }
+        // SAFETY: passed on to the caller.
+        unsafe {
+            self.start_scores::<D_STEPS>();
+            self.start_output();
+        }
+        if TURNS {
+            Turn::of(self.own_rows).pass();
+        }
     }
 
     #[inline(always)]
@@ -334,9 +483,10 @@ where
         words
     }
 
-    /// Online softmax: P replaces S. Returns what O must be multiplied by, if anything.
+    /// Online softmax: P replaces S. Returns what O and l must be multiplied by, if
+    /// anything, and the sums of this thread's weights.
     #[inline(always)]
-    fn softmax(&mut self, task: Task, tile: u32, masked: bool) -> Option<[f32; ROWS]> {
+    fn softmax(&mut self, masked: bool) -> (Option<[f32; ROWS]>, [f32; ROWS]) {
         let scale_log2 = self.args.scale_log2;
         let s = self.s.values_mut();
         // Four chains of maxima and of sums, so that they do not wait for each other.
@@ -352,21 +502,13 @@ where
             warp::reduce_max::<4>(math::max(max[0], max[1])) * scale_log2,
             warp::reduce_max::<4>(math::max(max[2], max[3])) * scale_log2,
         ];
-        let grown = m_new[0] > self.m_i[0] + SLACK || m_new[1] > self.m_i[1] + SLACK;
-        let mut alpha = None;
-        if warp::any(grown) {
-            let mut factors = [0.0; ROWS];
-            unroll!(for R in 0..2 {
-                let m = math::max(self.m_i[R], m_new[R]);
-                factors[R] =
-                    math::exp2(self.m_i[R] - if masked { softmax::safe_max(m) } else { m });
-                self.m_i[R] = m;
-                self.l_i[R] *= factors[R];
-            });
-            alpha = Some(factors);
-        }
-        let [m_0, m_1] = self.m_i;
-        let used = if masked { [softmax::safe_max(m_0), softmax::safe_max(m_1)] } else { self.m_i };
+        let before = self.m_i;
+        let grown = warp::any(m_new[0] > before[0] + SLACK || m_new[1] > before[1] + SLACK);
+        let mut used = before;
+        unroll!(for R in 0..2 {
+            self.m_i[R] = if grown { math::max(before[R], m_new[R]) } else { before[R] };
+            used[R] = if masked { softmax::safe_max(self.m_i[R]) } else { self.m_i[R] };
+        });
         let mut sum = [0.0f32; 4];
         unroll!(for G in 0..16 {
             if G < S_GROUPS {
@@ -376,12 +518,12 @@ where
                 });
             }
         });
-        self.l_i[0] += sum[0] + sum[1];
-        self.l_i[1] += sum[2] + sum[3];
-        if M::GENERAL && self.args.dropout.threshold != 0 {
-            self.drop(task, tile);
-        }
-        alpha
+        let growth = if grown {
+            Some([math::exp2(before[0] - used[0]), math::exp2(before[1] - used[1])])
+        } else {
+            None
+        };
+        (growth, [sum[0] + sum[1], sum[2] + sum[3]])
     }
 
     /// Dropout: weights that are dropped become 0. The sum keeps them.
@@ -419,9 +561,12 @@ where
         bits
     }
 
-    /// Rounds P to the storage type, in the order that the product takes.
+    /// Dropout; then P is rounded to the storage type, in the order that the product takes.
     #[inline(always)]
-    fn pack(&mut self) {
+    fn pack(&mut self, task: Task, tile: u32) {
+        if M::GENERAL && self.args.dropout.threshold != 0 {
+            self.drop(task, tile);
+        }
         let s = self.s.values();
         unroll!(for K in 0..8 {
             if K < KEY_STEPS {
@@ -435,40 +580,61 @@ where
         });
     }
 
-    /// Normalises and stores O and LSE of a task.
+    /// Stores LSE of a task whose sums are complete. Returns what its O is to be multiplied
+    /// by.
     ///
     /// # Safety
     /// The buffers must have the shapes that [`flash_hopper`](super::flash_hopper()) states.
     #[inline(always)]
-    unsafe fn store(&self, task: Task, m_i: [f32; ROWS], l_i: [f32; ROWS]) {
+    unsafe fn store_lse(&self, task: Task) -> [f32; ROWS] {
         let args = self.args;
-        // SAFETY: the caller vouches for the buffers.
-        let (o, lse) = unsafe { (args.o.buffer.view_mut::<T>(), args.lse.view_mut::<f32>()) };
-        let values = self.acc_o.values();
+        // SAFETY: the caller vouches for the buffer.
+        let lse = unsafe { args.lse.view_mut::<f32>() };
+        let mut factors = [0.0; ROWS];
         unroll!(for R in 0..2 {
             // Each thread summed its own columns: a row's sum is over its four threads.
-            let l_row = warp::reduce_add::<4>(l_i[R]);
-            let i = task.first_row + self.own_row + 8 * R as u32;
-            if i < args.seq_q {
-                let mut normaliser = softmax::normaliser(l_row);
-                if M::GENERAL && args.dropout.threshold != 0 {
-                    normaliser *= args.dropout.rescale;
-                }
-                let first =
-                    args.o.head(task.b, task.h) + i as u64 * args.o.stride_n + self.column as u64;
-                unroll!(for G in 0..32 {
-                    if G < O_GROUPS {
-                        let (left, right) = (values[G][2 * R], values[G][2 * R + 1]);
-                        let pair = T::pack(left * normaliser, right * normaliser);
-                        o.write_as::<u32>(first + 8 * G as u64, pair);
-                    }
-                });
-                if self.column == 0 {
-                    let head = task.b as u64 * args.heads as u64 + task.h as u64;
-                    let lse_row = softmax::log_sum_exp(m_i[R], l_row);
-                    lse.write(head * args.seq_q as u64 + i as u64, lse_row);
-                }
+            let l_row = warp::reduce_add::<4>(self.l_i[R]);
+            factors[R] = softmax::normaliser(l_row);
+            if M::GENERAL && args.dropout.threshold != 0 {
+                factors[R] *= args.dropout.rescale;
             }
+            let i = task.first_row + self.own_row + 8 * R as u32;
+            if i < args.seq_q && self.column == 0 {
+                let head = task.b as u64 * args.heads as u64 + task.h as u64;
+                let lse_row = softmax::log_sum_exp(self.m_i[R], l_row);
+                lse.write(head * args.seq_q as u64 + i as u64, lse_row);
+            }
+        });
+        factors
+    }
+
+    /// Stores O of a task, its rows times `factors`.
+    ///
+    /// # Safety
+    /// As for [`store_lse`](Self::store_lse).
+    #[inline(always)]
+    unsafe fn store_output(&self, task: Task, factors: [f32; ROWS]) {
+        let args = self.args;
+        // SAFETY: the caller vouches for the buffer.
+        let o = unsafe { args.o.buffer.view_mut::<T>() };
+        let values = self.acc_o.values();
+        unroll!(for R in 0..2 {
+            let i = task.first_row + self.own_row + 8 * R as u32;
+            let row = args.o.head(task.b, task.h) + i as u64 * args.o.stride_n;
+            // 32 columns at a time: 8 of them to each of the row's four threads.
+            unroll!(for QUAD in 0..8 {
+                if QUAD < O_GROUPS / 4 {
+                    let pack = |group: usize| {
+                        let [left, right] = [2 * R, 2 * R + 1].map(|e| values[4 * QUAD + group][e]);
+                        T::pack(left * factors[R], right * factors[R])
+                    };
+                    let chunk = transpose_quad([pack(0), pack(1), pack(2), pack(3)]);
+                    if i < args.seq_q {
+                        let column = (32 * QUAD) as u64 + 4 * self.column as u64;
+                        o.write_as::<[u32; 4]>(row + column, chunk);
+                    }
+                }
+            });
         });
     }
 
@@ -477,7 +643,7 @@ where
     /// # Safety
     /// As for [`change_task`](Self::change_task).
     #[inline(always)]
-    pub unsafe fn store_nothing(&self, task: Task) {
+    unsafe fn store_nothing(&self, task: Task) {
         let args = self.args;
         // SAFETY: the caller vouches for the buffers.
         let (o, lse) = unsafe { (args.o.buffer.view_mut::<T>(), args.lse.view_mut::<f32>()) };

@@ -6,52 +6,136 @@ use simt::{
     wgmma::{CHUNK_COLUMNS, CHUNK_ROW_BYTES},
 };
 
-use super::TASK_WORDS;
+use super::{Policy, TASK_WORDS};
 
 /// Query rows of a consumer warpgroup.
 pub const CONSUMER_ROWS: u32 = 64;
 
-/// Query rows of a block.
-#[must_use]
-pub const fn tile_rows(consumers: u32) -> u32 {
-    consumers * CONSUMER_ROWS
+/// What a block works with, for a head dim and a policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiles {
+    /// Head dim.
+    pub d: u32,
+    /// Consumer warpgroups.
+    pub consumers: u32,
+    /// Keys of a tile.
+    pub keys: u32,
+    /// Stages of the ring of Q: two where shared memory has room for them, so that the next
+    /// task's Q is there before this one is done.
+    pub q_stages: u32,
+    /// Stages of the rings of K and of V: more where tiles are small and soon used up.
+    pub kv_stages: u32,
 }
 
-/// Threads of a block: the producer's warpgroup and the consumers'.
-#[must_use]
-pub const fn threads(consumers: u32) -> u32 {
-    (1 + consumers) * warpgroup::THREADS
+impl Tiles {
+    /// Those of head dim `d` for policy `M` and so many consumers: what shared memory and
+    /// registers leave room for.
+    #[must_use]
+    pub const fn of<M: Policy>(d: u32, consumers: u32) -> Self {
+        let keys = match d {
+            0..=128 => 128,
+            129..=192 => 96,
+            _ if M::GENERAL => 64,
+            _ => 80,
+        };
+        let kv_stages = if keys * d <= 128 * 64 { 4 } else { 2 };
+        let mut tiles = Self { d, consumers, keys, q_stages: 2, kv_stages };
+        if tiles.shared_bytes() > MAX_SHARED_BYTES {
+            tiles.q_stages = 1;
+        }
+        assert!(tiles.shared_bytes() <= MAX_SHARED_BYTES, "fits a multiprocessor");
+        tiles
+    }
+
+    /// Query rows of a block.
+    #[must_use]
+    pub const fn rows(&self) -> u32 {
+        self.consumers * CONSUMER_ROWS
+    }
+
+    /// Threads of a block: the producer's warpgroup and the consumers'.
+    #[must_use]
+    pub const fn threads(&self) -> u32 {
+        (1 + self.consumers) * warpgroup::THREADS
+    }
+
+    /// Bytes of a stage of Q.
+    pub(super) const fn q_bytes(&self) -> u32 {
+        tile_bytes(self.rows(), self.d)
+    }
+
+    /// Bytes of a stage of K, and of one of V.
+    pub(super) const fn kv_bytes(&self) -> u32 {
+        tile_bytes(self.keys, self.d)
+    }
+
+    /// Offset of K in shared memory; Q comes first.
+    pub(super) const fn k(&self) -> u32 {
+        self.q_stages * self.q_bytes()
+    }
+
+    /// Offset of V.
+    pub(super) const fn v(&self) -> u32 {
+        self.k() + self.kv_stages * self.kv_bytes()
+    }
+
+    /// Offset of the mbarriers of the rings of Q, K and V.
+    pub(super) const fn barriers(&self) -> u32 {
+        self.v() + self.kv_stages * self.kv_bytes()
+    }
+
+    pub(super) const fn num_barriers(&self) -> u32 {
+        2 * (self.q_stages + 2 * self.kv_stages)
+    }
+
+    /// Offset of the tasks, [`TASK_WORDS`] for each stage of Q and consumer.
+    pub(super) const fn tasks(&self) -> u32 {
+        self.barriers() + self.num_barriers() * Mbarrier::BYTES
+    }
+
+    pub(super) const fn task_words(&self) -> u32 {
+        self.q_stages * self.consumers * TASK_WORDS
+    }
+
+    /// Dynamic shared memory of a block in bytes.
+    #[must_use]
+    pub const fn shared_bytes(&self) -> u32 {
+        self.tasks() + self.task_words() * size_of::<u32>() as u32
+    }
+
+    /// Extent of the tensor maps' boxes, fastest dimension first, over dimensions
+    /// `[D, N, H, B]`: `query` for that of Q, otherwise for K and V. Swizzle: 128 bytes.
+    #[must_use]
+    pub const fn box_dims(&self, query: bool) -> [u32; 4] {
+        [CHUNK_COLUMNS, if query { CONSUMER_ROWS } else { self.keys }, 1, 1]
+    }
 }
 
 /// Consumers that a block may have for head dim `d`: two, and three where O is narrow
 /// enough for 160 registers a thread and nothing is decided at run time.
 #[must_use]
-pub const fn max_consumers(d: u32, general: bool) -> u32 {
-    if d <= 64 && !general { 3 } else { 2 }
+pub const fn max_consumers<M: Policy>(d: u32) -> u32 {
+    if d <= 64 && !M::GENERAL { 3 } else { 2 }
 }
 
-/// Consumers of a block for `heads` heads of `seq_q` rows on `multiprocessors`, which run
-/// one block each at a time: those that are done first. A round of blocks takes as
-/// long as a block has rows; more rows a block mean fewer bytes where it is a draw.
-#[must_use]
-pub fn consumers(d: u32, general: bool, seq_q: u64, heads: u64, multiprocessors: u32) -> u32 {
-    let time = |consumers: u32| {
-        let rows = u64::from(tile_rows(consumers));
-        let blocks = seq_q.div_ceil(rows).saturating_mul(heads);
-        blocks.div_ceil(u64::from(multiprocessors.max(1))).saturating_mul(rows)
-    };
-    if max_consumers(d, general) == 3 && time(3) <= time(2) { 3 } else { 2 }
-}
-
-/// Keys of a tile for head dim `d`: what shared memory and registers leave room for; `general`
-/// takes registers for what it decides at run time.
-#[must_use]
-pub const fn tile_keys(d: u32, general: bool) -> u32 {
-    match d {
-        0..=128 => 128,
-        129..=192 => 96,
-        _ if general => 64,
-        _ => 80,
+impl Tiles {
+    /// Those of policy `M` that are done first with `heads` heads of `seq_q` rows on
+    /// `multiprocessors`, which run one block each.
+    ///
+    /// Three consumers take less time a row, by up to a sixth, but tasks of 192 rows leave
+    /// more of a short launch's last round idle: measured on an H100 at D = 64, two were
+    /// ahead with 1.5 tasks a multiprocessor, level with 3, behind with 6.
+    #[must_use]
+    pub fn best<M: Policy>(d: u32, seq_q: u64, heads: u64, multiprocessors: u32) -> Self {
+        /// Tasks a multiprocessor from which three are worth it.
+        const MANY: u64 = 4;
+        let two = Self::of::<M>(d, 2);
+        let tasks = seq_q.div_ceil(two.rows().into()).saturating_mul(heads);
+        if max_consumers::<M>(d) == 3 && tasks >= MANY * u64::from(multiprocessors) {
+            Self::of::<M>(d, 3)
+        } else {
+            two
+        }
     }
 }
 
@@ -60,76 +144,22 @@ pub(super) const fn tile_bytes(rows: u32, d: u32) -> u32 {
     d.div_ceil(CHUNK_COLUMNS) * rows * CHUNK_ROW_BYTES
 }
 
-/// Where things lie in shared memory, in bytes.
-pub(super) struct Layout {
-    pub k: u32,
-    pub v: u32,
-    pub barriers: u32,
-    pub tasks: u32,
-    pub end: u32,
-}
-
-/// Stages of the ring of Q for head dim `d`: two where shared memory has room for them, so
-/// that the next task's Q is there before this one is done.
-#[must_use]
-pub const fn q_stages(d: u32) -> u32 {
-    if d <= 128 { 2 } else { 1 }
-}
-
-/// Stages of the rings of K and of V for head dim `d`: more where tiles are small and soon
-/// used up.
-#[must_use]
-pub const fn kv_stages(d: u32) -> u32 {
-    if d <= 64 { 4 } else { 2 }
-}
-
-/// Mbarriers: those of the rings of Q, K and V.
-pub(super) const fn num_barriers(d: u32) -> u32 {
-    2 * (q_stages(d) + 2 * kv_stages(d))
-}
-
-impl Layout {
-    pub const fn new(d: u32, consumers: u32, general: bool) -> Self {
-        let kv_bytes = kv_stages(d) * tile_bytes(tile_keys(d, general), d);
-        let k = q_stages(d) * tile_bytes(tile_rows(consumers), d);
-        let (v, barriers) = (k + kv_bytes, k + 2 * kv_bytes);
-        let tasks = barriers + num_barriers(d) * Mbarrier::BYTES;
-        let task_bytes = TASK_WORDS * size_of::<u32>() as u32;
-        Self { k, v, barriers, tasks, end: tasks + q_stages(d) * consumers * task_bytes }
-    }
-}
-
-/// Dynamic shared memory of a block in bytes.
-#[must_use]
-pub const fn shared_bytes(d: u32, consumers: u32, general: bool) -> u32 {
-    Layout::new(d, consumers, general).end
-}
-
-/// Extent of the tensor maps' boxes, fastest dimension first, over dimensions
-/// `[D, N, H, B]`: `query` for that of Q, otherwise for K and V. Swizzle: 128 bytes.
-#[must_use]
-pub const fn box_dims(d: u32, query: bool, general: bool) -> [u32; 4] {
-    [CHUNK_COLUMNS, if query { CONSUMER_ROWS } else { tile_keys(d, general) }, 1, 1]
-}
-
 /// The most shared memory that a block may have on sm_90.
 const MAX_SHARED_BYTES: u32 = 232_448;
-const _: () = assert!(shared_bytes(64, 3, false) <= MAX_SHARED_BYTES, "fits a multiprocessor");
-const _: () = assert!(shared_bytes(128, 2, false) <= MAX_SHARED_BYTES, "fits a multiprocessor");
-const _: () = assert!(shared_bytes(192, 2, false) <= MAX_SHARED_BYTES, "fits a multiprocessor");
-const _: () = assert!(shared_bytes(256, 2, false) <= MAX_SHARED_BYTES, "fits a multiprocessor");
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::{Causal, Full, General},
+        *,
+    };
 
     #[test]
-    fn blocks_are_as_large_as_their_rounds_allow() {
-        // 48 heads of 512 rows on 132 multiprocessors: 144 blocks or 192, two rounds both.
-        assert_eq!(consumers(64, false, 512, 48, 132), 2);
-        // 528 blocks of 192 rows are four full rounds; 768 of 128 rows are six.
-        assert_eq!(consumers(64, false, 2048, 48, 132), 3);
-        assert_eq!(consumers(64, true, 2048, 48, 132), 2);
-        assert_eq!(consumers(128, false, 2048, 48, 132), 2);
+    fn three_consumers_where_there_are_many_tasks() {
+        let full = |d, n| Tiles::best::<Full>(d, n, 48, 132).consumers;
+        assert_eq!((full(64, 1024), full(64, 2048)), (2, 3));
+        assert_eq!((full(128, 2048), full(256, 2048)), (2, 2));
+        assert_eq!(Tiles::best::<Causal>(64, 2048, 48, 132).consumers, 3);
+        assert_eq!(Tiles::best::<General>(64, 2048, 48, 132).consumers, 2);
     }
 }
