@@ -68,27 +68,23 @@ macro_rules! operand {
 operand!(f16, false);
 operand!(bf16, true);
 
-/// Where a tile lies in shared memory and how: the 64 bits that wgmma takes.
+/// Where a tile lies in shared memory and how: the lower half of the 64 bits that wgmma
+/// takes. The upper half is the same for every tile here, and address arithmetic in 32 bits
+/// needs no carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Descriptor(u64);
+pub struct Descriptor(u32);
 
 impl Descriptor {
-    /// Bits 62 and 63: the 128-byte swizzle.
-    const SWIZZLE_128: u64 = 1 << 62;
-    /// Bytes from one group of eight rows of a chunk to the next.
-    const EIGHT_ROWS: u32 = 8 * CHUNK_ROW_BYTES;
+    /// The upper half: the 128-byte swizzle, and the bytes from one group of eight rows of a
+    /// chunk to the next.
+    const HIGH: u32 = 1 << 30 | Self::field(8 * CHUNK_ROW_BYTES);
 
-    const fn new(address: u32, leading_bytes: u32, stride_bytes: u32) -> Self {
-        Self(
-            Self::field(address)
-                | Self::field(leading_bytes) << 16
-                | Self::field(stride_bytes) << 32
-                | Self::SWIZZLE_128,
-        )
+    const fn new(address: u32, leading_bytes: u32) -> Self {
+        Self(Self::field(address) | Self::field(leading_bytes) << 16)
     }
 
-    const fn field(bytes: u32) -> u64 {
-        (bytes as u64 & 0x3_ffff) >> 4
+    const fn field(bytes: u32) -> u32 {
+        (bytes & 0x3_ffff) >> 4
     }
 
     /// A tile whose rows run along the dimension that is summed over: Q and K.
@@ -97,7 +93,7 @@ impl Descriptor {
     #[must_use]
     pub const fn k_major(address: u32) -> Self {
         // One step of 16 lies within the swizzle's width: there is no leading stride.
-        Self::new(address, 16, Self::EIGHT_ROWS)
+        Self::new(address, 16)
     }
 
     /// A tile whose rows run along the columns of the result: V. Its chunks are
@@ -105,21 +101,21 @@ impl Descriptor {
     #[inline(always)]
     #[must_use]
     pub const fn n_major(address: u32, chunk_bytes: u32) -> Self {
-        Self::new(address, chunk_bytes, Self::EIGHT_ROWS)
+        Self::new(address, chunk_bytes)
     }
 
     /// The same tile `bytes` (a multiple of 1024) further on, such as in another stage.
     #[inline(always)]
     #[must_use]
     pub const fn offset(self, bytes: u32) -> Self {
-        Self(self.0 + (bytes >> 4) as u64)
+        Self(self.0 + (bytes >> 4))
     }
 
     /// The bits.
     #[inline(always)]
     #[must_use]
     pub const fn bits(self) -> u64 {
-        self.0
+        (Self::HIGH as u64) << 32 | self.0 as u64
     }
 }
 
@@ -306,16 +302,16 @@ macro_rules! wait_group {
 macro_rules! shared_step {
     ($n:literal $type:literal $k:literal $list:expr) => {
         concat!(
-            "add.s64 a, {a}, (",
+            "add.s32 low, {a}, (",
             $k,
             "&3)*2+(",
             $k,
-            ">>2)*{a_chunk}; ",
-            "add.s64 b, {b}, (",
+            ">>2)*{a_chunk}; mov.b64 a, {{low, {high}}}; ",
+            "add.s32 low, {b}, (",
             $k,
             "&3)*2+(",
             $k,
-            ">>2)*{b_chunk}; ",
+            ">>2)*{b_chunk}; mov.b64 b, {{low, {high}}}; ",
             "wgmma.mma_async.sync.aligned.m64n",
             $n,
             "k16.f32.",
@@ -353,12 +349,13 @@ macro_rules! shared_product {
                             // SAFETY: passed on to the caller. Every output is written.
                             unsafe {
                                 core::arch::asm!(
-                                    "{{ .reg .b64 a, b; wgmma.fence.sync.aligned; ",
+                                    "{{ .reg .b64 a, b; .reg .b32 low; wgmma.fence.sync.aligned; ",
                                     $(shared_step!($n $type $k $list),)*
                                     "wgmma.commit_group.sync.aligned; }}",
                                     $(out(reg32) d[$g][0], out(reg32) d[$g][1],
                                       out(reg32) d[$g][2], out(reg32) d[$g][3],)*
-                                    a = in(reg64) a.0, b = in(reg64) b.0,
+                                    a = in(reg32) a.0, b = in(reg32) b.0,
+                                    high = const Descriptor::HIGH,
                                     a_chunk = const A_CHUNK / 16, b_chunk = const B_CHUNK / 16,
                                     options(nostack)
                                 );
@@ -369,8 +366,8 @@ macro_rules! shared_product {
                 }
                 #[cfg(not(target_arch = "nvptx64"))]
                 {
-                    let a = OperandA::Shared { tile: a.0, chunk: A_CHUNK, steps: $steps };
-                    let b = OperandB::KMajor { tile: b.0, chunk: B_CHUNK };
+                    let a = OperandA::Shared { tile: a.bits(), chunk: A_CHUNK, steps: $steps };
+                    let b = OperandB::KMajor { tile: b.bits(), chunk: B_CHUNK };
                     self.start(a, b, false, T::IS_BF16, Location::caller());
                 }
             }
@@ -383,9 +380,9 @@ macro_rules! shared_product {
 macro_rules! register_step {
     ($n:literal $type:literal ($k:literal $p0:ident $p1:ident $p2:ident $p3:ident) $list:expr) => {
         concat!(
-            "add.s64 b, {b}, ",
+            "add.s32 low, {b}, ",
             $k,
-            "*128; ",
+            "*128; mov.b64 b, {{low, {high}}}; ",
             "wgmma.mma_async.sync.aligned.m64n",
             $n,
             "k16.f32.",
@@ -430,14 +427,14 @@ macro_rules! register_product {
                             // SAFETY: passed on to the caller.
                             unsafe {
                                 core::arch::asm!(
-                                    "{{ .reg .b64 b; wgmma.fence.sync.aligned; ",
+                                    "{{ .reg .b64 b; .reg .b32 low; wgmma.fence.sync.aligned; ",
                                     $(register_step!($n $type ($k $p0 $p1 $p2 $p3) $list),)*
                                     "wgmma.commit_group.sync.aligned; }}",
                                     $(inout(reg32) d[$g][0], inout(reg32) d[$g][1],
                                       inout(reg32) d[$g][2], inout(reg32) d[$g][3],)*
                                     $($p0 = in(reg32) p[$k][0], $p1 = in(reg32) p[$k][1],
                                       $p2 = in(reg32) p[$k][2], $p3 = in(reg32) p[$k][3],)*
-                                    b = in(reg64) b.0,
+                                    b = in(reg32) b.0, high = const Descriptor::HIGH,
                                     options(nostack)
                                 );
                             }
@@ -447,7 +444,7 @@ macro_rules! register_product {
                 }
                 #[cfg(not(target_arch = "nvptx64"))]
                 {
-                    let b = OperandB::NMajor { tile: b.0 };
+                    let b = OperandB::NMajor { tile: b.bits() };
                     let a = OperandA::Registers(p);
                     self.start(a, b, true, T::IS_BF16, Location::caller());
                 }
