@@ -4,6 +4,7 @@ use half::{bf16, f16};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
+use rayon::prelude::*;
 
 use crate::{
     dtype::{DType, Element},
@@ -68,10 +69,19 @@ impl Tensor {
     /// standard deviation 1. The same seed gives the same numbers on every platform.
     #[must_use]
     pub fn random(dtype: DType, shape: &[usize], seed: u64, mean: f64) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let len = shape.iter().product();
-        let mut draw = || -> f64 { StandardNormal.sample(&mut rng) };
-        let data = make!(dtype, T => (0..len).map(|_| T::from_f64(mean + draw())).collect());
+        /// Elements that come from one stream of the generator; streams are drawn in parallel.
+        const STREAM: usize = 1 << 20;
+        let len: usize = shape.iter().product();
+        let data = make!(dtype, T => {
+            let mut values = vec![T::from_f64(0.0); len];
+            values.par_chunks_mut(STREAM).enumerate().for_each(|(stream, values)| {
+                let mut rng = ChaCha8Rng::seed_from_u64(seed);
+                rng.set_stream(stream as u64);
+                let mut draw = || -> f64 { StandardNormal.sample(&mut rng) };
+                values.fill_with(|| T::from_f64(mean + draw()));
+            });
+            values
+        });
         Self { shape: shape.to_vec(), data }
     }
 
