@@ -64,7 +64,7 @@
 //! masked, such rows not stored. Results do not depend on timing: bit for bit the same
 //! every run.
 //!
-//! Measured: 0.107 ms at N 2048, D 64 (f16, batch 4, 12 heads), where flash_pipelined took
+//! Measured: 0.109 ms at N 2048, D 64 (f16, batch 4, 12 heads), where flash_pipelined took
 //! 0.156; at 16k tokens, hidden 2048, N 16,384: 691 TFLOP/s at D 128, 576 at D 64, 817 at D 256
 //! (one H100 80GB HBM3). Limits: f16 and bf16; a positive scale; strides and addresses in
 //! multiples of 16 bytes (TMA's rule); tiles of one head only.
@@ -89,6 +89,7 @@ use crate::{
     args::AttentionArgs,
     entries,
     pipeline::{Ring, Stage},
+    policy::{self, Causal, Full, General, Policy},
     schedule,
 };
 
@@ -98,34 +99,6 @@ mod tiles;
 use consumer::{Consumer, ROWS};
 use tiles::tile_bytes;
 pub use tiles::{CONSUMER_ROWS, Tiles, max_consumers};
-
-/// What a kernel is compiled for: the less it must ask at run time, the faster it is.
-pub trait Policy {
-    /// Whether rows see the keys up to their own position only.
-    const CAUSAL: bool;
-    /// Whether causality, padding and dropout are decided at run time.
-    const GENERAL: bool;
-}
-
-/// Every row sees every key; no padding mask, no dropout.
-pub struct Full;
-/// Causal; no padding mask, no dropout.
-pub struct Causal;
-/// Anything.
-pub struct General;
-
-impl Policy for Full {
-    const CAUSAL: bool = false;
-    const GENERAL: bool = false;
-}
-impl Policy for Causal {
-    const CAUSAL: bool = true;
-    const GENERAL: bool = false;
-}
-impl Policy for General {
-    const CAUSAL: bool = false;
-    const GENERAL: bool = true;
-}
 
 /// A tile of query rows of one head: where it is, and what it sees.
 #[derive(Clone, Copy)]
@@ -138,8 +111,11 @@ struct Task {
 
 impl Task {
     /// The task at a place in the order of work, if there is one.
+    ///
+    /// # Safety
+    /// `args.mask` must be empty or hold `[B, Nk]` bytes.
     #[inline(always)]
-    fn at<M: Policy, const D: u32, const BR: u32, const BC: u32>(
+    unsafe fn at<P: Policy, const D: u32, const BR: u32, const BC: u32>(
         args: &AttentionArgs,
         place: u32,
     ) -> Option<Self> {
@@ -147,7 +123,7 @@ impl Task {
         if place >= heads * num_q_tiles {
             return None;
         }
-        let causal = M::CAUSAL || (M::GENERAL && args.causal != 0);
+        let causal = P::is_causal(args);
         let work = if causal || !args.seq_q.is_multiple_of(BR) {
             // Tasks of different lengths: the short ones of a section come last.
             let heads_together = schedule::section(num_q_tiles, heads, thread::grid_dim_x());
@@ -156,20 +132,11 @@ impl Task {
             schedule::in_order(place, num_q_tiles)
         };
         let first_row = work.q_tile * BR;
-        let last_row = (first_row + BR).min(args.seq_q) - 1;
         let (b, h) = schedule::divide(work.head, args.heads);
-        let num_kv_tiles = visible_keys::<M>(args, last_row).div_ceil(BC);
+        // SAFETY: the caller vouches for the mask.
+        let policy = unsafe { P::new(args, b, h) };
+        let num_kv_tiles = policy::end_of_tile(&policy, first_row + BR, args.seq_q).div_ceil(BC);
         Some(Self { b, h, first_row, num_kv_tiles })
-    }
-}
-
-/// Keys that row `i` sees by its position.
-#[inline(always)]
-fn visible_keys<M: Policy>(args: &AttentionArgs, i: u32) -> u32 {
-    if M::CAUSAL || (M::GENERAL && args.causal != 0) {
-        (i + 1 + args.seq_k).saturating_sub(args.seq_q).min(args.seq_k)
-    } else {
-        args.seq_k
     }
 }
 
@@ -191,7 +158,7 @@ fn visible_keys<M: Policy>(args: &AttentionArgs, i: u32) -> u32 {
 #[inline(always)]
 pub unsafe fn flash_hopper<
     T: Operand,
-    M: Policy,
+    P: Policy,
     const D: u32,
     const CONSUMERS: u32,
     const BR: u32,
@@ -210,10 +177,10 @@ pub unsafe fn flash_hopper<
     Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
     Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,
 {
-    let tiles = const { Tiles::of::<M>(D, CONSUMERS) };
+    let tiles = const { Tiles::of::<P>(D, CONSUMERS) };
     const {
-        let tiles = Tiles::of::<M>(D, CONSUMERS);
-        assert!(2 <= CONSUMERS && CONSUMERS <= max_consumers::<M>(D), "registers suffice");
+        let tiles = Tiles::of::<P>(D, CONSUMERS);
+        assert!(2 <= CONSUMERS && CONSUMERS <= max_consumers::<P>(D), "registers suffice");
         assert!(BR == tiles.rows() && BC == tiles.keys && K_CHUNK == BC * CHUNK_ROW_BYTES);
         assert!(Q_STAGES == tiles.q_stages && STAGES == tiles.kv_stages);
         assert!(S_GROUPS as u32 * 8 == BC && O_GROUPS as u32 * 8 == D);
@@ -251,7 +218,7 @@ pub unsafe fn flash_hopper<
         }
         if thread::thread_idx_x() == 0 {
             // SAFETY: the caller vouches for the tensor maps and the queue.
-            unsafe { produce::<M, D, CONSUMERS, BR, BC, Q_STAGES, STAGES>(args, smem, rings) };
+            unsafe { produce::<P, D, CONSUMERS, BR, BC, Q_STAGES, STAGES>(args, smem, rings) };
         }
         return;
     }
@@ -264,7 +231,7 @@ pub unsafe fn flash_hopper<
     let own_rows = (warpgroup - 1) * CONSUMER_ROWS;
     let first_task = (warpgroup - 1) * const { Q_STAGES * TASK_WORDS };
     let mut consumer =
-        Consumer::<T, M, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS> {
+        Consumer::<T, P, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS> {
             args,
             own_rows,
             own_row: own_rows + warpgroup::thread_id() / warp::LANES * 16 + warp::lane_id() / 4,
@@ -350,7 +317,7 @@ impl<const Q_STAGES: u32, const STAGES: u32> Rings<Q_STAGES, STAGES> {
 /// As for [`flash_hopper`].
 #[inline(always)]
 unsafe fn produce<
-    M: Policy,
+    P: Policy,
     const D: u32,
     const CONSUMERS: u32,
     const BR: u32,
@@ -362,7 +329,7 @@ unsafe fn produce<
     smem: u32,
     rings: Rings<Q_STAGES, STAGES>,
 ) {
-    let tiles = const { Tiles::of::<M>(D, CONSUMERS) };
+    let tiles = const { Tiles::of::<P>(D, CONSUMERS) };
     // SAFETY: the caller vouches for the queue.
     let queue = unsafe { args.queue.view_mut::<u32>() };
     let blocks = thread::grid_dim_x();
@@ -383,7 +350,8 @@ unsafe fn produce<
     let (mut q_stage, mut stage) = (Stage::FIRST, Stage::FIRST);
     // A block's first task is that of its number; the others are for whoever is free.
     let mut place = thread::block_idx_x();
-    while let Some(task) = Task::at::<M, D, BR, BC>(args, place) {
+    // SAFETY: the caller vouches for the mask.
+    while let Some(task) = unsafe { Task::at::<P, D, BR, BC>(args, place) } {
         // Consumers past the last row have no Q, and none has without keys.
         let consumers = if task.num_kv_tiles > 0 {
             (args.seq_q - task.first_row).div_ceil(CONSUMER_ROWS).min(CONSUMERS)

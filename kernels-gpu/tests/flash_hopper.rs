@@ -5,7 +5,8 @@ use half::{bf16, f16};
 use kernels_gpu::{
     args::{AttentionArgs, Buffer, DropoutArgs, Tensor},
     dropout,
-    flash_hopper::{self, Causal, Full, General, Tiles},
+    flash_hopper::{self, Tiles},
+    policy::{Causal, Full, General},
 };
 use simt::{
     Dim3,

@@ -3,7 +3,9 @@
 use kernels_gpu::{
     args, flash_async,
     flash_hopper::{self, Tiles},
-    flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, naive, standard, weights,
+    flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, naive,
+    policy::{Causal, Full, General},
+    standard, weights,
 };
 use simt::Dim3;
 
@@ -287,8 +289,8 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
     capability: (9, 0),
     exact_capability: true,
     tile: |d| {
-        let consumers = flash_hopper::max_consumers::<flash_hopper::Full>(d as u32);
-        let tiles = Tiles::of::<flash_hopper::Full>(d as u32, consumers);
+        let consumers = flash_hopper::max_consumers::<Full>(d as u32);
+        let tiles = Tiles::of::<Full>(d as u32, consumers);
         (tiles.rows() as usize, tiles.keys as usize)
     },
     features: ALL_FEATURES,
@@ -323,9 +325,9 @@ fn policy(p: &Problem) -> (&'static str, bool) {
 /// Tiles of flash_hopper for a problem.
 fn hopper_tiles(p: &Problem, multiprocessors: u32) -> Tiles {
     let best = match policy(p).0 {
-        "general" => Tiles::best::<flash_hopper::General>,
-        "causal" => Tiles::best::<flash_hopper::Causal>,
-        _ => Tiles::best::<flash_hopper::Full>,
+        "general" => Tiles::best::<General>,
+        "causal" => Tiles::best::<Causal>,
+        _ => Tiles::best::<Full>,
     };
     best(p.head_dim() as u32, p.seq_q() as u64, heads(p).into(), multiprocessors)
 }

@@ -8,8 +8,14 @@ use simt::{
     },
 };
 
-use super::{CONSUMER_ROWS, Policy, Rings, Task, visible_keys};
-use crate::{args::AttentionArgs, dropout, online::transpose_quad, pipeline::Stage, softmax};
+use super::{CONSUMER_ROWS, Rings, Task};
+use crate::{
+    args::AttentionArgs,
+    online::transpose_quad,
+    pipeline::Stage,
+    policy::{self, Policy},
+    softmax,
+};
 
 /// Rows of S that a thread has.
 pub(super) const ROWS: usize = 2;
@@ -54,7 +60,7 @@ impl barrier::Named for Turn {
 pub(super) struct Consumer<
     'a,
     T,
-    M,
+    P,
     const Q_STAGES: u32,
     const STAGES: u32,
     const S_GROUPS: usize,
@@ -91,12 +97,12 @@ pub(super) struct Consumer<
     pub s: Accumulator<S_GROUPS>,
     pub p: Fragments<KEY_STEPS>,
     pub acc_o: Accumulator<O_GROUPS>,
-    pub types: core::marker::PhantomData<(T, M)>,
+    pub types: core::marker::PhantomData<(T, P)>,
 }
 
 impl<
     T: Operand,
-    M: Policy,
+    P: Policy,
     const Q_STAGES: u32,
     const STAGES: u32,
     const S_GROUPS: usize,
@@ -104,7 +110,7 @@ impl<
     const KEY_STEPS: usize,
     const K_CHUNK: u32,
     const TURNS: bool,
-> Consumer<'_, T, M, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS>
+> Consumer<'_, T, P, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS>
 where
     Accumulator<S_GROUPS>: WaitGroup,
     Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,
@@ -178,8 +184,8 @@ where
             // Both go through the same tiles in turn.
             task.num_kv_tiles
         } else {
-            let last_row = (first_row + CONSUMER_ROWS).min(self.args.seq_q) - 1;
-            visible_keys::<M>(self.args, last_row).div_ceil(Self::TILE_KEYS)
+            let end = first_row + CONSUMER_ROWS;
+            policy::end_of_tile(&self.policy(task), end, self.args.seq_q).div_ceil(Self::TILE_KEYS)
         }
     }
 
@@ -202,7 +208,7 @@ where
     /// Keys that each of this warpgroup's rows sees by its position.
     #[inline(always)]
     fn keys_all_rows_see(&self, task: Task) -> u32 {
-        visible_keys::<M>(self.args, task.first_row + self.own_rows)
+        self.policy(task).end_of_row(task.first_row + self.own_rows)
     }
 
     /// S = Q Kᵀ and P of the first tile visited, which is the last one in the order of keys,
@@ -270,14 +276,14 @@ where
         let mut tile = task.num_kv_tiles - 1;
         // Tiles below this one are seen whole by every row of this consumer.
         let whole_tiles = self.keys_all_rows_see(task) / Self::TILE_KEYS;
-        if M::CAUSAL || M::GENERAL {
-            while tile > if M::GENERAL { 0 } else { whole_tiles } {
+        if P::GENERAL || P::is_causal(self.args) {
+            while tile > if P::GENERAL { 0 } else { whole_tiles } {
                 tile -= 1;
                 // SAFETY: passed on to the caller.
                 unsafe { self.next_tile::<D_STEPS, true>(task, tile) };
             }
         }
-        if !M::GENERAL {
+        if !P::GENERAL {
             while tile > 0 {
                 tile -= 1;
                 // SAFETY: passed on to the caller.
@@ -292,7 +298,7 @@ where
     fn first_weights(&mut self, task: Task) {
         let tile = task.num_kv_tiles - 1;
         // The first tile visited may hang over the last key, or lie on the diagonal.
-        if M::GENERAL || (tile + 1) * Self::TILE_KEYS > self.keys_all_rows_see(task) {
+        if P::GENERAL || (tile + 1) * Self::TILE_KEYS > self.keys_all_rows_see(task) {
             self.mask(task, tile);
         }
         // Nothing came before: l is 0, O is 0.
@@ -439,48 +445,25 @@ where
         self.v_stage.advance();
     }
 
+    /// The policy for a task's head.
+    #[inline(always)]
+    fn policy(&self, task: Task) -> P {
+        // SAFETY: whoever launches vouches for the mask, `[B, Nk]`.
+        unsafe { P::new(self.args, task.b, task.h) }
+    }
+
+    /// Row and key of this thread's first score of a tile.
+    #[inline(always)]
+    fn first_score(&self, task: Task, tile: u32) -> (u32, u32) {
+        (task.first_row + self.own_row, tile * Self::TILE_KEYS + self.column)
+    }
+
     /// Hides what this thread's rows do not see: scores become -inf.
     #[inline(always)]
     fn mask(&mut self, task: Task, tile: u32) {
-        let first_key = tile * Self::TILE_KEYS;
-        // Keys of the tile that a row sees, counted from this thread's first column.
-        let limit =
-            |row: u32| visible_keys::<M>(self.args, row) as i32 - (first_key + self.column) as i32;
-        let first_row = task.first_row + self.own_row;
-        let limits = [limit(first_row), limit(first_row + 8)];
-        let shown = if M::GENERAL { self.padding_mask(task, first_key) } else { [u32::MAX; 4] };
-        let s = self.s.values_mut();
-        unroll!(for G in 0..16 {
-            if G < S_GROUPS {
-                unroll!(for E in 0..4 {
-                    let column = (8 * G + E % 2) as u32;
-                    let padded = M::GENERAL && shown[G / 4] >> (column % 32) & 1 == 0;
-                    if column as i32 >= limits[E / 2] || padded {
-                        s[G][E] = f32::NEG_INFINITY;
-                    }
-                });
-            }
-        });
-    }
-
-    /// The padding mask of a tile: bit `c` of word `w` for key `32 w + c` from this
-    /// thread's first column on.
-    #[inline(always)]
-    fn padding_mask(&self, task: Task, first_key: u32) -> [u32; 4] {
-        let mut words = [u32::MAX; 4];
-        if !self.args.mask.is_empty() {
-            // SAFETY: whoever launches vouches for the mask, `[B, Nk]`.
-            let mask = unsafe { self.args.mask.view::<u8>() };
-            let row = task.b as u64 * self.args.seq_k as u64;
-            unroll!(for W in 0..4 {
-                if W * 4 < S_GROUPS {
-                    let key = first_key + W as u32 * warp::LANES + warp::lane_id();
-                    let shown = key < self.args.seq_k && mask.read(row + key as u64) != 0;
-                    words[W] = warp::ballot(shown) >> self.column;
-                }
-            });
-        }
-        words
+        let (i, j) = self.first_score(task, tile);
+        let policy = self.policy(task);
+        policy::hide(&policy, core::array::from_mut(self.s.values_mut()), i, j);
     }
 
     /// Online softmax: P replaces S. Returns what O and l must be multiplied by, if
@@ -526,47 +509,19 @@ where
         (growth, [sum[0] + sum[1], sum[2] + sum[3]])
     }
 
-    /// Dropout: weights that are dropped become 0. The sum keeps them.
-    #[inline(always)]
-    fn drop(&mut self, task: Task, tile: u32) {
-        let first_key = tile * Self::TILE_KEYS;
-        let first_row = task.first_row + self.own_row;
-        let kept =
-            [self.kept(task, first_row, first_key), self.kept(task, first_row + 8, first_key)];
-        let s = self.s.values_mut();
-        unroll!(for G in 0..16 {
-            if G < S_GROUPS {
-                unroll!(for E in 0..4 {
-                    if kept[E / 2] >> (2 * G + E % 2) & 1 == 0 {
-                        s[G][E] = 0.0;
-                    }
-                });
-            }
-        });
-    }
-
-    /// Which of this thread's weights of a row are kept: bit `2 g + e` for group `g`. A
-    /// loop that stays one: ten rounds of Philox a group.
-    #[inline(always)]
-    fn kept(&self, task: Task, row: u32, first_key: u32) -> u32 {
-        let dropout = &self.args.dropout;
-        let mut bits = 0;
-        for g in 0..S_GROUPS as u32 {
-            let key = first_key + 8 * g + self.column;
-            let draws = dropout::draws(dropout.seed, task.b, task.h, row, key / 4);
-            let pair = if key % 4 == 0 { [draws[0], draws[1]] } else { [draws[2], draws[3]] };
-            bits |= u32::from(pair[0] >= dropout.threshold) << (2 * g);
-            bits |= u32::from(pair[1] >= dropout.threshold) << (2 * g + 1);
-        }
-        bits
-    }
-
     /// Dropout; then P is rounded to the storage type, in the order that the product takes.
     #[inline(always)]
     fn pack(&mut self, task: Task, tile: u32) {
-        if M::GENERAL && self.args.dropout.threshold != 0 {
-            self.drop(task, tile);
-        }
+        let (i, j) = self.first_score(task, tile);
+        let policy = self.policy(task);
+        let kept = policy::kept_weights::<P, S_GROUPS>(&policy, i, j);
+        // The sum keeps what is dropped here.
+        let s = self.s.values_mut();
+        unroll!(for G in 0..16 {
+            if G < S_GROUPS {
+                policy::drop_weights(&policy, &mut s[G], kept, G);
+            }
+        });
         let s = self.s.values();
         unroll!(for K in 0..8 {
             if K < KEY_STEPS {
@@ -590,13 +545,14 @@ where
         let args = self.args;
         // SAFETY: the caller vouches for the buffer.
         let lse = unsafe { args.lse.view_mut::<f32>() };
+        let policy = self.policy(task);
         let mut factors = [0.0; ROWS];
         unroll!(for R in 0..2 {
             // Each thread summed its own columns: a row's sum is over its four threads.
             let l_row = warp::reduce_add::<4>(self.l_i[R]);
             factors[R] = softmax::normaliser(l_row);
-            if M::GENERAL && args.dropout.threshold != 0 {
-                factors[R] *= args.dropout.rescale;
+            if policy.drops() {
+                factors[R] *= policy.dropout().rescale;
             }
             let i = task.first_row + self.own_row + 8 * R as u32;
             if i < args.seq_q && self.column == 0 {

@@ -6,7 +6,8 @@ use simt::{
     wgmma::{CHUNK_COLUMNS, CHUNK_ROW_BYTES},
 };
 
-use super::{Policy, TASK_WORDS};
+use super::TASK_WORDS;
+use crate::policy::Policy;
 
 /// Query rows of a consumer warpgroup.
 pub const CONSUMER_ROWS: u32 = 64;
@@ -28,14 +29,14 @@ pub struct Tiles {
 }
 
 impl Tiles {
-    /// Those of head dim `d` for policy `M` and so many consumers: what shared memory and
+    /// Those of head dim `d` for policy `P` and so many consumers: what shared memory and
     /// registers leave room for.
     #[must_use]
-    pub const fn of<M: Policy>(d: u32, consumers: u32) -> Self {
+    pub const fn of<P: Policy>(d: u32, consumers: u32) -> Self {
         let keys = match d {
             0..=128 => 128,
             129..=192 => 96,
-            _ if M::GENERAL => 64,
+            _ if P::GENERAL => 64,
             _ => 80,
         };
         let kv_stages = if keys * d <= 128 * 64 { 4 } else { 2 };
@@ -114,25 +115,25 @@ impl Tiles {
 /// Consumers that a block may have for head dim `d`: two, and three where O is narrow
 /// enough for 160 registers a thread and nothing is decided at run time.
 #[must_use]
-pub const fn max_consumers<M: Policy>(d: u32) -> u32 {
-    if d <= 64 && !M::GENERAL { 3 } else { 2 }
+pub const fn max_consumers<P: Policy>(d: u32) -> u32 {
+    if d <= 64 && !P::GENERAL { 3 } else { 2 }
 }
 
 impl Tiles {
-    /// Those of policy `M` that are done first with `heads` heads of `seq_q` rows on
+    /// Those of policy `P` that are done first with `heads` heads of `seq_q` rows on
     /// `multiprocessors`, which run one block each.
     ///
     /// Three consumers take less time a row, by up to a sixth, but tasks of 192 rows leave
     /// more of a short launch's last round idle: measured on an H100 at D = 64, two were
     /// ahead with 1.5 tasks a multiprocessor, level with 3, behind with 6.
     #[must_use]
-    pub fn best<M: Policy>(d: u32, seq_q: u64, heads: u64, multiprocessors: u32) -> Self {
+    pub fn best<P: Policy>(d: u32, seq_q: u64, heads: u64, multiprocessors: u32) -> Self {
         /// Tasks a multiprocessor from which three are worth it.
         const MANY: u64 = 4;
-        let two = Self::of::<M>(d, 2);
+        let two = Self::of::<P>(d, 2);
         let tasks = seq_q.div_ceil(two.rows().into()).saturating_mul(heads);
-        if max_consumers::<M>(d) == 3 && tasks >= MANY * u64::from(multiprocessors) {
-            Self::of::<M>(d, 3)
+        if max_consumers::<P>(d) == 3 && tasks >= MANY * u64::from(multiprocessors) {
+            Self::of::<P>(d, 3)
         } else {
             two
         }
@@ -149,10 +150,8 @@ const MAX_SHARED_BYTES: u32 = 232_448;
 
 #[cfg(test)]
 mod tests {
-    use super::{
-        super::{Causal, Full, General},
-        *,
-    };
+    use super::*;
+    use crate::policy::{Causal, Full, General};
 
     #[test]
     fn three_consumers_where_there_are_many_tasks() {
