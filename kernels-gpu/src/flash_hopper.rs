@@ -94,7 +94,9 @@ use crate::{
 };
 
 mod consumer;
+mod output;
 mod tiles;
+mod turn;
 
 use consumer::{Consumer, ROWS};
 use tiles::tile_bytes;

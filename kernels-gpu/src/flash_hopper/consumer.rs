@@ -1,17 +1,16 @@
-//! What a consumer warpgroup does with its 64 rows: products, mask, softmax, output.
+//! What a consumer warpgroup does with its 64 rows: products, mask, softmax.
 
 use simt::{
-    barrier, math, unroll, warp, warpgroup,
+    math, unroll, warp,
     wgmma::{
         Accumulator, CHUNK_ROW_BYTES, Descriptor, Fragments, Operand, RegisterProduct,
         SharedProduct, WaitGroup,
     },
 };
 
-use super::{CONSUMER_ROWS, Rings, Task};
+use super::{CONSUMER_ROWS, Rings, Task, turn::Turn};
 use crate::{
     args::AttentionArgs,
-    online::transpose_quad,
     pipeline::Stage,
     policy::{self, Policy},
     softmax,
@@ -23,38 +22,6 @@ pub(super) const ROWS: usize = 2;
 const Q_CHUNK: u32 = CONSUMER_ROWS * CHUNK_ROW_BYTES;
 /// Growth of a row's maximum, in log2 units, that O is not rescaled for.
 const SLACK: f32 = 8.0;
-
-/// Whose turn it is to start products: named barriers at which one consumer waits until
-/// the other has started its own.
-#[derive(Clone, Copy)]
-pub(super) struct Turn(u32);
-
-impl Turn {
-    /// That of the consumer whose rows begin at `own_rows`.
-    #[inline(always)]
-    const fn of(own_rows: u32) -> Self {
-        Self(1 + own_rows / CONSUMER_ROWS)
-    }
-
-    /// Lets the other one start.
-    #[inline(always)]
-    fn pass(self) {
-        barrier::arrive(Self(3 - self.0), 2 * warpgroup::THREADS);
-    }
-
-    /// Waits until the other one has started.
-    #[inline(always)]
-    fn await_other(self) {
-        barrier::sync(self, 2 * warpgroup::THREADS);
-    }
-}
-
-impl barrier::Named for Turn {
-    #[inline(always)]
-    fn id(self) -> u32 {
-        self.0
-    }
-}
 
 /// A thread of a consumer warpgroup.
 pub(super) struct Consumer<
@@ -193,10 +160,7 @@ where
     #[inline(always)]
     fn pass_tiles(&mut self, count: u32) {
         for _ in 0..count {
-            if TURNS {
-                Turn::of(self.own_rows).await_other();
-                Turn::of(self.own_rows).pass();
-            }
+            self.in_turn(|_| {});
             // A stage is given back once for each time that it was filled: not before.
             self.rings.k.wait(self.k_stage);
             self.release_k();
@@ -223,14 +187,8 @@ where
     {
         self.m_i = [f32::NEG_INFINITY; ROWS];
         self.acc_o = Accumulator::zero();
-        if TURNS {
-            Turn::of(self.own_rows).await_other();
-        }
         // SAFETY: passed on to the caller.
-        unsafe { self.start_scores::<D_STEPS>() };
-        if TURNS {
-            Turn::of(self.own_rows).pass();
-        }
+        self.in_turn(|this| unsafe { this.start_scores::<D_STEPS>() });
         self.s.wait_group::<0>();
         self.release_k();
         self.first_weights(task);
@@ -413,17 +371,23 @@ where
     where
         Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
     {
+        // SAFETY: passed on to the caller.
+        self.in_turn(|this| unsafe {
+            this.start_scores::<D_STEPS>();
+            this.start_output();
+        });
+    }
+
+    /// Starts products when it is this consumer's turn.
+    #[inline(always)]
+    fn in_turn(&mut self, start: impl FnOnce(&mut Self)) {
         // Not for a hazard: products of both consumers that start together end together, and
         // then nothing runs beside the softmax. In turn, each one's runs beside the other's
         // products.
         if TURNS {
             Turn::of(self.own_rows).await_other();
         }
-        // SAFETY: passed on to the caller.
-        unsafe {
-            self.start_scores::<D_STEPS>();
-            self.start_output();
-        }
+        start(self);
         if TURNS {
             Turn::of(self.own_rows).pass();
         }
@@ -447,7 +411,7 @@ where
 
     /// The policy for a task's head.
     #[inline(always)]
-    fn policy(&self, task: Task) -> P {
+    pub(super) fn policy(&self, task: Task) -> P {
         // SAFETY: whoever launches vouches for the mask, `[B, Nk]`.
         unsafe { P::new(self.args, task.b, task.h) }
     }
@@ -531,90 +495,6 @@ where
                     T::pack(s[2 * K + 1][0], s[2 * K + 1][1]),
                     T::pack(s[2 * K + 1][2], s[2 * K + 1][3]),
                 ];
-            }
-        });
-    }
-
-    /// Stores LSE of a task whose sums are complete. Returns what its O is to be multiplied
-    /// by.
-    ///
-    /// # Safety
-    /// The buffers must have the shapes that [`flash_hopper`](super::flash_hopper()) states.
-    #[inline(always)]
-    unsafe fn store_lse(&self, task: Task) -> [f32; ROWS] {
-        let args = self.args;
-        // SAFETY: the caller vouches for the buffer.
-        let lse = unsafe { args.lse.view_mut::<f32>() };
-        let policy = self.policy(task);
-        let mut factors = [0.0; ROWS];
-        unroll!(for R in 0..2 {
-            // Each thread summed its own columns: a row's sum is over its four threads.
-            let l_row = warp::reduce_add::<4>(self.l_i[R]);
-            factors[R] = softmax::normaliser(l_row);
-            if policy.drops() {
-                factors[R] *= policy.dropout().rescale;
-            }
-            let i = task.first_row + self.own_row + 8 * R as u32;
-            if i < args.seq_q && self.column == 0 {
-                let head = task.b as u64 * args.heads as u64 + task.h as u64;
-                let lse_row = softmax::log_sum_exp(self.m_i[R], l_row);
-                lse.write(head * args.seq_q as u64 + i as u64, lse_row);
-            }
-        });
-        factors
-    }
-
-    /// Stores O of a task, its rows times `factors`.
-    ///
-    /// # Safety
-    /// As for [`store_lse`](Self::store_lse).
-    #[inline(always)]
-    unsafe fn store_output(&self, task: Task, factors: [f32; ROWS]) {
-        let args = self.args;
-        // SAFETY: the caller vouches for the buffer.
-        let o = unsafe { args.o.buffer.view_mut::<T>() };
-        let values = self.acc_o.values();
-        unroll!(for R in 0..2 {
-            let i = task.first_row + self.own_row + 8 * R as u32;
-            let row = args.o.head(task.b, task.h) + i as u64 * args.o.stride_n;
-            // 32 columns at a time: 8 of them to each of the row's four threads.
-            unroll!(for QUAD in 0..8 {
-                if QUAD < O_GROUPS / 4 {
-                    let pack = |group: usize| {
-                        let [left, right] = [2 * R, 2 * R + 1].map(|e| values[4 * QUAD + group][e]);
-                        T::pack(left * factors[R], right * factors[R])
-                    };
-                    let chunk = transpose_quad([pack(0), pack(1), pack(2), pack(3)]);
-                    if i < args.seq_q {
-                        let column = (32 * QUAD) as u64 + 4 * self.column as u64;
-                        o.write_as::<[u32; 4]>(row + column, chunk);
-                    }
-                }
-            });
-        });
-    }
-
-    /// The outputs of a task whose rows see no key: O is 0, LSE -inf.
-    ///
-    /// # Safety
-    /// As for [`change_task`](Self::change_task).
-    #[inline(always)]
-    unsafe fn store_nothing(&self, task: Task) {
-        let args = self.args;
-        // SAFETY: the caller vouches for the buffers.
-        let (o, lse) = unsafe { (args.o.buffer.view_mut::<T>(), args.lse.view_mut::<f32>()) };
-        unroll!(for R in 0..2 {
-            let i = task.first_row + self.own_row + 8 * R as u32;
-            if i < args.seq_q {
-                let first =
-                    args.o.head(task.b, task.h) + i as u64 * args.o.stride_n + self.column as u64;
-                for group in 0..O_GROUPS as u64 {
-                    o.write_as::<u32>(first + 8 * group, 0);
-                }
-                if self.column == 0 {
-                    let head = task.b as u64 * args.heads as u64 + task.h as u64;
-                    lse.write(head * args.seq_q as u64 + i as u64, f32::NEG_INFINITY);
-                }
             }
         });
     }
