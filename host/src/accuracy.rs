@@ -150,6 +150,7 @@ pub fn check(differences: &Differences, plain: f64, threshold: Option<f64>) -> C
             mean: differences.mean_rel,
             median: differences.median_rel,
         },
+        rel_rms: differences.rel_rms,
         plain_max_abs: plain,
         threshold,
         within_threshold: threshold.is_none_or(|threshold| error <= threshold),

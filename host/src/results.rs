@@ -404,6 +404,9 @@ pub struct Check {
     pub abs: Spread,
     /// The same of the difference relative to the oracle's value.
     pub rel: Spread,
+    /// Root of the summed squares of the differences over that of the oracle's values.
+    #[serde(with = "number")]
+    pub rel_rms: f64,
     /// Largest absolute difference of the plain algorithm in the same precision from the
     /// oracle: a kernel is allowed twice that.
     #[serde(with = "number")]
@@ -534,6 +537,7 @@ mod tests {
             elements: 2,
             abs: Spread { max: 1e-9, mean: 1e-10, median: 0.0 },
             rel: Spread::default(),
+            rel_rms: 2e-9,
             plain_max_abs: 0.1,
             threshold: None,
             within_threshold: true,

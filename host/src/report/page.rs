@@ -192,13 +192,14 @@ fn checks(checks: &[Check]) -> Markup {
             thead { tr {
                 th { "N" } th { "kernel" } th { "tensor" } th { "max abs" } th { "mean abs" }
                 th { "median abs" } th { "max rel" } th { "mean rel" } th { "median rel" }
-                th { "plain algorithm" } th { "compared" } th { "verdict" }
+                th { "rms rel" } th { "plain algorithm" } th { "compared" } th { "verdict" }
             } }
             tbody { @for c in checks { tr {
                 td { (c.seq) } td { (c.kernel) } td { (c.tensor) }
                 td { (format::scientific(c.abs.max)) } td { (format::scientific(c.abs.mean)) }
                 td { (format::scientific(c.abs.median)) } td { (format::scientific(c.rel.max)) }
                 td { (format::scientific(c.rel.mean)) } td { (format::scientific(c.rel.median)) }
+                td { (format::scientific(c.rel_rms)) }
                 td { (format::scientific(c.plain_max_abs)) }
                 td { (format::count(c.compared as i64)) }
                 td class=[(!c.passed()).then_some("bad")] { (verdict(c)) }

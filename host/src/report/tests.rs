@@ -131,6 +131,7 @@ fn check(kernel: &str, max: f64) -> Check {
         elements: 4000,
         abs: Spread { max, mean: max / 9.0, median: max / 12.0 },
         rel: Spread { max: 0.5, mean: 1e-3, median: 4e-4 },
+        rel_rms: 2e-3,
         plain_max_abs: 2e-4,
         threshold: None,
         within_threshold: true,
