@@ -76,6 +76,7 @@
 use half::{bf16, f16};
 use simt::{
     atomic,
+    compiler::opaque,
     mbarrier::{self, Mbarrier},
     shared::Shared,
     thread, tma, warp, warpgroup,
@@ -121,7 +122,9 @@ impl Task {
         args: &AttentionArgs,
         place: u32,
     ) -> Option<Self> {
-        let (heads, num_q_tiles) = (args.batch * args.heads, args.seq_q.div_ceil(BR));
+        // Opaque: computed where it is used, since the producer is short of registers.
+        let heads = opaque(args.batch) * args.heads;
+        let num_q_tiles = opaque(args.seq_q).div_ceil(BR);
         if place >= heads * num_q_tiles {
             return None;
         }
@@ -334,7 +337,6 @@ unsafe fn produce<
     let tiles = const { Tiles::of::<P>(D, CONSUMERS) };
     // SAFETY: the caller vouches for the queue.
     let queue = unsafe { args.queue.view_mut::<u32>() };
-    let blocks = thread::grid_dim_x();
     let map = |index: u64| args.tensor_maps.address + index * tma::TensorMap::BYTES as u64;
     for index in 0..3 {
         // SAFETY: the caller vouches for the maps.
@@ -349,49 +351,79 @@ unsafe fn produce<
             unsafe { tma::load_4d(to, map, from, full) };
         }
     };
-    let (mut q_stage, mut stage) = (Stage::FIRST, Stage::FIRST);
-    // A block's first task is that of its number; the others are for whoever is free.
-    let mut place = thread::block_idx_x();
-    // SAFETY: the caller vouches for the mask.
-    while let Some(task) = unsafe { Task::at::<P, D, BR, BC>(args, place) } {
+    let copy_q = |stage: Stage<Q_STAGES>, task: Task| {
         // Consumers past the last row have no Q, and none has without keys.
-        let consumers = if task.num_kv_tiles > 0 {
-            (args.seq_q - task.first_row).div_ceil(CONSUMER_ROWS).min(CONSUMERS)
-        } else {
-            0
-        };
+        let rows = if task.num_kv_tiles > 0 { args.seq_q - task.first_row } else { 0 };
+        let consumers = rows.div_ceil(CONSUMER_ROWS).min(CONSUMERS);
         let q_bytes = consumers * const { tile_bytes(CONSUMER_ROWS, D) };
-        let full = rings.announce::<CONSUMERS>(q_stage, Some(task), q_bytes);
+        let full = rings.announce::<CONSUMERS>(stage, Some(task), q_bytes);
         for consumer in 0..consumers {
             let to = smem
-                + q_stage.index() * const { tile_bytes(BR, D) }
+                + stage.index() * const { tile_bytes(BR, D) }
                 + consumer * const { tile_bytes(CONSUMER_ROWS, D) };
             let row = task.first_row + consumer * CONSUMER_ROWS;
             copy(task, to, map(0), CONSUMER_ROWS, row, full);
         }
-        q_stage.advance();
+    };
+    let copy_k = |stage: Stage<STAGES>, task: Task, tile: u32| {
+        let offset = stage.index() * const { tile_bytes(BC, D) };
+        let full = rings.k.acquire(stage, const { tile_bytes(BC, D) });
+        copy(task, smem + tiles.k() + offset, map(1), BC, tile * BC, full);
+    };
+    let copy_v = |stage: Stage<STAGES>, task: Task, tile: u32| {
+        let offset = stage.index() * const { tile_bytes(BC, D) };
+        let full = rings.v.acquire(stage, const { tile_bytes(BC, D) });
+        copy(task, smem + tiles.v() + offset, map(2), BC, tile * BC, full);
+    };
+    // Stages of Q, and of K; V, which is needed and has its stage free a tile later, is one
+    // behind.
+    let (mut q_stage, mut stage) = (Stage::FIRST, Stage::FIRST);
+    // The task before, whose last V is still to come.
+    let mut before: Option<Task> = None;
+    // A block's first task is that of its number; the others are for whoever is free.
+    let mut place = thread::block_idx_x();
+    // SAFETY: the caller vouches for the mask.
+    while let Some(task) = unsafe { Task::at::<P, D, BR, BC>(args, place) } {
         // Asked for late: whoever asks early may keep a task that another block has time for.
         // Before the last tile, so that the answer is there after it.
-        let next = || blocks + atomic::add_global_u32(queue, 0, 1);
-        if task.num_kv_tiles == 0 {
+        let next = || thread::grid_dim_x() + atomic::add_global_u32(queue, 0, 1);
+        if task.num_kv_tiles <= 1 {
             place = next();
         }
-        for tile in (0..task.num_kv_tiles).rev() {
-            if tile == 0 {
-                place = next();
-            }
-            let offset = stage.index() * const { tile_bytes(BC, D) };
-            let full = rings.k.acquire(stage, const { tile_bytes(BC, D) });
-            copy(task, smem + tiles.k() + offset, map(1), BC, tile * BC, full);
-            let full = rings.v.acquire(stage, const { tile_bytes(BC, D) });
-            copy(task, smem + tiles.v() + offset, map(2), BC, tile * BC, full);
-            stage.advance();
+        // One stage of Q is free only when all else of the task before is under way.
+        if Q_STAGES > 1 && task.num_kv_tiles > 0 {
+            copy_q(q_stage, task);
         }
+        if task.num_kv_tiles > 0 {
+            copy_k(stage, task, task.num_kv_tiles - 1);
+        }
+        if let Some(before) = before.take() {
+            copy_v(stage.before(), before, 0);
+        }
+        if Q_STAGES == 1 || task.num_kv_tiles == 0 {
+            copy_q(q_stage, task);
+        }
+        q_stage.advance();
+        if task.num_kv_tiles > 0 {
+            stage.advance();
+            for tile in (1..task.num_kv_tiles).rev() {
+                if tile == 1 {
+                    place = next();
+                }
+                copy_k(stage, task, tile - 1);
+                copy_v(stage.before(), task, tile);
+                stage.advance();
+            }
+            before = Some(task);
+        }
+    }
+    if let Some(before) = before {
+        copy_v(stage.before(), before, 0);
     }
     rings.announce::<CONSUMERS>(q_stage, None, 0);
     // Every block has asked for its last task before it counts itself here: whoever is last
     // leaves the queue as it was found.
-    if atomic::add_global_u32(queue, 1, 1) == blocks - 1 {
+    if atomic::add_global_u32(queue, 1, 1) == thread::grid_dim_x() - 1 {
         atomic::exchange_global_u32(queue, 0, 0);
         atomic::exchange_global_u32(queue, 1, 0);
     }

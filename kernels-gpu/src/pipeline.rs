@@ -31,6 +31,13 @@ impl<const STAGES: u32> Stage<STAGES> {
         self.count / STAGES % 2
     }
 
+    /// The stage before.
+    #[inline(always)]
+    #[must_use]
+    pub const fn before(self) -> Self {
+        Self { count: self.count.wrapping_sub(1) }
+    }
+
     /// Goes to the next stage.
     #[inline(always)]
     pub fn advance(&mut self) {

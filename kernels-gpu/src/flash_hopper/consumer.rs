@@ -111,8 +111,9 @@ where
                         self.finish(before);
                     }
                     self.store_nothing(task);
-                    self.pass_tiles(task.num_kv_tiles);
+                    // First, since the last V comes after the next task's Q.
                     self.release_q();
+                    self.pass_tiles(task.num_kv_tiles);
                     continue;
                 }
                 if !TURNS {
