@@ -30,6 +30,8 @@ struct Case {
     dropout: f32,
     /// `[B, N, H, D]` in memory, and not `[B, H, N, D]`.
     token_major: bool,
+    /// Tasks that a block takes, on average, one after the other.
+    tasks_a_block: u32,
 }
 
 impl Case {
@@ -46,6 +48,7 @@ impl Case {
             hidden_batch,
             dropout: 0.0,
             token_major: false,
+            tasks_a_block: 3,
         }
     }
 
@@ -165,8 +168,7 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
     let entry = kernels_gpu::find(&symbol).expect("an entry of that name");
     let tasks = seq_q.div_ceil(tiles.rows()) * batch * heads;
     let launch = Launch {
-        // Each block does about three tasks, one after the other.
-        grid: Dim3::new(tasks.div_ceil(3), 1, 1),
+        grid: Dim3::new(tasks.div_ceil(case.tasks_a_block), 1, 1),
         block: entry.threads.into(),
         shared_bytes: tiles.shared_bytes(),
     };
@@ -288,6 +290,24 @@ fn a_block_does_task_after_task() {
         Case { batch: 3, heads: 2, hidden_batch: Some(1), ..Case::new("general", 64, 150, 70) };
     check::<f16>("f16", F16, case);
     check::<f16>("f16", F16, Case { causal: true, ..case });
+}
+
+#[test]
+fn no_order_of_tasks_stops_a_block() {
+    // Tasks of no tile, of one and of several; consumers without rows, or that see less than
+    // others: producer and consumers wait for each other in another order in each mix. One
+    // stage of Q (D = 192) and two.
+    for (seq_q, seq_k) in [(65, 1), (193, 130), (400, 100), (330, 300)] {
+        for tasks_a_block in [2, 100] {
+            for d in [64, 192] {
+                let case = Case { heads: 2, tasks_a_block, ..Case::new("full", d, seq_q, seq_k) };
+                check::<f16>("f16", F16, case);
+                let causal = Case { causal: true, ..case };
+                check::<f16>("f16", F16, Case { policy: "causal", ..causal });
+                check::<f16>("f16", F16, Case { policy: "general", ..causal });
+            }
+        }
+    }
 }
 
 #[test]

@@ -9,13 +9,15 @@
 //!    functions and comments gone, no name that depends on the machine;
 //! 3. [`manifest`] records which sources the text was made from, so that a build
 //!    without a kernel edit compiles no kernel at all;
-//! 4. [`ptxas`] assembles every entry and reports registers, spills and warnings.
+//! 4. [`ptxas`] assembles every entry and reports registers, spills and warnings, and
+//!    [`overlap`] sees to it that softmax stays beside the products.
 //!
 //! `docs/rust-to-ptx.md` tells the story with its reasons.
 
 pub mod compile;
 pub mod embed;
 pub mod manifest;
+pub mod overlap;
 pub mod post;
 pub mod ptxas;
 pub mod sources;

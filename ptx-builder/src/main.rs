@@ -6,7 +6,7 @@ use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
 use ptx_builder::manifest::{self, Manifest};
-use ptx_builder::{MODULES, Workspace, compile, ptxas, sources};
+use ptx_builder::{MODULES, Workspace, compile, overlap, ptxas, sources};
 
 const USAGE: &str = "\
 ptx-builder: from the kernels' Rust to checked-in PTX
@@ -18,7 +18,8 @@ usage: cargo run -p ptx-builder -- COMMAND
   check --rebuild         also compile every module and compare the text; it must be
                           identical when this rustc is the one of the manifest
   ptxas [--dir DIR]       assemble every entry for every architecture that loads it;
-                          fail on a spill, a stack frame, local memory or a warning
+                          fail on a spill, a stack frame, local memory, a warning,
+                          or products that are waited for before the softmax beside them
   disassemble ENTRY ARCH  print the machine code of one entry, for example sm_90
 ";
 
@@ -30,8 +31,8 @@ fn main() -> ExitCode {
         ["write"] => write(&workspace),
         ["check"] => check(&workspace).map(drop),
         ["check", "--rebuild"] => check_rebuild(&workspace),
-        ["ptxas"] => assemble(&workspace.checked_in()),
-        ["ptxas", "--dir", folder] => assemble(Path::new(folder)),
+        ["ptxas"] => assemble(&workspace, &workspace.checked_in()),
+        ["ptxas", "--dir", folder] => assemble(&workspace, Path::new(folder)),
         ["disassemble", entry, arch] => disassemble(&workspace, entry, arch),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
@@ -115,16 +116,25 @@ fn check_rebuild(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-fn assemble(folder: &Path) -> Result<()> {
-    let report = ptxas::assemble(folder)?;
+fn assemble(workspace: &Workspace, folder: &Path) -> Result<()> {
+    let cubins = workspace.target().join("cubins");
+    let report = ptxas::assemble(folder, &cubins)?;
     print!("{}", ptxas::table(&report));
     let mut complaints = ptxas::local_memory(folder)?;
     complaints.extend(ptxas::complaints(&report));
+    for module in MODULES {
+        let file = folder.join(manifest::file_name(module));
+        if fs::read_to_string(file).is_ok_and(|text| text.contains("wgmma")) {
+            for arch in module.assemble_for {
+                complaints.extend(overlap::complaints(&ptxas::cubin(&cubins, module, arch))?);
+            }
+        }
+    }
     for complaint in &complaints {
         println!("{complaint}");
     }
     ensure!(complaints.is_empty(), "{} complaints about {}", complaints.len(), folder.display());
-    println!("no spill, no stack frame, no local memory, no warning");
+    println!("no spill, no stack frame, no local memory, no warning, no wait before its softmax");
     Ok(())
 }
 

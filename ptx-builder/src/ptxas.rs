@@ -83,11 +83,12 @@ fn python_folders() -> Vec<PathBuf> {
         .collect()
 }
 
-/// Assembles every module found in `folder`, for every architecture that loads it.
+/// Assembles every module found in `folder`, for every architecture that loads it, into
+/// [`cubin`]s in the folder `cubins`.
 ///
 /// # Errors
 /// When ptxas is missing, the folder holds no module, or ptxas rejects the text.
-pub fn assemble(folder: &Path) -> Result<Report> {
+pub fn assemble(folder: &Path, cubins: &Path) -> Result<Report> {
     let ptxas = find_tool("ptxas")?;
     let mut jobs: Vec<(&'static Module, &'static str, PathBuf)> = Vec::new();
     for module in MODULES {
@@ -100,6 +101,7 @@ pub fn assemble(folder: &Path) -> Result<Report> {
         bail!("no PTX in {}; make it with: cargo run -p ptx-builder -- write", folder.display());
     }
 
+    fs::create_dir_all(cubins).with_context(|| format!("cannot make {}", cubins.display()))?;
     let workers = thread::available_parallelism().map_or(1, usize::from).min(jobs.len());
     let jobs = Mutex::new(jobs.into_iter());
     let next = || jobs.lock().ok().and_then(|mut jobs| jobs.next());
@@ -107,7 +109,10 @@ pub fn assemble(folder: &Path) -> Result<Report> {
         let work = || -> Result<Report> {
             let mut report = Report::new();
             while let Some((module, arch, file)) = next() {
-                report.insert((module.name, arch), assemble_one(&ptxas, arch, &file)?);
+                report.insert(
+                    (module.name, arch),
+                    assemble_one(&ptxas, arch, &file, &cubin(cubins, module, arch))?,
+                );
             }
             Ok(report)
         };
@@ -120,10 +125,16 @@ pub fn assemble(folder: &Path) -> Result<Report> {
     Ok(reports?.into_iter().flatten().collect())
 }
 
-fn assemble_one(ptxas: &Path, arch: &str, file: &Path) -> Result<Assembly> {
+/// Where [`assemble`] leaves a module's machine code for an architecture.
+#[must_use]
+pub fn cubin(cubins: &Path, module: &Module, arch: &str) -> PathBuf {
+    cubins.join(format!("{}.{arch}.cubin", module.name))
+}
+
+fn assemble_one(ptxas: &Path, arch: &str, file: &Path, cubin: &Path) -> Result<Assembly> {
     let mut command = Command::new(ptxas);
     command.arg(format!("-arch={arch}")).args(["-v", "--warn-on-spills", "-o"]);
-    command.arg(if cfg!(windows) { "NUL" } else { "/dev/null" }).arg(file);
+    command.arg(cubin).arg(file);
     let output = succeed(&mut command).with_context(|| format!("{} for {arch}", file.display()))?;
     let said = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
     Ok(parse(&said))

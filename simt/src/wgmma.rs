@@ -179,7 +179,17 @@ type Place = &'static Location<'static>;
 pub trait WaitGroup {
     /// Waits until all but the last `PENDING` products of this warpgroup are complete.
     /// What the wait is called on is what becomes readable: call it on each accumulator.
-    fn wait_group<const PENDING: u32>(&mut self);
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn wait_group<const PENDING: u32>(&mut self) {
+        self.wait_group_in::<PENDING, 0>();
+    }
+
+    /// The same, in arm `ARM` of a branch. ptxas moves a wait to the beginning of its basic
+    /// block; what is to come before it needs a block of its own, and the wait then stands in
+    /// every arm of the branch that ends that block. LLVM would move equal instructions of
+    /// all arms back before the branch: different numbers make them different.
+    fn wait_group_in<const PENDING: u32, const ARM: u32>(&mut self);
 }
 
 /// Products with both operands in shared memory, over `STEPS` steps of 16 columns.
@@ -271,18 +281,18 @@ macro_rules! wait_group {
         impl WaitGroup for Accumulator<{ $n / 8 }> {
             #[inline(always)]
             #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-            fn wait_group<const PENDING: u32>(&mut self) {
+            fn wait_group_in<const PENDING: u32, const ARM: u32>(&mut self) {
                 #[cfg(target_arch = "nvptx64")]
                 {
                     let d = &mut self.values;
                     // SAFETY: waits; the operands tie what the product wrote to the wait.
                     unsafe {
                         core::arch::asm!(
-                            concat!("wgmma.wait_group.sync.aligned {pending}; // ",
+                            concat!("wgmma.wait_group.sync.aligned {pending}; // {arm} ",
                                 register_list!($(($g $a $b $c $d))*)),
                             $(inout(reg32) d[$g][0], inout(reg32) d[$g][1],
                               inout(reg32) d[$g][2], inout(reg32) d[$g][3],)*
-                            pending = const PENDING, options(nostack)
+                            pending = const PENDING, arm = const ARM, options(nostack)
                         );
                     }
                 }

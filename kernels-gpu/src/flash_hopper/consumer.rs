@@ -214,8 +214,12 @@ where
             self.m_i = [f32::NEG_INFINITY; ROWS];
             self.s.wait_group::<1>();
             self.release_k();
-            self.first_weights(task);
-            self.acc_o.wait_group::<0>();
+            // A branch again, so that the exponentials come before the wait.
+            if self.first_weights(task) {
+                self.acc_o.wait_group_in::<0, 1>();
+            } else {
+                self.acc_o.wait_group_in::<0, 2>();
+            }
             self.release_v();
             self.pack(task, task.num_kv_tiles - 1);
             self.store_output(before, factors);
@@ -252,16 +256,19 @@ where
         self.release_q();
     }
 
-    /// P of the first tile of a task from its scores.
+    /// P of the first tile of a task from its scores. Whether any row of the warp sees a key.
     #[inline(always)]
-    fn first_weights(&mut self, task: Task) {
+    fn first_weights(&mut self, task: Task) -> bool {
         let tile = task.num_kv_tiles - 1;
         // The first tile visited may hang over the last key, or lie on the diagonal.
         if P::GENERAL || (tile + 1) * Self::TILE_KEYS > self.keys_all_rows_see(task) {
             self.mask(task, tile);
         }
-        // Nothing came before: l is 0, O is 0.
-        (_, self.l_i) = self.softmax(true);
+        // Nothing came before: no O to rescale.
+        let maxima = self.maxima();
+        self.m_i = maxima.map(|m| math::max(f32::NEG_INFINITY, m));
+        self.l_i = self.weights(self.m_i.map(softmax::safe_max));
+        warp::any(maxima.iter().any(|&m| m != f32::NEG_INFINITY))
     }
 
     /// S = Q Kᵀ of `tile` over the softmax and P V of the tile before.
@@ -282,10 +289,9 @@ where
             self.mask(task, tile);
         }
         let (growth, sums) = self.softmax(CUT);
-        // The wait is in both branches, after the exponentials: ptxas puts a wait as early as
-        // its basic block lets it.
+        // The exponentials first: see `WaitGroup::wait_group_in`.
         if let Some([factor_0, factor_1]) = growth {
-            self.acc_o.wait_group::<0>();
+            self.acc_o.wait_group_in::<0, 1>();
             self.l_i = [
                 math::fma(self.l_i[0], factor_0, sums[0]),
                 math::fma(self.l_i[1], factor_1, sums[1]),
@@ -300,8 +306,8 @@ where
                 }
             });
         } else {
+            self.acc_o.wait_group_in::<0, 2>();
             self.l_i = [self.l_i[0] + sums[0], self.l_i[1] + sums[1]];
-            self.acc_o.wait_group::<0>();
         }
         self.release_v();
         self.pack(task, tile);
@@ -431,13 +437,31 @@ where
         policy::hide(&policy, core::array::from_mut(self.s.values_mut()), i, j);
     }
 
-    /// Online softmax: P replaces S. Returns what O and l must be multiplied by, if
-    /// anything, and the sums of this thread's weights.
+    /// Online softmax of a tile that is not the first: P replaces S. Returns what O and l must
+    /// be multiplied by, if anything, and the sums of this thread's weights.
     #[inline(always)]
     fn softmax(&mut self, masked: bool) -> (Option<[f32; ROWS]>, [f32; ROWS]) {
-        let scale_log2 = self.args.scale_log2;
-        let s = self.s.values_mut();
-        // Four chains of maxima and of sums, so that they do not wait for each other.
+        let (before, maxima) = (self.m_i, self.maxima());
+        let grown = warp::any(maxima[0] > before[0] + SLACK || maxima[1] > before[1] + SLACK);
+        let mut used = before;
+        unroll!(for R in 0..2 {
+            self.m_i[R] = if grown { math::max(before[R], maxima[R]) } else { before[R] };
+            used[R] = if masked { softmax::safe_max(self.m_i[R]) } else { self.m_i[R] };
+        });
+        let sums = self.weights(used);
+        let growth = if grown {
+            Some([math::exp2(before[0] - used[0]), math::exp2(before[1] - used[1])])
+        } else {
+            None
+        };
+        (growth, sums)
+    }
+
+    /// The maxima of this thread's rows in a tile, in log2 units.
+    #[inline(always)]
+    fn maxima(&self) -> [f32; ROWS] {
+        let s = self.s.values();
+        // Four chains, here and in the sums, so that they do not wait for each other.
         let mut max = s[0];
         unroll!(for G in 0..16 {
             if G + 1 < S_GROUPS {
@@ -446,32 +470,28 @@ where
                 });
             }
         });
-        let m_new = [
+        let scale_log2 = self.args.scale_log2;
+        [
             warp::reduce_max::<4>(math::max(max[0], max[1])) * scale_log2,
             warp::reduce_max::<4>(math::max(max[2], max[3])) * scale_log2,
-        ];
-        let before = self.m_i;
-        let grown = warp::any(m_new[0] > before[0] + SLACK || m_new[1] > before[1] + SLACK);
-        let mut used = before;
-        unroll!(for R in 0..2 {
-            self.m_i[R] = if grown { math::max(before[R], m_new[R]) } else { before[R] };
-            used[R] = if masked { softmax::safe_max(self.m_i[R]) } else { self.m_i[R] };
-        });
+        ]
+    }
+
+    /// P replaces S: exp2 of the scaled scores less `m`. Returns the sums of this thread's.
+    #[inline(always)]
+    fn weights(&mut self, m: [f32; ROWS]) -> [f32; ROWS] {
+        let scale_log2 = self.args.scale_log2;
+        let s = self.s.values_mut();
         let mut sum = [0.0f32; 4];
         unroll!(for G in 0..16 {
             if G < S_GROUPS {
                 unroll!(for E in 0..4 {
-                    s[G][E] = math::exp2(math::fma(s[G][E], scale_log2, -used[E / 2]));
+                    s[G][E] = math::exp2(math::fma(s[G][E], scale_log2, -m[E / 2]));
                     sum[E] += s[G][E];
                 });
             }
         });
-        let growth = if grown {
-            Some([math::exp2(before[0] - used[0]), math::exp2(before[1] - used[1])])
-        } else {
-            None
-        };
-        (growth, [sum[0] + sum[1], sum[2] + sum[3]])
+        [sum[0] + sum[1], sum[2] + sum[3]]
     }
 
     /// Dropout; then P is rounded to the storage type, in the order that the product takes.

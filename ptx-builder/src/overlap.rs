@@ -1,0 +1,63 @@
+//! Whether softmax runs beside products, in the machine code.
+//!
+//! A wgmma kernel starts two products, waits for the first (all but one of its groups),
+//! computes exponentials, and waits for the second. ptxas may move a wait up to the
+//! beginning of its basic block, before the exponentials: right, but slower, and it says
+//! nothing. So the exponentials between such a pair of waits are counted.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::compile::succeed;
+use crate::ptxas::find_tool;
+
+/// Pairs of waits without an exponential between them in the machine code of `cubin`, as
+/// complaints.
+///
+/// # Errors
+/// When nvdisasm is missing or cannot read the file.
+pub fn complaints(cubin: &Path) -> Result<Vec<String>> {
+    let output = succeed(Command::new(find_tool("nvdisasm")?).arg("-c").arg(cubin))
+        .with_context(|| format!("cannot disassemble {}", cubin.display()))?;
+    Ok(bare_waits(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// The same, of machine code as nvdisasm prints it.
+fn bare_waits(code: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut entry = "";
+    // Exponentials since the last wait for all but one group.
+    let mut exponentials = None;
+    for line in code.lines() {
+        if let Some(name) = line.strip_prefix(".text.").and_then(|l| l.strip_suffix(':')) {
+            (entry, exponentials) = (name, None);
+        } else if line.contains("WARPGROUP.DEPBAR.LE gsb0, 0x1") {
+            exponentials = Some(0);
+        } else if line.contains("MUFU.EX2") {
+            exponentials = exponentials.map(|count: u32| count + 1);
+        } else if line.contains("WARPGROUP.DEPBAR.LE gsb0, 0x0") && exponentials.take() == Some(0) {
+            found.push(format!("{entry}: waits for all products before the exponentials"));
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bare_waits;
+
+    const FIRST: &str = "        /*0010*/   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;\n";
+    const ALL: &str = "        /*0030*/   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n";
+    const EXPONENTIAL: &str = "        /*0020*/   MUFU.EX2 R1, R2 ;\n";
+
+    #[test]
+    fn a_wait_that_comes_too_early_is_found() {
+        let good = format!(".text.good:\n{FIRST}{EXPONENTIAL}{ALL}{ALL}");
+        let bad = format!(".text.bad:\n{FIRST}{ALL}{EXPONENTIAL}");
+        assert_eq!(bare_waits(&good), [""; 0]);
+        let found = bare_waits(&(good + &bad));
+        assert!(found.len() == 1 && found[0].starts_with("bad: "), "{found:?}");
+    }
+}
