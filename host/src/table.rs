@@ -42,7 +42,7 @@ fn bytes(value: Option<u64>) -> String {
 }
 
 /// The rows of one sequence length and level, with the reasons of those that did not end
-/// well below.
+/// well below. What a kernel does not support is said there only.
 #[must_use]
 pub fn rows(rows: &[Row]) -> String {
     let with_standard = rows.iter().any(|row| row.kernel == "standard");
@@ -62,7 +62,7 @@ pub fn rows(rows: &[Row]) -> String {
     header.push("max error");
     let header: Vec<String> = header.iter().map(|name| heading(name)).collect();
     let mut table = table(&header.iter().map(String::as_str).collect::<Vec<_>>());
-    for row in rows {
+    for row in rows.iter().filter(|row| row.status != Status::Unsupported) {
         let number = |value: Option<f64>| cell(value, format::digits);
         let percent = |value: Option<f64>| cell(value, |s| format!("{:.1}%", 100.0 * s));
         let mean =
@@ -159,9 +159,17 @@ mod tests {
             needed_bytes: Some(9 << 30),
             ..Row::default()
         };
-        let text = rows(&[good, bad]);
+        let no = Row {
+            kernel: "third".into(),
+            status: Status::Unsupported,
+            reason: "has no f16".into(),
+            ..Row::default()
+        };
+        let text = rows(&[good, bad, no]);
         assert!(text.contains("1.25") && text.contains("3.00MiB"), "{text}");
         assert!(text.contains("9.00GiB") && text.contains("other (oom): needs 9 GiB"), "{text}");
+        assert_eq!(text.matches("third").count(), 1, "{text}");
+        assert!(text.contains("third (unsupported): has no f16"), "{text}");
         assert!(!text.contains("standard"));
     }
 }
