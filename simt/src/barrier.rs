@@ -44,7 +44,7 @@ pub fn sync(barrier: impl Named, threads: u32) {
             options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    barriers::barrier(barrier.id(), threads, true, Location::caller());
+    barriers::barrier(barrier.id(), threads, Location::caller());
 }
 
 /// Comes to the barrier without waiting: what this thread did before is ordered before
@@ -59,5 +59,5 @@ pub fn arrive(barrier: impl Named, threads: u32) {
             options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    barriers::barrier(barrier.id(), threads, false, Location::caller());
+    barriers::arrive(barrier.id(), threads, Location::caller());
 }

@@ -550,3 +550,28 @@ fn named_barriers_order_the_warps_that_use_them() {
     let kind = fault(96, kernel(false));
     assert!(matches!(kind, FaultKind::Race { .. }), "{kind}");
 }
+
+#[test]
+fn an_arrival_orders_nothing_that_comes_after_it() {
+    let kernel = |late: bool| {
+        move || {
+            let t = thread::thread_idx_x();
+            if t < 32 {
+                if late {
+                    barrier::arrive(Barrier::Order, 64);
+                }
+                tile(0).write(t, f16::ONE);
+                if !late {
+                    barrier::arrive(Barrier::Order, 64);
+                }
+            } else {
+                // Hazard: the first warp may not have written.
+                barrier::sync(Barrier::Order, 64);
+                let _ = tile(0).read(t - 32);
+            }
+        }
+    };
+    try_launch(64, kernel(false)).unwrap_or_else(|fault| panic!("{fault}"));
+    let kind = fault(64, kernel(true));
+    assert!(matches!(kind, FaultKind::Race { .. }), "{kind}");
+}

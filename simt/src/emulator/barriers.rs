@@ -3,6 +3,7 @@
 use super::{
     block::{Block, LaneState},
     clock::{Clock, MAX_WARPS, Time},
+    collectives::{WarpCall, collective},
     current::{checked, suspend, with},
     fault::{FaultKind, Place, Site},
 };
@@ -103,25 +104,76 @@ impl Block {
 /// `bar.sync 0`: every thread of the block.
 pub(crate) fn sync_threads(at: Place) {
     let threads = with(|b| b.threads() as u32);
-    barrier(0, threads, true, at);
+    barrier(0, threads, at);
 }
 
-/// Arrives at named barrier `id` of `expected` threads, and waits there if `wait`.
-pub(crate) fn barrier(id: u32, expected: u32, wait: bool, at: Place) {
+/// Waits at named barrier `id` of `expected` threads.
+pub(crate) fn barrier(id: u32, expected: u32, at: Place) {
     let suspended = checked(|b| {
         let lane = b.current as u16;
-        if id as usize >= NAMED_BARRIERS || expected == 0 || expected as usize > b.threads() {
+        b.come_to_barrier(id, expected, &[lane], at)?;
+        let barrier = &mut b.barriers[id as usize];
+        barrier.waiting.push(lane);
+        if barrier.arrived.len() < expected as usize {
+            b.lanes[usize::from(lane)].state = LaneState::AtBarrier { id, at };
+            return Ok(true);
+        }
+        complete_barrier(b, id)?;
+        Ok(false)
+    });
+    if suspended {
+        suspend();
+    }
+}
+
+/// Arrives at named barrier `id` of `expected` threads, a warp at a time, as the hardware
+/// does.
+pub(crate) fn arrive(id: u32, expected: u32, at: Place) {
+    let _: [u32; 0] = collective("arrive", u32::MAX, [id, expected], at, |call: WarpCall<'_>| {
+        let base = (call.warp * 32) as u16;
+        let lanes: Vec<u16> = call.lanes().map(|l| base + l as u16).collect();
+        let b = call.block;
+        if let Some(other) = lanes.iter().find(|&&l| call.input[usize::from(l - base)][0] != id) {
+            return Err(FaultKind::Divergence(format!(
+                "lanes of warp {} arrive at barrier {id} and, lane {}, at another",
+                call.warp,
+                other - base
+            )));
+        }
+        b.come_to_barrier(id, expected, &lanes, at)?;
+        // What these lanes did so far is released now, not when the last one comes.
+        let now = b.tick();
+        let mut clock = std::mem::replace(&mut b.barriers[id as usize].clock, Clock::new(0));
+        b.release(&mut clock, &lanes, now);
+        b.barriers[id as usize].clock = clock;
+        if b.barriers[id as usize].arrived.len() >= expected as usize {
+            complete_barrier(b, id)?;
+        }
+        Ok(())
+    });
+}
+
+impl Block {
+    /// Counts `lanes` at a barrier.
+    fn come_to_barrier(
+        &mut self,
+        id: u32,
+        expected: u32,
+        lanes: &[u16],
+        at: Place,
+    ) -> Result<(), FaultKind> {
+        if id as usize >= NAMED_BARRIERS || expected == 0 || expected as usize > self.threads() {
             return Err(FaultKind::Misuse {
                 message: format!(
                     "barrier {id} of {expected} threads: there are barriers 0 to {} of 1 to {} threads",
                     NAMED_BARRIERS - 1,
-                    b.threads()
+                    self.threads()
                 ),
-                this: b.site(at),
+                this: self.site(at),
             });
         }
-        let this = b.site(at);
-        let barrier = &mut b.barriers[id as usize];
+        let this = self.site(at);
+        let barrier = &mut self.barriers[id as usize];
         if barrier.arrived.is_empty() {
             barrier.expected = expected;
         } else if barrier.expected != expected {
@@ -133,28 +185,8 @@ pub(crate) fn barrier(id: u32, expected: u32, wait: bool, at: Place) {
                 this,
             });
         }
-        barrier.arrived.push((lane, at));
-        if wait {
-            barrier.waiting.push(lane);
-        }
-        if barrier.arrived.len() < expected as usize {
-            if wait {
-                b.lanes[usize::from(lane)].state = LaneState::AtBarrier { id, at };
-            } else {
-                // What this lane did so far is released now, not when the last one comes.
-                let now = b.tick();
-                let mut clock =
-                    std::mem::replace(&mut b.barriers[id as usize].clock, Clock::new(0));
-                b.release(&mut clock, &[lane], now);
-                b.barriers[id as usize].clock = clock;
-            }
-            return Ok(wait);
-        }
-        complete_barrier(b, id)?;
-        Ok(false)
-    });
-    if suspended {
-        suspend();
+        barrier.arrived.extend(lanes.iter().map(|&lane| (lane, at)));
+        Ok(())
     }
 }
 
@@ -178,13 +210,13 @@ fn complete_barrier(b: &mut Block, id: u32) -> Result<(), FaultKind> {
             )));
         }
     }
-    let lanes: Vec<u16> = arrived.iter().map(|&(lane, _)| lane).collect();
     if waiting.len() == b.threads() {
         b.stats.barriers += 1;
         b.synchronise(&waiting);
     } else {
         let now = b.tick();
-        b.release(&mut clock, &lanes, now);
+        // Those that only arrived have released what they did before.
+        b.release(&mut clock, &waiting, now);
         for &lane in &waiting {
             b.lanes[usize::from(lane)].clock.join(&clock);
         }

@@ -130,8 +130,9 @@ impl Clock {
         for &(lane, time) in &other.lanes {
             self.learn_lane(lane, time);
         }
-        let floor = self.floor;
-        self.lanes.retain(|&(_, t)| t > floor);
+        // What is known of the whole warp need not be known of a lane.
+        let (floor, warps) = (self.floor, self.warps);
+        self.lanes.retain(|&(l, t)| t > floor.max(warps[usize::from(l / 32)]));
     }
 
     /// Learns the accesses of one lane up to `time`.
