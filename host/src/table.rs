@@ -127,13 +127,10 @@ pub fn checks(checks: &[Check]) -> String {
     for check in checks {
         let mut cells = vec![check.kernel.clone(), check.tensor.clone()];
         let (abs, rel) = (&check.abs, &check.rel);
-        let numbers = [
-            [abs.max, abs.mean, abs.median].as_slice(),
-            &[rel.max, rel.mean, rel.median, check.rel_rms],
-            &[check.plain_max_abs],
-        ]
-        .concat();
-        cells.extend(numbers.iter().map(|x| format!("{x:.2e}")));
+        let (abs, rel) =
+            ([abs.max, abs.mean, abs.median], [rel.max, rel.mean, rel.median, check.rel_rms]);
+        let numbers = abs.into_iter().chain(rel).chain([check.plain_max_abs]);
+        cells.extend(numbers.map(|x| format!("{x:.2e}")));
         cells.extend([verdict(check.within_threshold), verdict(check.within_twice)]);
         table.add_row(cells);
     }

@@ -152,7 +152,8 @@ impl Task {
 /// q, k and v, over dimensions `[D, N, H, B]`, boxes as [`Tiles::box_dims`] says.
 ///
 /// # Thread mapping
-/// `B * H * ceil(Nq / BR)` blocks along x, [`Tiles::threads`] each. Warpgroup 0 is the producer.
+/// Any number of blocks along x, at best one a multiprocessor, [`Tiles::threads`] each: they
+/// share the `B * H * ceil(Nq / BR)` tasks. Warpgroup 0 is the producer.
 ///
 /// # Shared memory
 /// [`Tiles::shared_bytes`] of it, dynamic: Q, the stages of K, those of V, the mbarriers.
@@ -365,16 +366,13 @@ unsafe fn produce<
             copy(task, to, map(0), CONSUMER_ROWS, row, full);
         }
     };
-    let copy_k = |stage: Stage<STAGES>, task: Task, tile: u32| {
-        let offset = stage.index() * const { tile_bytes(BC, D) };
-        let full = rings.k.acquire(stage, const { tile_bytes(BC, D) });
-        copy(task, smem + tiles.k() + offset, map(1), BC, tile * BC, full);
+    let copy_keys = |ring: Ring<STAGES>, to: u32, map: u64, stage: Stage<STAGES>, task, tile| {
+        let to = to + stage.index() * const { tile_bytes(BC, D) };
+        let full = ring.acquire(stage, const { tile_bytes(BC, D) });
+        copy(task, smem + to, map, BC, tile * BC, full);
     };
-    let copy_v = |stage: Stage<STAGES>, task: Task, tile: u32| {
-        let offset = stage.index() * const { tile_bytes(BC, D) };
-        let full = rings.v.acquire(stage, const { tile_bytes(BC, D) });
-        copy(task, smem + tiles.v() + offset, map(2), BC, tile * BC, full);
-    };
+    let copy_k = |stage, task, tile| copy_keys(rings.k, tiles.k(), map(1), stage, task, tile);
+    let copy_v = |stage, task, tile| copy_keys(rings.v, tiles.v(), map(2), stage, task, tile);
     // Stages of Q, and of K; V, which is needed and has its stage free a tile later, is one
     // behind.
     let (mut q_stage, mut stage) = (Stage::FIRST, Stage::FIRST);

@@ -211,6 +211,7 @@ where
         unsafe {
             let factors = self.store_lse(before);
             self.start_products::<D_STEPS>();
+            // `first_weights` sets it anew; without this, ptxas spills at D = 256.
             self.m_i = [f32::NEG_INFINITY; ROWS];
             self.s.wait_group::<1>();
             self.release_k();

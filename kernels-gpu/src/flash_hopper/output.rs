@@ -47,9 +47,8 @@ where
             }
             let i = task.first_row + self.own_row + 8 * R as u32;
             if i < args.seq_q && self.column == 0 {
-                let head = task.b as u64 * args.heads as u64 + task.h as u64;
                 let lse_row = softmax::log_sum_exp(self.m_i[R], l_row);
-                lse.write(head * args.seq_q as u64 + i as u64, lse_row);
+                lse.write(args.row(task.b, task.h, i), lse_row);
             }
         });
         factors
@@ -103,8 +102,7 @@ where
                     o.write_as::<u32>(first + 8 * group, 0);
                 }
                 if self.column == 0 {
-                    let head = task.b as u64 * args.heads as u64 + task.h as u64;
-                    lse.write(head * args.seq_q as u64 + i as u64, f32::NEG_INFINITY);
+                    lse.write(args.row(task.b, task.h, i), f32::NEG_INFINITY);
                 }
             }
         });

@@ -130,16 +130,13 @@ pub(crate) fn barrier(id: u32, expected: u32, at: Place) {
 /// does.
 pub(crate) fn arrive(id: u32, expected: u32, at: Place) {
     let _: [u32; 0] = collective("arrive", u32::MAX, [id, expected], at, |call: WarpCall<'_>| {
-        let base = (call.warp * 32) as u16;
-        let lanes: Vec<u16> = call.lanes().map(|l| base + l as u16).collect();
-        let b = call.block;
-        if let Some(other) = lanes.iter().find(|&&l| call.input[usize::from(l - base)][0] != id) {
+        if let Some(other) = call.lanes().find(|&lane| call.input[lane][0] != id) {
             return Err(FaultKind::Divergence(format!(
-                "lanes of warp {} arrive at barrier {id} and, lane {}, at another",
-                call.warp,
-                other - base
+                "lanes of warp {} arrive at barrier {id} and, lane {other}, at another",
+                call.warp
             )));
         }
+        let (lanes, b) = (call.lanes_of_block(), call.block);
         b.come_to_barrier(id, expected, &lanes, at)?;
         // What these lanes did so far is released now, not when the last one comes.
         let now = b.tick();

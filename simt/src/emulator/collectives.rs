@@ -116,10 +116,14 @@ impl WarpCall<'_> {
         (0..32).filter(move |l| mask >> l & 1 == 1)
     }
 
+    /// The same, as indices in the block.
+    pub fn lanes_of_block(&self) -> Vec<u16> {
+        self.lanes().map(|l| (self.warp * 32 + l) as u16).collect()
+    }
+
     /// Orders the memory accesses of the lanes that take part.
     pub fn synchronise(&mut self) {
-        let base = (self.warp * 32) as u16;
-        let lanes: Vec<u16> = self.lanes().map(|l| base + l as u16).collect();
+        let lanes = self.lanes_of_block();
         self.block.synchronise(&lanes);
     }
 }
