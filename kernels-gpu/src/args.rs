@@ -124,8 +124,8 @@ pub struct AttentionArgs {
     /// Three tensor maps (q, k, v) for kernels that copy through TMA; else empty.
     pub tensor_maps: Buffer,
     /// Two u32 for kernels whose blocks take task after task; else empty. The tasks handed
-    /// out beyond each block's first, and the blocks that are done: zero before a launch, and
-    /// again after it.
+    /// out beyond each block's first, and, where a kernel counts them, the blocks that are
+    /// done: zero before a launch, and again after it.
     pub queue: Buffer,
     /// Batch entries.
     pub batch: u32,

@@ -5,15 +5,18 @@
 //! registers, and what need not be done is not done.
 //!
 //! ```text
-//! start to copy Q, and K, V of the first tile
-//! for each tile of BC keys:
-//!     wait for the copies; barrier                one a tile
-//!     start to copy K, V of the next tile         into the other stage
-//!     S = Q Kᵀ                                    32 rows a warp
-//!     hide, in tiles that the diagonal, the last key or padding cuts
-//!     if some row's maximum has grown a lot: raise m; O, l *= alpha
-//!     for each 16 keys: P = exp2(S * scale - m); l += rowsum(P); O += P V
-//! O / l, LSE = m + log(l)
+//! start to copy Q, and K, V of the first tile, of the block's first task
+//! for each task (head, query tile), while there is one:
+//!     for each tile of BC keys:
+//!         wait for the copies; barrier            one a tile
+//!         start to copy K, V of the next tile     into the other stage
+//!         last tile: ask the queue for a task     one thread
+//!         S = Q Kᵀ                                32 rows a warp
+//!         hide, in tiles that the diagonal, the last key or padding cuts
+//!         if some row's maximum has grown a lot: raise m; O, l *= alpha
+//!         for each 16 keys: P = exp2(S * scale - m); l += rowsum(P); O += P V
+//!     barrier; start to copy Q, and K, V of the first tile, of the next task
+//!     O / l, LSE = m + log(l)
 //! ```
 //!
 //! ```text
@@ -26,15 +29,15 @@
 //!
 //! | D | warps x fragments | BC | Q in | registers of Q, S, O a thread | shared bytes |
 //! |---|---|---|---|---|---|
-//! | 32 | 4 x 2 | 64 | registers | 16, 64, 32 | 16,384 |
-//! | 64 | 4 x 2 | 64 | registers | 32, 64, 64 | 32,768 |
-//! | 96 | 4 x 2 | 64 | shared memory | -, 64, 96 | 73,728 |
-//! | 128 | 4 x 2 | 48 | shared memory | -, 48, 128 | 81,920 |
-//! | 128, general | 4 x 2 | 32 | shared memory | -, 32, 128 | 65,536 |
-//! | 160 | 8 x 1 | 64 | registers | 40, 32, 80 | 81,920 |
-//! | 192 | 8 x 1 | 64 | registers | 48, 32, 96 | 98,304 |
-//! | 224 | 4 x 1 | 32 | shared memory | -, 16, 112 | 86,016 |
-//! | 256 | 8 x 1 | 32 | shared memory | -, 16, 128 | 131,072 |
+//! | 32 | 4 x 2 | 64 | registers | 16, 64, 32 | 16,400 |
+//! | 64 | 4 x 2 | 64 | registers | 32, 64, 64 | 32,784 |
+//! | 96 | 4 x 2 | 64 | shared memory | -, 64, 96 | 73,744 |
+//! | 128 | 4 x 2 | 48 | shared memory | -, 48, 128 | 81,936 |
+//! | 128, general | 4 x 2 | 32 | shared memory | -, 32, 128 | 65,552 |
+//! | 160 | 8 x 1 | 64 | registers | 40, 32, 80 | 81,936 |
+//! | 192 | 8 x 1 | 64 | registers | 48, 32, 96 | 98,320 |
+//! | 224 | 4 x 1 | 32 | shared memory | -, 16, 112 | 86,032 |
+//! | 256 | 8 x 1 | 32 | shared memory | -, 16, 128 | 131,088 |
 //!
 //! Where the time goes, by counting: with two fragments a B of 512 bytes serves four products
 //! of 4096 FLOP, 32 FLOP a byte of shared memory, twice what 16 rows give. Q that is loaded
@@ -44,11 +47,14 @@
 //!
 //! What is not done: the scale is part of the fma before exp2; maxima are exchanged, and O is
 //! rescaled, only when a maximum has grown by more than 2^8 (one vote of the warp decides);
-//! tiles that no row of a warp sees are skipped. Causal launches take the longest query
-//! tiles first (`schedule.rs`).
+//! tiles that no row of a warp sees are skipped.
 //!
-//! Measured: 0.156 ms (H100; f16, batch 4, 12 heads, N 2048, D 64). Limits: f16 and bf16, a
-//! positive scale; head dims in steps of 32. Head dims that are not
+//! Blocks stay: as many as the GPU holds at once, and whichever is done takes the next task from
+//! a queue. Its copies run while the block stores the outputs of the task before. Causal launches
+//! take the longest query tiles first (`schedule.rs`), so that the short ones fill up the end.
+//!
+//! Measured, with a block for each task: 0.156 ms (H100; f16, batch 4, 12 heads, N 2048, D 64).
+//! Limits: f16 and bf16, a positive scale; head dims in steps of 32. Head dims that are not
 //! [specialised](is_specialised) have the general policy only.
 //!
 //! Source: Dao, "FlashAttention-2", 2023, sections 3.1 to 3.3; the rescaling rule as in
@@ -58,9 +64,10 @@ use core::marker::PhantomData;
 
 use half::{bf16, f16};
 use simt::{
-    async_copy,
+    async_copy, atomic,
     compiler::opaque,
     layout::{Layout, Swizzled},
+    memory::Memory,
     mma::{Ampere, Multiply, TensorCore},
     scalar::Scalar,
     shared::Shared,
@@ -134,6 +141,11 @@ impl Shape {
 /// Dynamic shared memory of a block in bytes.
 #[must_use]
 pub const fn shared_bytes(d: usize, general: bool) -> u32 {
+    tile_bytes(d, general) + TASK_WORDS * u32::BYTES
+}
+
+/// Bytes of the tiles of K, V and Q in shared memory.
+const fn tile_bytes(d: usize, general: bool) -> u32 {
     let shape = shape(d, general);
     (shape.shared_q_rows() + tile::STAGES * 2 * shape.keys) * d as u32 * 2
 }
@@ -144,11 +156,13 @@ pub const fn shared_bytes(d: usize, general: bool) -> u32 {
 /// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`.
 ///
 /// # Thread mapping
-/// `B * H * ceil(Nq / BR)` blocks along x, [`Shape::threads`] each. A warp has FRAGMENTS
-/// fragments of 16 rows below each other.
+/// Blocks along x, [`Shape::threads`] each: no more than the `B * H * ceil(Nq / BR)` tasks that
+/// they share, at best as many as the GPU holds at once. A warp has FRAGMENTS fragments of 16
+/// rows below each other.
 ///
 /// # Shared memory
-/// [`shared_bytes`], dynamic: two stages of K and V, then Q if it is not in registers.
+/// [`shared_bytes`], dynamic: two stages of K and V, then Q if it is not in registers, then the
+/// next task.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes, with addresses and strides that are
@@ -182,34 +196,45 @@ pub unsafe fn flash_pipelined<
 
     // Who am I.
     let row_bytes = 2 * D as u64 * T::BYTES as u64;
-    let Place { b, h, first_row, warp_row } = place::<P, BR, FRAGMENTS>(args, row_bytes);
-    // SAFETY: the caller vouches for the buffers and the shared memory.
-    let (policy, q, kv, q_smem) = unsafe {
-        let kv = KvStages::<T, D, BC, THREADS>::new(
-            Rows::new(&args.k, b, h, args.seq_k),
-            Rows::new(&args.v, b, h, args.seq_k),
-        );
-        let q_smem = if q_in_registers {
-            // Where the second tile of keys will go.
-            kv.stage(1)
-        } else {
-            Shared::dynamic(KvStages::<T, D, BC, THREADS>::BYTES, const { BR * D as u32 })
+    let mut task = Task::at::<P, BR>(args, opaque(thread::block_idx_x()), row_bytes);
+    // SAFETY: the caller gives the shared memory.
+    let next_task = unsafe { NextTask::new(const { tile_bytes(D, P::GENERAL) }) };
+    // Load Q, and the first tile of K and V.
+    let start = |task: Task| {
+        let Task { b, h, first_row } = task;
+        // SAFETY: the caller vouches for the buffers and the shared memory.
+        let (q, kv, q_smem) = unsafe {
+            let kv = KvStages::<T, D, BC, THREADS>::new(
+                Rows::new(&args.k, b, h, args.seq_k),
+                Rows::new(&args.v, b, h, args.seq_k),
+            );
+            let q_smem = if q_in_registers {
+                // Where the second tile of keys will go.
+                kv.stage(1)
+            } else {
+                Shared::dynamic(KvStages::<T, D, BC, THREADS>::BYTES, const { BR * D as u32 })
+            };
+            (Rows::<T>::new(&args.q, b, h, args.seq_q).anew(), kv, q_smem)
         };
-        (P::new(args, b, h), Rows::<T>::new(&args.q, b, h, args.seq_q), kv, q_smem)
-    };
-
-    let mut state = Warp::<T, P, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(
-        policy,
-        args.scale_log2,
-        first_row + warp_row,
-    );
-    let num_kv_tiles = policy::end_of_tile(&policy, first_row + BR, args.seq_q).div_ceil(BC);
-    if num_kv_tiles > 0 {
-        // Load Q, and the first tile of K and V.
         tile::load_async::<T, Swizzled<D>, D, BR, THREADS>(&q, first_row, q_smem);
         kv.start(0, 0);
         async_copy::commit();
-        let shared = || SharedQueries::<T, Swizzled<D>>::new(q_smem, warp_row);
+        (kv, q_smem)
+    };
+    let (mut kv, q_smem) = start(task);
+    let shared = || SharedQueries::<T, Swizzled<D>>::new(q_smem, warp_row::<FRAGMENTS>());
+
+    loop {
+        // SAFETY: the caller vouches for the mask.
+        let policy = unsafe { P::new(args, task.b, task.h) };
+        let mut state = Warp::<T, P, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(
+            policy,
+            args.scale_log2,
+            task.first_row + warp_row::<FRAGMENTS>(),
+        );
+        // At least one, though no row may see it: the last one asks for the next task.
+        let num_kv_tiles =
+            policy::end_of_tile(&policy, task.first_row + BR, args.seq_q).div_ceil(BC).max(1);
         let queries = if q_in_registers {
             async_copy::wait::<0>();
             // Hazard: Q is read by threads that did not copy it.
@@ -222,76 +247,144 @@ pub unsafe fn flash_pipelined<
         let mut stage = 0;
         for kv_tile in 0..num_kv_tiles {
             async_copy::wait::<0>();
-            // Hazards: K and V are read by threads that did not copy them; and the other
-            // stage, which is overwritten next, may still be read for the tile before
+            // Hazards: K and V (and Q) are read by threads that did not copy them; and the
+            // other stage, which is overwritten next, may still be read for the tile before
             // (or Q in it).
             thread::sync_threads();
+            let mut taken = NOT_ASKED;
             if kv_tile + 1 < num_kv_tiles {
                 kv.start(kv_tile + 1, stage ^ 1);
+            } else if opaque(thread::thread_idx_x()) == 0 {
+                // SAFETY: the caller vouches for the queue.
+                let queue = unsafe { args.queue.view_mut::<u32>() };
+                // Asked for late: whoever asks early may keep a task that another block has
+                // time for. The answer comes while this tile is computed with. Each task asks
+                // once: at the last one the queue is at 0 again.
+                taken = atomic::increment_global_u32(queue, 0, Task::last_place::<BR>(args));
             }
             async_copy::commit();
+            // Opaque: the compiler would make two of all that follows, asked and not asked.
+            let taken = opaque(taken);
             let (k_smem, v_smem) = kv.tiles(stage);
             if q_in_registers {
                 state.attend::<Swizzled<D>, D>(queries, k_smem, v_smem, kv_tile * BC);
             } else {
                 state.attend::<Swizzled<D>, D>(shared(), k_smem, v_smem, kv_tile * BC);
             }
+            if taken != NOT_ASKED {
+                let place = thread::grid_dim_x() + taken;
+                let next = Task::at::<P, BR>(args, place, row_bytes);
+                let exists = place <= Task::last_place::<BR>(args);
+                // Since this task began, a barrier: all have read what is overwritten.
+                next_task.write(exists.then_some(next));
+            }
             stage ^= 1;
         }
-    }
-
-    // Normalise, store O and LSE. Where to is computed again: it would take registers of
-    // the loop.
-    let Place { b, h, first_row, warp_row } = place::<P, BR, FRAGMENTS>(args, row_bytes);
-    unroll!(for FRAGMENT in 0..2 {
-        if FRAGMENT < FRAGMENTS {
-            let to = Destination {
-                b,
-                h,
-                first_row: first_row + warp_row + FRAGMENT as u32 * fragment::ROWS,
-            };
-            let (acc_o, rows) = (state.acc_o[FRAGMENT], &state.rows[FRAGMENT]);
-            // SAFETY: the caller vouches for the buffers.
-            unsafe {
-                online::store::<T, Ampere, COLUMN_TILES>(args, to, acc_o, rows, policy.dropout());
-            };
+        // Hazards: the next task is read by threads that did not write it; and Q and the last
+        // tile, where its Q, K and V go, may still be read.
+        thread::sync_threads();
+        let next = next_task.read();
+        if let Some(next) = next {
+            (kv, _) = start(next);
         }
-    });
+
+        // Normalise, store O and LSE.
+        unroll!(for FRAGMENT in 0..2 {
+            if FRAGMENT < FRAGMENTS {
+                let first_row = state.first_row + FRAGMENT as u32 * fragment::ROWS;
+                let to = Destination { b: task.b, h: task.h, first_row };
+                let (acc_o, rows) = (state.acc_o[FRAGMENT], &state.rows[FRAGMENT]);
+                let dropout = policy.dropout();
+                // SAFETY: the caller vouches for the buffers.
+                unsafe { online::store::<T, Ampere, COLUMN_TILES>(args, to, acc_o, rows, dropout) };
+            }
+        });
+        match next {
+            Some(next) => task = next,
+            None => break,
+        }
+    }
 }
 
-/// Where a warp's rows are. All of it is the same for the whole warp.
-pub(crate) struct Place {
+/// A tile of query rows of one head.
+#[derive(Clone, Copy)]
+pub(crate) struct Task {
     pub b: u32,
     pub h: u32,
-    /// The block's first row.
     pub first_row: u32,
-    /// The warp's first row, counted from the block's.
-    pub warp_row: u32,
 }
 
-/// The place of this warp; a row of K and one of V take `row_bytes` bytes together.
-#[inline(always)]
-pub(crate) fn place<P: Policy, const BR: u32, const FRAGMENTS: usize>(
-    args: &AttentionArgs,
-    row_bytes: u64,
-) -> Place {
-    // Asked for twice, and opaque so that nothing is kept from one time to the other.
-    let block = opaque(thread::block_idx_x());
-    let (heads, num_q_tiles) = (args.batch * args.heads, opaque(args.seq_q).div_ceil(BR));
-    let work = if P::is_causal(args) {
-        let head_bytes = opaque(args.seq_k) as u64 * row_bytes;
-        schedule::longest_first(block, num_q_tiles, heads, (head_bytes >> 10) as u32)
-    } else {
-        schedule::in_order(block, num_q_tiles)
-    };
-    let (b, h) = schedule::divide(work.head, args.heads);
-    Place {
-        b,
-        h,
-        first_row: work.q_tile * BR,
-        warp_row: warp::uniform(opaque(thread::thread_idx_x()) / warp::LANES)
-            * const { FRAGMENTS as u32 * fragment::ROWS },
+impl Task {
+    /// The place of the last one.
+    #[inline(always)]
+    fn last_place<const BR: u32>(args: &AttentionArgs) -> u32 {
+        opaque(args.batch) * opaque(args.heads) * opaque(args.seq_q).div_ceil(BR) - 1
     }
+
+    /// The task at a place in the order of work; a row of K and one of V take `row_bytes`
+    /// bytes together.
+    #[inline(always)]
+    pub(crate) fn at<P: Policy, const BR: u32>(
+        args: &AttentionArgs,
+        place: u32,
+        row_bytes: u64,
+    ) -> Self {
+        // Opaque: computed where it is asked for, and nothing of it kept.
+        let (heads, num_q_tiles) = (args.batch * args.heads, opaque(args.seq_q).div_ceil(BR));
+        let work = if P::is_causal(args) {
+            let head_bytes = opaque(args.seq_k) as u64 * row_bytes;
+            schedule::longest_first(place, num_q_tiles, heads, (head_bytes >> 10) as u32)
+        } else {
+            schedule::in_order(place, num_q_tiles)
+        };
+        let (b, h) = schedule::divide(work.head, args.heads);
+        Self { b, h, first_row: work.q_tile * BR }
+    }
+}
+
+/// The task that a block does next, in shared memory: thread 0 writes it, all threads read it.
+#[derive(Clone, Copy)]
+struct NextTask(Shared<u32>);
+
+/// Words of a task: its fields in their order, padded to 16 bytes.
+const TASK_WORDS: u32 = 4;
+/// In place of `first_row`: there is no further task.
+const END: u32 = u32::MAX;
+/// In place of the queue's answer.
+const NOT_ASKED: u32 = u32::MAX;
+
+impl NextTask {
+    /// That `byte_offset` bytes into dynamic shared memory.
+    ///
+    /// # Safety
+    /// As for [`Shared::dynamic`].
+    #[inline(always)]
+    unsafe fn new(byte_offset: u32) -> Self {
+        // SAFETY: passed on to the caller.
+        Self(unsafe { Shared::dynamic(byte_offset, TASK_WORDS) })
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn write(&self, task: Option<Task>) {
+        let Task { b, h, first_row } = task.unwrap_or(Task { b: 0, h: 0, first_row: END });
+        self.0.write_as(0, [b, h, first_row, 0]);
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn read(&self) -> Option<Task> {
+        let words = self.0.read_as::<[u32; 4]>(0);
+        let [b, h, first_row] = [words[0], words[1], words[2]].map(warp::uniform);
+        (first_row != END).then_some(Task { b, h, first_row })
+    }
+}
+
+/// This warp's first row, counted from the block's; the same for the whole warp.
+#[inline(always)]
+pub(crate) fn warp_row<const FRAGMENTS: usize>() -> u32 {
+    warp::uniform(opaque(thread::thread_idx_x()) / warp::LANES)
+        * const { FRAGMENTS as u32 * fragment::ROWS }
 }
 
 /// What a warp has in registers: N tiles of 8 keys, O tiles of 8 columns, F fragments of
@@ -407,6 +500,8 @@ where
         let mut s = [[[0.0f32; 4]; N]; F];
         let k = (k_smem, fragment::b_origin::<L>(0));
         fragment::add_scores::<T, Ampere, L, D, N, F>(&mut s, queries, k);
+        // Opaque: where the rows end is computed for each tile, and not kept.
+        self.first_row = opaque(self.first_row);
         self.hide(&mut s, first_key);
         self.raise(&s);
         let v = (v_smem, fragment::a_origin::<L>(0));

@@ -77,7 +77,7 @@ use simt::{
 use crate::{
     args::{AttentionArgs, DropoutArgs},
     entries,
-    flash_pipelined::{self, Place, Warp},
+    flash_pipelined::{self, Task, Warp},
     fragment::{self, Queries, SharedQueries},
     online::{self, Destination, RowState},
     policy::{self, General, Policy},
@@ -169,7 +169,7 @@ pub unsafe fn flash_tf32<
     }
 
     // Who am I.
-    let (Place { b, h, first_row, warp_row }, part) =
+    let Place { b, h, first_row, warp_row, part } =
         place::<HALVES, COLUMN_TILES, BR, FRAGMENTS>(args);
     // SAFETY: the caller vouches for the buffers and the shared memory.
     let (policy, q, kv, q_smem) = unsafe {
@@ -222,7 +222,7 @@ pub unsafe fn flash_tf32<
 
     // Normalise, store O and LSE. Where to is computed again: it would take registers of
     // the loop.
-    let (Place { b, h, first_row, warp_row }, part) =
+    let Place { b, h, first_row, warp_row, part } =
         place::<HALVES, COLUMN_TILES, BR, FRAGMENTS>(args);
     unroll!(for FRAGMENT in 0..2 {
         if FRAGMENT < FRAGMENTS {
@@ -242,21 +242,36 @@ pub unsafe fn flash_tf32<
     });
 }
 
-/// Where this warp's rows are, and which part of their columns of O it has: 0 from the left,
-/// 1 up to the right end.
+/// Where a warp's rows are, and which part of their columns of O it has. All of it is the same
+/// for the whole warp.
+struct Place {
+    b: u32,
+    h: u32,
+    /// The block's first row.
+    first_row: u32,
+    /// The warp's first row, counted from the block's.
+    warp_row: u32,
+    /// 0: columns from the left; 1: up to the right end.
+    part: u32,
+}
+
+/// The place of this warp.
 #[inline(always)]
 fn place<const HALVES: usize, const O: usize, const BR: u32, const F: usize>(
     args: &AttentionArgs,
-) -> (Place, u32) {
+) -> Place {
+    // Asked for twice, and opaque so that nothing is kept from one time to the other.
+    let block = opaque(thread::block_idx_x());
     // A row of K and one of V.
     let row_bytes = const { 2 * 2 * HALVES as u64 };
-    let place = flash_pipelined::place::<General, BR, F>(args, row_bytes);
+    let Task { b, h, first_row } = Task::at::<General, BR>(args, block, row_bytes);
+    let warp_row = flash_pipelined::warp_row::<F>();
     if const { right_part::<HALVES, O>() == 0 } {
-        return (place, 0);
+        return Place { b, h, first_row, warp_row, part: 0 };
     }
     let rows = const { F as u32 * fragment::ROWS };
-    let warp = place.warp_row / rows;
-    (Place { warp_row: warp / 2 * rows, ..place }, warp % 2)
+    let warp = warp_row / rows;
+    Place { b, h, first_row, warp_row: warp / 2 * rows, part: warp % 2 }
 }
 
 /// The first column of part 1: what one warp with O tiles of 8 leaves over. 0 if nothing.

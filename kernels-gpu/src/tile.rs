@@ -47,6 +47,15 @@ impl<T: Memory> Rows<T> {
         Self { head: view.skip(tensor.head(b, h)), stride: tensor.stride_n, seq }
     }
 
+    /// The same rows, of whose stride the compiler knows nothing: it would keep multiples of it
+    /// from one tile to the next.
+    #[inline(always)]
+    #[must_use]
+    pub fn anew(self) -> Self {
+        let [low, high] = [self.stride as u32, (self.stride >> 32) as u32];
+        Self { stride: opaque(low) as u64 | (opaque(high) as u64) << 32, ..self }
+    }
+
     /// The elements from `column` of `row` on.
     #[inline(always)]
     fn from(&self, row: u32, column: u32) -> Global<T> {

@@ -2,9 +2,11 @@
 
 mod common;
 
-use common::{Case, run};
+use common::{Case, buffer_mut, run};
 use half::{bf16, f16};
-use kernels_gpu::{flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32};
+use kernels_gpu::{
+    args::AttentionArgs, flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32,
+};
 use simt::{Dim3, emulator::Stats, scalar::Scalar};
 
 /// Shapes and features that every rung must get right, for a tile of `br` rows and `bc`
@@ -89,16 +91,32 @@ fn check_pipelined<T: Scalar>(dtype: &str, d: u32) {
             if !exists || only_general && !general {
                 continue;
             }
-            let symbol = format!("flash_pipelined_{dtype}_d{d}_{policy}");
-            let shape = flash_pipelined::shape(d as usize, general);
-            let shared = flash_pipelined::shared_bytes(d as usize, general);
-            let stats = case.check::<T>(|args| {
-                let blocks = args.seq_q.div_ceil(shape.rows()) * args.heads * args.batch;
-                run(&symbol, blocks.into(), shape.threads().into(), shared, args)
-            });
-            assert_eq!(stats.bank_conflicts, 0, "{symbol}");
+            run_pipelined::<T>(&case, dtype, (policy, general), 1);
         }
     }
+}
+
+/// Runs a case in blocks that take so many tasks each, on average.
+fn run_pipelined<T: Scalar>(
+    case: &Case,
+    dtype: &str,
+    (policy, general): (&str, bool),
+    tasks_a_block: u32,
+) {
+    let d = case.d as usize;
+    let symbol = format!("flash_pipelined_{dtype}_d{d}_{policy}");
+    let shape = flash_pipelined::shape(d, general);
+    let shared = flash_pipelined::shared_bytes(d, general);
+    let stats = case.check::<T>(|args| {
+        let mut queue = [0u32; 2];
+        let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
+        let tasks = args.seq_q.div_ceil(shape.rows()) * args.heads * args.batch;
+        let blocks = tasks.div_ceil(tasks_a_block);
+        let stats = run(&symbol, blocks.into(), shape.threads().into(), shared, &args);
+        assert_eq!(queue, [0, 0], "{symbol} leaves the queue as it was");
+        stats
+    });
+    assert_eq!(stats.bank_conflicts, 0, "{symbol}");
 }
 
 #[test]
@@ -122,5 +140,34 @@ fn flash_pipelined_computes_attention() {
     for d in (32..=256).step_by(32) {
         check_pipelined::<f16>("f16", d);
         check_pipelined::<bf16>("bf16", d);
+    }
+}
+
+#[test]
+fn a_block_of_flash_pipelined_does_task_after_task() {
+    // Q in registers and in shared memory, one fragment a warp and two.
+    for d in [32, 64, 128, 160, 256] {
+        let special = flash_pipelined::is_specialised(d as usize);
+        let (br, bc) = {
+            let shape = flash_pipelined::shape(d as usize, !special);
+            (shape.rows(), shape.keys)
+        };
+        let case = |q, k| Case { heads: 3, ..Case::new(q, k, d) };
+        // Tasks of one tile and of several, with tails; the last has first rows that see
+        // nothing: tasks that have nothing to do come between.
+        for (seq_q, seq_k) in [(br + 3, bc - 1), (2 * br + 1, 2 * bc + 5), (2 * br + 7, bc + 9)] {
+            for causal in [false, true] {
+                let case = Case { causal, ..case(seq_q, seq_k) };
+                for tasks_a_block in [3, 100] {
+                    if special {
+                        let policy = if causal { "causal" } else { "full" };
+                        run_pipelined::<f16>(&case, "f16", (policy, false), tasks_a_block);
+                    }
+                    run_pipelined::<f16>(&case, "f16", ("general", true), tasks_a_block);
+                }
+            }
+        }
+        let case = Case { padding: true, dropout: 0.2, causal: true, ..case(br + 1, 2 * bc + 1) };
+        run_pipelined::<bf16>(&case, "bf16", ("general", true), 4);
     }
 }

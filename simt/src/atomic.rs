@@ -86,6 +86,8 @@ atomic! {
     max_shared_u32, max_global_u32, u32, "max.u32", |a: u32, b: u32| a.max(b);
     /// Keeps the smaller of the old value and `value`.
     min_shared_u32, min_global_u32, u32, "min.u32", |a: u32, b: u32| a.min(b);
+    /// Adds 1, or stores 0 where the old value is `value` or more.
+    increment_shared_u32, increment_global_u32, u32, "inc.u32", |a: u32, b: u32| if a >= b { 0 } else { a + 1 };
     /// Stores `value`.
     exchange_shared_u32, exchange_global_u32, u32, "exch.b32", |_: u32, b: u32| b;
 }

@@ -163,6 +163,18 @@ fn atomics_on_global_memory_work_across_blocks() {
 }
 
 #[test]
+fn increments_wrap_at_their_bound() {
+    let (mut count, mut last) = ([0u32], [0u32]);
+    let (c, l) = (view_mut(&mut count), view_mut(&mut last));
+    // 1024 increments of a count from 0 to 99: ten times round, and 24.
+    launch(16, 64, || {
+        let old = atomic::increment_global_u32(c, 0, 99);
+        atomic::max_global_u32(l, 0, old);
+    });
+    assert_eq!((count[0], last[0]), (24, 99));
+}
+
+#[test]
 fn math_is_what_it_says() {
     assert_eq!(math::fma(3.0, 4.0, 5.0), 17.0);
     // Rounded once: the product alone would round to 1.

@@ -7,7 +7,7 @@
 mod linear;
 mod table;
 
-use kernels_gpu::args;
+use kernels_gpu::{args, entry::Entry};
 use simt::Dim3;
 
 use crate::{
@@ -25,6 +25,8 @@ pub const TENSOR_MAP_BYTES: u64 = 128;
 /// The most blocks of a grid in its dimensions y and z (x: 2^31 - 1).
 const MAX_GRID_YZ: u32 = 65_535;
 const MAX_GRID_X: u32 = (1 << 31) - 1;
+/// Shared memory that each block takes beyond its own, from compute capability 8.0 on.
+const RESERVED_SHARED_BYTES: u32 = 1024;
 
 /// One kernel: what it is, what it can do, how it is launched.
 #[derive(Debug)]
@@ -99,6 +101,16 @@ impl Target {
             max_shared_bytes: device.max_shared_bytes(),
             multiprocessors: device.multiprocessors(),
         }
+    }
+
+    /// Blocks of an entry that the device holds at once. By its launch bounds an entry takes so
+    /// many registers that a multiprocessor has room for `min_blocks`; shared memory may leave
+    /// room for fewer.
+    fn blocks_at_once(&self, entry: &Entry, shared_bytes: u32) -> u32 {
+        // One block may have all of a multiprocessor's shared memory but what is reserved.
+        let by_shared_memory = (self.max_shared_bytes + RESERVED_SHARED_BYTES)
+            / (shared_bytes + RESERVED_SHARED_BYTES);
+        self.multiprocessors * entry.min_blocks.min(by_shared_memory).max(1)
     }
 }
 
@@ -325,6 +337,25 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn as_many_blocks_stay_as_registers_and_shared_memory_leave_room_for() {
+        let pipelined = find("flash_pipelined").unwrap();
+        let blocks = |n: usize, d: usize, target: &Target| {
+            let problem = Problem::builder(4, 32, n, d).dtype(DType::F16).build().unwrap();
+            (pipelined.plan)(&problem, target).steps[0].grid.x
+        };
+        let h100 = Target { multiprocessors: 132, max_shared_bytes: 232_448, ..emulator() };
+        assert_eq!(blocks(4096, 64, &h100), 2 * 132);
+        // Eight warps of 255 registers: one block.
+        assert_eq!(blocks(4096, 256, &h100), 132);
+        // 80 KiB: one of the blocks that registers leave room for.
+        let small = Target { max_shared_bytes: 101_376, ..h100 };
+        assert_eq!(blocks(4096, 64, &small), 2 * 132);
+        assert_eq!(blocks(4096, 128, &small), 132);
+        // No more blocks than tasks.
+        assert_eq!(blocks(100, 64, &h100), 4 * 32);
     }
 
     #[test]

@@ -233,22 +233,27 @@ const FLASH_PIPELINED: KernelSpec = KernelSpec {
         (shape.rows() as usize, shape.keys as usize)
     },
     features: ALL_FEATURES,
-    plan: |p, _| {
+    plan: |p, target| {
         let (policy, general) = match policy(p) {
             (_, false) if !flash_pipelined::is_specialised(p.head_dim()) => ("general", true),
             policy => policy,
         };
         let shape = flash_pipelined::shape(p.head_dim(), general);
+        let symbol = format!("{}_{policy}", symbol("flash_pipelined", p));
+        let shared_bytes = flash_pipelined::shared_bytes(p.head_dim(), general);
+        let tasks = tiles(p.seq_q(), shape.rows()).saturating_mul(heads(p));
+        // A head dim without an entry is refused before it is planned.
+        let blocks = kernels_gpu::find(&symbol)
+            .map_or(tasks, |entry| target.blocks_at_once(entry, shared_bytes));
         one_step(Step {
-            symbol: format!("{}_{policy}", symbol("flash_pipelined", p)),
-            // Too many blocks for a grid: the launch is refused.
-            grid: tiles(p.seq_q(), shape.rows()).saturating_mul(heads(p)).into(),
+            symbol,
+            grid: tasks.min(blocks).into(),
             block: shape.threads().into(),
-            shared_bytes: flash_pipelined::shared_bytes(p.head_dim(), general),
+            shared_bytes,
         })
     },
     tensor_maps: None,
-    queue: false,
+    queue: true,
 };
 
 const FLASH_TF32: KernelSpec = KernelSpec {
