@@ -227,9 +227,10 @@ impl Attention {
             memory.filled(problem.q_elements() as u64 * problem.dtype().size() as u64, POISON)?;
         let lse = memory.filled(problem.rows() as u64 * size_of::<f32>() as u64, POISON)?;
         let workspace = memory.filled(plan.workspace_bytes, POISON)?;
-        let qkv = [inputs.q, inputs.k, inputs.v];
+        let o_arg = problem.q_arg(o.as_arg());
+        let tensors = [inputs.q, inputs.k, inputs.v, o_arg];
         let mut maps = Vec::new();
-        for map in kernel.tensor_maps.map_or_else(Vec::new, |f| f(problem, &qkv)) {
+        for map in kernel.tensor_maps.map_or_else(Vec::new, |f| f(problem, &tensors)) {
             maps.extend_from_slice(&device.encode_tensor_map(&map)?);
         }
         let tensor_maps = memory.upload(&maps)?;
@@ -238,7 +239,7 @@ impl Attention {
             q: inputs.q,
             k: inputs.k,
             v: inputs.v,
-            o: problem.q_arg(o.as_arg()),
+            o: o_arg,
             lse: lse.as_arg(),
             mask: inputs.mask,
             weights: workspace.as_arg(),

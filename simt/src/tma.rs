@@ -93,6 +93,31 @@ pub unsafe fn store_4d(map: u64, coordinates: [u32; 4], source: u32) {
     bulk::store(map, coordinates, source, Location::caller());
 }
 
+/// [`store_4d`] where `condition` holds: one instruction without a branch around it.
+///
+/// # Safety
+/// As for [`store_4d`].
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn store_4d_if(condition: bool, map: u64, coordinates: [u32; 4], source: u32) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        core::arch::asm!(
+            "{{ .reg .pred chosen; setp.ne.u32 chosen, {6}, 0;",
+            "@chosen cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [{0}, {{{1}, {2}, {3}, {4}}}], [{5}]; }}",
+            in(reg64) map,
+            in(reg32) coordinates[0], in(reg32) coordinates[1],
+            in(reg32) coordinates[2], in(reg32) coordinates[3],
+            in(reg32) source, in(reg32) u32::from(condition), options(nostack)
+        );
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    if condition {
+        bulk::store(map, coordinates, source, Location::caller());
+    }
+}
+
 /// Closes a group: the stores that this thread started since the last one.
 #[inline(always)]
 pub fn commit_group() {

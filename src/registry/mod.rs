@@ -59,11 +59,11 @@ pub struct KernelSpec {
 }
 
 /// Device memory of a queue of tasks: `AttentionArgs::queue`.
-pub const QUEUE_BYTES: u64 = 8;
+pub const QUEUE_BYTES: u64 = 4;
 
-/// Makes tensor maps from Q, K and V in device memory, in the order in which a kernel expects
-/// them.
-pub type TensorMaps = fn(&Problem, &[args::Tensor; 3]) -> Vec<TensorMapSpec>;
+/// Makes tensor maps from Q, K, V and O in device memory, in the order in which a kernel
+/// expects them.
+pub type TensorMaps = fn(&Problem, &[args::Tensor; 4]) -> Vec<TensorMapSpec>;
 
 /// What a kernel can do beyond plain attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,7 +187,7 @@ impl KernelSpec {
     /// Bytes beyond inputs and outputs: the plan's workspace and the tensor maps.
     #[must_use]
     pub fn workspace_bytes(&self, problem: &Problem, target: &Target) -> u64 {
-        let nowhere = [args::Tensor::default(); 3];
+        let nowhere = [args::Tensor::default(); 4];
         let maps = self.tensor_maps.map_or(0, |f| f(problem, &nowhere).len() as u64);
         let queue = if self.queue { QUEUE_BYTES } else { 0 };
         (self.plan)(problem, target).workspace_bytes + maps * TENSOR_MAP_BYTES + queue

@@ -295,7 +295,7 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
     exact_capability: true,
     tile: |d| {
         let consumers = flash_hopper::max_consumers::<Full>(d as u32);
-        let tiles = Tiles::of::<Full>(d as u32, consumers);
+        let tiles = Tiles::of(d as u32, consumers);
         (tiles.rows() as usize, tiles.keys as usize)
     },
     features: ALL_FEATURES,
@@ -311,8 +311,11 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
             shared_bytes: hopper.shared_bytes(),
         })
     },
-    tensor_maps: Some(|p, [q, k, v]| {
-        vec![hopper_map(p, q, true), hopper_map(p, k, false), hopper_map(p, v, false)]
+    tensor_maps: Some(|p, tensors| {
+        // The same for any number of consumers.
+        let boxes = hopper_tiles(p, 1).boxes();
+        let seqs = [p.seq_q(), p.seq_k(), p.seq_k(), p.seq_q()];
+        (0..4).map(|i| hopper_map(p, &tensors[i], seqs[i], boxes[i])).collect()
     }),
     queue: true,
 };
@@ -337,17 +340,15 @@ fn hopper_tiles(p: &Problem, multiprocessors: u32) -> Tiles {
     best(p.head_dim() as u32, p.seq_q() as u64, heads(p).into(), multiprocessors)
 }
 
-/// The tensor map of Q, or that of K or V: `[D, N, H, B]`, fastest first.
-fn hopper_map(p: &Problem, tensor: &args::Tensor, query: bool) -> TensorMapSpec {
-    let seq = if query { p.seq_q() } else { p.seq_k() };
+/// The tensor map of Q, K, V or O, `seq` rows a head: `[D, N, H, B]`, fastest first.
+fn hopper_map(p: &Problem, tensor: &args::Tensor, seq: usize, box_dims: [u32; 4]) -> TensorMapSpec {
     let strides = [tensor.stride_n, tensor.stride_h, tensor.stride_b];
     TensorMapSpec {
         address: tensor.buffer.address,
         dtype: p.dtype(),
         dims: [p.head_dim(), seq, p.heads(), p.batch()].map(|n| n as u64).to_vec(),
         strides_bytes: strides.map(|s| s * p.dtype().size() as u64).to_vec(),
-        // The same for any number of consumers.
-        box_dims: hopper_tiles(p, 1).box_dims(query).to_vec(),
+        box_dims: box_dims.to_vec(),
         swizzle_bytes: 128,
     }
 }

@@ -1,14 +1,19 @@
 //! What a consumer warpgroup does with its 64 rows: products, mask, softmax.
 
 use simt::{
-    math, unroll, warp,
+    math,
+    shared::Shared,
+    unroll, warp,
     wgmma::{
         Accumulator, CHUNK_ROW_BYTES, Descriptor, Fragments, Operand, RegisterProduct,
         SharedProduct, WaitGroup,
     },
 };
 
-use super::{CONSUMER_ROWS, Rings, Task, turn::Turn};
+use super::{
+    CONSUMER_ROWS, Rings, Task,
+    turn::{Together, Turn},
+};
 use crate::{
     args::AttentionArgs,
     pipeline::Stage,
@@ -26,7 +31,7 @@ const SLACK: f32 = 8.0;
 /// A thread of a consumer warpgroup.
 pub(super) struct Consumer<
     'a,
-    T,
+    T: Operand,
     P,
     const Q_STAGES: u32,
     const STAGES: u32,
@@ -46,6 +51,8 @@ pub(super) struct Consumer<
     pub column: u32,
     /// Whether it speaks for its warpgroup.
     pub elected: bool,
+    /// From where its warp's O is stored.
+    pub output: Shared<T>,
     pub q: Descriptor,
     pub k: Descriptor,
     pub v: Descriptor,
@@ -136,6 +143,7 @@ where
             // SAFETY: passed on to the caller.
             unsafe { self.finish(before) };
         }
+        self.drain_output();
         if TURNS && self.own_rows == 0 {
             // The turn that nobody takes any more.
             Turn::of(self.own_rows).await_other();
@@ -161,11 +169,18 @@ where
     #[inline(always)]
     fn pass_tiles(&mut self, count: u32) {
         for _ in 0..count {
-            self.in_turn(|_| {});
             // A stage is given back once for each time that it was filled: not before.
             self.rings.k.wait(self.k_stage);
-            self.release_k();
             self.rings.v.wait(self.v_stage);
+            // Hazard: a warp that came here only after the next copies have landed in these
+            // stages too would find the parity of the phase before, and wait for ever.
+            // Elsewhere products gather the warps between the wait and the release.
+            if TURNS {
+                self.in_turn(|_| {});
+            } else {
+                Together::of(self.own_rows).sync();
+            }
+            self.release_k();
             self.release_v();
         }
     }
@@ -209,10 +224,8 @@ where
     {
         // SAFETY: passed on to the caller.
         unsafe {
-            let factors = self.store_lse(before);
             self.start_products::<D_STEPS>();
-            // `first_weights` sets it anew; without this, ptxas spills at D = 256.
-            self.m_i = [f32::NEG_INFINITY; ROWS];
+            let factors = self.store_lse(before);
             self.s.wait_group::<1>();
             self.release_k();
             // A branch again, so that the exponentials come before the wait.

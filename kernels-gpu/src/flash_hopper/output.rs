@@ -1,15 +1,19 @@
 //! How a consumer stores O and LSE.
 
 use simt::{
+    layout::{Layout, Swizzled},
+    matrix, mbarrier,
+    tma::{self, TensorMap},
     unroll, warp,
-    wgmma::{Accumulator, Operand, RegisterProduct, WaitGroup},
+    wgmma::{Accumulator, CHUNK_COLUMNS, Operand, RegisterProduct, WaitGroup},
 };
 
 use super::{
     Task,
     consumer::{Consumer, ROWS},
+    tiles::OUTPUT_CHUNK,
 };
-use crate::{online::transpose_quad, policy::Policy, softmax};
+use crate::{policy::Policy, softmax};
 
 impl<
     T: Operand,
@@ -54,34 +58,60 @@ where
         factors
     }
 
-    /// Stores O of a task, its rows times `factors`.
+    /// Starts to store O of a task, its rows times `factors`: through shared memory, which
+    /// each warp has some of to itself.
     ///
     /// # Safety
     /// As for [`store_lse`](Self::store_lse).
     #[inline(always)]
     pub(super) unsafe fn store_output(&self, task: Task, factors: [f32; ROWS]) {
-        let args = self.args;
-        // SAFETY: the caller vouches for the buffer.
-        let o = unsafe { args.o.buffer.view_mut::<T>() };
+        let map = self.args.tensor_maps.address + const { 3 * TensorMap::BYTES as u64 };
         let values = self.acc_o.values();
-        unroll!(for R in 0..2 {
-            let i = task.first_row + self.own_row + 8 * R as u32;
-            let row = args.o.head(task.b, task.h) + i as u64 * args.o.stride_n;
-            // 32 columns at a time: 8 of them to each of the row's four threads.
-            unroll!(for QUAD in 0..8 {
-                if QUAD < O_GROUPS / 4 {
-                    let pack = |group: usize| {
-                        let [left, right] = [2 * R, 2 * R + 1].map(|e| values[4 * QUAD + group][e]);
-                        T::pack(left * factors[R], right * factors[R])
-                    };
-                    let chunk = transpose_quad([pack(0), pack(1), pack(2), pack(3)]);
-                    if i < args.seq_q {
-                        let column = (32 * QUAD) as u64 + 4 * self.column as u64;
-                        o.write_as::<[u32; 4]>(row + column, chunk);
-                    }
+        let lane = warp::lane_id();
+        let first_row = task.first_row + self.own_row - lane / 4;
+        // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the
+        // first, the others to their right.
+        let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(lane % 16, lane / 16 * 8);
+        unroll!(for CHUNK in 0..4 {
+            if 8 * CHUNK < O_GROUPS {
+                let buffer = self.output.slice(CHUNK as u32 % 2 * OUTPUT_CHUNK, OUTPUT_CHUNK);
+                // Hazard: what is written here may not have been stored yet: the last task's
+                // chunks, or the one before the last.
+                if CHUNK == 0 {
+                    tma::wait_group_read::<0>();
+                } else {
+                    tma::wait_group_read::<1>();
                 }
-            });
+                warp::sync_warp(warp::FULL_MASK);
+                unroll!(for PAIR in 0..4 {
+                    if 8 * CHUNK + 2 * PAIR < O_GROUPS {
+                        let pack = |group: usize, row: usize| {
+                            let pair = values[8 * CHUNK + 2 * PAIR + group];
+                            T::pack(pair[2 * row] * factors[row], pair[2 * row + 1] * factors[row])
+                        };
+                        matrix::store_x4(
+                            buffer,
+                            Swizzled::<{ CHUNK_COLUMNS as usize }>::right(place, 16 * PAIR as u32),
+                            [pack(0, 0), pack(0, 1), pack(1, 0), pack(1, 1)],
+                        );
+                    }
+                });
+                // Hazard: the copy engine reads what all lanes have written.
+                mbarrier::fence_proxy_async();
+                warp::sync_warp(warp::FULL_MASK);
+                let to = [CHUNK as u32 * CHUNK_COLUMNS, first_row, task.h, task.b];
+                // SAFETY: whoever launches vouches for the map. It ends at the last row and
+                // column, and so does what is stored.
+                unsafe { tma::store_4d_if(lane == 0, map, to, buffer.address()) };
+                tma::commit_group();
+            }
         });
+    }
+
+    /// Waits until O has left shared memory, which the block then gives up.
+    #[inline(always)]
+    pub(super) fn drain_output(&self) {
+        tma::wait_group_read::<0>();
     }
 
     /// The outputs of a task whose rows see no key: O is 0, LSE -inf.
@@ -89,22 +119,14 @@ where
     /// # Safety
     /// As for [`store_lse`](Self::store_lse).
     #[inline(always)]
-    pub(super) unsafe fn store_nothing(&self, task: Task) {
-        let args = self.args;
-        // SAFETY: the caller vouches for the buffers.
-        let (o, lse) = unsafe { (args.o.buffer.view_mut::<T>(), args.lse.view_mut::<f32>()) };
-        unroll!(for R in 0..2 {
-            let i = task.first_row + self.own_row + 8 * R as u32;
-            if i < args.seq_q {
-                let first =
-                    args.o.head(task.b, task.h) + i as u64 * args.o.stride_n + self.column as u64;
-                for group in 0..O_GROUPS as u64 {
-                    o.write_as::<u32>(first + 8 * group, 0);
-                }
-                if self.column == 0 {
-                    lse.write(args.row(task.b, task.h, i), f32::NEG_INFINITY);
-                }
-            }
-        });
+    pub(super) unsafe fn store_nothing(&mut self, task: Task) {
+        self.m_i = [f32::NEG_INFINITY; ROWS];
+        self.l_i = [0.0; ROWS];
+        self.acc_o = Accumulator::zero();
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let factors = self.store_lse(task);
+            self.store_output(task, factors);
+        }
     }
 }

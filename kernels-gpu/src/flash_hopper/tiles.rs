@@ -2,7 +2,7 @@
 
 use simt::{
     mbarrier::Mbarrier,
-    warpgroup,
+    warp, warpgroup,
     wgmma::{CHUNK_COLUMNS, CHUNK_ROW_BYTES},
 };
 
@@ -12,7 +12,7 @@ use crate::policy::Policy;
 /// Query rows of a consumer warpgroup.
 pub const CONSUMER_ROWS: u32 = 64;
 
-/// What a block works with, for a head dim and a policy.
+/// What a block works with, for a head dim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
     /// Head dim.
@@ -29,15 +29,14 @@ pub struct Tiles {
 }
 
 impl Tiles {
-    /// Those of head dim `d` for policy `P` and so many consumers: what shared memory and
-    /// registers leave room for.
+    /// Those of head dim `d` and so many consumers: what shared memory and registers leave
+    /// room for.
     #[must_use]
-    pub const fn of<P: Policy>(d: u32, consumers: u32) -> Self {
+    pub const fn of(d: u32, consumers: u32) -> Self {
         let keys = match d {
             0..=128 => 128,
             129..=192 => 96,
-            _ if P::GENERAL => 64,
-            _ => 80,
+            _ => 64,
         };
         let kv_stages = if keys * d <= 128 * 64 { 4 } else { 2 };
         let mut tiles = Self { d, consumers, keys, q_stages: 2, kv_stages };
@@ -80,9 +79,15 @@ impl Tiles {
         self.k() + self.kv_stages * self.kv_bytes()
     }
 
+    /// Offset of the buffers from which O is stored, [`output_elements`] for each warp.
+    pub(super) const fn outputs(&self) -> u32 {
+        self.v() + self.kv_stages * self.kv_bytes()
+    }
+
     /// Offset of the mbarriers of the rings of Q, K and V.
     pub(super) const fn barriers(&self) -> u32 {
-        self.v() + self.kv_stages * self.kv_bytes()
+        let warps = self.rows() / OUTPUT_ROWS;
+        self.outputs() + warps * output_elements(self.d) * size_of::<u16>() as u32
     }
 
     pub(super) const fn num_barriers(&self) -> u32 {
@@ -104,11 +109,17 @@ impl Tiles {
         self.tasks() + self.task_words() * size_of::<u32>() as u32
     }
 
-    /// Extent of the tensor maps' boxes, fastest dimension first, over dimensions
-    /// `[D, N, H, B]`: `query` for that of Q, otherwise for K and V. Swizzle: 128 bytes.
+    /// Extents of the boxes of the tensor maps of q, k, v and o, fastest dimension first, over
+    /// dimensions `[D, N, H, B]`. Swizzle: 128 bytes.
     #[must_use]
-    pub const fn box_dims(&self, query: bool) -> [u32; 4] {
-        [CHUNK_COLUMNS, if query { CONSUMER_ROWS } else { self.keys }, 1, 1]
+    pub const fn boxes(&self) -> [[u32; 4]; 4] {
+        let (keys, columns) = (self.keys, CHUNK_COLUMNS);
+        [
+            [columns, CONSUMER_ROWS, 1, 1],
+            [columns, keys, 1, 1],
+            [columns, keys, 1, 1],
+            [columns, OUTPUT_ROWS, 1, 1],
+        ]
     }
 }
 
@@ -130,10 +141,10 @@ impl Tiles {
     pub fn best<P: Policy>(d: u32, seq_q: u64, heads: u64, multiprocessors: u32) -> Self {
         /// Tasks a multiprocessor from which three are worth it.
         const MANY: u64 = 4;
-        let two = Self::of::<P>(d, 2);
+        let two = Self::of(d, 2);
         let tasks = seq_q.div_ceil(two.rows().into()).saturating_mul(heads);
         if max_consumers::<P>(d) == 3 && tasks >= MANY * u64::from(multiprocessors) {
-            Self::of::<P>(d, 3)
+            Self::of(d, 3)
         } else {
             two
         }
@@ -143,6 +154,17 @@ impl Tiles {
 /// Bytes of a tile of `rows` rows: whole chunks of 64 columns.
 pub(super) const fn tile_bytes(rows: u32, d: u32) -> u32 {
     d.div_ceil(CHUNK_COLUMNS) * rows * CHUNK_ROW_BYTES
+}
+
+/// Rows of O that are stored at a time: those of a warp.
+pub(super) const OUTPUT_ROWS: u32 = CONSUMER_ROWS * warp::LANES / warpgroup::THREADS;
+/// Elements of a chunk of O: 64 columns of a warp's rows.
+pub(super) const OUTPUT_CHUNK: u32 = OUTPUT_ROWS * CHUNK_COLUMNS;
+
+/// Elements of a warp's buffers for O: two chunks if O has so many, so that one can be filled
+/// while the other is being stored.
+pub(super) const fn output_elements(d: u32) -> u32 {
+    if d <= CHUNK_COLUMNS { OUTPUT_CHUNK } else { 2 * OUTPUT_CHUNK }
 }
 
 /// The most shared memory that a block may have on sm_90.

@@ -1,4 +1,4 @@
-//! Turns of two consumers at the tensor cores.
+//! Named barriers: turns of two consumers at the tensor cores, and the warps of one.
 
 use simt::{barrier, warpgroup};
 
@@ -30,6 +30,31 @@ impl Turn {
 }
 
 impl barrier::Named for Turn {
+    #[inline(always)]
+    fn id(self) -> u32 {
+        self.0
+    }
+}
+
+/// The four warps of a consumer, where there are no turns.
+#[derive(Clone, Copy)]
+pub(super) struct Together(u32);
+
+impl Together {
+    /// Those of the consumer whose rows begin at `own_rows`.
+    #[inline(always)]
+    pub const fn of(own_rows: u32) -> Self {
+        Self(1 + own_rows / CONSUMER_ROWS)
+    }
+
+    /// Waits until all four are here.
+    #[inline(always)]
+    pub fn sync(self) {
+        barrier::sync(self, warpgroup::THREADS);
+    }
+}
+
+impl barrier::Named for Together {
     #[inline(always)]
     fn id(self) -> u32 {
         self.0

@@ -185,9 +185,17 @@ pub(crate) fn store(map: u64, coordinates: [u32; 4], source: u32, at: Place) {
         b.has_agents = true;
         let lane = b.current as u16;
         let clock = &b.own_knowledge();
-        let by = Access { lane: Agent::store(lane).lane(), now, clock, location: at };
-        let fenced = |lane: u16| b.lanes[usize::from(lane)].fenced;
-        b.shared.read_async(source, map.box_bytes(), by, fenced)?;
+        let agent = Agent::store(lane).lane();
+        // What lies outside of the tensor is not stored, and need not have been written.
+        let mut read = Ok(());
+        map.for_each_unit(&coordinates, |offset, _, valid| {
+            if valid > 0 && read.is_ok() {
+                let by = Access { lane: agent, now, clock, location: at };
+                let fenced = |lane: u16| b.lanes[usize::from(lane)].fenced;
+                read = b.shared.read_async(source + map.swizzled(offset), valid, by, fenced);
+            }
+        });
+        read?;
         b.stats.shared_bytes_read += u64::from(map.box_bytes());
         b.bulk.stores.push(Store { map, coordinates, source, lane, group: None, time: now, at });
         Ok(())
