@@ -8,6 +8,7 @@
 use simt::{
     global::{Global, GlobalMut},
     memory::Memory,
+    tma::TensorMap,
 };
 
 /// A region of global memory: address and length in bytes. Empty when unused.
@@ -147,6 +148,13 @@ pub struct AttentionArgs {
 }
 
 impl AttentionArgs {
+    /// Address of the tensor map at `index`: q, k, v, o.
+    #[inline(always)]
+    #[must_use]
+    pub const fn tensor_map(&self, index: u64) -> u64 {
+        self.tensor_maps.address + index * TensorMap::BYTES as u64
+    }
+
     /// Index of `lse[b, h, i]`; row `i` of the weights begins `seq_k` times as far.
     #[inline(always)]
     #[must_use]

@@ -101,7 +101,7 @@ mod turn;
 
 use consumer::{Consumer, ROWS};
 pub use tiles::{CONSUMER_ROWS, Tiles, max_consumers};
-use tiles::{OUTPUT_ROWS, output_elements, tile_bytes};
+use tiles::{OUTPUT_ROWS, output_bytes, tile_bytes};
 
 /// A tile of query rows of one head: where it is, and what it sees.
 #[derive(Clone, Copy)]
@@ -252,9 +252,9 @@ pub unsafe fn flash_hopper<
             elected: warpgroup::thread_id() == 0,
             // SAFETY: the caller gives the shared memory.
             output: unsafe {
-                let bytes = const { output_elements(D) * size_of::<u16>() as u32 };
+                let bytes = const { output_bytes(D) };
                 let first = tiles.outputs() + warp_rows / OUTPUT_ROWS * bytes;
-                Shared::dynamic(first, output_elements(D))
+                Shared::dynamic(first, bytes / T::BYTES)
             },
             q: Descriptor::k_major(smem + (warpgroup - 1) * const { tile_bytes(CONSUMER_ROWS, D) }),
             k: Descriptor::k_major(smem + tiles.k()),
@@ -351,10 +351,9 @@ unsafe fn produce<
     let tiles = const { Tiles::of(D, CONSUMERS) };
     // SAFETY: the caller vouches for the queue.
     let queue = unsafe { args.queue.view_mut::<u32>() };
-    let map = |index: u64| args.tensor_maps.address + index * tma::TensorMap::BYTES as u64;
     for index in 0..4 {
         // SAFETY: the caller vouches for the maps.
-        unsafe { tma::prefetch_map(map(index)) };
+        unsafe { tma::prefetch_map(args.tensor_map(index)) };
     }
     // All chunks of a tile: rows from `row` on.
     let copy = |task: Task, destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
@@ -376,7 +375,7 @@ unsafe fn produce<
                 + stage.index() * const { tile_bytes(BR, D) }
                 + consumer * const { tile_bytes(CONSUMER_ROWS, D) };
             let row = task.first_row + consumer * CONSUMER_ROWS;
-            copy(task, to, map(0), CONSUMER_ROWS, row, full);
+            copy(task, to, args.tensor_map(0), CONSUMER_ROWS, row, full);
         }
     };
     let copy_keys = |ring: Ring<STAGES>, to: u32, map: u64, stage: Stage<STAGES>, task, tile| {
@@ -384,8 +383,10 @@ unsafe fn produce<
         let full = ring.acquire(stage, const { tile_bytes(BC, D) });
         copy(task, smem + to, map, BC, tile * BC, full);
     };
-    let copy_k = |stage, task, tile| copy_keys(rings.k, tiles.k(), map(1), stage, task, tile);
-    let copy_v = |stage, task, tile| copy_keys(rings.v, tiles.v(), map(2), stage, task, tile);
+    let copy_k =
+        |stage, task, tile| copy_keys(rings.k, tiles.k(), args.tensor_map(1), stage, task, tile);
+    let copy_v =
+        |stage, task, tile| copy_keys(rings.v, tiles.v(), args.tensor_map(2), stage, task, tile);
     // Stages of Q, and of K; V, which is needed and has its stage free a tile later, is one
     // behind.
     let (mut q_stage, mut stage) = (Stage::FIRST, Stage::FIRST);

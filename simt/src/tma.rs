@@ -78,19 +78,8 @@ pub unsafe fn load_4d(destination: u32, map: u64, coordinates: [u32; 4], barrier
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn store_4d(map: u64, coordinates: [u32; 4], source: u32) {
-    #[cfg(target_arch = "nvptx64")]
-    // SAFETY: the caller vouches for the addresses.
-    unsafe {
-        core::arch::asm!(
-            "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [{0}, {{{1}, {2}, {3}, {4}}}], [{5}];",
-            in(reg64) map,
-            in(reg32) coordinates[0], in(reg32) coordinates[1],
-            in(reg32) coordinates[2], in(reg32) coordinates[3],
-            in(reg32) source, options(nostack)
-        );
-    }
-    #[cfg(not(target_arch = "nvptx64"))]
-    bulk::store(map, coordinates, source, Location::caller());
+    // SAFETY: passed on to the caller.
+    unsafe { store_4d_if(true, map, coordinates, source) }
 }
 
 /// [`store_4d`] where `condition` holds: one instruction without a branch around it.

@@ -3,17 +3,14 @@
 use simt::{
     math,
     shared::Shared,
-    unroll, warp,
+    tma, unroll, warp,
     wgmma::{
         Accumulator, CHUNK_ROW_BYTES, Descriptor, Fragments, Operand, RegisterProduct,
         SharedProduct, WaitGroup,
     },
 };
 
-use super::{
-    CONSUMER_ROWS, Rings, Task,
-    turn::{Together, Turn},
-};
+use super::{CONSUMER_ROWS, Rings, Task, turn::Own};
 use crate::{
     args::AttentionArgs,
     pipeline::Stage,
@@ -104,7 +101,7 @@ where
     {
         if TURNS && self.own_rows > 0 {
             // The other one begins.
-            Turn::of(self.own_rows).pass();
+            Own::of(self.own_rows).pass();
         }
         // Where two consumers take turns, registers suffice to go from task to task without
         // a gap: this one's last product then comes with the next one's first.
@@ -143,10 +140,11 @@ where
             // SAFETY: passed on to the caller.
             unsafe { self.finish(before) };
         }
-        self.drain_output();
+        // Hazard: O is stored from shared memory that the block gives up.
+        tma::wait_group_read::<0>();
         if TURNS && self.own_rows == 0 {
             // The turn that nobody takes any more.
-            Turn::of(self.own_rows).await_other();
+            Own::of(self.own_rows).await_other();
         }
     }
 
@@ -178,7 +176,7 @@ where
             if TURNS {
                 self.in_turn(|_| {});
             } else {
-                Together::of(self.own_rows).sync();
+                Own::of(self.own_rows).gather();
             }
             self.release_k();
             self.release_v();
@@ -406,11 +404,11 @@ where
         // then nothing runs beside the softmax. In turn, each one's runs beside the other's
         // products.
         if TURNS {
-            Turn::of(self.own_rows).await_other();
+            Own::of(self.own_rows).await_other();
         }
         start(self);
         if TURNS {
-            Turn::of(self.own_rows).pass();
+            Own::of(self.own_rows).pass();
         }
     }
 

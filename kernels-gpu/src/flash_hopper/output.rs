@@ -2,9 +2,7 @@
 
 use simt::{
     layout::{Layout, Swizzled},
-    matrix, mbarrier,
-    tma::{self, TensorMap},
-    unroll, warp,
+    matrix, mbarrier, tma, unroll, warp,
     wgmma::{Accumulator, CHUNK_COLUMNS, Operand, RegisterProduct, WaitGroup},
 };
 
@@ -65,7 +63,7 @@ where
     /// As for [`store_lse`](Self::store_lse).
     #[inline(always)]
     pub(super) unsafe fn store_output(&self, task: Task, factors: [f32; ROWS]) {
-        let map = self.args.tensor_maps.address + const { 3 * TensorMap::BYTES as u64 };
+        let map = self.args.tensor_map(3);
         let values = self.acc_o.values();
         let lane = warp::lane_id();
         let first_row = task.first_row + self.own_row - lane / 4;
@@ -106,12 +104,6 @@ where
                 tma::commit_group();
             }
         });
-    }
-
-    /// Waits until O has left shared memory, which the block then gives up.
-    #[inline(always)]
-    pub(super) fn drain_output(&self) {
-        tma::wait_group_read::<0>();
     }
 
     /// The outputs of a task whose rows see no key: O is 0, LSE -inf.

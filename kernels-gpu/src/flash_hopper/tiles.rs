@@ -79,7 +79,7 @@ impl Tiles {
         self.k() + self.kv_stages * self.kv_bytes()
     }
 
-    /// Offset of the buffers from which O is stored, [`output_elements`] for each warp.
+    /// Offset of the buffers from which O is stored, [`output_bytes`] for each warp.
     pub(super) const fn outputs(&self) -> u32 {
         self.v() + self.kv_stages * self.kv_bytes()
     }
@@ -87,7 +87,7 @@ impl Tiles {
     /// Offset of the mbarriers of the rings of Q, K and V.
     pub(super) const fn barriers(&self) -> u32 {
         let warps = self.rows() / OUTPUT_ROWS;
-        self.outputs() + warps * output_elements(self.d) * size_of::<u16>() as u32
+        self.outputs() + warps * output_bytes(self.d)
     }
 
     pub(super) const fn num_barriers(&self) -> u32 {
@@ -161,10 +161,11 @@ pub(super) const OUTPUT_ROWS: u32 = CONSUMER_ROWS * warp::LANES / warpgroup::THR
 /// Elements of a chunk of O: 64 columns of a warp's rows.
 pub(super) const OUTPUT_CHUNK: u32 = OUTPUT_ROWS * CHUNK_COLUMNS;
 
-/// Elements of a warp's buffers for O: two chunks if O has so many, so that one can be filled
+/// Bytes of a warp's buffers for O: two chunks if O has so many, so that one can be filled
 /// while the other is being stored.
-pub(super) const fn output_elements(d: u32) -> u32 {
-    if d <= CHUNK_COLUMNS { OUTPUT_CHUNK } else { 2 * OUTPUT_CHUNK }
+pub(super) const fn output_bytes(d: u32) -> u32 {
+    let two_chunks = 2 * CHUNK_COLUMNS;
+    tile_bytes(OUTPUT_ROWS, if d < two_chunks { d } else { two_chunks })
 }
 
 /// The most shared memory that a block may have on sm_90.
