@@ -56,14 +56,15 @@ type EncodeTiled = unsafe extern "C" fn(
 ) -> u32;
 
 /// Encodes a tensor map (`cuTensorMapEncodeTiled`): elements outside the view read as
-/// zero, lines are fetched to L2 by 256 bytes.
+/// zero, lines are fetched to L2 by 128 bytes: more would
+/// fetch what other boxes ask for again.
 ///
 /// # Errors
 /// The driver refuses the layout, or is older than CUDA 12.0 and lacks the function.
 pub fn encode_tensor_map(layout: &TensorMapLayout<'_>) -> Result<[u8; 128], Failure> {
     const NAME: &str = "cuTensorMapEncodeTiled";
     const INTERLEAVE_NONE: u32 = 0;
-    const L2_PROMOTION_256: u32 = 3;
+    const L2_PROMOTION_128: u32 = 2;
     const FILL_ZERO: u32 = 0;
     let fail = |code| {
         note_failure(NAME, code);
@@ -102,7 +103,7 @@ pub fn encode_tensor_map(layout: &TensorMapLayout<'_>) -> Result<[u8; 128], Fail
             element_strides.as_ptr(),
             INTERLEAVE_NONE,
             swizzle,
-            L2_PROMOTION_256,
+            L2_PROMOTION_128,
             FILL_ZERO,
         )
     });

@@ -124,8 +124,8 @@ pub struct AttentionArgs {
     pub weights: Buffer,
     /// Four tensor maps (q, k, v, o) for kernels that copy through TMA; else empty.
     pub tensor_maps: Buffer,
-    /// One u32 for kernels whose blocks take task after task; else empty. The tasks handed out
-    /// beyond each block's first: zero before a launch, and again after it.
+    /// Queues of kernels whose blocks take task after task, [`QUEUE_WORDS`](crate::schedule::QUEUE_WORDS)
+    /// u32; else empty. They count what was asked for: zero before a launch, and again after it.
     pub queue: Buffer,
     /// Batch entries.
     pub batch: u32,

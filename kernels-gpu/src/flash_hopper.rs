@@ -7,8 +7,8 @@
 //! one, the threads do this one's softmax.
 //!
 //! ```text
-//! producer:   for each task from the queue: Q, then for each tile of BC keys, last to
-//!             first: K, V                              (TMA, rings of stages)
+//! producer:   for each task from a queue: Q, then for each tile of BC keys, last to first:
+//!             K, V                                     (TMA, rings of stages)
 //!
 //! consumer:   S = Q Kᵀ of the first tile; P = softmax(S)
 //!             for each further tile:
@@ -30,12 +30,12 @@
 //!
 //! | D | BR x BC | consumers | shared bytes | registers of O, S, P a thread |
 //! |---|---|---|---|---|
-//! | 64 | 192 x 128 | 3 | 205,056 | 32, 64, 32 of 160 |
-//! | 64 | 128 x 128 | 2 | 180,448 | 32, 64, 32 of 232 |
-//! | 96 | 128 x 128 | 2 | 229,536 | 48, 64, 32 of 232 |
-//! | 128 | 128 x 128 | 2 | 229,536 | 64, 64, 32 of 232 |
-//! | 192 | 128 x 96 | 2 | 229,488 | 96, 48, 24 of 232 |
-//! | 256 | 128 x 64 | 2 | 229,488 | 128, 32, 16 of 232 |
+//! | 64 | 192 x 128 | 3 | 205,120 | 32, 64, 32 of 160 |
+//! | 64 | 128 x 128 | 2 | 180,480 | 32, 64, 32 of 232 |
+//! | 96 | 128 x 128 | 2 | 229,568 | 48, 64, 32 of 232 |
+//! | 128 | 128 x 128 | 2 | 229,568 | 64, 64, 32 of 232 |
+//! | 192 | 128 x 96 | 2 | 229,504 | 96, 48, 24 of 232 |
+//! | 256 | 128 x 64 | 2 | 229,504 | 128, 32, 16 of 232 |
 //!
 //! Where the time goes, by counting: a tile costs 4 BR BC D FLOP and brings 4 BC D bytes
 //! from L2, BR FLOP a byte. A multiprocessor's tensor cores do 4096 FLOP a clock, so that
@@ -55,9 +55,12 @@
 //!
 //! What keeps the tensor cores busy between tiles and tasks:
 //! - two consumers start their products in turn, so that one's softmax runs beside the
-//!   other's products; and the last product of a task comes with the first of the next;
-//! - blocks stay and take tasks from a queue, the short ones of a section of heads last
-//!   (`schedule.rs`); they ask for the next one as late as its copies allow;
+//!   other's products;
+//! - the last product of a task comes with the first of the next; where there is room for one
+//!   stage of Q only, each consumer gives its Q back with its last scores, and stores O beside the
+//!   first of the next;
+//! - blocks stay and take tasks from queues (`queue.rs`, `schedule.rs`), the short ones last;
+//!   neighbours share heads; they ask for the next one as late as its copies allow;
 //! - a consumer that has no rows in a task, or sees nothing of a tile, lets it pass.
 //!
 //! Rows past Nq and keys past Nk are zeros that the copy engine supplies; such keys are
@@ -65,7 +68,7 @@
 //! every run.
 //!
 //! Measured: 0.109 ms at N 2048, D 64 (f16, batch 4, 12 heads), where flash_pipelined took
-//! 0.156; at 16k tokens, hidden 2048, N 16,384: 707 TFLOP/s at D 128, 587 at D 64, 810 at D 256
+//! 0.156; at 16k tokens, hidden 2048, N 16,384: 726 TFLOP/s at D 128, 580 at D 64, 810 at D 256
 //! (one H100 80GB HBM3). Limits: f16 and bf16; a positive scale; strides and addresses in
 //! multiples of 16 bytes (TMA's rule); tiles of one head only.
 //!
@@ -75,80 +78,32 @@
 
 use half::{bf16, f16};
 use simt::{
-    atomic,
-    compiler::opaque,
-    mbarrier::{self, Mbarrier},
+    mbarrier,
     shared::Shared,
-    thread, tma, warp, warpgroup,
-    wgmma::{
-        Accumulator, CHUNK_COLUMNS, CHUNK_ROW_BYTES, Descriptor, Operand, RegisterProduct,
-        SharedProduct,
-    },
+    thread, warp, warpgroup,
+    wgmma::{Accumulator, CHUNK_ROW_BYTES, Descriptor, Operand, RegisterProduct, SharedProduct},
 };
 
 use crate::{
     args::AttentionArgs,
     entries,
     pipeline::{Ring, Stage},
-    policy::{self, Causal, Full, General, Policy},
-    schedule,
+    policy::{Causal, Full, General, Policy},
 };
 
 mod consumer;
 mod output;
+mod producer;
+mod queue;
+mod task;
 mod tiles;
 mod turn;
 
 use consumer::{Consumer, ROWS};
+use producer::produce;
+use task::{Rings, TASK_WORDS, Task, Tasks};
 pub use tiles::{CONSUMER_ROWS, Tiles, max_consumers};
 use tiles::{OUTPUT_ROWS, output_bytes, tile_bytes};
-
-/// A tile of query rows of one head: where it is, and what it sees.
-#[derive(Clone, Copy)]
-struct Task {
-    b: u32,
-    h: u32,
-    first_row: u32,
-    num_kv_tiles: u32,
-}
-
-impl Task {
-    /// How many there are.
-    #[inline(always)]
-    fn count<const BR: u32>(args: &AttentionArgs) -> u32 {
-        // Opaque: computed where it is used, since the producer is short of registers.
-        opaque(args.batch) * args.heads * opaque(args.seq_q).div_ceil(BR)
-    }
-
-    /// The task at a place in the order of work, if there is one.
-    ///
-    /// # Safety
-    /// `args.mask` must be empty or hold `[B, Nk]` bytes.
-    #[inline(always)]
-    unsafe fn at<P: Policy, const D: u32, const BR: u32, const BC: u32>(
-        args: &AttentionArgs,
-        place: u32,
-    ) -> Option<Self> {
-        if place >= Self::count::<BR>(args) {
-            return None;
-        }
-        let (heads, num_q_tiles) = (args.batch * args.heads, opaque(args.seq_q).div_ceil(BR));
-        let causal = P::is_causal(args);
-        let work = if causal || !args.seq_q.is_multiple_of(BR) {
-            // Tasks of different lengths: the short ones of a section come last.
-            let heads_together = schedule::section(num_q_tiles, heads, thread::grid_dim_x());
-            schedule::in_sections(place, num_q_tiles, heads, heads_together, causal)
-        } else {
-            schedule::in_order(place, num_q_tiles)
-        };
-        let first_row = work.q_tile * BR;
-        let (b, h) = schedule::divide(work.head, args.heads);
-        // SAFETY: the caller vouches for the mask.
-        let policy = unsafe { P::new(args, b, h) };
-        let num_kv_tiles = policy::end_of_tile(&policy, first_row + BR, args.seq_q).div_ceil(BC);
-        Some(Self { b, h, first_row, num_kv_tiles })
-    }
-}
 
 /// Flash attention forward by warp specialisation.
 ///
@@ -208,15 +163,17 @@ pub unsafe fn flash_hopper<
         (Shared::<u8>::dynamic(0, 0).address(), barriers, slots)
     };
     let rings = Rings::<Q_STAGES, STAGES> {
-        q: Ring::new(barriers, 0),
-        k: Ring::new(barriers, Ring::<Q_STAGES>::BARRIERS),
-        v: Ring::new(barriers, Ring::<Q_STAGES>::BARRIERS + Ring::<STAGES>::BARRIERS),
+        k: Ring::new(barriers, 0),
+        v: Ring::new(barriers, Ring::<STAGES>::BARRIERS),
+        q: barriers.slice(2 * Ring::<STAGES>::BARRIERS, CONSUMERS * Ring::<Q_STAGES>::BARRIERS),
         tasks: slots,
     };
     if thread::thread_idx_x() == 0 {
-        rings.q.init(CONSUMERS * const { warpgroup::THREADS / warp::LANES });
         rings.k.init(CONSUMERS);
         rings.v.init(CONSUMERS);
+        for consumer in 0..CONSUMERS {
+            rings.of(consumer).ring.init(const { warpgroup::THREADS / warp::LANES });
+        }
         mbarrier::fence_init();
     }
     // Hazard: the barriers are used by threads, and by copies, that did not make them.
@@ -242,7 +199,6 @@ pub unsafe fn flash_hopper<
     }
     let own_rows = (warpgroup - 1) * CONSUMER_ROWS;
     let warp_rows = own_rows + warpgroup::thread_id() / warp::LANES * OUTPUT_ROWS;
-    let first_task = (warpgroup - 1) * const { Q_STAGES * TASK_WORDS };
     let mut consumer =
         Consumer::<T, P, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS> {
             args,
@@ -261,7 +217,9 @@ pub unsafe fn flash_hopper<
             v: Descriptor::n_major(smem + tiles.v(), K_CHUNK),
             q_bytes: const { tile_bytes(BR, D) },
             tile_bytes: const { tile_bytes(BC, D) },
-            rings: Rings { tasks: rings.tasks.slice(first_task, Q_STAGES * TASK_WORDS), ..rings },
+            tasks: rings.of(warpgroup - 1),
+            k_ring: rings.k,
+            v_ring: rings.v,
             q_stage: Stage::FIRST,
             k_stage: Stage::FIRST,
             v_stage: Stage::FIRST,
@@ -275,168 +233,6 @@ pub unsafe fn flash_hopper<
     // SAFETY: the whole warpgroup is here, the rings bring what is multiplied, and the caller
     // vouches for the buffers.
     unsafe { consumer.work::<D_STEPS>() };
-}
-
-/// What goes between producer and consumers: a ring of Q with the task that it belongs to,
-/// and rings of tiles of K and V.
-#[derive(Clone, Copy)]
-struct Rings<const Q_STAGES: u32, const STAGES: u32> {
-    q: Ring<Q_STAGES>,
-    k: Ring<STAGES>,
-    v: Ring<STAGES>,
-    /// [`TASK_WORDS`] for each stage of Q, announced with it; the producer sees those of every
-    /// consumer, one after the other.
-    tasks: Shared<u32>,
-}
-
-/// A task in shared memory: its fields in their order.
-const TASK_WORDS: u32 = 4;
-/// In place of `num_kv_tiles`: there is no further task.
-const END: u32 = u32::MAX;
-
-impl<const Q_STAGES: u32, const STAGES: u32> Rings<Q_STAGES, STAGES> {
-    /// Producer: waits for a free stage of Q, and announces a task (or that there is none) and
-    /// so many bytes of Q. Returns the barrier that they count at.
-    #[inline(always)]
-    fn announce<const CONSUMERS: u32>(
-        &self,
-        stage: Stage<Q_STAGES>,
-        task: Option<Task>,
-        bytes: u32,
-    ) -> Mbarrier {
-        self.q.wait_empty(stage);
-        let end = Task { b: 0, h: 0, first_row: 0, num_kv_tiles: END };
-        let Task { b, h, first_row, num_kv_tiles } = task.unwrap_or(end);
-        for consumer in 0..CONSUMERS {
-            let first = (consumer * Q_STAGES + stage.index()) * TASK_WORDS;
-            self.tasks.write(first, b);
-            self.tasks.write(first + 1, h);
-            self.tasks.write(first + 2, first_row);
-            self.tasks.write(first + 3, num_kv_tiles);
-        }
-        // Hazard: consumers read the task; announcing comes after the writes.
-        self.q.announce(stage, bytes)
-    }
-
-    /// Consumer: waits for Q and its task; `None` when there is no further one.
-    #[inline(always)]
-    fn receive(&self, stage: Stage<Q_STAGES>) -> Option<Task> {
-        self.q.wait(stage);
-        let first = stage.index() * TASK_WORDS;
-        let word = |index: u32| warp::uniform(self.tasks.read(first + index));
-        let task = Task { b: word(0), h: word(1), first_row: word(2), num_kv_tiles: word(3) };
-        (task.num_kv_tiles != END).then_some(task)
-    }
-}
-
-/// The producer: one thread that takes tasks and starts every copy of the block, as far ahead
-/// as the rings have room.
-///
-/// # Safety
-/// As for [`flash_hopper`].
-#[inline(always)]
-unsafe fn produce<
-    P: Policy,
-    const D: u32,
-    const CONSUMERS: u32,
-    const BR: u32,
-    const BC: u32,
-    const Q_STAGES: u32,
-    const STAGES: u32,
->(
-    args: &AttentionArgs,
-    smem: u32,
-    rings: Rings<Q_STAGES, STAGES>,
-) {
-    let tiles = const { Tiles::of(D, CONSUMERS) };
-    // SAFETY: the caller vouches for the queue.
-    let queue = unsafe { args.queue.view_mut::<u32>() };
-    for index in 0..4 {
-        // SAFETY: the caller vouches for the maps.
-        unsafe { tma::prefetch_map(args.tensor_map(index)) };
-    }
-    // All chunks of a tile: rows from `row` on.
-    let copy = |task: Task, destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
-        for chunk in 0..D.div_ceil(CHUNK_COLUMNS) {
-            let to = destination + chunk * rows * CHUNK_ROW_BYTES;
-            let from = [chunk * CHUNK_COLUMNS, row, task.h, task.b];
-            // SAFETY: the caller vouches for the maps; the ring keeps readers away.
-            unsafe { tma::load_4d(to, map, from, full) };
-        }
-    };
-    let copy_q = |stage: Stage<Q_STAGES>, task: Task| {
-        // Consumers past the last row have no Q, and none has without keys.
-        let rows = if task.num_kv_tiles > 0 { args.seq_q - task.first_row } else { 0 };
-        let consumers = rows.div_ceil(CONSUMER_ROWS).min(CONSUMERS);
-        let q_bytes = consumers * const { tile_bytes(CONSUMER_ROWS, D) };
-        let full = rings.announce::<CONSUMERS>(stage, Some(task), q_bytes);
-        for consumer in 0..consumers {
-            let to = smem
-                + stage.index() * const { tile_bytes(BR, D) }
-                + consumer * const { tile_bytes(CONSUMER_ROWS, D) };
-            let row = task.first_row + consumer * CONSUMER_ROWS;
-            copy(task, to, args.tensor_map(0), CONSUMER_ROWS, row, full);
-        }
-    };
-    let copy_keys = |ring: Ring<STAGES>, to: u32, map: u64, stage: Stage<STAGES>, task, tile| {
-        let to = to + stage.index() * const { tile_bytes(BC, D) };
-        let full = ring.acquire(stage, const { tile_bytes(BC, D) });
-        copy(task, smem + to, map, BC, tile * BC, full);
-    };
-    let copy_k =
-        |stage, task, tile| copy_keys(rings.k, tiles.k(), args.tensor_map(1), stage, task, tile);
-    let copy_v =
-        |stage, task, tile| copy_keys(rings.v, tiles.v(), args.tensor_map(2), stage, task, tile);
-    // Stages of Q, and of K; V, which is needed and has its stage free a tile later, is one
-    // behind.
-    let (mut q_stage, mut stage) = (Stage::FIRST, Stage::FIRST);
-    // The task before, whose last V is still to come.
-    let mut before: Option<Task> = None;
-    // A block's first task is that of its number; the others are for whoever is free.
-    let mut place = thread::block_idx_x();
-    // SAFETY: the caller vouches for the mask.
-    while let Some(task) = unsafe { Task::at::<P, D, BR, BC>(args, place) } {
-        // Asked for late: whoever asks early may keep a task that another block has time for.
-        // Before the last tile, so that the answer is there after it.
-        // Each task asks once: at the last one the queue is at 0 again.
-        let next = || {
-            let last_place = Task::count::<BR>(args) - 1;
-            thread::grid_dim_x() + atomic::increment_global_u32(queue, 0, last_place)
-        };
-        if task.num_kv_tiles <= 1 {
-            place = next();
-        }
-        // One stage of Q is free only when all else of the task before is under way.
-        if Q_STAGES > 1 && task.num_kv_tiles > 0 {
-            copy_q(q_stage, task);
-        }
-        if task.num_kv_tiles > 0 {
-            copy_k(stage, task, task.num_kv_tiles - 1);
-        }
-        if let Some(before) = before.take() {
-            copy_v(stage.before(), before, 0);
-        }
-        if Q_STAGES == 1 || task.num_kv_tiles == 0 {
-            copy_q(q_stage, task);
-        }
-        q_stage.advance();
-        if task.num_kv_tiles > 0 {
-            stage.advance();
-            for tile in (1..task.num_kv_tiles).rev() {
-                if tile == 1 {
-                    place = next();
-                }
-                copy_k(stage, task, tile - 1);
-                copy_v(stage.before(), task, tile);
-                stage.advance();
-            }
-            before = Some(task);
-        }
-    }
-    if let Some(before) = before {
-        copy_v(stage.before(), before, 0);
-    }
-    rings.announce::<CONSUMERS>(q_stage, None, 0);
 }
 
 /// The kernel for a type, policy, head dim and number of consumers.

@@ -67,6 +67,66 @@ pub fn in_sections(
     Work { head: first + head, q_tile }
 }
 
+/// Words of the queues of blocks that stay: one for all blocks, the others for [`Groups`].
+pub const QUEUE_WORDS: u32 = 128;
+
+/// What the heads that all groups work on at a time may occupy of the L2 cache in bytes: Q and O
+/// pass through it as well.
+const GROUPS_BYTES: u32 = 20 << 20;
+
+/// How blocks that stay share heads: groups of neighbours work through heads of their own, and
+/// what is left over is for all blocks, so that they end at the same time.
+///
+/// A GPU's L2 cache has two halves, and what a block reads from the other half crosses a bridge
+/// that short launches fill. Neighbouring blocks sit at the same half: if all that read a head's
+/// keys and values are neighbours, these cross once at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Groups {
+    /// Groups.
+    pub count: u32,
+    /// Heads that each group has.
+    pub heads: u32,
+}
+
+impl Groups {
+    /// Blocks of a group.
+    pub const SIZE: u32 = 4;
+    /// No groups: all heads are for all blocks.
+    pub const NONE: Self = Self { count: 0, heads: 0 };
+
+    /// Those of `blocks` blocks for `heads` heads of `num_q_tiles` tiles, each with so many bytes
+    /// of keys and values: as many rounds of a head a group as leave one for all blocks, if the
+    /// cache holds what is read at a time.
+    #[inline(always)]
+    #[must_use]
+    pub fn of(heads: u32, num_q_tiles: u32, head_bytes: u32, blocks: u32) -> Self {
+        let count = (blocks / Self::SIZE).min(QUEUE_WORDS - 1);
+        let rounds = divide(heads, count).0.saturating_sub(1);
+        let fits = count > 0 && head_bytes <= GROUPS_BYTES / count.max(1);
+        // Each block of a group begins with a task.
+        if fits && rounds * num_q_tiles >= Self::SIZE {
+            Self { count, heads: rounds }
+        } else {
+            Self::NONE
+        }
+    }
+
+    /// Group and place in it of a block that is in one.
+    #[inline(always)]
+    #[must_use]
+    pub fn of_block(self, block: u32) -> Option<(u32, u32)> {
+        let group = block / Self::SIZE;
+        (self.heads > 0 && group < self.count).then_some((group, block % Self::SIZE))
+    }
+
+    /// Heads of all groups: the first so many.
+    #[inline(always)]
+    #[must_use]
+    pub const fn all_heads(self) -> u32 {
+        self.count * self.heads
+    }
+}
+
 /// Work of block `block` when later tiles take longer. `head_kib` is the size of a
 /// head's keys and values.
 #[inline(always)]
@@ -127,5 +187,26 @@ mod tests {
         // Tile by tile, the last one last; then the next section.
         assert_eq!(order[3..5], [(0, 3), (1, 0)]);
         assert_eq!(order[15..17], [(3, 3), (0, 4)]);
+    }
+
+    #[test]
+    fn groups_leave_a_round_for_all_blocks() {
+        // An H100: 33 groups; 512 heads are 15 rounds and 17 heads more.
+        let groups = Groups::of(512, 4, 256 << 10, 132);
+        assert_eq!(groups, Groups { count: 33, heads: 14 });
+        assert_eq!((groups.of_block(0), groups.of_block(131)), (Some((0, 0)), Some((32, 3))));
+        // 134 blocks: the last two are in no group.
+        assert_eq!(Groups::of(512, 4, 256 << 10, 134).of_block(132), None);
+    }
+
+    #[test]
+    fn no_groups_where_they_gain_nothing() {
+        let heads = |heads, tiles, bytes, blocks| Groups::of(heads, tiles, bytes, blocks).heads;
+        // One round only; too much for the cache; too few blocks; no task for each block.
+        assert_eq!(heads(65, 4, 1, 132), 0);
+        assert_eq!(heads(512, 32, 1 << 20, 132), 0);
+        assert_eq!(heads(512, 4, 1, 3), 0);
+        assert_eq!((heads(4, 1, 1, 4), heads(5, 1, 1, 4)), (0, 4));
+        assert_eq!(Groups::NONE.of_block(0), None);
     }
 }

@@ -7,7 +7,7 @@
 mod linear;
 mod table;
 
-use kernels_gpu::{args, entry::Entry};
+use kernels_gpu::{args, entry::Entry, schedule::QUEUE_WORDS};
 use simt::Dim3;
 
 use crate::{
@@ -53,13 +53,13 @@ pub struct KernelSpec {
     pub plan: fn(&Problem, &Target) -> Plan,
     /// The tensor maps of a kernel that copies through TMA.
     pub tensor_maps: Option<TensorMaps>,
-    /// Whether its blocks stay and take task after task: from a queue of
+    /// Whether its blocks stay and take task after task: from queues of
     /// [`QUEUE_BYTES`], zero between launches.
     pub queue: bool,
 }
 
-/// Device memory of a queue of tasks: `AttentionArgs::queue`.
-pub const QUEUE_BYTES: u64 = 4;
+/// Device memory of the queues of tasks: `AttentionArgs::queue`.
+pub const QUEUE_BYTES: u64 = QUEUE_WORDS as u64 * 4;
 
 /// Makes tensor maps from Q, K, V and O in device memory, in the order in which a kernel
 /// expects them.

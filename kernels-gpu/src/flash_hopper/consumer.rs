@@ -10,10 +10,10 @@ use simt::{
     },
 };
 
-use super::{CONSUMER_ROWS, Rings, Task, turn::Own};
+use super::{CONSUMER_ROWS, Task, Tasks, turn::Own};
 use crate::{
     args::AttentionArgs,
-    pipeline::Stage,
+    pipeline::{Ring, Stage},
     policy::{self, Policy},
     softmax,
 };
@@ -56,7 +56,9 @@ pub(super) struct Consumer<
     /// Bytes of a stage of Q, and of one of K or V.
     pub q_bytes: u32,
     pub tile_bytes: u32,
-    pub rings: Rings<Q_STAGES, STAGES>,
+    pub tasks: Tasks<Q_STAGES>,
+    pub k_ring: Ring<STAGES>,
+    pub v_ring: Ring<STAGES>,
     pub q_stage: Stage<Q_STAGES>,
     pub k_stage: Stage<STAGES>,
     pub v_stage: Stage<STAGES>,
@@ -103,42 +105,62 @@ where
             // The other one begins.
             Own::of(self.own_rows).pass();
         }
-        // Where two consumers take turns, registers suffice to go from task to task without
-        // a gap: this one's last product then comes with the next one's first.
-        let mut before: Option<Task> = None;
-        while let Some(mut task) = self.rings.receive(self.q_stage) {
-            let own_tiles = self.own_tiles(task);
-            // SAFETY: passed on to the caller.
-            unsafe {
+        let mut next = self.tasks.receive(self.q_stage);
+        // SAFETY: passed on to the caller.
+        unsafe {
+            while let Some(mut task) = next {
+                let own_tiles = self.own_tiles(task);
                 if own_tiles == 0 {
-                    if let Some(before) = before.take() {
-                        self.finish(before);
-                    }
                     self.store_nothing(task);
                     // First, since the last V comes after the next task's Q.
                     self.release_q();
+                    self.q_stage.advance();
                     self.pass_tiles(task.num_kv_tiles);
+                    next = self.tasks.receive(self.q_stage);
                     continue;
                 }
                 if !TURNS {
                     self.pass_tiles(task.num_kv_tiles - own_tiles);
                     task.num_kv_tiles = own_tiles;
                 }
-                match before {
-                    Some(before) => self.change_task::<D_STEPS>(before, task),
-                    None => self.first_tile::<D_STEPS>(task),
+                self.first_tile::<D_STEPS>(task);
+                loop {
+                    self.further_tiles::<D_STEPS>(task);
+                    // Where two consumers take turns, registers suffice to go from task to
+                    // task without a gap: this one's last product then comes with the next
+                    // one's first.
+                    if TURNS && Q_STAGES > 1 {
+                        next = self.tasks.receive(self.q_stage);
+                        if let Some(following) = next
+                            && self.own_tiles(following) > 0
+                        {
+                            self.change_task::<D_STEPS>(task, following);
+                            task = following;
+                            continue;
+                        }
+                    }
+                    self.start_output();
+                    let factors = self.store_lse(task, self.m_i, self.l_i);
+                    self.acc_o.wait_group::<0>();
+                    self.release_v();
+                    if TURNS && Q_STAGES == 1 {
+                        // The next task's Q comes only now.
+                        next = self.tasks.receive(self.q_stage);
+                        if let Some(following) = next
+                            && self.own_tiles(following) > 0
+                        {
+                            self.store_and_begin::<D_STEPS>(task, factors, following);
+                            task = following;
+                            continue;
+                        }
+                    }
+                    self.store_output(task, factors);
+                    break;
                 }
-                self.further_tiles::<D_STEPS>(task);
-                if TURNS {
-                    before = Some(task);
-                } else {
-                    self.finish(task);
+                if !TURNS {
+                    next = self.tasks.receive(self.q_stage);
                 }
             }
-        }
-        if let Some(before) = before {
-            // SAFETY: passed on to the caller.
-            unsafe { self.finish(before) };
         }
         // Hazard: O is stored from shared memory that the block gives up.
         tma::wait_group_read::<0>();
@@ -168,8 +190,8 @@ where
     fn pass_tiles(&mut self, count: u32) {
         for _ in 0..count {
             // A stage is given back once for each time that it was filled: not before.
-            self.rings.k.wait(self.k_stage);
-            self.rings.v.wait(self.v_stage);
+            self.k_ring.wait(self.k_stage);
+            self.v_ring.wait(self.v_stage);
             // Hazard: a warp that came here only after the next copies have landed in these
             // stages too would find the parity of the phase before, and wait for ever.
             // Elsewhere products gather the warps between the wait and the release.
@@ -204,7 +226,33 @@ where
         // SAFETY: passed on to the caller.
         self.in_turn(|this| unsafe { this.start_scores::<D_STEPS>() });
         self.s.wait_group::<0>();
-        self.release_k();
+        self.scores_done(task.num_kv_tiles - 1);
+        self.first_weights(task);
+        self.pack(task, task.num_kv_tiles - 1);
+    }
+
+    /// The outputs of a task, whose last product has been started, over the first scores of the
+    /// next.
+    ///
+    /// # Safety
+    /// As for [`change_task`](Self::change_task).
+    #[inline(always)]
+    unsafe fn store_and_begin<const D_STEPS: usize>(
+        &mut self,
+        before: Task,
+        factors: [f32; ROWS],
+        task: Task,
+    ) where
+        Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
+    {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            self.in_turn(|this| this.start_scores::<D_STEPS>());
+            self.store_output(before, factors);
+        }
+        self.acc_o = Accumulator::zero();
+        self.s.wait_group::<0>();
+        self.scores_done(task.num_kv_tiles - 1);
         self.first_weights(task);
         self.pack(task, task.num_kv_tiles - 1);
     }
@@ -223,15 +271,16 @@ where
         // SAFETY: passed on to the caller.
         unsafe {
             self.start_products::<D_STEPS>();
-            let factors = self.store_lse(before);
+            let (m_i, l_i) = (self.m_i, self.l_i);
             self.s.wait_group::<1>();
-            self.release_k();
+            self.scores_done(task.num_kv_tiles - 1);
             // A branch again, so that the exponentials come before the wait.
             if self.first_weights(task) {
                 self.acc_o.wait_group_in::<0, 1>();
             } else {
                 self.acc_o.wait_group_in::<0, 2>();
             }
+            let factors = self.store_lse(before, m_i, l_i);
             self.release_v();
             self.pack(task, task.num_kv_tiles - 1);
             self.store_output(before, factors);
@@ -265,7 +314,10 @@ where
                 unsafe { self.next_tile::<D_STEPS, false>(task, tile) };
             }
         }
-        self.release_q();
+        if Q_STAGES > 1 {
+            self.release_q();
+        }
+        self.q_stage.advance();
     }
 
     /// P of the first tile of a task from its scores. Whether any row of the warp sees a key.
@@ -296,7 +348,7 @@ where
         unsafe { self.start_products::<D_STEPS>() };
         // S is complete; O += P V may still run.
         self.s.wait_group::<1>();
-        self.release_k();
+        self.scores_done(tile);
         if CUT {
             self.mask(task, tile);
         }
@@ -325,22 +377,6 @@ where
         self.pack(task, tile);
     }
 
-    /// The last product of a task, and its outputs.
-    ///
-    /// # Safety
-    /// As for [`change_task`](Self::change_task).
-    #[inline(always)]
-    unsafe fn finish(&mut self, task: Task) {
-        // SAFETY: passed on to the caller.
-        unsafe {
-            self.start_output();
-            let factors = self.store_lse(task);
-            self.acc_o.wait_group::<0>();
-            self.release_v();
-            self.store_output(task, factors);
-        }
-    }
-
     /// Gives Q back with its task, once all scores are complete: by one thread of each warp,
     /// since every warp has read the task.
     #[inline(always)]
@@ -348,9 +384,17 @@ where
         // Hazard: the producer writes the next task where all lanes must have read this one.
         warp::sync_warp(warp::FULL_MASK);
         if warp::lane_id() == 0 {
-            self.rings.q.release(self.q_stage);
+            self.tasks.ring.release(self.q_stage);
         }
-        self.q_stage.advance();
+    }
+
+    /// Gives back what a tile's scores were computed from: K, and after the last tile Q.
+    #[inline(always)]
+    fn scores_done(&mut self, tile: u32) {
+        self.release_k();
+        if Q_STAGES == 1 && tile == 0 {
+            self.release_q();
+        }
     }
 
     /// Starts S = Q Kᵀ [64, BC] with the next tile of the ring.
@@ -362,7 +406,7 @@ where
     where
         Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
     {
-        self.rings.k.wait(self.k_stage);
+        self.k_ring.wait(self.k_stage);
         let q = self.q.offset(self.q_stage.index() * self.q_bytes);
         let k = self.k.offset(self.k_stage.index() * self.tile_bytes);
         // SAFETY: Q and K have landed, and K is released only when S was waited for.
@@ -375,7 +419,7 @@ where
     /// The whole warpgroup calls it.
     #[inline(always)]
     unsafe fn start_output(&mut self) {
-        self.rings.v.wait(self.v_stage);
+        self.v_ring.wait(self.v_stage);
         let v = self.v.offset(self.v_stage.index() * self.tile_bytes);
         // SAFETY: V has landed, and is released only when O was waited for.
         unsafe { self.acc_o.product_registers::<T>(&self.p, v) };
@@ -415,7 +459,7 @@ where
     #[inline(always)]
     fn release_k(&mut self) {
         if self.elected {
-            self.rings.k.release(self.k_stage);
+            self.k_ring.release(self.k_stage);
         }
         self.k_stage.advance();
     }
@@ -423,7 +467,7 @@ where
     #[inline(always)]
     fn release_v(&mut self) {
         if self.elected {
-            self.rings.v.release(self.v_stage);
+            self.v_ring.release(self.v_stage);
         }
         self.v_stage.advance();
     }

@@ -34,7 +34,12 @@ where
     /// # Safety
     /// The buffers must have the shapes that [`flash_hopper`](super::flash_hopper()) states.
     #[inline(always)]
-    pub(super) unsafe fn store_lse(&self, task: Task) -> [f32; ROWS] {
+    pub(super) unsafe fn store_lse(
+        &self,
+        task: Task,
+        m_i: [f32; ROWS],
+        l_i: [f32; ROWS],
+    ) -> [f32; ROWS] {
         let args = self.args;
         // SAFETY: the caller vouches for the buffer.
         let lse = unsafe { args.lse.view_mut::<f32>() };
@@ -42,14 +47,14 @@ where
         let mut factors = [0.0; ROWS];
         unroll!(for R in 0..2 {
             // Each thread summed its own columns: a row's sum is over its four threads.
-            let l_row = warp::reduce_add::<4>(self.l_i[R]);
+            let l_row = warp::reduce_add::<4>(l_i[R]);
             factors[R] = softmax::normaliser(l_row);
             if policy.drops() {
                 factors[R] *= policy.dropout().rescale;
             }
             let i = task.first_row + self.own_row + 8 * R as u32;
             if i < args.seq_q && self.column == 0 {
-                let lse_row = softmax::log_sum_exp(self.m_i[R], l_row);
+                let lse_row = softmax::log_sum_exp(m_i[R], l_row);
                 lse.write(args.row(task.b, task.h, i), lse_row);
             }
         });
@@ -70,26 +75,27 @@ where
         // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the
         // first, the others to their right.
         let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(lane % 16, lane / 16 * 8);
-        unroll!(for CHUNK in 0..4 {
-            if 8 * CHUNK < O_GROUPS {
-                let buffer = self.output.slice(CHUNK as u32 % 2 * OUTPUT_CHUNK, OUTPUT_CHUNK);
-                // Hazard: what is written here may not have been stored yet: the last task's
-                // chunks, or the one before the last.
-                if CHUNK == 0 {
-                    tma::wait_group_read::<0>();
-                } else {
-                    tma::wait_group_read::<1>();
-                }
+        // Two chunks at a time, which is what there are buffers for.
+        unroll!(for HALF in 0..2 {
+            if 16 * HALF < O_GROUPS {
+                // Hazard: what is written here may not have been stored yet.
+                tma::wait_group_read::<0>();
                 warp::sync_warp(warp::FULL_MASK);
-                unroll!(for PAIR in 0..4 {
-                    if 8 * CHUNK + 2 * PAIR < O_GROUPS {
+                unroll!(for PAIR in 0..8 {
+                    if 16 * HALF + 2 * PAIR < O_GROUPS {
+                        let buffer =
+                            self.output.slice(PAIR as u32 / 4 * OUTPUT_CHUNK, OUTPUT_CHUNK);
                         let pack = |group: usize, row: usize| {
-                            let pair = values[8 * CHUNK + 2 * PAIR + group];
+                            let pair = values[16 * HALF + 2 * PAIR + group];
                             T::pack(pair[2 * row] * factors[row], pair[2 * row + 1] * factors[row])
                         };
+                        let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::right(
+                            place,
+                            16 * (PAIR as u32 % 4),
+                        );
                         matrix::store_x4(
                             buffer,
-                            Swizzled::<{ CHUNK_COLUMNS as usize }>::right(place, 16 * PAIR as u32),
+                            place,
                             [pack(0, 0), pack(0, 1), pack(1, 0), pack(1, 1)],
                         );
                     }
@@ -97,10 +103,16 @@ where
                 // Hazard: the copy engine reads what all lanes have written.
                 mbarrier::fence_proxy_async();
                 warp::sync_warp(warp::FULL_MASK);
-                let to = [CHUNK as u32 * CHUNK_COLUMNS, first_row, task.h, task.b];
-                // SAFETY: whoever launches vouches for the map. It ends at the last row and
-                // column, and so does what is stored.
-                unsafe { tma::store_4d_if(lane == 0, map, to, buffer.address()) };
+                unroll!(for CHUNK in 0..2 {
+                    if 16 * HALF + 8 * CHUNK < O_GROUPS {
+                        let buffer = self.output.slice(CHUNK as u32 * OUTPUT_CHUNK, OUTPUT_CHUNK);
+                        let column = (2 * HALF + CHUNK) as u32 * CHUNK_COLUMNS;
+                        let to = [column, first_row, task.h, task.b];
+                        // SAFETY: whoever launches vouches for the map. It ends at the last row
+                        // and column, and so does what is stored.
+                        unsafe { tma::store_4d_if(lane == 0, map, to, buffer.address()) };
+                    }
+                });
                 tma::commit_group();
             }
         });
@@ -117,7 +129,7 @@ where
         self.acc_o = Accumulator::zero();
         // SAFETY: passed on to the caller.
         unsafe {
-            let factors = self.store_lse(task);
+            let factors = self.store_lse(task, self.m_i, self.l_i);
             self.store_output(task, factors);
         }
     }

@@ -84,14 +84,14 @@ impl Tiles {
         self.v() + self.kv_stages * self.kv_bytes()
     }
 
-    /// Offset of the mbarriers of the rings of Q, K and V.
+    /// Offset of the mbarriers of the rings of K, V and each consumer's Q.
     pub(super) const fn barriers(&self) -> u32 {
         let warps = self.rows() / OUTPUT_ROWS;
         self.outputs() + warps * output_bytes(self.d)
     }
 
     pub(super) const fn num_barriers(&self) -> u32 {
-        2 * (self.q_stages + 2 * self.kv_stages)
+        2 * (self.consumers * self.q_stages + 2 * self.kv_stages)
     }
 
     /// Offset of the tasks, [`TASK_WORDS`] for each stage of Q and consumer.
