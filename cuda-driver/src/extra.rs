@@ -56,8 +56,8 @@ type EncodeTiled = unsafe extern "C" fn(
 ) -> u32;
 
 /// Encodes a tensor map (`cuTensorMapEncodeTiled`): elements outside the view read as
-/// zero, lines are fetched to L2 by 128 bytes: more would
-/// fetch what other boxes ask for again.
+/// zero, lines are fetched to L2 by 128 bytes: more would fetch what other boxes ask for
+/// again.
 ///
 /// # Errors
 /// The driver refuses the layout, or is older than CUDA 12.0 and lacks the function.
