@@ -83,7 +83,9 @@ impl Mbarrier {
         mbarriers::arrive(self.address, bytes, Location::caller());
     }
 
-    /// Waits until the phase of `parity` (0 or 1) has completed.
+    /// Waits until the phase of `parity` (0 or 1) has completed. The next phase must not
+    /// complete before every thread that waits has seen this one: with its parity gone by, it
+    /// would wait for the one after.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn wait(self, parity: u32) {

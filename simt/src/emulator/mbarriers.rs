@@ -26,6 +26,44 @@ struct Mbarrier {
     initialised_by: u16,
     initialised_at: Time,
     waiting: Vec<u16>,
+    /// Lanes that have seen the last completed phase.
+    seen: Vec<Seen>,
+}
+
+/// That a lane has found a phase complete.
+struct Seen {
+    lane: u16,
+    time: Time,
+    /// Number of the next product that its warpgroup starts, and its time when it has been.
+    product: u64,
+    gathered: Option<Time>,
+    at: Place,
+}
+
+impl Mbarrier {
+    /// Checks that the phase which the arrivals complete cannot be over before some lane looks
+    /// for the phase before: parities are all it has to go by, so that it would wait for ever.
+    /// The arrivals must know of every lane that has looked, or of a product that it took part
+    /// in since.
+    fn check_seen(&self) -> Result<(), FaultKind> {
+        let missed = self.seen.iter().find(|seen| {
+            let (lane, clock) = (usize::from(seen.lane), &self.arriving);
+            let agent = Agent::warpgroup(lane / 128).index();
+            !clock.knows(seen.lane, lane / 32, seen.time)
+                && seen.gathered.is_none_or(|time| clock.warps[agent] < time)
+        });
+        missed.map_or(Ok(()), |seen| Err(self.lapped(seen.lane, seen.at)))
+    }
+
+    fn lapped(&self, lane: u16, at: Place) -> FaultKind {
+        let (address, phase) = (self.address, self.phases);
+        let message = format!(
+            "phase {phase} of the mbarrier at byte {address} can complete before this wait for \
+             the phase before, which would then never return: nothing orders the wait before \
+             the arrivals"
+        );
+        FaultKind::Misuse { message, this: Site { lane: lane.into(), location: Some(at) } }
+    }
 }
 
 /// The mbarriers of a block.
@@ -35,6 +73,15 @@ pub(crate) struct Mbarriers(Vec<Mbarrier>);
 impl Mbarriers {
     pub fn reset(&mut self) {
         self.0.clear();
+    }
+
+    /// Notes that all lanes of warpgroup `group` have asked for product `number`.
+    pub fn gathered(&mut self, group: usize, number: u64, time: Time) {
+        for seen in self.0.iter_mut().flat_map(|m| &mut m.seen) {
+            if usize::from(seen.lane) / 128 == group && seen.product == number {
+                seen.gathered = Some(time);
+            }
+        }
     }
 
     /// State of the one at `address`, for the report of a deadlock.
@@ -110,12 +157,17 @@ impl Block {
         let agent = Agent::mbarrier(index);
         m.complete.warps[agent.index()] = self.time;
         let m = &mut self.mbarriers.0[index];
-        for lane in std::mem::take(&mut m.waiting) {
-            let lane = &mut self.lanes[usize::from(lane)];
-            lane.clock.join(&m.complete);
-            lane.state = LaneState::Ready;
-        }
         self.time += 1;
+        m.seen.clear();
+        for lane in std::mem::take(&mut m.waiting) {
+            let status = &mut self.lanes[usize::from(lane)];
+            status.clock.join(&m.complete);
+            if let LaneState::AtMbarrier { at, .. } = status.state {
+                let product = self.tensor_cores.asked(lane);
+                m.seen.push(Seen { lane, time: self.time, product, gathered: None, at });
+            }
+            status.state = LaneState::Ready;
+        }
     }
 }
 
@@ -147,6 +199,7 @@ pub(crate) fn init(address: u32, arrivals: u32, at: Place) {
             initialised_by: b.current as u16,
             initialised_at,
             waiting: Vec::new(),
+            seen: Vec::new(),
         });
         Ok(())
     });
@@ -171,6 +224,9 @@ pub(crate) fn arrive(address: u32, bytes: u32, at: Place) {
         }
         m.pending -= 1;
         m.bytes += i64::from(bytes);
+        if m.pending == 0 {
+            m.check_seen()?;
+        }
         b.try_complete_phase(index);
         Ok(())
     });
@@ -192,6 +248,11 @@ pub(crate) fn wait(address: u32, parity: u32, at: Place) {
             return Ok(true);
         }
         b.lanes[lane].clock.join(&m.complete);
+        if m.pending == 0 {
+            return Err(m.lapped(lane as u16, at));
+        }
+        let product = b.tensor_cores.asked(lane as u16);
+        m.seen.push(Seen { lane: lane as u16, time: b.time, product, gathered: None, at });
         Ok(false)
     });
     if suspended {

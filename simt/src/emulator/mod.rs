@@ -17,7 +17,8 @@
 //! Bulk copies and tensor cores work beside the lanes, as agents of the same record. A
 //! bulk load lands when no lane can go on without it, and is a race to read before its
 //! mbarrier was waited for; a wgmma product is NaN until it is waited for, and writing to
-//! its operands before is a race. Missing proxy fences and arrivals are reported too.
+//! its operands before is a race. Missing proxy fences and arrivals are reported too, and a
+//! wait for an mbarrier that on a GPU could come a phase too late.
 
 mod accesses;
 mod banks;

@@ -88,6 +88,11 @@ impl TensorCores {
         self.asked.clear();
         self.asked.resize(threads, 0);
     }
+
+    /// Products that a lane has asked for.
+    pub fn asked(&self, lane: u16) -> u64 {
+        self.asked[usize::from(lane)]
+    }
 }
 
 /// Ends the launch if a product is still in flight on an accumulator that is looked at.
@@ -170,6 +175,8 @@ pub(crate) fn start(
         if r.arrived == LANES {
             b.has_agents = true;
             compute(b, group, product_index)?;
+            let time = b.tensor_cores.running[group][product_index].time;
+            b.mbarriers.gathered(group, number, time);
             for lane in &mut b.lanes[group * LANES..(group + 1) * LANES] {
                 if matches!(lane.state, LaneState::AtWgmma { .. }) {
                     lane.state = LaneState::Ready;
