@@ -187,7 +187,7 @@ pub unsafe fn flash_hopper<
         }
         if thread::thread_idx_x() == 0 {
             // SAFETY: the caller vouches for the tensor maps and the queue.
-            unsafe { produce::<P, D, CONSUMERS, BR, BC, Q_STAGES, STAGES>(args, smem, rings) };
+            unsafe { produce::<P, D, CONSUMERS, Q_STAGES, STAGES>(args, smem, rings) };
         }
         return;
     }
@@ -215,8 +215,8 @@ pub unsafe fn flash_hopper<
             q: Descriptor::k_major(smem + (warpgroup - 1) * const { tile_bytes(CONSUMER_ROWS, D) }),
             k: Descriptor::k_major(smem + tiles.k()),
             v: Descriptor::n_major(smem + tiles.v(), K_CHUNK),
-            q_bytes: const { tile_bytes(BR, D) },
-            tile_bytes: const { tile_bytes(BC, D) },
+            q_bytes: const { Tiles::of(D, CONSUMERS).q_bytes() },
+            tile_bytes: const { Tiles::of(D, CONSUMERS).kv_bytes() },
             tasks: rings.of(warpgroup - 1),
             k_ring: rings.k,
             v_ring: rings.v,

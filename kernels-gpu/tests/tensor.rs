@@ -6,6 +6,7 @@ use common::{Case, buffer_mut, run};
 use half::{bf16, f16};
 use kernels_gpu::{
     args::AttentionArgs, flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32,
+    schedule::QUEUE_WORDS,
 };
 use simt::{Dim3, emulator::Stats, scalar::Scalar};
 
@@ -108,12 +109,12 @@ fn run_pipelined<T: Scalar>(
     let shape = flash_pipelined::shape(d, general);
     let shared = flash_pipelined::shared_bytes(d, general);
     let stats = case.check::<T>(|args| {
-        let mut queue = [0u32; 1];
+        let mut queue = [0u32; QUEUE_WORDS as usize];
         let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
         let tasks = args.seq_q.div_ceil(shape.rows()) * args.heads * args.batch;
         let blocks = tasks.div_ceil(tasks_a_block);
         let stats = run(&symbol, blocks.into(), shape.threads().into(), shared, &args);
-        assert_eq!(queue, [0], "{symbol} leaves the queue as it was");
+        assert_eq!(queue, [0; QUEUE_WORDS as usize], "{symbol} leaves the queues as they were");
         stats
     });
     assert_eq!(stats.bank_conflicts, 0, "{symbol}");

@@ -184,7 +184,7 @@ impl KernelSpec {
         (self.plan)(problem, target).steps.iter().find_map(|step| step.obstacle(target))
     }
 
-    /// Bytes beyond inputs and outputs: the plan's workspace and the tensor maps.
+    /// Bytes beyond inputs and outputs: the plan's workspace, the tensor maps and the queues.
     #[must_use]
     pub fn workspace_bytes(&self, problem: &Problem, target: &Target) -> u64 {
         let nowhere = [args::Tensor::default(); 4];

@@ -221,14 +221,10 @@ where
     where
         Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
     {
-        self.m_i = [f32::NEG_INFINITY; ROWS];
         self.acc_o = Accumulator::zero();
         // SAFETY: passed on to the caller.
         self.in_turn(|this| unsafe { this.start_scores::<D_STEPS>() });
-        self.s.wait_group::<0>();
-        self.scores_done(task.num_kv_tiles - 1);
-        self.first_weights(task);
-        self.pack(task, task.num_kv_tiles - 1);
+        self.first_softmax(task);
     }
 
     /// The outputs of a task, whose last product has been started, over the first scores of the
@@ -251,6 +247,12 @@ where
             self.store_output(before, factors);
         }
         self.acc_o = Accumulator::zero();
+        self.first_softmax(task);
+    }
+
+    /// P of the first tile, when nothing but its scores runs.
+    #[inline(always)]
+    fn first_softmax(&mut self, task: Task) {
         self.s.wait_group::<0>();
         self.scores_done(task.num_kv_tiles - 1);
         self.first_weights(task);

@@ -27,8 +27,6 @@ pub(super) unsafe fn produce<
     P: Policy,
     const D: u32,
     const CONSUMERS: u32,
-    const BR: u32,
-    const BC: u32,
     const Q_STAGES: u32,
     const STAGES: u32,
 >(
@@ -59,16 +57,16 @@ pub(super) unsafe fn produce<
             let full = rings.of(consumer).announce(stage, Some(task), bytes);
             if any {
                 let to = smem
-                    + stage.index() * const { tile_bytes(BR, D) }
+                    + stage.index() * const { Tiles::of(D, CONSUMERS).q_bytes() }
                     + consumer * const { tile_bytes(CONSUMER_ROWS, D) };
                 copy(task, to, args.tensor_map(0), CONSUMER_ROWS, row, full);
             }
         }
     };
     let copy_keys = |ring: Ring<STAGES>, to: u32, map: u64, stage: Stage<STAGES>, task, tile| {
-        let to = to + stage.index() * const { tile_bytes(BC, D) };
-        let full = ring.acquire(stage, const { tile_bytes(BC, D) });
-        copy(task, smem + to, map, BC, tile * BC, full);
+        let to = to + stage.index() * const { Tiles::of(D, CONSUMERS).kv_bytes() };
+        let full = ring.acquire(stage, const { Tiles::of(D, CONSUMERS).kv_bytes() });
+        copy(task, smem + to, map, tiles.keys, tile * tiles.keys, full);
     };
     let copy_k =
         |stage, task, tile| copy_keys(rings.k, tiles.k(), args.tensor_map(1), stage, task, tile);
@@ -80,10 +78,10 @@ pub(super) unsafe fn produce<
     // The task before, whose last V is still to come.
     let mut before: Option<Task> = None;
     // SAFETY: the caller vouches for the queue.
-    let (mut queue, mut next) = unsafe { Queue::begin::<P, D, CONSUMERS, BR>(args) };
+    let (mut queue, mut next) = unsafe { Queue::begin::<P>(args, tiles) };
     while let Some(work) = next {
         // SAFETY: the caller vouches for the mask.
-        let task = unsafe { Task::of::<P, BR, BC>(args, work) };
+        let task = unsafe { Task::of::<P>(args, tiles, work) };
         // Asked for late: whoever asks early may keep a task that another block has time for.
         // Before the last tile, so that the answer is there after it.
         let mut answer = 0;

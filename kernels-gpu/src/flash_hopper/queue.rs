@@ -2,6 +2,7 @@
 
 use simt::{atomic, compiler::opaque, global::GlobalMut, thread};
 
+use super::tiles::Tiles;
 use crate::{
     args::AttentionArgs,
     policy::Policy,
@@ -36,24 +37,22 @@ impl Queue {
     /// # Safety
     /// `args.queue` must hold [`schedule::QUEUE_WORDS`] zeros before the launch.
     #[inline(always)]
-    pub unsafe fn begin<P: Policy, const D: u32, const CONSUMERS: u32, const BR: u32>(
-        args: &AttentionArgs,
-    ) -> (Self, Option<Work>) {
+    pub unsafe fn begin<P: Policy>(args: &AttentionArgs, tiles: Tiles) -> (Self, Option<Work>) {
         let (block, blocks) = (thread::block_idx_x(), thread::grid_dim_x());
         let heads = args.batch * args.heads;
-        let num_q_tiles = args.seq_q.div_ceil(BR);
+        let num_q_tiles = args.seq_q.div_ceil(tiles.rows());
         let causal = P::is_causal(args);
         // Bytes of a head's K and V.
-        let head_bytes = args.seq_k.saturating_mul(D * KEY_AND_VALUE_BYTES);
+        let head_bytes = args.seq_k.saturating_mul(tiles.d * KEY_AND_VALUE_BYTES);
         // With three consumers the producer has no registers for more than one queue.
-        let groups = if causal && CONSUMERS == 2 {
+        let groups = if causal && tiles.consumers == 2 {
             Groups::of(heads, num_q_tiles, head_bytes, blocks)
         } else {
             Groups::NONE
         };
         // SAFETY: passed on to the caller.
         let words = unsafe { args.queue.view_mut::<u32>() };
-        let uneven = causal || !args.seq_q.is_multiple_of(BR);
+        let uneven = causal || !args.seq_q.is_multiple_of(tiles.rows());
         let mut queue = Self { words, num_q_tiles, heads, causal, uneven, groups, group: None };
         if let Some((group, rank)) = groups.of_block(block) {
             queue.group = Some(group);

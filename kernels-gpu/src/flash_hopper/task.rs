@@ -2,6 +2,7 @@
 
 use simt::{mbarrier::Mbarrier, shared::Shared, warp};
 
+use super::tiles::Tiles;
 use crate::{
     args::AttentionArgs,
     pipeline::{Ring, Stage},
@@ -25,15 +26,13 @@ impl Task {
     /// # Safety
     /// `args.mask` must be empty or hold `[B, Nk]` bytes.
     #[inline(always)]
-    pub unsafe fn of<P: Policy, const BR: u32, const BC: u32>(
-        args: &AttentionArgs,
-        work: Work,
-    ) -> Self {
-        let first_row = work.q_tile * BR;
+    pub unsafe fn of<P: Policy>(args: &AttentionArgs, tiles: Tiles, work: Work) -> Self {
+        let first_row = work.q_tile * tiles.rows();
         let (b, h) = schedule::divide(work.head, args.heads);
         // SAFETY: the caller vouches for the mask.
         let policy = unsafe { P::new(args, b, h) };
-        let num_kv_tiles = policy::end_of_tile(&policy, first_row + BR, args.seq_q).div_ceil(BC);
+        let end = policy::end_of_tile(&policy, first_row + tiles.rows(), args.seq_q);
+        let num_kv_tiles = end.div_ceil(tiles.keys);
         Self { b, h, first_row, num_kv_tiles }
     }
 }

@@ -161,8 +161,8 @@ pub(super) const OUTPUT_ROWS: u32 = CONSUMER_ROWS * warp::LANES / warpgroup::THR
 /// Elements of a chunk of O: 64 columns of a warp's rows.
 pub(super) const OUTPUT_CHUNK: u32 = OUTPUT_ROWS * CHUNK_COLUMNS;
 
-/// Bytes of a warp's buffers for O: two chunks if O has so many, so that one can be filled
-/// while the other is being stored.
+/// Bytes of a warp's buffers for O: two chunks if O has so many, which are filled and stored
+/// together.
 pub(super) const fn output_bytes(d: u32) -> u32 {
     let two_chunks = 2 * CHUNK_COLUMNS;
     tile_bytes(OUTPUT_ROWS, if d < two_chunks { d } else { two_chunks })

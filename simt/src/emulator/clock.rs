@@ -14,11 +14,18 @@
 //! [`Agent`], counted on after the warps; the floor says nothing of them, since no
 //! barrier of the block waits for them.
 
+use crate::warpgroup;
+
 /// Time in synchronisations; 0 is before everything.
 pub(crate) type Time = u32;
 
 /// Warps of the largest block.
 pub(crate) const MAX_WARPS: usize = 32;
+
+/// The warpgroup of a lane.
+pub(crate) fn warpgroup_of(lane: u16) -> usize {
+    usize::from(lane) / warpgroup::THREADS as usize
+}
 
 /// Who accesses shared memory without being a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +45,7 @@ impl Agent {
 
     /// The bulk stores that lanes of `lane`'s warpgroup start.
     pub fn store(lane: u16) -> Self {
-        Self(MAX_WARPS + Self::WARPGROUPS + usize::from(lane) / 128)
+        Self(MAX_WARPS + Self::WARPGROUPS + warpgroup_of(lane))
     }
 
     /// The bulk loads that count at the mbarrier of that index.

@@ -2,7 +2,7 @@
 
 use super::{
     block::{Block, LaneState},
-    clock::{Agent, Clock, Time},
+    clock::{Agent, Clock, Time, warpgroup_of},
     current,
     fault::{FaultKind, Place, Site},
 };
@@ -25,7 +25,8 @@ struct Mbarrier {
     complete: Clock,
     initialised_by: u16,
     initialised_at: Time,
-    waiting: Vec<u16>,
+    /// Lanes that wait, and where.
+    waiting: Vec<(u16, Place)>,
     /// Lanes that have seen the last completed phase.
     seen: Vec<Seen>,
 }
@@ -47,9 +48,9 @@ impl Mbarrier {
     /// in since.
     fn check_seen(&self) -> Result<(), FaultKind> {
         let missed = self.seen.iter().find(|seen| {
-            let (lane, clock) = (usize::from(seen.lane), &self.arriving);
-            let agent = Agent::warpgroup(lane / 128).index();
-            !clock.knows(seen.lane, lane / 32, seen.time)
+            let (lane, clock) = (seen.lane, &self.arriving);
+            let agent = Agent::warpgroup(warpgroup_of(lane)).index();
+            !clock.knows(lane, usize::from(lane / 32), seen.time)
                 && seen.gathered.is_none_or(|time| clock.warps[agent] < time)
         });
         missed.map_or(Ok(()), |seen| Err(self.lapped(seen.lane, seen.at)))
@@ -78,7 +79,7 @@ impl Mbarriers {
     /// Notes that all lanes of warpgroup `group` have asked for product `number`.
     pub fn gathered(&mut self, group: usize, number: u64, time: Time) {
         for seen in self.0.iter_mut().flat_map(|m| &mut m.seen) {
-            if usize::from(seen.lane) / 128 == group && seen.product == number {
+            if warpgroup_of(seen.lane) == group && seen.product == number {
                 seen.gathered = Some(time);
             }
         }
@@ -159,15 +160,18 @@ impl Block {
         let m = &mut self.mbarriers.0[index];
         self.time += 1;
         m.seen.clear();
-        for lane in std::mem::take(&mut m.waiting) {
-            let status = &mut self.lanes[usize::from(lane)];
-            status.clock.join(&m.complete);
-            if let LaneState::AtMbarrier { at, .. } = status.state {
-                let product = self.tensor_cores.asked(lane);
-                m.seen.push(Seen { lane, time: self.time, product, gathered: None, at });
-            }
-            status.state = LaneState::Ready;
+        for (lane, at) in std::mem::take(&mut m.waiting) {
+            self.see_phase(index, lane, at);
+            self.lanes[usize::from(lane)].state = LaneState::Ready;
         }
+    }
+
+    /// A lane finds the last phase complete.
+    fn see_phase(&mut self, index: usize, lane: u16, at: Place) {
+        let m = &mut self.mbarriers.0[index];
+        self.lanes[usize::from(lane)].clock.join(&m.complete);
+        let product = self.tensor_cores.asked(lane);
+        m.seen.push(Seen { lane, time: self.time, product, gathered: None, at });
     }
 }
 
@@ -240,19 +244,17 @@ pub(crate) fn wait(address: u32, parity: u32, at: Place) {
         }
         let index = b.mbarrier(address, at)?;
         let m = &mut b.mbarriers.0[index];
-        let lane = b.current;
+        let lane = b.current as u16;
         // Phase n has parity n % 2; the one before the first counts as complete.
         if m.phases % 2 == parity {
-            m.waiting.push(lane as u16);
-            b.lanes[lane].state = LaneState::AtMbarrier { address, parity, at };
+            m.waiting.push((lane, at));
+            b.lanes[b.current].state = LaneState::AtMbarrier { address, parity, at };
             return Ok(true);
         }
-        b.lanes[lane].clock.join(&m.complete);
         if m.pending == 0 {
-            return Err(m.lapped(lane as u16, at));
+            return Err(m.lapped(lane, at));
         }
-        let product = b.tensor_cores.asked(lane as u16);
-        m.seen.push(Seen { lane: lane as u16, time: b.time, product, gathered: None, at });
+        b.see_phase(index, lane, at);
         Ok(false)
     });
     if suspended {
