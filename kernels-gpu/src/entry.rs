@@ -16,6 +16,8 @@ pub struct Entry {
     pub threads: u32,
     /// Blocks that must fit on a multiprocessor at once; bounds the registers. 0: no bound.
     pub min_blocks: u32,
+    /// Blocks of a cluster, which must divide the grid's x; 1 without clusters.
+    pub cluster: u32,
     /// Size of the argument struct in bytes.
     pub args_bytes: usize,
     /// Runs one lane under the emulator.
@@ -36,12 +38,24 @@ pub struct Entry {
 /// }
 /// ```
 ///
-/// The kernel is an `unsafe fn(&Args)`; it is inlined into each entry.
+/// The kernel is an `unsafe fn(&Args)`; it is inlined into each entry. `cluster 2` after
+/// `min_blocks` makes clusters of two blocks.
 #[macro_export]
 macro_rules! entries {
     (
         $(#[$meta:meta])*
         pub static $table:ident: $args:ty => $module:literal, threads $threads:expr, min_blocks $min_blocks:expr;
+        $($instances:tt)*
+    ) => {
+        $crate::entries! {
+            $(#[$meta])*
+            pub static $table: $args => $module, threads $threads, min_blocks $min_blocks, cluster 1;
+            $($instances)*
+        }
+    };
+    (
+        $(#[$meta:meta])*
+        pub static $table:ident: $args:ty => $module:literal, threads $threads:expr, min_blocks $min_blocks:expr, cluster $cluster:expr;
         $( $symbol:ident = $kernel:expr; )*
     ) => {
         $(#[$meta])*
@@ -60,6 +74,7 @@ macro_rules! entries {
                     module: $module,
                     threads: $threads,
                     min_blocks: $min_blocks,
+                    cluster: $cluster,
                     args_bytes: size_of::<$args>(),
                     run,
                 }
@@ -71,7 +86,7 @@ macro_rules! entries {
             #[cfg(all(target_arch = "nvptx64", feature = $module))]
             #[unsafe(no_mangle)]
             pub unsafe extern "ptx-kernel" fn $symbol(args: $args) {
-                simt::launch_bounds!($threads, $min_blocks);
+                simt::launch_bounds!($threads, $min_blocks, cluster $cluster);
                 let kernel: unsafe fn(&$args) = $kernel;
                 // SAFETY: passed on to whoever launches.
                 unsafe { kernel(&args) }

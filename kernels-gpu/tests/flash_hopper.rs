@@ -13,7 +13,7 @@ use simt::{
     Dim3,
     emulator::{self, Launch},
     scalar::Scalar,
-    tma::{TensorMap, TensorMapSpec},
+    tma::{Element, TensorMap, TensorMapSpec},
 };
 
 /// A problem; everything else has a default.
@@ -76,7 +76,7 @@ impl Case {
         let bytes = |stride: u64| stride * 2;
         let spec = TensorMapSpec {
             address: tensor.buffer.address,
-            element_bytes: 2,
+            element: Element::F16, // Or bf16: copies move bits.
             dims: [self.d, seq, self.heads, self.batch].map(u64::from).to_vec(),
             strides_bytes: [tensor.stride_n, tensor.stride_h, tensor.stride_b].map(bytes).to_vec(),
             box_dims: box_dims.to_vec(),
@@ -167,6 +167,7 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
     let launch = Launch {
         grid: Dim3::new(tasks.div_ceil(case.tasks_a_block), 1, 1),
         block: entry.threads.into(),
+        cluster: entry.cluster,
         shared_bytes: tiles.shared_bytes(),
     };
     let address = std::ptr::from_ref(&args) as usize;

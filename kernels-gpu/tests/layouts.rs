@@ -30,6 +30,7 @@ fn run<L: Layout, const D: usize, const COLUMN_TILES: usize>(case: Case) -> Stat
         let launch = Launch {
             grid: Dim3::new(args.seq_q.div_ceil(BR), args.heads, args.batch),
             block: THREADS.into(),
+            cluster: 1,
             shared_bytes: L::len(BR + 2 * BC) * 2,
         };
         emulator::launch(launch, &kernel).unwrap_or_else(|fault| panic!("{fault}"))

@@ -35,7 +35,7 @@ fn run(symbol: &str, grid: Dim3, block: Dim3, shared_bytes: u32, args: &Attentio
     let address = std::ptr::from_ref(args) as usize;
     // SAFETY: the arguments describe buffers that outlive the launch.
     let kernel = || unsafe { (entry.run)(address as *const _) };
-    let stats = emulator::launch(Launch { grid, block, shared_bytes }, &kernel);
+    let stats = emulator::launch(Launch { grid, block, cluster: 1, shared_bytes }, &kernel);
     stats.unwrap_or_else(|fault| panic!("{symbol}: {fault}"));
 }
 

@@ -39,6 +39,8 @@ pub struct EntryBounds {
     pub threads: u32,
     /// Blocks that must fit on a multiprocessor at once, `.minnctapersm`; 0 = no bound.
     pub min_blocks: u32,
+    /// Blocks of a cluster: `.reqnctapercluster`; 1 = no clusters.
+    pub cluster: u32,
 }
 
 /// Processes one module as LLVM printed it.
@@ -209,10 +211,11 @@ fn place_bounds(item: &Item) -> Result<(String, EntryBounds)> {
         .collect::<Result<_, _>>()
         .ok()
         .with_context(|| format!("the launch bounds of {name} are no numbers: {marker}"))?;
-    let &[threads, min_blocks] = numbers.as_slice() else {
-        bail!("the launch bounds of {name} must be two numbers: {marker}");
+    let &[threads, min_blocks, cluster] = numbers.as_slice() else {
+        bail!("the launch bounds of {name} must be three numbers: {marker}");
     };
     ensure!((1..=1024).contains(&threads), "{name}: {threads} threads a block; 1 to 1024 can be");
+    ensure!((1..=8).contains(&cluster), "{name}: clusters of {cluster} blocks; 1 to 8 can be");
 
     let rest = rest.join("\n");
     let close = parameters_end(&rest)
@@ -221,8 +224,13 @@ fn place_bounds(item: &Item) -> Result<(String, EntryBounds)> {
     if min_blocks > 0 {
         directives.push_str(&format!("\n.minnctapersm {min_blocks}"));
     }
+    if cluster > 1 {
+        // Both, as for a kernel of CUDA C++ with `__cluster_dims__`: an ordinary launch then
+        // makes clusters.
+        directives.push_str(&format!("\n.explicitcluster\n.reqnctapercluster {cluster}, 1, 1"));
+    }
     let text = format!("{}{directives}{}", &rest[..close], &rest[close..]);
-    Ok((text, EntryBounds { name: name.clone(), threads, min_blocks }))
+    Ok((text, EntryBounds { name: name.clone(), threads, min_blocks, cluster }))
 }
 
 /// Index just after the `)` that closes the first parenthesis.
@@ -340,7 +348,7 @@ mod tests {
 \t.reg .b32 \t%r<6>;
 
 \t// begin inline asm
-\t// simt.launch_bounds 128 2
+\t// simt.launch_bounds 128 2 1
 \t// end inline asm
 \tmov.u32 \t%r1, dyn_smem;  // the tile
 \tcall.uni (retval0), _RNvCs9zZ_11kernels_gpu6helper, (param0);
@@ -382,34 +390,43 @@ $L__BB1_2:
     fn a_module_is_reduced_to_what_its_entries_need() {
         let ptx = process(RAW).unwrap();
         assert_eq!(ptx.text, PROCESSED);
-        let bounds = EntryBounds { name: "kern".into(), threads: 128, min_blocks: 2 };
+        let bounds = EntryBounds { name: "kern".into(), threads: 128, min_blocks: 2, cluster: 1 };
         assert_eq!(ptx.entries, [bounds]);
         assert!(ptx.local_memory.is_empty());
     }
 
     #[test]
     fn no_least_number_of_blocks_leaves_the_directive_out() {
-        let ptx = process(&RAW.replace("launch_bounds 128 2", "launch_bounds 384 0")).unwrap();
+        let ptx = process(&RAW.replace("launch_bounds 128 2 1", "launch_bounds 384 0 1")).unwrap();
         assert!(ptx.text.contains(")\n.maxntid 384, 1, 1\n{"), "{}", ptx.text);
     }
 
     #[test]
+    fn clusters_have_directives_of_their_own() {
+        let ptx = process(&RAW.replace("launch_bounds 128 2 1", "launch_bounds 128 1 2")).unwrap();
+        let directives = ".minnctapersm 1\n.explicitcluster\n.reqnctapercluster 2, 1, 1\n{";
+        assert!(ptx.text.contains(directives), "{}", ptx.text);
+        assert_eq!(ptx.entries[0].cluster, 2);
+    }
+
+    #[test]
     fn a_marker_copied_by_the_optimiser_counts_once() {
-        let marker = "\t// simt.launch_bounds 128 2\n";
+        let marker = "\t// simt.launch_bounds 128 2 1\n";
         let ptx = process(&RAW.replace(marker, &marker.repeat(2))).unwrap();
         assert_eq!(ptx.text, PROCESSED);
     }
 
     #[test]
     fn wrong_bounds_are_refused_by_name() {
-        let marker = "// simt.launch_bounds 128 2";
+        let marker = "// simt.launch_bounds 128 2 1";
         for (replacement, what) in [
             ("", "kern has no launch bounds"),
-            ("// simt.launch_bounds 128 2\n\t// simt.launch_bounds 64 2", "two different"),
-            ("// simt.launch_bounds 2048 1", "2048 threads"),
-            ("// simt.launch_bounds 0 1", "0 threads"),
-            ("// simt.launch_bounds 128", "two numbers"),
-            ("// simt.launch_bounds many 1", "no numbers"),
+            ("// simt.launch_bounds 128 2 1\n\t// simt.launch_bounds 64 2 1", "two different"),
+            ("// simt.launch_bounds 2048 1 1", "2048 threads"),
+            ("// simt.launch_bounds 0 1 1", "0 threads"),
+            ("// simt.launch_bounds 128", "three numbers"),
+            ("// simt.launch_bounds 128 2 9", "clusters of 9"),
+            ("// simt.launch_bounds many 1 1", "no numbers"),
         ] {
             let error = process(&RAW.replace(marker, replacement)).unwrap_err().to_string();
             assert!(error.contains(what), "{replacement:?}: {error}");

@@ -28,6 +28,7 @@
 //! | [`atomic`] | atomic operations on shared and global memory |
 //! | [`mbarrier`] | barriers in shared memory that count arrivals and bytes; proxy fences |
 //! | [`tma`] | bulk copies of tensor boxes, and their tensor maps |
+//! | [`cluster`] | blocks that see each other's shared memory |
 //! | [`warpgroup`] | four warps: their index, and moving registers between them |
 //! | [`wgmma`] | tensor-core products of a warpgroup |
 //!
@@ -52,6 +53,7 @@
 pub mod async_copy;
 pub mod atomic;
 pub mod barrier;
+pub mod cluster;
 pub mod compiler;
 pub mod dim;
 #[cfg(not(target_arch = "nvptx64"))]
@@ -74,21 +76,26 @@ pub mod wgmma;
 
 pub use dim::Dim3;
 
-/// States a kernel's launch bounds: threads of a block, and blocks that must fit on
-/// a multiprocessor at once.
+/// States a kernel's launch bounds: threads of a block, blocks that must fit on
+/// a multiprocessor at once, and the blocks of a [`cluster`] where it has more than one.
 ///
 /// rustc has no attribute for them, so the bounds travel as a comment in the entry's
-/// body, and the PTX builder turns it into `.maxntid` and `.minnctapersm`.
+/// body, and the PTX builder turns it into `.maxntid`, `.minnctapersm` and
+/// `.reqnctapercluster`.
 #[macro_export]
 macro_rules! launch_bounds {
-    ($threads:expr, $min_blocks:expr) => {{
+    ($threads:expr, $min_blocks:expr) => {
+        $crate::launch_bounds!($threads, $min_blocks, cluster 1)
+    };
+    ($threads:expr, $min_blocks:expr, cluster $blocks:expr) => {{
         #[cfg(target_arch = "nvptx64")]
         // SAFETY: the text is a comment; no instruction is emitted.
         unsafe {
             core::arch::asm!(
-                "// simt.launch_bounds {threads} {min_blocks}",
+                "// simt.launch_bounds {threads} {min_blocks} {blocks}",
                 threads = const $threads,
                 min_blocks = const $min_blocks,
+                blocks = const $blocks,
                 options(nostack, preserves_flags)
             );
         }

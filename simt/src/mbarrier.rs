@@ -8,12 +8,16 @@
 //!
 //! An arrival releases what its thread did and knew; a wait acquires what was released
 //! and the copied bytes. From sm_90 on.
+//!
+//! Threads of the other blocks of a [`cluster`](crate::cluster) may arrive
+//! ([`Mbarrier::arrive_at`]); the block that has the barrier waits for them with
+//! [`Mbarrier::wait_cluster`].
 
 #[cfg(not(target_arch = "nvptx64"))]
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::mbarriers;
+use crate::emulator::mbarriers::{self, Scope};
 use crate::shared::Shared;
 
 /// One barrier: 8 bytes of shared memory.
@@ -69,6 +73,24 @@ impl Mbarrier {
         mbarriers::arrive(self.address, 0, Location::caller());
     }
 
+    /// Arrives once at the barrier that the block of rank `rank` of the cluster has where this
+    /// block has this one.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn arrive_at(self, rank: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the maker of the view vouches for the address.
+        unsafe {
+            core::arch::asm!(
+                "{{ .reg .b32 there; mapa.shared::cluster.u32 there, {0}, {1};",
+                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }}",
+                in(reg32) self.address, in(reg32) rank, options(nostack)
+            );
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        mbarriers::arrive_at(self.address, rank, Location::caller());
+    }
+
     /// Announces `bytes` bytes that copies will bring in this phase, and arrives once.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
@@ -106,7 +128,31 @@ impl Mbarrier {
             }
         }
         #[cfg(not(target_arch = "nvptx64"))]
-        mbarriers::wait(self.address, parity, Location::caller());
+        mbarriers::wait(self.address, parity, Scope::Block, Location::caller());
+    }
+
+    /// [`wait`](Self::wait), which also acquires what other blocks of the cluster released.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn wait_cluster(self, parity: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        loop {
+            let done: u32;
+            // SAFETY: the maker of the view vouches for the address.
+            unsafe {
+                core::arch::asm!(
+                    "{{ .reg .pred done;",
+                    "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [{1}], {2};",
+                    "selp.u32 {0}, 1, 0, done; }}",
+                    out(reg32) done, in(reg32) self.address, in(reg32) parity, options(nostack)
+                );
+            }
+            if done != 0 {
+                break;
+            }
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        mbarriers::wait(self.address, parity, Scope::Cluster, Location::caller());
     }
 }
 

@@ -34,6 +34,18 @@ pub trait Memory: Copy + Send + Sync + 'static {
     /// As for `ld_shared`.
     #[cfg(target_arch = "nvptx64")]
     unsafe fn st_shared(address: u32, value: Self);
+    /// Loads from an address in the shared window of the cluster.
+    ///
+    /// # Safety
+    /// As for `ld_shared`; the block that has the memory must be running.
+    #[cfg(target_arch = "nvptx64")]
+    unsafe fn ld_cluster(address: u32) -> Self;
+    /// Stores to an address in the shared window of the cluster.
+    ///
+    /// # Safety
+    /// As for `ld_cluster`.
+    #[cfg(target_arch = "nvptx64")]
+    unsafe fn st_cluster(address: u32, value: Self);
 }
 
 /// One implementation per register class: `$bits` is the integer in the register.
@@ -44,9 +56,13 @@ macro_rules! memory {
                 $class, $bits, $from_bits);
             memory!(@load ld_shared, u32, reg32, concat!("ld.shared.", $suffix, " {0}, [{1}];"),
                 $class, $bits, $from_bits);
+            memory!(@load ld_cluster, u32, reg32, concat!("ld.shared::cluster.", $suffix, " {0}, [{1}];"),
+                $class, $bits, $from_bits);
             memory!(@store st_global, u64, reg64, concat!("st.global.", $suffix, " [{0}], {1};"),
                 $class, $bits, $to_bits);
             memory!(@store st_shared, u32, reg32, concat!("st.shared.", $suffix, " [{0}], {1};"),
+                $class, $bits, $to_bits);
+            memory!(@store st_cluster, u32, reg32, concat!("st.shared::cluster.", $suffix, " [{0}], {1};"),
                 $class, $bits, $to_bits);
         }
     };
@@ -91,8 +107,10 @@ macro_rules! vector {
         impl Memory for [u32; $n] {
             vector!(@load ld_global, u64, reg64, concat!("ld.global.v", $n, ".b32 ", $regs, ", [", $at_load, "];"), $n, $($i)*);
             vector!(@load ld_shared, u32, reg32, concat!("ld.shared.v", $n, ".b32 ", $regs, ", [", $at_load, "];"), $n, $($i)*);
+            vector!(@load ld_cluster, u32, reg32, concat!("ld.shared::cluster.v", $n, ".b32 ", $regs, ", [", $at_load, "];"), $n, $($i)*);
             vector!(@store st_global, u64, reg64, concat!("st.global.v", $n, ".b32 [{0}], ", $regs_store, ";"), $n, $($i)*);
             vector!(@store st_shared, u32, reg32, concat!("st.shared.v", $n, ".b32 [{0}], ", $regs_store, ";"), $n, $($i)*);
+            vector!(@store st_cluster, u32, reg32, concat!("st.shared::cluster.v", $n, ".b32 [{0}], ", $regs_store, ";"), $n, $($i)*);
         }
     };
     (@load $name:ident, $address:ty, $class:ident, $text:expr, $n:literal, $($i:literal)*) => {

@@ -108,7 +108,7 @@ impl<T: Memory> Shared<T> {
                         this: b.site(at),
                     });
                 }
-                Ok(0)
+                Ok(b.shared_window())
             })
         };
         Self { address: base + byte_offset, len, element: PhantomData }

@@ -31,11 +31,11 @@ index! {
     /// Index of this thread in its block, z (slowest).
     thread_idx_z, _thread_idx_z, |b| b.thread_idx().z;
     /// Index of this block in the grid, x (fastest).
-    block_idx_x, _block_idx_x, |b| b.block_idx.x;
+    block_idx_x, _block_idx_x, |b| b.block_idx().x;
     /// Index of this block in the grid, y.
-    block_idx_y, _block_idx_y, |b| b.block_idx.y;
+    block_idx_y, _block_idx_y, |b| b.block_idx().y;
     /// Index of this block in the grid, z (slowest).
-    block_idx_z, _block_idx_z, |b| b.block_idx.z;
+    block_idx_z, _block_idx_z, |b| b.block_idx().z;
     /// Threads of a block, x.
     block_dim_x, _block_dim_x, |b| b.block_dim.x;
     /// Threads of a block, y.

@@ -16,7 +16,7 @@ use crate::emulator::bulk;
 use crate::mbarrier::Mbarrier;
 
 #[cfg(not(target_arch = "nvptx64"))]
-pub use crate::emulator::tensor_map::{TensorMapError, TensorMapSpec};
+pub use crate::emulator::tensor_map::{Element, TensorMapError, TensorMapSpec};
 
 /// A tensor map: 128 bytes that the CUDA driver encodes for a GPU, and
 /// [`TensorMapSpec::encode`] for the emulator. Kernels get its address.
@@ -69,6 +69,43 @@ pub unsafe fn load_4d(destination: u32, map: u64, coordinates: [u32; 4], barrier
     bulk::load(destination, map, coordinates, barrier.address(), Location::caller());
 }
 
+/// [`load_4d`] into several blocks of the cluster at once: into those whose bit (of their
+/// rank) is set in `blocks`, at `destination` in each, and its bytes count at each one's
+/// `barrier`. The box is fetched once.
+///
+/// # Safety
+/// As for [`load_4d`], in each of the blocks; they must have started and not have ended.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn load_4d_multicast(
+    destination: u32,
+    map: u64,
+    coordinates: [u32; 4],
+    barrier: Mbarrier,
+    blocks: u16,
+) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        core::arch::asm!(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [{0}], [{1}, {{{2}, {3}, {4}, {5}}}], [{6}], {7};",
+            in(reg32) destination, in(reg64) map,
+            in(reg32) coordinates[0], in(reg32) coordinates[1],
+            in(reg32) coordinates[2], in(reg32) coordinates[3],
+            in(reg32) barrier.address(), in(reg16) blocks, options(nostack)
+        );
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    bulk::load_multicast(
+        destination,
+        map,
+        coordinates,
+        barrier.address(),
+        blocks,
+        Location::caller(),
+    );
+}
+
 /// Starts to copy the shared bytes at `source` to the box at `coordinates` of a
 /// four-dimensional tensor. What ordinary writes left there needs
 /// [`fence_proxy_async`](crate::mbarrier::fence_proxy_async) first.
@@ -107,7 +144,31 @@ pub unsafe fn store_4d_if(condition: bool, map: u64, coordinates: [u32; 4], sour
     }
 }
 
-/// Closes a group: the stores that this thread started since the last one.
+/// Starts to add the shared elements at `source` to the box at `coordinates` of a
+/// four-dimensional tensor, each as by an atomic operation: in no order between blocks, so
+/// that sums of rounded numbers differ from run to run. Otherwise as [`store_4d`].
+///
+/// # Safety
+/// As for [`store_4d`].
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn reduce_add_4d(map: u64, coordinates: [u32; 4], source: u32) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        core::arch::asm!(
+            "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [{0}, {{{1}, {2}, {3}, {4}}}], [{5}];",
+            in(reg64) map,
+            in(reg32) coordinates[0], in(reg32) coordinates[1],
+            in(reg32) coordinates[2], in(reg32) coordinates[3],
+            in(reg32) source, options(nostack)
+        );
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    bulk::reduce_add(map, coordinates, source, Location::caller());
+}
+
+/// Closes a group: the stores and reductions that this thread started since the last one.
 #[inline(always)]
 pub fn commit_group() {
     #[cfg(target_arch = "nvptx64")]

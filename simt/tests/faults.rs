@@ -271,7 +271,7 @@ fn launches_that_no_gpu_accepts_are_refused() {
     for (block, shared_bytes) in
         [(Dim3::new(1025, 1, 1), 0), (Dim3::new(0, 1, 1), 0), (32.into(), 232_449)]
     {
-        let launch = Launch { grid: 1.into(), block, shared_bytes };
+        let launch = Launch { grid: 1.into(), block, cluster: 1, shared_bytes };
         let fault = emulator::launch(launch, &|| {}).expect_err("the launch is refused");
         assert!(matches!(fault.kind, FaultKind::Launch(_)), "{fault}");
     }

@@ -3,15 +3,14 @@
 
 mod common;
 
+use common::{Map, matrix};
 use half::f16;
 use simt::{
     barrier::{self, Named},
     emulator::{self, Fault, FaultKind, Launch, Stats},
     mbarrier::{self, Mbarrier},
     shared::Shared,
-    thread,
-    tma::{self, TensorMap, TensorMapSpec},
-    warp, warpgroup,
+    thread, tma, warp, warpgroup,
     wgmma::{Accumulator, Descriptor, RegisterProduct, SharedProduct, WaitGroup},
 };
 
@@ -22,7 +21,8 @@ const BARRIERS: u32 = 96 * 1024;
 const SHARED_BYTES: u32 = BARRIERS + 64;
 
 fn try_launch(threads: u32, kernel: impl Fn() + Sync) -> Result<Stats, Fault> {
-    let launch = Launch { grid: 1.into(), block: threads.into(), shared_bytes: SHARED_BYTES };
+    let launch =
+        Launch { grid: 1.into(), block: threads.into(), cluster: 1, shared_bytes: SHARED_BYTES };
     emulator::launch(launch, &kernel)
 }
 
@@ -60,36 +60,6 @@ fn init(count: u32, arrivals: u32) {
     }
     // Hazard: barriers are used by threads that did not make them.
     thread::sync_threads();
-}
-
-/// A matrix of small integers, exact in f16 and in sums of a few hundred.
-fn matrix(rows: usize, columns: usize, seed: usize) -> Vec<f16> {
-    (0..rows * columns)
-        .map(|i| f16::from_f32(((i * 7 + i / columns * 3 + seed) % 11) as f32 - 5.0))
-        .collect()
-}
-
-/// A tensor map, aligned as the type itself is.
-struct Map(TensorMap);
-
-impl Map {
-    /// Boxes of `box_rows` rows of 64 elements of a `[rows, columns]` matrix.
-    fn new(data: &[f16], rows: usize, columns: usize, box_rows: u32) -> Self {
-        let row = columns as u64 * 2;
-        let spec = TensorMapSpec {
-            address: data.as_ptr() as u64,
-            element_bytes: 2,
-            dims: vec![columns as u64, rows as u64, 1, 1],
-            strides_bytes: vec![row, row * rows as u64, row * rows as u64],
-            box_dims: vec![64, box_rows, 1, 1],
-            swizzle_bytes: 128,
-        };
-        Self(spec.encode().expect("a map that the driver would take"))
-    }
-
-    fn address(&self) -> u64 {
-        std::ptr::from_ref(&self.0) as u64
-    }
 }
 
 /// Loads all 64-column chunks of a tile of `rows` rows.
@@ -581,7 +551,7 @@ fn copies_check_their_map_and_their_destination() {
     assert!(matches!(kind, FaultKind::Misaligned { bytes: 1024, .. }), "{kind}");
     let kind = fault(32, kernel(SHARED_BYTES.next_multiple_of(1024), map.address()));
     assert!(matches!(kind, FaultKind::OutOfBounds { .. }), "{kind}");
-    let none = Map(TensorMap([0; 128]));
+    let none = Map(tma::TensorMap([0; 128]));
     let kind = fault(32, kernel(A, none.address()));
     assert!(kind.to_string().contains("not an encoded tensor map"), "{kind}");
 }

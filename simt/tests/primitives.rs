@@ -17,7 +17,7 @@ fn indices_cover_the_grid_in_three_dimensions() {
     let (grid, block) = (Dim3::new(3, 2, 2), Dim3::new(4, 3, 2));
     let mut seen = vec![0u32; (grid.count() * block.count()) as usize];
     let out = view_mut(&mut seen);
-    emulator::launch(Launch { grid, block, shared_bytes: 0 }, &|| {
+    emulator::launch(Launch { grid, block, cluster: 1, shared_bytes: 0 }, &|| {
         assert_eq!((thread::grid_dim_x(), thread::grid_dim_y(), thread::grid_dim_z()), (3, 2, 2));
         assert_eq!(
             (thread::block_dim_x(), thread::block_dim_y(), thread::block_dim_z()),

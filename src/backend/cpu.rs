@@ -15,6 +15,7 @@ use simt::{emulator, tma};
 
 use crate::{
     backend::{Counters, Device, Launch, MemoryInfo, TensorMapSpec},
+    dtype::DType,
     error::Error,
 };
 
@@ -161,7 +162,11 @@ impl Device for CpuDevice {
     fn encode_tensor_map(&self, map: &TensorMapSpec) -> Result<[u8; 128], Error> {
         let spec = tma::TensorMapSpec {
             address: map.address,
-            element_bytes: map.dtype.size() as u32,
+            element: match map.dtype {
+                DType::F32 => tma::Element::F32,
+                DType::F16 => tma::Element::F16,
+                DType::BF16 => tma::Element::Bf16,
+            },
             dims: map.dims.clone(),
             strides_bytes: map.strides_bytes.clone(),
             box_dims: map.box_dims.clone(),
@@ -197,6 +202,7 @@ impl Device for CpuDevice {
         let extent = emulator::Launch {
             grid: launch.grid,
             block: launch.block,
+            cluster: entry.cluster,
             shared_bytes: launch.shared_bytes,
         };
         let stats = emulator::launch(extent, &kernel)

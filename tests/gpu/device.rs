@@ -120,6 +120,7 @@ fn expected(symbol: &str) -> (Vec<f32>, Vec<f32>) {
     let extent = emulator::Launch {
         grid: launch.grid,
         block: launch.block,
+        cluster: entry.cluster,
         shared_bytes: launch.shared_bytes,
     };
     // SAFETY: the arguments are the entry's, and the vectors outlive the launch.

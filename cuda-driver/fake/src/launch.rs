@@ -38,6 +38,7 @@ extern "C" fn cuLaunchKernel(
             && grid_y <= 65_535
             && grid_z <= 65_535
             && (1..=u64::from(function.max_threads)).contains(&block.count())
+            && grid_x % function.entry.cluster == 0
             && shared_bytes <= allowed;
         if !fits || params.is_null() || !extra.is_null() {
             return Err(code::INVALID_VALUE);
@@ -53,7 +54,11 @@ extern "C" fn cuLaunchKernel(
                 function.entry.args_bytes,
             );
         }
-        run(function.entry, emulator::Launch { grid, block, shared_bytes }, &args);
+        run(
+            function.entry,
+            emulator::Launch { grid, block, cluster: function.entry.cluster, shared_bytes },
+            &args,
+        );
         Ok(())
     })
 }

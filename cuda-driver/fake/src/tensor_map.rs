@@ -1,16 +1,15 @@
 //! Tensor maps, encoded as the emulator's copies read them.
 
-use simt::tma::{TensorMap, TensorMapSpec};
+use simt::tma::{Element, TensorMap, TensorMapSpec};
 
 use crate::{P, call, code, write};
 
-/// Bytes of an element of a tensor map's type, by its number in the driver API.
-const fn element_bytes(element: u32) -> Option<u32> {
-    match element {
-        // f16 and bf16.
-        6 | 9 => Some(2),
-        // f32.
-        7 => Some(4),
+/// A tensor map's type of elements by its number in the driver API.
+const fn element_of(number: u32) -> Option<Element> {
+    match number {
+        6 => Some(Element::F16),
+        7 => Some(Element::F32),
+        9 => Some(Element::Bf16),
         _ => None,
     }
 }
@@ -33,8 +32,8 @@ extern "C" fn cuTensorMapEncodeTiled(
     call(|| {
         let rank = rank as usize;
         let swizzle_bytes = [0, 32, 64, 128].get(swizzle as usize);
-        let (Some(element_bytes), Some(&swizzle_bytes), 1..=5) =
-            (element_bytes(element), swizzle_bytes, rank)
+        let (Some(element), Some(&swizzle_bytes), 1..=5) =
+            (element_of(element), swizzle_bytes, rank)
         else {
             return Err(code::INVALID_VALUE);
         };
@@ -52,7 +51,7 @@ extern "C" fn cuTensorMapEncodeTiled(
         };
         let spec = TensorMapSpec {
             address: address as u64,
-            element_bytes,
+            element,
             dims: dims.to_vec(),
             strides_bytes: strides.to_vec(),
             box_dims: boxes.to_vec(),

@@ -29,8 +29,8 @@ pub fn run<A>(symbol: &str, grid: Dim3, block: Dim3, shared_bytes: u32, args: &A
     let address = std::ptr::from_ref(args) as usize;
     // SAFETY: the arguments describe buffers that outlive the launch.
     let kernel = || unsafe { (entry.run)(address as *const _) };
-    emulator::launch(Launch { grid, block, shared_bytes }, &kernel)
-        .unwrap_or_else(|fault| panic!("{symbol}: {fault}"))
+    let launch = Launch { grid, block, cluster: entry.cluster, shared_bytes };
+    emulator::launch(launch, &kernel).unwrap_or_else(|fault| panic!("{symbol}: {fault}"))
 }
 
 /// Deterministic values in [-1, 1), rounded to `T`.

@@ -8,7 +8,7 @@ use super::{
     clock::Time,
     copies::Copy,
     fault::{FaultKind, Place},
-    shadow::Access,
+    shadow::{Access, window},
 };
 
 impl Block {
@@ -20,7 +20,7 @@ impl Block {
         bytes: u32,
         at: Place,
     ) -> Result<*const u8, FaultKind> {
-        self.shared_bounds(offset, bytes, "read", at)?;
+        self.shared_bounds(self.rank(), offset, bytes, "read", at)?;
         self.stats.shared_bytes_read += u64::from(bytes);
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.read(offset, bytes, by)?;
@@ -35,7 +35,7 @@ impl Block {
         bytes: u32,
         at: Place,
     ) -> Result<*mut u8, FaultKind> {
-        self.shared_bounds(offset, bytes, "write", at)?;
+        self.shared_bounds(self.rank(), offset, bytes, "write", at)?;
         self.stats.shared_bytes_written += u64::from(bytes);
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.write(offset, bytes, by)?;
@@ -50,7 +50,7 @@ impl Block {
         at: Place,
     ) -> Result<(), FaultKind> {
         let bytes = Copy::BYTES;
-        self.shared_bounds(offset, bytes, "asynchronous copy", at)?;
+        self.shared_bounds(self.rank(), offset, bytes, "asynchronous copy", at)?;
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.pend(offset, bytes, by)?;
         let (lane, present) = (self.current, self.present(self.warp()));
@@ -97,15 +97,17 @@ impl Block {
         bytes: u32,
         at: Place,
     ) -> Result<*mut u8, FaultKind> {
-        self.shared_bounds(offset, bytes, "atomic", at)?;
+        self.shared_bounds(self.rank(), offset, bytes, "atomic", at)?;
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.atomic(offset, bytes, by)?;
         Ok(self.shared.at(offset))
     }
 
+    /// Checks an access to the shared memory of the block of that rank.
     #[inline]
-    fn shared_bounds(
+    pub(super) fn shared_bounds(
         &self,
+        rank: usize,
         offset: u32,
         bytes: u32,
         what: &'static str,
@@ -120,7 +122,7 @@ impl Block {
                 this: self.site(at),
             });
         }
-        if u64::from(offset) + u64::from(bytes) > u64::from(self.shared.len()) {
+        if !self.shared.holds(rank, offset, bytes) {
             return Err(FaultKind::OutOfBounds {
                 space: "shared",
                 what,
@@ -137,19 +139,32 @@ impl Block {
         self.dynamic_shared_bytes
     }
 
-    /// Offset of the static shared array that `key` stands for.
+    /// Where the shared memory of the current lane's block begins.
+    pub fn shared_window(&self) -> u32 {
+        window(self.rank())
+    }
+
+    /// Address of the static shared array that `key` stands for.
     pub fn static_shared(&mut self, key: *const u8, bytes: u32) -> u32 {
-        if let Some(&(_, offset)) = self.statics.iter().find(|(k, _)| *k == key) {
-            return offset;
-        }
-        let offset = self.shared.extend(bytes);
-        self.statics.push((key, offset));
-        offset
+        let offset = match self.statics.iter().find(|(k, _)| *k == key) {
+            Some(&(_, offset)) => offset,
+            None => {
+                let offset = self.shared.extend(bytes);
+                self.statics.push((key, offset));
+                offset
+            }
+        };
+        self.shared_window() + offset
     }
 }
 
 /// The current lane as the maker of an access.
 #[inline]
-fn access(lanes: &[LaneStatus], current: usize, now: Time, location: Place) -> Access<'_> {
+pub(super) fn access(
+    lanes: &[LaneStatus],
+    current: usize,
+    now: Time,
+    location: Place,
+) -> Access<'_> {
     Access { lane: current as u16, now, clock: &lanes[current].clock, location }
 }

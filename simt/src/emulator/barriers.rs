@@ -1,4 +1,6 @@
-//! Barriers of a block, and what lanes know of each other's accesses after them.
+//! Barriers of a block and of a cluster, and what lanes know of each other's accesses after them.
+
+use std::fmt;
 
 use super::{
     block::{Block, LaneState},
@@ -9,7 +11,31 @@ use super::{
 };
 
 /// Named barriers of a block.
-pub(crate) const NAMED_BARRIERS: usize = 16;
+const NAMED_BARRIERS: usize = 16;
+
+/// Where the barrier of the cluster stands in [`Block::barriers`]: after those of its blocks.
+pub(super) fn cluster_barrier(blocks: usize) -> usize {
+    blocks * NAMED_BARRIERS
+}
+
+/// Which barrier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BarrierId {
+    /// One of a block's, by the block's rank in its cluster.
+    Named { rank: usize, number: u32 },
+    /// That of the cluster.
+    Cluster,
+}
+
+impl fmt::Display for BarrierId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Named { rank: 0, number } => write!(f, "barrier {number}"),
+            Self::Named { rank, number } => write!(f, "barrier {number} of block {rank}"),
+            Self::Cluster => f.write_str("the cluster's barrier"),
+        }
+    }
+}
 
 /// Who has come to a named barrier, who waits there, and what they know.
 pub(super) struct NamedBarrier {
@@ -36,13 +62,14 @@ impl NamedBarrier {
 impl Block {
     /// Fails if a barrier still waits for others when every lane has returned.
     pub(super) fn finish_barriers(&self) -> Result<(), FaultKind> {
-        for (id, barrier) in self.barriers.iter().enumerate() {
+        for (slot, barrier) in self.barriers.iter().enumerate() {
             if let Some(&(lane, at)) = barrier.arrived.first() {
                 return Err(FaultKind::Misuse {
                     message: format!(
-                        "the kernel ended with {} of {} threads arrived at named barrier {id}",
+                        "the kernel ended with {} of {} threads arrived at named barrier {}",
                         barrier.arrived.len(),
-                        barrier.expected
+                        barrier.expected,
+                        slot % NAMED_BARRIERS
                     ),
                     this: Site { lane: lane.into(), location: Some(at) },
                 });
@@ -103,16 +130,26 @@ impl Block {
 
 /// `bar.sync 0`: every thread of the block.
 pub(crate) fn sync_threads(at: Place) {
-    let threads = with(|b| b.threads() as u32);
+    let threads = with(|b| b.block_threads() as u32);
     barrier(0, threads, at);
 }
 
-/// Waits at named barrier `id` of `expected` threads.
-pub(crate) fn barrier(id: u32, expected: u32, at: Place) {
+/// `barrier.cluster`: every thread of the cluster.
+pub(crate) fn sync_cluster(at: Place) {
+    let threads = with(|b| b.threads() as u32);
+    wait_at(|_| BarrierId::Cluster, threads, at);
+}
+
+/// Waits at named barrier `number` of `expected` threads.
+pub(crate) fn barrier(number: u32, expected: u32, at: Place) {
+    wait_at(|b| BarrierId::Named { rank: b.rank(), number }, expected, at);
+}
+
+fn wait_at(id: impl FnOnce(&Block) -> BarrierId, expected: u32, at: Place) {
     let suspended = checked(|b| {
-        let lane = b.current as u16;
-        b.come_to_barrier(id, expected, &[lane], at)?;
-        let barrier = &mut b.barriers[id as usize];
+        let (lane, id) = (b.current as u16, id(b));
+        let slot = b.come_to_barrier(id, expected, &[lane], at)?;
+        let barrier = &mut b.barriers[slot];
         barrier.waiting.push(lane);
         if barrier.arrived.len() < expected as usize {
             b.lanes[usize::from(lane)].state = LaneState::AtBarrier { id, at };
@@ -137,13 +174,14 @@ pub(crate) fn arrive(id: u32, expected: u32, at: Place) {
             )));
         }
         let (lanes, b) = (call.lanes_of_block(), call.block);
-        b.come_to_barrier(id, expected, &lanes, at)?;
+        let id = BarrierId::Named { rank: b.rank(), number: id };
+        let slot = b.come_to_barrier(id, expected, &lanes, at)?;
         // What these lanes did so far is released now, not when the last one comes.
         let now = b.tick();
-        let mut clock = std::mem::replace(&mut b.barriers[id as usize].clock, Clock::new(0));
+        let mut clock = std::mem::replace(&mut b.barriers[slot].clock, Clock::new(0));
         b.release(&mut clock, &lanes, now);
-        b.barriers[id as usize].clock = clock;
-        if b.barriers[id as usize].arrived.len() >= expected as usize {
+        b.barriers[slot].clock = clock;
+        if b.barriers[slot].arrived.len() >= expected as usize {
             complete_barrier(b, id)?;
         }
         Ok(())
@@ -151,44 +189,55 @@ pub(crate) fn arrive(id: u32, expected: u32, at: Place) {
 }
 
 impl Block {
-    /// Counts `lanes` at a barrier.
+    /// Where a barrier stands in [`Block::barriers`].
+    fn slot(&self, id: BarrierId) -> usize {
+        match id {
+            BarrierId::Named { rank, number } => rank * NAMED_BARRIERS + number as usize,
+            BarrierId::Cluster => cluster_barrier(self.blocks()),
+        }
+    }
+
+    /// Counts `lanes` at a barrier; returns where it stands.
     fn come_to_barrier(
         &mut self,
-        id: u32,
+        id: BarrierId,
         expected: u32,
         lanes: &[u16],
         at: Place,
-    ) -> Result<(), FaultKind> {
-        if id as usize >= NAMED_BARRIERS || expected == 0 || expected as usize > self.threads() {
-            return Err(FaultKind::Misuse {
-                message: format!(
-                    "barrier {id} of {expected} threads: there are barriers 0 to {} of 1 to {} threads",
-                    NAMED_BARRIERS - 1,
-                    self.threads()
-                ),
-                this: self.site(at),
-            });
-        }
+    ) -> Result<usize, FaultKind> {
         let this = self.site(at);
-        let barrier = &mut self.barriers[id as usize];
+        let (threads, named) = match id {
+            BarrierId::Named { number, .. } => (self.block_threads(), number as usize),
+            BarrierId::Cluster => (self.threads(), 0),
+        };
+        if named >= NAMED_BARRIERS || expected == 0 || expected as usize > threads {
+            let last = NAMED_BARRIERS - 1;
+            let message = format!(
+                "{id} of {expected} threads: there are barriers 0 to {last} of 1 to {threads} threads"
+            );
+            return Err(FaultKind::Misuse { message, this });
+        }
+        let slot = self.slot(id);
+        let barrier = &mut self.barriers[slot];
         if barrier.arrived.is_empty() {
             barrier.expected = expected;
         } else if barrier.expected != expected {
             return Err(FaultKind::Misuse {
                 message: format!(
-                    "barrier {id} of {expected} threads, where others came to it as one of {}",
+                    "{id} of {expected} threads, where others came to it as one of {}",
                     barrier.expected
                 ),
                 this,
             });
         }
         barrier.arrived.extend(lanes.iter().map(|&lane| (lane, at)));
-        Ok(())
+        Ok(slot)
     }
 }
 
-fn complete_barrier(b: &mut Block, id: u32) -> Result<(), FaultKind> {
-    let barrier = &mut b.barriers[id as usize];
+fn complete_barrier(b: &mut Block, id: BarrierId) -> Result<(), FaultKind> {
+    let slot = b.slot(id);
+    let barrier = &mut b.barriers[slot];
     let arrived = std::mem::take(&mut barrier.arrived);
     let waiting = std::mem::take(&mut barrier.waiting);
     let mut clock = std::mem::replace(&mut barrier.clock, Clock::new(0));
@@ -198,7 +247,7 @@ fn complete_barrier(b: &mut Block, id: u32) -> Result<(), FaultKind> {
         let first = places[usize::from(lane / 32)].get_or_insert(at);
         if *first != at {
             return Err(FaultKind::Divergence(format!(
-                "threads of warp {} came to barrier {id} at {}:{} and at {}:{}",
+                "threads of warp {} came to {id} at {}:{} and at {}:{}",
                 lane / 32,
                 first.file(),
                 first.line(),
@@ -207,7 +256,7 @@ fn complete_barrier(b: &mut Block, id: u32) -> Result<(), FaultKind> {
             )));
         }
     }
-    if waiting.len() == b.threads() {
+    if waiting.len() >= b.block_threads() {
         b.stats.barriers += 1;
         b.synchronise(&waiting);
     } else {

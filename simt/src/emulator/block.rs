@@ -1,13 +1,17 @@
-//! A block: who its lanes are, where each one waits, its shared memory and its clocks; how
-//! it starts and ends.
+//! A block, or the blocks of a cluster: who the lanes are, where each one waits, their
+//! shared memory and their clocks; how they start and end.
+//!
+//! The blocks of a cluster run as one: their lanes are counted on from block to block, and
+//! so are the windows of their shared memory ([`shadow::WINDOW`](super::shadow::WINDOW)).
 
 use std::ptr;
 
 use super::{
     Launch, Stats,
-    barriers::{NAMED_BARRIERS, NamedBarrier},
+    barriers::{BarrierId, NamedBarrier, cluster_barrier},
     bulk::BulkCopies,
     clock::{Clock, Time},
+    cluster::RemoteAccess,
     collectives::Collective,
     copies::Copies,
     fault::{FaultKind, Place, Site},
@@ -22,7 +26,7 @@ use crate::Dim3;
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum LaneState {
     Ready,
-    AtBarrier { id: u32, at: Place },
+    AtBarrier { id: BarrierId, at: Place },
     InCollective { name: &'static str, at: Place },
     AtMbarrier { address: u32, parity: u32, at: Place },
     AtWgmma { at: Place },
@@ -37,11 +41,12 @@ pub(crate) struct LaneStatus {
     pub(super) yielder: *const LaneYielder,
 }
 
-/// One block and everything in it.
+/// The blocks of a cluster (one, unless the launch has clusters) and everything in them.
 pub(crate) struct Block {
     pub grid_dim: Dim3,
     pub block_dim: Dim3,
-    pub block_idx: Dim3,
+    /// Index of the first block.
+    first_block: Dim3,
     pub current: usize,
     pub lanes: Vec<LaneStatus>,
     pub shared: SharedMemory,
@@ -52,7 +57,10 @@ pub(crate) struct Block {
     pub tensor_cores: TensorCores,
     /// Whether anyone but the lanes has accessed shared memory.
     pub has_agents: bool,
-    threads: usize,
+    /// Blocks of the cluster.
+    blocks: usize,
+    /// Threads of each.
+    block_threads: usize,
     pub(super) dynamic_shared_bytes: u32,
     pub(super) statics: Vec<(*const u8, u32)>,
     indices: Vec<Dim3>,
@@ -61,6 +69,8 @@ pub(crate) struct Block {
     pub(super) spare: Option<Box<Collective>>,
     pub(super) barriers: Vec<NamedBarrier>,
     pub(super) copies: Copies,
+    /// The last access of each lane to the shared memory of each other block.
+    pub(super) remote: Vec<RemoteAccess>,
     pub(super) kernel: Option<*const (dyn Fn() + Sync)>,
 }
 
@@ -70,7 +80,7 @@ impl Block {
         Self {
             grid_dim: none,
             block_dim: none,
-            block_idx: none,
+            first_block: none,
             current: 0,
             lanes: Vec::new(),
             shared: SharedMemory::new(),
@@ -80,22 +90,25 @@ impl Block {
             bulk: BulkCopies::default(),
             tensor_cores: TensorCores::default(),
             has_agents: false,
-            threads: 0,
+            blocks: 1,
+            block_threads: 0,
             dynamic_shared_bytes: 0,
             statics: Vec::new(),
             indices: Vec::new(),
             warps: Vec::new(),
             spare: None,
-            barriers: (0..NAMED_BARRIERS).map(|_| NamedBarrier::new()).collect(),
+            barriers: Vec::new(),
             copies: Copies::default(),
+            remote: Vec::new(),
             kernel: None,
         }
     }
 
-    /// Gets ready to run block `block_idx` of `launch`.
-    pub fn start(&mut self, launch: Launch, block_idx: Dim3, kernel: &(dyn Fn() + Sync)) {
+    /// Gets ready to run the cluster of `launch` that begins with block `first_block`.
+    pub fn start(&mut self, launch: Launch, first_block: Dim3, kernel: &(dyn Fn() + Sync)) {
+        let threads = launch.cluster_threads();
         // The stamp of a copy that never landed would outlive its block.
-        if self.copies.reset(launch.block.count() as usize) || self.time > Time::MAX / 2 {
+        if self.copies.reset(threads) || self.time > Time::MAX / 2 {
             self.shared.clear();
             self.time = 1;
         }
@@ -103,18 +116,19 @@ impl Block {
         // not be wiped: what was stamped before `begin` belongs to another block.
         let begin = self.time + 1;
         self.time = begin;
-        self.shared.reset(launch.shared_bytes, begin);
+        self.shared.reset(launch.cluster, launch.shared_bytes, begin);
         self.dynamic_shared_bytes = launch.shared_bytes;
         self.statics.clear();
         self.stats = Stats::default();
         self.grid_dim = launch.grid;
-        self.block_idx = block_idx;
-        self.threads = launch.block.count() as usize;
+        self.first_block = first_block;
+        self.blocks = launch.cluster as usize;
+        self.block_threads = launch.block.count() as usize;
         if self.block_dim != launch.block {
             self.block_dim = launch.block;
             self.indices = (0..launch.block.count()).map(|i| launch.block.unravel(i)).collect();
         }
-        while self.lanes.len() < self.threads {
+        while self.lanes.len() < threads {
             self.lanes.push(LaneStatus {
                 state: LaneState::Done,
                 clock: Clock::new(0),
@@ -122,22 +136,24 @@ impl Block {
                 yielder: ptr::null(),
             });
         }
-        for lane in &mut self.lanes[..self.threads] {
+        for lane in &mut self.lanes[..threads] {
             lane.state = LaneState::Ready;
             lane.clock.reset(begin - 1);
             lane.fenced = 0;
         }
         self.mbarriers.reset();
         self.bulk.reset();
-        self.tensor_cores.reset(self.threads);
+        self.tensor_cores.reset(threads);
+        self.remote.clear();
         self.has_agents = false;
-        let warps = self.threads.div_ceil(32);
+        let warps = threads.div_ceil(32);
         while self.warps.len() < warps {
             self.warps.push(Box::default());
         }
         for warp in &mut self.warps {
             warp.reset();
         }
+        self.barriers.resize_with(cluster_barrier(self.blocks) + 1, NamedBarrier::new);
         for barrier in &mut self.barriers {
             barrier.reset();
         }
@@ -152,7 +168,26 @@ impl Block {
 
     #[inline]
     pub fn thread_idx(&self) -> Dim3 {
-        self.indices[self.current]
+        self.indices[self.current % self.block_threads]
+    }
+
+    /// Index of the current lane's block in the grid.
+    #[inline]
+    pub fn block_idx(&self) -> Dim3 {
+        let first = self.first_block;
+        Dim3::new(first.x + self.rank() as u32, first.y, first.z)
+    }
+
+    /// Rank in the cluster of the current lane's block.
+    #[inline]
+    pub fn rank(&self) -> usize {
+        self.current / self.block_threads
+    }
+
+    /// Blocks of the cluster.
+    #[inline]
+    pub fn blocks(&self) -> usize {
+        self.blocks
     }
 
     #[inline]
@@ -160,23 +195,29 @@ impl Block {
         self.current / 32
     }
 
-    /// Threads of the block.
+    /// Threads of the cluster.
     #[inline]
     pub fn threads(&self) -> usize {
-        self.threads
+        self.blocks * self.block_threads
+    }
+
+    /// Threads of each block.
+    #[inline]
+    pub fn block_threads(&self) -> usize {
+        self.block_threads
     }
 
     /// Mask of the lanes that warp `warp` has: all but in a block's last warp.
     #[inline]
     pub fn present(&self, warp: usize) -> u32 {
-        match self.threads - warp * 32 {
+        match self.threads() - warp * 32 {
             n if n >= 32 => u32::MAX,
             n => (1 << n) - 1,
         }
     }
 
     pub fn all_done(&self) -> bool {
-        self.lanes[..self.threads].iter().all(|l| matches!(l.state, LaneState::Done))
+        self.lanes[..self.threads()].iter().all(|l| matches!(l.state, LaneState::Done))
     }
 
     /// Checks what must hold when every lane has returned.
@@ -191,7 +232,8 @@ impl Block {
             });
         }
         self.finish_bulk()?;
-        self.finish_products()
+        self.finish_products()?;
+        self.finish_remote()
     }
 
     /// Makes what the current lane has written so far visible to copies and wgmma.
@@ -203,12 +245,12 @@ impl Block {
     pub fn deadlock(&self) -> FaultKind {
         let mut text = String::from("no thread can go on");
         let mut groups: Vec<(String, Vec<usize>)> = Vec::new();
-        for (lane, status) in self.lanes[..self.threads].iter().enumerate() {
+        for (lane, status) in self.lanes[..self.threads()].iter().enumerate() {
             let what = match status.state {
                 LaneState::Ready => "ready".to_owned(),
                 LaneState::Done => "done".to_owned(),
                 LaneState::AtBarrier { id, at } => {
-                    format!("wait at barrier {id} at {}:{}", at.file(), at.line())
+                    format!("wait at {id} at {}:{}", at.file(), at.line())
                 }
                 LaneState::InCollective { name, at } => {
                     format!("wait in {name} at {}:{}", at.file(), at.line())

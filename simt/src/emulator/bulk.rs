@@ -3,27 +3,41 @@
 
 use std::collections::VecDeque;
 
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+
+use half::{bf16, f16};
+
 use super::{
     block::Block,
     clock::{Agent, Clock, Time},
     current,
     fault::{FaultKind, Place, Site},
     shadow::Access,
-    tensor_map::TensorMapSpec,
+    tensor_map::{Element, TensorMapSpec},
 };
 use crate::tma::TensorMap;
 
 struct Load {
     map: TensorMapSpec,
     coordinates: [u32; 4],
-    destination: u32,
-    mbarrier: usize,
+    /// Where the box goes, and the mbarrier where its bytes count: one for each block.
+    destinations: Vec<(u32, usize)>,
+    lane: u16,
+    at: Place,
+}
+
+/// What a store does with the elements that are there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Write {
+    Replace,
+    Add,
 }
 
 struct Store {
     map: TensorMapSpec,
     coordinates: [u32; 4],
     source: u32,
+    write: Write,
     lane: u16,
     /// Number of the lane's group; `None` until it is committed.
     group: Option<u64>,
@@ -75,9 +89,11 @@ impl Block {
         clock
     }
 
+    /// Checks a box in the shared memory of the block of that rank.
     fn check_box(
         &self,
         map: &TensorMapSpec,
+        rank: usize,
         address: u32,
         what: &'static str,
         at: Place,
@@ -87,7 +103,7 @@ impl Block {
             let (address, bytes) = (address.into(), map.alignment());
             return Err(FaultKind::Misaligned { space: "shared", what, address, bytes, this });
         }
-        if u64::from(address) + u64::from(bytes) > self.shared.len().into() {
+        if !self.shared.holds(rank, address, bytes) {
             let (index, len) = (address.into(), self.shared.len().into());
             return Err(FaultKind::OutOfBounds { space: "shared", what, index, len, this });
         }
@@ -96,8 +112,8 @@ impl Block {
 
     /// Lets the oldest asynchronous load land, when no lane can go on without. False when
     /// there is none.
-    pub fn land_one_async(&mut self) -> bool {
-        let Some(load) = self.bulk.loads.pop_front() else { return false };
+    pub fn land_one_async(&mut self) -> Result<bool, FaultKind> {
+        let Some(load) = self.bulk.loads.pop_front() else { return Ok(false) };
         let shared = self.shared.at(0);
         let mut read = 0;
         load.map.for_each_unit(&load.coordinates, |offset, address, valid| {
@@ -111,14 +127,18 @@ impl Block {
                     valid as usize,
                 );
             }
-            let to = load.destination + load.map.swizzled(offset);
-            // SAFETY: `check_box` found the box within shared memory.
-            unsafe { shared.add(to as usize).cast::<[u8; 16]>().write(unit) };
+            for (destination, _) in &load.destinations {
+                let to = destination + load.map.swizzled(offset);
+                // SAFETY: `check_box` found the box within shared memory.
+                unsafe { shared.add(to as usize).cast::<[u8; 16]>().write(unit) };
+            }
             read += u64::from(valid);
         });
         self.stats.global_bytes_read += read;
-        self.complete_bytes(load.mbarrier, load.map.box_bytes());
-        true
+        for (_, mbarrier) in load.destinations {
+            self.complete_bytes(mbarrier, load.map.box_bytes())?;
+        }
+        Ok(true)
     }
 
     /// Moves the bytes of a store.
@@ -130,19 +150,27 @@ impl Block {
             // SAFETY: `check_box` found the box within shared memory; whoever made the map
             // vouches for the tensor.
             unsafe {
-                std::ptr::copy_nonoverlapping(
-                    shared.add(from as usize),
-                    address as *mut u8,
-                    valid as usize,
-                );
+                let from = shared.add(from as usize);
+                match store.write {
+                    Write::Replace => {
+                        std::ptr::copy_nonoverlapping(from, address as *mut u8, valid as usize);
+                    }
+                    Write::Add => add(store.map.element, from, address, valid),
+                }
             }
             written += u64::from(valid);
         });
         self.stats.global_bytes_written += written;
     }
 
-    /// Checks that no store still reads shared memory when the block ends.
+    /// Checks that no copy is on its way when the blocks end.
     pub(super) fn finish_bulk(&self) -> Result<(), FaultKind> {
+        if let Some(load) = self.bulk.loads.front() {
+            return Err(FaultKind::Misuse {
+                message: "the kernel ended before this bulk load was waited for".to_owned(),
+                this: Site { lane: load.lane.into(), location: Some(load.at) },
+            });
+        }
         match self.bulk.stores.first() {
             None => Ok(()),
             Some(store) => Err(FaultKind::Misuse {
@@ -155,32 +183,95 @@ impl Block {
     }
 }
 
+/// Adds the elements of `bytes` bytes at `from` to those at global address `to`, each at
+/// once, since other blocks may do so at the same time.
+///
+/// # Safety
+/// Both must be valid and aligned for the elements.
+unsafe fn add(element: Element, from: *const u8, to: u64, bytes: u32) {
+    for offset in (0..bytes).step_by(element.bytes() as usize) {
+        let to = to + u64::from(offset);
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let from = from.add(offset as usize);
+            match element {
+                Element::F32 => {
+                    let value = from.cast::<f32>().read();
+                    let sum = |old| Some((f32::from_bits(old) + value).to_bits());
+                    let there = AtomicU32::from_ptr(to as *mut u32);
+                    _ = there.fetch_update(Ordering::Relaxed, Ordering::Relaxed, sum);
+                }
+                Element::F16 => {
+                    let value = from.cast::<f16>().read().to_f32();
+                    let sum = |old| f16::from_f32(f16::from_bits(old).to_f32() + value).to_bits();
+                    let there = AtomicU16::from_ptr(to as *mut u16);
+                    _ = there.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |o| Some(sum(o)));
+                }
+                Element::Bf16 => {
+                    let value = from.cast::<bf16>().read().to_f32();
+                    let sum = |old| bf16::from_f32(bf16::from_bits(old).to_f32() + value).to_bits();
+                    let there = AtomicU16::from_ptr(to as *mut u16);
+                    _ = there.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |o| Some(sum(o)));
+                }
+            }
+        }
+    }
+}
+
 pub(crate) fn load(destination: u32, map: u64, coordinates: [u32; 4], mbarrier: u32, at: Place) {
+    let own = current::with(|b| 1 << b.rank());
+    load_multicast(destination, map, coordinates, mbarrier, own, at);
+}
+
+pub(crate) fn load_multicast(
+    destination: u32,
+    map: u64,
+    coordinates: [u32; 4],
+    mbarrier: u32,
+    blocks: u16,
+    at: Place,
+) {
     current::checked(|b| {
         let map = b.tensor_map(map, at)?;
-        b.check_box(&map, destination, "bulk load", at)?;
-        let index = b.mbarrier(mbarrier, at)?;
-        b.check_mbarrier_fence(index, at)?;
-        let now = b.tick();
-        // The write is the barrier's: who waits for the phase knows of it. It must come
-        // after everything there that the lane that starts it does not know to be over.
-        let by = Access {
-            lane: Agent::mbarrier(index).lane(),
-            now,
-            clock: &b.own_knowledge(),
-            location: at,
-        };
-        b.shared.write(destination, map.box_bytes(), by)?;
-        b.stats.shared_bytes_written += u64::from(map.box_bytes());
-        b.bulk.loads.push_back(Load { map, coordinates, destination, mbarrier: index });
+        let mut destinations = Vec::new();
+        for rank in (0..u16::BITS).filter(|rank| blocks >> rank & 1 == 1) {
+            let destination = b.map_shared_rank(destination, rank, at)?;
+            let mbarrier = b.map_shared_rank(mbarrier, rank, at)?;
+            b.reach(rank as usize, at)?;
+            b.check_box(&map, rank as usize, destination, "bulk load", at)?;
+            let index = b.mbarrier(mbarrier, at)?;
+            b.check_mbarrier_fence(index, at)?;
+            let now = b.tick();
+            // The write is the barrier's: who waits for the phase knows of it. It must come
+            // after everything there that the lane that starts it does not know to be over.
+            let by = Access {
+                lane: Agent::mbarrier(index).lane(),
+                now,
+                clock: &b.own_knowledge(),
+                location: at,
+            };
+            b.shared.write(destination, map.box_bytes(), by)?;
+            b.stats.shared_bytes_written += u64::from(map.box_bytes());
+            destinations.push((destination, index));
+        }
+        let lane = b.current as u16;
+        b.bulk.loads.push_back(Load { map, coordinates, destinations, lane, at });
         Ok(())
     });
 }
 
 pub(crate) fn store(map: u64, coordinates: [u32; 4], source: u32, at: Place) {
+    write(Write::Replace, map, coordinates, source, at);
+}
+
+pub(crate) fn reduce_add(map: u64, coordinates: [u32; 4], source: u32, at: Place) {
+    write(Write::Add, map, coordinates, source, at);
+}
+
+fn write(write: Write, map: u64, coordinates: [u32; 4], source: u32, at: Place) {
     current::checked(|b| {
         let map = b.tensor_map(map, at)?;
-        b.check_box(&map, source, "bulk store", at)?;
+        b.check_box(&map, b.rank(), source, "bulk store", at)?;
         let now = b.tick();
         b.has_agents = true;
         let lane = b.current as u16;
@@ -197,7 +288,9 @@ pub(crate) fn store(map: u64, coordinates: [u32; 4], source: u32, at: Place) {
         });
         read?;
         b.stats.shared_bytes_read += u64::from(map.box_bytes());
-        b.bulk.stores.push(Store { map, coordinates, source, lane, group: None, time: now, at });
+        let group = None;
+        let store = Store { map, coordinates, source, write, lane, group, time: now, at };
+        b.bulk.stores.push(store);
         Ok(())
     });
 }

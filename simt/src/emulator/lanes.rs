@@ -27,7 +27,7 @@ pub(super) type LaneYielder = Yielder<(), ()>;
 /// Payload of the unwinding that a fault starts in a lane.
 pub(super) struct FaultPayload(pub FaultKind);
 
-/// Runs blocks one after another, keeping lanes and memory for the next.
+/// Runs blocks (or clusters of them) one after another, keeping lanes and memory for the next.
 pub(super) struct Engine {
     lanes: Vec<Lane>,
     block: Box<Block>,
@@ -39,18 +39,18 @@ impl Engine {
         Self { lanes: Vec::new(), block: Box::new(Block::new()) }
     }
 
-    /// Runs one block to its end.
+    /// Runs the cluster that begins with block `first_block` to its end.
     pub fn run_block(
         &mut self,
         launch: Launch,
-        block_idx: Dim3,
+        first_block: Dim3,
         kernel: &(dyn Fn() + Sync),
     ) -> Result<Stats, Box<Fault>> {
-        let threads = launch.block.count() as usize;
+        let threads = launch.cluster_threads();
         while self.lanes.len() < threads {
             self.lanes.push(new_lane());
         }
-        self.block.start(launch, block_idx, kernel);
+        self.block.start(launch, first_block, kernel);
         let entered = current::Entered::new(&mut self.block);
         let result = self.drive(threads);
         drop(entered);
@@ -59,7 +59,7 @@ impl Engine {
             Err(kind) => {
                 // Suspended lanes stand in the middle of the kernel: they are of no use.
                 self.lanes.clear();
-                Err(Box::new(Fault { kind, block: Some(block_idx) }))
+                Err(Box::new(Fault { kind, block: Some(first_block) }))
             }
         }
     }
@@ -83,7 +83,7 @@ impl Engine {
             if self.block.all_done() {
                 return self.block.finish();
             }
-            if !progress && !self.block.land_one_async() {
+            if !progress && !self.block.land_one_async()? {
                 return Err(self.block.deadlock());
             }
         }

@@ -7,8 +7,16 @@ use super::{
     fault::{FaultKind, Place, Site},
 };
 
-/// Mbarriers that a block may have under the emulator: each is an agent of its own.
+/// Mbarriers that the blocks of a cluster may have together under the emulator: each is an
+/// agent of its own.
 pub(crate) const MAX_MBARRIERS: usize = Agent::MBARRIERS;
+
+/// Whose releases a wait acquires.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    Block,
+    Cluster,
+}
 
 struct Mbarrier {
     address: u32,
@@ -21,12 +29,14 @@ struct Mbarrier {
     phases: u32,
     /// What the arrivals of the current phase released.
     arriving: Clock,
+    /// Whether threads of another block have arrived, in the current phase and in the last.
+    remote: (bool, bool),
     /// What all completed phases released: what a wait acquires.
     complete: Clock,
     initialised_by: u16,
     initialised_at: Time,
     /// Lanes that wait, and where.
-    waiting: Vec<(u16, Place)>,
+    waiting: Vec<(u16, Scope, Place)>,
     /// Lanes that have seen the last completed phase.
     seen: Vec<Seen>,
 }
@@ -140,17 +150,18 @@ impl Block {
     }
 
     /// Counts `bytes` bytes that a copy brought.
-    pub(super) fn complete_bytes(&mut self, index: usize, bytes: u32) {
+    pub(super) fn complete_bytes(&mut self, index: usize, bytes: u32) -> Result<(), FaultKind> {
         self.mbarriers.0[index].bytes -= i64::from(bytes);
-        self.try_complete_phase(index);
+        self.try_complete_phase(index)
     }
 
-    fn try_complete_phase(&mut self, index: usize) {
+    fn try_complete_phase(&mut self, index: usize) -> Result<(), FaultKind> {
         let m = &mut self.mbarriers.0[index];
         if m.pending != 0 || m.bytes != 0 {
-            return;
+            return Ok(());
         }
         m.phases += 1;
+        m.remote = (false, m.remote.0);
         m.pending = m.arrivals;
         m.complete.join(&m.arriving);
         m.arriving.reset(0);
@@ -160,18 +171,35 @@ impl Block {
         let m = &mut self.mbarriers.0[index];
         self.time += 1;
         m.seen.clear();
-        for (lane, at) in std::mem::take(&mut m.waiting) {
-            self.see_phase(index, lane, at);
+        for (lane, scope, at) in std::mem::take(&mut m.waiting) {
+            self.see_phase(index, lane, scope, at)?;
             self.lanes[usize::from(lane)].state = LaneState::Ready;
         }
+        Ok(())
     }
 
     /// A lane finds the last phase complete.
-    fn see_phase(&mut self, index: usize, lane: u16, at: Place) {
+    fn see_phase(
+        &mut self,
+        index: usize,
+        lane: u16,
+        scope: Scope,
+        at: Place,
+    ) -> Result<(), FaultKind> {
         let m = &mut self.mbarriers.0[index];
+        if m.remote.1 && scope == Scope::Block {
+            let message = format!(
+                "threads of another block arrived at the mbarrier at byte {}: only wait_cluster \
+                 orders what they did",
+                m.address
+            );
+            let this = Site { lane: lane.into(), location: Some(at) };
+            return Err(FaultKind::Misuse { message, this });
+        }
         self.lanes[usize::from(lane)].clock.join(&m.complete);
         let product = self.tensor_cores.asked(lane);
         m.seen.push(Seen { lane, time: self.time, product, gathered: None, at });
+        Ok(())
     }
 }
 
@@ -199,6 +227,7 @@ pub(crate) fn init(address: u32, arrivals: u32, at: Place) {
             bytes: 0,
             phases: 0,
             arriving: Clock::new(0),
+            remote: (false, false),
             complete: Clock::new(0),
             initialised_by: b.current as u16,
             initialised_at,
@@ -210,7 +239,20 @@ pub(crate) fn init(address: u32, arrivals: u32, at: Place) {
 }
 
 pub(crate) fn arrive(address: u32, bytes: u32, at: Place) {
+    let rank = current::with(|b| b.rank() as u32);
+    arrive_in(rank, address, bytes, at);
+}
+
+pub(crate) fn arrive_at(address: u32, rank: u32, at: Place) {
+    let address = current::checked(|b| b.map_shared_rank(address, rank, at));
+    arrive_in(rank, address, 0, at);
+}
+
+/// Arrives at an mbarrier of the block of that rank.
+fn arrive_in(rank: u32, address: u32, bytes: u32, at: Place) {
     current::checked(|b| {
+        b.reach(rank as usize, at)?;
+        let is_remote = rank as usize != b.rank();
         let index = b.mbarrier(address, at)?;
         let now = b.tick();
         let lane = b.current as u16;
@@ -218,6 +260,7 @@ pub(crate) fn arrive(address: u32, bytes: u32, at: Place) {
         b.release(&mut clock, &[lane], now);
         let m = &mut b.mbarriers.0[index];
         m.arriving = clock;
+        m.remote.0 |= is_remote;
         if m.pending == 0 {
             let message = format!(
                 "more than {} arrivals in phase {} of the mbarrier at byte {address}",
@@ -231,12 +274,11 @@ pub(crate) fn arrive(address: u32, bytes: u32, at: Place) {
         if m.pending == 0 {
             m.check_seen()?;
         }
-        b.try_complete_phase(index);
-        Ok(())
+        b.try_complete_phase(index)
     });
 }
 
-pub(crate) fn wait(address: u32, parity: u32, at: Place) {
+pub(crate) fn wait(address: u32, parity: u32, scope: Scope, at: Place) {
     let suspended = current::checked(|b| {
         if parity > 1 {
             let message = format!("parity {parity}: the phases of an mbarrier have parity 0 or 1");
@@ -247,14 +289,14 @@ pub(crate) fn wait(address: u32, parity: u32, at: Place) {
         let lane = b.current as u16;
         // Phase n has parity n % 2; the one before the first counts as complete.
         if m.phases % 2 == parity {
-            m.waiting.push((lane, at));
+            m.waiting.push((lane, scope, at));
             b.lanes[b.current].state = LaneState::AtMbarrier { address, parity, at };
             return Ok(true);
         }
         if m.pending == 0 {
             return Err(m.lapped(lane, at));
         }
-        b.see_phase(index, lane, at);
+        b.see_phase(index, lane, scope, at)?;
         Ok(false)
     });
     if suspended {

@@ -19,6 +19,8 @@
 //! mbarrier was waited for; a wgmma product is NaN until it is waited for, and writing to
 //! its operands before is a race. Missing proxy fences and arrivals are reported too, and a
 //! wait for an mbarrier that on a GPU could come a phase too late.
+//!
+//! The blocks of a cluster run together, as one block of several windows of shared memory.
 
 mod accesses;
 mod banks;
@@ -26,6 +28,7 @@ pub(crate) mod barriers;
 pub(crate) mod block;
 pub(crate) mod bulk;
 mod clock;
+pub(crate) mod cluster;
 pub(crate) mod collectives;
 mod copies;
 pub(crate) mod current;
@@ -50,6 +53,8 @@ use crate::Dim3;
 
 /// Threads of a block that a GPU allows.
 pub const MAX_THREADS: u64 = 1024;
+/// Blocks of a cluster that every GPU with clusters allows.
+pub const MAX_CLUSTER: u32 = 8;
 /// Shared memory that a block may have on the largest GPU so far (H100), in bytes.
 pub const MAX_SHARED_BYTES: u32 = 232_448;
 
@@ -60,8 +65,47 @@ pub struct Launch {
     pub grid: Dim3,
     /// Threads of a block.
     pub block: Dim3,
+    /// Blocks of a cluster, neighbours in `grid.x`; 1 without clusters.
+    pub cluster: u32,
     /// Dynamic shared memory of a block in bytes.
     pub shared_bytes: u32,
+}
+
+impl Launch {
+    /// Threads of all blocks of a cluster.
+    fn cluster_threads(&self) -> usize {
+        (self.block.count() * u64::from(self.cluster)) as usize
+    }
+
+    /// Why no GPU, or not the emulator, runs it.
+    fn obstacle(&self) -> Option<String> {
+        let (threads, cluster) = (self.block.count(), self.cluster);
+        if threads == 0 || threads > MAX_THREADS {
+            return Some(format!("a block of {threads} threads: it must have 1 to {MAX_THREADS}"));
+        }
+        if self.shared_bytes > MAX_SHARED_BYTES {
+            let bytes = self.shared_bytes;
+            return Some(format!(
+                "{bytes} bytes of shared memory for a block: the most is {MAX_SHARED_BYTES}"
+            ));
+        }
+        if !(1..=MAX_CLUSTER).contains(&cluster) || self.grid.x % cluster != 0 {
+            let x = self.grid.x;
+            return Some(format!(
+                "clusters of {cluster} blocks in a grid of {x} along x: a cluster has 1 to \
+                 {MAX_CLUSTER} blocks, and they must divide the grid"
+            ));
+        }
+        // Warpgroups are counted over the cluster, and so are the clocks of warps.
+        let all = self.cluster_threads() as u64;
+        if cluster > 1 && (threads % 128 != 0 || all > MAX_THREADS) {
+            return Some(format!(
+                "clusters of {cluster} blocks of {threads} threads: the emulator takes whole \
+                 warpgroups, and up to {MAX_THREADS} threads a cluster"
+            ));
+        }
+        None
+    }
 }
 
 /// What was counted while a launch ran, over all its blocks.
@@ -104,28 +148,21 @@ thread_local! {
 /// The fault of the first block (in grid order, among those that ran) that had one;
 /// blocks after it may not have run.
 pub fn launch(launch: Launch, kernel: &(dyn Fn() + Sync)) -> Result<Stats, Fault> {
-    let threads = launch.block.count();
-    if threads == 0 || threads > MAX_THREADS {
-        return Err(Fault::launch(format!(
-            "a block of {threads} threads: it must have 1 to {MAX_THREADS}"
-        )));
+    if let Some(reason) = launch.obstacle() {
+        return Err(Fault::launch(reason));
     }
-    if launch.shared_bytes > MAX_SHARED_BYTES {
-        return Err(Fault::launch(format!(
-            "{} bytes of shared memory for a block: the most is {MAX_SHARED_BYTES}",
-            launch.shared_bytes
-        )));
-    }
-    // The least index of a block that failed; blocks after it need not run.
+    let cluster = u64::from(launch.cluster);
+    // The least index of a cluster that failed; those after it need not run.
     let failed = AtomicU64::new(u64::MAX);
-    let (stats, fault) = (0..launch.grid.count())
+    let (stats, fault) = (0..launch.grid.count() / cluster)
         .into_par_iter()
         .map(|index| {
             if index > failed.load(Ordering::Relaxed) {
                 return (Stats::default(), None);
             }
             let result = ENGINE.with(|engine| {
-                engine.borrow_mut().run_block(launch, launch.grid.unravel(index), kernel)
+                let first_block = launch.grid.unravel(index * cluster);
+                engine.borrow_mut().run_block(launch, first_block, kernel)
             });
             match result {
                 Ok(stats) => (stats, None),

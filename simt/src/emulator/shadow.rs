@@ -12,6 +12,10 @@ use super::{
     fault::{FaultKind, Site},
 };
 
+/// From the shared memory of one block of a cluster to the next one's, in bytes: what the
+/// addresses in wgmma's descriptors can tell apart.
+pub(crate) const WINDOW: u32 = 1 << 18;
+
 /// Bytes that one cell of the record stands for: the smallest element kernels use.
 const CELL_BYTES: u32 = 2;
 
@@ -39,6 +43,12 @@ const OF_AGENT: Time = 1 << (Time::BITS - 1);
 #[inline]
 fn reader_slot(warp: u16) -> usize {
     usize::from(warp + warp / 4) % READERS
+}
+
+/// Where the shared memory of the block of that rank begins.
+#[inline]
+pub(crate) fn window(rank: usize) -> u32 {
+    rank as u32 * WINDOW
 }
 
 /// Time and lane of an access; 0 is none.
@@ -131,7 +141,8 @@ impl Access<'_> {
     }
 }
 
-/// Shared memory of the block that runs. Offsets are in bytes.
+/// Shared memory of the blocks that run together, each with a window of its own. Offsets
+/// are in bytes, from the first window on.
 pub(crate) struct SharedMemory {
     bytes: Vec<u128>,
     writes: Vec<Stamp>,
@@ -139,6 +150,8 @@ pub(crate) struct SharedMemory {
     /// Where the last write and the last new reader of a cell stand in the source.
     write_places: Vec<Place>,
     read_places: Vec<Place>,
+    windows: u32,
+    /// Bytes of a block.
     len: u32,
     /// Cells stamped before this belong to an earlier block.
     begin: Time,
@@ -152,13 +165,16 @@ impl SharedMemory {
             reads: Default::default(),
             write_places: Vec::new(),
             read_places: Vec::new(),
+            windows: 1,
             len: 0,
             begin: 1,
         }
     }
 
-    /// Makes it `len` bytes long and forgets what was there before time `begin`.
-    pub fn reset(&mut self, len: u32, begin: Time) {
+    /// Makes it `windows` windows of `len` bytes and forgets what was there before time
+    /// `begin`.
+    pub fn reset(&mut self, windows: u32, len: u32, begin: Time) {
+        self.windows = windows;
         self.len = 0;
         self.begin = begin;
         self.grow(len);
@@ -172,7 +188,7 @@ impl SharedMemory {
         }
     }
 
-    /// Adds `bytes` bytes, aligned to 128, and returns their offset.
+    /// Adds `bytes` bytes to each window, aligned to 128, and returns their offset there.
     pub fn extend(&mut self, bytes: u32) -> u32 {
         let offset = self.len.next_multiple_of(128);
         self.grow(offset + bytes);
@@ -181,6 +197,7 @@ impl SharedMemory {
 
     fn grow(&mut self, len: u32) {
         self.len = len;
+        let len = (self.windows - 1) * WINDOW + len;
         let (words, cells) = (len.div_ceil(16) as usize, len.div_ceil(CELL_BYTES) as usize);
         if self.bytes.len() < words {
             self.bytes.resize(words, 0);
@@ -195,9 +212,22 @@ impl SharedMemory {
         }
     }
 
+    /// When the blocks that run began.
+    pub fn begin(&self) -> Time {
+        self.begin
+    }
+
+    /// Bytes of a window.
     #[inline]
     pub fn len(&self) -> u32 {
         self.len
+    }
+
+    /// Whether `bytes` bytes at `offset` are of the window of `rank`.
+    #[inline]
+    pub fn holds(&self, rank: usize, offset: u32, bytes: u32) -> bool {
+        let start = offset.wrapping_sub(window(rank));
+        u64::from(start) + u64::from(bytes) <= u64::from(self.len)
     }
 
     /// The bytes at `offset`, which the caller has checked to be in bounds.

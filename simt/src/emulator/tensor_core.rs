@@ -10,7 +10,7 @@ use super::{
     clock::{Agent, Clock, Time},
     current,
     fault::{FaultKind, Place, Site},
-    shadow::Access,
+    shadow::{Access, window},
     tensor_map::swizzle,
 };
 
@@ -268,10 +268,11 @@ fn unit(
     address: u32,
     at: Place,
 ) -> Result<[u16; 8], FaultKind> {
-    let offset = swizzle(address, 128);
+    let rank = group * LANES / b.block_threads();
+    let offset = window(rank) + swizzle(address, 128);
     let lane = Agent::warpgroup(group).lane();
     let this = Site { lane: lane.into(), location: Some(at) };
-    if u64::from(offset) + 16 > b.shared.len().into() {
+    if !b.shared.holds(rank, offset, 16) {
         let (index, len) = (offset.into(), b.shared.len().into());
         return Err(FaultKind::OutOfBounds { space: "shared", what: "wgmma", index, len, this });
     }

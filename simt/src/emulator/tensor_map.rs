@@ -4,6 +4,28 @@ use crate::tma::TensorMap;
 
 /// Dimensions of a tensor map, at most.
 const MAX_RANK: usize = 5;
+/// Type of a tensor's elements. Copies move bits; reductions compute with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum Element {
+    F16,
+    Bf16,
+    F32,
+}
+
+impl Element {
+    const ALL: [Self; 3] = [Self::F16, Self::Bf16, Self::F32];
+
+    /// Size of an element.
+    #[must_use]
+    pub const fn bytes(self) -> u32 {
+        match self {
+            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
 /// First bytes of an encoded map.
 const MAGIC: u64 = 0x7061_6d2d_746d_6973;
 
@@ -12,8 +34,8 @@ const MAGIC: u64 = 0x7061_6d2d_746d_6973;
 pub struct TensorMapSpec {
     /// Address of the first element, aligned to 16.
     pub address: u64,
-    /// Bytes of an element: 1, 2, 4 or 8.
-    pub element_bytes: u32,
+    /// Type of an element.
+    pub element: Element,
     /// Extent of each dimension in elements, fastest first; at most five.
     pub dims: Vec<u64>,
     /// Bytes from one index to the next, for each dimension but the first; multiples of 16.
@@ -51,9 +73,6 @@ impl TensorMapSpec {
                 rank - 1
             )
         })?;
-        require(matches!(self.element_bytes, 1 | 2 | 4 | 8), || {
-            format!("elements of {} bytes: 1, 2, 4 or 8 are possible", self.element_bytes)
-        })?;
         require(self.address % 16 == 0, || {
             format!("address {:#x} is not a multiple of 16", self.address)
         })?;
@@ -72,7 +91,7 @@ impl TensorMapSpec {
                 format!("a box of {extent} elements: 1 to 256 are possible")
             })?;
         }
-        let row = self.box_dims[0] * self.element_bytes;
+        let row = self.box_dims[0] * self.element.bytes();
         require(row % 16 == 0, || format!("a box row of {row} bytes is not a multiple of 16"))?;
         let swizzle = self.swizzle_bytes;
         require(matches!(swizzle, 0 | 32 | 64 | 128), || {
@@ -85,7 +104,7 @@ impl TensorMapSpec {
         let mut words = [0u64; TensorMap::BYTES / 8];
         words[0] = MAGIC;
         words[1] = self.address;
-        words[2] = rank as u64 | u64::from(self.element_bytes) << 8 | u64::from(swizzle) << 16;
+        words[2] = rank as u64 | (self.element as u64) << 8 | u64::from(swizzle) << 16;
         words[3..3 + rank].copy_from_slice(&self.dims);
         words[8..8 + rank - 1].copy_from_slice(&self.strides_bytes);
         for (i, &extent) in self.box_dims.iter().enumerate() {
@@ -110,7 +129,7 @@ impl TensorMapSpec {
         }
         Some(Self {
             address: words[1],
-            element_bytes: (words[2] >> 8 & 0xff) as u32,
+            element: *Element::ALL.get((words[2] >> 8 & 0xff) as usize)?,
             swizzle_bytes: (words[2] >> 16) as u32,
             dims: words[3..3 + rank].to_vec(),
             strides_bytes: words[8..8 + rank - 1].to_vec(),
@@ -120,7 +139,7 @@ impl TensorMapSpec {
 
     /// Bytes of a whole box.
     pub(super) fn box_bytes(&self) -> u32 {
-        self.box_dims.iter().product::<u32>() * self.element_bytes
+        self.box_dims.iter().product::<u32>() * self.element.bytes()
     }
 
     /// Alignment that a box needs in shared memory.
@@ -137,7 +156,8 @@ impl TensorMapSpec {
     /// Calls `f(offset in the box, global address)` for each 16 bytes of the box at
     /// `coordinates`, with how many of its bytes lie within the tensor.
     pub(super) fn for_each_unit(&self, coordinates: &[u32], mut f: impl FnMut(u32, u64, u32)) {
-        let (row_bytes, element) = (self.box_dims[0] * self.element_bytes, self.element_bytes);
+        let element = self.element.bytes();
+        let row_bytes = self.box_dims[0] * element;
         let rows: u32 = self.box_dims[1..].iter().product();
         for row in 0..rows {
             let mut address = self.address;
@@ -177,7 +197,7 @@ mod tests {
     fn spec() -> TensorMapSpec {
         TensorMapSpec {
             address: 4096,
-            element_bytes: 2,
+            element: Element::Bf16,
             dims: vec![96, 37, 3, 2],
             strides_bytes: vec![192, 37 * 192, 3 * 37 * 192],
             box_dims: vec![64, 16, 1, 1],
@@ -195,12 +215,11 @@ mod tests {
     #[test]
     fn what_the_driver_refuses_is_refused() {
         type Change = fn(&mut TensorMapSpec);
-        let wrong: [(&str, Change); 6] = [
+        let wrong: [(&str, Change); 5] = [
             ("address", |s| s.address = 4098),
             ("stride", |s| s.strides_bytes[0] = 190),
             ("swizzle", |s| s.box_dims[0] = 96),
             ("257", |s| s.box_dims[1] = 257),
-            ("elements of 3", |s| s.element_bytes = 3),
             ("strides", |s| s.strides_bytes.truncate(2)),
         ];
         for (what, change) in wrong {

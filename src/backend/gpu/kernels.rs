@@ -159,6 +159,13 @@ pub(super) fn check_launch(
     if shared > max_shared {
         return bad("the shared memory of a block", shared, max_shared);
     }
+    if launch.grid.x % entry.cluster != 0 {
+        return bad(
+            "the grid's x modulo the size of a cluster",
+            (launch.grid.x % entry.cluster).into(),
+            0,
+        );
+    }
     if launch.grid.count() == 0 {
         return bad("the number of blocks", 0, 1);
     }
