@@ -229,11 +229,8 @@ impl Attention {
         let workspace = memory.filled(plan.workspace_bytes, POISON)?;
         let o_arg = problem.q_arg(o.as_arg());
         let tensors = [inputs.q, inputs.k, inputs.v, o_arg];
-        let mut maps = Vec::new();
-        for map in kernel.tensor_maps.map_or_else(Vec::new, |f| f(problem, &tensors)) {
-            maps.extend_from_slice(&device.encode_tensor_map(&map)?);
-        }
-        let tensor_maps = memory.upload(&maps)?;
+        let maps = kernel.tensor_maps.map_or_else(Vec::new, |f| f(problem, &tensors));
+        let tensor_maps = memory.tensor_maps(&maps)?;
         let queue = memory.filled(if kernel.queue { QUEUE_BYTES } else { 0 }, 0)?;
         let args = AttentionArgs {
             q: inputs.q,

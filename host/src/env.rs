@@ -135,7 +135,7 @@ fn kernels(target: &Target) -> String {
         .map(|k| (k.name, k.summary, k.runs_on(target), module(k.capability, k.exact_capability)));
     let linear = LINEAR_KERNELS
         .iter()
-        .map(|k| (k.name, k.summary, k.runs_on(target), module(k.capability, false)));
+        .map(|k| (k.name, k.summary, k.runs_on(target), module(k.capability, k.exact_capability)));
     let all: Vec<_> = attention.chain(linear).collect();
     let width = all.iter().map(|k| k.0.len()).max().unwrap_or(0);
     let mut text = String::new();

@@ -26,7 +26,7 @@ fn compare_writes_what_it_prints() {
     for heading in ["N = 33, attention", "N = 33, module", "N = 64, attention", "N = 64, module"] {
         assert!(stdout.contains(heading), "{stdout}");
     }
-    assert!(stdout.contains("projections are by linear_mma"), "{stdout}");
+    assert!(stdout.contains("projections are by linear_hopper"), "{stdout}");
 
     let results = Results::read_json(&json).unwrap();
     assert_eq!((results.schema, results.command.as_str()), (SCHEMA, "compare"));

@@ -175,10 +175,29 @@ pub struct LinearArgs {
     pub bias: Buffer,
     /// Output, `[rows, out_features]` row-major.
     pub y: Buffer,
+    /// Two tensor maps (x, w) for kernels that copy through TMA; else empty.
+    pub tensor_maps: Buffer,
     /// Rows of `x`.
     pub rows: u32,
     /// Columns of `x`.
     pub in_features: u32,
     /// Columns of `y`.
     pub out_features: u32,
+}
+
+/// What the [`probe`](crate::probe) is given.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ProbeArgs {
+    /// The tensor map of the sums.
+    pub tensor_map: Buffer,
+}
+
+impl LinearArgs {
+    /// Address of the tensor map at `index`: x, w.
+    #[inline(always)]
+    #[must_use]
+    pub const fn tensor_map(&self, index: u64) -> u64 {
+        self.tensor_maps.address + index * TensorMap::BYTES as u64
+    }
 }

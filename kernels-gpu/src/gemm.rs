@@ -123,7 +123,7 @@ impl<T: Memory> MatrixMut<T> {
     /// Writes the bits of the 16 bytes from this element on, in a matrix that is aligned.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn write_chunk_if_inside(&self, row: u32, column: u32, chunk: [u32; 4]) {
+    pub(crate) fn write_chunk_if_inside(&self, row: u32, column: u32, chunk: [u32; 4]) {
         if self.place.has(row, column) {
             self.view.write_as(self.place.index(row, column), chunk);
         }
@@ -350,7 +350,7 @@ impl<T: Scalar> Product<T, Biased<T>> {
     #[inline(always)]
     #[must_use]
     pub unsafe fn linear(args: &LinearArgs) -> Self {
-        let LinearArgs { x, w, bias, y, rows, in_features, out_features } = *args;
+        let LinearArgs { x, w, bias, y, rows, in_features, out_features, .. } = *args;
         let (in_stride, out_stride) = (in_features as u64, out_features as u64);
         // SAFETY: the caller vouches for the buffers.
         unsafe {

@@ -19,8 +19,10 @@
 //! | `linear_naive` | `linear.rs` | a thread per element |
 //! | `linear_tiled` | `linear.rs` | tiles in shared memory, pieces in registers |
 //! | `linear_mma` | `linear_mma.rs` | tensor cores, slices brought while others are used (sm_80) |
+//! | `linear_hopper` | `linear_hopper.rs` | two blocks share what one of them fetches (sm_90a) |
 //!
-//! `weights.rs` computes the attention weights that a flash kernel did not keep.
+//! `weights.rs` computes the attention weights that a flash kernel did not keep; `probe.rs` is
+//! there for tests.
 //!
 //! What several rungs share stands in a module of its own: [`args`] (what a kernel is
 //! given), [`entry`] (how a generic kernel becomes entries), [`mask`] (which keys a
@@ -46,12 +48,14 @@ pub mod flash_tiled;
 pub mod fragment;
 pub mod gemm;
 pub mod linear;
+pub mod linear_hopper;
 pub mod linear_mma;
 pub mod mask;
 pub mod naive;
 pub mod online;
 pub mod pipeline;
 pub mod policy;
+pub mod probe;
 pub mod schedule;
 pub mod softmax;
 pub mod standard;
@@ -87,7 +91,9 @@ const TABLES: &[&[entry::Entry]] = &[
     linear::NAIVE,
     linear::TILED,
     linear_mma::ENTRIES,
+    linear_hopper::ENTRIES,
     weights::ENTRIES,
+    probe::ENTRIES,
     flash_hopper::THREE_CONSUMERS,
     flash_hopper::TWO_CONSUMERS,
 ];

@@ -132,4 +132,12 @@ impl<const STAGES: u32> Ring<STAGES> {
         // Hazard: what was read must have been read before the producer's next copy.
         self.empty(stage.index()).arrive();
     }
+
+    /// [`release`](Self::release) to the producer of the block of rank `rank` of the cluster.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn release_at(&self, stage: Stage<STAGES>, rank: u32) {
+        // Hazard: as for `release`.
+        self.empty(stage.index()).signal_at(rank);
+    }
 }

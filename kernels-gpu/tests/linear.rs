@@ -4,8 +4,17 @@ mod common;
 
 use common::{buffer, buffer_mut, check_linear, run, values};
 use half::{bf16, f16};
-use kernels_gpu::{args::LinearArgs, linear, linear_mma};
-use simt::{Dim3, scalar::Scalar};
+use kernels_gpu::{
+    args::{Buffer, LinearArgs},
+    linear,
+    linear_hopper::{self, Tile},
+    linear_mma,
+};
+use simt::{
+    Dim3,
+    scalar::Scalar,
+    tma::{Element, TensorMap, TensorMapSpec},
+};
 
 fn naive<T: Scalar>(symbol: &str, shape: (u32, u32, u32), bias: bool) {
     let tile = linear::NAIVE_TILE;
@@ -31,6 +40,55 @@ fn mma<T: Scalar>(symbol: &str, shape: (u32, u32, u32), bias: bool) {
         let stats = run(symbol, grid, linear_mma::THREADS.into(), shared, args);
         assert_eq!(stats.bank_conflicts, 0, "{symbol} {shape:?}");
     });
+}
+
+/// The tensor maps of x and w.
+fn maps(args: &LinearArgs, tile: Tile) -> [TensorMap; 2] {
+    let map = |at: Buffer, columns: u32, rows: u32, box_dims: [u32; 4]| {
+        let row = u64::from(columns) * 2;
+        let spec = TensorMapSpec {
+            address: at.address,
+            element: Element::F16, // Or bf16: copies move bits.
+            dims: vec![columns.into(), rows.into(), 1, 1],
+            strides_bytes: vec![row, row * u64::from(rows), row * u64::from(rows)],
+            box_dims: box_dims.to_vec(),
+            swizzle_bytes: 128,
+        };
+        spec.encode().expect("a map that the driver would take")
+    };
+    let [x, w] = tile.boxes();
+    [
+        map(args.x, args.in_features, args.rows, x),
+        map(args.w, args.in_features, args.out_features, w),
+    ]
+}
+
+fn hopper<T: Scalar>(dtype: &str, columns: u32, clusters: u32, shape: (u32, u32, u32), bias: bool) {
+    let tile = Tile { columns };
+    let (row_tiles, column_tiles) = tile.grid(shape.0, shape.2);
+    let blocks = linear_hopper::CLUSTER * clusters.min(row_tiles * column_tiles);
+    let symbol = format!("linear_hopper_{dtype}_n{columns}");
+    check_linear::<T>(shape, bias, |args| {
+        let mut args = *args;
+        let mut maps = maps(&args, tile);
+        args.tensor_maps = buffer_mut(&mut maps);
+        run(&symbol, blocks.into(), linear_hopper::THREADS.into(), tile.shared_bytes(), &args);
+    });
+}
+
+#[test]
+fn hopper_computes_the_projection() {
+    // Whole tiles of one cluster; more slices than stages.
+    hopper::<f16>("f16", 256, 1, (256, 384, 256), true);
+    // Tails in every direction, several tiles a cluster, more slices than stages in all.
+    hopper::<bf16>("bf16", 256, 2, (300, 72, 600), true);
+    hopper::<f16>("f16", 128, 2, (257, 136, 264), false);
+    hopper::<bf16>("bf16", 192, 2, (257, 136, 392), true);
+    // A cluster whose second block has no rows; fewer slices than stages.
+    hopper::<bf16>("bf16", 128, 3, (65, 8, 136), true);
+    // Several bands, the last one narrower.
+    hopper::<f16>("f16", 128, 5, (257, 8, 1304), true);
+    hopper::<f16>("f16", 256, 1, (1, 8, 8), true);
 }
 
 #[test]

@@ -51,6 +51,29 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ),
     ("linear_tiled", &["ld.shared", "bar.sync", "fma.rn"]),
     ("linear_mma", &["mma.sync", "ldmatrix", "cp.async", "bar.sync", "st.global.v4"]),
+    (
+        "linear_hopper",
+        &[
+            ".reqnctapercluster",
+            "wgmma.mma_async",
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast",
+            "mapa.shared::cluster",
+            "setmaxnreg.inc",
+            "st.global.v4",
+        ],
+    ),
+    (
+        "cluster_probe",
+        &[
+            ".reqnctapercluster",
+            "barrier.cluster.wait",
+            "ld.shared::cluster",
+            "st.shared::cluster",
+            "mbarrier.arrive.release.cluster",
+            "mbarrier.try_wait.parity.acquire.cluster",
+            "cp.reduce.async.bulk.tensor",
+        ],
+    ),
 ];
 
 /// Instructions that belong to a later architecture than the module's.

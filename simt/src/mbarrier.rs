@@ -75,6 +75,9 @@ impl Mbarrier {
 
     /// Arrives once at the barrier that the block of rank `rank` of the cluster has where this
     /// block has this one.
+    ///
+    /// What this thread wrote, or knows to be written, is released to the other block, which
+    /// costs a fence of the whole GPU; [`signal_at`](Self::signal_at) has none.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn arrive_at(self, rank: u32) {
@@ -88,7 +91,26 @@ impl Mbarrier {
             );
         }
         #[cfg(not(target_arch = "nvptx64"))]
-        mbarriers::arrive_at(self.address, rank, Location::caller());
+        mbarriers::arrive_at(self.address, rank, Scope::Cluster, Location::caller());
+    }
+
+    /// [`arrive_at`](Self::arrive_at) that releases no writes to the other block: it says that
+    /// something may be overwritten, such as a tile that products have read. The plain
+    /// [`wait`](Self::wait) is enough for it.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn signal_at(self, rank: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: the maker of the view vouches for the address.
+        unsafe {
+            core::arch::asm!(
+                "{{ .reg .b32 there; mapa.shared::cluster.u32 there, {0}, {1};",
+                "mbarrier.arrive.shared::cluster.b64 _, [there]; }}",
+                in(reg32) self.address, in(reg32) rank, options(nostack)
+            );
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        mbarriers::arrive_at(self.address, rank, Scope::Block, Location::caller());
     }
 
     /// Announces `bytes` bytes that copies will bring in this phase, and arrives once.

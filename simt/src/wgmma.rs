@@ -51,6 +51,8 @@ pub trait Operand: Scalar {
     const IS_BF16: bool;
     /// Rounds two values and packs them, `low` in the lower half.
     fn pack(low: f32, high: f32) -> u32;
+    /// The two values of [`pack`](Self::pack).
+    fn unpack(packed: u32) -> (f32, f32);
 }
 
 macro_rules! operand {
@@ -60,6 +62,11 @@ macro_rules! operand {
             #[inline(always)]
             fn pack(low: f32, high: f32) -> u32 {
                 <Ampere as TensorCore<$type>>::pack(low, high)
+            }
+            #[inline(always)]
+            fn unpack(packed: u32) -> (f32, f32) {
+                let half = |bits: u32| Scalar::to_f32($type::from_bits(bits as u16));
+                (half(packed), half(packed >> 16))
             }
         }
     };
@@ -194,6 +201,16 @@ pub trait WaitGroup {
 
 /// Products with both operands in shared memory, over `STEPS` steps of 16 columns.
 pub trait SharedProduct<const STEPS: usize>: WaitGroup {
+    /// Starts `self += A Bᵀ`, otherwise as [`product_shared`](Self::product_shared).
+    ///
+    /// # Safety
+    /// As for [`product_shared`](Self::product_shared).
+    unsafe fn accumulate_shared<T: Operand, const A_CHUNK: u32, const B_CHUNK: u32>(
+        &mut self,
+        a: Descriptor,
+        b: Descriptor,
+    );
+
     /// Starts `self = A Bᵀ` with A `[64, 16 * STEPS]` and B `[8 * GROUPS, 16 * STEPS]`, both
     /// [`Descriptor::k_major`], whose chunks are `A_CHUNK` and `B_CHUNK` bytes apart.
     ///
@@ -310,7 +327,7 @@ macro_rules! wait_group {
 /// on to the next chunk; addresses count 16 bytes.
 #[cfg(target_arch = "nvptx64")]
 macro_rules! shared_step {
-    ($n:literal $type:literal $k:literal $list:expr) => {
+    ($n:literal $type:literal $k:literal $from:literal $list:expr) => {
         concat!(
             "add.s32 low, {a}, (",
             $k,
@@ -332,7 +349,9 @@ macro_rules! shared_step {
             $list,
             ", a, b, (",
             $k,
-            ">0), 1, 1, 0, 0; "
+            ">=",
+            $from,
+            "), 1, 1, 0, 0; "
         )
     };
 }
@@ -344,9 +363,20 @@ macro_rules! shared_product {
     (@impl $n:literal $steps:literal [$($k:literal)*] ($list:expr)
      $(($g:literal $a:literal $b:literal $c:literal $d:literal))*) => {
         impl SharedProduct<$steps> for Accumulator<{ $n / 8 }> {
+            // What is there counts from the second step on.
+            shared_product!(@start product_shared out 1 false
+                $n $steps [$($k)*] ($list) $(($g $a $b $c $d))*);
+            // And here from the first.
+            shared_product!(@start accumulate_shared inout 0 true
+                $n $steps [$($k)*] ($list) $(($g $a $b $c $d))*);
+        }
+    };
+    (@start $name:ident $direction:ident $from:literal $accumulate:literal
+     $n:literal $steps:literal [$($k:literal)*] ($list:expr)
+     $(($g:literal $a:literal $b:literal $c:literal $d:literal))*) => {
             #[inline(always)]
             #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-            unsafe fn product_shared<T: Operand, const A_CHUNK: u32, const B_CHUNK: u32>(
+            unsafe fn $name<T: Operand, const A_CHUNK: u32, const B_CHUNK: u32>(
                 &mut self,
                 a: Descriptor,
                 b: Descriptor,
@@ -360,10 +390,10 @@ macro_rules! shared_product {
                             unsafe {
                                 core::arch::asm!(
                                     "{{ .reg .b64 a, b; .reg .b32 low; wgmma.fence.sync.aligned; ",
-                                    $(shared_step!($n $type $k $list),)*
+                                    $(shared_step!($n $type $k $from $list),)*
                                     "wgmma.commit_group.sync.aligned; }}",
-                                    $(out(reg32) d[$g][0], out(reg32) d[$g][1],
-                                      out(reg32) d[$g][2], out(reg32) d[$g][3],)*
+                                    $($direction(reg32) d[$g][0], $direction(reg32) d[$g][1],
+                                      $direction(reg32) d[$g][2], $direction(reg32) d[$g][3],)*
                                     a = in(reg32) a.0, b = in(reg32) b.0,
                                     high = const Descriptor::HIGH,
                                     a_chunk = const A_CHUNK / 16, b_chunk = const B_CHUNK / 16,
@@ -378,10 +408,9 @@ macro_rules! shared_product {
                 {
                     let a = OperandA::Shared { tile: a.bits(), chunk: A_CHUNK, steps: $steps };
                     let b = OperandB::KMajor { tile: b.bits(), chunk: B_CHUNK };
-                    self.start(a, b, false, T::IS_BF16, Location::caller());
+                    self.start(a, b, $accumulate, T::IS_BF16, Location::caller());
                 }
             }
-        }
     };
 }
 
@@ -470,11 +499,14 @@ with_groups!(128 wait_group ());
 with_groups!(192 wait_group ());
 with_groups!(256 wait_group ());
 
-// S = QKᵀ: the width of the tile of keys, and the head dims in steps of 16.
+// S = QKᵀ: the width of the tile of keys, and the head dims in steps of 16. Projections: the
+// columns of a tile, and a chunk in steps of 16.
 with_groups!(64 shared_product (16 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]));
 with_groups!(80 shared_product (16 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]));
 with_groups!(96 shared_product (12 [0 1 2 3 4 5 6 7 8 9 10 11]));
 with_groups!(128 shared_product (4 [0 1 2 3]));
+with_groups!(192 shared_product (4 [0 1 2 3]));
+with_groups!(256 shared_product (4 [0 1 2 3]));
 with_groups!(128 shared_product (6 [0 1 2 3 4 5]));
 with_groups!(128 shared_product (8 [0 1 2 3 4 5 6 7]));
 

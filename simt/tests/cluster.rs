@@ -166,14 +166,14 @@ fn accesses_beyond_the_cluster_or_the_block_are_out_of_bounds() {
 }
 
 /// Block 1 leaves a number in block 0 and arrives at its barrier, where it is waited for.
-fn hand_over(wait: impl Fn(Mbarrier)) -> impl Fn() {
+fn hand_over(arrive: impl Fn(Mbarrier), wait: impl Fn(Mbarrier)) -> impl Fn() {
     move || {
         init(THREADS);
         let mine = values::<u32>(0);
         let t = thread::thread_idx_x();
         if cluster::block_rank() == 1 {
             cluster::map_shared_rank(mine, 0).write(t, t);
-            bar(1).arrive_at(0);
+            arrive(bar(1));
         } else {
             wait(bar(1));
             assert_eq!(mine.read(THREADS - 1 - t), THREADS - 1 - t);
@@ -183,9 +183,11 @@ fn hand_over(wait: impl Fn(Mbarrier)) -> impl Fn() {
 
 #[test]
 fn arrivals_at_another_blocks_barrier_hand_data_over() {
-    launch(2, hand_over(|bar| bar.wait_cluster(0)));
-    let kind = fault(hand_over(|bar| bar.wait(0)));
+    launch(2, hand_over(|bar| bar.arrive_at(0), |bar| bar.wait_cluster(0)));
+    let kind = fault(hand_over(|bar| bar.arrive_at(0), |bar| bar.wait(0)));
     assert_starts(&kind, "threads of another block arrived at the mbarrier");
+    let kind = fault(hand_over(|bar| bar.signal_at(0), |bar| bar.wait_cluster(0)));
+    assert!(kind.to_string().contains("is read before it was released to the cluster"), "{kind}");
 }
 
 #[test]
@@ -212,7 +214,7 @@ fn multicast(map: &Map, turns: u32, release: bool) -> impl Fn() + Sync + '_ {
             if thread::thread_idx_x() == 0 {
                 if release {
                     // Hazard: either block may still read the tile.
-                    empty.wait_cluster((turn % 2) ^ 1);
+                    empty.wait((turn % 2) ^ 1);
                 }
                 full.arrive_expect_tx(TILE_BYTES);
                 let half = tile.address_of(rank * 64 * 64);
@@ -239,7 +241,7 @@ fn multicast(map: &Map, turns: u32, release: bool) -> impl Fn() + Sync + '_ {
             // Hazard: a thread that has not seen the phase would miss it.
             thread::sync_threads();
             if thread::thread_idx_x() < 2 {
-                empty.arrive_at(thread::thread_idx_x());
+                empty.signal_at(thread::thread_idx_x());
             }
         }
         // Hazard: the last arrivals come to a block that must not have ended.

@@ -8,7 +8,7 @@ pub mod gpu;
 pub mod memory;
 
 use crate::error::Error;
-use kernels_gpu::args::{AttentionArgs, LinearArgs};
+use kernels_gpu::args::{AttentionArgs, LinearArgs, ProbeArgs};
 
 pub use cpu::CpuDevice;
 pub use gpu::GpuDevice;
@@ -139,9 +139,14 @@ unsafe impl KernelArgs for AttentionArgs {
     const FIELD_BYTES: usize = size_of::<Self>();
 }
 
-// Four buffers and three 32-bit numbers; four bytes of padding at the end.
-const _: () = assert!(std::mem::offset_of!(LinearArgs, out_features) == 4 * 16 + 2 * 4);
+// SAFETY: a buffer is two numbers of 64 bits.
+unsafe impl KernelArgs for ProbeArgs {
+    const FIELD_BYTES: usize = size_of::<Self>();
+}
+
+// Five buffers and three 32-bit numbers; four bytes of padding at the end.
+const _: () = assert!(std::mem::offset_of!(LinearArgs, out_features) == 5 * 16 + 2 * 4);
 // SAFETY: the assertion above leaves no room for padding before the last field.
 unsafe impl KernelArgs for LinearArgs {
-    const FIELD_BYTES: usize = 4 * 16 + 3 * 4;
+    const FIELD_BYTES: usize = 5 * 16 + 3 * 4;
 }

@@ -210,7 +210,8 @@ impl MultiHeadAttention {
     /// come on top.
     #[must_use]
     pub fn pass_bytes(&self, kernel: &KernelSpec, problem: &Problem) -> u64 {
-        pass_bytes(kernel, problem, &Target::of(&**self.memory.device()))
+        let target = Target::of(&**self.memory.device());
+        pass_bytes_with(kernel, self.linear(problem).ok(), problem, &target)
     }
 
     /// Checks an input and gets a pass ready to run.
@@ -286,13 +287,17 @@ impl MultiHeadAttention {
         let y = self.memory.filled(x.bytes(), POISON)?;
 
         let launch = |projection: &Projection, x: &DeviceBuffer, parameters, y: &DeviceBuffer| {
-            let args = linear_args(projection, x, parameters, y);
-            (linear.step)(projection).launch(&args)
+            let mut args = linear_args(projection, x, parameters, y);
+            let maps = linear.tensor_maps.map_or_else(Vec::new, |f| f(projection, &target, &args));
+            let maps = self.memory.tensor_maps(&maps)?;
+            args.tensor_maps = maps.as_arg();
+            Ok::<_, Error>(((linear.step)(projection, &target).launch(&args), maps))
         };
         let [first, last] = projections(problem);
-        let before = launch(&first, &x, &self.qkv, &qkv);
-        let after = launch(&last, attention.o(), &self.out, &y);
-        Ok(Forward { module: self, before, attention, after, x, mask, _qkv: qkv, y, others })
+        let (before, first_maps) = launch(&first, &x, &self.qkv, &qkv)?;
+        let (after, last_maps) = launch(&last, attention.o(), &self.out, &y)?;
+        let _kept = [qkv, first_maps, last_maps];
+        Ok(Forward { module: self, before, attention, after, x, mask, _kept, y, others })
     }
 
     /// Q, K or V, of which a token has a third each: `[B, N, 3, H, D]` at `third`.
@@ -377,6 +382,7 @@ fn linear_args(
         rows: projection.rows as u32,
         in_features: projection.in_features as u32,
         out_features: projection.out_features as u32,
+        ..LinearArgs::default()
     }
 }
 
@@ -390,9 +396,21 @@ pub const fn parameter_bytes(problem: &Problem) -> u64 {
 /// [`MultiHeadAttention::pass_bytes`] on any device.
 #[must_use]
 pub fn pass_bytes(kernel: &KernelSpec, problem: &Problem, target: &Target) -> u64 {
+    pass_bytes_with(kernel, best_linear(problem, target).ok(), problem, target)
+}
+
+fn pass_bytes_with(
+    kernel: &KernelSpec,
+    linear: Option<&LinearSpec>,
+    problem: &Problem,
+    target: &Target,
+) -> u64 {
     // Attention, and x and y, which are as large as O each.
     let x = problem.q_elements() as u64 * problem.dtype().size() as u64;
-    kernel.peak_bytes(problem, target) + 2 * x
+    let of_projections = linear.map_or(0, |linear| {
+        projections(problem).iter().map(|p| linear.workspace_bytes(p, target)).sum()
+    });
+    kernel.peak_bytes(problem, target) + 2 * x + of_projections
 }
 
 #[cfg(test)]

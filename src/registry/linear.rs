@@ -2,11 +2,16 @@
 //! attention kernels, the best one for a projection is the last that can do it; a kernel
 //! joins with one entry here.
 
-use kernels_gpu::{linear, linear_mma};
+use kernels_gpu::{
+    args::{Buffer, LinearArgs},
+    linear,
+    linear_hopper::{self, Tile},
+    linear_mma,
+};
 use simt::Dim3;
 
-use super::{Step, Target, dtype_obstacle, lacking, list, table::tiles, unless};
-use crate::{dtype::DType, error::Error};
+use super::{Step, TENSOR_MAP_BYTES, Target, dtype_obstacle, lacking, list, table::tiles, unless};
+use crate::{backend::TensorMapSpec, dtype::DType, error::Error};
 
 /// A projection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,24 +37,37 @@ pub struct LinearSpec {
     pub dtypes: &'static [DType],
     /// The least compute capability, `(major, minor)`.
     pub capability: (u32, u32),
+    /// Whether it runs on that capability only.
+    pub exact_capability: bool,
+    /// What else a projection needs; the text says which value is wrong.
+    pub limit: fn(&Projection) -> Option<String>,
     /// Its launch for a projection that it supports.
-    pub step: fn(&Projection) -> Step,
+    pub step: fn(&Projection, &Target) -> Step,
+    /// Makes the tensor maps that it needs; `None` without TMA.
+    pub tensor_maps: Option<LinearMaps>,
 }
 
+/// Makes tensor maps of x and w in device memory, in the order in which a kernel expects
+/// them.
+pub type LinearMaps = fn(&Projection, &Target, &LinearArgs) -> Vec<TensorMapSpec>;
+
 /// Every linear kernel, the slowest first.
-pub static LINEAR_KERNELS: &[LinearSpec] = &[LINEAR_NAIVE, LINEAR_TILED, LINEAR_MMA];
+pub static LINEAR_KERNELS: &[LinearSpec] = &[LINEAR_NAIVE, LINEAR_TILED, LINEAR_MMA, LINEAR_HOPPER];
 
 const LINEAR_NAIVE: LinearSpec = LinearSpec {
     name: "linear_naive",
     summary: "a thread per element of y",
     dtypes: &DType::ALL,
     capability: (7, 5),
-    step: |p| Step {
+    exact_capability: false,
+    limit: |_| None,
+    step: |p, _| Step {
         symbol: format!("linear_naive_{}", p.dtype),
         grid: grid(p, linear::NAIVE_TILE),
         block: Dim3::new(linear::NAIVE_TILE, linear::NAIVE_TILE, 1),
         shared_bytes: 0,
     },
+    tensor_maps: None,
 };
 
 const LINEAR_TILED: LinearSpec = LinearSpec {
@@ -57,12 +75,15 @@ const LINEAR_TILED: LinearSpec = LinearSpec {
     summary: "tiles in shared memory, pieces in registers, scalar arithmetic",
     dtypes: &DType::ALL,
     capability: (7, 5),
-    step: |p| Step {
+    exact_capability: false,
+    limit: |_| None,
+    step: |p, _| Step {
         symbol: format!("linear_tiled_{}", p.dtype),
         grid: grid(p, linear::TILE),
         block: linear::TILED_THREADS.into(),
         shared_bytes: 0,
     },
+    tensor_maps: None,
 };
 
 const LINEAR_MMA: LinearSpec = LinearSpec {
@@ -70,13 +91,76 @@ const LINEAR_MMA: LinearSpec = LinearSpec {
     summary: "tensor cores by mma.sync, slices copied while others are multiplied",
     dtypes: &[DType::F16, DType::BF16],
     capability: (8, 0),
-    step: |p| Step {
+    exact_capability: false,
+    limit: |_| None,
+    step: |p, _| Step {
         symbol: format!("linear_mma_{}", p.dtype),
         grid: grid(p, linear_mma::TILE),
         block: linear_mma::THREADS.into(),
         shared_bytes: linear_mma::SHARED_BYTES,
     },
+    tensor_maps: None,
 };
+
+const LINEAR_HOPPER: LinearSpec = LinearSpec {
+    name: "linear_hopper",
+    summary: "Hopper: wgmma, bulk copies into two blocks at once, a producer warpgroup",
+    dtypes: &[DType::F16, DType::BF16],
+    capability: (9, 0),
+    exact_capability: true,
+    limit: |p| {
+        // The copy engine counts rows in units of 16 bytes.
+        let unit = 16 / p.dtype.size();
+        let (what, n) = [("in_features", p.in_features), ("out_features", p.out_features)]
+            .into_iter()
+            .find(|(_, n)| n % unit != 0)?;
+        Some(format!("copies rows in units of 16 bytes: {what} is {n}, no multiple of {unit}"))
+    },
+    step: |p, target| {
+        let tile = hopper_tile(p, target);
+        let (row_tiles, column_tiles) = tile.grid(p.rows as u32, p.out_features as u32);
+        let clusters = target.multiprocessors / linear_hopper::CLUSTER;
+        let clusters = row_tiles.saturating_mul(column_tiles).min(clusters.max(1));
+        Step {
+            symbol: format!("linear_hopper_{}_n{}", p.dtype, tile.columns),
+            // One block a multiprocessor: shared memory and registers leave no room for two.
+            grid: (linear_hopper::CLUSTER * clusters).into(),
+            block: linear_hopper::THREADS.into(),
+            shared_bytes: tile.shared_bytes(),
+        }
+    },
+    tensor_maps: Some(|p, target, args| {
+        let [x, w] = hopper_tile(p, target).boxes();
+        vec![
+            matrix_map(p.dtype, args.x, [p.in_features, p.rows], x),
+            matrix_map(p.dtype, args.w, [p.in_features, p.out_features], w),
+        ]
+    }),
+};
+
+fn hopper_tile(p: &Projection, target: &Target) -> Tile {
+    Tile::best(p.rows as u32, p.out_features as u32, target.multiprocessors)
+}
+
+/// The tensor map of a row-major matrix, with two dimensions of one element beyond columns and
+/// rows.
+fn matrix_map(
+    dtype: DType,
+    at: Buffer,
+    [columns, rows]: [usize; 2],
+    box_dims: [u32; 4],
+) -> TensorMapSpec {
+    let (columns, rows) = (columns as u64, rows as u64);
+    let row = columns * dtype.size() as u64;
+    TensorMapSpec {
+        address: at.address,
+        dtype,
+        dims: vec![columns, rows, 1, 1],
+        strides_bytes: vec![row, row * rows, row * rows],
+        box_dims: box_dims.to_vec(),
+        swizzle_bytes: 128,
+    }
+}
 
 /// A block per tile of `y`: `x` counts tiles of rows, `y` tiles of columns.
 fn grid(p: &Projection, tile: u32) -> Dim3 {
@@ -97,21 +181,30 @@ impl LinearSpec {
     /// # Errors
     /// [`Error::Unsupported`] with what the device lacks.
     pub fn runs_on(&self, target: &Target) -> Result<(), Error> {
-        unless(self.name, lacking(self.capability, false, target))
+        unless(self.name, lacking(self.capability, self.exact_capability, target))
     }
 
     fn obstacle(&self, p: &Projection, target: &Target) -> Option<String> {
-        if let Some(reason) = lacking(self.capability, false, target) {
+        if let Some(reason) = lacking(self.capability, self.exact_capability, target) {
             return Some(reason);
         }
         if let Some(reason) = dtype_obstacle(self.dtypes, p.dtype) {
             return Some(reason);
         }
         // Kernels count rows and features in 32 bits.
-        if let Some(n) = [p.rows, p.in_features].into_iter().find(|&n| u32::try_from(n).is_err()) {
+        if let Some(n) =
+            [p.rows, p.in_features, p.out_features].into_iter().find(|&n| u32::try_from(n).is_err())
+        {
             return Some(format!("counts rows and features in 32 bits: {n} is too many"));
         }
-        (self.step)(p).obstacle(target)
+        (self.limit)(p).or_else(|| (self.step)(p, target).obstacle(target))
+    }
+
+    /// Device memory beyond x, w, bias and y: that of the tensor maps.
+    #[must_use]
+    pub fn workspace_bytes(&self, p: &Projection, target: &Target) -> u64 {
+        let maps = self.tensor_maps.map_or(0, |f| f(p, target, &LinearArgs::default()).len());
+        maps as u64 * TENSOR_MAP_BYTES
     }
 }
 
@@ -152,12 +245,13 @@ mod tests {
     fn every_step_names_an_entry_with_its_threads() {
         for kernel in LINEAR_KERNELS {
             for &dtype in kernel.dtypes {
-                let projection = Projection { dtype, rows: 5, in_features: 7, out_features: 9 };
+                let projection = Projection { dtype, rows: 5, in_features: 8, out_features: 16 };
                 kernel.supports(&projection, &emulator()).unwrap();
-                let step = (kernel.step)(&projection);
+                let step = (kernel.step)(&projection, &emulator());
                 let entry = kernels_gpu::find(&step.symbol)
                     .unwrap_or_else(|| panic!("{} has no entry", step.symbol));
                 assert_eq!(u64::from(entry.threads), step.block.count(), "{}", step.symbol);
+                assert_eq!(step.grid.x % entry.cluster, 0, "{}", step.symbol);
                 assert_eq!(entry.args_bytes, size_of::<kernels_gpu::args::LinearArgs>());
             }
         }

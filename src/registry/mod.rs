@@ -17,7 +17,7 @@ use crate::{
     problem::{Layout, Problem},
 };
 
-pub use linear::{LINEAR_KERNELS, LinearSpec, Projection, best_linear, find_linear};
+pub use linear::{LINEAR_KERNELS, LinearMaps, LinearSpec, Projection, best_linear, find_linear};
 pub use table::KERNELS;
 
 /// Bytes of an encoded tensor map.

@@ -24,6 +24,9 @@ impl Block {
         self.stats.shared_bytes_read += u64::from(bytes);
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.read(offset, bytes, by)?;
+        if self.blocks() > 1 {
+            self.check_released(offset, bytes, at)?;
+        }
         Ok(self.shared.at(offset))
     }
 

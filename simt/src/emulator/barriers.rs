@@ -256,6 +256,9 @@ fn complete_barrier(b: &mut Block, id: BarrierId) -> Result<(), FaultKind> {
             )));
         }
     }
+    if id == BarrierId::Cluster {
+        b.release_to_cluster(&waiting);
+    }
     if waiting.len() >= b.block_threads() {
         b.stats.barriers += 1;
         b.synchronise(&waiting);

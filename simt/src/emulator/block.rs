@@ -71,6 +71,8 @@ pub(crate) struct Block {
     pub(super) copies: Copies,
     /// The last access of each lane to the shared memory of each other block.
     pub(super) remote: Vec<RemoteAccess>,
+    /// What lanes have released to other blocks.
+    pub(super) released: Clock,
     pub(super) kernel: Option<*const (dyn Fn() + Sync)>,
 }
 
@@ -100,6 +102,7 @@ impl Block {
             barriers: Vec::new(),
             copies: Copies::default(),
             remote: Vec::new(),
+            released: Clock::new(0),
             kernel: None,
         }
     }
@@ -145,6 +148,7 @@ impl Block {
         self.bulk.reset();
         self.tensor_cores.reset(threads);
         self.remote.clear();
+        self.released.reset(0);
         self.has_agents = false;
         let warps = threads.div_ceil(32);
         while self.warps.len() < warps {

@@ -237,21 +237,17 @@ pub(crate) fn load_multicast(
         for rank in (0..u16::BITS).filter(|rank| blocks >> rank & 1 == 1) {
             let destination = b.map_shared_rank(destination, rank, at)?;
             let mbarrier = b.map_shared_rank(mbarrier, rank, at)?;
-            b.reach(rank as usize, at)?;
             b.check_box(&map, rank as usize, destination, "bulk load", at)?;
             let index = b.mbarrier(mbarrier, at)?;
             b.check_mbarrier_fence(index, at)?;
             let now = b.tick();
             // The write is the barrier's: who waits for the phase knows of it. It must come
             // after everything there that the lane that starts it does not know to be over.
-            let by = Access {
-                lane: Agent::mbarrier(index).lane(),
-                now,
-                clock: &b.own_knowledge(),
-                location: at,
-            };
+            let lane = Agent::mbarrier(index).lane();
+            let by = Access { lane, now, clock: &b.own_knowledge(), location: at };
             b.shared.write(destination, map.box_bytes(), by)?;
             b.stats.shared_bytes_written += u64::from(map.box_bytes());
+            b.reach_as(lane, rank as usize, now, at)?;
             destinations.push((destination, index));
         }
         let lane = b.current as u16;

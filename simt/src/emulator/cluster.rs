@@ -4,12 +4,12 @@
 use super::{
     accesses::access,
     block::Block,
-    clock::Time,
+    clock::{Clock, Time},
     fault::{FaultKind, Place, Site},
     shadow::window,
 };
 
-/// That a lane has reached into another block.
+/// That a lane, or an agent, has reached into another block.
 pub(crate) struct RemoteAccess {
     lane: u16,
     /// Rank of the block that it reached into.
@@ -30,9 +30,20 @@ impl Block {
         Ok(window(rank as usize).wrapping_add(offset))
     }
 
-    /// Notes that the current lane reaches into the block of that rank, which it must know to
-    /// have started.
+    /// Notes that the current lane reaches into the block of that rank now.
     pub(super) fn reach(&mut self, rank: usize, at: Place) -> Result<(), FaultKind> {
+        self.reach_as(self.current as u16, rank, self.time, at)
+    }
+
+    /// Notes that `lane`, the current one or an agent that it starts, reaches into the block of
+    /// that rank at that time. The current lane must know that block to have started.
+    pub(super) fn reach_as(
+        &mut self,
+        lane: u16,
+        rank: usize,
+        time: Time,
+        at: Place,
+    ) -> Result<(), FaultKind> {
         if rank == self.rank() {
             return Ok(());
         }
@@ -49,9 +60,40 @@ impl Block {
             );
             return Err(FaultKind::Misuse { message, this: self.site(at) });
         }
-        let (lane, time) = (self.current as u16, self.time);
         self.remote.retain(|r| (r.lane, r.rank) != (lane, rank));
         self.remote.push(RemoteAccess { lane, rank, time, at });
+        Ok(())
+    }
+
+    /// Notes that `lanes` release to other blocks what they know and did.
+    pub(super) fn release_to_cluster(&mut self, lanes: &[u16]) {
+        let now = self.tick();
+        let mut released = std::mem::replace(&mut self.released, Clock::new(0));
+        self.release(&mut released, lanes, now);
+        self.released = released;
+    }
+
+    /// Checks that what the current lane reads was released to it, where a lane of another
+    /// block wrote it.
+    pub(super) fn check_released(
+        &self,
+        offset: u32,
+        bytes: u32,
+        at: Place,
+    ) -> Result<(), FaultKind> {
+        let threads = self.block_threads();
+        for (lane, time, place) in self.shared.last_writes(offset, bytes) {
+            let is_lane = usize::from(lane) < self.threads();
+            let is_foreign = is_lane && usize::from(lane) / threads != self.rank();
+            if is_foreign && !self.released.knows(lane, usize::from(lane / 32), time) {
+                let writer = Site { lane: lane.into(), location: place };
+                let message = format!(
+                    "shared memory at byte {offset}, written by {writer} of another block, is \
+                     read before it was released to the cluster (by arrive_at or cluster::sync)"
+                );
+                return Err(FaultKind::Misuse { message, this: self.site(at) });
+            }
+        }
         Ok(())
     }
 
@@ -69,6 +111,7 @@ impl Block {
         self.stats.shared_bytes_read += u64::from(bytes);
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.read(offset, bytes, by)?;
+        self.check_released(offset, bytes, at)?;
         Ok(self.shared.at(offset))
     }
 

@@ -11,7 +11,8 @@ use crate::Dim3;
 /// A place in a kernel's source and the lane that was there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Site {
-    /// Lane, counted over the block; from 1024 on bulk copies and tensor cores.
+    /// Lane, counted over the block, and on over the blocks of its cluster; from 1024 on bulk
+    /// copies and tensor cores.
     pub lane: u32,
     /// Source line, where it is known.
     pub location: Option<&'static Location<'static>>,
@@ -149,7 +150,7 @@ pub enum FaultKind {
 pub struct Fault {
     /// What went wrong.
     pub kind: FaultKind,
-    /// Index of the block, where one had started.
+    /// Index of the block, the first of its cluster, where one had started.
     pub block: Option<Dim3>,
 }
 

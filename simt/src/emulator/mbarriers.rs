@@ -11,7 +11,7 @@ use super::{
 /// agent of its own.
 pub(crate) const MAX_MBARRIERS: usize = Agent::MBARRIERS;
 
-/// Whose releases a wait acquires.
+/// To whom an arrival releases, and from whom a wait acquires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Scope {
     Block,
@@ -29,7 +29,8 @@ struct Mbarrier {
     phases: u32,
     /// What the arrivals of the current phase released.
     arriving: Clock,
-    /// Whether threads of another block have arrived, in the current phase and in the last.
+    /// Whether threads of another block have released to this one, in the current phase and in
+    /// the last.
     remote: (bool, bool),
     /// What all completed phases released: what a wait acquires.
     complete: Clock,
@@ -240,19 +241,22 @@ pub(crate) fn init(address: u32, arrivals: u32, at: Place) {
 
 pub(crate) fn arrive(address: u32, bytes: u32, at: Place) {
     let rank = current::with(|b| b.rank() as u32);
-    arrive_in(rank, address, bytes, at);
+    arrive_in(rank, address, bytes, Scope::Block, at);
 }
 
-pub(crate) fn arrive_at(address: u32, rank: u32, at: Place) {
+pub(crate) fn arrive_at(address: u32, rank: u32, scope: Scope, at: Place) {
     let address = current::checked(|b| b.map_shared_rank(address, rank, at));
-    arrive_in(rank, address, 0, at);
+    arrive_in(rank, address, 0, scope, at);
 }
 
 /// Arrives at an mbarrier of the block of that rank.
-fn arrive_in(rank: u32, address: u32, bytes: u32, at: Place) {
+fn arrive_in(rank: u32, address: u32, bytes: u32, scope: Scope, at: Place) {
     current::checked(|b| {
         b.reach(rank as usize, at)?;
-        let is_remote = rank as usize != b.rank();
+        let is_remote = rank as usize != b.rank() && scope == Scope::Cluster;
+        if scope == Scope::Cluster {
+            b.release_to_cluster(&[b.current as u16]);
+        }
         let index = b.mbarrier(address, at)?;
         let now = b.tick();
         let lane = b.current as u16;

@@ -299,6 +299,18 @@ impl SharedMemory {
         Ok(())
     }
 
+    /// Lane, time and place of the last writes of the cells of `bytes` bytes.
+    pub fn last_writes(
+        &self,
+        offset: u32,
+        bytes: u32,
+    ) -> impl Iterator<Item = (u16, Time, Option<&'static Location<'static>>)> {
+        cells(offset, bytes).map(|cell| {
+            let write = self.writes[cell];
+            (write.lane(), write.time(), location(self.write_places[cell]))
+        })
+    }
+
     /// Whether the last write at `offset` is that of `lane` before time `before`.
     pub fn is_last_write(&self, offset: u32, lane: u16, before: Time) -> bool {
         let write = self.writes[(offset / CELL_BYTES) as usize];

@@ -1,0 +1,184 @@
+//! Projections by themselves: every linear kernel on shapes with and without tails, on the
+//! emulator and on a GPU, by the 2x rule. And the probe of what clusters offer.
+
+mod suite;
+
+use std::{io::Write, sync::Arc};
+
+use flash_attention::{
+    DType, Device, Tensor,
+    backend::{KernelArgs, Launch, Memory, TensorMapSpec},
+    registry::{LINEAR_KERNELS, LinearSpec, Projection, Target},
+    verify::FACTOR,
+};
+use kernels_gpu::{
+    args::{LinearArgs, ProbeArgs},
+    probe,
+};
+
+/// Rows, input features, output features.
+type Shape = (usize, usize, usize);
+
+/// Whole tiles, tails in every direction, several tiles a block, rows that are no multiple of
+/// 16 bytes, and next to nothing.
+const SHAPES: [Shape; 5] =
+    [(256, 128, 256), (300, 72, 600), (129, 136, 1304), (70, 37, 131), (1, 8, 8)];
+
+/// The worst error of a kernel against sums in f64, as a multiple of that of the plain algorithm:
+/// sums in f32, one after the other, rounded to the storage type.
+fn worst(
+    memory: &Arc<Memory>,
+    kernel: &LinearSpec,
+    p: &Projection,
+    with_bias: bool,
+) -> Result<f64, flash_attention::Error> {
+    let device = &**memory.device();
+    let target = Target::of(device);
+    kernel.supports(p, &target)?;
+    let random = |shape: &[usize], seed| Tensor::random(p.dtype, shape, seed, 0.0);
+    let x = random(&[p.rows, p.in_features], 1);
+    let w = random(&[p.out_features, p.in_features], 2);
+    let bias = random(&[if with_bias { p.out_features } else { 0 }], 3);
+    let upload = |tensor: &Tensor| memory.upload(tensor.bytes());
+    let (dx, dw, dbias) = (upload(&x)?, upload(&w)?, upload(&bias)?);
+    let mut y = Tensor::zeros(p.dtype, &[p.rows, p.out_features]);
+    let dy = memory.filled(y.bytes().len() as u64, 0xff)?;
+    let mut args = LinearArgs {
+        x: dx.as_arg(),
+        w: dw.as_arg(),
+        bias: dbias.as_arg(),
+        y: dy.as_arg(),
+        rows: p.rows as u32,
+        in_features: p.in_features as u32,
+        out_features: p.out_features as u32,
+        ..LinearArgs::default()
+    };
+    let maps = kernel.tensor_maps.map_or_else(Vec::new, |f| f(p, &target, &args));
+    let maps = memory.tensor_maps(&maps)?;
+    args.tensor_maps = maps.as_arg();
+    let step = (kernel.step)(p, &target);
+    device.launch(&Launch {
+        symbol: step.symbol,
+        grid: step.grid,
+        block: step.block,
+        shared_bytes: step.shared_bytes,
+        args: args.to_launch_bytes(),
+    })?;
+    device.synchronize()?;
+    dy.read(y.bytes_mut())?;
+
+    let (x, w, bias, y) = (x.to_f64(), w.to_f64(), bias.to_f64(), y.to_f64());
+    let (mut worst, mut plain_worst, mut largest) = (0.0f64, 0.0f64, 0.0f64);
+    for (index, y) in y.iter().enumerate() {
+        let (row, column) = (index / p.out_features, index % p.out_features);
+        let of = |m: &[f64], i: usize| m[i * p.in_features..(i + 1) * p.in_features].to_vec();
+        let products: Vec<f64> =
+            of(&x, row).iter().zip(of(&w, column)).map(|(a, b)| a * b).collect();
+        let bias = bias.get(column).copied().unwrap_or(0.0);
+        let expected = products.iter().sum::<f64>() + bias;
+        let sum = products.iter().fold(0.0f32, |sum, &p| (f64::from(sum) + p) as f32);
+        let plain = p.dtype.round(f64::from(sum) + bias);
+        plain_worst = plain_worst.max((plain - expected).abs());
+        largest = largest.max(expected.abs());
+        // NaN, which y was filled with, is worse than anything.
+        let error = (y - expected).abs();
+        worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
+    }
+    // The plain sum of a few terms may be exact by luck.
+    Ok(worst / plain_worst.max(largest * p.dtype.unit_roundoff()))
+}
+
+fn every_kernel(device: Arc<dyn Device>) {
+    let memory = Memory::new(device);
+    let (mut compared, mut failures) = (0, Vec::new());
+    for kernel in LINEAR_KERNELS {
+        for &dtype in kernel.dtypes {
+            for (rows, in_features, out_features) in SHAPES {
+                let p = Projection { dtype, rows, in_features, out_features };
+                for bias in [false, true] {
+                    match worst(&memory, kernel, &p, bias) {
+                        Ok(worst) if worst <= FACTOR => compared += 1,
+                        Ok(worst) => {
+                            failures.push(format!("{} {p:?}: {worst} times", kernel.name));
+                        }
+                        Err(error) if error.is_usage() => println!("skipped: {error}"),
+                        Err(error) => panic!("{} {p:?}: {error}", kernel.name),
+                    }
+                }
+            }
+        }
+    }
+    assert!(compared > 0, "no kernel could run");
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn every_linear_kernel_on_the_emulator() {
+    every_kernel(suite::emulator());
+}
+
+#[test]
+fn every_linear_kernel_on_a_gpu() {
+    match suite::gpu() {
+        Ok(gpu) => every_kernel(gpu),
+        Err(error) => writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
+    }
+}
+
+/// What [`probe::probe`] says that it adds, by several clusters.
+fn run_probe(device: Arc<dyn Device>) {
+    const CLUSTERS: u32 = 5;
+    let memory = Memory::new(device);
+    let device = memory.device();
+    let elements = probe::THREADS as usize;
+    let start = vec![0.5f32; elements];
+    let sums = memory.upload(&start).unwrap();
+    let row = u64::from(probe::THREADS) * 4;
+    let map = TensorMapSpec {
+        address: sums.as_arg().address,
+        dtype: DType::F32,
+        dims: vec![probe::THREADS.into(), 1, 1, 1],
+        strides_bytes: vec![row; 3],
+        box_dims: probe::BOX.to_vec(),
+        swizzle_bytes: 0,
+    };
+    let map = memory.tensor_maps(&[map]).unwrap();
+    let args = ProbeArgs { tensor_map: map.as_arg() };
+    let launch = |blocks: u32| Launch {
+        symbol: "cluster_probe".into(),
+        grid: blocks.into(),
+        block: probe::THREADS.into(),
+        shared_bytes: probe::SHARED_BYTES,
+        args: args.to_launch_bytes(),
+    };
+    device.launch(&launch(probe::CLUSTER * CLUSTERS)).unwrap();
+    device.synchronize().unwrap();
+    let mut found = vec![0f32; elements];
+    sums.read(&mut found).unwrap();
+    // Every block's numbers arrive at the other block of its cluster, twice.
+    let blocks = (0..probe::CLUSTER * CLUSTERS).map(|block| 2000 * block).sum::<u32>();
+    for (t, found) in found.into_iter().enumerate() {
+        let expected = 0.5 + (blocks + 2 * probe::CLUSTER * CLUSTERS * t as u32) as f32;
+        assert_eq!(found, expected, "element {t}");
+    }
+    // A grid that clusters do not divide is refused, with the numbers.
+    let refused = device.launch(&launch(3)).unwrap_err().to_string();
+    assert!(refused.contains("cluster"), "{refused}");
+}
+
+#[test]
+fn clusters_on_the_emulator() {
+    run_probe(suite::emulator());
+}
+
+#[test]
+fn clusters_on_a_gpu() {
+    let gpu = match suite::gpu() {
+        Ok(gpu) if gpu.compute_capability() == (9, 0) => gpu,
+        Ok(gpu) => {
+            return writeln!(std::io::stderr(), "skipped: {} has no clusters", gpu.name()).unwrap();
+        }
+        Err(error) => return writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
+    };
+    run_probe(gpu);
+}
