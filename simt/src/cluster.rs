@@ -57,8 +57,8 @@ pub fn num_blocks() -> u32 {
     }
 }
 
-/// Waits until every thread of the cluster is here; orders their memory accesses. The threads
-/// of a warp must reach it at the same place.
+/// Waits until every thread of the cluster is here, none of which may have returned; orders
+/// their memory accesses. The threads of a warp must reach it at the same place.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn sync() {

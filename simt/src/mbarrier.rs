@@ -95,8 +95,9 @@ impl Mbarrier {
     }
 
     /// [`arrive_at`](Self::arrive_at) that releases no writes to the other block: it says that
-    /// something may be overwritten, such as a tile that products have read. The plain
-    /// [`wait`](Self::wait) is enough for it.
+    /// something may be overwritten by copies, such as a tile that products have read. The plain
+    /// [`wait`](Self::wait) goes with it. (The memory model orders nothing by it; CUTLASS's
+    /// pipelines give stages back in the same way.)
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn signal_at(self, rank: u32) {
@@ -195,7 +196,7 @@ pub fn fence_init() {
     crate::emulator::current::with(crate::emulator::block::Block::fence_proxy_async);
 }
 
-/// Makes this thread's ordinary writes to shared memory visible to bulk copies and to
+/// Makes this thread's ordinary writes to its block's shared memory visible to bulk copies and to
 /// wgmma; by each thread that wrote, before the barrier that hands the data on.
 #[inline(always)]
 pub fn fence_proxy_async() {

@@ -6,7 +6,7 @@ mod common;
 use common::{Map, matrix, view_mut};
 use half::{bf16, f16};
 use simt::{
-    cluster,
+    atomic, cluster,
     emulator::{self, Fault, FaultKind, Launch, Stats},
     mbarrier::{self, Mbarrier},
     memory::Memory,
@@ -142,6 +142,88 @@ fn barriers_of_a_block_do_not_order_the_other_one() {
         panic!("{kind}")
     };
     assert_eq!((this.lane, other.lane), (THREADS - 1, 2 * THREADS - 1));
+}
+
+/// Launches a cluster of two blocks of eight warps.
+fn launch_eight_warps(kernel: impl Fn() + Sync) -> Result<Stats, Fault> {
+    let launch =
+        Launch { grid: 2.into(), block: 256.into(), cluster: 2, shared_bytes: SHARED_BYTES };
+    emulator::launch(launch, &kernel)
+}
+
+#[test]
+fn barriers_of_a_block_order_its_atomics_and_what_several_warps_read() {
+    launch_eight_warps(|| {
+        let (t, mine) = (thread::thread_idx_x(), values::<u32>(0));
+        if t == 0 {
+            mine.write(0, 0);
+        }
+        thread::sync_threads();
+        atomic::add_shared_u32(mine, 0, 1);
+        thread::sync_threads();
+        // Every warp reads it; then one thread writes it.
+        assert_eq!(mine.read(0), 256);
+        thread::sync_threads();
+        if t == 0 {
+            mine.write(0, 7);
+        }
+    })
+    .unwrap_or_else(|fault| panic!("{fault}"));
+}
+
+#[test]
+fn what_another_block_reads_is_not_ordered_by_a_barrier_of_the_own() {
+    let kind = launch_eight_warps(|| {
+        let (t, mine) = (thread::thread_idx_x(), values::<u32>(0));
+        if t == 0 {
+            mine.write(0, 0);
+        }
+        cluster::sync();
+        // Warps of both blocks read the memory of block 0, which then writes it.
+        _ = cluster::map_shared_rank(mine, 0).read(0);
+        thread::sync_threads();
+        if thread::index_1d() == 0 {
+            mine.write(0, 7);
+        }
+        cluster::sync();
+    })
+    .expect_err("the planted fault is found")
+    .kind;
+    let FaultKind::Race { what: "write", other_what: "read", .. } = kind else { panic!("{kind}") };
+}
+
+#[test]
+fn copies_do_not_see_what_another_block_wrote() {
+    let to = vec![f16::ZERO; 64 * 64];
+    let map = Map::new(&to, 64, 64, 1);
+    let kind = fault(|| {
+        cluster::sync();
+        let t = thread::thread_idx_x();
+        cluster::map_shared_rank(values::<u32>(0), 1 - cluster::block_rank()).write(t, t);
+        mbarrier::fence_proxy_async();
+        cluster::sync();
+        if t == 0 {
+            // SAFETY: the matrix and the map outlive the launch.
+            unsafe { tma::store_4d(map.address(), [0; 4], 0) };
+            tma::commit_group();
+            tma::wait_group_read::<0>();
+        }
+    });
+    assert!(matches!(kind, FaultKind::ProxyFence { .. }), "{kind}");
+}
+
+#[test]
+fn a_barrier_of_another_block_cannot_be_waited_for() {
+    let kind = fault(|| {
+        init(1);
+        // SAFETY: the launch gives two barriers.
+        let barriers = unsafe { Shared::<u64>::dynamic(BARRIER, 2) };
+        let others = cluster::map_shared_rank(barriers, 1 - cluster::block_rank());
+        // SAFETY: it is not right: that is what is found.
+        let others = unsafe { Shared::<u64>::from_raw(others.address_of(0), 1) };
+        Mbarrier::at(others, 0).wait(1);
+    });
+    assert!(kind.to_string().contains("outside of the block's shared memory"), "{kind}");
 }
 
 #[test]

@@ -109,7 +109,11 @@ const LINEAR_HOPPER: LinearSpec = LinearSpec {
     capability: (9, 0),
     exact_capability: true,
     limit: |p| {
-        // The copy engine counts rows in units of 16 bytes.
+        // The copy engine's coordinates are signed, and it counts rows in units of 16 bytes.
+        let sizes = [p.rows, p.in_features, p.out_features];
+        if let Some(n) = sizes.into_iter().find(|&n| i32::try_from(n).is_err()) {
+            return Some(format!("counts rows and features in 31 bits: {n} is too many"));
+        }
         let unit = 16 / p.dtype.size();
         let (what, n) = [("in_features", p.in_features), ("out_features", p.out_features)]
             .into_iter()

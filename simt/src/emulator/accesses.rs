@@ -129,7 +129,7 @@ impl Block {
             return Err(FaultKind::OutOfBounds {
                 space: "shared",
                 what,
-                index: offset.into(),
+                index: offset.wrapping_sub(window(rank)).into(),
                 len: self.shared.len().into(),
                 this: self.site(at),
             });

@@ -41,6 +41,14 @@ pub(crate) struct LaneStatus {
     pub(super) yielder: *const LaneYielder,
 }
 
+/// Up to when copies and wgmma of the block of that rank see what `lane` wrote, of blocks of
+/// `threads` threads: never, if it is a lane of another block, since its fence is for the memory
+/// of its own.
+pub(crate) fn fenced(lanes: &[LaneStatus], threads: usize, rank: usize, lane: u16) -> Time {
+    let is_own = usize::from(lane) / threads == rank;
+    if is_own { lanes[usize::from(lane)].fenced } else { 0 }
+}
+
 /// The blocks of a cluster (one, unless the launch has clusters) and everything in them.
 pub(crate) struct Block {
     pub grid_dim: Dim3,
@@ -119,7 +127,8 @@ impl Block {
         // not be wiped: what was stamped before `begin` belongs to another block.
         let begin = self.time + 1;
         self.time = begin;
-        self.shared.reset(launch.cluster, launch.shared_bytes, begin);
+        let warps = (launch.block.count() as usize).div_ceil(32);
+        self.shared.reset(launch.cluster, warps, launch.shared_bytes, begin);
         self.dynamic_shared_bytes = launch.shared_bytes;
         self.statics.clear();
         self.stats = Stats::default();

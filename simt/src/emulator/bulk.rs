@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use half::{bf16, f16};
 
 use super::{
-    block::Block,
+    block::{Block, fenced},
     clock::{Agent, Clock, Time},
     current,
     fault::{FaultKind, Place, Site},
-    shadow::Access,
+    shadow::{Access, window},
     tensor_map::{Element, TensorMapSpec},
 };
 use crate::tma::TensorMap;
@@ -104,7 +104,8 @@ impl Block {
             return Err(FaultKind::Misaligned { space: "shared", what, address, bytes, this });
         }
         if !self.shared.holds(rank, address, bytes) {
-            let (index, len) = (address.into(), self.shared.len().into());
+            let index = address.wrapping_sub(window(rank)).into();
+            let len = self.shared.len().into();
             return Err(FaultKind::OutOfBounds { space: "shared", what, index, len, this });
         }
         Ok(())
@@ -233,12 +234,16 @@ pub(crate) fn load_multicast(
 ) {
     current::checked(|b| {
         let map = b.tensor_map(map, at)?;
+        if blocks == 0 {
+            let message = "a multicast load to no block: one bit for each is needed".to_owned();
+            return Err(FaultKind::Misuse { message, this: b.site(at) });
+        }
         let mut destinations = Vec::new();
         for rank in (0..u16::BITS).filter(|rank| blocks >> rank & 1 == 1) {
             let destination = b.map_shared_rank(destination, rank, at)?;
             let mbarrier = b.map_shared_rank(mbarrier, rank, at)?;
             b.check_box(&map, rank as usize, destination, "bulk load", at)?;
-            let index = b.mbarrier(mbarrier, at)?;
+            let index = b.mbarrier(rank as usize, mbarrier, at)?;
             b.check_mbarrier_fence(index, at)?;
             let now = b.tick();
             // The write is the barrier's: who waits for the phase knows of it. It must come
@@ -270,7 +275,7 @@ fn write(write: Write, map: u64, coordinates: [u32; 4], source: u32, at: Place) 
         b.check_box(&map, b.rank(), source, "bulk store", at)?;
         let now = b.tick();
         b.has_agents = true;
-        let lane = b.current as u16;
+        let (lane, rank, threads) = (b.current as u16, b.rank(), b.block_threads());
         let clock = &b.own_knowledge();
         let agent = Agent::store(lane).lane();
         // What lies outside of the tensor is not stored, and need not have been written.
@@ -278,7 +283,7 @@ fn write(write: Write, map: u64, coordinates: [u32; 4], source: u32, at: Place) 
         map.for_each_unit(&coordinates, |offset, _, valid| {
             if valid > 0 && read.is_ok() {
                 let by = Access { lane: agent, now, clock, location: at };
-                let fenced = |lane: u16| b.lanes[usize::from(lane)].fenced;
+                let fenced = |lane: u16| fenced(&b.lanes, threads, rank, lane);
                 read = b.shared.read_async(source + map.swizzled(offset), valid, by, fenced);
             }
         });

@@ -145,8 +145,8 @@ impl Block {
             None => Ok(()),
             Some(remote) => Err(FaultKind::Misuse {
                 message: format!(
-                    "block {} of the cluster can end before this access to its shared memory: \
-                     let it wait for it, or call cluster::sync at the end",
+                    "block {0} of the cluster can end before this access to its shared memory: \
+                     let block {0} wait for the access, or call cluster::sync at the end",
                     remote.rank
                 ),
                 this: Site { lane: remote.lane.into(), location: Some(remote.at) },

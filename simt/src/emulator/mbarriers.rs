@@ -6,6 +6,7 @@ use super::{
     current,
     fault::{FaultKind, Place, Site},
 };
+use crate::mbarrier;
 
 /// Mbarriers that the blocks of a cluster may have together under the emulator: each is an
 /// agent of its own.
@@ -53,6 +54,8 @@ struct Seen {
 }
 
 impl Mbarrier {
+    const BYTES: u32 = mbarrier::Mbarrier::BYTES;
+
     /// Checks that the phase which the arrivals complete cannot be over before some lane looks
     /// for the phase before: parities are all it has to go by, so that it would wait for ever.
     /// The arrivals must know of every lane that has looked, or of a product that it took part
@@ -108,10 +111,20 @@ impl Mbarriers {
 }
 
 impl Block {
-    /// Index of the mbarrier at `address`, which the current lane must know to be
-    /// initialised.
-    pub(super) fn mbarrier(&self, address: u32, at: Place) -> Result<usize, FaultKind> {
+    /// Index of the mbarrier at `address` in the block of that rank, which the current lane must
+    /// know to be initialised.
+    pub(super) fn mbarrier(
+        &self,
+        rank: usize,
+        address: u32,
+        at: Place,
+    ) -> Result<usize, FaultKind> {
         let this = self.site(at);
+        if !self.shared.holds(rank, address, Mbarrier::BYTES) {
+            let message =
+                format!("an mbarrier at byte {address}, outside of the block's shared memory");
+            return Err(FaultKind::Misuse { message, this });
+        }
         let Some(index) = self.mbarriers.0.iter().position(|m| m.address == address) else {
             let message = format!(
                 "no mbarrier was initialised at byte {address} of shared memory: call init first"
@@ -212,12 +225,12 @@ pub(crate) fn init(address: u32, arrivals: u32, at: Place) {
             let message = format!("an mbarrier of {arrivals} arrivals: it needs 1 to {threads}");
             return Err(FaultKind::Misuse { message, this });
         }
-        b.shared_write(address, 8, at)?;
+        b.shared_write(address, Mbarrier::BYTES, at)?;
         let initialised_at = b.tick();
         b.mbarriers.0.retain(|m| m.address != address);
         if b.mbarriers.0.len() == MAX_MBARRIERS {
             let message =
-                format!("the emulator has no more than {MAX_MBARRIERS} mbarriers a block");
+                format!("the emulator has no more than {MAX_MBARRIERS} mbarriers a cluster");
             return Err(FaultKind::Misuse { message, this });
         }
         b.has_agents = true;
@@ -257,7 +270,7 @@ fn arrive_in(rank: u32, address: u32, bytes: u32, scope: Scope, at: Place) {
         if scope == Scope::Cluster {
             b.release_to_cluster(&[b.current as u16]);
         }
-        let index = b.mbarrier(address, at)?;
+        let index = b.mbarrier(rank as usize, address, at)?;
         let now = b.tick();
         let lane = b.current as u16;
         let mut clock = std::mem::replace(&mut b.mbarriers.0[index].arriving, Clock::new(0));
@@ -288,7 +301,7 @@ pub(crate) fn wait(address: u32, parity: u32, scope: Scope, at: Place) {
             let message = format!("parity {parity}: the phases of an mbarrier have parity 0 or 1");
             return Err(FaultKind::Misuse { message, this: b.site(at) });
         }
-        let index = b.mbarrier(address, at)?;
+        let index = b.mbarrier(b.rank(), address, at)?;
         let m = &mut b.mbarriers.0[index];
         let lane = b.current as u16;
         // Phase n has parity n % 2; the one before the first counts as complete.

@@ -5,7 +5,7 @@
 //! stamps of neighbouring cells are neighbours, so that the usual access, to words that a
 //! block-wide barrier has ordered, is a few comparisons over a run of them.
 
-use std::panic::Location;
+use std::{ops::Range, panic::Location};
 
 use super::{
     clock::{Clock, MAX_WARPS, Time},
@@ -28,6 +28,8 @@ const ATOMIC: u16 = u16::MAX;
 const SEVERAL_LANES: u16 = 0x8000;
 /// In a stamp of a read: lanes of several warps.
 const SEVERAL_WARPS: u16 = u16::MAX;
+/// In a stamp of a read: agents among several, or lanes of several blocks of a cluster.
+const SEVERAL_BLOCKS: u16 = u16::MAX - 1;
 
 /// Time of an asynchronous copy that has not landed: later than any, so that no barrier
 /// orders anything after it.
@@ -115,24 +117,32 @@ impl Access<'_> {
         Site { lane: self.lane.into(), location: Some(self.location) }
     }
 
+    /// Whether the accesses of every lane of the block that has these warps are known.
+    fn knows_block(&self, warps: &Range<usize>, time: Time) -> bool {
+        time <= self.clock.floor || warps.clone().all(|warp| self.clock.knows_warp(warp, time))
+    }
+
+    /// `warps` are those of the block whose memory it is.
     #[inline]
-    fn knows_write(&self, write: Stamp) -> bool {
+    fn knows_write(&self, write: Stamp, warps: &Range<usize>) -> bool {
         let (lane, time) = (write.lane(), write.time());
         if lane == ATOMIC {
-            return time <= self.clock.floor;
+            return self.knows_block(warps, time);
         }
         (lane == self.lane && time != PENDING)
             || self.clock.knows(lane, usize::from(lane / 32), time)
     }
 
+    /// `warps` are those of the block whose memory it is.
     #[inline]
-    fn knows_read(&self, read: Stamp) -> bool {
+    fn knows_read(&self, read: Stamp, warps: &Range<usize>) -> bool {
         let (lane, time) = (read.lane(), read.time());
         if lane == self.lane {
             return true;
         }
         match lane {
-            SEVERAL_WARPS => time <= self.clock.floor,
+            SEVERAL_WARPS => self.knows_block(warps, time),
+            SEVERAL_BLOCKS => time <= self.clock.floor,
             l if l & SEVERAL_LANES != 0 => {
                 self.clock.knows_warp(usize::from(l & !SEVERAL_LANES), time)
             }
@@ -151,6 +161,8 @@ pub(crate) struct SharedMemory {
     write_places: Vec<Place>,
     read_places: Vec<Place>,
     windows: u32,
+    /// Warps of a block.
+    warps: usize,
     /// Bytes of a block.
     len: u32,
     /// Cells stamped before this belong to an earlier block.
@@ -166,15 +178,16 @@ impl SharedMemory {
             write_places: Vec::new(),
             read_places: Vec::new(),
             windows: 1,
+            warps: 0,
             len: 0,
             begin: 1,
         }
     }
 
-    /// Makes it `windows` windows of `len` bytes and forgets what was there before time
-    /// `begin`.
-    pub fn reset(&mut self, windows: u32, len: u32, begin: Time) {
-        self.windows = windows;
+    /// Makes it `windows` windows of `len` bytes, of blocks of `warps` warps, and forgets what
+    /// was there before time `begin`.
+    pub fn reset(&mut self, windows: u32, warps: usize, len: u32, begin: Time) {
+        (self.windows, self.warps) = (windows, warps);
         self.len = 0;
         self.begin = begin;
         self.grow(len);
@@ -210,6 +223,12 @@ impl SharedMemory {
             self.write_places.resize(cells, 0);
             self.read_places.resize(cells, 0);
         }
+    }
+
+    /// Warps of the block that has what is at `offset`.
+    fn warps_at(&self, offset: u32) -> Range<usize> {
+        let rank = (offset / WINDOW) as usize;
+        rank * self.warps..(rank + 1) * self.warps
     }
 
     /// When the blocks that run began.
@@ -261,6 +280,7 @@ impl SharedMemory {
             self.check_writes(offset, N as u32 * CELL_BYTES, by)?;
         }
         let new = by.stamp();
+        let warps = self.warps_at(offset);
         let several = Stamp::new(by.now, SEVERAL_LANES | by.warp());
         let reads = &mut self.reads[reader_slot(by.warp())][cells.clone()];
         if reads.iter().fold(true, |ok, &r| ok & ((r == new) | (r == several))) {
@@ -270,7 +290,7 @@ impl SharedMemory {
             reads.fill(new);
         } else {
             for read in reads {
-                *read = merged(*read, new, by);
+                *read = merged(*read, new, by, &warps);
             }
         }
         self.read_places[cells].fill(place(by.location));
@@ -324,7 +344,7 @@ impl SharedMemory {
             if write.time() < self.begin {
                 return Err(FaultKind::Uninitialised { offset, this: by.site() });
             }
-            if !by.knows_write(write) {
+            if !by.knows_write(write, &self.warps_at(offset)) {
                 return Err(after_write(offset, "read", by, write, self.write_places[cell]));
             }
         }
@@ -392,15 +412,16 @@ impl SharedMemory {
         by: Access<'_>,
         what: &'static str,
     ) -> Result<(), FaultKind> {
+        let warps = self.warps_at(offset);
         for cell in cells(offset, bytes) {
             let write = self.writes[cell];
             let both_atomic = what == "atomic" && write.lane() == ATOMIC;
-            if write.time() >= self.begin && !both_atomic && !by.knows_write(write) {
+            if write.time() >= self.begin && !both_atomic && !by.knows_write(write, &warps) {
                 return Err(after_write(offset, what, by, write, self.write_places[cell]));
             }
             for reads in &mut self.reads {
                 let read = reads[cell];
-                if read.time() >= self.begin && !by.knows_read(read) {
+                if read.time() >= self.begin && !by.knows_read(read, &warps) {
                     return Err(race(offset, what, by, "read", read, self.read_places[cell]));
                 }
                 // What happens after this write happens after that read too.
@@ -412,25 +433,33 @@ impl SharedMemory {
 }
 
 #[inline]
-fn cells(offset: u32, bytes: u32) -> std::ops::Range<usize> {
+fn cells(offset: u32, bytes: u32) -> Range<usize> {
     (offset / CELL_BYTES) as usize..(offset + bytes).div_ceil(CELL_BYTES) as usize
 }
 
-/// The stamp that stands for an earlier read and a new one.
+/// The stamp that stands for an earlier read and a new one, of memory of the block that has
+/// these warps.
 #[inline]
-fn merged(old: Stamp, new: Stamp, by: Access<'_>) -> Stamp {
+fn merged(old: Stamp, new: Stamp, by: Access<'_>, warps: &Range<usize>) -> Stamp {
     // Whoever is ordered after the new read is then ordered after the old one too.
-    if by.knows_read(old) {
+    if by.knows_read(old, warps) {
         return new;
     }
-    let same_warp = old.lane() != SEVERAL_WARPS
-        && by.warp()
-            == if old.lane() & SEVERAL_LANES != 0 {
-                old.lane() & !SEVERAL_LANES
-            } else {
-                old.lane() / 32
-            };
-    Stamp::new(by.now, if same_warp { SEVERAL_LANES | by.warp() } else { SEVERAL_WARPS })
+    let is_own = |warp: u16| warps.contains(&warp.into());
+    let (same_warp, both_own) = match old.lane() {
+        SEVERAL_WARPS => (false, is_own(by.warp())),
+        SEVERAL_BLOCKS => (false, false),
+        lane => {
+            let warp = if lane & SEVERAL_LANES != 0 { lane & !SEVERAL_LANES } else { lane / 32 };
+            (warp == by.warp(), is_own(warp) && is_own(by.warp()))
+        }
+    };
+    let lane = match (same_warp, both_own) {
+        (true, _) => SEVERAL_LANES | by.warp(),
+        (false, true) => SEVERAL_WARPS,
+        (false, false) => SEVERAL_BLOCKS,
+    };
+    Stamp::new(by.now, lane)
 }
 
 /// The fault of an access after a write that it does not know.
@@ -459,7 +488,7 @@ fn race(
 ) -> FaultKind {
     // Of several lanes the warp is known: its first lane stands for it.
     let lane = match stamp.lane() {
-        SEVERAL_WARPS => 0,
+        SEVERAL_WARPS | SEVERAL_BLOCKS => 0,
         l if l & SEVERAL_LANES != 0 => (l & !SEVERAL_LANES) * 32,
         l => l,
     };

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use half::{bf16, f16};
 
 use super::{
-    block::{Block, LaneState},
+    block::{Block, LaneState, fenced},
     clock::{Agent, Clock, Time},
     current,
     fault::{FaultKind, Place, Site},
@@ -273,11 +273,12 @@ fn unit(
     let lane = Agent::warpgroup(group).lane();
     let this = Site { lane: lane.into(), location: Some(at) };
     if !b.shared.holds(rank, offset, 16) {
-        let (index, len) = (offset.into(), b.shared.len().into());
+        let (index, len) = (offset.wrapping_sub(window(rank)).into(), b.shared.len().into());
         return Err(FaultKind::OutOfBounds { space: "shared", what: "wgmma", index, len, this });
     }
     let by = Access { lane, now, clock, location: at };
-    let fenced = |lane: u16| b.lanes[usize::from(lane)].fenced;
+    let threads = b.block_threads();
+    let fenced = |lane: u16| fenced(&b.lanes, threads, rank, lane);
     b.shared.read_async(offset, 16, by, fenced)?;
     b.stats.shared_bytes_read += 16;
     // SAFETY: in bounds, and a multiple of 16.

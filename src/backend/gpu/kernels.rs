@@ -159,18 +159,19 @@ pub(super) fn check_launch(
     if shared > max_shared {
         return bad("the shared memory of a block", shared, max_shared);
     }
-    if launch.grid.x % entry.cluster != 0 {
-        return bad(
-            "the grid's x modulo the size of a cluster",
-            (launch.grid.x % entry.cluster).into(),
-            0,
-        );
-    }
     if launch.grid.count() == 0 {
         return bad("the number of blocks", 0, 1);
     }
     if launch.grid.x > i32::MAX as u32 {
         return bad("the grid's x", launch.grid.x.into(), i32::MAX as u64);
+    }
+    let whole = launch.grid.x.next_multiple_of(entry.cluster);
+    if launch.grid.x != whole {
+        return bad(
+            "the grid's x, which must be whole clusters,",
+            launch.grid.x.into(),
+            whole.into(),
+        );
     }
     for (what, extent) in [("the grid's y", launch.grid.y), ("the grid's z", launch.grid.z)] {
         if u64::from(extent) > MAX_GRID_YZ {
