@@ -11,10 +11,7 @@ use flash_attention::{
     registry::{LINEAR_KERNELS, LinearSpec, Projection, Target},
     verify::FACTOR,
 };
-use kernels_gpu::{
-    args::{LinearArgs, ProbeArgs},
-    probe,
-};
+use kernels_gpu::{args::ProbeArgs, probe};
 
 /// Rows, input features, output features.
 type Shape = (usize, usize, usize);
@@ -43,27 +40,8 @@ fn worst(
     let (dx, dw, dbias) = (upload(&x)?, upload(&w)?, upload(&bias)?);
     let mut y = Tensor::zeros(p.dtype, &[p.rows, p.out_features]);
     let dy = memory.filled(y.bytes().len() as u64, 0xff)?;
-    let mut args = LinearArgs {
-        x: dx.as_arg(),
-        w: dw.as_arg(),
-        bias: dbias.as_arg(),
-        y: dy.as_arg(),
-        rows: p.rows as u32,
-        in_features: p.in_features as u32,
-        out_features: p.out_features as u32,
-        ..LinearArgs::default()
-    };
-    let maps = kernel.tensor_maps.map_or_else(Vec::new, |f| f(p, &target, &args));
-    let maps = memory.tensor_maps(&maps)?;
-    args.tensor_maps = maps.as_arg();
-    let step = (kernel.step)(p, &target);
-    device.launch(&Launch {
-        symbol: step.symbol,
-        grid: step.grid,
-        block: step.block,
-        shared_bytes: step.shared_bytes,
-        args: args.to_launch_bytes(),
-    })?;
+    let (launch, _maps) = kernel.launch(memory, p, [&dx, &dw, &dbias, &dy])?;
+    device.launch(&launch)?;
     device.synchronize()?;
     dy.read(y.bytes_mut())?;
 

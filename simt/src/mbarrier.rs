@@ -20,6 +20,28 @@ use std::panic::Location;
 use crate::emulator::mbarriers::{self, Scope};
 use crate::shared::Shared;
 
+/// Asks with `$instruction` until the phase of that parity has completed.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! wait_for {
+    ($instruction:literal, $barrier:expr, $parity:expr) => {
+        loop {
+            let done: u32;
+            // SAFETY: the maker of the view vouches for the address.
+            unsafe {
+                core::arch::asm!(
+                    "{{ .reg .pred done;",
+                    concat!($instruction, " done, [{1}], {2};"),
+                    "selp.u32 {0}, 1, 0, done; }}",
+                    out(reg32) done, in(reg32) $barrier.address, in(reg32) $parity, options(nostack)
+                );
+            }
+            if done != 0 {
+                break;
+            }
+        }
+    };
+}
+
 /// One barrier: 8 bytes of shared memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Mbarrier {
@@ -135,21 +157,7 @@ impl Mbarrier {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn wait(self, parity: u32) {
         #[cfg(target_arch = "nvptx64")]
-        loop {
-            let done: u32;
-            // SAFETY: the maker of the view vouches for the address.
-            unsafe {
-                core::arch::asm!(
-                    "{{ .reg .pred done;",
-                    "mbarrier.try_wait.parity.shared::cta.b64 done, [{1}], {2};",
-                    "selp.u32 {0}, 1, 0, done; }}",
-                    out(reg32) done, in(reg32) self.address, in(reg32) parity, options(nostack)
-                );
-            }
-            if done != 0 {
-                break;
-            }
-        }
+        wait_for!("mbarrier.try_wait.parity.shared::cta.b64", self, parity);
         #[cfg(not(target_arch = "nvptx64"))]
         mbarriers::wait(self.address, parity, Scope::Block, Location::caller());
     }
@@ -159,21 +167,7 @@ impl Mbarrier {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn wait_cluster(self, parity: u32) {
         #[cfg(target_arch = "nvptx64")]
-        loop {
-            let done: u32;
-            // SAFETY: the maker of the view vouches for the address.
-            unsafe {
-                core::arch::asm!(
-                    "{{ .reg .pred done;",
-                    "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [{1}], {2};",
-                    "selp.u32 {0}, 1, 0, done; }}",
-                    out(reg32) done, in(reg32) self.address, in(reg32) parity, options(nostack)
-                );
-            }
-            if done != 0 {
-                break;
-            }
-        }
+        wait_for!("mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64", self, parity);
         #[cfg(not(target_arch = "nvptx64"))]
         mbarriers::wait(self.address, parity, Scope::Cluster, Location::caller());
     }

@@ -21,7 +21,7 @@ mod weights;
 
 use std::sync::Arc;
 
-use kernels_gpu::args::{self, Buffer, LinearArgs};
+use kernels_gpu::args::{self, Buffer};
 
 use crate::{
     backend::{DeviceBuffer, Memory},
@@ -286,14 +286,10 @@ impl MultiHeadAttention {
         let attention = Attention::new(&self.memory, kernel, problem, &inputs)?;
         let y = self.memory.filled(x.bytes(), POISON)?;
 
-        let launch = |projection: &Projection, x: &DeviceBuffer, parameters, y: &DeviceBuffer| {
-            let mut args = linear_args(projection, x, parameters, y);
-            let maps = linear.tensor_maps.map_or_else(Vec::new, |f| f(projection, &target, &args));
-            let maps = self.memory.tensor_maps(&maps)?;
-            args.tensor_maps = maps.as_arg();
-            Ok::<_, Error>(((linear.step)(projection, &target).launch(&args), maps))
-        };
         let [first, last] = projections(problem);
+        let launch = |p: &Projection, x: &DeviceBuffer, [w, bias]: &[DeviceBuffer; 2], y| {
+            linear.launch(&self.memory, p, [x, w, bias, y])
+        };
         let (before, first_maps) = launch(&first, &x, &self.qkv, &qkv)?;
         let (after, last_maps) = launch(&last, attention.o(), &self.out, &y)?;
         let _kept = [qkv, first_maps, last_maps];
@@ -365,25 +361,6 @@ pub fn best_linear(problem: &Problem, target: &Target) -> Result<&'static Linear
     let [first, last] = projections(problem);
     let kernel = registry::best_linear(&first, target)?;
     kernel.supports(&last, target).map(|()| kernel)
-}
-
-fn linear_args(
-    projection: &Projection,
-    x: &DeviceBuffer,
-    [weight, bias]: &[DeviceBuffer; 2],
-    y: &DeviceBuffer,
-) -> LinearArgs {
-    // A kernel that supports the projection counts in 32 bits.
-    LinearArgs {
-        x: x.as_arg(),
-        w: weight.as_arg(),
-        bias: bias.as_arg(),
-        y: y.as_arg(),
-        rows: projection.rows as u32,
-        in_features: projection.in_features as u32,
-        out_features: projection.out_features as u32,
-        ..LinearArgs::default()
-    }
 }
 
 /// Bytes of the parameters of a module for such problems.

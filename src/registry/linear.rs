@@ -2,6 +2,8 @@
 //! attention kernels, the best one for a projection is the last that can do it; a kernel
 //! joins with one entry here.
 
+use std::sync::Arc;
+
 use kernels_gpu::{
     args::{Buffer, LinearArgs},
     linear,
@@ -11,7 +13,11 @@ use kernels_gpu::{
 use simt::Dim3;
 
 use super::{Step, TENSOR_MAP_BYTES, Target, dtype_obstacle, lacking, list, table::tiles, unless};
-use crate::{backend::TensorMapSpec, dtype::DType, error::Error};
+use crate::{
+    backend::{DeviceBuffer, Launch, Memory, TensorMapSpec},
+    dtype::DType,
+    error::Error,
+};
 
 /// A projection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,6 +208,35 @@ impl LinearSpec {
             return Some(format!("counts rows and features in 32 bits: {n} is too many"));
         }
         (self.limit)(p).or_else(|| (self.step)(p, target).obstacle(target))
+    }
+
+    /// The launch for a projection that it supports, with x, w, bias (empty for none) and y in
+    /// `memory`, and the tensor maps that it needs while it runs.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], or a map that the device cannot encode.
+    pub fn launch(
+        &self,
+        memory: &Arc<Memory>,
+        p: &Projection,
+        [x, w, bias, y]: [&DeviceBuffer; 4],
+    ) -> Result<(Launch, DeviceBuffer), Error> {
+        let target = Target::of(&**memory.device());
+        // A kernel that supports the projection counts in 32 bits.
+        let mut args = LinearArgs {
+            x: x.as_arg(),
+            w: w.as_arg(),
+            bias: bias.as_arg(),
+            y: y.as_arg(),
+            rows: p.rows as u32,
+            in_features: p.in_features as u32,
+            out_features: p.out_features as u32,
+            ..LinearArgs::default()
+        };
+        let maps = self.tensor_maps.map_or_else(Vec::new, |f| f(p, &target, &args));
+        let maps = memory.tensor_maps(&maps)?;
+        args.tensor_maps = maps.as_arg();
+        Ok(((self.step)(p, &target).launch(&args), maps))
     }
 
     /// Device memory beyond x, w, bias and y: that of the tensor maps.

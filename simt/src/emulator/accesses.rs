@@ -20,7 +20,19 @@ impl Block {
         bytes: u32,
         at: Place,
     ) -> Result<*const u8, FaultKind> {
-        self.shared_bounds(self.rank(), offset, bytes, "read", at)?;
+        self.read_in(self.rank(), offset, bytes, at)
+    }
+
+    /// [`shared_read`](Self::shared_read) in the block of that rank.
+    #[inline]
+    pub(super) fn read_in(
+        &mut self,
+        rank: usize,
+        offset: u32,
+        bytes: u32,
+        at: Place,
+    ) -> Result<*const u8, FaultKind> {
+        self.shared_bounds(rank, offset, bytes, "read", at)?;
         self.stats.shared_bytes_read += u64::from(bytes);
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.read(offset, bytes, by)?;
@@ -38,7 +50,19 @@ impl Block {
         bytes: u32,
         at: Place,
     ) -> Result<*mut u8, FaultKind> {
-        self.shared_bounds(self.rank(), offset, bytes, "write", at)?;
+        self.write_in(self.rank(), offset, bytes, at)
+    }
+
+    /// [`shared_write`](Self::shared_write) in the block of that rank.
+    #[inline]
+    pub(super) fn write_in(
+        &mut self,
+        rank: usize,
+        offset: u32,
+        bytes: u32,
+        at: Place,
+    ) -> Result<*mut u8, FaultKind> {
+        self.shared_bounds(rank, offset, bytes, "write", at)?;
         self.stats.shared_bytes_written += u64::from(bytes);
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.write(offset, bytes, by)?;
@@ -108,7 +132,7 @@ impl Block {
 
     /// Checks an access to the shared memory of the block of that rank.
     #[inline]
-    pub(super) fn shared_bounds(
+    fn shared_bounds(
         &self,
         rank: usize,
         offset: u32,
@@ -163,11 +187,6 @@ impl Block {
 
 /// The current lane as the maker of an access.
 #[inline]
-pub(super) fn access(
-    lanes: &[LaneStatus],
-    current: usize,
-    now: Time,
-    location: Place,
-) -> Access<'_> {
+fn access(lanes: &[LaneStatus], current: usize, now: Time, location: Place) -> Access<'_> {
     Access { lane: current as u16, now, clock: &lanes[current].clock, location }
 }

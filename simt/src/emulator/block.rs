@@ -181,7 +181,7 @@ impl Block {
 
     #[inline]
     pub fn thread_idx(&self) -> Dim3 {
-        self.indices[self.current % self.block_threads]
+        self.indices[self.current - self.rank() * self.block_threads]
     }
 
     /// Index of the current lane's block in the grid.
@@ -194,7 +194,8 @@ impl Block {
     /// Rank in the cluster of the current lane's block.
     #[inline]
     pub fn rank(&self) -> usize {
-        self.current / self.block_threads
+        // Asked at every access: no division where there is one block only.
+        if self.blocks == 1 { 0 } else { self.current / self.block_threads }
     }
 
     /// Blocks of the cluster.

@@ -205,18 +205,26 @@ unsafe fn add(element: Element, from: *const u8, to: u64, bytes: u32) {
                 Element::F16 => {
                     let value = from.cast::<f16>().read().to_f32();
                     let sum = |old| f16::from_f32(f16::from_bits(old).to_f32() + value).to_bits();
-                    let there = AtomicU16::from_ptr(to as *mut u16);
-                    _ = there.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |o| Some(sum(o)));
+                    update(to, sum);
                 }
                 Element::Bf16 => {
                     let value = from.cast::<bf16>().read().to_f32();
                     let sum = |old| bf16::from_f32(bf16::from_bits(old).to_f32() + value).to_bits();
-                    let there = AtomicU16::from_ptr(to as *mut u16);
-                    _ = there.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |o| Some(sum(o)));
+                    update(to, sum);
                 }
             }
         }
     }
+}
+
+/// Replaces the 16 bits at a global address by what `f` makes of them.
+///
+/// # Safety
+/// The address must be valid and aligned.
+unsafe fn update(address: u64, f: impl Fn(u16) -> u16) {
+    // SAFETY: passed on to the caller.
+    let there = unsafe { AtomicU16::from_ptr(address as *mut u16) };
+    _ = there.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| Some(f(old)));
 }
 
 pub(crate) fn load(destination: u32, map: u64, coordinates: [u32; 4], mbarrier: u32, at: Place) {

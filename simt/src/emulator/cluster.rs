@@ -2,7 +2,6 @@
 //! a block: a block that is reached must have started, and must not end before.
 
 use super::{
-    accesses::access,
     block::Block,
     clock::{Clock, Time},
     fault::{FaultKind, Place, Site},
@@ -107,12 +106,7 @@ impl Block {
         at: Place,
     ) -> Result<*const u8, FaultKind> {
         self.reach(rank as usize, at)?;
-        self.shared_bounds(rank as usize, offset, bytes, "read", at)?;
-        self.stats.shared_bytes_read += u64::from(bytes);
-        let by = access(&self.lanes, self.current, self.time, at);
-        self.shared.read(offset, bytes, by)?;
-        self.check_released(offset, bytes, at)?;
-        Ok(self.shared.at(offset))
+        self.read_in(rank as usize, offset, bytes, at)
     }
 
     /// Checks and records a write of shared memory of the block of that rank; returns where
@@ -125,11 +119,7 @@ impl Block {
         at: Place,
     ) -> Result<*mut u8, FaultKind> {
         self.reach(rank as usize, at)?;
-        self.shared_bounds(rank as usize, offset, bytes, "write", at)?;
-        self.stats.shared_bytes_written += u64::from(bytes);
-        let by = access(&self.lanes, self.current, self.time, at);
-        self.shared.write(offset, bytes, by)?;
-        Ok(self.shared.at(offset))
+        self.write_in(rank as usize, offset, bytes, at)
     }
 
     /// Checks that no block can end while another still reaches into its shared memory: one of
