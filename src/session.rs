@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kernels_gpu::args::{self, AttentionArgs};
 
 use crate::{
-    backend::{Device, DeviceBuffer, KernelArgs, Launch, Memory},
+    backend::{Device, DeviceBuffer, KernelArgs, Launch, Memory, instruments},
     dtype::DType,
     error::Error,
     problem::Problem,
@@ -252,7 +252,8 @@ impl Attention {
             head_dim: problem.head_dim() as u32,
             scale: problem.scale(),
         };
-        let launches = plan.steps.into_iter().map(|step| step.launch(&args)).collect();
+        let launches =
+            plan.steps.into_iter().map(|step| step.launch(&args)).collect::<Result<_, _>>()?;
         Ok(Self {
             memory: memory.clone(),
             kernel,
@@ -302,7 +303,9 @@ impl Attention {
     /// # Errors
     /// What the device reports.
     pub fn start(&self) -> Result<(), Error> {
-        self.launches.iter().try_for_each(|launch| self.memory.device().launch(launch))
+        let device = self.memory.device();
+        // SAFETY: outputs and workspace belong to this value; whoever made it keeps the inputs.
+        self.launches.iter().try_for_each(|launch| unsafe { device.launch(launch) })
     }
 
     /// Waits and downloads.
@@ -334,7 +337,9 @@ impl Attention {
         }
         let step = registry::weights_step(&self.problem)?;
         let buffer = self.memory.filled(self.problem.weights_bytes(), POISON)?;
-        device.launch(&step.launch(&AttentionArgs { weights: buffer.as_arg(), ..self.args }))?;
+        let launch = step.launch(&AttentionArgs { weights: buffer.as_arg(), ..self.args })?;
+        // SAFETY: as for `start`; the weights are the buffer above.
+        unsafe { device.launch(&launch)? };
         device.synchronize()?;
         buffer.read(weights.bytes_mut())?;
         Ok(weights)
@@ -358,9 +363,10 @@ impl Attention {
 
 impl Step {
     /// The launch of this step with its arguments.
-    pub(crate) fn launch(self, args: &impl KernelArgs) -> Launch {
+    pub(crate) fn launch(self, args: &impl KernelArgs) -> Result<Launch, Error> {
         let Self { symbol, grid, block, shared_bytes } = self;
-        Launch { symbol, grid, block, shared_bytes, args: args.to_launch_bytes() }
+        let entry = kernels_gpu::find(&symbol).ok_or(Error::UnknownSymbol { symbol })?;
+        Ok(Launch { entry, grid, block, shared_bytes, args: args.to_launch_bytes() })
     }
 }
 
@@ -396,8 +402,8 @@ pub trait Work {
         }
         let mut times = Vec::with_capacity(runs);
         for _ in 0..runs {
-            device.flush_l2()?;
-            times.push(device.time_ms(&mut || self.start())?);
+            instruments::flush_l2(device)?;
+            times.push(instruments::time_ms(device, &mut || self.start())?);
         }
         device.synchronize()?;
         Ok(times)
@@ -412,7 +418,7 @@ pub trait Work {
     fn sustained_ms(&self, runs: usize) -> Result<f64, Error> {
         let runs = runs.max(1);
         let device = self.device();
-        let all = device.time_ms(&mut || (0..runs).try_for_each(|_| self.start()))?;
+        let all = instruments::time_ms(device, &mut || (0..runs).try_for_each(|_| self.start()))?;
         device.synchronize()?;
         Ok(all / runs as f64)
     }

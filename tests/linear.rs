@@ -41,7 +41,8 @@ fn worst(
     let mut y = Tensor::zeros(p.dtype, &[p.rows, p.out_features]);
     let dy = memory.filled(y.bytes().len() as u64, 0xff)?;
     let (launch, _maps) = kernel.launch(memory, p, [&dx, &dw, &dbias, &dy])?;
-    device.launch(&launch)?;
+    // SAFETY: the arguments are the buffers above, which live until the end.
+    unsafe { device.launch(&launch)? };
     device.synchronize()?;
     dy.read(y.bytes_mut())?;
 
@@ -128,13 +129,14 @@ fn run_probe(device: Arc<dyn Device>) {
     let map = memory.tensor_maps(&[map]).unwrap();
     let args = ProbeArgs { tensor_map: map.as_arg() };
     let launch = |blocks: u32| Launch {
-        symbol: "cluster_probe".into(),
+        entry: kernels_gpu::find("cluster_probe").unwrap(),
         grid: blocks.into(),
         block: probe::THREADS.into(),
         shared_bytes: probe::SHARED_BYTES,
         args: args.to_launch_bytes(),
     };
-    device.launch(&launch(probe::CLUSTER * CLUSTERS)).unwrap();
+    // SAFETY: the sums and their map live until the end.
+    unsafe { device.launch(&launch(probe::CLUSTER * CLUSTERS)) }.unwrap();
     device.synchronize().unwrap();
     let mut found = vec![0f32; elements];
     sums.read(&mut found).unwrap();
@@ -145,7 +147,8 @@ fn run_probe(device: Arc<dyn Device>) {
         assert_eq!(found, expected, "element {t}");
     }
     // A grid that clusters do not divide is refused.
-    let refused = device.launch(&launch(3)).unwrap_err().to_string();
+    // SAFETY: as above.
+    let refused = unsafe { device.launch(&launch(3)) }.unwrap_err().to_string();
     assert!(refused.contains("cluster") && refused.contains('3'), "{refused}");
 }
 

@@ -4,7 +4,7 @@
 use anyhow::Result;
 use flash_attention::{
     Error, Layout, Problem, Tensor,
-    backend::Counters,
+    backend::{Counters, instruments::take_counters},
     module::{self, MultiHeadAttention, oracle as module_oracle},
     registry::KernelSpec,
     session::{Inputs, Session, Work},
@@ -184,9 +184,9 @@ impl<'a> Subject<'a> {
     ) -> Result<Ran<'_>, Error> {
         let (session, problem) = (self.session, &self.problem);
         let launch = |work: &dyn Work| {
-            session.device().take_counters();
+            take_counters(session.device());
             work.launch()?;
-            Ok::<_, Error>(session.device().take_counters())
+            Ok::<_, Error>(take_counters(session.device()))
         };
         match &self.kind {
             Kind::Attention { tensors, oracle } => {

@@ -14,7 +14,7 @@ use std::{
 use simt::{emulator, tma};
 
 use crate::{
-    backend::{Counters, Device, Launch, MemoryInfo, TensorMapSpec},
+    backend::{Counters, Device, Instruments, Launch, MemoryInfo, TensorMapSpec},
     dtype::DType,
     error::Error,
 };
@@ -75,7 +75,9 @@ impl CpuDevice {
     }
 }
 
-impl Device for CpuDevice {
+// SAFETY: allocations come from the host's allocator and are disjoint; every operation has
+// ended when its call returns.
+unsafe impl Device for CpuDevice {
     fn name(&self) -> String {
         format!("CPU emulator ({} threads)", rayon::current_num_threads())
     }
@@ -101,7 +103,7 @@ impl Device for CpuDevice {
 
     fn memory_info(&self) -> Result<MemoryInfo, Error> {
         let total = self.limit.unwrap_or(UNLIMITED);
-        Ok(MemoryInfo { free: total.saturating_sub(self.state().allocated), total })
+        Ok(MemoryInfo::new(total.saturating_sub(self.state().allocated), total))
     }
 
     fn allocate(&self, bytes: u64) -> Result<u64, Error> {
@@ -122,7 +124,7 @@ impl Device for CpuDevice {
         Ok(address)
     }
 
-    fn free(&self, address: u64, _bytes: u64) {
+    unsafe fn free(&self, address: u64, _bytes: u64) {
         let mut state = self.state();
         let Some(bytes) = state.allocations.remove(&address) else { return };
         state.allocated -= bytes;
@@ -135,7 +137,7 @@ impl Device for CpuDevice {
         }
     }
 
-    fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
+    unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
         let state = self.state();
         let target = Self::pointer(&state, address, data.len())?;
         // SAFETY: the range is inside a live allocation, which no Rust reference leads to.
@@ -143,7 +145,7 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error> {
+    unsafe fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error> {
         let state = self.state();
         let source = Self::pointer(&state, address, data.len())?;
         // SAFETY: as for `upload`; every byte was initialised by `allocate`.
@@ -151,7 +153,7 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error> {
+    unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error> {
         let state = self.state();
         let target = Self::pointer(&state, address, bytes as usize)?;
         // SAFETY: as for `upload`.
@@ -178,10 +180,9 @@ impl Device for CpuDevice {
         }
     }
 
-    fn launch(&self, launch: &Launch) -> Result<(), Error> {
-        let symbol = || launch.symbol.clone();
-        let entry = kernels_gpu::find(&launch.symbol)
-            .ok_or_else(|| Error::UnknownSymbol { symbol: symbol() })?;
+    unsafe fn launch(&self, launch: &Launch) -> Result<(), Error> {
+        let entry = launch.entry;
+        let symbol = || entry.symbol.to_owned();
         for (what, given, expected) in [
             ("size of the arguments", launch.args.len() as u64, entry.args_bytes as u64),
             ("threads of a block", launch.block.count(), u64::from(entry.threads)),
@@ -218,6 +219,12 @@ impl Device for CpuDevice {
         Ok(())
     }
 
+    fn instruments(&self) -> Option<&dyn Instruments> {
+        Some(self)
+    }
+}
+
+impl Instruments for CpuDevice {
     fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), Error>) -> Result<f64, Error> {
         let start = Instant::now();
         work()?;
@@ -237,7 +244,8 @@ impl Drop for CpuDevice {
     fn drop(&mut self) {
         let addresses: Vec<u64> = self.state().allocations.keys().copied().collect();
         for address in addresses {
-            self.free(address, 0);
+            // SAFETY: the table lists live allocations, and nobody else can use the device now.
+            unsafe { self.free(address, 0) };
         }
     }
 }
@@ -288,26 +296,23 @@ mod tests {
     fn addresses_outside_of_an_allocation_are_refused() {
         let device = CpuDevice::new();
         let address = device.allocate(16).unwrap();
-        assert!(device.upload(address + 8, &[0; 8]).is_ok());
-        assert!(matches!(device.upload(address + 9, &[0; 8]), Err(Error::BadAddress { .. })));
-        assert!(device.download(address - 1, &mut [0]).is_err());
-        device.free(address, 16);
-        assert!(device.fill(address, 1, 0).is_err());
+        // SAFETY: one thread; ranges outside of the allocation are refused, as is shown here.
+        unsafe {
+            assert!(device.upload(address + 8, &[0; 8]).is_ok());
+            assert!(matches!(device.upload(address + 9, &[0; 8]), Err(Error::BadAddress { .. })));
+            assert!(device.download(address - 1, &mut [0]).is_err());
+            device.free(address, 16);
+            assert!(device.fill(address, 1, 0).is_err());
+        }
     }
 
     #[test]
     fn a_launch_must_fit_its_entry() {
-        let device = CpuDevice::new();
-        let launch = Launch {
-            symbol: "no_such_kernel".into(),
-            grid: 1.into(),
-            block: 1.into(),
-            shared_bytes: 0,
-            args: Vec::new(),
-        };
-        assert!(matches!(device.launch(&launch), Err(Error::UnknownSymbol { .. })));
-        let launch = Launch { symbol: "naive_scores_f32_d32".into(), ..launch };
-        let error = device.launch(&launch).unwrap_err();
+        let entry = kernels_gpu::find("naive_scores_f32_d32").unwrap();
+        let launch =
+            Launch { entry, grid: 1.into(), block: 1.into(), shared_bytes: 0, args: Vec::new() };
+        // SAFETY: refused before anything runs, as is shown here.
+        let error = unsafe { CpuDevice::new().launch(&launch) }.unwrap_err();
         assert!(error.to_string().contains("size of the arguments is 0, expected"), "{error}");
     }
 
@@ -322,7 +327,9 @@ mod tests {
         let prepared = session.prepare(kernel, &problem, &inputs).unwrap();
         let mut launch = prepared.attention().launches()[0].clone();
         launch.shared_bytes /= 2;
-        let error = device.launch(&launch).unwrap_err();
+        // SAFETY: the arguments are those of `prepared`, whose buffers live; the emulator stops
+        // at the first access outside of shared memory.
+        let error = unsafe { device.launch(&launch) }.unwrap_err();
         assert!(!error.is_usage());
         let message = error.to_string();
         assert!(message.contains("flash_tiled_f32_d32"), "{message}");

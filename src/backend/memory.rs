@@ -145,7 +145,8 @@ impl DeviceBuffer {
         if data.is_empty() {
             return Ok(());
         }
-        self.memory.device.upload(self.address, data)
+        // SAFETY: the range is inside this buffer, whose exclusive reference is held.
+        unsafe { self.memory.device.upload(self.address, data) }
     }
 
     /// Copies the start of the buffer into `data`.
@@ -158,7 +159,8 @@ impl DeviceBuffer {
         if data.is_empty() {
             return Ok(());
         }
-        self.memory.device.download(self.address, data)
+        // SAFETY: the range is inside this buffer, which nobody writes while it is borrowed.
+        unsafe { self.memory.device.download(self.address, data) }
     }
 
     /// The whole buffer as elements; bytes of an incomplete last element are left out.
@@ -179,7 +181,8 @@ impl DeviceBuffer {
         if self.bytes == 0 {
             return Ok(());
         }
-        self.memory.device.fill(self.address, self.bytes, value)
+        // SAFETY: the range is this buffer, whose exclusive reference is held.
+        unsafe { self.memory.device.fill(self.address, self.bytes, value) }
     }
 
     fn check(&self, bytes: u64) -> Result<(), Error> {
@@ -193,7 +196,9 @@ impl DeviceBuffer {
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
         if self.bytes != 0 {
-            self.memory.device.free(self.address, self.bytes);
+            // SAFETY: `Memory::allocate` got the address and the length, and this is the one
+            // place that gives them back.
+            unsafe { self.memory.device.free(self.address, self.bytes) };
             self.memory.count().current -= self.bytes;
         }
     }

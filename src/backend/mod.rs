@@ -5,13 +5,18 @@
 
 pub mod cpu;
 pub mod gpu;
+pub mod instruments;
 pub mod memory;
 
 use crate::error::Error;
-use kernels_gpu::args::{AttentionArgs, LinearArgs, ProbeArgs};
+use kernels_gpu::{
+    args::{AttentionArgs, LinearArgs, ProbeArgs},
+    entry::Entry,
+};
 
 pub use cpu::CpuDevice;
 pub use gpu::GpuDevice;
+pub use instruments::{Counters, Instruments};
 pub use memory::{DeviceBuffer, Memory};
 
 /// Grid or block extent.
@@ -20,8 +25,8 @@ pub use simt::Dim3;
 /// One launch of one entry.
 #[derive(Clone, Debug)]
 pub struct Launch {
-    /// Name of the `.entry`.
-    pub symbol: String,
+    /// The entry.
+    pub entry: &'static Entry,
     /// Blocks of the grid.
     pub grid: Dim3,
     /// Threads of a block.
@@ -34,6 +39,7 @@ pub struct Launch {
 
 /// Memory of a device in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MemoryInfo {
     /// Free now, by the device's own account.
     pub free: u64,
@@ -41,19 +47,26 @@ pub struct MemoryInfo {
     pub total: u64,
 }
 
-/// What the emulator counted while kernels ran; a GPU counts nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Bytes that kernels asked to read from global memory.
-    pub global_bytes_read: u64,
-    /// Bytes that kernels asked to write to global memory.
-    pub global_bytes_written: u64,
-    /// Extra shared-memory passes caused by bank conflicts, where they are counted.
-    pub bank_conflicts: u64,
+impl MemoryInfo {
+    /// `free` of `total` bytes.
+    #[must_use]
+    pub const fn new(free: u64, total: u64) -> Self {
+        Self { free, total }
+    }
 }
 
 /// A machine that runs kernels. All addresses are the device's own.
-pub trait Device: Send + Sync {
+///
+/// Its operations take effect in the order of the calls. Whoever wants memory with an owner
+/// uses [`Memory`]; the raw operations here are its basis.
+///
+/// # Safety
+/// Safe code relies on these facts:
+/// - `allocate` returns memory that overlaps no other live allocation.
+/// - `free` gives memory back only after everything launched, copied or filled before has
+///   ended, so that no operation outlives its memory.
+/// - `download` returns after the bytes are there; `upload` has read its source when it returns.
+pub unsafe trait Device: Send + Sync {
     /// A name to print: the GPU's, or that of the emulator.
     fn name(&self) -> String;
     /// Whether kernels run under the emulator: then times show the algorithm only.
@@ -65,33 +78,70 @@ pub trait Device: Send + Sync {
     /// Multiprocessors: how many blocks a kernel that stays on the GPU launches.
     fn multiprocessors(&self) -> u32;
     /// Free and total memory.
+    ///
+    /// # Errors
+    /// What the device reports.
     fn memory_info(&self) -> Result<MemoryInfo, Error>;
     /// Allocates `bytes` bytes at an address aligned to 256, uninitialised.
-    /// Out of memory is [`Error::OutOfMemory`], and the device stays usable.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], after which the device stays usable.
     fn allocate(&self, bytes: u64) -> Result<u64, Error>;
-    /// Frees what `allocate` returned.
-    fn free(&self, address: u64, bytes: u64);
+    /// Frees what `allocate` returned, once everything started before has ended.
+    ///
+    /// # Safety
+    /// `address` and `bytes` are those of one `allocate` of this device, not freed since.
+    unsafe fn free(&self, address: u64, bytes: u64);
     /// Copies from the host to device memory.
-    fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error>;
+    ///
+    /// # Safety
+    /// `data.len()` bytes at `address` lie in one live allocation of this device, and no other
+    /// thread uses them meanwhile.
+    ///
+    /// # Errors
+    /// What the device reports.
+    unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error>;
     /// Copies from device memory to the host.
-    fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error>;
+    ///
+    /// # Safety
+    /// As for [`Device::upload`].
+    ///
+    /// # Errors
+    /// What the device reports.
+    unsafe fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error>;
     /// Fills device memory with a byte.
-    fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error>;
-    /// Encodes tensor maps for TMA: 128 bytes each, to be uploaded where the kernel
-    /// expects them.
+    ///
+    /// # Safety
+    /// As for [`Device::upload`].
+    ///
+    /// # Errors
+    /// What the device reports.
+    unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error>;
+    /// Encodes a tensor map for TMA: 128 bytes.
+    ///
+    /// # Errors
+    /// A layout that the copy engine cannot describe.
     fn encode_tensor_map(&self, map: &TensorMapSpec) -> Result<[u8; 128], Error>;
     /// Starts a launch; later operations wait for it.
-    fn launch(&self, launch: &Launch) -> Result<(), Error>;
+    ///
+    /// # Safety
+    /// - `launch.args` holds the entry's argument struct.
+    /// - Every buffer in it lies in a live allocation of this device, and stays allocated until
+    ///   the launch has ended ([`Device::free`] waits for that).
+    /// - No other thread writes those buffers meanwhile, nor reads those that the kernel writes.
+    ///
+    /// # Errors
+    /// A launch that does not fit its entry; what the device reports.
+    unsafe fn launch(&self, launch: &Launch) -> Result<(), Error>;
     /// Waits for everything started, and reports what went wrong on the way.
+    ///
+    /// # Errors
+    /// What went wrong while a kernel ran.
     fn synchronize(&self) -> Result<(), Error>;
-    /// Milliseconds that `work` keeps the device busy: events on a GPU, the clock
-    /// under the emulator.
-    fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), Error>) -> Result<f64, Error>;
-    /// Overwrites the L2 cache, so that the next launch starts cold; nothing under
-    /// the emulator.
-    fn flush_l2(&self) -> Result<(), Error>;
-    /// The counters since they were last taken; `None` on a GPU.
-    fn take_counters(&self) -> Option<Counters>;
+    /// How the device measures, where it can.
+    fn instruments(&self) -> Option<&dyn Instruments> {
+        None
+    }
 }
 
 /// A tensor map to encode: a strided view that TMA copies boxes of.

@@ -101,8 +101,11 @@ impl Work for Forward<'_> {
     }
 
     fn start(&self) -> Result<(), Error> {
-        self.device().launch(&self.before)?;
+        let device = self.device();
+        // SAFETY: the parameters belong to the module, every other buffer to this value.
+        unsafe { device.launch(&self.before)? };
         self.attention.start()?;
-        self.device().launch(&self.after)
+        // SAFETY: as above.
+        unsafe { device.launch(&self.after) }
     }
 }

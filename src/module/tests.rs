@@ -105,7 +105,8 @@ fn a_projection_runs_on_the_kernel_that_was_asked_for() {
         let module = module.with_linear(linear);
         let kernel = find("flash_tiled").unwrap();
         let forward = module.prepare(kernel, &x, None, &Pass::default()).unwrap();
-        assert!(forward.after.symbol.starts_with(linear.name), "{}", forward.after.symbol);
+        let symbol = forward.after.entry.symbol;
+        assert!(symbol.starts_with(linear.name), "{symbol}");
     }
 }
 

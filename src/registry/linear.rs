@@ -236,7 +236,7 @@ impl LinearSpec {
         let maps = self.tensor_maps.map_or_else(Vec::new, |f| f(p, &target, &args));
         let maps = memory.tensor_maps(&maps)?;
         args.tensor_maps = maps.as_arg();
-        Ok(((self.step)(p, &target).launch(&args), maps))
+        Ok(((self.step)(p, &target).launch(&args)?, maps))
     }
 
     /// Device memory beyond x, w, bias and y: that of the tensor maps.

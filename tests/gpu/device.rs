@@ -8,7 +8,7 @@ use crate::fake_driver::{FakeDriver, open};
 use flash_attention::{
     DType, Error,
     backend::{
-        Device, DeviceBuffer, KernelArgs, Launch, Memory, TensorMapSpec,
+        Device, DeviceBuffer, Instruments, KernelArgs, Launch, Memory, TensorMapSpec,
         gpu::{GpuDevice, describe_all, why_not},
     },
 };
@@ -71,12 +71,19 @@ fn args(inputs: [(u64, u64); 3], o: (u64, u64), lse: (u64, u64)) -> AttentionArg
 
 fn launch_of(symbol: &str, args: &AttentionArgs) -> Launch {
     Launch {
-        symbol: symbol.to_owned(),
+        entry: kernels_gpu::find(symbol).expect("an entry"),
         grid: Dim3::new(ROWS.div_ceil(flash_tiled::BR), 1, 1),
         block: Dim3::new(flash_tiled::THREADS, 1, 1),
         shared_bytes: flash_tiled::shared_bytes(HEAD_DIM as usize),
         args: args.to_launch_bytes(),
     }
+}
+
+/// Starts a launch of [`launch_of`].
+fn start(gpu: &GpuDevice, launch: &Launch) -> Result<(), Error> {
+    // SAFETY: each test keeps the buffers of its launches until it has waited for them; launches
+    // that do not fit are refused.
+    unsafe { gpu.launch(launch) }
 }
 
 /// Inputs and outputs of one head on a device.
@@ -143,7 +150,7 @@ fn a_kernel_gets_its_arguments_and_its_results_come_back() {
     let memory = memory(&gpu);
     let head = Head::new(&memory).unwrap();
     let launches = fake.launches();
-    gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap();
+    start(&gpu, &launch_of(SYMBOL, &head.args())).unwrap();
     gpu.synchronize().unwrap();
     assert_eq!(fake.launches() - launches, 1);
     let (o, lse) = expected(SYMBOL);
@@ -159,7 +166,7 @@ fn every_thread_may_use_the_device() {
     let results: Vec<Vec<f32>> = std::thread::scope(|scope| {
         let work = || {
             let head = Head::new(&memory).unwrap();
-            gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap();
+            start(&gpu, &launch_of(SYMBOL, &head.args())).unwrap();
             head.o.to_vec().unwrap()
         };
         let threads = [scope.spawn(work), scope.spawn(work)];
@@ -181,7 +188,7 @@ fn memory_is_counted_and_given_back() {
         assert_eq!((memory.current(), fake.used_bytes()), (bytes, bytes));
         let info = gpu.memory_info().unwrap();
         assert_eq!((info.free, info.total), ((1 << 30) - bytes, 1 << 30));
-        gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap();
+        start(&gpu, &launch_of(SYMBOL, &head.args())).unwrap();
         gpu.time_ms(&mut || gpu.flush_l2()).unwrap();
     }
     assert_eq!(fake.used_bytes(), 0);
@@ -203,7 +210,7 @@ fn out_of_memory_says_what_was_needed_and_the_device_survives() {
         Err(other) => panic!("another error: {other}"),
         Ok(_) => panic!("allocated more than there is"),
     }
-    gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap();
+    start(&gpu, &launch_of(SYMBOL, &head.args())).unwrap();
     assert_eq!(head.o.to_vec::<f32>().unwrap(), expected(SYMBOL).0);
 }
 
@@ -213,7 +220,7 @@ fn a_fault_names_its_kernel_and_says_that_the_context_is_lost() {
     let gpu = gpu();
     let memory = memory(&gpu);
     let head = Head::new(&memory).unwrap();
-    gpu.launch(&faulty_launch(&head)).expect("a fault shows when the GPU is waited for");
+    start(&gpu, &faulty_launch(&head)).expect("a fault shows when the GPU is waited for");
     let error = gpu.synchronize().unwrap_err();
     assert!(matches!(&error, Error::Kernel { symbol, .. } if symbol == SYMBOL), "{error}");
     let message = error.to_string();
@@ -234,10 +241,10 @@ fn timing_reports_the_fault_of_what_it_timed() {
     let memory = memory(&gpu);
     let head = Head::new(&memory).unwrap();
     let launch = launch_of(SYMBOL, &head.args());
-    let ms = gpu.time_ms(&mut || gpu.launch(&launch)).unwrap();
+    let ms = gpu.time_ms(&mut || start(&gpu, &launch)).unwrap();
     assert!(ms > 0.0);
     let faulty = faulty_launch(&head);
-    let error = gpu.time_ms(&mut || gpu.launch(&faulty)).unwrap_err();
+    let error = gpu.time_ms(&mut || start(&gpu, &faulty)).unwrap_err();
     assert!(matches!(error, Error::Kernel { .. }), "{error}");
     fake.clear_fault();
 }
@@ -249,7 +256,7 @@ fn hardware_exceptions_keep_their_meaning() {
     let memory = memory(&gpu);
     let head = Head::new(&memory).unwrap();
     for (code, text) in [(716, "misaligned"), (719, "failed while it ran"), (702, "watchdog")] {
-        gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap();
+        start(&gpu, &launch_of(SYMBOL, &head.args())).unwrap();
         fake.set_fault(code);
         let message = gpu.synchronize().unwrap_err().to_string();
         assert!(message.contains(text), "{message}");
@@ -278,17 +285,16 @@ fn launches_that_do_not_fit_their_entry_are_refused() {
     let good = launch_of(SYMBOL, &head.args());
     let launches = fake.launches();
     let refused = |launch: Launch, what: &str| {
-        let message = gpu.launch(&launch).unwrap_err().to_string();
+        let message = start(&gpu, &launch).unwrap_err().to_string();
         assert!(message.contains(what), "{message}");
     };
-    refused(Launch { symbol: "no_such".into(), ..good.clone() }, "no kernel entry named 'no_such'");
     refused(Launch { args: vec![0; 8], ..good.clone() }, "the size of the arguments is 8");
     refused(Launch { block: Dim3::new(32, 1, 1), ..good.clone() }, "threads of a block is 32");
     refused(Launch { shared_bytes: 300_000, ..good.clone() }, "expected 232448");
     refused(Launch { grid: Dim3::new(1, 0, 1), ..good.clone() }, "the number of blocks is 0");
     refused(Launch { grid: Dim3::new(1, 70_000, 1), ..good.clone() }, "the grid's y is 70000");
     assert_eq!(fake.launches(), launches);
-    gpu.launch(&good).unwrap();
+    start(&gpu, &good).unwrap();
     gpu.synchronize().unwrap();
 }
 
@@ -300,8 +306,8 @@ fn shared_memory_beyond_48_kib_is_asked_for() {
     let head = Head::new(&memory).unwrap();
     // More than the kernel needs is harmless; the fake refuses what was not asked for.
     let launch = Launch { shared_bytes: 100 << 10, ..launch_of(SYMBOL, &head.args()) };
-    gpu.launch(&launch).unwrap();
-    gpu.launch(&launch).unwrap();
+    start(&gpu, &launch).unwrap();
+    start(&gpu, &launch).unwrap();
     gpu.synchronize().unwrap();
 }
 
@@ -312,7 +318,7 @@ fn a_gpu_too_old_for_a_kernel_is_told_what_the_kernel_needs() {
     let gpu = gpu();
     assert_eq!(gpu.compute_capability(), (7, 0));
     let launch = launch_of(SYMBOL, &AttentionArgs::default());
-    let error = gpu.launch(&launch).unwrap_err();
+    let error = start(&gpu, &launch).unwrap_err();
     assert!(error.is_usage());
     assert_eq!(
         error.to_string(),
@@ -331,13 +337,13 @@ fn a_kernel_that_the_driver_refuses_comes_with_the_reason() {
     let head = Head::new(&memory).unwrap();
     // The call after the one that makes the context current compiles.
     fake.fail_after(1, 218);
-    let error = gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap_err();
+    let error = start(&gpu, &launch_of(SYMBOL, &head.args())).unwrap_err();
     assert!(matches!(&error, Error::Module { module, .. } if module == "sm_75"), "{error}");
     assert!(error.to_string().contains("CUDA_ERROR_INVALID_PTX"), "{error}");
     fake.fail_after(1, 222);
-    let error = gpu.launch(&launch_of(SYMBOL, &head.args())).unwrap_err();
+    let error = start(&gpu, &launch_of(SYMBOL, &head.args())).unwrap_err();
     assert!(error.to_string().contains("install a newer NVIDIA driver"), "{error}");
-    gpu.launch(&launch_of(SYMBOL, &head.args())).expect("neither stays");
+    start(&gpu, &launch_of(SYMBOL, &head.args())).expect("neither stays");
 }
 
 #[test]
@@ -360,13 +366,13 @@ fn every_entry_runs_on_hopper_and_is_in_the_module_it_names() {
         assert_eq!(why_not(entry, (9, 0)), None);
         // Refused for its arguments, so its module was loaded and has it.
         let launch = Launch {
-            symbol: entry.symbol.to_owned(),
+            entry,
             grid: Dim3::new(1, 1, 1),
             block: Dim3::new(entry.threads, 1, 1),
             shared_bytes: 0,
             args: Vec::new(),
         };
-        let error = gpu.launch(&launch).unwrap_err();
+        let error = start(&gpu, &launch).unwrap_err();
         assert!(matches!(error, Error::BadLaunch { .. }), "{error}");
     }
 }
@@ -405,7 +411,8 @@ fn the_flush_buffer_makes_way_for_an_allocation() {
     assert_eq!(gpu.memory_info().unwrap().free, bytes);
     let address = gpu.allocate(bytes).expect("all of the memory");
     assert_eq!(fake.used_bytes(), bytes);
-    gpu.free(address, bytes);
+    // SAFETY: allocated just now.
+    unsafe { gpu.free(address, bytes) };
 }
 
 #[test]
@@ -436,13 +443,16 @@ fn copies_beyond_an_allocation_are_refused_by_the_driver() {
     let _fake: FakeDriver = open();
     let gpu = gpu();
     let address = gpu.allocate(64).unwrap();
-    let error = gpu.upload(address, &[0; 65]).unwrap_err();
-    assert!(error.to_string().contains("copying 65 bytes"), "{error}");
-    gpu.fill(address, 64, 7).unwrap();
     let mut data = [0; 64];
-    gpu.download(address, &mut data).unwrap();
+    // SAFETY: the allocation has 64 bytes; the fake driver refuses what goes beyond it.
+    unsafe {
+        let error = gpu.upload(address, &[0; 65]).unwrap_err();
+        assert!(error.to_string().contains("copying 65 bytes"), "{error}");
+        gpu.fill(address, 64, 7).unwrap();
+        gpu.download(address, &mut data).unwrap();
+        gpu.free(address, 64);
+    }
     assert_eq!(data, [7; 64]);
-    gpu.free(address, 64);
 }
 
 #[test]

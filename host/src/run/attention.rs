@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 use flash_attention::{
-    Dropout, Layout, Problem, Tensor, oracle,
+    Dropout, Layout, Problem, Tensor,
+    backend::instruments::time_ms,
+    oracle,
     registry::KernelSpec,
     session::{Attention, DeviceInputs, Inputs, Outputs, Session},
     verify::{Credit, Differences},
@@ -101,7 +103,7 @@ impl Given for GivenAttention<'_> {
             mask: mask.as_arg(),
         };
         let attention = Attention::new(memory, kernel, p, &inputs)?;
-        let ms = session.device().time_ms(&mut || attention.start())?;
+        let ms = time_ms(session.device(), &mut || attention.start())?;
         let Outputs { o, lse, .. } = attention.outputs_without_weights()?;
         let mut tensors = vec![("o", o), ("lse", lse)];
         if with_weights {

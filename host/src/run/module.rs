@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use flash_attention::{
     Dropout, Layout, Problem, Tensor,
+    backend::instruments::time_ms,
     module::{MultiHeadAttention, Weights, oracle},
     problem::head_dim_of,
     registry::KernelSpec,
@@ -97,7 +98,7 @@ impl Given for GivenModule<'_> {
         let module = MultiHeadAttention::new(session, &self.weights, p.heads())?;
         let mask = self.mask_bytes().unwrap_or_default();
         let forward = module.prepare_bytes(kernel, p, self.x.bytes, mask)?;
-        let ms = session.device().time_ms(&mut || forward.start())?;
+        let ms = time_ms(session.device(), &mut || forward.start())?;
         let mut tensors = vec![("y", forward.y()?)];
         if with_weights {
             tensors.push(("weights", forward.weights()?));

@@ -45,7 +45,6 @@ pub fn why_not(entry: &Entry, compute_capability: (u32, u32)) -> Option<String> 
 
 /// A kernel that can be launched.
 pub(super) struct Kernel {
-    pub(super) entry: &'static Entry,
     function: CUfunction,
     /// Dynamic shared memory that its launches may have so far.
     shared_bytes: Mutex<u32>,
@@ -85,17 +84,19 @@ pub(super) struct Kernels(Mutex<HashMap<&'static str, Arc<Kernel>>>);
 impl Kernels {
     /// The kernel of that name, which the driver compiles on first use. A context of the
     /// GPU must be current.
-    pub(super) fn get(&self, symbol: &str, gpu: &GpuDescription) -> Result<Arc<Kernel>, Error> {
+    pub(super) fn get(
+        &self,
+        entry: &'static Entry,
+        gpu: &GpuDescription,
+    ) -> Result<Arc<Kernel>, Error> {
         let mut kernels = lock(&self.0);
-        if let Some(kernel) = kernels.get(symbol) {
+        if let Some(kernel) = kernels.get(entry.symbol) {
             return Ok(kernel.clone());
         }
-        let entry = kernels_gpu::find(symbol)
-            .ok_or_else(|| Error::UnknownSymbol { symbol: symbol.to_owned() })?;
         if let Some(reason) = why_not(entry, gpu.compute_capability) {
             return Err(Error::DeviceLacks {
                 device: gpu.name.clone(),
-                what: format!("run {symbol}"),
+                what: format!("run {}", entry.symbol),
                 remedy: reason,
             });
         }
@@ -134,19 +135,16 @@ fn load(entry: &'static Entry, gpu: &GpuDescription) -> Result<Kernel, Error> {
         .map_err(|error| failure::driver(&gpu.name, &format!("finding {}", entry.symbol), error))?
         .to_raw();
     let shared_bytes = Mutex::new(SHARED_BYTES_UNASKED);
-    Ok(Kernel { entry, function, shared_bytes, _module: module })
+    Ok(Kernel { function, shared_bytes, _module: module })
 }
 
 /// Compares a launch with its entry and with the limits of the GPU.
-pub(super) fn check_launch(
-    launch: &Launch,
-    entry: &Entry,
-    gpu: &GpuDescription,
-) -> Result<(), Error> {
+pub(super) fn check_launch(launch: &Launch, gpu: &GpuDescription) -> Result<(), Error> {
+    let entry = launch.entry;
     // The limits of a grid's second and third dimension, on every GPU so far.
     const MAX_GRID_YZ: u64 = 65_535;
     let bad = |what, given: u64, expected: u64| {
-        Err(Error::BadLaunch { symbol: launch.symbol.clone(), what, given, expected })
+        Err(Error::BadLaunch { symbol: entry.symbol.to_owned(), what, given, expected })
     };
     let (args, shared) = (launch.args.len() as u64, u64::from(launch.shared_bytes));
     let max_shared = u64::from(gpu.max_shared_bytes);

@@ -28,7 +28,7 @@ use cust::{
 };
 
 use crate::{
-    backend::{Counters, Device, Launch, MemoryInfo, TensorMapSpec},
+    backend::{Counters, Device, Instruments, Launch, MemoryInfo, TensorMapSpec},
     dtype::DType,
     error::Error,
 };
@@ -119,7 +119,8 @@ impl GpuDevice {
     fn give_back_flush_buffer(&self) -> bool {
         let buffer = lock(&self.flush).take();
         if let Some(buffer) = &buffer {
-            self.free(buffer.address, buffer.bytes);
+            // SAFETY: the buffer was allocated here, and nothing else knows it.
+            unsafe { self.free(buffer.address, buffer.bytes) };
         }
         buffer.is_some()
     }
@@ -140,14 +141,14 @@ impl GpuDevice {
     }
 
     fn launch_checked(&self, launch: &Launch) -> Result<(), Error> {
-        let kernel = self.kernels.get(&launch.symbol, &self.description)?;
-        check_launch(launch, kernel.entry, &self.description)?;
+        let kernel = self.kernels.get(launch.entry, &self.description)?;
+        check_launch(launch, &self.description)?;
         let (grid, block) = (launch.grid, launch.block);
         let shared_bytes = launch.shared_bytes;
         // Made into text only if the launch fails.
         let what = format_args!(
             "launching {} on {}x{}x{} blocks of {} threads with {shared_bytes} bytes of shared memory",
-            launch.symbol,
+            launch.entry.symbol,
             grid.x,
             grid.y,
             grid.z,
@@ -177,14 +178,16 @@ impl GpuDevice {
             failure::result(code)
         })?;
         let mut launched = lock(&self.launched);
-        if !launched.contains(&kernel.entry.symbol) {
-            launched.push(kernel.entry.symbol);
+        if !launched.contains(&launch.entry.symbol) {
+            launched.push(launch.entry.symbol);
         }
         Ok(())
     }
 }
 
-impl Device for GpuDevice {
+// SAFETY: the driver's allocations are disjoint; its free waits for the work before it, and
+// copies from and to pageable memory end before they return.
+unsafe impl Device for GpuDevice {
     fn name(&self) -> String {
         self.description.name.clone()
     }
@@ -209,7 +212,7 @@ impl Device for GpuDevice {
         let (free, total) = self.call("asking for free memory", cust::memory::mem_get_info)?;
         // The flush buffer makes way for an allocation.
         let flush = lock(&self.flush).as_ref().map_or(0, |buffer| buffer.bytes);
-        Ok(MemoryInfo { free: free as u64 + flush, total: total as u64 })
+        Ok(MemoryInfo::new(free as u64 + flush, total as u64))
     }
 
     fn allocate(&self, bytes: u64) -> Result<u64, Error> {
@@ -227,7 +230,7 @@ impl Device for GpuDevice {
         }
     }
 
-    fn free(&self, address: u64, bytes: u64) {
+    unsafe fn free(&self, address: u64, bytes: u64) {
         // It can fail only when the context is lost, and with it the memory.
         _ = self.call(format_args!("freeing {bytes} bytes"), || {
             // SAFETY: the caller got the address from `allocate`, and gives it up.
@@ -235,21 +238,21 @@ impl Device for GpuDevice {
         });
     }
 
-    fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
+    unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
         self.call(format_args!("copying {} bytes to the GPU", data.len()), || {
             // SAFETY: the caller vouches for the device memory.
             unsafe { slice(address, data.len()) }.copy_from(data)
         })
     }
 
-    fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error> {
+    unsafe fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error> {
         self.call(format_args!("copying {} bytes from the GPU", data.len()), || {
             // SAFETY: the caller vouches for the device memory.
             unsafe { slice(address, data.len()) }.copy_to(data)
         })
     }
 
-    fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error> {
+    unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error> {
         self.call(format_args!("filling {bytes} bytes"), || {
             // SAFETY: the caller vouches for the device memory.
             unsafe { slice(address, bytes as usize) }.set_8(value)
@@ -275,7 +278,7 @@ impl Device for GpuDevice {
         })
     }
 
-    fn launch(&self, launch: &Launch) -> Result<(), Error> {
+    unsafe fn launch(&self, launch: &Launch) -> Result<(), Error> {
         CurrentContext::set_current(&self.context)
             .map_err(|error| self.failed("making the context current", error))?;
         self.launch_checked(launch)
@@ -287,6 +290,12 @@ impl Device for GpuDevice {
         Ok(())
     }
 
+    fn instruments(&self) -> Option<&dyn Instruments> {
+        Some(self)
+    }
+}
+
+impl Instruments for GpuDevice {
     fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), Error>) -> Result<f64, Error> {
         let start = self.call("recording the start", || {
             let event = Event::new(EventFlags::DEFAULT)?;
@@ -310,7 +319,8 @@ impl Device for GpuDevice {
         let mut flush = lock(&self.flush);
         if flush.as_ref().is_none_or(|buffer| buffer.bytes < wanted) {
             if let Some(small) = flush.take() {
-                self.free(small.address, small.bytes);
+                // SAFETY: the buffer was allocated here, and nothing else knows it.
+                unsafe { self.free(small.address, small.bytes) };
             }
             *flush = self.flush_buffer(wanted)?;
         }

@@ -1,0 +1,68 @@
+//! Measuring: times, a cold cache, counts of what kernels did.
+
+use std::time::Instant;
+
+use super::Device;
+use crate::error::Error;
+
+/// What the emulator counted while kernels ran; a GPU counts nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Bytes that kernels asked to read from global memory.
+    pub global_bytes_read: u64,
+    /// Bytes that kernels asked to write to global memory.
+    pub global_bytes_written: u64,
+    /// Extra shared-memory passes caused by bank conflicts, where they are counted.
+    pub bank_conflicts: u64,
+}
+
+/// The measuring instruments of a device.
+pub trait Instruments {
+    /// Milliseconds that `work` keeps the device busy: events on a GPU, the clock under the
+    /// emulator.
+    ///
+    /// # Errors
+    /// The error of `work`, or what went wrong while a kernel ran.
+    fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), Error>) -> Result<f64, Error>;
+    /// Overwrites the L2 cache, so that the next launch starts cold; nothing under the
+    /// emulator.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn flush_l2(&self) -> Result<(), Error>;
+    /// The counters since they were last taken; `None` on a GPU.
+    fn take_counters(&self) -> Option<Counters>;
+}
+
+/// Milliseconds that `work` keeps a device busy: by its instruments, or by the clock from an
+/// idle device to an idle device.
+///
+/// # Errors
+/// The error of `work`, or what went wrong while a kernel ran.
+pub fn time_ms(
+    device: &dyn Device,
+    work: &mut dyn FnMut() -> Result<(), Error>,
+) -> Result<f64, Error> {
+    if let Some(instruments) = device.instruments() {
+        return instruments.time_ms(work);
+    }
+    device.synchronize()?;
+    let start = Instant::now();
+    work()?;
+    device.synchronize()?;
+    Ok(start.elapsed().as_secs_f64() * 1e3)
+}
+
+/// Overwrites the L2 cache of a device that has the instrument for it.
+///
+/// # Errors
+/// What the device reports.
+pub fn flush_l2(device: &dyn Device) -> Result<(), Error> {
+    device.instruments().map_or(Ok(()), Instruments::flush_l2)
+}
+
+/// The counters of a device since they were last taken, where it counts.
+#[allow(clippy::must_use_candidate, reason = "taking sets the counters back")]
+pub fn take_counters(device: &dyn Device) -> Option<Counters> {
+    device.instruments().and_then(Instruments::take_counters)
+}
