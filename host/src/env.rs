@@ -40,7 +40,7 @@ fn computer(machine: &Machine) -> String {
     let memory =
         memory_bytes.map_or_else(String::new, |b| format!(", {}", format::bytes(b as f64)));
     format!(
-        "host {} (commit {}) on {os} {arch}: {}, {threads} threads{memory}\n",
+        "flash-attention {} (commit {}) on {os} {arch}: {}, {threads} threads{memory}\n",
         env!("CARGO_PKG_VERSION"),
         env!("HOST_COMMIT"),
         cpu.as_deref().unwrap_or("unknown CPU"),

@@ -19,7 +19,7 @@ use crate::{
 
 /// FlashAttention kernels in Rust: look at them, compare them, verify them.
 #[derive(Debug, Parser)]
-#[command(name = "host", version, about, max_term_width = 100)]
+#[command(name = "flash-attention", version, about, max_term_width = 100)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]

@@ -8,7 +8,7 @@ use std::{
 
 /// The program, on a computer without a GPU.
 pub fn host() -> Command {
-    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("host"));
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("flash-attention"));
     command.env("FLASH_ATTENTION_CUDA_DRIVER", "/no/driver/here");
     command
 }

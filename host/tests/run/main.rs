@@ -56,7 +56,7 @@ impl Folder {
     }
 
     fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::cargo_bin("host").unwrap();
+        let mut command = Command::new(assert_cmd::cargo::cargo_bin!("flash-attention"));
         command.current_dir(&self.0).args(["run", "--device", "cpu"]).args(args);
         command
     }
