@@ -1,9 +1,12 @@
 //! How a command ends: exit codes and the one line that says why.
 //!
 //! 0: done and right. 1: a verdict was bad, or work failed. 2: the request cannot be met
-//! as it stands. 130: stopped by Ctrl-C; what was measured is still printed and written.
+//! as it stands. 128 + signal (130: Ctrl-C): stopped by a signal; what was measured is still
+//! printed and written.
 
 use std::{fmt, process::ExitCode};
+
+use crate::interrupt;
 
 /// How a command that did not fail ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,7 +15,7 @@ pub enum Outcome {
     Good,
     /// A verdict was bad, or a row failed.
     Bad,
-    /// Ctrl-C came first.
+    /// A signal came first.
     Interrupted,
 }
 
@@ -21,8 +24,7 @@ impl From<Outcome> for ExitCode {
         match outcome {
             Outcome::Good => Self::SUCCESS,
             Outcome::Bad => Self::from(1),
-            // 128 + SIGINT, as shells report it.
-            Outcome::Interrupted => Self::from(130),
+            Outcome::Interrupted => Self::from(interrupt::exit_code()),
         }
     }
 }
@@ -52,7 +54,15 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
 /// `error: …` on one line: causes are joined by colons, line ends become spaces.
 #[must_use]
 pub fn line(error: &anyhow::Error) -> String {
-    let text = format!("{error:#}");
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        // Some errors tell their cause themselves.
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
     format!("error: {}", text.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
@@ -88,5 +98,12 @@ mod tests {
         assert_eq!(exit_code(&missing.into()), 2);
         let failed = flash_attention::Error::UnknownSymbol { symbol: "x".into() };
         assert_eq!(exit_code(&failed.into()), 1);
+    }
+
+    #[test]
+    fn a_reason_is_told_once() {
+        let source = std::io::Error::other("no such file");
+        let error = flash_attention::Error::Io { path: "a".into(), source };
+        assert_eq!(line(&error.into()), "error: a: no such file");
     }
 }

@@ -1,25 +1,25 @@
-//! Ctrl-C: the first asks the run to stop after what it is doing, and the second
-//! ends the program.
+//! Ctrl-C, SIGTERM and SIGHUP: the first asks the run to stop after what it is doing, and the
+//! second ends the program.
 
-use std::sync::{
-    OnceLock,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    process::exit,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU8, Ordering},
+    },
 };
 
-static STOP: AtomicBool = AtomicBool::new(false);
+use crate::progress::warn;
+
+/// Number of the first signal; 0 while there was none.
+static SIGNAL: AtomicU8 = AtomicU8::new(0);
 static HANDLER: OnceLock<()> = OnceLock::new();
 
-/// Starts listening. Where a handler cannot be set, Ctrl-C ends the program as usual.
+/// Starts listening. Where that fails, a signal ends the program as usual.
 pub fn listen() {
     HANDLER.get_or_init(|| {
-        let result = ctrlc::set_handler(|| {
-            if STOP.swap(true, Ordering::Relaxed) {
-                std::process::exit(130);
-            }
-            eprintln!("stopping after this run; Ctrl-C again ends at once");
-        });
-        if let Err(error) = result {
-            eprintln!("note: Ctrl-C will discard results: {error}");
+        if let Err(error) = start() {
+            warn(&format!("note: a signal will discard results: {error}"));
         }
     });
 }
@@ -27,5 +27,50 @@ pub fn listen() {
 /// Whether the run should stop.
 #[must_use]
 pub fn requested() -> bool {
-    STOP.load(Ordering::Relaxed)
+    SIGNAL.load(Ordering::Relaxed) != 0
+}
+
+/// The exit code of a stopped run, as shells report it: 128 and the signal.
+#[must_use]
+pub fn exit_code() -> u8 {
+    128 + SIGNAL.load(Ordering::Relaxed)
+}
+
+fn received(signal: u8) {
+    if requested() {
+        exit(i32::from(128 + signal));
+    }
+    SIGNAL.store(signal, Ordering::Relaxed);
+    warn("stopping after this run; a second signal (Ctrl-C) ends at once");
+}
+
+#[cfg(unix)]
+fn start() -> std::io::Result<()> {
+    use signal_hook::{
+        consts::{SIGHUP, SIGINT, SIGTERM},
+        iterator::Signals,
+    };
+
+    // What is ignored stays so: SIGHUP under nohup, SIGINT of a script's background job.
+    let signals = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| !is_ignored(signal));
+    let mut signals = Signals::new(signals)?;
+    let wait = move || signals.forever().filter_map(|s| u8::try_from(s).ok()).for_each(received);
+    std::thread::Builder::new().name("signals".into()).spawn(wait)?;
+    Ok(())
+}
+
+/// Whether the program was started with this signal ignored.
+#[cfg(unix)]
+fn is_ignored(signal: i32) -> bool {
+    // A line `SigIgn:` with a bit for each signal; only Linux has it.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let bits = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let bits = bits.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0);
+    bits >> (signal - 1) & 1 == 1
+}
+
+#[cfg(not(unix))]
+fn start() -> Result<(), ctrlc::Error> {
+    const SIGINT: u8 = 2;
+    ctrlc::set_handler(|| received(SIGINT))
 }

@@ -32,12 +32,12 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => {
-            eprintln!("{}", failure::clap_line(&error));
+            progress::warn(&failure::clap_line(&error));
             return ExitCode::from(2);
         }
         Err(help) => {
             progress::print_lines(help.to_string().trim_end());
-            return ExitCode::SUCCESS;
+            return ended(ExitCode::SUCCESS);
         }
     };
     let outcome = match &cli.command {
@@ -47,11 +47,18 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Report(args) => report::remake(args),
     };
-    match outcome {
+    ended(match outcome {
         Ok(outcome) => outcome.into(),
         Err(error) => {
-            eprintln!("{}", failure::line(&error));
+            progress::warn(&failure::line(&error));
             ExitCode::from(failure::exit_code(&error))
         }
-    }
+    })
+}
+
+/// The exit code of a command, or that its text could not be printed.
+fn ended(code: ExitCode) -> ExitCode {
+    let Some(error) = progress::failure() else { return code };
+    progress::warn(&format!("error: standard output could not be written: {error}"));
+    if code == ExitCode::SUCCESS { ExitCode::FAILURE } else { code }
 }

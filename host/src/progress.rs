@@ -1,8 +1,19 @@
-//! Progress on a terminal; nothing where standard error is not one.
+//! What the terminal shows: text on standard output, progress on standard error.
 
-use std::io::IsTerminal;
+use std::{
+    io::{self, IsTerminal, Write},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Standard output is taken by a file.
+static TO_STDERR: AtomicBool = AtomicBool::new(false);
+/// The first failure to print.
+static FAILURE: OnceLock<io::Error> = OnceLock::new();
 
 /// A bar of so many steps.
 pub struct Progress(ProgressBar);
@@ -11,7 +22,7 @@ impl Progress {
     /// A bar on standard error.
     #[must_use]
     pub fn new(steps: usize) -> Self {
-        if !std::io::stderr().is_terminal() {
+        if !io::stderr().is_terminal() {
             return Self(ProgressBar::hidden());
         }
         let target = ProgressDrawTarget::stderr();
@@ -43,10 +54,34 @@ impl Drop for Progress {
     }
 }
 
-/// Prints to standard output; a reader who has left (`| head`) is no failure.
+/// Prints to standard output, or to standard error where a file was asked for on standard
+/// output. A reader who has left (`| head`) is no failure; any other is told at the end of the
+/// program, so that files are written first ([`failure`]).
 pub fn print_lines(text: &str) {
-    use std::io::Write;
-    let mut out = std::io::stdout().lock();
-    // Nothing is left to be told to a reader who has gone.
-    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+    if TO_STDERR.load(Ordering::Relaxed) {
+        return warn(text);
+    }
+    let mut out = io::stdout().lock();
+    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            FAILURE.get_or_init(|| error);
+        }
+        _ => {}
+    }
+}
+
+/// Prints to standard error. When that fails nothing is left to tell it to.
+pub fn warn(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// From now on text goes to standard error.
+pub fn print_to_stderr() {
+    TO_STDERR.store(true, Ordering::Relaxed);
+}
+
+/// Why text could not be printed.
+#[must_use]
+pub fn failure() -> Option<&'static io::Error> {
+    FAILURE.get()
 }

@@ -188,33 +188,6 @@ fn peers_are_rows_or_one_line() {
     assert!(!stdout.contains("is wrong"), "{stdout}");
 }
 
-/// Ctrl-C, as a terminal sends it.
-#[cfg(unix)]
-#[test]
-fn what_was_measured_survives_ctrl_c() {
-    use std::{process::Stdio, thread, time::Duration};
-
-    let folder = tempfile::tempdir().unwrap();
-    let json = folder.path().join("a.json");
-    let mut child = host()
-        .args(["compare", "--seq", "32", "--heads", "1", "--iters", "1000000000", "--json"])
-        .arg(&json)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    thread::sleep(Duration::from_secs(2));
-    let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
-    assert!(kill.unwrap().success());
-    assert_eq!(child.wait().unwrap().code(), Some(130));
-    let mut stdout = String::new();
-    std::io::Read::read_to_string(&mut child.stdout.take().unwrap(), &mut stdout).unwrap();
-    assert!(stdout.contains("N = 32"), "{stdout}");
-    let results = Results::read_json(&json).unwrap();
-    assert!(results.interrupted && results.rows.len() == 1);
-    assert!(results.rows[0].kernel == "naive" && results.rows[0].mean_ms.is_some());
-}
-
 #[test]
 fn help_and_version_are_no_errors() {
     for argument in ["--help", "--version"] {

@@ -5,6 +5,8 @@ mod beside;
 mod measure;
 mod stats;
 
+use std::path::Path;
+
 use anyhow::Result;
 use flash_attention::{
     Problem, module,
@@ -17,7 +19,7 @@ use crate::{
     format, interrupt, machine,
     machine::Opened,
     options::{CompareArgs, Defaults},
-    output,
+    output::{self, Output},
     peers::Peers,
     progress::{Progress, print_lines},
     report,
@@ -52,12 +54,7 @@ const MODULE_ORACLE_BUDGET: usize = 1 << 30;
 /// What is wrong with the request, found before anything is measured; or a file that
 /// could not be written, after the results were printed.
 pub fn run(args: &CompareArgs) -> Result<Outcome> {
-    for path in args.json.iter().chain(&args.csv) {
-        output::check_file(path)?;
-    }
-    if let Some(folder) = &args.report {
-        output::check_folder(folder)?;
-    }
+    let files = Files::open(args)?;
     let opened = machine::open(args.problem.device, args.problem.memory_limit)?;
     let (defaults, repeats) =
         if opened.info.emulated { (EMULATED, REPEATS_EMULATED) } else { (ON_GPU, REPEATS_ON_GPU) };
@@ -78,6 +75,7 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
         ..args.problem.recorded(&problems, &kernels)
     };
     let mut results = machine::results("compare", &opened, options);
+    interrupt::listen();
     print_lines(&heading(args, &opened, &results.options, &problems));
     let mut peers = match &args.peers {
         Some(backends) => beside::start(&opened, args.problem.device, backends)?,
@@ -85,7 +83,6 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     };
     results.options.peers = peers.is_some();
 
-    interrupt::listen();
     let run = Run { session: &session, kernels: &kernels, repeats, seed: args.problem.seed };
     let all: Vec<_> =
         problems.iter().flat_map(|p| args.level.levels().map(move |level| (level, p))).collect();
@@ -108,7 +105,7 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
         }
     }
     drop(progress);
-    write(args, &results)?;
+    files.write(&results)?;
     if let Some(error) = failure {
         return Err(error);
     }
@@ -210,16 +207,39 @@ pub fn device_line(opened: &Opened) -> String {
     text
 }
 
-fn write(args: &CompareArgs, results: &Results) -> Result<()> {
-    // Each file is tried, whatever became of the one before.
-    let json = args.json.as_deref().map_or(Ok(()), |path| results.write_json(path));
-    let csv = args.csv.as_deref().map_or(Ok(()), |path| results.write_csv(path));
-    let report = args.report.as_deref().map_or(Ok(()), |folder| {
-        let paths = report::write(results, folder)?;
-        print_lines(&format!("\nwrote {}", paths.html.display()));
-        Ok(())
-    });
-    json.and(csv).and(report)
+/// The files that were asked for.
+struct Files<'a> {
+    json: Option<Output>,
+    csv: Option<Output>,
+    report: Option<&'a Path>,
+}
+
+impl<'a> Files<'a> {
+    fn open(args: &'a CompareArgs) -> Result<Self> {
+        let report = args.report.as_deref();
+        report.map_or(Ok(()), output::check_folder)?;
+        let of_report = |name| report.map(|folder| folder.join(name));
+        let [report_json, report_csv] = ["results.json", "results.csv"].map(of_report);
+        let [json, csv, ..] = output::open_all([
+            ("--json", args.json.as_deref()),
+            ("--csv", args.csv.as_deref()),
+            ("--report", report_json.as_deref()),
+            ("--report", report_csv.as_deref()),
+        ])?;
+        Ok(Self { json, csv, report })
+    }
+
+    fn write(&self, results: &Results) -> Result<()> {
+        // Each file is tried, whatever became of the one before.
+        let json = self.json.as_ref().map_or(Ok(()), |output| results.write_json(output));
+        let csv = self.csv.as_ref().map_or(Ok(()), |output| results.write_csv(output));
+        let report = self.report.map_or(Ok(()), |folder| {
+            let paths = report::write(results, folder)?;
+            print_lines(&format!("\nwrote {}", paths.html.display()));
+            Ok(())
+        });
+        json.and(csv).and(report)
+    }
 }
 
 fn outcome(results: &Results) -> Outcome {

@@ -1,15 +1,17 @@
 //! The report of a run: pictures, tables and one page that holds them all. What the page
 //! says about the figures is worked out from them (`analysis`).
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::Args;
 
-use crate::{failure::Outcome, output, progress::print_lines, results::Results};
+use crate::{
+    failure::Outcome,
+    output::{self, Output},
+    progress::print_lines,
+    results::Results,
+};
 
 pub mod analysis;
 mod legend;
@@ -38,13 +40,12 @@ pub fn write(results: &Results, dir: &Path) -> Result<Paths> {
     output::check_folder(dir)?;
     let put = |name: &str, data: &[u8]| -> Result<PathBuf> {
         let path = dir.join(name);
-        fs::write(&path, data)
-            .with_context(|| format!("{} could not be written", path.display()))?;
+        Output::open(&path)?.write(|to| Ok(to.write_all(data)?))?;
         Ok(path)
     };
     let (json, csv) = (dir.join("results.json"), dir.join("results.csv"));
-    results.write_json(&json)?;
-    results.write_csv(&csv)?;
+    results.write_json(&Output::open(&json)?)?;
+    results.write_csv(&Output::open(&csv)?)?;
 
     let title = page::title(results);
     let mut figures = Vec::new();

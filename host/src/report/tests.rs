@@ -225,11 +225,11 @@ fn a_report_is_written_whole_and_reads_back() {
     let results = run(true);
     let paths = write(&results, &dir.path().join("new/report")).unwrap();
     assert_eq!(Results::read_json(&paths.json).unwrap(), results);
-    let csv = fs::read_to_string(&paths.csv).unwrap();
+    let csv = std::fs::read_to_string(&paths.csv).unwrap();
     assert_eq!(csv.lines().count(), results.rows.len() + 1);
     assert!(csv.starts_with("kernel,level,device,batch,heads,seq,head_dim,dtype,causal,status,"));
     assert_eq!(paths.pictures.len(), 4);
-    let html = fs::read_to_string(&paths.html).unwrap();
+    let html = std::fs::read_to_string(&paths.html).unwrap();
     assert_eq!(html.matches("role=\"img\"").count(), 6);
     // Self-contained: no address but the SVG name space.
     let elsewhere = html.replace("http://www.w3.org/2000/svg", "");
@@ -296,7 +296,7 @@ fn outputs_that_are_not_finite_are_reported_too() {
     results.checks = vec![nan];
     let dir = tempfile::tempdir().unwrap();
     let paths = write(&results, dir.path()).unwrap();
-    let html = fs::read_to_string(&paths.html).unwrap();
+    let html = std::fs::read_to_string(&paths.html).unwrap();
     assert!(html.contains("off by inf") && !html.contains("\"NaN\""));
     assert_eq!(Results::read_json(&paths.json).unwrap(), results);
 }

@@ -1,8 +1,10 @@
 //! Tensors in a safetensors file, mapped into memory: what is read of them is what is
-//! used, and a file larger than memory is no obstacle.
+//! used, and a file larger than memory is no obstacle. A pipe is read.
 
 use std::{
-    fs::File,
+    cmp::Reverse,
+    fs::{self, File},
+    io::{self, Read as _},
     path::{Path, PathBuf},
 };
 
@@ -11,18 +13,64 @@ use flash_attention::{DType, Error, Tensor, error::Shape};
 use memmap2::Mmap;
 use safetensors::{
     Dtype, SafeTensors,
-    tensor::{Metadata, TensorView},
+    tensor::{Metadata, TensorInfo},
 };
 
-use crate::failure::Usage;
+use crate::{failure::Usage, output::Output};
 
 /// A file of tensors.
 pub struct TensorFile {
     path: PathBuf,
-    map: Mmap,
+    content: Content,
     metadata: Metadata,
     /// Where the first tensor begins.
     data: usize,
+}
+
+/// All bytes of a file.
+enum Content {
+    Mapped(Mmap),
+    Read(Vec<u8>),
+}
+
+impl Content {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Read(bytes) => bytes,
+        }
+    }
+
+    fn of(path: &Path) -> io::Result<Self> {
+        let mut file = File::open(path)?;
+        let kind = file.metadata()?;
+        if kind.is_dir() {
+            return Err(io::Error::other("it is a directory: name a safetensors file"));
+        }
+        if kind.is_file() {
+            // SAFETY: the map is only read. Whoever shortens the file meanwhile makes reads of
+            // it fault, as with any program that maps its input.
+            return Ok(Self::Mapped(unsafe { Mmap::map(&file) }?));
+        }
+        if is_device(&kind) {
+            return Err(io::Error::other("it is a device: name a safetensors file"));
+        }
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(Self::Read(bytes))
+    }
+}
+
+/// Whether reading it might never end.
+#[cfg(unix)]
+fn is_device(kind: &fs::Metadata) -> bool {
+    use std::os::unix::fs::FileTypeExt as _;
+    kind.file_type().is_char_device() || kind.file_type().is_block_device()
+}
+
+#[cfg(not(unix))]
+fn is_device(_: &fs::Metadata) -> bool {
+    false
 }
 
 /// One tensor of a file.
@@ -45,23 +93,14 @@ impl TensorFile {
     /// safetensors format or is cut off.
     pub fn open(path: &Path) -> Result<Self> {
         let io = |source| Error::Io { path: path.to_owned(), source };
-        let file = File::open(path).map_err(io)?;
-        // SAFETY: the map is only read. Whoever shortens the file meanwhile makes reads of
-        // it fault, as with any program that maps its input.
-        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let content = Content::of(path).map_err(io)?;
         let bad = |e| Error::BadFile {
             path: path.to_owned(),
             reason: format!("not a whole safetensors file ({e}): save the tensors again"),
         };
-        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(bad)?;
+        let (header, metadata) = SafeTensors::read_metadata(content.bytes()).map_err(bad)?;
         // Eight bytes hold the length of the header.
-        Ok(Self { path: path.to_owned(), map, metadata, data: 8 + header })
-    }
-
-    /// Where the file is.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
+        Ok(Self { path: path.to_owned(), content, metadata, data: 8 + header })
     }
 
     /// The tensor of that name, where there is one.
@@ -74,7 +113,7 @@ impl TensorFile {
             name,
             dtype: info.dtype,
             shape: &info.shape,
-            bytes: &self.map[self.data + start..self.data + end],
+            bytes: &self.content.bytes()[self.data + start..self.data + end],
         })
     }
 
@@ -166,20 +205,29 @@ pub const fn stored_dtype(dtype: DType) -> Dtype {
     }
 }
 
-/// Writes tensors and notes about them.
+/// Writes tensors and notes about them, without a second copy in memory.
 ///
 /// # Errors
-/// [`Error::BadFile`] with the reason.
-pub fn save(path: &Path, tensors: &[(&str, Tensor)], notes: &[(&str, String)]) -> Result<()> {
-    let bad = |e: safetensors::SafeTensorError| Error::BadFile {
-        path: path.to_owned(),
-        reason: format!("could not be written: {e}"),
-    };
-    let mut views = Vec::new();
-    for (name, tensor) in tensors {
+/// The system's reason.
+pub fn save(output: &Output, tensors: &[(&str, Tensor)], notes: &[(&str, String)]) -> Result<()> {
+    // Wider types first, so that each element is aligned.
+    let mut sorted: Vec<&(&str, Tensor)> = tensors.iter().collect();
+    sorted.sort_by_key(|(name, tensor)| (Reverse(tensor.dtype().size()), *name));
+    let mut end = 0;
+    let describe = |(name, tensor): &&(&str, Tensor)| {
+        let start = end;
+        end += tensor.bytes().len();
         let (dtype, shape) = (stored_dtype(tensor.dtype()), tensor.shape().to_vec());
-        views.push((name, TensorView::new(dtype, shape, tensor.bytes()).map_err(bad)?));
-    }
+        ((*name).to_owned(), TensorInfo { dtype, shape, data_offsets: (start, end) })
+    };
+    let infos = sorted.iter().map(describe).collect();
     let notes = notes.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
-    Ok(safetensors::serialize_to_file(views, Some(notes), path).map_err(bad)?)
+    let mut header = serde_json::to_string(&Metadata::new(Some(notes), infos)?)?;
+    header += &" ".repeat(header.len().next_multiple_of(8) - header.len());
+    output.write(|to| {
+        to.write_all(&(header.len() as u64).to_le_bytes())?;
+        to.write_all(header.as_bytes())?;
+        sorted.iter().try_for_each(|(_, tensor)| to.write_all(tensor.bytes()))?;
+        Ok(())
+    })
 }

@@ -5,7 +5,7 @@ mod check;
 pub mod file;
 mod module;
 
-use std::{fs, path::PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
@@ -18,9 +18,9 @@ use flash_attention::{
 
 use crate::{
     failure::{Outcome, Usage},
-    format, machine,
+    format, interrupt, machine,
     options::{DeviceChoice, parse_bytes},
-    output,
+    output::{self, Output},
     progress::print_lines,
 };
 use attention::GivenAttention;
@@ -142,10 +142,8 @@ struct Done {
 /// What is wrong with the request, the file or a tensor; or what failed.
 pub fn run(args: &RunArgs) -> Result<Outcome> {
     let input = TensorFile::open(&args.input)?;
-    if let Some(path) = &args.output {
-        refuse_same_file(args, path)?;
-        output::check_file(path)?;
-    }
+    let [output] = output::open_all([("--output", args.output.as_deref())])?;
+    output.as_ref().map_or(Ok(()), |output| refuse_same_file(args, output))?;
     let given: Box<dyn Given> = match (&args.weights, args.heads) {
         (Some(weights), Some(heads)) => Box::new(GivenModule::read(&input, weights, heads, args)?),
         _ => Box::new(GivenAttention::read(&input, args)?),
@@ -165,11 +163,16 @@ pub fn run(args: &RunArgs) -> Result<Outcome> {
         if opened.info.emulated { " (emulated: not GPU speed)" } else { "" },
         format::bytes(done.peak_bytes as f64),
     ));
-    if let Some(path) = &args.output {
+    // Until now nothing was lost by a signal.
+    interrupt::listen();
+    if let (Some(output), Some(path)) = (output, &args.output) {
         let notes = [("kernel", kernel.name.to_owned()), ("device", opened.info.name.clone())];
-        file::save(path, &done.tensors, &notes)?;
+        file::save(&output, &done.tensors, &notes)?;
         let names: Vec<&str> = done.tensors.iter().map(|(name, _)| *name).collect();
         print_lines(&format!("wrote {} to {}", names.join(", "), path.display()));
+    }
+    if interrupt::requested() {
+        return Ok(Outcome::Interrupted);
     }
     let comparisons = given.compare(&done)?;
     for comparison in &comparisons {
@@ -191,12 +194,11 @@ fn kernel(args: &RunArgs, problem: &Problem, session: &Session) -> Result<&'stat
 }
 
 /// Writing to the file that is read from would destroy the tensors while they are used.
-fn refuse_same_file(args: &RunArgs, output: &std::path::Path) -> Result<()> {
+fn refuse_same_file(args: &RunArgs, output: &Output) -> Result<()> {
     let files = [(Some(&args.input), "the input"), (args.weights.as_ref(), "the weights' file")];
     for (file, what) in files {
-        let same = file.and_then(|f| fs::canonicalize(f).ok()).zip(fs::canonicalize(output).ok());
-        if same.is_some_and(|(file, output)| file == output) {
-            let path = output.display();
+        if file.is_some_and(|file| output.is_file(file)) {
+            let path = output.path().display();
             return Err(Usage(format!("--output {path} is {what}: write to another file")).into());
         }
     }

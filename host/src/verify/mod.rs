@@ -44,9 +44,7 @@ pub fn run(args: &VerifyArgs) -> Result<Outcome> {
         let reason = format!("threshold = {threshold} is not possible: it must be above 0");
         return Err(Usage(reason).into());
     }
-    if let Some(path) = &args.json {
-        output::check_file(path)?;
-    }
+    let [json] = output::open_all([("--json", args.json.as_deref())])?;
     let opened = machine::open(args.problem.device, args.problem.memory_limit)?;
     let session = Session::new(opened.device.clone());
     let defaults = if opened.info.emulated { EMULATED } else { LAB };
@@ -59,9 +57,9 @@ pub fn run(args: &VerifyArgs) -> Result<Outcome> {
         heading += "\nThe defaults are smaller here than on a GPU, to end within seconds: --batch 2 --heads 12 \
                     makes them the same.";
     }
+    interrupt::listen();
     print_lines(&format!("{heading}\n{}", results.options));
 
-    interrupt::listen();
     let all: Vec<_> =
         problems.iter().flat_map(|p| args.level.levels().map(move |level| (level, p))).collect();
     let progress = Progress::new(all.len() * (1 + kernels.len()));
@@ -86,8 +84,8 @@ pub fn run(args: &VerifyArgs) -> Result<Outcome> {
             Outcome::Interrupted => "\nverdict: stopped before every kernel was compared",
         });
     }
-    if let Some(path) = &args.json {
-        results.write_json(path)?;
+    if let Some(json) = json {
+        results.write_json(&json)?;
     }
     failure.map_or(Ok(outcome), Err)
 }

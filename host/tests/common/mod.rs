@@ -1,4 +1,6 @@
 //! Running the program as a user does, without a GPU or with the driver for tests.
+// Each test file uses a part.
+#![allow(dead_code)]
 
 use std::{
     env,
