@@ -9,7 +9,7 @@
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::{block, current};
+use crate::emulator::{SyncKind, current};
 use crate::{global::Global, memory::Memory, shared::Shared};
 
 /// Bytes of a copy.
@@ -69,6 +69,7 @@ pub fn copy<T: Memory>(tile: Shared<T>, to: u32, source: Global<T>, from: u64) {
 
 /// Makes this thread's copies since the last commit a group, which may be empty.
 #[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn commit() {
     #[cfg(target_arch = "nvptx64")]
     // SAFETY: no precondition.
@@ -76,11 +77,15 @@ pub fn commit() {
         core::arch::asm!("cp.async.commit_group;", options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    current::with(block::Block::commit_copies);
+    {
+        let at = Location::caller();
+        current::with(|b| b.commit_copies(at));
+    }
 }
 
 /// Waits until all of this thread's groups have landed but the newest `PENDING`.
 #[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn wait<const PENDING: u32>() {
     #[cfg(target_arch = "nvptx64")]
     // SAFETY: no precondition.
@@ -88,5 +93,7 @@ pub fn wait<const PENDING: u32>() {
         core::arch::asm!("cp.async.wait_group {0};", const PENDING, options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    current::with(|b| b.wait_copies(PENDING as usize));
+    if let Some(pending) = current::pending(SyncKind::CopyWait, PENDING, Location::caller()) {
+        current::with(|b| b.wait_copies(pending as usize));
+    }
 }

@@ -132,9 +132,12 @@ impl<T: Memory> Global<T> {
                 this,
             });
         }
-        current::with(|b| match what {
-            "read" => b.stats.global_bytes_read += bytes,
-            _ => b.stats.global_bytes_written += bytes,
+        current::with(|b| {
+            b.progress();
+            match what {
+                "read" => b.stats.global_bytes_read += bytes,
+                _ => b.stats.global_bytes_written += bytes,
+            }
         });
         address
     }

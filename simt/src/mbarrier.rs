@@ -17,7 +17,10 @@
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::mbarriers::{self, Scope};
+use crate::emulator::{
+    SyncKind,
+    mbarriers::{self, Scope},
+};
 use crate::shared::Shared;
 
 /// Asks with `$instruction` until the phase of that parity has completed.
@@ -92,7 +95,7 @@ impl Mbarrier {
                 in(reg32) self.address, options(nostack));
         }
         #[cfg(not(target_arch = "nvptx64"))]
-        mbarriers::arrive(self.address, 0, Location::caller());
+        mbarriers::arrive(self.address, Location::caller());
     }
 
     /// Arrives once at the barrier that the block of rank `rank` of the cluster has where this
@@ -147,7 +150,7 @@ impl Mbarrier {
                 in(reg32) self.address, in(reg32) bytes, options(nostack));
         }
         #[cfg(not(target_arch = "nvptx64"))]
-        mbarriers::arrive(self.address, bytes, Location::caller());
+        mbarriers::arrive_expect_tx(self.address, bytes, Location::caller());
     }
 
     /// Waits until the phase of `parity` (0 or 1) has completed. The next phase must not
@@ -187,12 +190,13 @@ pub fn fence_init() {
         );
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    crate::emulator::current::with(crate::emulator::block::Block::fence_proxy_async);
+    mbarriers::fence(SyncKind::FenceInit, Location::caller());
 }
 
 /// Makes this thread's ordinary writes to its block's shared memory visible to bulk copies and to
 /// wgmma; by each thread that wrote, before the barrier that hands the data on.
 #[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn fence_proxy_async() {
     #[cfg(target_arch = "nvptx64")]
     // SAFETY: a fence has no precondition.
@@ -200,5 +204,5 @@ pub fn fence_proxy_async() {
         core::arch::asm!("fence.proxy.async.shared::cta;", options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    crate::emulator::current::with(crate::emulator::block::Block::fence_proxy_async);
+    mbarriers::fence(SyncKind::FenceProxyAsync, Location::caller());
 }

@@ -170,6 +170,7 @@ pub unsafe fn reduce_add_4d(map: u64, coordinates: [u32; 4], source: u32) {
 
 /// Closes a group: the stores and reductions that this thread started since the last one.
 #[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn commit_group() {
     #[cfg(target_arch = "nvptx64")]
     // SAFETY: no precondition.
@@ -177,12 +178,13 @@ pub fn commit_group() {
         core::arch::asm!("cp.async.bulk.commit_group;", options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    bulk::commit_group();
+    bulk::commit_group(Location::caller());
 }
 
 /// Waits until the stores of all but the last `PENDING` groups of this thread have read
 /// their shared memory, which may then be written again or given up.
 #[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn wait_group_read<const PENDING: u32>() {
     #[cfg(target_arch = "nvptx64")]
     // SAFETY: no precondition.
@@ -190,5 +192,5 @@ pub fn wait_group_read<const PENDING: u32>() {
         core::arch::asm!("cp.async.bulk.wait_group.read {n};", n = const PENDING, options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    bulk::wait_group_read(PENDING as usize);
+    bulk::wait_group_read(PENDING, Location::caller());
 }

@@ -7,7 +7,11 @@
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::collectives::{self, WarpCall};
+use crate::emulator::{
+    SyncKind,
+    collectives::{self, WarpCall},
+    current,
+};
 use crate::thread;
 
 /// All lanes of a warp.
@@ -53,16 +57,15 @@ pub fn sync_warp(mask: u32) {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     {
-        let _: [u32; 0] = collectives::collective(
-            "sync_warp",
-            mask,
-            [],
-            Location::caller(),
-            |mut call: WarpCall<'_>| {
+        let at = Location::caller();
+        if current::left_out(SyncKind::WarpBarrier, at) {
+            return;
+        }
+        let _: [u32; 0] =
+            collectives::collective("sync_warp", mask, [], at, |mut call: WarpCall<'_>| {
                 call.synchronise();
                 Ok(())
-            },
-        );
+            });
     }
 }
 

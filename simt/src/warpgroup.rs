@@ -1,5 +1,10 @@
 //! Four neighbouring warps: what wgmma runs on, and what registers are moved between.
 
+#[cfg(not(target_arch = "nvptx64"))]
+use std::panic::Location;
+
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::emulator::registers::{self, Direction};
 use crate::{thread, warp};
 
 /// Threads of a warpgroup.
@@ -21,9 +26,23 @@ pub fn thread_id() -> u32 {
     thread::index_in_block() % THREADS
 }
 
+/// Registers of a multiprocessor.
+const REGISTERS: u32 = 1 << 16;
+
+/// Registers that each thread of a block of `threads` threads has when it begins, with a
+/// multiprocessor to itself: what [`increase_registers`] takes must have been given back, so
+/// that the sum over all threads stays within `threads` times that. A multiple of 8.
+#[must_use]
+pub const fn registers_at_launch(threads: u32) -> u32 {
+    let fair = REGISTERS / threads;
+    let most = 255;
+    (if fair < most { fair } else { most }) / 8 * 8
+}
+
 /// Gives registers back until each thread of this warpgroup has `N`: a multiple of 8
 /// from 24 to 256. All its warps call it, and the kernel has launch bounds.
 #[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn decrease_registers<const N: u32>() {
     const { assert!(N % 8 == 0 && 24 <= N && N <= 256) };
     #[cfg(target_arch = "nvptx64")]
@@ -31,11 +50,14 @@ pub fn decrease_registers<const N: u32>() {
     unsafe {
         core::arch::asm!("setmaxnreg.dec.sync.aligned.u32 {n};", n = const N, options(nostack));
     }
+    #[cfg(not(target_arch = "nvptx64"))]
+    registers::change(Direction::Decrease, N, Location::caller());
 }
 
 /// Takes registers until each thread of this warpgroup has `N`, waiting until others have
 /// given them back. As [`decrease_registers`].
 #[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn increase_registers<const N: u32>() {
     const { assert!(N % 8 == 0 && 24 <= N && N <= 256) };
     #[cfg(target_arch = "nvptx64")]
@@ -43,4 +65,6 @@ pub fn increase_registers<const N: u32>() {
     unsafe {
         core::arch::asm!("setmaxnreg.inc.sync.aligned.u32 {n};", n = const N, options(nostack));
     }
+    #[cfg(not(target_arch = "nvptx64"))]
+    registers::change(Direction::Increase, N, Location::caller());
 }

@@ -7,7 +7,7 @@ use common::{Map, matrix, view_mut};
 use half::{bf16, f16};
 use simt::{
     atomic, cluster,
-    emulator::{self, Fault, FaultKind, Launch, Stats},
+    emulator::{self, Fault, FaultKind, Launch, Options, Stats},
     mbarrier::{self, Mbarrier},
     memory::Memory,
     shared::Shared,
@@ -349,11 +349,63 @@ fn multicast_over_what_another_block_still_reads_is_a_race() {
     let data = ones_and_threes();
     let map = Map::new(&data, 128, 64, 64);
     let kind = fault(multicast(&map, 2, false));
-    let FaultKind::Race { what: "write", this, other_what: "read", other, .. } = kind else {
-        panic!("{kind}")
-    };
+    // It does not know that the copy before has landed there, nor that its reader is done.
+    let FaultKind::Race { what: "write", this, other, .. } = kind else { panic!("{kind}") };
     assert!(this.to_string().starts_with("a bulk load"), "{this}");
-    assert!(other.to_string().starts_with("wgmma of warpgroup 1"), "{other}");
+    assert!(other.to_string().starts_with("a bulk load"), "{other}");
+}
+
+/// Each block multicasts a box to both; the fence after the barriers' initialisation comes before
+/// the cluster's barrier, or, in one block, after it.
+fn fenced_late(map: &Map, late: Option<u32>) -> impl Fn() + Sync + '_ {
+    move || {
+        let (t, rank) = (thread::thread_idx_x(), cluster::block_rank());
+        if t == 0 {
+            bar(0).init(1);
+            if late != Some(rank) {
+                mbarrier::fence_init();
+            }
+        }
+        // Hazard: the other block's barrier is used too.
+        cluster::sync();
+        if t == 0 {
+            if late == Some(rank) {
+                mbarrier::fence_init();
+            }
+            bar(0).arrive_expect_tx(TILE_BYTES);
+            let to = values::<u8>(0).address_of(rank * (TILE_BYTES / 2));
+            // SAFETY: the matrix and the map outlive the launch.
+            unsafe {
+                tma::load_4d_multicast(to, map.address(), [0, rank * 64, 0, 0], bar(0), 0b11);
+            }
+            bar(0).wait(0);
+        }
+        cluster::sync();
+    }
+}
+
+#[test]
+fn a_fence_must_be_known_to_whoever_relies_on_it() {
+    let data = ones_and_threes();
+    let map = Map::new(&data, 128, 64, 64);
+    for seed in 0..8 {
+        let run = |late| {
+            let launch = Launch {
+                grid: 2.into(),
+                block: THREADS.into(),
+                cluster: 2,
+                shared_bytes: SHARED_BYTES,
+            };
+            emulator::launch_with(launch, &Options::seeded(seed), &fenced_late(&map, late))
+        };
+        run(None).unwrap_or_else(|fault| panic!("{fault}"));
+        for late in [0, 1] {
+            // The other block's thread starts a copy to a barrier whose fence it knows nothing of,
+            // whether that has come by then or not.
+            let fault = run(Some(late)).expect_err("the planted fault is found").to_string();
+            assert!(fault.contains("did not call fence_init"), "{fault}");
+        }
+    }
 }
 
 #[test]

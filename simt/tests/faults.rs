@@ -2,10 +2,13 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{fault, launch, view, view_mut};
 use simt::{
     Dim3,
-    emulator::{self, FaultKind, Launch, Site},
+    barrier::{self, Named},
+    emulator::{self, Alteration, Change, FaultKind, Launch, Options, Site, Sites, SyncKind},
     memory::Memory,
     shared::Shared,
     shared_array, thread, warp,
@@ -210,6 +213,100 @@ fn a_warp_that_comes_to_a_barrier_at_two_places_is_divergence() {
         }
     });
     assert!(matches!(kind, FaultKind::Divergence(_)), "{kind}");
+}
+
+#[derive(Clone, Copy)]
+struct Pair;
+
+impl Named for Pair {
+    fn id(self) -> u32 {
+        1
+    }
+}
+
+#[test]
+fn a_named_barrier_is_for_whole_warps() {
+    // Halves of two warps make as many threads as a warp has.
+    let kind = fault(64, || {
+        if thread::thread_idx_x() % 32 < 16 {
+            barrier::sync(Pair, 32);
+        }
+    });
+    let FaultKind::Divergence(text) = &kind else { panic!("{kind}") };
+    assert!(text.contains("lanes 0x0000ffff of warp 0 came to barrier 1"), "{text}");
+    let kind = fault(64, || barrier::sync(Pair, 48));
+    assert!(kind.to_string().contains("a named barrier of 48 threads"), "{kind}");
+    let kind = fault(64, || barrier::arrive(Pair, 48));
+    assert!(kind.to_string().contains("a named barrier of 48 threads"), "{kind}");
+}
+
+/// A producer of two values and a consumer, in shared memory.
+fn handed_on() {
+    let t = thread::thread_idx_x();
+    let tile = smem::<u32>(64);
+    tile.write(t, t);
+    // Hazard: other threads read what this one wrote.
+    thread::sync_threads();
+    let other = tile.read(t ^ 32);
+    // Hazard: what has yet to be read is overwritten.
+    thread::sync_threads();
+    tile.write(t, other);
+    // Not needed: a warp reads what it wrote itself.
+    thread::sync_threads();
+    let _ = tile.read(t);
+}
+
+#[test]
+fn a_launch_leaves_out_a_synchronisation_of_choice() {
+    let launch = Launch { grid: 1.into(), block: 64.into(), cluster: 1, shared_bytes: 4096 };
+    let sites = Arc::new(Sites::default());
+    let options = Options { sites: Some(sites.clone()), ..Options::default() };
+    emulator::launch_with(launch, &options, &handed_on).expect("the kernel is right");
+    let sites = sites.list();
+    assert!(sites.iter().all(|s| s.kind == SyncKind::Barrier && s.file.ends_with("faults.rs")));
+    let found: Vec<bool> = sites
+        .into_iter()
+        .map(|site| {
+            let change = Some(Change { site, alteration: Alteration::LeaveOut });
+            let options = Options { change, ..Options::default() };
+            emulator::launch_with(launch, &options, &handed_on).is_err()
+        })
+        .collect();
+    assert_eq!(found, [true, true, false]);
+}
+
+#[test]
+fn races_name_who_was_on_the_other_side() {
+    let other = |readers: [u32; 2]| {
+        let launch = Launch { grid: 1.into(), block: 256.into(), cluster: 1, shared_bytes: 4096 };
+        let kernel = || {
+            let t = thread::thread_idx_x();
+            let word = smem::<u32>(1);
+            if t == 0 {
+                word.write(0, 1);
+            }
+            // Hazard: what is read below must have been written.
+            thread::sync_threads();
+            if readers.contains(&(t / 32)) {
+                let _ = word.read(0);
+            }
+            if t == 32 {
+                word.write(0, 2);
+            }
+        };
+        // Backwards: warp 1 comes after those that read.
+        let fault = emulator::launch_with(launch, &Options::seeded(1), &kernel)
+            .expect_err("the planted fault is found");
+        let FaultKind::Race { what: "write", this, other_what: "read", other, .. } = fault.kind
+        else {
+            panic!("{fault}")
+        };
+        assert_eq!(this.lane, 32);
+        other.to_string().split(" at ").next().unwrap_or_default().to_owned()
+    };
+    assert_eq!(other([2, 2]), "threads of warp 2");
+    // Both have the same place in the record.
+    assert_eq!(other([2, 5]), "threads of several warps");
 }
 
 #[test]

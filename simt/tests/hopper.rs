@@ -7,7 +7,7 @@ use common::{Map, matrix};
 use half::f16;
 use simt::{
     barrier::{self, Named},
-    emulator::{self, Fault, FaultKind, Launch, Stats},
+    emulator::{self, Checks, Fault, FaultKind, Launch, Options, Stats},
     mbarrier::{self, Mbarrier},
     shared::Shared,
     thread, tma, warp, warpgroup,
@@ -21,10 +21,21 @@ const BARRIERS: u32 = 96 * 1024;
 const SHARED_BYTES: u32 = BARRIERS + 64;
 
 fn try_launch(threads: u32, kernel: impl Fn() + Sync) -> Result<Stats, Fault> {
+    try_launch_with(&Options::default(), threads, kernel)
+}
+
+fn try_launch_with(
+    options: &Options,
+    threads: u32,
+    kernel: impl Fn() + Sync,
+) -> Result<Stats, Fault> {
     let launch =
         Launch { grid: 1.into(), block: threads.into(), cluster: 1, shared_bytes: SHARED_BYTES };
-    emulator::launch(launch, &kernel)
+    emulator::launch_with(launch, options, &kernel)
 }
+
+/// Seeds under which what is right is run.
+const SEEDS: std::ops::Range<u64> = 0..12;
 
 fn fault(threads: u32, kernel: impl Fn() + Sync) -> FaultKind {
     try_launch(threads, kernel).expect_err("the planted fault is found").kind
@@ -263,7 +274,10 @@ fn ring(release: Release, wait: bool) -> impl Fn() + Sync {
 
 #[test]
 fn a_ring_of_stages_works() {
-    try_launch(256, ring(Release::AfterProduct, true)).unwrap_or_else(|fault| panic!("{fault}"));
+    for seed in SEEDS {
+        try_launch_with(&Options::seeded(seed), 256, ring(Release::AfterProduct, true))
+            .unwrap_or_else(|fault| panic!("{fault}"));
+    }
 }
 
 #[test]
@@ -279,9 +293,11 @@ fn refilling_a_stage_that_is_still_read_is_a_race() {
 #[test]
 fn refilling_a_stage_that_was_not_released_may_pass_a_phase_by() {
     let kind = fault(256, ring(Release::Never, true));
-    let FaultKind::Misuse { message, this } = &kind else { panic!("{kind}") };
-    assert!(message.starts_with("phase 1 of the mbarrier at byte 98312 can complete"), "{kind}");
+    let FaultKind::PhaseMissed { address: 98312, phase: 1, this, arrival, .. } = kind else {
+        panic!("{kind}")
+    };
     assert!(this.to_string().starts_with("thread 0 at simt/tests/hopper.rs"), "{kind}");
+    assert!(arrival.to_string().starts_with("thread 128 at simt/tests/hopper.rs"), "{kind}");
 }
 
 /// Two warps wait for phases that a third one announces after one thread of the two has
@@ -311,12 +327,116 @@ fn two_waiting_warps(gather: bool) -> impl Fn() + Sync {
 
 #[test]
 fn a_phase_must_not_pass_a_warp_by() {
-    try_launch(96, two_waiting_warps(true)).unwrap_or_else(|fault| panic!("{fault}"));
+    for seed in SEEDS {
+        try_launch_with(&Options::seeded(seed), 96, two_waiting_warps(true))
+            .unwrap_or_else(|fault| panic!("{fault}"));
+    }
     // Each warp sees every phase here. On a GPU the second one may be late.
     let kind = fault(96, two_waiting_warps(false));
-    let FaultKind::Misuse { message, this } = &kind else { panic!("{kind}") };
-    assert!(message.starts_with("phase 1 of the mbarrier at byte 98304 can complete"), "{kind}");
-    assert!(this.to_string().starts_with("thread 1 at simt/tests/hopper.rs"), "{kind}");
+    let FaultKind::PhaseMissed { address: 98304, phase: 1, this, arrival, cause: Some(cause) } =
+        kind
+    else {
+        panic!("{kind}")
+    };
+    // Thread 64 announces the phase when it has been let go by thread 0, which was too early.
+    assert_eq!((this.lane, arrival.lane, cause.lane), (1, 64, 0), "{kind}");
+}
+
+#[test]
+fn a_seed_finds_the_warp_that_comes_too_late_without_the_check_and_repeats_it() {
+    let checks = Checks { missed_phases: false, ..Checks::default() };
+    let run = |seed| {
+        let options = Options { seed, checks, ..Options::default() };
+        try_launch_with(&options, 96, two_waiting_warps(false))
+    };
+    // In order, every warp sees every phase.
+    assert!(run(0).is_ok());
+    let found = (1..200).find_map(|seed| run(seed).err()).expect("some seed lets a warp be late");
+    let FaultKind::Divergence(text) = &found.kind else { panic!("{found}") };
+    assert!(text.contains("wait for parity"), "{text}");
+    assert!(found.to_string().ends_with(&format!("(seed {})", found.seed)), "{found}");
+    assert_eq!(run(found.seed).expect_err("the same seed, the same run"), found);
+}
+
+/// A consumer that reads only every second tile, and gives back the others with or without
+/// waiting for them.
+fn every_second_tile(wait: bool) -> impl Fn() + Sync {
+    let data = matrix(8, 64, 1);
+    move || {
+        let map = Map::new(&data, 8, 64, 8);
+        init(4, 1);
+        let (full, empty) = (|i| bar(i), |i| bar(2 + i));
+        if thread::thread_idx_x() == 0 {
+            for t in 0..6u32 {
+                // Hazard: the stage may still be read.
+                empty(t % 2).wait((t / 2 % 2) ^ 1);
+                load(&map, t % 2 * 1024, 8, 64, full(t % 2));
+            }
+        }
+        if thread::thread_idx_x() == 32 {
+            for t in 0..6u32 {
+                if wait || t % 3 == 0 {
+                    // Hazard: the tile may not have landed.
+                    full(t % 2).wait(t / 2 % 2);
+                }
+                if t % 3 == 0 {
+                    assert_eq!(tile(t % 2 * 1024).read(5), data[5]);
+                }
+                empty(t % 2).arrive();
+            }
+        }
+        // The map is on the stack of the thread that loads.
+        thread::sync_threads();
+    }
+}
+
+#[test]
+fn a_stage_given_back_without_a_wait_is_found_whatever_the_order() {
+    for seed in SEEDS {
+        let options = Options::seeded(seed);
+        try_launch_with(&options, 64, every_second_tile(true))
+            .unwrap_or_else(|fault| panic!("{fault}"));
+        let kind = try_launch_with(&options, 64, every_second_tile(false))
+            .expect_err("the planted fault is found")
+            .kind;
+        assert!(
+            matches!(
+                kind,
+                FaultKind::Race { .. }
+                    | FaultKind::PhaseUnknown { .. }
+                    | FaultKind::PhaseMissed { .. }
+            ),
+            "{kind}"
+        );
+    }
+}
+
+#[test]
+fn a_wait_must_know_the_phase_before_to_be_complete() {
+    let kernel = |wait: bool| {
+        move || {
+            init(2, 1);
+            let t = thread::thread_idx_x();
+            if t == 0 {
+                bar(0).arrive();
+                // Hazard: phase 1 comes after thread 32 has seen phase 0.
+                bar(1).wait(0);
+                bar(0).arrive();
+            } else if t == 32 {
+                if wait {
+                    bar(0).wait(0);
+                }
+                bar(1).arrive();
+                bar(0).wait(1);
+            }
+        }
+    };
+    try_launch(64, kernel(true)).unwrap_or_else(|fault| panic!("{fault}"));
+    let kind = fault(64, kernel(false));
+    let FaultKind::PhaseUnknown { address: BARRIERS, phase: 1, this } = kind else {
+        panic!("{kind}")
+    };
+    assert_eq!(this.lane, 32, "{kind}");
 }
 
 #[test]
@@ -360,8 +480,9 @@ fn wrong_byte_counts_never_complete() {
 #[test]
 fn the_wrong_parity_does_not_wait() {
     let kind = fault(32, one_copy(1024, 1, true));
-    let FaultKind::Misuse { message, this } = &kind else { panic!("{kind}") };
-    assert!(message.starts_with("phase 0 of the mbarrier at byte 98304 can complete"), "{kind}");
+    let FaultKind::PhaseMissed { address: 98304, phase: 0, this, .. } = kind else {
+        panic!("{kind}")
+    };
     assert!(this.to_string().starts_with("thread 0 at simt/tests/hopper.rs"), "{kind}");
 }
 
@@ -502,6 +623,121 @@ fn wgmma_needs_its_whole_warpgroup() {
         }
     });
     assert!(kind.to_string().contains("not all of their warpgroup asked for"), "{kind}");
+}
+
+#[test]
+fn a_proxy_fence_after_the_barrier_is_too_late() {
+    let out = matrix(8, 64, 1);
+    let kernel = |early: bool| {
+        let out = &out;
+        move || {
+            let map = Map::new(out, 8, 64, 8);
+            let t = thread::thread_idx_x();
+            tile(A).write(2 * t, f16::ONE);
+            tile(A).write(2 * t + 1, f16::ONE);
+            if early {
+                mbarrier::fence_proxy_async();
+            }
+            // Hazard: the copy reads what all threads have written.
+            thread::sync_threads();
+            if !early {
+                mbarrier::fence_proxy_async();
+            }
+            // Thread 0 comes last, so that every fence has been called by then.
+            warp::sync_warp(warp::FULL_MASK);
+            if t == 0 {
+                // SAFETY: the matrix outlives the launch.
+                unsafe { tma::store_4d(map.address(), [0; 4], A) };
+                tma::commit_group();
+                tma::wait_group_read::<0>();
+            }
+        }
+    };
+    try_launch(256, kernel(true)).unwrap_or_else(|fault| panic!("{fault}"));
+    let kind = fault(256, kernel(false));
+    let FaultKind::ProxyFence { writer, .. } = kind else { panic!("{kind}") };
+    assert!(writer.lane >= 32, "{kind}");
+}
+
+#[test]
+#[expect(clippy::if_same_then_else, reason = "the waits differ by their place")]
+fn the_lanes_of_a_warp_wait_for_products_together() {
+    let kernel = |by_lane: bool| {
+        move || {
+            let t = thread::thread_idx_x();
+            let mut o = Accumulator::<8>::zero();
+            for i in 0..128 {
+                tile(B).write(t * 128 + i, f16::ONE);
+            }
+            mbarrier::fence_proxy_async();
+            // Hazard: all threads' writes are multiplied.
+            thread::sync_threads();
+            // SAFETY: the whole warpgroup is here, and nothing is overwritten.
+            unsafe { o.product_registers::<f16>(&[[0; 4]; 8], Descriptor::n_major(B, 0)) };
+            // Warps may take different arms, lanes of one may not.
+            if (if by_lane { t } else { t / 32 }) % 2 == 0 {
+                o.wait_group::<0>();
+            } else {
+                o.wait_group::<0>();
+            }
+        }
+    };
+    try_launch(128, kernel(false)).unwrap_or_else(|fault| panic!("{fault}"));
+    let kind = fault(128, kernel(true));
+    let FaultKind::Divergence(text) = &kind else { panic!("{kind}") };
+    assert!(text.contains("wait_group"), "{text}");
+}
+
+/// Warpgroup 0 gives registers back, the others take them.
+#[expect(clippy::if_same_then_else, reason = "the calls differ by their place")]
+fn registers(gives: bool, by_warp: bool) -> impl Fn() + Sync {
+    move || {
+        if warpgroup::id() == 0 {
+            if gives {
+                if by_warp && warp::warp_id() == 1 {
+                    warpgroup::decrease_registers::<40>();
+                } else {
+                    warpgroup::decrease_registers::<40>();
+                }
+            }
+        } else {
+            warpgroup::increase_registers::<232>();
+        }
+    }
+}
+
+#[test]
+fn registers_that_nobody_gives_back_are_waited_for_in_vain() {
+    assert_eq!(warpgroup::registers_at_launch(384), 168);
+    for seed in SEEDS {
+        let options = Options::seeded(seed);
+        try_launch_with(&options, 384, registers(true, false))
+            .unwrap_or_else(|fault| panic!("{fault}"));
+        let kind = try_launch_with(&options, 384, registers(false, false))
+            .expect_err("the planted fault is found")
+            .kind;
+        let FaultKind::Divergence(text) = &kind else { panic!("{kind}") };
+        assert!(text.contains("for 2048 registers a warp, where block 0 has 0 left"), "{text}");
+    }
+}
+
+#[test]
+fn a_change_of_registers_is_the_whole_warpgroups() {
+    let kind = fault(384, registers(true, true));
+    assert!(matches!(kind, FaultKind::Divergence(_)), "{kind}");
+    let kind = fault(384, || {
+        if thread::thread_idx_x() < 64 {
+            warpgroup::decrease_registers::<40>();
+        }
+    });
+    assert!(kind.to_string().contains("not all warps of the warpgroup"), "{kind}");
+    let kind = fault(384, warpgroup::increase_registers::<40>);
+    assert!(
+        kind.to_string().contains("increase_registers to 40, where each thread has 168"),
+        "{kind}"
+    );
+    let kind = fault(384, warpgroup::decrease_registers::<232>);
+    assert!(kind.to_string().contains("decrease_registers to 232"), "{kind}");
 }
 
 #[test]

@@ -8,6 +8,7 @@ use super::{
     clock::Time,
     copies::Copy,
     fault::{FaultKind, Place},
+    options::SyncKind,
     shadow::{Access, window},
 };
 
@@ -33,6 +34,7 @@ impl Block {
         at: Place,
     ) -> Result<*const u8, FaultKind> {
         self.shared_bounds(rank, offset, bytes, "read", at)?;
+        self.count_step(Some(at))?;
         self.stats.shared_bytes_read += u64::from(bytes);
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.read(offset, bytes, by)?;
@@ -90,8 +92,10 @@ impl Block {
     }
 
     /// Makes the current lane's copies since the last commit a group.
-    pub fn commit_copies(&mut self) {
-        self.copies.commit(self.current);
+    pub fn commit_copies(&mut self, at: Place) {
+        if self.alteration(SyncKind::CopyCommit, at).is_none() {
+            self.copies.commit(self.current);
+        }
     }
 
     /// Lets the current lane's groups land, all but the newest `pending`.
@@ -125,6 +129,7 @@ impl Block {
         at: Place,
     ) -> Result<*mut u8, FaultKind> {
         self.shared_bounds(self.rank(), offset, bytes, "atomic", at)?;
+        self.count_step(Some(at))?;
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.atomic(offset, bytes, by)?;
         Ok(self.shared.at(offset))

@@ -6,9 +6,11 @@ use super::{
     block::{Block, LaneState},
     clock::{Clock, MAX_WARPS, Time},
     collectives::{WarpCall, collective},
-    current::{checked, suspend, with},
+    current::{checked, left_out, suspend, with},
     fault::{FaultKind, Place, Site},
+    options::SyncKind,
 };
+use crate::warp::LANES;
 
 /// Named barriers of a block.
 const NAMED_BARRIERS: usize = 16;
@@ -131,28 +133,43 @@ impl Block {
 /// `bar.sync 0`: every thread of the block.
 pub(crate) fn sync_threads(at: Place) {
     let threads = with(|b| b.block_threads() as u32);
-    barrier(0, threads, at);
+    wait_at(SyncKind::Barrier, |b| BarrierId::Named { rank: b.rank(), number: 0 }, threads, at);
 }
 
 /// `barrier.cluster`: every thread of the cluster.
 pub(crate) fn sync_cluster(at: Place) {
     let threads = with(|b| b.threads() as u32);
-    wait_at(|_| BarrierId::Cluster, threads, at);
+    wait_at(SyncKind::ClusterBarrier, |_| BarrierId::Cluster, threads, at);
 }
 
 /// Waits at named barrier `number` of `expected` threads.
 pub(crate) fn barrier(number: u32, expected: u32, at: Place) {
-    wait_at(|b| BarrierId::Named { rank: b.rank(), number }, expected, at);
+    checked(|b| check_warps(b, expected, at));
+    wait_at(SyncKind::Barrier, |b| BarrierId::Named { rank: b.rank(), number }, expected, at);
 }
 
-fn wait_at(id: impl FnOnce(&Block) -> BarrierId, expected: u32, at: Place) {
+/// Checks that whole warps are expected: a barrier counts those.
+fn check_warps(b: &Block, expected: u32, at: Place) -> Result<(), FaultKind> {
+    if expected % LANES == 0 {
+        return Ok(());
+    }
+    let message = format!(
+        "a named barrier of {expected} threads: it needs whole warps, a multiple of {LANES}"
+    );
+    Err(FaultKind::Misuse { message, this: b.site(at) })
+}
+
+fn wait_at(kind: SyncKind, id: impl FnOnce(&Block) -> BarrierId, expected: u32, at: Place) {
+    if left_out(kind, at) {
+        return;
+    }
     let suspended = checked(|b| {
         let (lane, id) = (b.current as u16, id(b));
         let slot = b.come_to_barrier(id, expected, &[lane], at)?;
         let barrier = &mut b.barriers[slot];
         barrier.waiting.push(lane);
         if barrier.arrived.len() < expected as usize {
-            b.lanes[usize::from(lane)].state = LaneState::AtBarrier { id, at };
+            b.set_state(usize::from(lane), LaneState::AtBarrier { id, at });
             return Ok(true);
         }
         complete_barrier(b, id)?;
@@ -166,6 +183,10 @@ fn wait_at(id: impl FnOnce(&Block) -> BarrierId, expected: u32, at: Place) {
 /// Arrives at named barrier `id` of `expected` threads, a warp at a time, as the hardware
 /// does.
 pub(crate) fn arrive(id: u32, expected: u32, at: Place) {
+    if left_out(SyncKind::BarrierArrive, at) {
+        return;
+    }
+    checked(|b| check_warps(b, expected, at));
     let _: [u32; 0] = collective("arrive", u32::MAX, [id, expected], at, |call: WarpCall<'_>| {
         if let Some(other) = call.lanes().find(|&lane| call.input[lane][0] != id) {
             return Err(FaultKind::Divergence(format!(
@@ -241,9 +262,11 @@ fn complete_barrier(b: &mut Block, id: BarrierId) -> Result<(), FaultKind> {
     let arrived = std::mem::take(&mut barrier.arrived);
     let waiting = std::mem::take(&mut barrier.waiting);
     let mut clock = std::mem::replace(&mut barrier.clock, Clock::new(0));
-    // The threads of a warp must come to a barrier at the same place.
+    // The threads of a warp must come to a barrier together, at the same place.
     let mut places: [Option<Place>; MAX_WARPS] = [None; MAX_WARPS];
+    let mut masks = [0u32; MAX_WARPS];
     for &(lane, at) in &arrived {
+        masks[usize::from(lane / 32)] |= 1 << (lane % 32);
         let first = places[usize::from(lane / 32)].get_or_insert(at);
         if *first != at {
             return Err(FaultKind::Divergence(format!(
@@ -251,6 +274,16 @@ fn complete_barrier(b: &mut Block, id: BarrierId) -> Result<(), FaultKind> {
                 lane / 32,
                 first.file(),
                 first.line(),
+                at.file(),
+                at.line()
+            )));
+        }
+    }
+    for (warp, (&mask, at)) in masks.iter().zip(places).enumerate() {
+        let Some(at) = at else { continue };
+        if mask != b.present(warp) {
+            return Err(FaultKind::Divergence(format!(
+                "lanes {mask:#010x} of warp {warp} came to {id} at {}:{} without the others",
                 at.file(),
                 at.line()
             )));
@@ -271,7 +304,7 @@ fn complete_barrier(b: &mut Block, id: BarrierId) -> Result<(), FaultKind> {
         }
     }
     for lane in waiting {
-        b.lanes[usize::from(lane)].state = LaneState::Ready;
+        b.set_state(lane.into(), LaneState::Ready);
     }
     Ok(())
 }

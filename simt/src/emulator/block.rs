@@ -7,7 +7,7 @@
 use std::ptr;
 
 use super::{
-    Launch, Stats,
+    Launch, Options, Stats,
     barriers::{BarrierId, NamedBarrier, cluster_barrier},
     bulk::BulkCopies,
     clock::{Clock, Time},
@@ -17,6 +17,9 @@ use super::{
     fault::{FaultKind, Place, Site},
     lanes::LaneYielder,
     mbarriers::Mbarriers,
+    options::{Alteration, SyncKind, SyncSite},
+    progress::Visits,
+    registers::Registers,
     shadow::SharedMemory,
     tensor_core::TensorCores,
 };
@@ -30,23 +33,42 @@ pub(crate) enum LaneState {
     InCollective { name: &'static str, at: Place },
     AtMbarrier { address: u32, parity: u32, at: Place },
     AtWgmma { at: Place },
+    AtRegisters { need: u32, at: Place },
     Done,
 }
 
 pub(crate) struct LaneStatus {
+    /// Changed by [`Block::set_state`].
     pub state: LaneState,
     pub clock: Clock,
-    /// Time of its last proxy fence: what it wrote up to then, copies and wgmma see.
-    pub fenced: Time,
+    /// Times of its proxy fences: what it wrote up to one, copies and wgmma see, if whoever
+    /// starts them knows of the fence.
+    pub fences: Vec<Time>,
+    /// The mbarrier whose phase it has seen last.
+    pub last_wait: Option<u32>,
     pub(super) yielder: *const LaneYielder,
 }
 
-/// Up to when copies and wgmma of the block of that rank see what `lane` wrote, of blocks of
-/// `threads` threads: never, if it is a lane of another block, since its fence is for the memory
-/// of its own.
-pub(crate) fn fenced(lanes: &[LaneStatus], threads: usize, rank: usize, lane: u16) -> Time {
+impl LaneStatus {
+    /// The last of its proxy fences that `clock` knows of; 0 if there is none.
+    pub fn known_fence(&self, lane: u16, clock: &Clock) -> Time {
+        let known = |&&time: &&Time| clock.knows(lane, usize::from(lane / 32), time);
+        self.fences.iter().rev().find(known).copied().unwrap_or(0)
+    }
+}
+
+/// Up to when copies and wgmma of the block of that rank, started by who knows `clock`, see what
+/// `lane` wrote, of blocks of `threads` threads: never, if it is a lane of another block, since
+/// its fence is for the memory of its own.
+pub(crate) fn fenced(
+    lanes: &[LaneStatus],
+    threads: usize,
+    rank: usize,
+    clock: &Clock,
+    lane: u16,
+) -> Time {
     let is_own = usize::from(lane) / threads == rank;
-    if is_own { lanes[usize::from(lane)].fenced } else { 0 }
+    if is_own { lanes[usize::from(lane)].known_fence(lane, clock) } else { 0 }
 }
 
 /// The blocks of a cluster (one, unless the launch has clusters) and everything in them.
@@ -57,12 +79,21 @@ pub(crate) struct Block {
     first_block: Dim3,
     pub current: usize,
     pub lanes: Vec<LaneStatus>,
+    /// A mask of the ready lanes of each warp.
+    pub ready: Vec<u32>,
+    pub options: Options,
+    /// Whether `options` has something to do with synchronisations.
+    watches_sites: bool,
     pub shared: SharedMemory,
     pub stats: Stats,
     pub time: Time,
     pub mbarriers: Mbarriers,
     pub bulk: BulkCopies,
     pub tensor_cores: TensorCores,
+    pub(super) registers: Registers,
+    /// Accesses and switches since the last progress.
+    pub(super) idle: u64,
+    pub(super) visits: Visits,
     /// Whether anyone but the lanes has accessed shared memory.
     pub has_agents: bool,
     /// Blocks of the cluster.
@@ -93,12 +124,18 @@ impl Block {
             first_block: none,
             current: 0,
             lanes: Vec::new(),
+            ready: Vec::new(),
+            options: Options::default(),
+            watches_sites: false,
             shared: SharedMemory::new(),
             stats: Stats::default(),
             time: 1,
             mbarriers: Mbarriers::default(),
             bulk: BulkCopies::default(),
             tensor_cores: TensorCores::default(),
+            registers: Registers::default(),
+            idle: 0,
+            visits: Visits::default(),
             has_agents: false,
             blocks: 1,
             block_threads: 0,
@@ -116,7 +153,16 @@ impl Block {
     }
 
     /// Gets ready to run the cluster of `launch` that begins with block `first_block`.
-    pub fn start(&mut self, launch: Launch, first_block: Dim3, kernel: &(dyn Fn() + Sync)) {
+    pub fn start(
+        &mut self,
+        launch: Launch,
+        options: &Options,
+        first_block: Dim3,
+        kernel: &(dyn Fn() + Sync),
+    ) {
+        self.options = options.clone();
+        self.watches_sites = options.change.is_some() || options.sites.is_some();
+        self.idle = 0;
         let threads = launch.cluster_threads();
         // The stamp of a copy that never landed would outlive its block.
         if self.copies.reset(threads) || self.time > Time::MAX / 2 {
@@ -144,15 +190,23 @@ impl Block {
             self.lanes.push(LaneStatus {
                 state: LaneState::Done,
                 clock: Clock::new(0),
-                fenced: 0,
+                fences: Vec::new(),
+                last_wait: None,
                 yielder: ptr::null(),
             });
         }
         for lane in &mut self.lanes[..threads] {
             lane.state = LaneState::Ready;
             lane.clock.reset(begin - 1);
-            lane.fenced = 0;
+            lane.fences.clear();
+            lane.last_wait = None;
         }
+        self.ready.clear();
+        self.ready.extend((0..threads.div_ceil(32)).map(|warp| match threads - warp * 32 {
+            n if n >= 32 => u32::MAX,
+            n => (1 << n) - 1,
+        }));
+        self.registers.reset(self.blocks, self.block_threads);
         self.mbarriers.reset();
         self.bulk.reset();
         self.tensor_cores.reset(threads);
@@ -230,6 +284,39 @@ impl Block {
         }
     }
 
+    /// Notes what a lane does.
+    #[inline]
+    pub fn set_state(&mut self, lane: usize, state: LaneState) {
+        let bit = 1 << (lane % 32);
+        match state {
+            LaneState::Ready => self.ready[lane / 32] |= bit,
+            _ => self.ready[lane / 32] &= !bit,
+        }
+        self.lanes[lane].state = state;
+    }
+
+    /// What the launch does to the synchronisation of that kind at `at`.
+    #[inline]
+    pub fn alteration(&self, kind: SyncKind, at: Place) -> Option<Alteration> {
+        if self.watches_sites { self.watched_site(kind, at) } else { None }
+    }
+
+    #[cold]
+    fn watched_site(&self, kind: SyncKind, at: Place) -> Option<Alteration> {
+        let site = SyncSite::new(kind, at);
+        if let Some(sites) = &self.options.sites {
+            sites.note(site);
+        }
+        self.options.change.filter(|change| change.site == site).map(|change| change.alteration)
+    }
+
+    /// Counts an access, or a switch between lanes.
+    #[inline]
+    pub fn count_step(&mut self, at: Option<Place>) -> Result<(), FaultKind> {
+        self.idle += 1;
+        if self.idle > self.options.budget { self.spins(at) } else { Ok(()) }
+    }
+
     pub fn all_done(&self) -> bool {
         self.lanes[..self.threads()].iter().all(|l| matches!(l.state, LaneState::Done))
     }
@@ -247,17 +334,24 @@ impl Block {
         }
         self.finish_bulk()?;
         self.finish_products()?;
+        self.finish_registers()?;
         self.finish_remote()
     }
 
     /// Makes what the current lane has written so far visible to copies and wgmma.
     pub fn fence_proxy_async(&mut self) {
-        self.lanes[self.current].fenced = self.tick();
+        let now = self.tick();
+        self.lanes[self.current].fences.push(now);
     }
 
     /// Describes why no lane can go on.
     pub fn deadlock(&self) -> FaultKind {
-        let mut text = String::from("no thread can go on");
+        FaultKind::Divergence(format!("no thread can go on{}", self.what_lanes_do()))
+    }
+
+    /// Where all lanes are: groups of those that do the same.
+    pub(super) fn what_lanes_do(&self) -> String {
+        let mut text = String::new();
         let mut groups: Vec<(String, Vec<usize>)> = Vec::new();
         for (lane, status) in self.lanes[..self.threads()].iter().enumerate() {
             let what = match status.state {
@@ -275,6 +369,13 @@ impl Block {
                     at.line(),
                     self.mbarriers.describe(address)
                 ),
+                LaneState::AtRegisters { need, at } => format!(
+                    "wait at {}:{} for {need} registers a warp, where block {} has {} left",
+                    at.file(),
+                    at.line(),
+                    lane / self.block_threads,
+                    self.free_registers(lane / self.block_threads)
+                ),
                 LaneState::AtWgmma { at } => format!(
                     "wait at {}:{} for a wgmma product that not all of their warpgroup asked for",
                     at.file(),
@@ -290,7 +391,7 @@ impl Block {
             let (first, last) = (lanes[0], lanes[lanes.len() - 1]);
             text += &format!("; {} thread(s) ({first} to {last}) {what}", lanes.len());
         }
-        FaultKind::Divergence(text)
+        text
     }
 
     /// The current lane at `at`, for a fault's message.

@@ -1,8 +1,6 @@
 //! Bulk copies as agents of their own: a load lands as late as it can, a store reads its
 //! shared memory as late as it may.
 
-use std::collections::VecDeque;
-
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use half::{bf16, f16};
@@ -12,6 +10,7 @@ use super::{
     clock::{Agent, Clock, Time},
     current,
     fault::{FaultKind, Place, Site},
+    options::SyncKind,
     shadow::{Access, window},
     tensor_map::{Element, TensorMapSpec},
 };
@@ -48,7 +47,8 @@ struct Store {
 /// Copies in flight.
 #[derive(Default)]
 pub(crate) struct BulkCopies {
-    loads: VecDeque<Load>,
+    /// Oldest first.
+    loads: Vec<Load>,
     stores: Vec<Store>,
     /// Groups committed so far, by lane.
     groups: Vec<(u16, u64)>,
@@ -111,10 +111,14 @@ impl Block {
         Ok(())
     }
 
-    /// Lets the oldest asynchronous load land, when no lane can go on without. False when
-    /// there is none.
-    pub fn land_one_async(&mut self) -> Result<bool, FaultKind> {
-        let Some(load) = self.bulk.loads.pop_front() else { return Ok(false) };
+    /// Loads that have not landed.
+    pub(super) fn loads_on_their_way(&self) -> usize {
+        self.bulk.loads.len()
+    }
+
+    /// Lets a load land: that of place `index` among those on their way, oldest first.
+    pub(super) fn land_load(&mut self, index: usize) -> Result<(), FaultKind> {
+        let load = self.bulk.loads.remove(index);
         let shared = self.shared.at(0);
         let mut read = 0;
         load.map.for_each_unit(&load.coordinates, |offset, address, valid| {
@@ -139,7 +143,7 @@ impl Block {
         for (_, mbarrier) in load.destinations {
             self.complete_bytes(mbarrier, load.map.box_bytes())?;
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Moves the bytes of a store.
@@ -166,7 +170,7 @@ impl Block {
 
     /// Checks that no copy is on its way when the blocks end.
     pub(super) fn finish_bulk(&self) -> Result<(), FaultKind> {
-        if let Some(load) = self.bulk.loads.front() {
+        if let Some(load) = self.bulk.loads.first() {
             return Err(FaultKind::Misuse {
                 message: "the kernel ended before this bulk load was waited for".to_owned(),
                 this: Site { lane: load.lane.into(), location: Some(load.at) },
@@ -252,19 +256,20 @@ pub(crate) fn load_multicast(
             let mbarrier = b.map_shared_rank(mbarrier, rank, at)?;
             b.check_box(&map, rank as usize, destination, "bulk load", at)?;
             let index = b.mbarrier(rank as usize, mbarrier, at)?;
-            b.check_mbarrier_fence(index, at)?;
+            let clock = b.own_knowledge();
+            b.check_mbarrier_fence(index, &clock, at)?;
             let now = b.tick();
             // The write is the barrier's: who waits for the phase knows of it. It must come
             // after everything there that the lane that starts it does not know to be over.
             let lane = Agent::mbarrier(index).lane();
-            let by = Access { lane, now, clock: &b.own_knowledge(), location: at };
+            let by = Access { lane, now, clock: &clock, location: at };
             b.shared.write(destination, map.box_bytes(), by)?;
             b.stats.shared_bytes_written += u64::from(map.box_bytes());
             b.reach_as(lane, rank as usize, now, at)?;
             destinations.push((destination, index));
         }
         let lane = b.current as u16;
-        b.bulk.loads.push_back(Load { map, coordinates, destinations, lane, at });
+        b.bulk.loads.push(Load { map, coordinates, destinations, lane, at });
         Ok(())
     });
 }
@@ -291,7 +296,7 @@ fn write(write: Write, map: u64, coordinates: [u32; 4], source: u32, at: Place) 
         map.for_each_unit(&coordinates, |offset, _, valid| {
             if valid > 0 && read.is_ok() {
                 let by = Access { lane: agent, now, clock, location: at };
-                let fenced = |lane: u16| fenced(&b.lanes, threads, rank, lane);
+                let fenced = |lane: u16| fenced(&b.lanes, threads, rank, clock, lane);
                 read = b.shared.read_async(source + map.swizzled(offset), valid, by, fenced);
             }
         });
@@ -304,7 +309,10 @@ fn write(write: Write, map: u64, coordinates: [u32; 4], source: u32, at: Place) 
     });
 }
 
-pub(crate) fn commit_group() {
+pub(crate) fn commit_group(at: Place) {
+    if current::left_out(SyncKind::BulkCommit, at) {
+        return;
+    }
     current::with(|b| {
         let lane = b.current as u16;
         let copies = &mut b.bulk;
@@ -322,11 +330,12 @@ pub(crate) fn commit_group() {
     });
 }
 
-pub(crate) fn wait_group_read(pending: usize) {
+pub(crate) fn wait_group_read(pending: u32, at: Place) {
+    let Some(pending) = current::pending(SyncKind::BulkWait, pending, at) else { return };
     current::with(|b| {
         let lane = b.current as u16;
         let committed = b.bulk.groups.iter().find(|(l, _)| *l == lane).map_or(0, |g| g.1);
-        let complete = committed.saturating_sub(pending as u64);
+        let complete = committed.saturating_sub(pending.into());
         let stores = std::mem::take(&mut b.bulk.stores);
         for store in stores {
             if store.lane == lane && store.group.is_some_and(|g| g < complete) {

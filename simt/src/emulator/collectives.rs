@@ -79,7 +79,7 @@ pub(crate) fn collective<const I: usize, const O: usize>(
         call.arrived |= 1 << lane;
         call.input[lane][..I].copy_from_slice(&input);
         if call.arrived != mask {
-            b.lanes[b.current].state = LaneState::InCollective { name, at };
+            b.set_state(b.current, LaneState::InCollective { name, at });
             return Ok(true);
         }
         call.arrived = 0;
@@ -95,7 +95,7 @@ pub(crate) fn collective<const I: usize, const O: usize>(
         });
         b.spare = Some(std::mem::replace(&mut b.warps[warp], call));
         for other in (0..32).filter(|l| mask >> l & 1 == 1) {
-            b.lanes[warp * 32 + other].state = LaneState::Ready;
+            b.set_state(warp * 32 + other, LaneState::Ready);
         }
         result.map(|()| false)
     });

@@ -10,6 +10,7 @@ use super::{
     block::{Block, LaneState},
     fault::{FaultKind, Place},
     lanes::{FaultPayload, LaneYielder},
+    options::{Alteration, SyncKind},
 };
 
 thread_local! {
@@ -71,6 +72,23 @@ pub(crate) fn fail(kind: FaultKind) -> ! {
     resume_unwind(Box::new(FaultPayload(kind)))
 }
 
+/// Whether the launch leaves out the synchronisation of that kind at `at`.
+#[inline]
+pub(crate) fn left_out(kind: SyncKind, at: Place) -> bool {
+    with(|b| b.alteration(kind, at)) == Some(Alteration::LeaveOut)
+}
+
+/// How many groups a wait of that kind at `at` leaves on their way, of which the kernel says
+/// `pending`; `None` if the launch leaves it out.
+#[inline]
+pub(crate) fn pending(kind: SyncKind, pending: u32, at: Place) -> Option<u32> {
+    match with(|b| b.alteration(kind, at)) {
+        Some(Alteration::LeaveOut) => None,
+        Some(Alteration::OneMorePending) => Some(pending + 1),
+        _ => Some(pending),
+    }
+}
+
 /// Suspends the current lane until the scheduler finds it ready again.
 pub(crate) fn suspend() {
     let yielder = with(|b| b.lanes[b.current].yielder);
@@ -86,5 +104,5 @@ pub(super) fn run_current_lane(yielder: &LaneYielder) {
     });
     // SAFETY: the launch keeps the kernel alive until all its blocks are done.
     unsafe { (*kernel)() };
-    with(|b| b.lanes[b.current].state = LaneState::Done);
+    with(|b| b.set_state(b.current, LaneState::Done));
 }

@@ -8,21 +8,35 @@ pub(crate) type Place = &'static Location<'static>;
 use super::clock::Agent;
 use crate::Dim3;
 
-/// A place in a kernel's source and the lane that was there.
+/// A place in a kernel's source and who was there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Site {
     /// Lane, counted over the block, and on over the blocks of its cluster; from 1024 on bulk
-    /// copies and tensor cores.
+    /// copies and tensor cores, and beyond them the threads of a warp and the constants here.
     pub lane: u32,
     /// Source line, where it is known.
     pub location: Option<&'static Location<'static>>,
 }
 
+impl Site {
+    /// Threads of several warps, of which the last access is known.
+    pub const SEVERAL_WARPS: u32 = u32::MAX;
+    /// Threads that made atomic accesses.
+    pub const ATOMICS: u32 = u32::MAX - 1;
+    /// What the number of a warp is added to, for several of its threads.
+    pub const OF_WARP: u32 = 1 << 31;
+}
+
 impl fmt::Display for Site {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match Agent::describe(self.lane) {
-            Some(agent) => write!(f, "{agent}")?,
-            None => write!(f, "thread {}", self.lane)?,
+        match (self.lane, Agent::describe(self.lane)) {
+            (_, Some(agent)) => f.write_str(&agent)?,
+            (Self::SEVERAL_WARPS, _) => f.write_str("threads of several warps")?,
+            (Self::ATOMICS, _) => f.write_str("atomic operations")?,
+            (lane, _) if lane >= Self::OF_WARP => {
+                write!(f, "threads of warp {}", lane - Self::OF_WARP)?;
+            }
+            (lane, _) => write!(f, "thread {lane}")?,
         }
         match self.location {
             Some(at) => write!(f, " at {}:{}", at.file(), at.line()),
@@ -37,7 +51,7 @@ impl fmt::Display for Site {
 pub enum FaultKind {
     /// Two accesses to one word of shared memory that no barrier orders.
     #[error(
-        "race on shared memory at byte {offset}: {what} by {this}, and {other_what} by {other}, with no barrier between"
+        "race on shared memory at byte {offset}: {what} by {this}, and {other_what} by {other}, with no barrier between (or other synchronisation that orders them)"
     )]
     Race {
         /// Byte offset in the block's shared memory.
@@ -50,6 +64,57 @@ pub enum FaultKind {
         other_what: &'static str,
         /// Who made it.
         other: Site,
+    },
+    /// Two accesses to the same bytes of global memory that nothing orders, at least one of
+    /// them a write, not both atomic. The same value written twice is a race too.
+    #[error(
+        "race on global memory at address {address:#x}: {what} by {this}, and {other_what} by {other}{}, with nothing that orders them: {}",
+        .other_block.map_or(String::new(), |b| format!(" of block ({}, {}, {})", b.x, b.y, b.z)),
+        if .other_block.is_some() { "blocks of a launch are ordered by nothing, only atomic operations may meet" } else { "a barrier must come between" }
+    )]
+    GlobalRace {
+        /// The address.
+        address: u64,
+        /// This access: "read", "write" or "atomic".
+        what: &'static str,
+        /// Who makes it.
+        this: Site,
+        /// The other access.
+        other_what: &'static str,
+        /// Who made it.
+        other: Site,
+        /// The block that made it, if it is not this one.
+        other_block: Option<Dim3>,
+    },
+    /// A phase of an mbarrier that can be over before someone has looked for the one before.
+    #[error(
+        "phase {phase} of the mbarrier at byte {address} can complete before {this} has looked for the phase before, and that wait would then never return: nothing orders it before the arrival of {arrival}{}: the arrivals must come after every wait (by a barrier between, or one arrival for each warp that waits)",
+        .cause.map_or(String::new(), |c| format!(", which went on at the arrival of {c}"))
+    )]
+    PhaseMissed {
+        /// Byte offset in shared memory.
+        address: u32,
+        /// Number of the phase, the first being 0.
+        phase: u32,
+        /// The wait that is not ordered before.
+        this: Site,
+        /// The arrival that completes the phase.
+        arrival: Site,
+        /// The arrival that the arriving thread has waited for last, where it has waited.
+        cause: Option<Site>,
+    },
+    /// A wait for a phase of an mbarrier by who does not know the phase before to be complete.
+    #[error(
+        "wait for phase {phase} of the mbarrier at byte {address} by {this}, which does not know phase {} to be complete: until it is, its parity is that of an older phase, and the wait returns at once. Wait for every phase, or synchronise with a thread that did",
+        .phase - 1
+    )]
+    PhaseUnknown {
+        /// Byte offset in shared memory.
+        address: u32,
+        /// Number of the phase, the first being 0.
+        phase: u32,
+        /// Who waits.
+        this: Site,
     },
     /// An access to shared memory where an asynchronous copy is on its way.
     #[error(
@@ -140,6 +205,19 @@ pub enum FaultKind {
         /// Who panicked.
         this: Site,
     },
+    /// A block that goes on and on without progress.
+    #[error("no progress in {steps} accesses and switches between threads: {busiest}{others}")]
+    Livelock {
+        /// The launch's budget.
+        steps: u64,
+        /// Who came where most often at the end.
+        busiest: String,
+        /// Where all threads are.
+        others: String,
+    },
+    /// The machine has not enough memory to emulate a block.
+    #[error("not enough memory for {0}")]
+    Memory(String),
     /// A launch that no GPU accepts.
     #[error("launch refused: {0}")]
     Launch(String),
@@ -152,20 +230,23 @@ pub struct Fault {
     pub kind: FaultKind,
     /// Index of the block, the first of its cluster, where one had started.
     pub block: Option<Dim3>,
+    /// Seed of the launch. The same seed, if it is not 0, gives the same fault again.
+    pub seed: u64,
 }
 
 impl Fault {
     pub(super) fn launch(message: String) -> Self {
-        Self { kind: FaultKind::Launch(message), block: None }
+        Self { kind: FaultKind::Launch(message), block: None, seed: 0 }
     }
 }
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.block {
-            Some(b) => write!(f, "block ({}, {}, {}): {}", b.x, b.y, b.z, self.kind),
-            None => self.kind.fmt(f),
+            Some(b) => write!(f, "block ({}, {}, {}): {}", b.x, b.y, b.z, self.kind)?,
+            None => self.kind.fmt(f)?,
         }
+        if self.seed != 0 { write!(f, " (seed {})", self.seed) } else { Ok(()) }
     }
 }
 

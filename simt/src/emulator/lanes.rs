@@ -1,4 +1,4 @@
-//! The lanes of a block as pooled coroutines, and the loop that drives them.
+//! The lanes of a block as pooled coroutines, and the steps that drive them.
 
 use std::{
     any::Any,
@@ -9,10 +9,11 @@ use std::{
 use corosensei::{Coroutine, CoroutineResult, Yielder, stack::DefaultStack};
 
 use super::{
-    Launch, Stats,
-    block::{Block, LaneState},
+    Launch, Options, Stats,
+    block::Block,
     current,
     fault::{Fault, FaultKind, Site},
+    schedule::{Next, Schedule},
 };
 use crate::Dim3;
 
@@ -31,68 +32,135 @@ pub(super) struct FaultPayload(pub FaultKind);
 pub(super) struct Engine {
     lanes: Vec<Lane>,
     block: Box<Block>,
+    schedule: Schedule,
+    first_block: Dim3,
+    seed: u64,
 }
 
 impl Engine {
     pub fn new() -> Self {
         quiet_panics();
-        Self { lanes: Vec::new(), block: Box::new(Block::new()) }
+        Self {
+            lanes: Vec::new(),
+            block: Box::new(Block::new()),
+            schedule: Schedule::new(0, 0),
+            first_block: Dim3::new(0, 0, 0),
+            seed: 0,
+        }
     }
 
-    /// Runs the cluster that begins with block `first_block` to its end.
+    /// Runs cluster `index` to its end.
     pub fn run_block(
         &mut self,
         launch: Launch,
-        first_block: Dim3,
+        options: &Options,
+        index: u64,
         kernel: &(dyn Fn() + Sync),
     ) -> Result<Stats, Box<Fault>> {
-        let threads = launch.cluster_threads();
-        while self.lanes.len() < threads {
-            self.lanes.push(new_lane());
-        }
-        self.block.start(launch, first_block, kernel);
-        let entered = current::Entered::new(&mut self.block);
-        let result = self.drive(threads);
-        drop(entered);
-        match result {
-            Ok(()) => Ok(self.block.stats),
-            Err(kind) => {
-                // Suspended lanes stand in the middle of the kernel: they are of no use.
-                self.lanes.clear();
-                Err(Box::new(Fault { kind, block: Some(first_block) }))
-            }
-        }
+        self.start(launch, options, index, kernel)?;
+        while !self.step()? {}
+        Ok(self.block.stats)
     }
 
-    fn drive(&mut self, threads: usize) -> Result<(), FaultKind> {
-        loop {
-            let mut progress = false;
-            for lane in 0..threads {
-                if !matches!(self.block.lanes[lane].state, LaneState::Ready) {
-                    continue;
+    /// Gets ready to run cluster `index`, which [`step`](Self::step) then does. The kernel must
+    /// outlive the last step.
+    pub fn start(
+        &mut self,
+        launch: Launch,
+        options: &Options,
+        index: u64,
+        kernel: &(dyn Fn() + Sync),
+    ) -> Result<(), Box<Fault>> {
+        self.seed = options.seed;
+        self.first_block = launch.grid.unravel(index * u64::from(launch.cluster));
+        self.schedule = Schedule::new(options.seed, index);
+        let threads = launch.cluster_threads();
+        while self.lanes.len() < threads {
+            match DefaultStack::new(STACK_BYTES) {
+                Ok(stack) => self.lanes.push(new_lane(stack)),
+                Err(error) => {
+                    // What there is may be needed elsewhere.
+                    self.lanes.clear();
+                    return Err(self.fault(FaultKind::Memory(format!(
+                        "the stacks of a block of {threads} emulated threads, {} KiB each: {error}",
+                        STACK_BYTES / 1024
+                    ))));
                 }
-                progress = true;
-                self.block.current = lane;
-                let coroutine = &mut self.lanes[lane];
-                match catch_unwind(AssertUnwindSafe(|| coroutine.resume(()))) {
-                    Ok(CoroutineResult::Yield(())) => {}
-                    Ok(CoroutineResult::Return(())) => unreachable!("lanes loop for ever"),
-                    Err(payload) => return Err(kind_of(payload, lane)),
-                }
             }
-            if self.block.all_done() {
-                return self.block.finish();
+        }
+        self.block.start(launch, options, self.first_block, kernel);
+        Ok(())
+    }
+
+    /// One choice of the schedule. True when the cluster has ended; its stats are then there.
+    pub fn step(&mut self) -> Result<bool, Box<Fault>> {
+        let entered = current::Entered::new(&mut self.block);
+        let result = self.take_step();
+        drop(entered);
+        result.map_err(|kind| {
+            // Suspended lanes stand in the middle of the kernel: they are of no use.
+            self.lanes.clear();
+            self.fault(kind)
+        })
+    }
+
+    /// Gives up a cluster that has not ended, if there is one.
+    pub fn abandon(&mut self) {
+        self.lanes.clear();
+    }
+
+    /// What was counted so far.
+    pub fn stats(&self) -> Stats {
+        self.block.stats
+    }
+
+    fn fault(&self, kind: FaultKind) -> Box<Fault> {
+        Box::new(Fault { kind, block: Some(self.first_block), seed: self.seed })
+    }
+
+    fn take_step(&mut self) -> Result<bool, FaultKind> {
+        let loads = self.block.loads_on_their_way();
+        match self.schedule.next(&self.block.ready, loads > 0) {
+            Next::Warp { warp, first, backwards } => self.run_warp(warp, first, backwards)?,
+            Next::Load | Next::Nothing if self.block.all_done() => {
+                self.block.finish()?;
+                return Ok(true);
             }
-            if !progress && !self.block.land_one_async()? {
-                return Err(self.block.deadlock());
+            Next::Load => {
+                let load = self.schedule.load(loads);
+                self.block.land_load(load)?;
             }
+            Next::Nothing => return Err(self.block.deadlock()),
+        }
+        Ok(false)
+    }
+
+    /// Runs each ready lane of a warp until it waits.
+    fn run_warp(&mut self, warp: usize, first: u32, backwards: bool) -> Result<(), FaultKind> {
+        for i in 0..32 {
+            let lane = (if backwards { first + 32 - i } else { first + i }) % 32;
+            // Asked each time: a lane that has run may have woken this one.
+            if self.block.ready[warp] >> lane & 1 == 1 {
+                self.resume(warp * 32 + lane as usize)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self, lane: usize) -> Result<(), FaultKind> {
+        self.block.current = lane;
+        self.block.count_step(None)?;
+        let coroutine = &mut self.lanes[lane];
+        match catch_unwind(AssertUnwindSafe(|| coroutine.resume(()))) {
+            Ok(CoroutineResult::Yield(())) => Ok(()),
+            Ok(CoroutineResult::Return(())) => unreachable!("lanes loop for ever"),
+            Err(payload) => Err(kind_of(payload, lane)),
         }
     }
 }
 
 /// A lane that runs the current block's kernel each time it is resumed after the end.
-fn new_lane() -> Lane {
-    let stack = DefaultStack::new(STACK_BYTES).expect("memory for the stacks of emulated lanes");
+fn new_lane(stack: DefaultStack) -> Lane {
     Coroutine::with_stack(stack, |yielder: &LaneYielder, ()| {
         loop {
             current::run_current_lane(yielder);

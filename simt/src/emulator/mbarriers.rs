@@ -5,6 +5,7 @@ use super::{
     clock::{Agent, Clock, Time, warpgroup_of},
     current,
     fault::{FaultKind, Place, Site},
+    options::{Alteration, SyncKind},
 };
 use crate::mbarrier;
 
@@ -28,6 +29,11 @@ struct Mbarrier {
     bytes: i64,
     /// Phases completed.
     phases: u32,
+    /// When the last two of them completed, the last one first.
+    completed_at: [Time; 2],
+    /// Who has arrived in the current phase, and in the last one.
+    arrived: Vec<(u16, Place)>,
+    arrived_before: Vec<(u16, Place)>,
     /// What the arrivals of the current phase released.
     arriving: Clock,
     /// Whether threads of another block have released to this one, in the current phase and in
@@ -56,29 +62,23 @@ struct Seen {
 impl Mbarrier {
     const BYTES: u32 = mbarrier::Mbarrier::BYTES;
 
-    /// Checks that the phase which the arrivals complete cannot be over before some lane looks
-    /// for the phase before: parities are all it has to go by, so that it would wait for ever.
-    /// The arrivals must know of every lane that has looked, or of a product that it took part
-    /// in since.
-    fn check_seen(&self) -> Result<(), FaultKind> {
+    /// A lane for which the phase that the arrivals complete can be over before it looks for the
+    /// phase before: parities are all it has to go by, so that it would wait for ever. The
+    /// arrivals must know of every lane that has looked, or of a product that it took part in
+    /// since.
+    fn missed(&self) -> Option<Site> {
         let missed = self.seen.iter().find(|seen| {
             let (lane, clock) = (seen.lane, &self.arriving);
             let agent = Agent::warpgroup(warpgroup_of(lane)).index();
             !clock.knows(lane, usize::from(lane / 32), seen.time)
                 && seen.gathered.is_none_or(|time| clock.warps[agent] < time)
         });
-        missed.map_or(Ok(()), |seen| Err(self.lapped(seen.lane, seen.at)))
+        missed.map(|seen| site(seen.lane, seen.at))
     }
+}
 
-    fn lapped(&self, lane: u16, at: Place) -> FaultKind {
-        let (address, phase) = (self.address, self.phases);
-        let message = format!(
-            "phase {phase} of the mbarrier at byte {address} can complete before this wait for \
-             the phase before, which would then never return: nothing orders the wait before \
-             the arrivals"
-        );
-        FaultKind::Misuse { message, this: Site { lane: lane.into(), location: Some(at) } }
-    }
+fn site(lane: u16, at: Place) -> Site {
+    Site { lane: lane.into(), location: Some(at) }
 }
 
 /// The mbarriers of a block.
@@ -150,14 +150,21 @@ impl Block {
         Ok(index)
     }
 
-    /// Checks that copies see the initialised barrier.
-    pub(super) fn check_mbarrier_fence(&self, index: usize, at: Place) -> Result<(), FaultKind> {
+    /// Checks that copies which someone who knows `clock` starts see the initialised barrier.
+    pub(super) fn check_mbarrier_fence(
+        &self,
+        index: usize,
+        clock: &Clock,
+        at: Place,
+    ) -> Result<(), FaultKind> {
         let m = &self.mbarriers.0[index];
-        if self.lanes[usize::from(m.initialised_by)].fenced >= m.initialised_at {
+        let maker = &self.lanes[usize::from(m.initialised_by)];
+        if maker.known_fence(m.initialised_by, clock) >= m.initialised_at {
             return Ok(());
         }
         let message = format!(
-            "the mbarrier at byte {} is used by a copy, but thread {} did not call fence_init after initialising it",
+            "the mbarrier at byte {} is used by a copy, but thread {} did not call fence_init \
+             after initialising it and before the barrier that tells this thread",
             m.address, m.initialised_by
         );
         Err(FaultKind::Misuse { message, this: self.site(at) })
@@ -175,6 +182,8 @@ impl Block {
             return Ok(());
         }
         m.phases += 1;
+        m.completed_at = [self.time, m.completed_at[0]];
+        m.arrived_before = std::mem::take(&mut m.arrived);
         m.remote = (false, m.remote.0);
         m.pending = m.arrivals;
         m.complete.join(&m.arriving);
@@ -187,7 +196,7 @@ impl Block {
         m.seen.clear();
         for (lane, scope, at) in std::mem::take(&mut m.waiting) {
             self.see_phase(index, lane, scope, at)?;
-            self.lanes[usize::from(lane)].state = LaneState::Ready;
+            self.set_state(lane.into(), LaneState::Ready);
         }
         Ok(())
     }
@@ -210,10 +219,19 @@ impl Block {
             let this = Site { lane: lane.into(), location: Some(at) };
             return Err(FaultKind::Misuse { message, this });
         }
-        self.lanes[usize::from(lane)].clock.join(&m.complete);
+        let status = &mut self.lanes[usize::from(lane)];
+        status.clock.join(&m.complete);
+        status.last_wait = Some(m.address);
         let product = self.tensor_cores.asked(lane);
         m.seen.push(Seen { lane, time: self.time, product, gathered: None, at });
         Ok(())
+    }
+}
+
+/// Makes what the current lane has written visible to copies and wgmma; `kind` says by which name.
+pub(crate) fn fence(kind: SyncKind, at: Place) {
+    if !current::left_out(kind, at) {
+        current::with(Block::fence_proxy_async);
     }
 }
 
@@ -240,6 +258,9 @@ pub(crate) fn init(address: u32, arrivals: u32, at: Place) {
             pending: arrivals,
             bytes: 0,
             phases: 0,
+            completed_at: [0; 2],
+            arrived: Vec::new(),
+            arrived_before: Vec::new(),
             arriving: Clock::new(0),
             remote: (false, false),
             complete: Clock::new(0),
@@ -252,12 +273,26 @@ pub(crate) fn init(address: u32, arrivals: u32, at: Place) {
     });
 }
 
-pub(crate) fn arrive(address: u32, bytes: u32, at: Place) {
+pub(crate) fn arrive(address: u32, at: Place) {
+    if current::left_out(SyncKind::MbarrierArrive, at) {
+        return;
+    }
+    let rank = current::with(|b| b.rank() as u32);
+    arrive_in(rank, address, 0, Scope::Block, at);
+}
+
+pub(crate) fn arrive_expect_tx(address: u32, bytes: u32, at: Place) {
+    if current::left_out(SyncKind::MbarrierExpect, at) {
+        return;
+    }
     let rank = current::with(|b| b.rank() as u32);
     arrive_in(rank, address, bytes, Scope::Block, at);
 }
 
 pub(crate) fn arrive_at(address: u32, rank: u32, scope: Scope, at: Place) {
+    if current::left_out(SyncKind::MbarrierArrive, at) {
+        return;
+    }
     let address = current::checked(|b| b.map_shared_rank(address, rank, at));
     arrive_in(rank, address, 0, scope, at);
 }
@@ -279,39 +314,92 @@ fn arrive_in(rank: u32, address: u32, bytes: u32, scope: Scope, at: Place) {
         m.arriving = clock;
         m.remote.0 |= is_remote;
         if m.pending == 0 {
+            let others: Vec<_> = m.arrived.iter().map(|&(l, p)| site(l, p).to_string()).collect();
             let message = format!(
-                "more than {} arrivals in phase {} of the mbarrier at byte {address}",
-                m.arrivals, m.phases
+                "more than {} arrivals in phase {} of the mbarrier at byte {address}, where {} \
+                 arrived before",
+                m.arrivals,
+                m.phases,
+                others.join(" and ")
             );
-            let this = Site { lane: lane.into(), location: Some(at) };
-            return Err(FaultKind::Misuse { message, this });
+            return Err(FaultKind::Misuse { message, this: site(lane, at) });
         }
+        m.arrived.push((lane, at));
         m.pending -= 1;
         m.bytes += i64::from(bytes);
-        if m.pending == 0 {
-            m.check_seen()?;
+        if m.pending == 0
+            && let Some(this) = m.missed()
+            && b.options.checks.missed_phases
+        {
+            return Err(b.phase_missed(index, this, (lane, at)));
         }
         b.try_complete_phase(index)
     });
 }
 
+impl Block {
+    /// The fault of a phase that an arrival completes before `this` has looked for the one before.
+    fn phase_missed(&self, index: usize, this: Site, (lane, at): (u16, Place)) -> FaultKind {
+        let m = &self.mbarriers.0[index];
+        // What let the arriving lane go on: what came too early, if anything did.
+        let cause = self.lanes[usize::from(lane)].last_wait.and_then(|address| {
+            let waited_for = self.mbarriers.0.iter().find(|m| m.address == address)?;
+            waited_for.arrived_before.last().map(|&(lane, at)| site(lane, at))
+        });
+        FaultKind::PhaseMissed {
+            address: m.address,
+            phase: m.phases,
+            this,
+            arrival: site(lane, at),
+            cause,
+        }
+    }
+
+    /// Checks that the current lane knows the phase before the one that it waits for to be
+    /// complete: as long as it is not, that parity belongs to an older one.
+    fn check_phase_before(&self, index: usize, waits: bool, at: Place) -> Result<(), FaultKind> {
+        let m = &self.mbarriers.0[index];
+        // It waits for phase `phases`, or has found phase `phases - 1` complete.
+        let (before, completed_at) = if waits {
+            (m.phases.checked_sub(1), m.completed_at[0])
+        } else {
+            (m.phases.checked_sub(2), m.completed_at[1])
+        };
+        let Some(before) = before else { return Ok(()) };
+        let known = self.lanes[self.current].clock.warps[Agent::mbarrier(index).index()];
+        if known >= completed_at || !self.options.checks.missed_phases {
+            return Ok(());
+        }
+        let (address, phase) = (m.address, before + 1);
+        Err(FaultKind::PhaseUnknown { address, phase, this: self.site(at) })
+    }
+}
+
 pub(crate) fn wait(address: u32, parity: u32, scope: Scope, at: Place) {
+    let parity = match current::with(|b| b.alteration(SyncKind::MbarrierWait, at)) {
+        Some(Alteration::LeaveOut) => return,
+        Some(Alteration::OtherParity) => parity ^ 1,
+        _ => parity,
+    };
     let suspended = current::checked(|b| {
         if parity > 1 {
             let message = format!("parity {parity}: the phases of an mbarrier have parity 0 or 1");
             return Err(FaultKind::Misuse { message, this: b.site(at) });
         }
         let index = b.mbarrier(b.rank(), address, at)?;
-        let m = &mut b.mbarriers.0[index];
         let lane = b.current as u16;
         // Phase n has parity n % 2; the one before the first counts as complete.
-        if m.phases % 2 == parity {
+        let waits = b.mbarriers.0[index].phases % 2 == parity;
+        b.check_phase_before(index, waits, at)?;
+        let m = &mut b.mbarriers.0[index];
+        if waits {
             m.waiting.push((lane, scope, at));
-            b.lanes[b.current].state = LaneState::AtMbarrier { address, parity, at };
+            b.set_state(b.current, LaneState::AtMbarrier { address, parity, at });
             return Ok(true);
         }
-        if m.pending == 0 {
-            return Err(m.lapped(lane, at));
+        if m.pending == 0 && b.options.checks.missed_phases {
+            let last = *m.arrived.last().expect("a phase without pending arrivals had one");
+            return Err(b.phase_missed(index, site(lane, at), last));
         }
         b.see_phase(index, lane, scope, at)?;
         Ok(false)

@@ -129,7 +129,8 @@ impl Access<'_> {
         if lane == ATOMIC {
             return self.knows_block(warps, time);
         }
-        (lane == self.lane && time != PENDING)
+        // A lane knows what it did. Bulk loads, which write, are in no order.
+        (lane == self.lane && time != PENDING && usize::from(self.warp()) < MAX_WARPS)
             || self.clock.knows(lane, usize::from(lane / 32), time)
     }
 
@@ -486,12 +487,12 @@ fn race(
     stamp: Stamp,
     place: Place,
 ) -> FaultKind {
-    // Of several lanes the warp is known: its first lane stands for it.
     let lane = match stamp.lane() {
-        SEVERAL_WARPS | SEVERAL_BLOCKS => 0,
-        l if l & SEVERAL_LANES != 0 => (l & !SEVERAL_LANES) * 32,
-        l => l,
+        ATOMIC if other_what == "write" => Site::ATOMICS,
+        SEVERAL_WARPS | SEVERAL_BLOCKS => Site::SEVERAL_WARPS,
+        l if l & SEVERAL_LANES != 0 => Site::OF_WARP + u32::from(l & !SEVERAL_LANES),
+        l => l.into(),
     };
-    let other = Site { lane: lane.into(), location: location(place) };
+    let other = Site { lane, location: location(place) };
     FaultKind::Race { offset, what, this: by.site(), other_what, other }
 }

@@ -8,11 +8,14 @@ use half::{bf16, f16};
 use super::{
     block::{Block, LaneState, fenced},
     clock::{Agent, Clock, Time},
+    collectives::collective,
     current,
     fault::{FaultKind, Place, Site},
+    options::SyncKind,
     shadow::{Access, window},
     tensor_map::swizzle,
 };
+use crate::{matrix::whole_warp, warp::FULL_MASK};
 
 /// Lanes of a warpgroup.
 const LANES: usize = 128;
@@ -177,9 +180,9 @@ pub(crate) fn start(
             compute(b, group, product_index)?;
             let time = b.tensor_cores.running[group][product_index].time;
             b.mbarriers.gathered(group, number, time);
-            for lane in &mut b.lanes[group * LANES..(group + 1) * LANES] {
-                if matches!(lane.state, LaneState::AtWgmma { .. }) {
-                    lane.state = LaneState::Ready;
+            for lane in group * LANES..(group + 1) * LANES {
+                if matches!(b.lanes[lane].state, LaneState::AtWgmma { .. }) {
+                    b.set_state(lane, LaneState::Ready);
                 }
             }
         }
@@ -189,14 +192,22 @@ pub(crate) fn start(
 
 /// Waits for all but the last `pending` products, and hands over what is in flight on one
 /// accumulator if it is among them.
+///
+/// The lanes of a warp wait together. (PTX asks for the same of all warps of the warpgroup; but
+/// the instruction waits for a warp's own products, and warps that come to it in different arms
+/// of a branch, which each takes as a whole, are what flash_hopper measures.)
 pub(crate) fn wait_group(pending: u32, in_flight: &mut Option<u64>, values: &mut [f32], at: Place) {
+    let Some(pending) = current::pending(SyncKind::WgmmaWait, pending, at) else { return };
+    let _: [u32; 0] = collective("wait_group", FULL_MASK, [pending], at, |call| {
+        whole_warp(&call, "wait_group", at)
+    });
     loop {
         let suspended = current::with(|b| {
             let (lane, group) = (b.current, b.current / LANES);
             let complete = b.tensor_cores.asked[lane].saturating_sub(pending.into());
             let running = &mut b.tensor_cores.running[group];
             if running.iter().any(|r| r.number < complete && r.arrived < LANES) {
-                b.lanes[lane].state = LaneState::AtWgmma { at };
+                b.set_state(lane, LaneState::AtWgmma { at });
                 return true;
             }
             let known = &mut b.lanes[lane].clock.warps[Agent::warpgroup(group).index()];
@@ -278,7 +289,7 @@ fn unit(
     }
     let by = Access { lane, now, clock, location: at };
     let threads = b.block_threads();
-    let fenced = |lane: u16| fenced(&b.lanes, threads, rank, lane);
+    let fenced = |lane: u16| fenced(&b.lanes, threads, rank, clock, lane);
     b.shared.read_async(offset, 16, by, fenced)?;
     b.stats.shared_bytes_read += 16;
     // SAFETY: in bounds, and a multiple of 16.
