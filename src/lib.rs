@@ -37,6 +37,7 @@ pub mod module;
 pub mod oracle;
 pub mod problem;
 pub mod ptx;
+pub mod raw;
 pub mod registry;
 pub mod session;
 pub mod tensor;

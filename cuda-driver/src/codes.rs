@@ -1,9 +1,6 @@
-//! The result codes of the driver: names, texts, and which of them cust knows.
+//! The result codes of the driver: names and texts.
 
-use std::{
-    ffi::{CStr, c_char},
-    fmt,
-};
+use std::{ffi::CStr, fmt};
 
 /// What a driver call returned: 0, or why it failed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -61,16 +58,6 @@ impl ResultCode {
     pub const fn is_sticky(self) -> bool {
         matches!(self.0, 214 | 220 | 700 | 702 | 709 | 710 | 714..=719)
     }
-
-    /// The code as cust's `CUresult` can hold it: that enum is CUDA 11.4's, and a
-    /// value outside it would be undefined behaviour.
-    #[must_use]
-    pub(crate) fn known_to_cust(self) -> Self {
-        match find(self.0) {
-            Some(code) if code.in_cuda_11_4 => self,
-            _ => Self::UNKNOWN,
-        }
-    }
 }
 
 impl fmt::Display for ResultCode {
@@ -89,29 +76,11 @@ impl fmt::Debug for ResultCode {
     }
 }
 
-/// The driver's function of this name: the text of a result code.
-///
-/// cust's `Display` panics when this fails, so it answers without a driver, too.
-///
-/// # Safety
-/// `text` must be null or valid for a write.
-#[unsafe(no_mangle)]
-#[allow(non_snake_case)]
-pub(crate) unsafe extern "C" fn cuGetErrorString(code: u32, text: *mut *const c_char) -> u32 {
-    if text.is_null() {
-        return ResultCode::INVALID_VALUE.0;
-    }
-    // SAFETY: not null, and the caller vouches for the rest; the text is 'static.
-    unsafe { text.write(ResultCode(code).text().as_ptr()) };
-    ResultCode::SUCCESS.0
-}
-
 /// A row of the table below.
 struct Code {
     value: u32,
     name: &'static str,
     text: &'static CStr,
-    in_cuda_11_4: bool,
 }
 
 fn find(value: u32) -> Option<&'static Code> {
@@ -119,19 +88,12 @@ fn find(value: u32) -> Option<&'static Code> {
 }
 
 macro_rules! codes {
-    ($($value:literal $name:ident $text:literal $($newer:ident)?;)*) => {
-        &[$(Code {
-            value: $value,
-            name: concat!("CUDA_", stringify!($name)),
-            text: $text,
-            in_cuda_11_4: codes!(@known $($newer)?),
-        },)*]
+    ($($value:literal $name:ident $text:literal;)*) => {
+        &[$(Code { value: $value, name: concat!("CUDA_", stringify!($name)), text: $text },)*]
     };
-    (@known) => { true };
-    (@known newer) => { false };
 }
 
-/// In ascending order; `newer` marks what CUDA 11.4 did not have.
+/// In ascending order.
 #[rustfmt::skip]
 const CODES: &[Code] = codes! {
     0 SUCCESS c"success";
@@ -144,7 +106,7 @@ const CODES: &[Code] = codes! {
     7 ERROR_PROFILER_ALREADY_STARTED c"the profiler is already started";
     8 ERROR_PROFILER_ALREADY_STOPPED c"the profiler is already stopped";
     34 ERROR_STUB_LIBRARY c"the driver library is a stub made for linking";
-    46 ERROR_DEVICE_UNAVAILABLE c"the GPU is in use by another process in exclusive mode" newer;
+    46 ERROR_DEVICE_UNAVAILABLE c"the GPU is in use by another process in exclusive mode";
     100 ERROR_NO_DEVICE c"no GPU that CUDA can use";
     101 ERROR_INVALID_DEVICE c"no GPU of that number";
     102 ERROR_DEVICE_NOT_LICENSED c"the GPU has no licence";
@@ -171,8 +133,8 @@ const CODES: &[Code] = codes! {
     222 ERROR_UNSUPPORTED_PTX_VERSION c"the driver is older than the PTX version of the module";
     223 ERROR_JIT_COMPILATION_DISABLED c"compiling PTX is disabled (CUDA_DISABLE_PTX_JIT)";
     224 ERROR_UNSUPPORTED_EXEC_AFFINITY c"the GPU does not have that execution affinity";
-    225 ERROR_UNSUPPORTED_DEVSIDE_SYNC c"the PTX synchronises on the device, which is not supported" newer;
-    226 ERROR_CONTAINED c"the GPU had an error that it contained" newer;
+    225 ERROR_UNSUPPORTED_DEVSIDE_SYNC c"the PTX synchronises on the device, which is not supported";
+    226 ERROR_CONTAINED c"the GPU had an error that it contained";
     300 ERROR_INVALID_SOURCE c"the source of the kernel is not valid";
     301 ERROR_FILE_NOT_FOUND c"file not found";
     302 ERROR_SHARED_OBJECT_SYMBOL_NOT_FOUND c"the driver library lacks this function: it is too old";
@@ -211,7 +173,7 @@ const CODES: &[Code] = codes! {
     807 ERROR_MPS_SERVER_NOT_READY c"the MPS server is not ready";
     808 ERROR_MPS_MAX_CLIENTS_REACHED c"the MPS server has no room for another client";
     809 ERROR_MPS_MAX_CONNECTIONS_REACHED c"the MPS server has no room for another connection";
-    810 ERROR_MPS_CLIENT_TERMINATED c"the MPS client was terminated" newer;
+    810 ERROR_MPS_CLIENT_TERMINATED c"the MPS client was terminated";
     900 ERROR_STREAM_CAPTURE_UNSUPPORTED c"not allowed while a stream is captured";
     901 ERROR_STREAM_CAPTURE_INVALIDATED c"the capture of the stream failed earlier";
     902 ERROR_STREAM_CAPTURE_MERGE c"two captures would merge";
@@ -224,7 +186,7 @@ const CODES: &[Code] = codes! {
     909 ERROR_TIMEOUT c"timed out";
     910 ERROR_GRAPH_EXEC_UPDATE_FAILURE c"the graph could not be updated";
     911 ERROR_EXTERNAL_DEVICE c"a device outside of CUDA's control failed";
-    912 ERROR_INVALID_CLUSTER_SIZE c"the cluster is larger than the GPU allows" newer;
+    912 ERROR_INVALID_CLUSTER_SIZE c"the cluster is larger than the GPU allows";
     999 ERROR_UNKNOWN c"an unknown error";
 };
 
@@ -235,13 +197,6 @@ mod tests {
     #[test]
     fn table_is_sorted_so_that_binary_search_finds_every_row() {
         assert!(CODES.windows(2).all(|pair| pair[0].value < pair[1].value));
-    }
-
-    #[test]
-    fn codes_newer_than_cust_become_unknown() {
-        assert_eq!(ResultCode(912).known_to_cust(), ResultCode::UNKNOWN);
-        assert_eq!(ResultCode(123_456).known_to_cust(), ResultCode::UNKNOWN);
-        assert_eq!(ResultCode::ILLEGAL_ADDRESS.known_to_cust(), ResultCode::ILLEGAL_ADDRESS);
     }
 
     #[test]

@@ -1,18 +1,15 @@
-//! The CUDA driver, found when a program first needs it.
+//! The CUDA driver, opened when a program first needs it.
 //!
-//! cust links to about a hundred functions of the driver library. This crate defines
-//! symbols of those names, each of which opens the library on first use and passes
-//! the call on. So a program builds without a CUDA toolkit, starts on a machine
-//! without a driver, and says what is missing when it wants a GPU: see [`status`].
-//!
-//! A program that uses cust depends on this crate and refers to it (by calling
-//! [`status`], say, or with `use cuda_driver as _`), so that the linker sees it.
+//! [`functions`] are what it takes to launch kernels in somebody's context, and to own
+//! context, stream, memory and events. Nothing is linked and no symbol is exported: a
+//! program builds without a CUDA toolkit, starts on a machine without a driver, and says
+//! what is missing when it wants a GPU ([`status`]). It gets in the way of no other library
+//! that uses CUDA.
 //!
 //! | what goes wrong | what happens |
 //! |---|---|
 //! | no driver library | calls fail with code 303, [`status`] says how to get one |
 //! | the driver lacks a function | that call fails with code 302 |
-//! | the driver returns a code that cust does not know | cust sees 999; [`last_failure`] has the code |
 //!
 //! # Which library
 //! `libcuda.so.1` (`nvcuda.dll` on Windows), searched for by the system's loader, then
@@ -21,21 +18,20 @@
 //! place and for tests; [`use_library`] does the same from code.
 
 mod codes;
-mod extra;
-mod forward;
+pub mod functions;
 mod library;
 mod management;
+mod tensor_map;
 
 use std::{
-    cell::Cell,
     fmt,
     path::{Path, PathBuf},
     sync::OnceLock,
 };
 
 pub use codes::ResultCode;
-pub use extra::{TensorMapLayout, TensorMapType, compile_log, encode_tensor_map};
 pub use management::driver_version;
+pub use tensor_map::{TensorMapLayout, TensorMapType, encode_tensor_map};
 
 /// The environment variable that names the driver library to open.
 pub const LIBRARY_VARIABLE: &str = "FLASH_ATTENTION_CUDA_DRIVER";
@@ -131,20 +127,14 @@ pub fn status() -> Result<&'static Driver, &'static DriverError> {
 
 fn start() -> Result<Driver, DriverError> {
     let library = library::open().map_err(Clone::clone)?.path.clone();
-    let mut version = 0i32;
     // SAFETY: the flags must be 0, and are.
-    let mut code = unsafe { forward::cuInit(0) };
-    if code == 0 {
-        // SAFETY: the pointer is valid for the write.
-        code = unsafe { forward::cuDriverGetVersion((&raw mut version).cast()) };
-    }
-    if code != 0 {
-        let code = last_failure().map_or(ResultCode(code), |failure| failure.code);
-        return Err(match code {
-            ResultCode::NO_DEVICE => DriverError::NoDevice { library },
-            code => DriverError::NotStarted { library, code },
-        });
-    }
+    let version = unsafe { functions::init(0) }
+        // SAFETY: takes nothing.
+        .and_then(|()| unsafe { functions::version() })
+        .map_err(|failure| match failure.code {
+            ResultCode::NO_DEVICE => DriverError::NoDevice { library: library.clone() },
+            code => DriverError::NotStarted { library: library.clone(), code },
+        })?;
     let version = version.unsigned_abs();
     Ok(Driver { library, cuda_version: (version / 1000, version % 1000 / 10) })
 }
@@ -163,7 +153,7 @@ pub fn use_library(path: &Path) -> bool {
 pub struct Failure {
     /// The function.
     pub function: &'static str,
-    /// What it returned, before codes unknown to cust became 999.
+    /// What it returned.
     pub code: ResultCode,
 }
 
@@ -173,16 +163,13 @@ impl fmt::Display for Failure {
     }
 }
 
-thread_local! {
-    static LAST_FAILURE: Cell<Option<Failure>> = const { Cell::new(None) };
-}
+impl std::error::Error for Failure {}
 
-/// The driver call that failed last on this thread.
-#[must_use]
-pub fn last_failure() -> Option<Failure> {
-    LAST_FAILURE.get()
-}
-
-fn note_failure(function: &'static str, code: ResultCode) {
-    LAST_FAILURE.set(Some(Failure { function, code }));
+/// Address of a function of the driver by its name in the library, `cuMemAlloc_v2` say: for
+/// what [`functions`] does not have. Opens the library if nothing has yet.
+///
+/// # Errors
+/// [`ResultCode::LIBRARY_NOT_FOUND`] or [`ResultCode::SYMBOL_NOT_FOUND`].
+pub fn address(name: &str) -> Result<usize, ResultCode> {
+    library::address(name)
 }

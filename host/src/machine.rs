@@ -7,10 +7,8 @@ use std::{
 };
 
 use anyhow::Result;
-use flash_attention::{
-    CpuDevice, Device,
-    backend::gpu::{GpuDescription, GpuDevice},
-};
+use device_cust::CustDevice;
+use flash_attention::{CpuDevice, Device, backend::gpu::GpuDescription};
 
 use crate::{
     failure::Usage,
@@ -39,12 +37,12 @@ pub fn open(choice: DeviceChoice, memory_limit: Option<u64>) -> Result<Opened> {
         DeviceChoice::Cpu => return Ok(emulator(memory_limit, None)),
         // A limit can be kept by the emulator only, so that is what is meant.
         DeviceChoice::Auto if memory_limit.is_some() => return Ok(emulator(memory_limit, None)),
-        DeviceChoice::Auto => GpuDevice::open(0),
+        DeviceChoice::Auto => CustDevice::open(0),
         DeviceChoice::Gpu(_) if memory_limit.is_some() => {
             let reason = "--memory-limit is the emulator's: use it with --device cpu";
             return Err(Usage(reason.into()).into());
         }
-        DeviceChoice::Gpu(index) => GpuDevice::open(index),
+        DeviceChoice::Gpu(index) => CustDevice::open(index),
     };
     match gpu {
         Ok(gpu) => Ok(opened_gpu(gpu)),
@@ -53,7 +51,7 @@ pub fn open(choice: DeviceChoice, memory_limit: Option<u64>) -> Result<Opened> {
     }
 }
 
-fn opened_gpu(gpu: GpuDevice) -> Opened {
+fn opened_gpu(gpu: CustDevice) -> Opened {
     let description = gpu.description();
     let driver = Some(driver(description));
     let info = DeviceInfo {

@@ -4,12 +4,16 @@
 
 use std::sync::Arc;
 
-use crate::fake_driver::{FakeDriver, open};
+use crate::{
+    Gpu,
+    fake_driver::{FakeDriver, open},
+};
+use cuda_driver::{ResultCode, functions};
 use flash_attention::{
     DType, Error,
     backend::{
         Device, DeviceBuffer, Instruments, KernelArgs, Launch, Memory, TensorMapSpec,
-        gpu::{GpuDevice, describe_all, why_not},
+        gpu::{describe_all, why_not},
     },
 };
 use kernels_gpu::{
@@ -21,13 +25,13 @@ use simt::{Dim3, emulator};
 const ROWS: u32 = 40;
 const HEAD_DIM: u64 = 64;
 const ELEMENTS: usize = ROWS as usize * HEAD_DIM as usize;
-const SYMBOL: &str = "flash_tiled_f32_d64";
+pub const SYMBOL: &str = "flash_tiled_f32_d64";
 
-fn gpu() -> Arc<GpuDevice> {
-    Arc::new(GpuDevice::open(0).expect("the fake GPU"))
+pub fn gpu() -> Arc<Gpu> {
+    Arc::new(Gpu::open(0).expect("the fake GPU"))
 }
 
-fn memory(gpu: &Arc<GpuDevice>) -> Arc<Memory> {
+pub fn memory(gpu: &Arc<Gpu>) -> Arc<Memory> {
     Memory::new(gpu.clone())
 }
 
@@ -69,7 +73,7 @@ fn args(inputs: [(u64, u64); 3], o: (u64, u64), lse: (u64, u64)) -> AttentionArg
     }
 }
 
-fn launch_of(symbol: &str, args: &AttentionArgs) -> Launch {
+pub fn launch_of(symbol: &str, args: &AttentionArgs) -> Launch {
     Launch {
         entry: kernels_gpu::find(symbol).expect("an entry"),
         grid: Dim3::new(ROWS.div_ceil(flash_tiled::BR), 1, 1),
@@ -80,21 +84,21 @@ fn launch_of(symbol: &str, args: &AttentionArgs) -> Launch {
 }
 
 /// Starts a launch of [`launch_of`].
-fn start(gpu: &GpuDevice, launch: &Launch) -> Result<(), Error> {
+pub fn start(gpu: &Gpu, launch: &Launch) -> Result<(), Error> {
     // SAFETY: each test keeps the buffers of its launches until it has waited for them; launches
     // that do not fit are refused.
     unsafe { gpu.launch(launch) }
 }
 
 /// Inputs and outputs of one head on a device.
-struct Head {
+pub struct Head {
     inputs: [DeviceBuffer; 3],
-    o: DeviceBuffer,
+    pub o: DeviceBuffer,
     lse: DeviceBuffer,
 }
 
 impl Head {
-    fn new(memory: &Arc<Memory>) -> Result<Self, Error> {
+    pub fn new(memory: &Arc<Memory>) -> Result<Self, Error> {
         Ok(Self {
             inputs: [
                 memory.upload(&values(1))?,
@@ -106,14 +110,14 @@ impl Head {
         })
     }
 
-    fn args(&self) -> AttentionArgs {
+    pub fn args(&self) -> AttentionArgs {
         let at = |buffer: &DeviceBuffer| (buffer.address(), buffer.bytes());
         args(self.inputs.each_ref().map(at), at(&self.o), at(&self.lse))
     }
 }
 
 /// What the emulator makes of the same problem without any driver between.
-fn expected(symbol: &str) -> (Vec<f32>, Vec<f32>) {
+pub fn expected(symbol: &str) -> (Vec<f32>, Vec<f32>) {
     let inputs = [values(1), values(2), values(3)];
     let (mut o, mut lse) = (vec![f32::NAN; ELEMENTS], vec![f32::NAN; ROWS as usize]);
     let at = |data: *const f32, len: usize| (data as u64, len as u64 * 4);
@@ -137,7 +141,7 @@ fn expected(symbol: &str) -> (Vec<f32>, Vec<f32>) {
 }
 
 /// A launch whose kernel writes beyond the end of O.
-fn faulty_launch(head: &Head) -> Launch {
+pub fn faulty_launch(head: &Head) -> Launch {
     let mut args = head.args();
     args.o.buffer.bytes /= 2;
     launch_of(SYMBOL, &args)
@@ -269,8 +273,8 @@ fn a_code_that_cust_does_not_know_is_reported_all_the_same() {
     let fake = open();
     let gpu = gpu();
     gpu.memory_info().unwrap();
-    // The call after the one that makes the context current.
-    fake.fail_after(1, 912);
+    // The call after the two that make the context current.
+    fake.fail_after(2, 912);
     let message = gpu.memory_info().unwrap_err().to_string();
     assert!(message.contains("CUDA error 912"), "{message}");
     gpu.memory_info().expect("not a fault that stays");
@@ -335,12 +339,12 @@ fn a_kernel_that_the_driver_refuses_comes_with_the_reason() {
     let gpu = gpu();
     let memory = memory(&gpu);
     let head = Head::new(&memory).unwrap();
-    // The call after the one that makes the context current compiles.
-    fake.fail_after(1, 218);
+    // The call after the two that make the context current compiles.
+    fake.fail_after(2, 218);
     let error = start(&gpu, &launch_of(SYMBOL, &head.args())).unwrap_err();
     assert!(matches!(&error, Error::Module { module, .. } if module == "sm_75"), "{error}");
     assert!(error.to_string().contains("CUDA_ERROR_INVALID_PTX"), "{error}");
-    fake.fail_after(1, 222);
+    fake.fail_after(2, 222);
     let error = start(&gpu, &launch_of(SYMBOL, &head.args())).unwrap_err();
     assert!(error.to_string().contains("install a newer NVIDIA driver"), "{error}");
     start(&gpu, &launch_of(SYMBOL, &head.args())).expect("neither stays");
@@ -350,12 +354,19 @@ fn a_kernel_that_the_driver_refuses_comes_with_the_reason() {
 fn the_compiler_s_log_is_read() {
     let fake = open();
     let gpu = gpu();
-    gpu.memory_info().expect("makes the context current");
     let objects = fake.live_objects();
-    let log = cuda_driver::compile_log(c".version 8.8\n.target sm_100\n");
-    assert_eq!(log, "code for sm_100 does not run on sm_90");
-    assert_eq!(cuda_driver::compile_log(c".version 8.8\n.target sm_75\n"), "");
-    assert_eq!(fake.live_objects(), objects, "the module compiled for its log was left");
+    // SAFETY: the context is live; it is current while PTX is loaded, and afterwards none is.
+    let load = |ptx| unsafe {
+        functions::ctx_set_current(gpu.context().handle()).unwrap();
+        let loaded = functions::module_load(ptx).map(|module| functions::module_unload(module));
+        functions::ctx_set_current(std::ptr::null_mut()).unwrap();
+        loaded
+    };
+    let refusal = load(c".version 8.8\n.target sm_100\n").unwrap_err();
+    assert_eq!(refusal.log, "code for sm_100 does not run on sm_90");
+    assert_eq!(refusal.failure.code, ResultCode::INVALID_PTX);
+    load(c".version 8.8\n.target sm_75\n").unwrap().unwrap();
+    assert_eq!(fake.live_objects(), objects, "a module was left");
 }
 
 #[test]
@@ -433,7 +444,7 @@ fn gpus_are_described() {
 #[test]
 fn a_gpu_number_that_is_not_there_is_refused() {
     let _fake = open();
-    let error = GpuDevice::open(1).err().expect("there is one GPU");
+    let error = Gpu::open(1).err().expect("there is one GPU");
     assert!(error.is_usage());
     assert!(error.to_string().contains("no GPU 1, the driver lists 1"), "{error}");
 }

@@ -75,5 +75,8 @@ controls! {
     used_bytes = "fake_cuda_used_bytes"() -> u64;
     live_objects = "fake_cuda_live_objects"() -> u64;
     launches = "fake_cuda_launches"() -> u64;
+    last_stream = "fake_cuda_last_stream"() -> u64;
+    early = "fake_cuda_early"() -> u64;
+    operations = "fake_cuda_operations"() -> u64;
     filled_async = "fake_cuda_filled_async"() -> u64;
 }

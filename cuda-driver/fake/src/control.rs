@@ -37,6 +37,7 @@ extern "C" fn fake_cuda_set_fault(code: u32) {
 extern "C" fn fake_cuda_clear_fault() {
     let mut state = state();
     (state.pending_fault, state.fault, state.planned) = (0, 0, None);
+    state.busy.clear();
 }
 
 /// Bytes allocated now.
@@ -56,6 +57,25 @@ extern "C" fn fake_cuda_live_objects() -> u64 {
 #[unsafe(no_mangle)]
 extern "C" fn fake_cuda_launches() -> u64 {
     state().launches
+}
+
+/// The stream of the last launch.
+#[unsafe(no_mangle)]
+extern "C" fn fake_cuda_last_stream() -> u64 {
+    state().last_stream
+}
+
+/// How often memory was freed or a module unloaded while a stream had launches that nobody
+/// had waited for.
+#[unsafe(no_mangle)]
+extern "C" fn fake_cuda_early() -> u64 {
+    state().early
+}
+
+/// Allocations, frees, copies, fills and waits so far.
+#[unsafe(no_mangle)]
+extern "C" fn fake_cuda_operations() -> u64 {
+    state().operations
 }
 
 /// Bytes that asynchronous fills wrote so far.

@@ -4,14 +4,14 @@ use std::ffi::c_char;
 
 use crate::{
     P, call, code,
-    state::{context_handle, set_context, state},
+    state::{check_context, context, context_handle, set_context, state},
     write,
 };
 
 /// CUDA 13.0.
 const VERSION: i32 = 13_000;
 /// The H100's limit of shared memory for a block that asks.
-const SHARED_BYTES: i32 = 232_448;
+pub(crate) const SHARED_BYTES: i32 = 232_448;
 /// Small, so that tests which flush it are fast.
 const L2_BYTES: i32 = 1 << 20;
 
@@ -118,6 +118,19 @@ extern "C" fn cuDevicePrimaryCtxRelease_v2(device: i32) -> u32 {
             None => return Err(code::INVALID_CONTEXT),
         }
         Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuCtxGetCurrent(current: P) -> u32 {
+    call(|| write(current, context()))
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuCtxGetDevice(device: P) -> u32 {
+    call(|| {
+        check_context()?;
+        write(device, context() as i32 - 1)
     })
 }
 

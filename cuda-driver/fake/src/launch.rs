@@ -6,7 +6,12 @@ use simt::{
     emulator::{self, FaultKind},
 };
 
-use crate::{P, call_in_context, code, module::Function, state::state, stream};
+use crate::{
+    P, call_in_context, code,
+    module::Function,
+    state::{context, state},
+    stream,
+};
 
 #[unsafe(no_mangle)]
 extern "C" fn cuLaunchKernel(
@@ -29,6 +34,9 @@ extern "C" fn cuLaunchKernel(
         }
         // SAFETY: callers pass functions of modules that are loaded.
         let function = unsafe { &*function };
+        if function.context != context() {
+            return Err(code::INVALID_HANDLE);
+        }
         let (grid, block) =
             (Dim3::new(grid_x, grid_y, grid_z), Dim3::new(block_x, block_y, block_z));
         let allowed =
@@ -53,6 +61,11 @@ extern "C" fn cuLaunchKernel(
                 args.as_mut_ptr().cast(),
                 function.entry.args_bytes,
             );
+        }
+        {
+            let mut state = state();
+            state.last_stream = stream as u64;
+            state.busy.insert(stream as usize);
         }
         run(
             function.entry,

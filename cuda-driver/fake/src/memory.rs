@@ -5,6 +5,7 @@ use std::alloc::{Layout, alloc, dealloc};
 use crate::{
     P, call, call_in_context, code,
     state::{check_context, check_fault, state},
+    stream,
     write,
 };
 
@@ -30,6 +31,7 @@ extern "C" fn cuMemGetInfo_v2(free: P, total: P) -> u32 {
 extern "C" fn cuMemAlloc_v2(address: P, bytes: usize) -> u32 {
     call_in_context(|| {
         let mut state = state();
+        state.operations += 1;
         let bytes = bytes as u64;
         if bytes == 0 {
             return Err(code::INVALID_VALUE);
@@ -55,6 +57,7 @@ extern "C" fn cuMemFree_v2(address: u64) -> u32 {
     call(|| {
         check_context()?;
         let bytes = state().allocations.remove(&address).ok_or(code::INVALID_VALUE)?;
+        state().give_back();
         let memory = std::ptr::with_exposed_provenance_mut(address as usize);
         // SAFETY: allocated above with this layout, and removed from the list just now.
         unsafe { dealloc(memory, layout(bytes)?) };
@@ -63,10 +66,11 @@ extern "C" fn cuMemFree_v2(address: u64) -> u32 {
     })
 }
 
-/// Checks a range of device memory and waits for the kernels that may use it.
-fn range(address: u64, bytes: usize) -> Result<*mut u8, u32> {
+/// Checks a range of device memory for an operation after what is in a stream.
+fn range(address: u64, bytes: usize, stream: P) -> Result<*mut u8, u32> {
+    stream::check(stream)?;
     let mut state = state();
-    state.wait()?;
+    state.follow()?;
     if state.is_allocated(address, bytes as u64) {
         Ok(std::ptr::with_exposed_provenance_mut(address as usize))
     } else {
@@ -75,41 +79,32 @@ fn range(address: u64, bytes: usize) -> Result<*mut u8, u32> {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const u8, bytes: usize) -> u32 {
+extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: *const u8, bytes: usize, stream: P) -> u32 {
     call_in_context(|| {
-        let to = range(to, bytes)?;
-        // SAFETY: the range was checked, and the caller vouches for the host's side.
+        let to = range(to, bytes, stream)?;
+        // SAFETY: the range was checked; the caller keeps the host's side valid.
         unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn cuMemcpyDtoH_v2(to: *mut u8, from: u64, bytes: usize) -> u32 {
+extern "C" fn cuMemcpyDtoHAsync_v2(to: *mut u8, from: u64, bytes: usize, stream: P) -> u32 {
     call_in_context(|| {
-        let from = range(from, bytes)?;
-        // SAFETY: the range was checked, and the caller vouches for the host's side.
+        let from = range(from, bytes, stream)?;
+        // SAFETY: the range was checked; the caller keeps the host's side valid.
         unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn cuMemsetD8_v2(address: u64, value: u8, count: usize) -> u32 {
-    call_in_context(|| {
-        let memory = range(address, count)?;
-        // SAFETY: the range was checked.
-        unsafe { memory.write_bytes(value, count) };
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemsetD8Async(address: u64, value: u8, count: usize, stream: P) -> u32 {
-    let code = cuMemsetD8_v2(address, value, count);
-    _ = stream;
-    if code == code::SUCCESS {
+    call_in_context(|| {
+        let memory = range(address, count, stream)?;
+        // SAFETY: the range was checked.
+        unsafe { memory.write_bytes(value, count) };
         state().filled_async += count as u64;
-    }
-    code
+        Ok(())
+    })
 }

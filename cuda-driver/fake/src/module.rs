@@ -7,7 +7,8 @@ use std::{
 
 use crate::{
     P, call, call_in_context, code,
-    state::{check_context, object, register, state, unregister},
+    device::SHARED_BYTES,
+    state::{check_context, context, object, register, state, unregister},
     write,
 };
 
@@ -21,6 +22,10 @@ pub(crate) struct Function {
     pub(crate) entry: &'static kernels_gpu::entry::Entry,
     /// Threads that a block may have (`.maxntid`).
     pub(crate) max_threads: u32,
+    /// The context that it was loaded into.
+    pub(crate) context: usize,
+    /// Static shared memory.
+    static_shared_bytes: i32,
     /// Dynamic shared memory that a launch may have.
     pub(crate) shared_bytes: Mutex<u32>,
 }
@@ -51,9 +56,25 @@ fn compile(text: &str, capability: (i32, i32)) -> Result<Module, String> {
             digits.and_then(|digits| digits.parse().ok()).unwrap_or(0)
         });
         let entry = kernels_gpu::find(name).ok_or(format!("no such kernel: {name}"))?;
-        functions.push(Function { entry, max_threads, shared_bytes: Mutex::new(48 << 10) });
+        functions.push(Function {
+            entry,
+            max_threads,
+            context: context(),
+            static_shared_bytes: static_shared_bytes(part),
+            shared_bytes: Mutex::new(48 << 10),
+        });
     }
     Ok(Module { functions })
+}
+
+/// The arrays in shared memory that an entry's text declares: `.shared .align 16 .b8 name[64];`.
+fn static_shared_bytes(text: &str) -> i32 {
+    let arrays = text.split(".shared .align").skip(1);
+    let bytes = arrays.filter_map(|array| {
+        let (_, length) = array.split_once(';')?.0.split_once('[')?;
+        length.trim_end_matches(']').parse::<i32>().ok()
+    });
+    bytes.sum()
 }
 
 /// Writes the log where options say, as `cuModuleLoadDataEx` does.
@@ -101,6 +122,7 @@ extern "C" fn cuModuleLoadDataEx(
 extern "C" fn cuModuleUnload(module: P) -> u32 {
     call(|| {
         check_context()?;
+        state().give_back();
         // SAFETY: callers pass modules.
         unsafe { unregister::<Module>(module as usize) }
     })
@@ -121,6 +143,19 @@ extern "C" fn cuModuleGetFunction(function: P, module: P, name: *const c_char) -
 }
 
 #[unsafe(no_mangle)]
+extern "C" fn cuFuncGetAttribute(value: P, attribute: u32, function: *const Function) -> u32 {
+    // CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES.
+    const STATIC_SHARED: u32 = 1;
+    call_in_context(|| {
+        if function.is_null() || attribute != STATIC_SHARED {
+            return Err(code::INVALID_VALUE);
+        }
+        // SAFETY: callers pass functions of modules that are loaded.
+        write(value, unsafe { (*function).static_shared_bytes })
+    })
+}
+
+#[unsafe(no_mangle)]
 extern "C" fn cuFuncSetAttribute(function: *const Function, attribute: u32, value: i32) -> u32 {
     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES.
     const SHARED: u32 = 8;
@@ -128,12 +163,13 @@ extern "C" fn cuFuncSetAttribute(function: *const Function, attribute: u32, valu
         if function.is_null() {
             return Err(code::INVALID_HANDLE);
         }
-        if attribute != SHARED || !(0..=232_448).contains(&value) {
+        // SAFETY: callers pass functions of modules that are loaded.
+        let function = unsafe { &*function };
+        let most = SHARED_BYTES - function.static_shared_bytes;
+        if attribute != SHARED || !(0..=most).contains(&value) {
             return Err(code::INVALID_VALUE);
         }
-        // SAFETY: callers pass functions of modules that are loaded.
-        let shared = unsafe { &(*function).shared_bytes };
-        *shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = value as u32;
+        *function.shared_bytes.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = value as u32;
         Ok(())
     })
 }

@@ -28,6 +28,14 @@ pub(crate) struct State {
     pub(crate) planned: Option<(u32, u32)>,
     /// Launches so far.
     pub(crate) launches: u64,
+    /// The stream of the last launch.
+    pub(crate) last_stream: u64,
+    /// Streams with launches that nobody has waited for.
+    pub(crate) busy: HashSet<usize>,
+    /// Memory freed and modules unloaded while a stream was busy.
+    pub(crate) early: u64,
+    /// Allocations, frees, copies, fills and waits so far.
+    pub(crate) operations: u64,
     /// Bytes filled by asynchronous fills so far.
     pub(crate) filled_async: u64,
 }
@@ -62,6 +70,10 @@ impl State {
             fault: 0,
             planned: None,
             launches: 0,
+            last_stream: 0,
+            busy: HashSet::new(),
+            early: 0,
+            operations: 0,
             filled_async: 0,
         }
     }
@@ -78,12 +90,31 @@ impl State {
             .is_some_and(|(start, length)| bytes <= length.saturating_sub(address - start))
     }
 
-    /// What waiting finds: a kernel's fault is reported now, and from now on.
-    pub(crate) fn wait(&mut self) -> Outcome {
+    /// What waiting for a stream finds.
+    pub(crate) fn wait(&mut self, stream: usize) -> Outcome {
+        self.busy.remove(&stream);
+        self.follow()
+    }
+
+    /// What follows the launches so far finds: a kernel's fault is reported now, and from
+    /// now on.
+    pub(crate) fn follow(&mut self) -> Outcome {
+        self.operations += 1;
         if self.fault == 0 {
             self.fault = self.pending_fault;
         }
-        if self.fault == 0 { Ok(()) } else { Err(self.fault) }
+        if self.fault != 0 {
+            // Nothing runs in a lost context.
+            self.busy.clear();
+            return Err(self.fault);
+        }
+        Ok(())
+    }
+
+    /// Notes that something is given back, which no launch may use any more.
+    pub(crate) fn give_back(&mut self) {
+        self.operations += 1;
+        self.early += u64::from(!self.busy.is_empty());
     }
 }
 
@@ -114,6 +145,10 @@ pub(crate) fn check_fault() -> Outcome {
 /// A context as its handle, which is never null.
 pub(crate) const fn context_handle(gpu: i32) -> usize {
     gpu as usize + 1
+}
+
+pub(crate) fn context() -> usize {
+    CURRENT.get()
 }
 
 pub(crate) fn set_context(handle: usize) -> Outcome {

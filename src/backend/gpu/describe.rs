@@ -1,14 +1,18 @@
 //! What is known of each GPU.
 
-use cust::{
-    context::Context,
-    device::{Device, DeviceAttribute},
-    error::CudaResult,
-    sys::{CUdevice_attribute, cuDeviceGetAttribute},
+use cuda_driver::{
+    Failure,
+    functions::{self, attribute},
 };
 
-use super::failure;
-use crate::error::Error;
+use super::owner::Primary;
+use crate::{
+    error::Error,
+    raw::{
+        context::{Entered, driver, target},
+        failure,
+    },
+};
 
 /// A GPU, as far as kernels and readers of tables care.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,29 +47,35 @@ pub struct GpuDescription {
 /// # Errors
 /// [`Error::NoGpu`] when there is no driver or no GPU, with what to do about it.
 pub fn describe_all() -> Result<Vec<GpuDescription>, Error> {
-    let count = count()?;
-    (0..count)
+    (0..count()?)
         .map(|index| {
-            let (device, mut description) = device(index)?;
-            description.free_bytes = Context::new(device)
-                .and_then(|_context| cust::memory::mem_get_info())
-                .ok()
-                .map(|m| m.0 as u64);
+            let mut description = describe(index)?;
+            description.free_bytes = free_bytes(index).ok();
             Ok(description)
         })
         .collect()
 }
 
+/// Free memory, which only a context can tell.
+fn free_bytes(index: u32) -> Result<u64, Failure> {
+    // SAFETY: needs nothing.
+    let primary = Primary::retain(unsafe { functions::device(index as i32) }?)?;
+    let _entered = Entered::new(primary.context)?;
+    // SAFETY: the context is current.
+    unsafe { functions::mem_info() }.map(|(free, _)| free)
+}
+
 fn count() -> Result<u32, Error> {
-    cuda_driver::status()
-        .map_err(|error| Error::NoGpu { reason: error.reason(), remedy: error.remedy() })?;
-    Device::num_devices().map_err(|error| failure::driver("any GPU", "counting GPUs", error))
+    driver()?;
+    // SAFETY: needs nothing.
+    unsafe { functions::device_count() }
+        .map(i32::unsigned_abs)
+        .map_err(|failure| failure::driver("any GPU", "counting GPUs", failure.code))
 }
 
 /// The GPU of that number.
-pub(super) fn device(index: u32) -> Result<(Device, GpuDescription), Error> {
-    let driver = cuda_driver::status()
-        .map_err(|error| Error::NoGpu { reason: error.reason(), remedy: error.remedy() })?;
+pub(super) fn describe(index: u32) -> Result<GpuDescription, Error> {
+    let driver = driver()?;
     let count = count()?;
     if index >= count {
         return Err(Error::NoGpu {
@@ -73,37 +83,28 @@ pub(super) fn device(index: u32) -> Result<(Device, GpuDescription), Error> {
             remedy: "choose a smaller number, or check CUDA_VISIBLE_DEVICES".to_owned(),
         });
     }
-    let description = || -> CudaResult<_> {
-        let device = Device::get_device(index)?;
-        let get = |attribute| Ok(device.get_attribute(attribute)?.unsigned_abs());
-        Ok((
-            device,
-            GpuDescription {
+    let describe = || {
+        // SAFETY: these calls need nothing.
+        unsafe {
+            let device = functions::device(index as i32)?;
+            let target = target(device)?;
+            let get = |number| functions::device_attribute(number, device).map(i32::unsigned_abs);
+            Ok(GpuDescription {
                 index,
-                name: device.name()?,
-                total_bytes: device.total_memory()? as u64,
+                name: functions::device_name(device)?,
+                total_bytes: functions::device_total_bytes(device)? as u64,
                 free_bytes: None,
-                compute_capability: (
-                    get(DeviceAttribute::ComputeCapabilityMajor)?,
-                    get(DeviceAttribute::ComputeCapabilityMinor)?,
-                ),
-                multiprocessors: get(DeviceAttribute::MultiprocessorCount)?,
-                max_shared_bytes: max_shared_bytes(device)?,
-                l2_bytes: get(DeviceAttribute::L2CacheSize)?,
-                clock_mhz: get(DeviceAttribute::ClockRate)? / 1000,
+                compute_capability: target.capability,
+                multiprocessors: target.multiprocessors,
+                max_shared_bytes: target.max_shared_bytes,
+                l2_bytes: get(attribute::L2_BYTES)?,
+                clock_mhz: get(attribute::CLOCK_KHZ)? / 1000,
                 cuda_version: driver.cuda_version,
                 driver_version: cuda_driver::driver_version(),
-            },
-        ))
+            })
+        }
     };
-    description().map_err(|error| failure::driver(&format!("GPU {index}"), "describing", error))
-}
-
-/// An attribute that cust does not list.
-fn max_shared_bytes(device: Device) -> CudaResult<u32> {
-    let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-    let mut value = 0;
-    // SAFETY: the pointer is valid for the write.
-    failure::result(unsafe { cuDeviceGetAttribute(&raw mut value, attribute, device.as_raw()) })?;
-    Ok(value.unsigned_abs())
+    describe().map_err(|failure: Failure| {
+        failure::driver(&format!("GPU {index}"), "describing", failure.code)
+    })
 }

@@ -1,52 +1,49 @@
-//! Kernels on a GPU, through cust and the CUDA driver.
+//! Kernels on a GPU, through the CUDA driver.
 //!
-//! One stream carries everything in order. Copies and fills go through the default
-//! stream, which waits for it and which it waits for, so that the order of calls is
-//! the order on the device.
+//! One stream carries everything in order: the order of calls is the order on the device.
+//! Context, stream and memory are an [`Owner`]'s: the driver's own functions for
+//! [`GpuDevice`], another library where a program has one.
 //!
 //! A kernel that accesses memory it may not takes the whole context with it: CUDA
 //! answers every later call of the process with the same error. Such an error says
 //! so. Running out of memory is not of that kind: the device stays usable.
 
 mod describe;
-mod failure;
-mod kernels;
+mod owner;
 
 use std::{
-    ffi::c_void,
     fmt,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use cuda_driver::{TensorMapLayout, TensorMapType};
-use cust::{
-    context::{Context, CurrentContext},
-    error::{CudaError, CudaResult},
-    event::{Event, EventFlags},
-    memory::{CopyDestination, DevicePointer, DeviceSlice},
-    stream::{Stream, StreamFlags},
-};
+pub use cuda_driver::ResultCode;
 
 use crate::{
     backend::{Counters, Device, Instruments, Launch, MemoryInfo, TensorMapSpec},
-    dtype::DType,
     error::Error,
+    raw::{
+        self,
+        context::{Description, Entered},
+        failure,
+    },
 };
-use kernels::{Kernels, check_launch};
 
+pub use crate::raw::why_not;
 pub use describe::{GpuDescription, describe_all};
-pub use kernels::why_not;
+pub use owner::{DriverEvent, DriverOwner, Owner};
 
-/// A GPU, with its context and the kernels loaded so far.
-pub struct GpuDevice {
+/// A GPU on the driver's own functions: what a program takes that has no context yet.
+pub type GpuDevice = Gpu<DriverOwner>;
+
+/// A GPU whose context, stream and memory `O` owns, with the kernels loaded so far.
+pub struct Gpu<O: Owner> {
     // The order is that in which they are dropped: what belongs to the context first.
-    kernels: Kernels,
-    stream: Stream,
+    context: raw::Context,
+    owner: O,
     flush: Mutex<Option<FlushBuffer>>,
     /// Entries launched since the device was last seen idle: the suspects of a fault.
     launched: Mutex<Vec<&'static str>>,
     description: GpuDescription,
-    context: Context,
 }
 
 /// Memory that is written to push everything else out of the L2 cache.
@@ -55,25 +52,27 @@ struct FlushBuffer {
     bytes: u64,
 }
 
-impl GpuDevice {
+impl<O: Owner> Gpu<O> {
     /// Opens the GPU of that number, counted as CUDA does (`CUDA_VISIBLE_DEVICES`
     /// applies).
     ///
     /// # Errors
     /// [`Error::NoGpu`] says what is missing and how to get it.
     pub fn open(index: u32) -> Result<Self, Error> {
-        let (device, description) = describe::device(index)?;
-        let failed = |call: &str, error| failure::driver(&description.name, call, error);
-        let context = Context::new(device).map_err(|e| failed("making a context", e))?;
-        let stream =
-            Stream::new(StreamFlags::DEFAULT, None).map_err(|e| failed("making a stream", e))?;
+        let description = describe::describe(index)?;
+        let failed = |code| failure::driver(&description.name, "making a context", code);
+        // An owner may leave its context current.
+        let _before = Entered::as_it_is().map_err(|failure| failed(failure.code))?;
+        let owner = O::open(index).map_err(failed)?;
+        // SAFETY: the owner's context lives as long as the owner, which is dropped after this
+        // value; `drop` waits for the launches before.
+        let context = unsafe { raw::Context::from_handle(owner.context()) }?;
         Ok(Self {
-            kernels: Kernels::default(),
-            stream,
+            context,
+            owner,
             flush: Mutex::default(),
             launched: Mutex::default(),
             description,
-            context,
         })
     }
 
@@ -83,46 +82,76 @@ impl GpuDevice {
         &self.description
     }
 
-    /// Runs driver calls with this GPU's context current on the calling thread.
+    /// The context, for launches on streams of the caller's own.
+    #[must_use]
+    pub const fn context(&self) -> &raw::Context {
+        &self.context
+    }
+
+    /// The owner.
+    #[must_use]
+    pub const fn owner(&self) -> &O {
+        &self.owner
+    }
+
+    /// Runs calls of the owner with its context current on the calling thread.
     fn call<T>(
         &self,
         what: impl fmt::Display,
-        calls: impl FnOnce() -> CudaResult<T>,
+        calls: impl FnOnce(&O) -> Result<T, ResultCode>,
     ) -> Result<T, Error> {
-        CurrentContext::set_current(&self.context)
-            .and_then(|()| calls())
-            .map_err(|error| self.failed(what, error))
+        self.context
+            .enter()
+            .and_then(|_entered| calls(&self.owner))
+            .map_err(|code| self.failed(what, code))
     }
 
-    fn failed(&self, what: impl fmt::Display, error: CudaError) -> Error {
-        let code = failure::code(error);
+    fn failed(&self, what: impl fmt::Display, code: ResultCode) -> Error {
         let suspects = lock(&self.launched);
         if failure::is_fault_of_a_kernel(code) && !suspects.is_empty() {
             return failure::kernel(&suspects.join(" or "), code);
         }
-        failure::driver(&self.description.name, &what.to_string(), error)
+        failure::driver(&self.description.name, &what.to_string(), code)
     }
 
     /// Allocates; `None` when memory does not suffice.
     fn try_allocate(&self, bytes: u64) -> Result<Option<u64>, Error> {
-        self.call(format_args!("allocating {bytes} bytes"), || {
-            // SAFETY: the memory is freed by `free` only, and read by whoever wrote it.
-            match unsafe { cust::memory::cuda_malloc::<u8>(bytes as usize) } {
-                Ok(pointer) => Ok(Some(pointer.as_raw())),
-                Err(CudaError::OutOfMemory) => Ok(None),
-                Err(error) => Err(error),
+        self.call(format_args!("allocating {bytes} bytes"), |owner| match owner.allocate(bytes) {
+            Ok(address) => Ok(Some(address)),
+            Err(ResultCode::OUT_OF_MEMORY) => Ok(None),
+            Err(code) => Err(code),
+        })
+    }
+
+    /// Waits for the stream, then frees: no launch outlives its memory.
+    ///
+    /// # Safety
+    /// `address` is that of a live allocation of the owner's, which the caller gives up.
+    unsafe fn free_after_work(&self, address: u64) -> Result<(), Error> {
+        self.call("freeing memory", |owner| {
+            match owner.synchronize() {
+                Ok(()) => lock(&self.launched).clear(),
+                // A lost context runs nothing any more.
+                Err(code) if code.is_sticky() => {}
+                // Something may still run: memory that is lost is better than memory that is
+                // used twice.
+                Err(code) => return Err(code),
             }
+            // SAFETY: the caller gives the allocation up, and nothing that uses it runs.
+            unsafe { owner.free(address) }
         })
     }
 
     /// Frees the flush buffer; `false` when there is none.
     fn give_back_flush_buffer(&self) -> bool {
         let buffer = lock(&self.flush).take();
-        if let Some(buffer) = &buffer {
-            // SAFETY: the buffer was allocated here, and nothing else knows it.
-            unsafe { self.free(buffer.address, buffer.bytes) };
-        }
-        buffer.is_some()
+        buffer.inspect(|buffer| self.free_flush_buffer(buffer)).is_some()
+    }
+
+    fn free_flush_buffer(&self, buffer: &FlushBuffer) {
+        // It can fail only when the context is lost, and with it the memory.
+        // SAFETY: the buffer was allocated here, and nothing else knows it.
+        _ = unsafe { self.free_after_work(buffer.address) };
     }
 
     /// Memory to flush the cache with: as much of `wanted` as there is. Where kernels
@@ -139,55 +168,11 @@ impl GpuDevice {
         }
         Ok(None)
     }
-
-    fn launch_checked(&self, launch: &Launch) -> Result<(), Error> {
-        let kernel = self.kernels.get(launch.entry, &self.description)?;
-        check_launch(launch, &self.description)?;
-        let (grid, block) = (launch.grid, launch.block);
-        let shared_bytes = launch.shared_bytes;
-        // Made into text only if the launch fails.
-        let what = format_args!(
-            "launching {} on {}x{}x{} blocks of {} threads with {shared_bytes} bytes of shared memory",
-            launch.entry.symbol,
-            grid.x,
-            grid.y,
-            grid.z,
-            block.count(),
-        );
-        // The driver copies the arguments during the call, and writes nothing to them.
-        let mut params = [launch.args.as_ptr().cast_mut().cast::<c_void>()];
-        self.call(what, || {
-            kernel.allow_shared_bytes(shared_bytes)?;
-            // SAFETY: the entry takes one parameter, of the size that was checked; the
-            // kernel keeps the module that its function belongs to.
-            let code = unsafe {
-                cust::sys::cuLaunchKernel(
-                    kernel.function(),
-                    grid.x,
-                    grid.y,
-                    grid.z,
-                    block.x,
-                    block.y,
-                    block.z,
-                    shared_bytes,
-                    self.stream.as_inner(),
-                    params.as_mut_ptr(),
-                    std::ptr::null_mut(),
-                )
-            };
-            failure::result(code)
-        })?;
-        let mut launched = lock(&self.launched);
-        if !launched.contains(&launch.entry.symbol) {
-            launched.push(launch.entry.symbol);
-        }
-        Ok(())
-    }
 }
 
-// SAFETY: the driver's allocations are disjoint; its free waits for the work before it, and
-// copies from and to pageable memory end before they return.
-unsafe impl Device for GpuDevice {
+// SAFETY: the owner's allocations are disjoint, and its stream keeps the order of the calls;
+// `free` waits for it; copies have ended when they return, as the owner promises.
+unsafe impl<O: Owner> Device for Gpu<O> {
     fn name(&self) -> String {
         self.description.name.clone()
     }
@@ -209,10 +194,10 @@ unsafe impl Device for GpuDevice {
     }
 
     fn memory_info(&self) -> Result<MemoryInfo, Error> {
-        let (free, total) = self.call("asking for free memory", cust::memory::mem_get_info)?;
+        let (free, total) = self.call("asking for free memory", O::memory)?;
         // The flush buffer makes way for an allocation.
         let flush = lock(&self.flush).as_ref().map_or(0, |buffer| buffer.bytes);
-        Ok(MemoryInfo::new(free as u64 + flush, total as u64))
+        Ok(MemoryInfo::new(free + flush, total))
     }
 
     fn allocate(&self, bytes: u64) -> Result<u64, Error> {
@@ -230,62 +215,50 @@ unsafe impl Device for GpuDevice {
         }
     }
 
-    unsafe fn free(&self, address: u64, bytes: u64) {
+    unsafe fn free(&self, address: u64, _bytes: u64) {
         // It can fail only when the context is lost, and with it the memory.
-        _ = self.call(format_args!("freeing {bytes} bytes"), || {
-            // SAFETY: the caller got the address from `allocate`, and gives it up.
-            unsafe { cust::memory::cuda_free(DevicePointer::<u8>::from_raw(address)) }
-        });
+        // SAFETY: the caller got the address from `allocate`, and gives it up.
+        _ = unsafe { self.free_after_work(address) };
     }
 
     unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
-        self.call(format_args!("copying {} bytes to the GPU", data.len()), || {
-            // SAFETY: the caller vouches for the device memory.
-            unsafe { slice(address, data.len()) }.copy_from(data)
+        self.call(format_args!("copying {} bytes to the GPU", data.len()), |owner| {
+            // SAFETY: passed on to the caller.
+            unsafe { owner.upload(address, data) }
         })
     }
 
     unsafe fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error> {
-        self.call(format_args!("copying {} bytes from the GPU", data.len()), || {
-            // SAFETY: the caller vouches for the device memory.
-            unsafe { slice(address, data.len()) }.copy_to(data)
+        self.call(format_args!("copying {} bytes from the GPU", data.len()), |owner| {
+            // SAFETY: passed on to the caller.
+            unsafe { owner.download(address, data) }
         })
     }
 
     unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error> {
-        self.call(format_args!("filling {bytes} bytes"), || {
-            // SAFETY: the caller vouches for the device memory.
-            unsafe { slice(address, bytes as usize) }.set_8(value)
+        self.call(format_args!("filling {bytes} bytes"), |owner| {
+            // SAFETY: passed on to the caller; `free` waits for the stream.
+            unsafe { owner.fill(address, bytes, value) }
         })
     }
 
     fn encode_tensor_map(&self, map: &TensorMapSpec) -> Result<[u8; 128], Error> {
-        let layout = TensorMapLayout {
-            address: map.address,
-            element: match map.dtype {
-                DType::F32 => TensorMapType::F32,
-                DType::F16 => TensorMapType::F16,
-                DType::BF16 => TensorMapType::Bf16,
-            },
-            dims: &map.dims,
-            strides_bytes: &map.strides_bytes,
-            box_dims: &map.box_dims,
-            swizzle_bytes: map.swizzle_bytes,
-        };
-        cuda_driver::encode_tensor_map(&layout).map_err(|failure| Error::Driver {
-            call: failure.function.to_owned(),
-            message: format!("{} for {map:?}", failure.code),
-        })
+        raw::Context::encode_tensor_map(map)
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Result<(), Error> {
-        CurrentContext::set_current(&self.context)
-            .map_err(|error| self.failed("making the context current", error))?;
-        self.launch_checked(launch)
+        // SAFETY: the owner's stream belongs to its context; the rest is the caller's.
+        unsafe { self.context.start(launch, self.owner.stream()) }?
+            .map_err(|code| self.failed(Description(launch), code))?;
+        let mut launched = lock(&self.launched);
+        if !launched.contains(&launch.entry.symbol) {
+            launched.push(launch.entry.symbol);
+        }
+        Ok(())
     }
 
     fn synchronize(&self) -> Result<(), Error> {
-        self.call("waiting for kernels", || self.stream.synchronize())?;
+        self.call("waiting for kernels", O::synchronize)?;
         lock(&self.launched).clear();
         Ok(())
     }
@@ -295,19 +268,13 @@ unsafe impl Device for GpuDevice {
     }
 }
 
-impl Instruments for GpuDevice {
+impl<O: Owner> Instruments for Gpu<O> {
     fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), Error>) -> Result<f64, Error> {
-        let start = self.call("recording the start", || {
-            let event = Event::new(EventFlags::DEFAULT)?;
-            event.record(&self.stream)?;
-            Ok(event)
-        })?;
+        let start = self.call("recording the start", O::record)?;
         work()?;
-        let milliseconds = self.call("waiting for kernels", || {
-            let end = Event::new(EventFlags::DEFAULT)?;
-            end.record(&self.stream)?;
-            end.synchronize()?;
-            end.elapsed_time_f32(&start)
+        let milliseconds = self.call("waiting for kernels", |owner| {
+            let end = owner.record()?;
+            owner.elapsed_ms(&start, &end)
         })?;
         lock(&self.launched).clear();
         Ok(milliseconds.into())
@@ -319,16 +286,15 @@ impl Instruments for GpuDevice {
         let mut flush = lock(&self.flush);
         if flush.as_ref().is_none_or(|buffer| buffer.bytes < wanted) {
             if let Some(small) = flush.take() {
-                // SAFETY: the buffer was allocated here, and nothing else knows it.
-                unsafe { self.free(small.address, small.bytes) };
+                self.free_flush_buffer(&small);
             }
             *flush = self.flush_buffer(wanted)?;
         }
         let Some(buffer) = &*flush else { return Ok(()) };
-        self.call("overwriting the L2 cache", || {
-            // SAFETY: the buffer has that length, is used for nothing else, and lives
-            // as long as the stream.
-            unsafe { slice(buffer.address, buffer.bytes as usize).set_8_async(0, &self.stream) }
+        self.call("overwriting the L2 cache", |owner| {
+            // SAFETY: the buffer has that length, is used for nothing else, and is freed
+            // after the stream is empty.
+            unsafe { owner.fill(buffer.address, buffer.bytes, 0) }
         })
     }
 
@@ -337,22 +303,12 @@ impl Instruments for GpuDevice {
     }
 }
 
-impl Drop for GpuDevice {
+impl<O: Owner> Drop for Gpu<O> {
     fn drop(&mut self) {
+        // What is unloaded next must not be running. In a lost context nothing is.
+        _ = self.call("waiting for kernels", O::synchronize);
         self.give_back_flush_buffer();
-        // What is dropped next belongs to this context. Without it (a lost context)
-        // there is nothing left to release.
-        _ = CurrentContext::set_current(&self.context);
     }
-}
-
-/// Device memory as cust sees it.
-///
-/// # Safety
-/// `bytes` bytes at `address` must be device memory that nothing else refers to.
-unsafe fn slice(address: u64, bytes: usize) -> DeviceSlice<u8> {
-    // SAFETY: passed on to the caller.
-    unsafe { DeviceSlice::from_raw_parts_mut(DevicePointer::from_raw(address), bytes) }
 }
 
 /// Locks what is never left half done, whoever panicked.

@@ -1,42 +1,20 @@
 //! From the driver's result codes to errors that say what happened and what to do.
 
 use cuda_driver::ResultCode;
-use cust::{error::CudaError, error::CudaResult, sys::CUresult};
 
 use crate::error::Error;
 
 /// What every error says after which the process cannot use the GPU any more.
 const LOST: &str = "the GPU's context is lost: this process must be started again to use it";
 
-/// The driver's code behind an error of cust, which does not know every code.
-pub(super) fn code(error: CudaError) -> ResultCode {
-    match cuda_driver::last_failure() {
-        // What cust does not know it calls unknown, so the driver's word is better.
-        Some(last) if error == CudaError::UnknownError || last.code.0 == error as u32 => last.code,
-        _ => ResultCode(error as u32),
-    }
-}
-
-/// The result of a raw call, as cust gives those of its own.
-pub(super) fn result(code: CUresult) -> CudaResult<()> {
-    match code {
-        CUresult::CUDA_SUCCESS => Ok(()),
-        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(CudaError::OutOfMemory),
-        CUresult::CUDA_ERROR_NOT_FOUND => Err(CudaError::NotFound),
-        // `code` finds out which.
-        _ => Err(CudaError::UnknownError),
-    }
-}
-
 /// Whether a kernel is to blame, and not the call that reported it.
-pub(super) const fn is_fault_of_a_kernel(code: ResultCode) -> bool {
+pub(crate) const fn is_fault_of_a_kernel(code: ResultCode) -> bool {
     // Illegal address, watchdog, assertion, and the exceptions of the hardware.
     matches!(code.0, 700 | 702 | 710 | 714..=719)
 }
 
 /// A driver call that failed.
-pub(super) fn driver(device: &str, call: &str, error: CudaError) -> Error {
-    let code = code(error);
+pub(crate) fn driver(device: &str, call: &str, code: ResultCode) -> Error {
     let mut message = code.to_string();
     match code {
         ResultCode::UNSUPPORTED_PTX_VERSION => message += "; install a newer NVIDIA driver",
@@ -52,7 +30,7 @@ pub(super) fn driver(device: &str, call: &str, error: CudaError) -> Error {
 }
 
 /// A kernel that went wrong while it ran.
-pub(super) fn kernel(symbol: &str, code: ResultCode) -> Error {
+pub(crate) fn kernel(symbol: &str, code: ResultCode) -> Error {
     let help = match code {
         ResultCode::ILLEGAL_ADDRESS | ResultCode(716) => {
             "; run it on the CPU, where the emulator names the line"

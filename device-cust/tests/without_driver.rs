@@ -1,6 +1,7 @@
 //! cust links, runs and prints its errors on a machine without a driver.
 
 use cust::error::CudaError;
+use device_cust::last_failure;
 
 /// A driver of a name that no machine has, so that the test means the same on one
 /// with a GPU.
@@ -12,7 +13,7 @@ fn without_driver() {
 fn cust_reports_the_missing_driver() {
     without_driver();
     assert_eq!(cust::init(cust::CudaFlags::empty()), Err(CudaError::SharedObjectInitFailed));
-    let failure = cuda_driver::last_failure().unwrap();
+    let failure = last_failure().unwrap();
     assert_eq!(failure.function, "cuInit");
     assert_eq!(failure.code, cuda_driver::ResultCode::LIBRARY_NOT_FOUND);
 }

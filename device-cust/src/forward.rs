@@ -2,13 +2,17 @@
 //! on the first call, and passes the arguments on.
 //!
 //! The signatures are the ABI only: every pointer and handle is `P`, every enum u32.
-//! (`cuGetErrorString` is in `codes.rs`: it answers without a driver.)
 
 #![allow(non_snake_case, reason = "the names are the driver's")]
 
-use std::{ffi::c_void, sync::OnceLock};
+use std::{
+    ffi::{c_char, c_void},
+    sync::OnceLock,
+};
 
-use crate::{codes::ResultCode, library, note_failure};
+use cuda_driver::ResultCode;
+
+use crate::codes::{known_to_cust, note_failure};
 
 /// A pointer or a handle.
 type P = *mut c_void;
@@ -19,15 +23,15 @@ macro_rules! forward {
             /// # Safety
             /// As the CUDA driver API says of this function.
             #[unsafe(no_mangle)]
-            pub(crate) unsafe extern "C" fn $name($($arg: $type),*) -> u32 {
+            pub(crate) unsafe extern "system" fn $name($($arg: $type),*) -> u32 {
                 static ADDRESS: OnceLock<Result<usize, ResultCode>> = OnceLock::new();
                 const NAME: &str = stringify!($name);
-                let code = match *ADDRESS.get_or_init(|| library::address(NAME)) {
+                let code = match *ADDRESS.get_or_init(|| cuda_driver::address(NAME)) {
                     Ok(address) => {
                         // SAFETY: the driver's function of that name has this signature,
                         // and the library stays open for the life of the process.
                         let function = unsafe {
-                            std::mem::transmute::<usize, unsafe extern "C" fn($($type),*) -> u32>(address)
+                            std::mem::transmute::<usize, unsafe extern "system" fn($($type),*) -> u32>(address)
                         };
                         // SAFETY: the caller keeps to the function's contract.
                         ResultCode(unsafe { function($($arg),*) })
@@ -37,10 +41,25 @@ macro_rules! forward {
                 if !code.is_success() {
                     note_failure(NAME, code);
                 }
-                code.known_to_cust().0
+                known_to_cust(code).0
             }
         )*
     };
+}
+
+/// The text of a result code. cust's `Display` panics when this fails, so it answers without
+/// a driver, too.
+///
+/// # Safety
+/// `text` must be null or valid for a write.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "system" fn cuGetErrorString(code: u32, text: *mut *const c_char) -> u32 {
+    if text.is_null() {
+        return ResultCode::INVALID_VALUE.0;
+    }
+    // SAFETY: not null, so valid for a write; the text is 'static.
+    unsafe { text.write(ResultCode(code).text().as_ptr()) };
+    ResultCode::SUCCESS.0
 }
 
 forward! {

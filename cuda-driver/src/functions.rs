@@ -1,0 +1,298 @@
+//! The driver's functions, each looked up in the library on its first call.
+//!
+//! Handles are plain pointers and numbers, so that they fit those of any other library.
+//! The first pointer of a driver function to which it writes its result is the return
+//! value here.
+//!
+//! # Safety
+//! A call is sound when these facts hold; each function names those that concern it:
+//!
+//! 1. A handle (context, stream, event, module, function) came from the driver and was
+//!    not destroyed or released. A stream may also be null, 1 or 2: the default streams.
+//! 2. The functions that work in a context find one current on the calling thread, and
+//!    handles and addresses belong to it.
+//! 3. Device memory that a call or a launch uses stays allocated until the stream has
+//!    passed it, and no other stream uses it in a conflicting way meanwhile.
+//! 4. Host memory that an asynchronous copy uses stays valid until the stream has passed it.
+
+use std::{
+    ffi::{CStr, c_char, c_void},
+    mem::MaybeUninit,
+    ptr,
+    sync::OnceLock,
+};
+
+use crate::{Failure, ResultCode, library};
+
+/// A context (`CUcontext`); null where there is none.
+pub type Context = *mut c_void;
+/// A GPU (`CUdevice`).
+pub type Device = i32;
+/// A stream (`CUstream`): null and 1 are the legacy default stream, 2 the calling thread's.
+pub type Stream = *mut c_void;
+/// An event (`CUevent`).
+pub type Event = *mut c_void;
+/// A module (`CUmodule`).
+pub type Module = *mut c_void;
+/// A kernel of a module (`CUfunction`).
+pub type Function = *mut c_void;
+
+/// Calls the driver's function of that name.
+macro_rules! call {
+    ($symbol:ident($($arg:expr => $type:ty),* $(,)?)) => {{
+        static ADDRESS: OnceLock<Result<usize, ResultCode>> = OnceLock::new();
+        let name = stringify!($symbol);
+        let code = match *ADDRESS.get_or_init(|| library::address(name)) {
+            Ok(address) => {
+                // SAFETY: the driver's function of that name has this signature, and the
+                // library stays open for the life of the process.
+                let function = unsafe {
+                    std::mem::transmute::<usize, unsafe extern "system" fn($($type),*) -> u32>(address)
+                };
+                // SAFETY: the caller keeps to the list at the top of this file.
+                ResultCode(unsafe { function($($arg),*) })
+            }
+            Err(code) => code,
+        };
+        if code.is_success() { Ok(()) } else { Err(Failure { function: name, code }) }
+    }};
+}
+pub(crate) use call;
+
+/// Makes a function of each line: `name = symbol(arguments) -> result`. `[n, m]` are the
+/// facts of the list above that the caller must see to.
+macro_rules! functions {
+    ($($(#[$meta:meta])* $name:ident = $symbol:ident($($arg:ident: $type:ty),*) $(-> $out:ty)?, $facts:literal;)*) => {
+        $(functions! { @one $(#[$meta])* $name = $symbol($($arg: $type),*) $(-> $out)?, $facts })*
+    };
+    (@one $(#[$meta:meta])* $name:ident = $symbol:ident($($arg:ident: $type:ty),*), $facts:literal) => {
+        $(#[$meta])*
+        #[doc = concat!(" (`", stringify!($symbol), "`)")]
+        ///
+        /// # Errors
+        /// The driver's result code, or that there is no driver.
+        ///
+        /// # Safety
+        #[doc = concat!("Facts ", $facts, " of the [list](self#safety).")]
+        pub unsafe fn $name($($arg: $type),*) -> Result<(), Failure> {
+            call!($symbol($($arg => $type),*))
+        }
+    };
+    (@one $(#[$meta:meta])* $name:ident = $symbol:ident($($arg:ident: $type:ty),*) -> $out:ty, $facts:literal) => {
+        $(#[$meta])*
+        #[doc = concat!(" (`", stringify!($symbol), "`)")]
+        ///
+        /// # Errors
+        /// The driver's result code, or that there is no driver.
+        ///
+        /// # Safety
+        #[doc = concat!("Facts ", $facts, " of the [list](self#safety).")]
+        pub unsafe fn $name($($arg: $type),*) -> Result<$out, Failure> {
+            // Zero is a value of every result: numbers and pointers.
+            let mut out = MaybeUninit::<$out>::zeroed();
+            call!($symbol(out.as_mut_ptr() => *mut $out, $($arg => $type),*))?;
+            // SAFETY: zero, or what the driver wrote.
+            Ok(unsafe { out.assume_init() })
+        }
+    };
+}
+
+functions! {
+    /// Initialises the driver; `flags` is 0
+    init = cuInit(flags: u32), "(none)";
+    /// The newest CUDA version that the driver supports, 1000 · major + 10 · minor
+    version = cuDriverGetVersion() -> i32, "(none)";
+
+    /// How many GPUs there are
+    device_count = cuDeviceGetCount() -> i32, "(none)";
+    /// The GPU of that number
+    device = cuDeviceGet(index: i32) -> Device, "(none)";
+    /// Memory of a GPU in bytes
+    device_total_bytes = cuDeviceTotalMem_v2(device: Device) -> usize, "(none)";
+    /// A number of a GPU; see [`attribute`]
+    device_attribute = cuDeviceGetAttribute(attribute: u32, device: Device) -> i32, "(none)";
+
+    /// The context that every library of the process shares, made by the first who asks.
+    /// Each call needs a [`primary_release`]
+    primary_retain = cuDevicePrimaryCtxRetain(device: Device) -> Context, "(none)";
+    /// Gives one [`primary_retain`] back; the last destroys the context and what is in it
+    primary_release = cuDevicePrimaryCtxRelease_v2(device: Device), "1";
+    /// The calling thread's context; null where it has none
+    ctx_current = cuCtxGetCurrent() -> Context, "(none)";
+    /// Makes a context the calling thread's; null takes it away
+    ctx_set_current = cuCtxSetCurrent(context: Context), "1";
+    /// The GPU of the calling thread's context
+    ctx_device = cuCtxGetDevice() -> Device, "2";
+
+    /// Unloads a module, after its last launch has ended
+    module_unload = cuModuleUnload(module: Module), "1, 2, 3";
+    /// A number of a kernel; see [`attribute`]
+    function_attribute = cuFuncGetAttribute(attribute: u32, function: Function) -> i32, "1, 2";
+    /// Sets a number of a kernel; see [`attribute`]
+    function_set_attribute = cuFuncSetAttribute(function: Function, attribute: u32, value: i32), "1, 2";
+
+    /// Makes a stream; see [`STREAM_NON_BLOCKING`]
+    stream_create = cuStreamCreate(flags: u32) -> Stream, "2";
+    /// Destroys a stream, whose work goes on to its end
+    stream_destroy = cuStreamDestroy_v2(stream: Stream), "1, 2";
+    /// Waits until a stream is empty
+    stream_synchronize = cuStreamSynchronize(stream: Stream), "1, 2";
+
+    /// Allocates device memory: its address
+    mem_alloc = cuMemAlloc_v2(bytes: usize) -> u64, "2";
+    /// Frees device memory
+    mem_free = cuMemFree_v2(address: u64), "1, 2, 3";
+    /// Copies from the host to device memory
+    copy_to_device = cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: Stream), "1 to 4";
+    /// Copies from device memory to the host
+    copy_to_host = cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: Stream), "1 to 4";
+    /// Fills device memory with a byte
+    fill = cuMemsetD8Async(address: u64, value: u8, bytes: usize, stream: Stream), "1 to 3";
+
+    /// Makes an event that takes the time; `flags` is 0
+    event_create = cuEventCreate(flags: u32) -> Event, "2";
+    /// Destroys an event
+    event_destroy = cuEventDestroy_v2(event: Event), "1, 2";
+    /// Records an event in a stream
+    event_record = cuEventRecord(event: Event, stream: Stream), "1, 2";
+    /// Waits until the stream has passed an event
+    event_synchronize = cuEventSynchronize(event: Event), "1, 2";
+    /// Milliseconds between two events that the stream has passed
+    event_elapsed_ms = cuEventElapsedTime(start: Event, end: Event) -> f32, "1, 2";
+}
+
+/// A stream that does not wait for the legacy default stream, nor that for it.
+pub const STREAM_NON_BLOCKING: u32 = 1;
+
+/// Numbers that the driver knows of GPUs and kernels.
+pub mod attribute {
+    /// Of a GPU: the highest clock of the multiprocessors in kHz.
+    pub const CLOCK_KHZ: u32 = 13;
+    /// Of a GPU: multiprocessors.
+    pub const MULTIPROCESSORS: u32 = 16;
+    /// Of a GPU: bytes of L2 cache.
+    pub const L2_BYTES: u32 = 38;
+    /// Of a GPU: the first number of its compute capability.
+    pub const CAPABILITY_MAJOR: u32 = 75;
+    /// Of a GPU: the second number of its compute capability.
+    pub const CAPABILITY_MINOR: u32 = 76;
+    /// Of a GPU: the most shared memory of a block, static and dynamic, in bytes.
+    pub const MAX_SHARED_BYTES: u32 = 97;
+    /// Of a kernel: its static shared memory in bytes.
+    pub const STATIC_SHARED_BYTES: u32 = 1;
+    /// Of a kernel: the most dynamic shared memory that a launch may ask for, in bytes.
+    pub const DYNAMIC_SHARED_BYTES: u32 = 8;
+}
+
+/// Name of a GPU. (`cuDeviceGetName`)
+///
+/// # Errors
+/// The driver's result code, or that there is no driver.
+pub fn device_name(device: Device) -> Result<String, Failure> {
+    let mut name = [0u8; 256];
+    call!(cuDeviceGetName(
+        name.as_mut_ptr().cast() => *mut c_char,
+        name.len() as i32 => i32,
+        device => Device,
+    ))?;
+    let text = CStr::from_bytes_until_nul(&name).unwrap_or_default();
+    Ok(text.to_string_lossy().into_owned())
+}
+
+/// Free and total memory of the current context's GPU in bytes. (`cuMemGetInfo_v2`)
+///
+/// # Errors
+/// The driver's result code, or that there is no driver.
+///
+/// # Safety
+/// Fact 2 of the [list](self#safety).
+pub unsafe fn mem_info() -> Result<(u64, u64), Failure> {
+    let (mut free, mut total) = (0usize, 0usize);
+    call!(cuMemGetInfo_v2(&raw mut free => *mut usize, &raw mut total => *mut usize))?;
+    Ok((free as u64, total as u64))
+}
+
+/// A kernel of a module. (`cuModuleGetFunction`)
+///
+/// # Errors
+/// The driver's result code, or that there is no driver.
+///
+/// # Safety
+/// Facts 1 and 2 of the [list](self#safety).
+pub unsafe fn module_function(module: Module, name: &CStr) -> Result<Function, Failure> {
+    let mut function: Function = ptr::null_mut();
+    call!(cuModuleGetFunction(
+        &raw mut function => *mut Function,
+        module => Module,
+        name.as_ptr() => *const c_char,
+    ))?;
+    Ok(function)
+}
+
+/// A module that did not load.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadFailure {
+    /// The call and its result code.
+    pub failure: Failure,
+    /// What the driver's compiler said, on as many lines as it likes; empty if nothing.
+    pub log: String,
+}
+
+/// Compiles PTX and loads it into the current context. (`cuModuleLoadDataEx`)
+///
+/// # Errors
+/// The driver's result code with the compiler's log, or that there is no driver.
+///
+/// # Safety
+/// Fact 2 of the [list](self#safety).
+pub unsafe fn module_load(ptx: &CStr) -> Result<Module, LoadFailure> {
+    // The numbers of CU_JIT_ERROR_LOG_BUFFER and CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES.
+    let mut options = [5u32, 6];
+    const CAPACITY: usize = 16 << 10;
+    let mut log = vec![0u8; CAPACITY];
+    // Options that fit a pointer are passed by value in its place.
+    let mut values =
+        [log.as_mut_ptr().cast::<c_void>(), ptr::without_provenance_mut::<c_void>(CAPACITY)];
+    let mut module: Module = ptr::null_mut();
+    // The text ends in a NUL, the log has the capacity stated, both arrays have two entries.
+    let done = call!(cuModuleLoadDataEx(
+        &raw mut module => *mut Module,
+        ptx.as_ptr().cast() => *const c_void,
+        options.len() as u32 => u32,
+        options.as_mut_ptr() => *mut u32,
+        values.as_mut_ptr() => *mut *mut c_void,
+    ));
+    done.map(|()| module).map_err(|failure| {
+        let text = CStr::from_bytes_until_nul(&log).unwrap_or_default();
+        LoadFailure { failure, log: text.to_string_lossy().trim().to_owned() }
+    })
+}
+
+/// Starts a kernel that has one parameter. The driver copies it during the call.
+/// (`cuLaunchKernel`)
+///
+/// # Errors
+/// The driver's result code (possibly that of an earlier launch), or that there is no driver.
+///
+/// # Safety
+/// Facts 1 to 3 of the [list](self#safety); `parameter` leads to as many bytes as the
+/// kernel's parameter has.
+pub unsafe fn launch(
+    function: Function,
+    grid: [u32; 3],
+    block: [u32; 3],
+    dynamic_shared_bytes: u32,
+    stream: Stream,
+    parameter: *const c_void,
+) -> Result<(), Failure> {
+    let mut parameters = [parameter.cast_mut()];
+    call!(cuLaunchKernel(
+        function => Function,
+        grid[0] => u32, grid[1] => u32, grid[2] => u32,
+        block[0] => u32, block[1] => u32, block[2] => u32,
+        dynamic_shared_bytes => u32,
+        stream => Stream,
+        parameters.as_mut_ptr() => *mut *mut c_void,
+        ptr::null_mut() => *mut *mut c_void,
+    ))
+}

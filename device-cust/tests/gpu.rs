@@ -1,0 +1,13 @@
+//! The tests of the GPU backend (`tests/gpu`) on cust as the owner.
+
+#[path = "../../tests/gpu/device.rs"]
+mod device;
+#[path = "../../tests/gpu/fake_driver.rs"]
+mod fake_driver;
+#[path = "../../tests/gpu/raw.rs"]
+mod raw;
+#[path = "../../tests/gpu/session.rs"]
+mod session;
+
+/// The device under test.
+type Gpu = device_cust::CustDevice;

@@ -1,0 +1,303 @@
+//! A CUDA context, whoever made it, as far as launches need one.
+
+use std::{ffi::c_void, fmt, marker::PhantomData};
+
+use cuda_driver::{Failure, ResultCode, TensorMapLayout, TensorMapType, functions};
+use kernels_gpu::entry::Entry;
+
+use super::{
+    failure,
+    kernels::{Kernels, check_launch},
+};
+use crate::{
+    backend::{Launch, TensorMapSpec},
+    dtype::DType,
+    error::Error,
+    registry::Target,
+};
+
+/// A CUDA context that kernels are launched in, with the kernels loaded into it so far.
+///
+/// It owns neither the context nor a stream nor memory: those are the caller's, who may have
+/// them from any library. A launch changes nothing of the calling thread: its current context
+/// is afterwards what it was before.
+pub struct Context {
+    handle: functions::Context,
+    name: String,
+    target: Target,
+    kernels: Kernels,
+}
+
+// SAFETY: the handle is a pointer that only the driver follows, and the driver's functions may
+// be called with it from any thread; the rest is Send and Sync.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// The context that is current on the calling thread.
+    ///
+    /// # Errors
+    /// [`Error::NoGpu`] when there is no driver, or no context is current;
+    /// [`Error::Driver`] when the context does not answer.
+    ///
+    /// # Safety
+    /// As for [`Context::from_handle`].
+    pub unsafe fn current() -> Result<Self, Error> {
+        driver()?;
+        // SAFETY: needs nothing.
+        let handle = unsafe { functions::ctx_current() }.map_err(asking)?;
+        if handle.is_null() {
+            return Err(Error::NoGpu {
+                reason: "no CUDA context is current on this thread".to_owned(),
+                remedy: "make one current (cuCtxSetCurrent), or give its handle to \
+                         Context::from_handle"
+                    .to_owned(),
+            });
+        }
+        // SAFETY: passed on to the caller.
+        unsafe { Self::from_handle(handle) }
+    }
+
+    /// The context of that handle, a `CUcontext`.
+    ///
+    /// # Errors
+    /// [`Error::NoGpu`] when there is no driver; [`Error::Driver`] when the context does not
+    /// answer.
+    ///
+    /// # Safety
+    /// - `handle` is a context of the driver that this process uses.
+    /// - The context is destroyed (a primary one: released) only after the value is dropped.
+    /// - When the value is dropped, every launch made through it has ended, and no CUDA graph
+    ///   that captured one is launched any more: its kernels are unloaded.
+    pub unsafe fn from_handle(handle: *mut c_void) -> Result<Self, Error> {
+        driver()?;
+        let _entered = Entered::new(handle).map_err(asking)?;
+        let describe = || {
+            // SAFETY: the context is current.
+            let device = unsafe { functions::ctx_device() }?;
+            Ok((functions::device_name(device)?, target(device)?))
+        };
+        let (name, target) = describe().map_err(asking)?;
+        Ok(Self { handle, name, target, kernels: Kernels::default() })
+    }
+
+    /// The handle.
+    #[must_use]
+    pub const fn handle(&self) -> *mut c_void {
+        self.handle
+    }
+
+    /// Name of the GPU.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the GPU offers to kernels.
+    #[must_use]
+    pub const fn target(&self) -> Target {
+        self.target
+    }
+
+    /// Has the driver compile entries that it has not compiled in this context yet, so that
+    /// no launch has to (up to a second each). A stream that is being captured must not meet
+    /// an entry for the first time: prepare before.
+    ///
+    /// # Errors
+    /// An entry that this GPU cannot run; [`Error::Module`] with the compiler's log; what else
+    /// the driver reports.
+    pub fn prepare(&self, entries: &[&'static Entry]) -> Result<(), Error> {
+        let _entered = self.enter().map_err(|code| self.failed("preparing kernels", code))?;
+        entries.iter().try_for_each(|entry| self.kernels.get(entry, self).map(drop))
+    }
+
+    /// Encodes a tensor map for TMA. Works without any context.
+    ///
+    /// # Errors
+    /// A layout that the copy engine cannot describe.
+    pub fn encode_tensor_map(map: &TensorMapSpec) -> Result<[u8; 128], Error> {
+        let layout = TensorMapLayout {
+            address: map.address,
+            element: match map.dtype {
+                DType::F32 => TensorMapType::F32,
+                DType::F16 => TensorMapType::F16,
+                DType::BF16 => TensorMapType::Bf16,
+            },
+            dims: &map.dims,
+            strides_bytes: &map.strides_bytes,
+            box_dims: &map.box_dims,
+            swizzle_bytes: map.swizzle_bytes,
+        };
+        cuda_driver::encode_tensor_map(&layout).map_err(|failure| Error::Driver {
+            call: failure.function.to_owned(),
+            message: format!("{} for {map:?}", failure.code),
+        })
+    }
+
+    /// Starts a launch on a stream of this context; does not wait. It allocates, fills and
+    /// copies no device memory, and can be captured in a CUDA graph. The first launch of an
+    /// entry that was not prepared compiles it.
+    ///
+    /// `stream` is a `CUstream`: null and 1 are the legacy default stream, 2 the calling
+    /// thread's default stream.
+    ///
+    /// # Errors
+    /// A launch that does not fit its entry or the GPU; what the driver reports, possibly of
+    /// work before this launch.
+    ///
+    /// # Safety
+    /// - `stream` is live and belongs to this context.
+    /// - `launch.args` holds the entry's argument struct.
+    /// - Every buffer in it is memory that this GPU can access, and stays so until the launch
+    ///   has ended.
+    /// - From the launch to its end, nothing else writes those buffers, nor reads those that
+    ///   the kernel writes.
+    pub unsafe fn launch(&self, launch: &Launch, stream: *mut c_void) -> Result<(), Error> {
+        // SAFETY: passed on to the caller.
+        unsafe { self.start(launch, stream) }?
+            .map_err(|code| self.failed(Description(launch), code))
+    }
+
+    /// As [`Context::launch`], for an owner who has more to say of the driver's code.
+    ///
+    /// # Safety
+    /// As for [`Context::launch`].
+    pub(crate) unsafe fn start(
+        &self,
+        launch: &Launch,
+        stream: functions::Stream,
+    ) -> Result<Result<(), ResultCode>, Error> {
+        let _entered = match self.enter() {
+            Ok(entered) => entered,
+            Err(code) => return Ok(Err(code)),
+        };
+        let kernel = self.kernels.get(launch.entry, self)?;
+        check_launch(launch, &self.target)?;
+        let Launch { grid, block, shared_bytes, args, .. } = launch;
+        // SAFETY: the kernel belongs to this context, which is current, and the arguments
+        // have the size of its parameter, as checked. The rest is the caller's.
+        let done = unsafe {
+            functions::launch(
+                kernel.function(),
+                [grid.x, grid.y, grid.z],
+                [block.x, block.y, block.z],
+                *shared_bytes,
+                stream,
+                args.as_ptr().cast(),
+            )
+        };
+        Ok(done.map_err(|failure| failure.code))
+    }
+
+    /// Makes the context the calling thread's until the value is dropped.
+    pub(crate) fn enter(&self) -> Result<Entered, ResultCode> {
+        Entered::new(self.handle).map_err(|failure| failure.code)
+    }
+
+    /// The error of a call that was made in this context.
+    pub(super) fn failed(&self, what: impl fmt::Display, code: ResultCode) -> Error {
+        failure::driver(&self.name, &what.to_string(), code)
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // A lost context has taken its modules with it.
+        if let Ok(_entered) = self.enter() {
+            self.kernels.unload();
+        }
+    }
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { handle, name, target, .. } = self;
+        f.debug_struct("Context")
+            .field("handle", handle)
+            .field("name", name)
+            .field("target", target)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A launch in words, made only when it failed.
+pub(crate) struct Description<'a>(pub(crate) &'a Launch);
+
+impl fmt::Display for Description<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Launch { entry, grid, block, shared_bytes, .. } = self.0;
+        write!(
+            f,
+            "launching {} on {}x{}x{} blocks of {} threads with {shared_bytes} bytes of shared memory",
+            entry.symbol,
+            grid.x,
+            grid.y,
+            grid.z,
+            block.count(),
+        )
+    }
+}
+
+/// While it lives, a context is the calling thread's; then the one before is again.
+pub(crate) struct Entered {
+    /// What was current, if another.
+    before: Option<functions::Context>,
+    /// Belongs to the thread that made it.
+    _thread: PhantomData<*const ()>,
+}
+
+impl Entered {
+    /// Makes a context current. It must be live.
+    pub(crate) fn new(context: functions::Context) -> Result<Self, Failure> {
+        let mut entered = Self::as_it_is()?;
+        if entered.before == Some(context) {
+            entered.before = None;
+            return Ok(entered);
+        }
+        // SAFETY: the caller's context is live.
+        unsafe { functions::ctx_set_current(context) }?;
+        Ok(entered)
+    }
+
+    /// Leaves the current context as it is, and has it back at the end.
+    pub(crate) fn as_it_is() -> Result<Self, Failure> {
+        // SAFETY: needs nothing.
+        let before = unsafe { functions::ctx_current() }?;
+        Ok(Self { before: Some(before), _thread: PhantomData })
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            // It can fail only if that context was destroyed meanwhile: nothing to go back to.
+            // SAFETY: the handle was current on this thread.
+            _ = unsafe { functions::ctx_set_current(before) };
+        }
+    }
+}
+
+/// The driver is there and runs.
+pub(crate) fn driver() -> Result<&'static cuda_driver::Driver, Error> {
+    cuda_driver::status()
+        .map_err(|error| Error::NoGpu { reason: error.reason(), remedy: error.remedy() })
+}
+
+/// What a GPU offers to kernels.
+pub(crate) fn target(device: functions::Device) -> Result<Target, Failure> {
+    use functions::attribute as a;
+    let get = |attribute| {
+        // SAFETY: needs nothing.
+        unsafe { functions::device_attribute(attribute, device) }.map(i32::unsigned_abs)
+    };
+    Ok(Target {
+        capability: (get(a::CAPABILITY_MAJOR)?, get(a::CAPABILITY_MINOR)?),
+        max_shared_bytes: get(a::MAX_SHARED_BYTES)?,
+        multiprocessors: get(a::MULTIPROCESSORS)?,
+    })
+}
+
+fn asking(failure: Failure) -> Error {
+    failure::driver("the CUDA context", "asking for the GPU", failure.code)
+}
