@@ -47,8 +47,7 @@ pub fn encode_tensor_map(layout: &TensorMapLayout<'_>) -> Result<[u8; 128], Fail
     const L2_PROMOTION_128: u32 = 2;
     const FILL_ZERO: u32 = 0;
     const ELEMENT_STRIDES: [u32; 5] = [1; 5];
-    let refused =
-        Failure { function: "cuTensorMapEncodeTiled", code: ResultCode::INVALID_VALUE };
+    let refused = Failure { function: "cuTensorMapEncodeTiled", code: ResultCode::INVALID_VALUE };
     let rank = layout.dims.len();
     let swizzle = match layout.swizzle_bytes {
         0 => 0,

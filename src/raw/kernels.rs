@@ -127,7 +127,8 @@ fn load(entry: &'static Entry, context: &Context) -> Result<Kernel, Error> {
                 refused(format!("{}: {code}{colon}{log}", entry.symbol))
             }
             code => {
-                let call = format_args!("compiling {} of PTX module {}", entry.symbol, entry.module);
+                let call =
+                    format_args!("compiling {} of PTX module {}", entry.symbol, entry.module);
                 context.failed(call, code)
             }
         }

@@ -77,7 +77,7 @@ fn streams_are_passed_on_as_they_are() {
     set_current(gpu.context().handle());
     // SAFETY: the context is current.
     let own = unsafe { functions::stream_create(0) }.unwrap();
-    for stream in [ptr::null_mut(), 1 as *mut c_void, 2 as *mut c_void, own] {
+    for stream in [0, 1, 2, own.expose_provenance()].map(ptr::with_exposed_provenance_mut) {
         // SAFETY: the stream is of this context, and `head` lives until it was waited for.
         unsafe { gpu.context().launch(&launch, stream) }.unwrap();
         assert_eq!(fake.last_stream(), stream as u64);

@@ -5,8 +5,7 @@ use std::alloc::{Layout, alloc, dealloc};
 use crate::{
     P, call, call_in_context, code,
     state::{check_context, check_fault, state},
-    stream,
-    write,
+    stream, write,
 };
 
 /// What a GPU aligns allocations to, at the least.

@@ -169,7 +169,8 @@ extern "C" fn cuFuncSetAttribute(function: *const Function, attribute: u32, valu
         if attribute != SHARED || !(0..=most).contains(&value) {
             return Err(code::INVALID_VALUE);
         }
-        *function.shared_bytes.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = value as u32;
+        *function.shared_bytes.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+            value as u32;
         Ok(())
     })
 }
