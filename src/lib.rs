@@ -43,7 +43,9 @@ pub mod session;
 pub mod tensor;
 pub mod verify;
 
-pub use backend::{CpuDevice, Device, GpuDevice};
+#[cfg(feature = "emulator")]
+pub use backend::CpuDevice;
+pub use backend::{Device, GpuDevice};
 pub use dtype::DType;
 pub use error::Error;
 pub use problem::{Dropout, Layout, Problem};

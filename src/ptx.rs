@@ -1,4 +1,5 @@
-//! The PTX modules embedded in this library.
+//! The PTX modules embedded in this library (feature `ptx`): compressed, and unpacked when
+//! they are first asked for.
 //!
 //! An entry belongs to the module of the least architecture that can run it, and to
 //! no other. PTX is a virtual instruction set: the driver compiles a module for its
@@ -15,6 +16,21 @@
 //! So a GPU's kernels are the entries of all modules that load on it ([`loadable`]),
 //! and the choice between kernels is the registry's, not this module's.
 
+use std::sync::LazyLock;
+
+/// What is embedded: compiled just now if a kernel was edited, else what is checked in.
+#[cfg(all(feature = "ptx", fresh_ptx))]
+static PACK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ptx/modules.ptx.zst"));
+#[cfg(all(feature = "ptx", not(fresh_ptx)))]
+use kernels_gpu::PTX as PACK;
+
+/// How a line of the pack begins that names the module of the text below it.
+const HEADING: &str = "// module ";
+
+/// Every module's text.
+static TEXT: LazyLock<String> = LazyLock::new(unpack);
+static MODULES: LazyLock<Vec<PtxModule>> = LazyLock::new(|| modules_of(&TEXT));
+
 /// A PTX module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PtxModule {
@@ -29,6 +45,14 @@ pub struct PtxModule {
 }
 
 impl PtxModule {
+    /// The module of an architecture: `sm_90a` loads on compute capability 9.0 alone.
+    fn new(name: &'static str, text: &'static str) -> Option<Self> {
+        let number = name.strip_prefix("sm_")?;
+        let (number, exact) = number.strip_suffix('a').map_or((number, false), |n| (n, true));
+        let number: u32 = number.parse().ok()?;
+        Some(Self { name, compute_capability: (number / 10, number % 10), exact, text })
+    }
+
     /// Whether a GPU of that compute capability loads the module.
     #[must_use]
     pub fn loads_on(&self, compute_capability: (u32, u32)) -> bool {
@@ -62,12 +86,36 @@ impl PtxModule {
     }
 }
 
-/// Every module, least architecture first.
-///
-/// Empty in a library built with `FLASH_ATTENTION_PTX=emulator-only`.
+/// Every module, least architecture first; empty in a library built without the feature
+/// `ptx`.
 #[must_use]
 pub fn modules() -> &'static [PtxModule] {
-    include!(concat!(env!("OUT_DIR"), "/ptx_modules.rs"))
+    &MODULES
+}
+
+#[cfg(feature = "ptx")]
+fn unpack() -> String {
+    use std::io::Read as _;
+
+    let mut text = String::new();
+    let decoder = ruzstd::decoding::StreamingDecoder::new(PACK);
+    decoder
+        .map_err(std::io::Error::other)
+        .and_then(|mut decoder| decoder.read_to_string(&mut text))
+        .expect("a constant of this library, which its tests unpack");
+    text
+}
+
+#[cfg(not(feature = "ptx"))]
+const fn unpack() -> String {
+    String::new()
+}
+
+fn modules_of(pack: &'static str) -> Vec<PtxModule> {
+    pack.split(HEADING)
+        .filter_map(|part| part.split_once('\n'))
+        .filter_map(|(name, text)| PtxModule::new(name, text))
+        .collect()
 }
 
 /// The modules that a GPU of that compute capability loads, best first.
@@ -78,6 +126,14 @@ pub fn loadable(compute_capability: (u32, u32)) -> impl Iterator<Item = &'static
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_modules_name_says_what_loads_it() {
+        let modules = modules_of("// module sm_80\n.a\n.b\n// module sm_100a\n.c\n");
+        let sm_100a =
+            PtxModule { name: "sm_100a", compute_capability: (10, 0), exact: true, text: ".c\n" };
+        assert_eq!(modules, [PtxModule { text: ".a\n.b\n", ..ORDINARY }, sm_100a]);
+    }
 
     const ORDINARY: PtxModule =
         PtxModule { name: "sm_80", compute_capability: (8, 0), exact: false, text: "" };
@@ -101,11 +157,8 @@ mod tests {
     }
 
     #[test]
+    #[cfg(feature = "ptx")]
     fn every_kernel_is_in_its_module_with_its_launch_bounds() {
-        if modules().is_empty() {
-            println!("skipped: this library was built without PTX");
-            return;
-        }
         for entry in kernels_gpu::entries() {
             let module = modules().iter().find(|module| module.name == entry.module);
             let text = module.map_or("", |module| module.text);

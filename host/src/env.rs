@@ -51,8 +51,8 @@ fn computer(machine: &Machine) -> String {
 fn modules() -> String {
     let modules = ptx::modules();
     if modules.is_empty() {
-        return "PTX: none in this build, so that it runs no kernel on a GPU; build it without \
-                FLASH_ATTENTION_PTX=emulator-only\n"
+        return "PTX: none in this build, so that it runs no kernel on a GPU; build it with \
+                the feature `ptx`\n"
             .into();
     }
     let list: Vec<_> = modules

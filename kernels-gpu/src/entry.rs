@@ -25,6 +25,7 @@ pub struct Entry {
     /// # Safety
     /// The pointer must lead to the entry's argument struct, and the struct must
     /// describe memory that lives until the launch ends.
+    #[cfg(feature = "emulator")]
     pub run: unsafe fn(*const core::ffi::c_void),
 }
 
@@ -63,7 +64,9 @@ macro_rules! entries {
         pub static $table: &[$crate::entry::Entry] = &[
             $( {
                 /// # Safety
-                /// As [`Entry::run`](crate::entry::Entry::run) says.
+                /// As `Entry::run` says.
+                // Without a use it is checked, but not compiled.
+                #[cfg_attr(not(feature = "emulator"), allow(dead_code))]
                 unsafe fn run(args: *const core::ffi::c_void) {
                     let kernel: unsafe fn(&$args) = $kernel;
                     // SAFETY: the caller passes the entry's argument struct.
@@ -76,6 +79,7 @@ macro_rules! entries {
                     min_blocks: $min_blocks,
                     cluster: $cluster,
                     args_bytes: size_of::<$args>(),
+                    #[cfg(feature = "emulator")]
                     run,
                 }
             }, )*

@@ -71,6 +71,11 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     unsafe { core::arch::nvptx::trap() }
 }
 
+/// The PTX of every entry, as text, compressed: one zstd stream. A line `// module sm_80`
+/// stands before the text of each module.
+#[cfg(feature = "ptx")]
+pub static PTX: &[u8] = include_bytes!("../ptx/modules.ptx.zst");
+
 /// The tables of all rungs.
 #[cfg(not(target_arch = "nvptx64"))]
 const TABLES: &[&[entry::Entry]] = &[

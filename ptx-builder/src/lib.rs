@@ -7,19 +7,20 @@
 //!    and then lets one rustc per module emit PTX, all at the same time;
 //! 2. [`post`] turns that text into what is checked in: launch bounds in place, dead
 //!    functions and comments gone, no name that depends on the machine;
-//! 3. [`manifest`] records which sources the text was made from, so that a build
-//!    without a kernel edit compiles no kernel at all;
+//! 3. [`pack`] compresses it, and [`manifest`] records which sources it was made from, so
+//!    that a build without a kernel edit compiles no kernel at all;
 //! 4. [`ptxas`] assembles every entry and reports registers, spills and warnings, and
 //!    [`overlap`] sees to it that softmax stays beside the products.
 //!
 //! `docs/rust-to-ptx.md` tells the story with its reasons.
 
 pub mod compile;
-pub mod embed;
 pub mod manifest;
 pub mod overlap;
+pub mod pack;
 pub mod post;
 pub mod ptxas;
+#[path = "../../build/sources.rs"]
 pub mod sources;
 
 use std::path::{Path, PathBuf};
@@ -30,10 +31,6 @@ pub struct Module {
     /// Name of the module, of the cargo feature of `kernels-gpu` that selects its
     /// entries, and of the `target-cpu` given to rustc.
     pub name: &'static str,
-    /// Least compute capability that can load it.
-    pub compute_capability: (u32, u32),
-    /// Whether it loads on exactly that compute capability and on no later one.
-    pub exact: bool,
     /// LLVM's target feature that sets the PTX `.version`. As low as the module's
     /// instructions allow, since it bounds the drivers that accept the text.
     pub ptx_feature: &'static str,
@@ -45,25 +42,11 @@ pub struct Module {
 pub const MODULES: &[Module] = &[
     Module {
         name: "sm_75",
-        compute_capability: (7, 5),
-        exact: false,
         ptx_feature: "ptx70",
         assemble_for: &["sm_75", "sm_80", "sm_90", "sm_100"],
     },
-    Module {
-        name: "sm_80",
-        compute_capability: (8, 0),
-        exact: false,
-        ptx_feature: "ptx74",
-        assemble_for: &["sm_80", "sm_90", "sm_100"],
-    },
-    Module {
-        name: "sm_90a",
-        compute_capability: (9, 0),
-        exact: true,
-        ptx_feature: "ptx83",
-        assemble_for: &["sm_90a"],
-    },
+    Module { name: "sm_80", ptx_feature: "ptx74", assemble_for: &["sm_80", "sm_90", "sm_100"] },
+    Module { name: "sm_90a", ptx_feature: "ptx83", assemble_for: &["sm_90a"] },
 ];
 
 /// Where things lie in the repository.
@@ -92,7 +75,7 @@ impl Workspace {
         &self.root
     }
 
-    /// Folder of the checked-in PTX and its manifest.
+    /// Folder of the checked-in pack and its manifest.
     #[must_use]
     pub fn checked_in(&self) -> PathBuf {
         self.root.join("kernels-gpu").join("ptx")

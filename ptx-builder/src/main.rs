@@ -1,22 +1,24 @@
 //! The pipeline's commands, run in a checkout of the repository.
 
-use std::path::{Path, PathBuf};
+use std::io::{self, Write as _};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
 use ptx_builder::manifest::{self, Manifest};
-use ptx_builder::{MODULES, Workspace, compile, overlap, ptxas, sources};
+use ptx_builder::{MODULES, Module, Workspace, compile, overlap, pack, ptxas, sources};
 
 const USAGE: &str = "\
 ptx-builder: from the kernels' Rust to checked-in PTX
 
 usage: cargo run -p ptx-builder -- COMMAND
 
-  write                   compile every module and write kernels-gpu/ptx
+  write [--dir DIR]       compile every module and write kernels-gpu/ptx, or DIR
   check                   fail unless the checked-in PTX belongs to the sources
   check --rebuild         also compile every module and compare the text; it must be
                           identical when this rustc is the one of the manifest
+  text [ENTRY]            print the checked-in PTX, or one entry of it
   ptxas [--dir DIR]       assemble every entry for every architecture that loads it;
                           fail on a spill, a stack frame, local memory, a warning,
                           or products that are waited for before the softmax beside them
@@ -28,9 +30,12 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let workspace = Workspace::of_this_crate();
     let done = match arguments.as_slice() {
-        ["write"] => write(&workspace),
+        ["write"] => write(&workspace, &workspace.checked_in()),
+        ["write", "--dir", folder] => write(&workspace, Path::new(folder)),
         ["check"] => check(&workspace).map(drop),
         ["check", "--rebuild"] => check_rebuild(&workspace),
+        ["text"] => text(&workspace),
+        ["text", entry] => text_of(&workspace, entry),
         ["ptxas"] => assemble(&workspace, &workspace.checked_in()),
         ["ptxas", "--dir", folder] => assemble(&workspace, Path::new(folder)),
         ["disassemble", entry, arch] => disassemble(&workspace, entry, arch),
@@ -52,11 +57,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn write(workspace: &Workspace) -> Result<()> {
+fn write(workspace: &Workspace, folder: &Path) -> Result<()> {
     let build = compile::build(workspace)?;
     ensure!(!build.modules.is_empty(), "no kernel has an entry");
-    let folder = workspace.checked_in();
-    manifest::write(&build, &folder)?;
+    let (_, bytes) = manifest::write(&build, folder)?;
     for built in &build.modules {
         let (name, ptx) = (built.module.name, &built.ptx);
         let (entries, kib) = (ptx.entries.len(), ptx.text.len() / 1024);
@@ -65,21 +69,22 @@ fn write(workspace: &Workspace) -> Result<()> {
             println!("warning: {function} keeps an array in local memory");
         }
     }
-    println!("written to {} with {}", folder.display(), build.rustc);
+    let kib = bytes / 1024;
+    println!("{kib} KiB written to {} with {}", folder.display(), build.rustc);
     Ok(())
 }
 
-/// The checked-in manifest, if it and the text belong to the sources.
+/// The checked-in manifest, if it and the pack belong to the sources.
 fn check(workspace: &Workspace) -> Result<Manifest> {
     let folder = workspace.checked_in();
     let cure = "write it with: cargo run -p ptx-builder -- write";
     let manifest = Manifest::read(&folder)?
         .with_context(|| format!("no PTX is checked in at {}; {cure}", folder.display()))?;
     ensure!(
-        manifest.sources == sources::fingerprint(workspace)?,
+        manifest.sources == sources::fingerprint(workspace.root())?,
         "the checked-in PTX is older than the kernel sources; {cure}"
     );
-    manifest.verify(&folder).context(cure)?;
+    manifest.texts(&folder).context(cure)?;
     let entries: usize = manifest.modules.iter().map(|record| record.entries).sum();
     println!("the checked-in PTX belongs to the sources: {entries} entries, {}", manifest.rustc);
     Ok(manifest)
@@ -89,7 +94,7 @@ fn check_rebuild(workspace: &Workspace) -> Result<()> {
     let checked_in = check(workspace)?;
     let build = compile::build(workspace)?;
     let folder = workspace.target().join("rebuilt");
-    let rebuilt = manifest::write(&build, &folder)?;
+    let (rebuilt, _) = manifest::write(&build, &folder)?;
     println!("rebuilt into {}", folder.display());
     if rebuilt.modules == checked_in.modules {
         println!("the rebuilt text is identical to the checked-in text");
@@ -116,15 +121,40 @@ fn check_rebuild(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
+fn text(workspace: &Workspace) -> Result<()> {
+    let texts = pack::read(&workspace.checked_in())?;
+    print(&texts.into_iter().map(|(_, text)| text).collect::<String>())
+}
+
+fn text_of(workspace: &Workspace, entry: &str) -> Result<()> {
+    print(&find(workspace, entry)?.1)
+}
+
+/// Prints a text; a reader that has seen enough is no error.
+fn print(text: &str) -> Result<()> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// One checked-in entry, and its module.
+fn find(workspace: &Workspace, entry: &str) -> Result<(Module, String)> {
+    pack::read(&workspace.checked_in())?
+        .into_iter()
+        .find_map(|(module, text)| Some((module, pack::entry(&text, entry)?)))
+        .with_context(|| format!("no checked-in module has the entry {entry}"))
+}
+
 fn assemble(workspace: &Workspace, folder: &Path) -> Result<()> {
+    let texts = pack::read(folder)?;
     let cubins = workspace.target().join("cubins");
-    let report = ptxas::assemble(folder, &cubins)?;
+    let report = ptxas::assemble(&texts, &cubins)?;
     print!("{}", ptxas::table(&report));
-    let mut complaints = ptxas::local_memory(folder)?;
+    let mut complaints = ptxas::local_memory(&texts);
     complaints.extend(ptxas::complaints(&report));
-    for module in MODULES {
-        let file = folder.join(manifest::file_name(module));
-        if fs::read_to_string(file).is_ok_and(|text| text.contains("wgmma")) {
+    for (module, text) in &texts {
+        if text.contains("wgmma") {
             for arch in module.assemble_for {
                 complaints.extend(overlap::complaints(&ptxas::cubin(&cubins, module, arch))?);
             }
@@ -140,22 +170,13 @@ fn assemble(workspace: &Workspace, folder: &Path) -> Result<()> {
 
 fn disassemble(workspace: &Workspace, entry: &str, arch: &str) -> Result<()> {
     let (ptxas, nvdisasm) = (ptxas::find_tool("ptxas")?, ptxas::find_tool("nvdisasm")?);
-    let file = MODULES
-        .iter()
-        .map(|module| workspace.checked_in().join(manifest::file_name(module)))
-        .find(|file| {
-            fs::read_to_string(file).is_ok_and(|t| t.contains(&format!(".entry {entry}(")))
-        })
-        .with_context(|| format!("no checked-in module has the entry {entry}"))?;
-    let cubin: PathBuf = workspace.target().join(format!("{entry}.{arch}.cubin"));
-    fs::create_dir_all(workspace.target()).context("cannot make the target folder")?;
-    run(Command::new(ptxas)
-        .arg(format!("-arch={arch}"))
-        .arg("-e")
-        .arg(entry)
-        .arg(file)
-        .arg("-o")
-        .arg(&cubin))?;
+    let (_, text) = find(workspace, entry)?;
+    let ptx = workspace.target().join(format!("{entry}.ptx"));
+    let cubin = workspace.target().join(format!("{entry}.{arch}.cubin"));
+    fs::create_dir_all(workspace.target())
+        .and_then(|()| fs::write(&ptx, text))
+        .with_context(|| format!("cannot write {}", ptx.display()))?;
+    run(Command::new(ptxas).arg(format!("-arch={arch}")).arg(ptx).arg("-o").arg(&cubin))?;
     run(Command::new(nvdisasm).arg("-c").arg(cubin))
 }
 

@@ -1,4 +1,5 @@
-//! `manifest.json`: what the PTX beside it was made from, and what it must hash to.
+//! `manifest.json`: what the pack of PTX beside it was made from, and what each text must
+//! hash to. The texts are recorded and not the pack, whose bytes depend on the compressor.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -6,17 +7,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
-use crate::sources::fingerprint_text;
-use crate::{MODULES, Module, compile::Build};
-
-/// Name of the manifest in a folder of PTX.
-pub const FILE: &str = "manifest.json";
+use crate::sources::MANIFEST;
+use crate::{MODULES, Module, compile::Build, pack};
 
 /// A folder of PTX as its manifest describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
-    /// Fingerprint of the kernel sources and flags ([`crate::sources::fingerprint`]).
+    /// Fingerprint of the kernel sources ([`crate::sources::fingerprint`]).
     pub sources: String,
     /// First line of `rustc --version` of the compiler that made the text.
     pub rustc: String,
@@ -29,8 +28,8 @@ pub struct Manifest {
 pub struct ModuleRecord {
     /// Which module.
     pub module: Module,
-    /// Fingerprint of its text ([`fingerprint_text`]).
-    pub text: String,
+    /// SHA-256 of its text, in hexadecimal.
+    pub sha256: String,
     /// How many entries it holds.
     pub entries: usize,
 }
@@ -44,7 +43,7 @@ impl Manifest {
             .iter()
             .map(|built| ModuleRecord {
                 module: built.module,
-                text: fingerprint_text(&built.ptx.text),
+                sha256: sha256(&built.ptx.text),
                 entries: built.ptx.entries.len(),
             })
             .collect();
@@ -56,7 +55,7 @@ impl Manifest {
     /// # Errors
     /// When the file cannot be read or is no manifest.
     pub fn read(folder: &Path) -> Result<Option<Self>> {
-        let path = folder.join(FILE);
+        let path = folder.join(MANIFEST);
         match fs::read_to_string(&path) {
             Ok(text) => {
                 Self::parse(&text).map(Some).with_context(|| format!("in {}", path.display()))
@@ -80,7 +79,7 @@ impl Manifest {
                 let entries = record.get("entries").and_then(Value::as_u64);
                 modules.push(ModuleRecord {
                     module: *module,
-                    text: string(record, "sha256")?,
+                    sha256: string(record, "sha256")?,
                     entries: usize::try_from(entries.context("no number under \"entries\"")?)?,
                 });
             }
@@ -96,7 +95,7 @@ impl Manifest {
             .modules
             .iter()
             .map(|record| {
-                let value = json!({ "sha256": record.text, "entries": record.entries });
+                let value = json!({ "sha256": record.sha256, "entries": record.entries });
                 (record.module.name.to_owned(), value)
             })
             .collect();
@@ -107,53 +106,46 @@ impl Manifest {
         text
     }
 
-    /// Checks that every module's text in `folder` is the one recorded.
+    /// The texts in the pack of `folder`, if they are the recorded ones.
     ///
     /// # Errors
-    /// Names the first module that is missing or differs.
-    pub fn verify(&self, folder: &Path) -> Result<()> {
+    /// When the pack cannot be read, or names the first module that is missing or differs.
+    pub fn texts(&self, folder: &Path) -> Result<Vec<pack::Text>> {
+        let texts = pack::read(folder)?;
         for record in &self.modules {
-            let path = folder.join(file_name(&record.module));
-            let text = fs::read_to_string(&path)
-                .with_context(|| format!("cannot read {}", path.display()))?;
-            let found = fingerprint_text(&text);
-            if found != record.text {
+            let name = record.module.name;
+            let text = texts.iter().find(|(module, _)| *module == record.module);
+            let (_, text) = text.with_context(|| format!("the pack holds no module {name}"))?;
+            let found = sha256(text);
+            if found != record.sha256 {
                 bail!(
-                    "{} is not the text its manifest records (sha256 {found}, recorded {})",
-                    path.display(),
-                    record.text
+                    "{name} is not the text its manifest records (sha256 {found}, recorded {})",
+                    record.sha256
                 );
             }
         }
-        Ok(())
+        ensure!(texts.len() == self.modules.len(), "the pack holds a module without a record");
+        Ok(texts)
     }
 }
 
-/// Name of a module's file.
-#[must_use]
-pub fn file_name(module: &Module) -> String {
-    format!("{}.ptx", module.name)
+fn sha256(text: &str) -> String {
+    Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Writes a build's modules and their manifest into `folder`, and removes the files
-/// of modules that no longer hold an entry.
+/// Writes a build's pack and its manifest into `folder`; the manifest, and the bytes of
+/// the pack.
 ///
 /// # Errors
 /// When the folder cannot be written.
-pub fn write(build: &Build, folder: &Path) -> Result<Manifest> {
-    let context = || format!("cannot write to {}", folder.display());
-    fs::create_dir_all(folder).with_context(context)?;
-    for module in MODULES {
-        let path = folder.join(file_name(module));
-        match build.modules.iter().find(|built| built.module == *module) {
-            Some(built) => fs::write(&path, &built.ptx.text).with_context(context)?,
-            None if path.exists() => fs::remove_file(&path).with_context(context)?,
-            None => {}
-        }
-    }
+pub fn write(build: &Build, folder: &Path) -> Result<(Manifest, usize)> {
+    let texts: Vec<_> =
+        build.modules.iter().map(|built| (built.module, &*built.ptx.text)).collect();
+    let bytes = pack::write(&texts, folder)?;
     let manifest = Manifest::of(build);
-    fs::write(folder.join(FILE), manifest.to_json()).with_context(context)?;
-    Ok(manifest)
+    fs::write(folder.join(MANIFEST), manifest.to_json())
+        .with_context(|| format!("cannot write to {}", folder.display()))?;
+    Ok((manifest, bytes))
 }
 
 #[cfg(test)]
@@ -173,16 +165,21 @@ mod tests {
     #[test]
     fn what_is_written_reads_back_and_verifies() {
         let folder = std::env::temp_dir().join(format!("ptx-manifest-{}", std::process::id()));
-        let written = write(&build(), &folder).unwrap();
+        let (written, _) = write(&build(), &folder).unwrap();
         assert_eq!(Manifest::read(&folder).unwrap(), Some(written.clone()));
-        written.verify(&folder).unwrap();
+        assert!(crate::sources::belong(&folder, "abc") && !crate::sources::belong(&folder, "ab"));
+        let text = build().modules.remove(0).ptx.text;
+        assert_eq!(written.texts(&folder).unwrap(), [(MODULES[1], text)]);
 
-        fs::write(folder.join("sm_80.ptx"), ".version 7.0\r\n").unwrap();
-        written.verify(&folder).unwrap();
-
-        fs::write(folder.join("sm_80.ptx"), ".version 7.1\n").unwrap();
-        let error = written.verify(&folder).unwrap_err().to_string();
-        assert!(error.contains("sm_80.ptx is not the text"), "{error}");
+        for (texts, what) in [
+            (vec![(MODULES[1], ".version 7.1\n")], "sm_80 is not the text"),
+            (vec![(MODULES[0], ".version 7.0\n")], "holds no module sm_80"),
+            (vec![(MODULES[1], ".version 7.0\n"), (MODULES[0], "")], "without a record"),
+        ] {
+            pack::write(&texts, &folder).unwrap();
+            let error = written.texts(&folder).unwrap_err().to_string();
+            assert!(error.contains(what), "{error}");
+        }
         fs::remove_dir_all(folder).unwrap();
     }
 

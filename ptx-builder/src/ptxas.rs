@@ -10,10 +10,10 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::{env, fs, thread};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 
 use crate::compile::succeed;
-use crate::{MODULES, Module, manifest};
+use crate::{Module, pack};
 
 /// What ptxas says of one entry on one architecture.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -83,25 +83,20 @@ fn python_folders() -> Vec<PathBuf> {
         .collect()
 }
 
-/// Assembles every module found in `folder`, for every architecture that loads it, into
-/// [`cubin`]s in the folder `cubins`.
+/// Assembles every module for every architecture that loads it, into [`cubin`]s in the
+/// folder `cubins`, where it also leaves the text.
 ///
 /// # Errors
-/// When ptxas is missing, the folder holds no module, or ptxas rejects the text.
-pub fn assemble(folder: &Path, cubins: &Path) -> Result<Report> {
+/// When ptxas is missing or rejects a text.
+pub fn assemble(texts: &[pack::Text], cubins: &Path) -> Result<Report> {
     let ptxas = find_tool("ptxas")?;
-    let mut jobs: Vec<(&'static Module, &'static str, PathBuf)> = Vec::new();
-    for module in MODULES {
-        let file = folder.join(manifest::file_name(module));
-        if file.is_file() {
-            jobs.extend(module.assemble_for.iter().map(|arch| (module, *arch, file.clone())));
-        }
-    }
-    if jobs.is_empty() {
-        bail!("no PTX in {}; make it with: cargo run -p ptx-builder -- write", folder.display());
-    }
-
     fs::create_dir_all(cubins).with_context(|| format!("cannot make {}", cubins.display()))?;
+    let mut jobs: Vec<(&Module, &'static str, PathBuf)> = Vec::new();
+    for (module, text) in texts {
+        let file = cubins.join(format!("{}.ptx", module.name));
+        fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
+        jobs.extend(module.assemble_for.iter().map(|arch| (module, *arch, file.clone())));
+    }
     let workers = thread::available_parallelism().map_or(1, usize::from).min(jobs.len());
     let jobs = Mutex::new(jobs.into_iter());
     let next = || jobs.lock().ok().and_then(|mut jobs| jobs.next());
@@ -221,19 +216,11 @@ pub fn complaints(report: &Report) -> Vec<String> {
     found
 }
 
-/// Functions with local memory in the PTX text of a folder, as complaints.
-///
-/// # Errors
-/// When a module cannot be read.
-pub fn local_memory(folder: &Path) -> Result<Vec<String>> {
+/// Functions with local memory in the PTX, as complaints.
+#[must_use]
+pub fn local_memory(texts: &[pack::Text]) -> Vec<String> {
     let mut found = Vec::new();
-    for module in MODULES {
-        let file = folder.join(manifest::file_name(module));
-        if !file.is_file() {
-            continue;
-        }
-        let text =
-            fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    for (module, text) in texts {
         let mut inside = "";
         for line in text.lines() {
             if let Some((_, name)) = line.split_once(".entry ") {
@@ -244,7 +231,7 @@ pub fn local_memory(folder: &Path) -> Result<Vec<String>> {
             }
         }
     }
-    Ok(found)
+    found
 }
 
 /// The report as a table: a row an entry, registers on each architecture.

@@ -3,10 +3,8 @@
 //! A compiler that scalarises a vector load or a kernel that silently takes a slower
 //! path still computes the right result; this is where it is noticed.
 
-use std::fs;
-use std::path::Path;
-
-use ptx_builder::manifest::{self, Manifest};
+use ptx_builder::manifest::Manifest;
+use ptx_builder::pack::{self, entries};
 use ptx_builder::{Workspace, ptxas};
 
 /// Rung (a prefix of the entry's name; the longest that fits counts) and what its
@@ -88,11 +86,6 @@ fn required(entry: &str) -> &'static [&'static str] {
         .map_or(&[], |(_, instructions)| instructions)
 }
 
-/// Name and text of each entry of a module.
-fn entries(text: &str) -> impl Iterator<Item = (&str, &str)> {
-    text.split(".entry ").skip(1).map(|entry| (entry.split('(').next().unwrap_or(""), entry))
-}
-
 /// What is wrong with one entry.
 fn faults(module: &str, name: &str, text: &str) -> Vec<String> {
     let missing = required(name).iter().filter(|instruction| !text.contains(**instruction));
@@ -109,16 +102,12 @@ fn faults(module: &str, name: &str, text: &str) -> Vec<String> {
 #[test]
 fn entries_contain_what_their_rung_is_about() {
     let folder = Workspace::of_this_crate().checked_in();
-    let Some(manifest) = Manifest::read(&folder).unwrap() else {
-        println!("skipped: no PTX is checked in");
-        return;
-    };
-    let mut found = ptxas::local_memory(&folder).unwrap();
-    for record in &manifest.modules {
-        let text = fs::read_to_string(folder.join(manifest::file_name(&record.module))).unwrap();
-        assert_eq!(entries(&text).count(), record.entries, "{}", record.module.name);
-        found
-            .extend(entries(&text).flat_map(|(name, text)| faults(record.module.name, name, text)));
+    let manifest = Manifest::read(&folder).unwrap().expect("a manifest is checked in");
+    let texts = manifest.texts(&folder).unwrap();
+    let mut found = ptxas::local_memory(&texts);
+    for (record, (module, text)) in manifest.modules.iter().zip(&texts) {
+        assert_eq!(entries(text).count(), record.entries, "{}", module.name);
+        found.extend(entries(text).flat_map(|(name, text)| faults(module.name, name, text)));
     }
     assert!(found.is_empty(), "\n{}", found.join("\n"));
 }
@@ -143,10 +132,7 @@ fn the_longest_prefix_decides() {
 
 #[test]
 fn checked_in_modules_stay_within_what_drivers_accept() {
-    let folder = Workspace::of_this_crate().checked_in();
-    for module in ptx_builder::MODULES {
-        let file: &Path = &folder.join(manifest::file_name(module));
-        let Ok(text) = fs::read_to_string(file) else { continue };
+    for (module, text) in pack::read(&Workspace::of_this_crate().checked_in()).unwrap() {
         let version = text.lines().find_map(|line| line.strip_prefix(".version ")).unwrap();
         let (major, minor) = version.split_once('.').unwrap();
         let version: (u32, u32) = (major.parse().unwrap(), minor.parse().unwrap());

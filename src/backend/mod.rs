@@ -3,6 +3,7 @@
 //! Both offer the same few operations ([`Device`]), so that everything above them
 //! (the session that runs a problem, benchmarks, verification) is written once.
 
+#[cfg(feature = "emulator")]
 pub mod cpu;
 pub mod gpu;
 pub mod instruments;
@@ -14,6 +15,7 @@ use kernels_gpu::{
     entry::Entry,
 };
 
+#[cfg(feature = "emulator")]
 pub use cpu::CpuDevice;
 pub use gpu::GpuDevice;
 pub use instruments::{Counters, Instruments};

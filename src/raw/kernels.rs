@@ -20,8 +20,8 @@ use crate::{backend::Launch, error::Error, ptx, registry::Target};
 pub fn why_not(entry: &Entry, compute_capability: (u32, u32)) -> Option<String> {
     let Some(module) = ptx::modules().iter().find(|module| module.name == entry.module) else {
         return Some(format!(
-            "this library was built without the PTX module {}; build it again without \
-             FLASH_ATTENTION_PTX=emulator-only",
+            "this library was built without the PTX module {}; build it again with the \
+             feature `ptx` of flash-attention, which is on by default",
             entry.module
         ));
     };

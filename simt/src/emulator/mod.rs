@@ -21,6 +21,12 @@
 //! wait for an mbarrier that on a GPU could come a phase too late.
 //!
 //! The blocks of a cluster run together, as one block of several windows of shared memory.
+//!
+//! Without the feature `emulator` nothing can be launched, and neither coroutines nor a
+//! thread pool are compiled.
+
+// Without lanes nothing is launched, so that most of the checks are never called.
+#![cfg_attr(not(feature = "emulator"), allow(dead_code))]
 
 mod accesses;
 mod banks;
@@ -33,7 +39,10 @@ pub(crate) mod collectives;
 mod copies;
 pub(crate) mod current;
 mod fault;
+#[cfg_attr(not(feature = "emulator"), path = "no_lanes.rs")]
 mod lanes;
+#[cfg(feature = "emulator")]
+mod launch;
 pub(crate) mod mbarriers;
 mod options;
 mod progress;
@@ -43,18 +52,11 @@ mod shadow;
 pub(crate) mod tensor_core;
 pub(crate) mod tensor_map;
 
-use std::{
-    cell::RefCell,
-    ops::AddAssign,
-    sync::atomic::{AtomicU64, Ordering},
-};
-
-use rayon::prelude::*;
-
-use lanes::Engine;
-use schedule::Random;
+use std::ops::AddAssign;
 
 pub use fault::{Fault, FaultKind, Site};
+#[cfg(feature = "emulator")]
+pub use launch::{launch, launch_with};
 pub use options::{Alteration, Change, Checks, Options, Sites, SyncKind, SyncSite};
 
 use crate::Dim3;
@@ -143,134 +145,4 @@ impl AddAssign for Stats {
         self.bank_conflicts += other.bank_conflicts;
         self.barriers += other.barriers;
     }
-}
-
-thread_local! {
-    /// Block engines of this worker thread, with their pools of lanes: one, and as many as a
-    /// launch with a seed runs in turn.
-    static ENGINES: RefCell<Vec<Engine>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Clusters that a launch with a seed has under way at a time.
-const RESIDENT: usize = 3;
-/// Steps of a cluster before another one's turn, at most.
-const TURN: usize = 64;
-
-/// Runs `kernel` once for every thread of the launch, with the default [`Options`].
-///
-/// # Errors
-/// As [`launch_with`].
-pub fn launch(launch: Launch, kernel: &(dyn Fn() + Sync)) -> Result<Stats, Fault> {
-    launch_with(launch, &Options::default(), kernel)
-}
-
-/// Runs `kernel` once for every thread of the launch.
-///
-/// # Errors
-/// The fault of the first block that had one, in grid order among those that ran, or in the
-/// order of the seed; other blocks may not have run.
-pub fn launch_with(
-    launch: Launch,
-    options: &Options,
-    kernel: &(dyn Fn() + Sync),
-) -> Result<Stats, Fault> {
-    if let Some(reason) = launch.obstacle() {
-        return Err(Fault::launch(reason));
-    }
-    let clusters = launch.grid.count() / u64::from(launch.cluster);
-    let result = if options.seed == 0 {
-        side_by_side(launch, options, clusters, kernel)
-    } else {
-        in_turn(launch, options, clusters, kernel)
-    };
-    result.map_err(|fault| *fault)
-}
-
-/// Runs clusters on all cores.
-fn side_by_side(
-    launch: Launch,
-    options: &Options,
-    clusters: u64,
-    kernel: &(dyn Fn() + Sync),
-) -> Result<Stats, Box<Fault>> {
-    // The least index of a cluster that failed; those after it need not run.
-    let failed = AtomicU64::new(u64::MAX);
-    let (stats, fault) = (0..clusters)
-        .into_par_iter()
-        .map(|index| {
-            if index > failed.load(Ordering::Relaxed) {
-                return (Stats::default(), None);
-            }
-            let result = ENGINES.with(|engines| {
-                let mut engines = engines.borrow_mut();
-                if engines.is_empty() {
-                    engines.push(Engine::new());
-                }
-                engines[0].run_block(launch, options, index, kernel)
-            });
-            match result {
-                Ok(stats) => (stats, None),
-                Err(fault) => {
-                    failed.fetch_min(index, Ordering::Relaxed);
-                    (Stats::default(), Some((index, fault)))
-                }
-            }
-        })
-        .reduce(
-            || (Stats::default(), None),
-            |(mut stats, a), (more, b)| {
-                stats += more;
-                let first = match (a, b) {
-                    (Some(a), Some(b)) => Some(if a.0 <= b.0 { a } else { b }),
-                    (a, b) => a.or(b),
-                };
-                (stats, first)
-            },
-        );
-    fault.map_or(Ok(stats), |(_, fault)| Err(fault))
-}
-
-/// Runs clusters on this core, a few at a time, in the order that the seed chooses.
-fn in_turn(
-    launch: Launch,
-    options: &Options,
-    clusters: u64,
-    kernel: &(dyn Fn() + Sync),
-) -> Result<Stats, Box<Fault>> {
-    let mut random = Random::new(options.seed, u64::MAX);
-    let mut waiting: Vec<u64> = (0..clusters).collect();
-    let mut idle = ENGINES.take();
-    while idle.len() < RESIDENT.min(waiting.len()) {
-        idle.push(Engine::new());
-    }
-    let mut running: Vec<Engine> = Vec::new();
-    let mut stats = Stats::default();
-    let mut run = || loop {
-        while running.len() < RESIDENT
-            && !waiting.is_empty()
-            && let Some(mut engine) = idle.pop()
-        {
-            let index = waiting.swap_remove(random.below(waiting.len()));
-            let started = engine.start(launch, options, index, kernel);
-            running.push(engine);
-            started?;
-        }
-        if running.is_empty() {
-            return Ok(());
-        }
-        let turn = random.below(running.len());
-        for _ in 0..=random.below(TURN) {
-            if running[turn].step()? {
-                stats += running[turn].stats();
-                idle.push(running.swap_remove(turn));
-                break;
-            }
-        }
-    };
-    let result = run();
-    // Lanes of a cluster that has not ended stand in the middle of the kernel.
-    running.iter_mut().for_each(Engine::abandon);
-    idle.append(&mut running);
-    ENGINES.set(idle);
-    result.map(|()| stats)
 }
