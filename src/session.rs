@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kernels_gpu::args::{self, AttentionArgs};
 
 use crate::{
-    backend::{Device, DeviceBuffer, KernelArgs, Launch, Memory, instruments},
+    backend::{self, Device, DeviceBuffer, KernelArgs, Launch, Memory, instruments},
     dtype::DType,
     error::Error,
     problem::Problem,
@@ -204,7 +204,6 @@ pub struct Attention {
     o: DeviceBuffer,
     lse: DeviceBuffer,
     workspace: DeviceBuffer,
-    tensor_maps: DeviceBuffer,
     queue: DeviceBuffer,
 }
 
@@ -229,8 +228,6 @@ impl Attention {
         let workspace = memory.filled(plan.workspace_bytes, POISON)?;
         let o_arg = problem.q_arg(o.as_arg());
         let tensors = [inputs.q, inputs.k, inputs.v, o_arg];
-        let maps = kernel.tensor_maps.map_or_else(Vec::new, |f| f(problem, &tensors));
-        let tensor_maps = memory.tensor_maps(&maps)?;
         let queue = memory.filled(if kernel.queue { QUEUE_BYTES } else { 0 }, 0)?;
         let args = AttentionArgs {
             q: inputs.q,
@@ -240,7 +237,6 @@ impl Attention {
             lse: lse.as_arg(),
             mask: inputs.mask,
             weights: workspace.as_arg(),
-            tensor_maps: tensor_maps.as_arg(),
             queue: queue.as_arg(),
             batch: problem.batch() as u32,
             heads: problem.heads() as u32,
@@ -252,8 +248,14 @@ impl Attention {
             head_dim: problem.head_dim() as u32,
             scale: problem.scale(),
         };
-        let launches =
-            plan.steps.into_iter().map(|step| step.launch(&args)).collect::<Result<_, _>>()?;
+        let steps = plan.steps.into_iter();
+        let launches = match kernel.tensor_maps {
+            None => steps.map(|step| step.launch(&args)).collect::<Result<_, _>>()?,
+            Some(maps) => {
+                let args = backend::with_maps(device, &maps(problem, &tensors), args)?;
+                steps.map(|step| step.launch(&args)).collect::<Result<_, _>>()?
+            }
+        };
         Ok(Self {
             memory: memory.clone(),
             kernel,
@@ -263,7 +265,6 @@ impl Attention {
             o,
             lse,
             workspace,
-            tensor_maps,
             queue,
         })
     }
@@ -289,7 +290,7 @@ impl Attention {
     /// Bytes beyond inputs and outputs.
     #[must_use]
     pub const fn workspace_bytes(&self) -> u64 {
-        self.workspace.bytes() + self.tensor_maps.bytes() + self.queue.bytes()
+        self.workspace.bytes() + self.queue.bytes()
     }
 
     /// The launches, for whoever records or repeats them.

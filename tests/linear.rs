@@ -11,7 +11,8 @@ use flash_attention::{
     registry::{LINEAR_KERNELS, LinearSpec, Projection, Target},
     verify::FACTOR,
 };
-use kernels_gpu::{args::ProbeArgs, probe};
+use kernels_gpu::probe::{self, ProbeArgs};
+use simt::tma::TensorMap;
 
 /// Rows, input features, output features.
 type Shape = (usize, usize, usize);
@@ -40,7 +41,7 @@ fn worst(
     let (dx, dw, dbias) = (upload(&x)?, upload(&w)?, upload(&bias)?);
     let mut y = Tensor::zeros(p.dtype, &[p.rows, p.out_features]);
     let dy = memory.filled(y.bytes().len() as u64, 0xff)?;
-    let (launch, _maps) = kernel.launch(memory, p, [&dx, &dw, &dbias, &dy])?;
+    let launch = kernel.launch(device, p, [&dx, &dw, &dbias, &dy])?;
     // SAFETY: the arguments are the buffers above, which live until the end.
     unsafe { device.launch(&launch)? };
     device.synchronize()?;
@@ -126,8 +127,8 @@ fn run_probe(device: Arc<dyn Device>) {
         box_dims: probe::BOX.to_vec(),
         swizzle_bytes: 0,
     };
-    let map = memory.tensor_maps(&[map]).unwrap();
-    let args = ProbeArgs { tensor_map: map.as_arg() };
+    let map = TensorMap(device.encode_tensor_map(&map).unwrap());
+    let args = ProbeArgs { maps: [map], args: () };
     let launch = |blocks: u32| Launch {
         entry: kernels_gpu::find("cluster_probe").unwrap(),
         grid: blocks.into(),

@@ -1,14 +1,16 @@
 //! The arguments of the kernels: plain `#[repr(C)]` structs, passed by value.
 //!
 //! One struct serves every attention kernel, so that a backend launches any of
-//! them the same way, and one serves every linear (projection) kernel. Addresses
+//! them the same way, and one serves every linear (projection) kernel; kernels that copy
+//! through TMA are given tensor maps in front of it ([`WithMaps`]). Addresses
 //! are device addresses on a GPU and host addresses under the emulator; lengths
 //! are carried along so that the emulator can check every access.
 
 use simt::{
     global::{Global, GlobalMut},
     memory::Memory,
-    tma::TensorMap,
+    parameter,
+    tma::{self, TensorMap},
 };
 
 /// A region of global memory: address and length in bytes. Empty when unused.
@@ -122,8 +124,6 @@ pub struct AttentionArgs {
     pub mask: Buffer,
     /// Scratch or result of the kernels that materialise the weights, `[B, H, Nq, Nk]`.
     pub weights: Buffer,
-    /// Four tensor maps (q, k, v, o) for kernels that copy through TMA; else empty.
-    pub tensor_maps: Buffer,
     /// Queues of kernels whose blocks take task after task, [`QUEUE_WORDS`](crate::schedule::QUEUE_WORDS)
     /// u32; else empty. They count what was asked for: zero before a launch, and again after it.
     pub queue: Buffer,
@@ -148,13 +148,6 @@ pub struct AttentionArgs {
 }
 
 impl AttentionArgs {
-    /// Address of the tensor map at `index`: q, k, v, o.
-    #[inline(always)]
-    #[must_use]
-    pub const fn tensor_map(&self, index: u64) -> u64 {
-        self.tensor_maps.address + index * TensorMap::BYTES as u64
-    }
-
     /// Index of `lse[b, h, i]`; row `i` of the weights begins `seq_k` times as far.
     #[inline(always)]
     #[must_use]
@@ -175,8 +168,6 @@ pub struct LinearArgs {
     pub bias: Buffer,
     /// Output, `[rows, out_features]` row-major.
     pub y: Buffer,
-    /// Two tensor maps (x, w) for kernels that copy through TMA; else empty.
-    pub tensor_maps: Buffer,
     /// Rows of `x`.
     pub rows: u32,
     /// Columns of `x`.
@@ -185,19 +176,54 @@ pub struct LinearArgs {
     pub out_features: u32,
 }
 
-/// What the [`probe`](crate::probe) is given.
+/// What a kernel that copies through TMA is given: `N` tensor maps and its other arguments.
+///
+/// The maps are part of the parameter, so that a launch with other pointers copies nothing to
+/// the device first, and a captured launch carries its own. They come first: the address of
+/// the parameter is the address of the first map. On the host the struct is aligned as a
+/// [`TensorMap`] is; in PTX the parameter is.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ProbeArgs {
-    /// The tensor map of the sums.
-    pub tensor_map: Buffer,
+#[derive(Clone, Copy, Debug)]
+pub struct WithMaps<A, const N: usize> {
+    /// The maps, in the order that the kernel states.
+    pub maps: [TensorMap; N],
+    /// Everything else.
+    pub args: A,
 }
 
-impl LinearArgs {
-    /// Address of the tensor map at `index`: x, w.
+impl<A, const N: usize> WithMaps<A, N> {
+    /// The maps and the other arguments.
+    ///
+    /// # Safety
+    /// `self` must be the parameter of the entry that runs: on a GPU the maps' address is taken
+    /// from there, not from the reference.
     #[inline(always)]
     #[must_use]
-    pub const fn tensor_map(&self, index: u64) -> u64 {
-        self.tensor_maps.address + index * TensorMap::BYTES as u64
+    pub unsafe fn split(&self) -> (Maps<N>, &A) {
+        // SAFETY: passed on to the caller.
+        (Maps(unsafe { parameter::address(self) }), &self.args)
+    }
+}
+
+/// Where a kernel's tensor maps are.
+#[derive(Clone, Copy, Debug)]
+pub struct Maps<const N: usize>(u64);
+
+impl<const N: usize> Maps<N> {
+    /// Address of map `INDEX`, for [`tma`](simt::tma).
+    #[inline(always)]
+    #[must_use]
+    pub const fn address<const INDEX: usize>(self) -> u64 {
+        const { assert!(INDEX < N, "there are that many maps") };
+        self.0 + (INDEX * TensorMap::BYTES) as u64
+    }
+
+    /// Starts to fetch every map into the cache for descriptors.
+    #[inline(always)]
+    pub fn prefetch(self) {
+        for index in 0..N {
+            // SAFETY: the parameter holds `N` maps.
+            unsafe { tma::prefetch_map(self.0 + (index * TensorMap::BYTES) as u64) };
+        }
     }
 }

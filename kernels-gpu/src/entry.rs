@@ -29,6 +29,39 @@ pub struct Entry {
     pub run: unsafe fn(*const core::ffi::c_void),
 }
 
+/// A copy of an argument struct's bytes for [`Entry::run`], aligned for every one of them.
+#[cfg(not(target_arch = "nvptx64"))]
+#[derive(Clone, Debug)]
+pub struct ArgsCopy(Vec<ArgsUnit>);
+
+#[cfg(not(target_arch = "nvptx64"))]
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug)]
+struct ArgsUnit([u8; 64]);
+
+#[cfg(not(target_arch = "nvptx64"))]
+const _: () = assert!(align_of::<ArgsUnit>() >= align_of::<simt::tma::TensorMap>());
+
+#[cfg(not(target_arch = "nvptx64"))]
+impl ArgsCopy {
+    /// Copies the bytes; what follows them up to a multiple of 64 is zero.
+    #[must_use]
+    pub fn new(bytes: &[u8]) -> Self {
+        let unit = |bytes: &[u8]| {
+            let mut unit = ArgsUnit([0; 64]);
+            unit.0[..bytes.len()].copy_from_slice(bytes);
+            unit
+        };
+        Self(bytes.chunks(64).map(unit).collect())
+    }
+
+    /// Where the struct is.
+    #[must_use]
+    pub fn as_ptr(&self) -> *const core::ffi::c_void {
+        self.0.as_ptr().cast()
+    }
+}
+
 /// Declares instances of a generic kernel.
 ///
 /// ```ignore

@@ -85,7 +85,7 @@ use simt::{
 };
 
 use crate::{
-    args::AttentionArgs,
+    args::{AttentionArgs, Maps, WithMaps},
     entries,
     pipeline::{Ring, Stage},
     policy::{Causal, Full, General, Policy},
@@ -105,11 +105,15 @@ use task::{Rings, TASK_WORDS, Task, Tasks};
 pub use tiles::{CONSUMER_ROWS, Tiles, max_consumers};
 use tiles::{OUTPUT_ROWS, output_bytes, tile_bytes};
 
+/// The tensor maps of q, k, v and o, and what every attention kernel is given.
+pub type HopperArgs = WithMaps<AttentionArgs, 4>;
+type HopperMaps = Maps<4>;
+
 /// Flash attention forward by warp specialisation.
 ///
 /// # Layout
-/// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`; `tensor_maps`: those of
-/// q, k, v and o, over dimensions `[D, N, H, B]`, boxes as [`Tiles::boxes`] says.
+/// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`; maps of q, k, v and o, in
+/// this order, over dimensions `[D, N, H, B]`, boxes as [`Tiles::boxes`] says.
 ///
 /// # Thread mapping
 /// At most as many blocks along x as there are tasks, `B * H * ceil(Nq / BR)`, which they share;
@@ -120,8 +124,8 @@ use tiles::{OUTPUT_ROWS, output_bytes, tile_bytes};
 /// from, the mbarriers, the tasks.
 ///
 /// # Safety
-/// The buffers and maps of `args` must have these shapes, and the launch the threads and
-/// shared memory stated here.
+/// `args` must be the parameter of the running entry, its buffers and maps must have these
+/// shapes, and the launch the threads and shared memory stated here.
 #[inline(always)]
 pub unsafe fn flash_hopper<
     T: Operand,
@@ -139,7 +143,7 @@ pub unsafe fn flash_hopper<
     const KEY_STEPS: usize,
     const TURNS: bool,
 >(
-    args: &AttentionArgs,
+    args: &HopperArgs,
 ) where
     Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
     Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,
@@ -153,6 +157,9 @@ pub unsafe fn flash_hopper<
         assert!(S_GROUPS as u32 * 8 == BC && O_GROUPS as u32 * 8 == D);
         assert!(D_STEPS as u32 * 16 == D && KEY_STEPS as u32 * 16 == BC);
     }
+
+    // SAFETY: the caller passes the entry's parameter.
+    let (maps, args) = unsafe { args.split() };
 
     // Who am I.
     let warpgroup = warpgroup::id();
@@ -186,8 +193,8 @@ pub unsafe fn flash_hopper<
             warpgroup::decrease_registers::<40>();
         }
         if thread::thread_idx_x() == 0 {
-            // SAFETY: the caller vouches for the tensor maps and the queue.
-            unsafe { produce::<P, D, CONSUMERS, Q_STAGES, STAGES>(args, smem, rings) };
+            // SAFETY: the maps and the buffers have the shapes stated above.
+            unsafe { produce::<P, D, CONSUMERS, Q_STAGES, STAGES>(args, maps, smem, rings) };
         }
         return;
     }
@@ -202,6 +209,7 @@ pub unsafe fn flash_hopper<
     let mut consumer =
         Consumer::<T, P, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS> {
             args,
+            maps,
             own_rows,
             own_row: warp_rows + warp::lane_id() / 4,
             column: warp::lane_id() % 4 * 2,
@@ -230,8 +238,8 @@ pub unsafe fn flash_hopper<
             acc_o: Accumulator::zero(),
             types: core::marker::PhantomData,
         };
-    // SAFETY: the whole warpgroup is here, the rings bring what is multiplied, and the caller
-    // vouches for the buffers.
+    // SAFETY: the whole warpgroup is here, the rings bring what is multiplied, and the buffers
+    // have the shapes stated above.
     unsafe { consumer.work::<D_STEPS>() };
 }
 
@@ -259,7 +267,7 @@ macro_rules! kernel {
 
 entries! {
     /// Instances of [`flash_hopper`] with three consumers.
-    pub static THREE_CONSUMERS: AttentionArgs => "sm_90a", threads Tiles::of(64, 3).threads(), min_blocks 1;
+    pub static THREE_CONSUMERS: HopperArgs => "sm_90a", threads Tiles::of(64, 3).threads(), min_blocks 1;
     flash_hopper_f16_d64_full_x3 = kernel!(f16, Full, 64, 3);
     flash_hopper_f16_d64_causal_x3 = kernel!(f16, Causal, 64, 3);
     flash_hopper_bf16_d64_full_x3 = kernel!(bf16, Full, 64, 3);
@@ -267,7 +275,7 @@ entries! {
 }
 entries! {
     /// Instances of [`flash_hopper`] with two consumers.
-    pub static TWO_CONSUMERS: AttentionArgs => "sm_90a", threads Tiles::of(64, 2).threads(), min_blocks 1;
+    pub static TWO_CONSUMERS: HopperArgs => "sm_90a", threads Tiles::of(64, 2).threads(), min_blocks 1;
     flash_hopper_f16_d64_full = kernel!(f16, Full, 64, 2);
     flash_hopper_f16_d64_causal = kernel!(f16, Causal, 64, 2);
     flash_hopper_f16_d64_general = kernel!(f16, General, 64, 2);

@@ -68,7 +68,7 @@ use simt::{
 };
 
 use crate::{
-    args::LinearArgs,
+    args::{LinearArgs, Maps, WithMaps},
     entries,
     gemm::{Matrix, MatrixMut},
     pipeline::{Ring, Stage},
@@ -211,11 +211,15 @@ impl Tiles {
     }
 }
 
+/// The tensor maps of x and w, and what every linear kernel is given.
+pub type LinearHopperArgs = WithMaps<LinearArgs, 2>;
+type LinearMaps = Maps<2>;
+
 /// `y = x wᵀ + bias` by clusters of two blocks.
 ///
 /// # Layout
-/// `x: [rows, in]`, `w: [out, in]`, `bias: [out]` or empty, `y: [rows, out]`; `tensor_maps`:
-/// those of x and w, boxes as [`Tile::boxes`] says. The bias is aligned to 4 bytes.
+/// `x: [rows, in]`, `w: [out, in]`, `bias: [out]` or empty, `y: [rows, out]`; maps of x and w,
+/// in this order, boxes as [`Tile::boxes`] says. The bias is aligned to 4 bytes.
 ///
 /// # Thread mapping
 /// At most as many clusters along x as there are tiles ([`Tile::grid`]), which they share; at
@@ -226,16 +230,19 @@ impl Tiles {
 /// through, the mbarriers.
 ///
 /// # Safety
-/// The buffers and maps of `args` must have these shapes, and the launch the threads, the
-/// clusters and the shared memory stated here.
+/// `args` must be the parameter of the running entry, its buffers and maps must have these
+/// shapes, and the launch the threads, the clusters and the shared memory stated here.
 #[inline(always)]
 pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const GROUPS: usize>(
-    args: &LinearArgs,
+    args: &LinearHopperArgs,
 ) where
     Accumulator<GROUPS>: SharedProduct<{ SLICE as usize / 16 }>,
 {
     let tile = const { Tile { columns: BN } };
     const { assert!(GROUPS as u32 * 8 == BN && W_BYTES == Tile { columns: BN }.w_bytes()) };
+
+    // SAFETY: the caller passes the entry's parameter.
+    let (maps, args) = unsafe { args.split() };
 
     // Who am I.
     let warpgroup = warpgroup::id();
@@ -256,8 +263,8 @@ pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const
     if warpgroup == 0 {
         warpgroup::decrease_registers::<40>();
         if thread::thread_idx_x() == 0 {
-            // SAFETY: the caller vouches for the tensor maps.
-            unsafe { produce(args, tile, tiles, smem, ring) };
+            // SAFETY: the maps have the shapes stated above.
+            unsafe { produce(args, maps, tile, tiles, smem, ring) };
         }
         return;
     }
@@ -276,7 +283,7 @@ pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const
     let mut stage = Stage::FIRST;
     let mut tiles = tiles;
     while let Some((row, column)) = tiles.next() {
-        // SAFETY: the caller vouches for the bias. It is there long before it is needed.
+        // SAFETY: the bias is empty or `[out]`. It is there long before it is needed.
         let bias = unsafe { bias_of::<GROUPS>(args, column) };
         let mut acc = Accumulator::<GROUPS>::zero();
         for _ in 0..slices {
@@ -291,7 +298,7 @@ pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const
             }
             stage.advance();
         }
-        // SAFETY: the caller vouches for y.
+        // SAFETY: `y` is `[rows, out]`.
         unsafe { store(args, output, acc.values(), &bias, row + warp_rows, column) };
     }
 }
@@ -302,13 +309,17 @@ pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const
 /// # Safety
 /// As for [`linear_hopper`].
 #[inline(always)]
-unsafe fn produce(args: &LinearArgs, tile: Tile, mut tiles: Tiles, smem: u32, ring: Ring<STAGES>) {
+unsafe fn produce(
+    args: &LinearArgs,
+    maps: LinearMaps,
+    tile: Tile,
+    mut tiles: Tiles,
+    smem: u32,
+    ring: Ring<STAGES>,
+) {
     const ALL_BLOCKS: u16 = (1 << CLUSTER) - 1;
-    let (map_x, map_w) = (args.tensor_map(0), args.tensor_map(1));
-    for index in 0..2 {
-        // SAFETY: the caller vouches for the maps.
-        unsafe { tma::prefetch_map(args.tensor_map(index)) };
-    }
+    let (map_x, map_w) = (maps.address::<0>(), maps.address::<1>());
+    maps.prefetch();
     let own_share = cluster::block_rank() * tile.share();
     let slices = args.in_features.div_ceil(SLICE);
     let mut stage = Stage::FIRST;
@@ -320,7 +331,7 @@ unsafe fn produce(args: &LinearArgs, tile: Tile, mut tiles: Tiles, smem: u32, ri
                 smem + tile.w() + stage.index() * tile.w_bytes() + own_share * CHUNK_ROW_BYTES;
             let from_x = [slice * SLICE, row, 0, 0];
             let from_w = [slice * SLICE, column + own_share, 0, 0];
-            // SAFETY: the caller vouches for the maps; the ring keeps readers away.
+            // SAFETY: the parameter holds the maps; the ring keeps readers away.
             unsafe {
                 tma::load_4d(to_x, map_x, from_x, full);
                 tma::load_4d_multicast(to_w, map_w, from_w, full, ALL_BLOCKS);
@@ -345,7 +356,7 @@ unsafe fn produce(args: &LinearArgs, tile: Tile, mut tiles: Tiles, smem: u32, ri
 unsafe fn bias_of<const GROUPS: usize>(args: &LinearArgs, column: u32) -> [u32; GROUPS] {
     let mut pairs = [0; GROUPS];
     if !args.bias.is_empty() {
-        // SAFETY: the caller vouches for the buffer.
+        // SAFETY: the bias is `[out]`, aligned to 4 bytes.
         let bias = unsafe { args.bias.view::<u32>() };
         // Columns past the last are not stored: any value does.
         let last = args.out_features / 2 - 1;
@@ -374,7 +385,7 @@ unsafe fn store<T: Operand, const GROUPS: usize>(
     column: u32,
 ) {
     type Tile = Swizzled<{ CHUNK_COLUMNS as usize }>;
-    // SAFETY: the caller vouches for the buffer.
+    // SAFETY: `y` is `[rows, out]`.
     let y = unsafe {
         let columns = args.out_features;
         let place = Matrix::<T>::new(&args.y, 0, columns.into(), args.rows, columns);
@@ -425,7 +436,7 @@ macro_rules! kernel {
 
 entries! {
     /// Instances of [`linear_hopper`].
-    pub static ENTRIES: LinearArgs => "sm_90a", threads THREADS, min_blocks 1, cluster CLUSTER;
+    pub static ENTRIES: LinearHopperArgs => "sm_90a", threads THREADS, min_blocks 1, cluster CLUSTER;
     linear_hopper_f16_n256 = kernel!(f16, 256);
     linear_hopper_f16_n192 = kernel!(f16, 192);
     linear_hopper_f16_n128 = kernel!(f16, 128);

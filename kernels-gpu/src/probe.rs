@@ -12,7 +12,7 @@ use simt::{
     thread, tma,
 };
 
-use crate::{args::ProbeArgs, entries};
+use crate::{args::WithMaps, entries};
 
 /// Blocks of a cluster.
 pub const CLUSTER: u32 = 2;
@@ -24,6 +24,9 @@ const BARRIER: u32 = 2 * THREADS * size_of::<f32>() as u32;
 /// Extents of the box of the tensor map: the whole tile.
 pub const BOX: [u32; 4] = [THREADS, 1, 1, 1];
 
+/// The tensor map of the sums, and nothing else.
+pub type ProbeArgs = WithMaps<(), 1>;
+
 /// Adds to element `t` of `sums` what each block's thread `t` was given by the other block's
 /// thread `t`, `1000 * block + t`, twice: once written there, once read from there.
 ///
@@ -34,7 +37,8 @@ pub const BOX: [u32; 4] = [THREADS, 1, 1, 1];
 /// Any number of clusters of two blocks along x, [`THREADS`] each.
 ///
 /// # Safety
-/// The map must be that of such a tensor, and the launch as stated here.
+/// `args` must be the parameter of the running entry, its map the map of such a tensor, and the
+/// launch as stated here.
 #[inline(always)]
 pub unsafe fn probe(args: &ProbeArgs) {
     let (t, other) = (thread::thread_idx_x(), 1 - cluster::block_rank());
@@ -66,8 +70,11 @@ pub unsafe fn probe(args: &ProbeArgs) {
     // Hazard: the copy engine reads what all threads have written.
     thread::sync_threads();
     if t == 0 {
-        // SAFETY: the caller vouches for the map.
-        unsafe { tma::reduce_add_4d(args.tensor_map.address, [0; 4], own.address()) };
+        // SAFETY: the caller passes the entry's parameter, which holds the map.
+        unsafe {
+            let (maps, ()) = args.split();
+            tma::reduce_add_4d(maps.address::<0>(), [0; 4], own.address());
+        }
         tma::commit_group();
         // Hazard: shared memory is given up when the block ends.
         tma::wait_group_read::<0>();

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use kernels_gpu::{
     args::{AttentionArgs, Buffer, DropoutArgs, Tensor},
     dropout,
-    flash_hopper::{self, Tiles},
+    flash_hopper::{self, HopperArgs, Tiles},
     policy::Full,
     schedule::QUEUE_WORDS,
 };
@@ -150,13 +150,12 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
         ..AttentionArgs::default()
     };
     let [q_box, k_box, v_box, o_box] = case.tiles().boxes();
-    let mut maps = [
+    let maps = [
         case.map(&args.q, seq_q, q_box),
         case.map(&args.k, seq_k, k_box),
         case.map(&args.v, seq_k, v_box),
         case.map(&args.o, seq_q, o_box),
     ];
-    args.tensor_maps = buffer(&mut maps);
     let mut queue = [0u32; QUEUE_WORDS as usize];
     args.queue = buffer(&mut queue);
 
@@ -170,6 +169,7 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
         cluster: entry.cluster,
         shared_bytes: tiles.shared_bytes(),
     };
+    let args = HopperArgs { maps, args };
     let address = std::ptr::from_ref(&args) as usize;
     // SAFETY: the arguments describe buffers that outlive the launch.
     let kernel = || unsafe { (entry.run)(address as *const _) };

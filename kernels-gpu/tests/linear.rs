@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use kernels_gpu::{
     args::{Buffer, LinearArgs},
     linear,
-    linear_hopper::{self, Tile},
+    linear_hopper::{self, LinearHopperArgs, Tile},
     linear_mma,
 };
 use simt::{
@@ -69,9 +69,7 @@ fn hopper<T: Scalar>(dtype: &str, columns: u32, clusters: u32, shape: (u32, u32,
     let blocks = linear_hopper::CLUSTER * clusters.min(row_tiles * column_tiles);
     let symbol = format!("linear_hopper_{dtype}_n{columns}");
     check_linear::<T>(shape, bias, |args| {
-        let mut args = *args;
-        let mut maps = maps(&args, tile);
-        args.tensor_maps = buffer_mut(&mut maps);
+        let args = LinearHopperArgs { maps: maps(args, tile), args: *args };
         run(&symbol, blocks.into(), linear_hopper::THREADS.into(), tile.shared_bytes(), &args);
     });
 }

@@ -1,9 +1,10 @@
 //! From what LLVM prints to what is checked in.
 //!
 //! rustc has no attribute for launch bounds, so `simt::launch_bounds!` leaves them as
-//! a comment in the entry's body; here they become directives. Everything that no
-//! entry reaches goes (the panic handler, most of all), and so does everything that
-//! would differ from one machine to the next.
+//! a comment in the entry's body; here they become directives. Nor has Rust a name for an
+//! entry's parameter: `simt::parameter::address` leaves a marker in its place, and here the
+//! name is put in. Everything that no entry reaches goes (the panic handler, most of all), and
+//! so does everything that would differ from one machine to the next.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,6 +14,10 @@ use anyhow::{Context, Result, bail, ensure};
 const MARKER: &str = "// simt.launch_bounds";
 /// Stands for the marker while comments are stripped: no PTX directive has this name.
 const MARKER_DIRECTIVE: &str = ".simt_launch_bounds";
+/// Stands for the name of the entry's parameter.
+const PARAMETER: &str = "simt_parameter";
+/// Alignment of a parameter whose address is asked for: a tensor map's.
+const ALIGNMENT: usize = 64;
 /// Functions that the driver itself supplies.
 const DRIVER_FUNCTIONS: &[&str] = &["vprintf", "__assertfail"];
 /// First line of every module.
@@ -68,9 +73,14 @@ pub fn process(raw: &str) -> Result<Ptx> {
         }
         if item.kind == Kind::Entry {
             let (with_bounds, bounds) = place_bounds(item)?;
-            text.push_str(&with_bounds);
+            text.push_str(&name_parameter(name, &with_bounds)?);
             entries.push(bounds);
         } else {
+            ensure!(
+                !words(&item.text).any(|word| word == PARAMETER),
+                "the function {name} asks for the address of the entry's parameter, which only \
+                 an entry has: mark it #[inline(always)]"
+            );
             text.push_str(&item.text);
         }
         text.push('\n');
@@ -233,6 +243,34 @@ fn place_bounds(item: &Item) -> Result<(String, EntryBounds)> {
     Ok((text, EntryBounds { name: name.clone(), threads, min_blocks, cluster }))
 }
 
+/// Puts the name of the entry's parameter where its address is asked for, which the optimiser
+/// may have copied; such a parameter is aligned to [`ALIGNMENT`], and as long as a struct of
+/// that alignment.
+fn name_parameter(entry: &str, text: &str) -> Result<String> {
+    if !words(text).any(|word| word == PARAMETER) {
+        return Ok(text.to_owned());
+    }
+    let name = format!("{entry}_param_0");
+    // `(\n\t.param .align 8 .b8 entry_param_0[112]\n)`: the only parameter.
+    let only = || -> Option<(usize, usize, usize)> {
+        let (open, close) = (text.find('(')?, parameters_end(text)?);
+        let list = text[open + 1..close - 1].trim().strip_prefix(".param .align ")?;
+        let (_, declared) = list.split_once(" .b8 ")?;
+        let bytes = declared.strip_prefix(&name)?.strip_prefix('[')?.strip_suffix(']')?;
+        Some((open, close, bytes.parse().ok()?))
+    };
+    let (open, close, bytes) = only().with_context(|| {
+        format!(
+            "the entry {entry} asks for the address of its parameter, and must have exactly one, \
+             a struct"
+        )
+    })?;
+    let bytes = bytes.next_multiple_of(ALIGNMENT);
+    let parameter = format!("(\n\t.param .align {ALIGNMENT} .b8 {name}[{bytes}]\n)");
+    let body = replace_words(&text[close..], |word| (word == PARAMETER).then_some(&*name));
+    Ok(format!("{}{parameter}{body}", &text[..open]))
+}
+
 /// Index just after the `)` that closes the first parenthesis.
 fn parameters_end(text: &str) -> Option<usize> {
     let mut depth = 0;
@@ -264,17 +302,22 @@ fn rename(text: &str, items: &[Item], live: &BTreeSet<String>) -> Result<String>
     if names.is_empty() {
         return Ok(text.to_owned());
     }
+    Ok(replace_words(text, |word| names.get(word).map(String::as_str)))
+}
+
+/// The text with each word that has another in its place replaced by it.
+fn replace_words<'a>(text: &str, other: impl Fn(&str) -> Option<&'a str>) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(start) = rest.find(is_word) {
         let length = rest[start..].find(|c| !is_word(c)).unwrap_or(rest.len() - start);
         let word = &rest[start..start + length];
         out.push_str(&rest[..start]);
-        out.push_str(names.get(word).map_or(word, String::as_str));
+        out.push_str(other(word).unwrap_or(word));
         rest = &rest[start + length..];
     }
     out.push_str(rest);
-    Ok(out)
+    out
 }
 
 /// `_RNvCs1a2B3c_4core3foo` -> `_RNvC4core3foo`: in v0 mangling `Cs…_` before a length
@@ -431,6 +474,36 @@ $L__BB1_2:
             let error = process(&RAW.replace(marker, replacement)).unwrap_err().to_string();
             assert!(error.contains(what), "{replacement:?}: {error}");
         }
+    }
+
+    /// [`RAW`] with instructions in the entry.
+    fn with(instructions: &str) -> String {
+        RAW.replace("\tmov.u32 \t%r1, dyn_smem;  // the tile", instructions)
+    }
+
+    #[test]
+    fn the_parameter_has_its_name_wherever_it_is_asked_for() {
+        let text = with("\tmov.b64 %rd1, simt_parameter;\n\tmov.b64 %rd2, simt_parameter;");
+        let text = process(&text).unwrap().text;
+        let named = "\tmov.b64 %rd1, kern_param_0;\n\tmov.b64 %rd2, kern_param_0;\n";
+        assert!(text.contains(named) && !text.contains(PARAMETER), "{text}");
+        let declared =
+            ".visible .entry kern(\n\t.param .align 64 .b8 kern_param_0[128]\n)\n.maxntid";
+        assert!(text.contains(declared), "{text}");
+    }
+
+    #[test]
+    fn a_parameter_without_a_name_is_refused() {
+        let asking = with("mov.b64 %rd1, simt_parameter;");
+        let two =
+            asking.replace("kern_param_0[112]", "kern_param_0[112], .param .b32 kern_param_1");
+        let error = process(&two).unwrap_err().to_string();
+        assert!(error.contains("the entry kern") && error.contains("exactly one"), "{error}");
+        let none = asking.replace(".param .align 8 .b8 kern_param_0[112]", "");
+        assert!(process(&none).is_err());
+        let function = RAW.replace("mov.b32 \t%r1, table", "mov.b64 \t%rd1, simt_parameter");
+        let error = process(&function).unwrap_err().to_string();
+        assert!(error.contains("helper asks for the address of the entry's parameter"), "{error}");
     }
 
     #[test]

@@ -28,6 +28,7 @@
 //! | [`atomic`] | atomic operations on shared and global memory |
 //! | [`mbarrier`] | barriers in shared memory that count arrivals and bytes; proxy fences |
 //! | [`tma`] | bulk copies of tensor boxes, and their tensor maps |
+//! | [`parameter`] | the address of an entry's parameter |
 //! | [`cluster`] | blocks that see each other's shared memory |
 //! | [`warpgroup`] | four warps: their index, and moving registers between them |
 //! | [`wgmma`] | tensor-core products of a warpgroup |
@@ -65,6 +66,7 @@ pub mod matrix;
 pub mod mbarrier;
 pub mod memory;
 pub mod mma;
+pub mod parameter;
 pub mod scalar;
 pub mod shared;
 pub mod thread;

@@ -5,12 +5,12 @@
 use std::{
     alloc::{self, Layout},
     collections::BTreeMap,
-    ffi::c_void,
     ptr::NonNull,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
+use kernels_gpu::entry::ArgsCopy;
 use simt::{emulator, tma};
 
 use crate::{
@@ -191,15 +191,13 @@ unsafe impl Device for CpuDevice {
                 return Err(Error::BadLaunch { symbol: symbol(), what, given, expected });
             }
         }
-        // The struct has 64-bit fields, which the bytes of a `Vec<u8>` need not be aligned for.
-        let mut args = vec![0u64; launch.args.len().div_ceil(8)];
-        bytemuck::cast_slice_mut(&mut args)[..launch.args.len()].copy_from_slice(&launch.args);
-        let args = Args(args.as_ptr().cast());
+        // The bytes of a `Vec<u8>` need not be aligned for the struct.
+        let args = ArgsCopy::new(&launch.args);
         let run = entry.run;
         // SAFETY: the bytes are the entry's argument struct, as its maker and the size
         // checked above say; buffers in it live until the launch ends, since whoever
         // holds them is waiting for it.
-        let kernel = || unsafe { run(args.get()) };
+        let kernel = || unsafe { run(args.as_ptr()) };
         let extent = emulator::Launch {
             grid: launch.grid,
             block: launch.block,
@@ -253,19 +251,6 @@ impl Drop for CpuDevice {
 fn layout(bytes: u64) -> Option<Layout> {
     Layout::from_size_align(usize::try_from(bytes.max(1)).ok()?, ALIGNMENT).ok()
 }
-
-/// The argument struct, shared by the threads that run blocks.
-#[derive(Clone, Copy)]
-struct Args(*const c_void);
-
-impl Args {
-    const fn get(&self) -> *const c_void {
-        self.0
-    }
-}
-
-// SAFETY: the arguments are only read.
-unsafe impl Sync for Args {}
 
 #[cfg(test)]
 mod tests {

@@ -6,10 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytemuck::Pod;
 use kernels_gpu::args::Buffer;
 
-use crate::{
-    backend::{Device, TensorMapSpec},
-    error::Error,
-};
+use crate::{backend::Device, error::Error};
 
 /// Bytes counted so far.
 #[derive(Clone, Copy, Debug, Default)]
@@ -94,18 +91,6 @@ impl Memory {
         let mut buffer = self.allocate(size_of_val(data) as u64)?;
         buffer.write(data)?;
         Ok(buffer)
-    }
-
-    /// Encodes tensor maps and uploads them, one after another; none need no memory.
-    ///
-    /// # Errors
-    /// As [`Memory::allocate`], or a map that the device cannot encode.
-    pub fn tensor_maps(self: &Arc<Self>, maps: &[TensorMapSpec]) -> Result<DeviceBuffer, Error> {
-        let mut bytes = Vec::new();
-        for map in maps {
-            bytes.extend_from_slice(&self.device.encode_tensor_map(map)?);
-        }
-        self.upload(&bytes)
     }
 }
 

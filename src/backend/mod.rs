@@ -11,9 +11,10 @@ pub mod memory;
 
 use crate::error::Error;
 use kernels_gpu::{
-    args::{AttentionArgs, LinearArgs, ProbeArgs},
+    args::{AttentionArgs, LinearArgs, WithMaps},
     entry::Entry,
 };
+use simt::tma::TensorMap;
 
 #[cfg(feature = "emulator")]
 pub use cpu::CpuDevice;
@@ -119,7 +120,7 @@ pub unsafe trait Device: Send + Sync {
     /// # Errors
     /// What the device reports.
     unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error>;
-    /// Encodes a tensor map for TMA: 128 bytes.
+    /// Encodes a tensor map for TMA, as kernels have it in their parameter (`WithMaps`).
     ///
     /// # Errors
     /// A layout that the copy engine cannot describe.
@@ -184,21 +185,43 @@ pub unsafe trait KernelArgs: Copy {
     }
 }
 
-// Four tensors, five buffers, eight 32-bit numbers, dropout: nothing left for padding.
-const _: () = assert!(size_of::<AttentionArgs>() == 4 * 40 + 5 * 16 + 8 * 4 + 16);
+// Four tensors, four buffers, eight 32-bit numbers, dropout: nothing left for padding.
+const _: () = assert!(size_of::<AttentionArgs>() == 4 * 40 + 4 * 16 + 8 * 4 + 16);
 // SAFETY: the assertion above leaves no room for padding.
 unsafe impl KernelArgs for AttentionArgs {
     const FIELD_BYTES: usize = size_of::<Self>();
 }
 
-// SAFETY: a buffer is two numbers of 64 bits.
-unsafe impl KernelArgs for ProbeArgs {
-    const FIELD_BYTES: usize = size_of::<Self>();
-}
-
-// Five buffers and three 32-bit numbers; four bytes of padding at the end.
-const _: () = assert!(std::mem::offset_of!(LinearArgs, out_features) == 5 * 16 + 2 * 4);
+// Four buffers and three 32-bit numbers; four bytes of padding at the end.
+const _: () = assert!(std::mem::offset_of!(LinearArgs, out_features) == 4 * 16 + 2 * 4);
 // SAFETY: the assertion above leaves no room for padding before the last field.
 unsafe impl KernelArgs for LinearArgs {
-    const FIELD_BYTES: usize = 5 * 16 + 3 * 4;
+    const FIELD_BYTES: usize = 4 * 16 + 3 * 4;
+}
+
+// SAFETY: there is no byte.
+unsafe impl KernelArgs for () {
+    const FIELD_BYTES: usize = 0;
+}
+
+// SAFETY: maps are bytes, and the other arguments begin where they end, since no argument
+// struct is aligned to more than a map.
+unsafe impl<A: KernelArgs, const N: usize> KernelArgs for WithMaps<A, N> {
+    const FIELD_BYTES: usize = {
+        assert!(align_of::<A>() <= align_of::<TensorMap>());
+        N * TensorMap::BYTES + A::FIELD_BYTES
+    };
+}
+
+/// Puts tensor maps, which the device encodes, in front of the other arguments.
+pub(crate) fn with_maps<A, const N: usize>(
+    device: &dyn Device,
+    maps: &[TensorMapSpec; N],
+    args: A,
+) -> Result<WithMaps<A, N>, Error> {
+    let mut encoded = [TensorMap([0; TensorMap::BYTES]); N];
+    for (encoded, map) in encoded.iter_mut().zip(maps) {
+        encoded.0 = device.encode_tensor_map(map)?;
+    }
+    Ok(WithMaps { maps: encoded, args })
 }

@@ -44,8 +44,8 @@ pub struct Forward<'a> {
     pub(super) after: Launch,
     pub(super) x: DeviceBuffer,
     pub(super) mask: DeviceBuffer,
-    /// Kept alive for the kernels.
-    pub(super) _kept: [DeviceBuffer; 3],
+    /// Q, K and V, kept alive for the kernels.
+    pub(super) _qkv: DeviceBuffer,
     pub(super) y: DeviceBuffer,
     /// Bytes that were in use beside the module when the pass was prepared.
     pub(super) others: u64,

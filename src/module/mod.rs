@@ -210,8 +210,7 @@ impl MultiHeadAttention {
     /// come on top.
     #[must_use]
     pub fn pass_bytes(&self, kernel: &KernelSpec, problem: &Problem) -> u64 {
-        let target = Target::of(&**self.memory.device());
-        pass_bytes_with(kernel, self.linear(problem).ok(), problem, &target)
+        pass_bytes(kernel, problem, &Target::of(&**self.memory.device()))
     }
 
     /// Checks an input and gets a pass ready to run.
@@ -288,12 +287,11 @@ impl MultiHeadAttention {
 
         let [first, last] = projections(problem);
         let launch = |p: &Projection, x: &DeviceBuffer, [w, bias]: &[DeviceBuffer; 2], y| {
-            linear.launch(&self.memory, p, [x, w, bias, y])
+            linear.launch(device, p, [x, w, bias, y])
         };
-        let (before, first_maps) = launch(&first, &x, &self.qkv, &qkv)?;
-        let (after, last_maps) = launch(&last, attention.o(), &self.out, &y)?;
-        let _kept = [qkv, first_maps, last_maps];
-        Ok(Forward { module: self, before, attention, after, x, mask, _kept, y, others })
+        let before = launch(&first, &x, &self.qkv, &qkv)?;
+        let after = launch(&last, attention.o(), &self.out, &y)?;
+        Ok(Forward { module: self, before, attention, after, x, mask, _qkv: qkv, y, others })
     }
 
     /// Q, K or V, of which a token has a third each: `[B, N, 3, H, D]` at `third`.
@@ -373,21 +371,9 @@ pub const fn parameter_bytes(problem: &Problem) -> u64 {
 /// [`MultiHeadAttention::pass_bytes`] on any device.
 #[must_use]
 pub fn pass_bytes(kernel: &KernelSpec, problem: &Problem, target: &Target) -> u64 {
-    pass_bytes_with(kernel, best_linear(problem, target).ok(), problem, target)
-}
-
-fn pass_bytes_with(
-    kernel: &KernelSpec,
-    linear: Option<&LinearSpec>,
-    problem: &Problem,
-    target: &Target,
-) -> u64 {
     // Attention, and x and y, which are as large as O each.
     let x = problem.q_elements() as u64 * problem.dtype().size() as u64;
-    let of_projections = linear.map_or(0, |linear| {
-        projections(problem).iter().map(|p| linear.workspace_bytes(p, target)).sum()
-    });
-    kernel.peak_bytes(problem, target) + 2 * x + of_projections
+    kernel.peak_bytes(problem, target) + 2 * x
 }
 
 #[cfg(test)]

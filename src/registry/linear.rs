@@ -2,8 +2,6 @@
 //! attention kernels, the best one for a projection is the last that can do it; a kernel
 //! joins with one entry here.
 
-use std::sync::Arc;
-
 use kernels_gpu::{
     args::{Buffer, LinearArgs},
     linear,
@@ -12,9 +10,9 @@ use kernels_gpu::{
 };
 use simt::Dim3;
 
-use super::{Step, TENSOR_MAP_BYTES, Target, dtype_obstacle, lacking, list, table::tiles, unless};
+use super::{Step, Target, dtype_obstacle, lacking, list, table::tiles, unless};
 use crate::{
-    backend::{DeviceBuffer, Launch, Memory, TensorMapSpec},
+    backend::{self, Device, DeviceBuffer, Launch, TensorMapSpec},
     dtype::DType,
     error::Error,
 };
@@ -53,9 +51,8 @@ pub struct LinearSpec {
     pub tensor_maps: Option<LinearMaps>,
 }
 
-/// Makes tensor maps of x and w in device memory, in the order in which a kernel expects
-/// them.
-pub type LinearMaps = fn(&Projection, &Target, &LinearArgs) -> Vec<TensorMapSpec>;
+/// Makes tensor maps of x and w, in the order in which a kernel expects them.
+pub type LinearMaps = fn(&Projection, &Target, &LinearArgs) -> [TensorMapSpec; 2];
 
 /// Every linear kernel, the slowest first.
 pub static LINEAR_KERNELS: &[LinearSpec] = &[LINEAR_NAIVE, LINEAR_TILED, LINEAR_MMA, LINEAR_HOPPER];
@@ -141,7 +138,7 @@ const LINEAR_HOPPER: LinearSpec = LinearSpec {
     },
     tensor_maps: Some(|p, target, args| {
         let [x, w] = hopper_tile(p, target).boxes();
-        vec![
+        [
             matrix_map(p.dtype, args.x, [p.in_features, p.rows], x),
             matrix_map(p.dtype, args.w, [p.in_features, p.out_features], w),
         ]
@@ -211,19 +208,20 @@ impl LinearSpec {
     }
 
     /// The launch for a projection that it supports, with x, w, bias (empty for none) and y in
-    /// `memory`, and the tensor maps that it needs while it runs.
+    /// memory of `device`.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], or a map that the device cannot encode.
+    /// A tensor map that the device cannot encode.
     pub fn launch(
         &self,
-        memory: &Arc<Memory>,
+        device: &dyn Device,
         p: &Projection,
         [x, w, bias, y]: [&DeviceBuffer; 4],
-    ) -> Result<(Launch, DeviceBuffer), Error> {
-        let target = Target::of(&**memory.device());
+    ) -> Result<Launch, Error> {
+        let target = Target::of(device);
+        let step = (self.step)(p, &target);
         // A kernel that supports the projection counts in 32 bits.
-        let mut args = LinearArgs {
+        let args = LinearArgs {
             x: x.as_arg(),
             w: w.as_arg(),
             bias: bias.as_arg(),
@@ -231,19 +229,11 @@ impl LinearSpec {
             rows: p.rows as u32,
             in_features: p.in_features as u32,
             out_features: p.out_features as u32,
-            ..LinearArgs::default()
         };
-        let maps = self.tensor_maps.map_or_else(Vec::new, |f| f(p, &target, &args));
-        let maps = memory.tensor_maps(&maps)?;
-        args.tensor_maps = maps.as_arg();
-        Ok(((self.step)(p, &target).launch(&args)?, maps))
-    }
-
-    /// Device memory beyond x, w, bias and y: that of the tensor maps.
-    #[must_use]
-    pub fn workspace_bytes(&self, p: &Projection, target: &Target) -> u64 {
-        let maps = self.tensor_maps.map_or(0, |f| f(p, target, &LinearArgs::default()).len());
-        maps as u64 * TENSOR_MAP_BYTES
+        match self.tensor_maps {
+            None => step.launch(&args),
+            Some(maps) => step.launch(&backend::with_maps(device, &maps(p, &target, &args), args)?),
+        }
     }
 }
 
@@ -291,7 +281,11 @@ mod tests {
                     .unwrap_or_else(|| panic!("{} has no entry", step.symbol));
                 assert_eq!(u64::from(entry.threads), step.block.count(), "{}", step.symbol);
                 assert_eq!(step.grid.x % entry.cluster, 0, "{}", step.symbol);
-                assert_eq!(entry.args_bytes, size_of::<kernels_gpu::args::LinearArgs>());
+                let args_bytes = match kernel.tensor_maps {
+                    None => size_of::<LinearArgs>(),
+                    Some(_) => size_of::<linear_hopper::LinearHopperArgs>(),
+                };
+                assert_eq!(entry.args_bytes, args_bytes, "{}", step.symbol);
             }
         }
     }

@@ -20,8 +20,6 @@ use crate::{
 pub use linear::{LINEAR_KERNELS, LinearMaps, LinearSpec, Projection, best_linear, find_linear};
 pub use table::KERNELS;
 
-/// Bytes of an encoded tensor map.
-pub const TENSOR_MAP_BYTES: u64 = 128;
 /// The most blocks of a grid in its dimensions y and z (x: 2^31 - 1).
 const MAX_GRID_YZ: u32 = 65_535;
 const MAX_GRID_X: u32 = (1 << 31) - 1;
@@ -51,7 +49,8 @@ pub struct KernelSpec {
     pub features: Features,
     /// Memory and launches for a problem that it supports.
     pub plan: fn(&Problem, &Target) -> Plan,
-    /// The tensor maps of a kernel that copies through TMA.
+    /// The tensor maps of a kernel that copies through TMA: its entries take them in front of
+    /// the arguments.
     pub tensor_maps: Option<TensorMaps>,
     /// Whether its blocks stay and take task after task: from queues of
     /// [`QUEUE_BYTES`], zero between launches.
@@ -63,7 +62,7 @@ pub const QUEUE_BYTES: u64 = QUEUE_WORDS as u64 * 4;
 
 /// Makes tensor maps from Q, K, V and O in device memory, in the order in which a kernel
 /// expects them.
-pub type TensorMaps = fn(&Problem, &[args::Tensor; 4]) -> Vec<TensorMapSpec>;
+pub type TensorMaps = fn(&Problem, &[args::Tensor; 4]) -> [TensorMapSpec; 4];
 
 /// What a kernel can do beyond plain attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,7 +122,8 @@ pub struct Plan {
     pub steps: Vec<Step>,
 }
 
-/// One launch of a plan. Every step is given the same `AttentionArgs`.
+/// One launch of a plan. Every step is given the same arguments: `AttentionArgs`, behind the
+/// tensor maps where the kernel has them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
     /// Name of the entry.
@@ -184,13 +184,11 @@ impl KernelSpec {
         (self.plan)(problem, target).steps.iter().find_map(|step| step.obstacle(target))
     }
 
-    /// Bytes beyond inputs and outputs: the plan's workspace, the tensor maps and the queues.
+    /// Bytes beyond inputs and outputs: the plan's workspace and the queues.
     #[must_use]
     pub fn workspace_bytes(&self, problem: &Problem, target: &Target) -> u64 {
-        let nowhere = [args::Tensor::default(); 4];
-        let maps = self.tensor_maps.map_or(0, |f| f(problem, &nowhere).len() as u64);
         let queue = if self.queue { QUEUE_BYTES } else { 0 };
-        (self.plan)(problem, target).workspace_bytes + maps * TENSOR_MAP_BYTES + queue
+        (self.plan)(problem, target).workspace_bytes + queue
     }
 
     /// Device memory that a run will need, known before anything is allocated.
@@ -333,7 +331,11 @@ mod tests {
                     let entry = kernels_gpu::find(&step.symbol)
                         .unwrap_or_else(|| panic!("{} has no entry", step.symbol));
                     assert_eq!(u64::from(entry.threads), step.block.count(), "{}", step.symbol);
-                    assert_eq!(entry.args_bytes, size_of::<kernels_gpu::args::AttentionArgs>());
+                    let args_bytes = match kernel.tensor_maps {
+                        None => size_of::<args::AttentionArgs>(),
+                        Some(_) => size_of::<kernels_gpu::flash_hopper::HopperArgs>(),
+                    };
+                    assert_eq!(entry.args_bytes, args_bytes, "{}", step.symbol);
                 }
             }
         }

@@ -315,7 +315,7 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
         // The same for any number of consumers.
         let boxes = Tiles::of(p.head_dim() as u32, 2).boxes();
         let seqs = [p.seq_q(), p.seq_k(), p.seq_k(), p.seq_q()];
-        (0..4).map(|i| hopper_map(p, &tensors[i], seqs[i], boxes[i])).collect()
+        [0, 1, 2, 3].map(|i| hopper_map(p, &tensors[i], seqs[i], boxes[i]))
     }),
     queue: true,
 };

@@ -1,6 +1,7 @@
 //! Launches, which the emulator runs before the call returns; their faults wait to be
 //! found as on a GPU.
 
+use kernels_gpu::entry::ArgsCopy;
 use simt::{
     Dim3,
     emulator::{self, FaultKind},
@@ -51,17 +52,11 @@ extern "C" fn cuLaunchKernel(
         if !fits || params.is_null() || !extra.is_null() {
             return Err(code::INVALID_VALUE);
         }
-        // Words, so that the copy is aligned for any argument struct.
-        let mut args = vec![0u64; function.entry.args_bytes.div_ceil(8)];
         // SAFETY: one parameter of the entry's size, copied during the call as the
         // driver does.
-        unsafe {
-            std::ptr::copy_nonoverlapping(
-                *params,
-                args.as_mut_ptr().cast(),
-                function.entry.args_bytes,
-            );
-        }
+        let args = ArgsCopy::new(unsafe {
+            std::slice::from_raw_parts(*params, function.entry.args_bytes)
+        });
         {
             let mut state = state();
             state.last_stream = stream as u64;
@@ -77,7 +72,7 @@ extern "C" fn cuLaunchKernel(
 }
 
 /// Runs a kernel; a fault is kept for the call that waits.
-fn run(entry: &'static kernels_gpu::entry::Entry, launch: emulator::Launch, args: &[u64]) {
+fn run(entry: &'static kernels_gpu::entry::Entry, launch: emulator::Launch, args: &ArgsCopy) {
     {
         let mut state = state();
         state.launches += 1;
@@ -87,7 +82,7 @@ fn run(entry: &'static kernels_gpu::entry::Entry, launch: emulator::Launch, args
     }
     // SAFETY: the arguments have the entry's size and alignment, and the memory that
     // they describe lives until the launch ends, which it does here.
-    let result = emulator::launch(launch, &|| unsafe { (entry.run)(args.as_ptr().cast()) });
+    let result = emulator::launch(launch, &|| unsafe { (entry.run)(args.as_ptr()) });
     if let Err(fault) = result {
         // A GPU does not say; a test's output should.
         eprintln!("fake CUDA driver: kernel {}: {fault}", entry.symbol);

@@ -10,7 +10,7 @@ use simt::{
     },
 };
 
-use super::{CONSUMER_ROWS, Task, Tasks, turn::Own};
+use super::{CONSUMER_ROWS, HopperMaps, Task, Tasks, turn::Own};
 use crate::{
     args::AttentionArgs,
     pipeline::{Ring, Stage},
@@ -39,6 +39,7 @@ pub(super) struct Consumer<
     const TURNS: bool,
 > {
     pub args: &'a AttentionArgs,
+    pub maps: HopperMaps,
     /// The first of this thread's two rows, counted from the task's first; the other is 8
     /// further on.
     pub own_row: u32,

@@ -41,7 +41,7 @@ where
         l_i: [f32; ROWS],
     ) -> [f32; ROWS] {
         let args = self.args;
-        // SAFETY: the caller vouches for the buffer.
+        // SAFETY: `lse` is f32 `[B, H, Nq]`.
         let lse = unsafe { args.lse.view_mut::<f32>() };
         let policy = self.policy(task);
         let mut factors = [0.0; ROWS];
@@ -68,7 +68,7 @@ where
     /// As for [`store_lse`](Self::store_lse).
     #[inline(always)]
     pub(super) unsafe fn store_output(&self, task: Task, factors: [f32; ROWS]) {
-        let map = self.args.tensor_map(3);
+        let map = self.maps.address::<3>();
         let values = self.acc_o.values();
         let lane = warp::lane_id();
         let first_row = task.first_row + self.own_row - lane / 4;
@@ -108,8 +108,8 @@ where
                         let buffer = self.output.slice(CHUNK as u32 * OUTPUT_CHUNK, OUTPUT_CHUNK);
                         let column = (2 * HALF + CHUNK) as u32 * CHUNK_COLUMNS;
                         let to = [column, first_row, task.h, task.b];
-                        // SAFETY: whoever launches vouches for the map. It ends at the last row
-                        // and column, and so does what is stored.
+                        // SAFETY: the parameter holds the map. It ends at the last row and
+                        // column, and so does what is stored.
                         unsafe { tma::store_4d_if(lane == 0, map, to, buffer.address()) };
                     }
                 });

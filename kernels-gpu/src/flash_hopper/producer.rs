@@ -7,6 +7,7 @@ use simt::{
 };
 
 use super::{
+    HopperMaps,
     queue::Queue,
     task::{Rings, Task},
     tiles::{CONSUMER_ROWS, Tiles, tile_bytes},
@@ -31,20 +32,18 @@ pub(super) unsafe fn produce<
     const STAGES: u32,
 >(
     args: &AttentionArgs,
+    maps: HopperMaps,
     smem: u32,
     rings: Rings<Q_STAGES, STAGES>,
 ) {
     let tiles = const { Tiles::of(D, CONSUMERS) };
-    for index in 0..4 {
-        // SAFETY: the caller vouches for the maps.
-        unsafe { tma::prefetch_map(args.tensor_map(index)) };
-    }
+    maps.prefetch();
     // All chunks of a tile: rows from `row` on.
     let copy = |task: Task, destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
         for chunk in 0..D.div_ceil(CHUNK_COLUMNS) {
             let to = destination + chunk * rows * CHUNK_ROW_BYTES;
             let from = [chunk * CHUNK_COLUMNS, row, task.h, task.b];
-            // SAFETY: the caller vouches for the maps; the ring keeps readers away.
+            // SAFETY: the parameter holds the maps; the ring keeps readers away.
             unsafe { tma::load_4d(to, map, from, full) };
         }
     };
@@ -59,7 +58,7 @@ pub(super) unsafe fn produce<
                 let to = smem
                     + stage.index() * const { Tiles::of(D, CONSUMERS).q_bytes() }
                     + consumer * const { tile_bytes(CONSUMER_ROWS, D) };
-                copy(task, to, args.tensor_map(0), CONSUMER_ROWS, row, full);
+                copy(task, to, maps.address::<0>(), CONSUMER_ROWS, row, full);
             }
         }
     };
@@ -69,18 +68,18 @@ pub(super) unsafe fn produce<
         copy(task, smem + to, map, tiles.keys, tile * tiles.keys, full);
     };
     let copy_k =
-        |stage, task, tile| copy_keys(rings.k, tiles.k(), args.tensor_map(1), stage, task, tile);
+        |stage, task, tile| copy_keys(rings.k, tiles.k(), maps.address::<1>(), stage, task, tile);
     let copy_v =
-        |stage, task, tile| copy_keys(rings.v, tiles.v(), args.tensor_map(2), stage, task, tile);
+        |stage, task, tile| copy_keys(rings.v, tiles.v(), maps.address::<2>(), stage, task, tile);
     // Stages of Q, and of K; V, which is needed and has its stage free a tile later, is one
     // behind.
     let (mut q_stage, mut stage) = (Stage::FIRST, Stage::FIRST);
     // The task before, whose last V is still to come.
     let mut before: Option<Task> = None;
-    // SAFETY: the caller vouches for the queue.
+    // SAFETY: the queue holds zeros before the launch, as `AttentionArgs::queue` says.
     let (mut queue, mut next) = unsafe { Queue::begin::<P>(args, tiles) };
     while let Some(work) = next {
-        // SAFETY: the caller vouches for the mask.
+        // SAFETY: the mask is empty or `[B, Nk]`, as `AttentionArgs::mask` says.
         let task = unsafe { Task::of::<P>(args, tiles, work) };
         // Asked for late: whoever asks early may keep a task that another block has time for.
         // Before the last tile, so that the answer is there after it.
