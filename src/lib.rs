@@ -48,6 +48,7 @@ pub use backend::CpuDevice;
 pub use backend::{Device, GpuDevice};
 pub use dtype::DType;
 pub use error::Error;
+pub use half;
 pub use problem::{Dropout, Layout, Problem};
 pub use tensor::Tensor;
 

@@ -105,12 +105,49 @@ impl Tensor {
         Ok(Self { shape: shape.to_vec(), data })
     }
 
+    /// Takes elements of one of the storage types: `f32`, `f16` or `bf16` of the crate `half`
+    /// ([`crate::half`]).
+    ///
+    /// ```
+    /// use flash_attention::{DType, Tensor, half::f16};
+    ///
+    /// let tensor = Tensor::from_vec(&[2, 1], vec![f16::ONE, f16::ZERO])?;
+    /// assert_eq!(tensor.dtype(), DType::F16);
+    /// assert_eq!(tensor.as_slice::<f16>()?, [f16::ONE, f16::ZERO]);
+    /// # Ok::<(), flash_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] when there are more or fewer elements than the shape has.
+    pub fn from_vec<T: Element>(shape: &[usize], values: Vec<T>) -> Result<Self, Error> {
+        check_len(shape, values.len())?;
+        let mut data = Some(values);
+        // One of the arms is the type itself, where the cast gives the vector back.
+        let data = make!(T::DTYPE, U => bytemuck::allocation::cast_vec::<T, U>(data.take().unwrap_or_default()));
+        Ok(Self { shape: shape.to_vec(), data })
+    }
+
+    /// The elements, where the storage type is `T`.
+    ///
+    /// # Errors
+    /// [`Error::DTypeMismatch`] where it is another.
+    pub fn as_slice<T: Element>(&self) -> Result<&[T], Error> {
+        if self.dtype() == T::DTYPE {
+            return Ok(each!(&self.data, values => bytemuck::cast_slice(values)));
+        }
+        Err(Error::DTypeMismatch {
+            what: "of these elements".into(),
+            expected: T::DTYPE,
+            given: self.dtype(),
+        })
+    }
+
     /// Takes elements in the machine's (little-endian) byte order, at any alignment.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] when the bytes are more or fewer than the shape has.
     pub fn from_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Result<Self, Error> {
-        check_len(shape, bytes.len() / dtype.size())?;
+        expect_bytes(dtype, shape, bytes.len())?;
         let data = make!(dtype, T => bytemuck::allocation::pod_collect_to_vec::<u8, T>(bytes));
         Ok(Self { shape: shape.to_vec(), data })
     }
@@ -230,26 +267,63 @@ impl Tensor {
     /// # Errors
     /// [`Error::DTypeMismatch`] or [`Error::ShapeMismatch`].
     pub fn expect(&self, what: &str, dtype: DType, shape: &[usize]) -> Result<(), Error> {
-        if self.shape != shape {
-            return Err(Error::ShapeMismatch {
-                what: what.into(),
-                expected: shape.into(),
-                given: self.shape().into(),
-            });
-        }
-        if self.dtype() != dtype {
-            return Err(Error::DTypeMismatch {
-                what: what.into(),
-                expected: dtype,
-                given: self.dtype(),
-            });
-        }
-        Ok(())
+        expect_tensor(what, (self.dtype(), dtype), (&self.shape, shape))
     }
 }
 
+/// Compares storage type and shape, each `(given, expected)`.
+pub(crate) fn expect_tensor(
+    what: &str,
+    (dtype, expected_dtype): (DType, DType),
+    (shape, expected_shape): (&[usize], &[usize]),
+) -> Result<(), Error> {
+    if shape != expected_shape {
+        return Err(Error::ShapeMismatch {
+            what: what.into(),
+            expected: expected_shape.into(),
+            given: shape.into(),
+        });
+    }
+    if dtype != expected_dtype {
+        return Err(Error::DTypeMismatch {
+            what: what.into(),
+            expected: expected_dtype,
+            given: dtype,
+        });
+    }
+    Ok(())
+}
+
+/// Bytes of a tensor.
+pub(crate) fn bytes_of(dtype: DType, shape: &[usize]) -> Result<u64, Error> {
+    let size = dtype.size() as u64;
+    let bytes = shape.iter().try_fold(size, |n, &extent| n.checked_mul(extent as u64));
+    bytes.ok_or_else(|| Error::TooLarge {
+        what: "a tensor",
+        shape: shape.into(),
+        limit: u64::MAX / size,
+    })
+}
+
+/// Checks that there are exactly the bytes of a tensor.
+pub(crate) fn expect_bytes(dtype: DType, shape: &[usize], given: usize) -> Result<(), Error> {
+    if bytes_of(dtype, shape)? == given as u64 {
+        return Ok(());
+    }
+    // Bytes that are no whole elements are told apart from too many or too few elements.
+    if given.is_multiple_of(dtype.size()) {
+        return check_len(shape, given / dtype.size());
+    }
+    Err(Error::InvalidValue {
+        what: "the length of a tensor",
+        given: format!("{given} bytes"),
+        remedy: format!("an element of {dtype} has {} bytes", dtype.size()),
+    })
+}
+
 fn check_len(shape: &[usize], len: usize) -> Result<(), Error> {
-    if shape.iter().product::<usize>() == len {
+    let elements = shape.iter().try_fold(1usize, |n, &extent| n.checked_mul(extent));
+    if elements == Some(len) {
         return Ok(());
     }
     Err(Error::ShapeMismatch {
@@ -282,8 +356,25 @@ mod tests {
             shifted.extend_from_slice(a.bytes());
             assert_eq!(Tensor::from_bytes(dtype, &[3, 4], &shifted[1..]).unwrap(), a);
             assert!(Tensor::from_bytes(dtype, &[3, 5], &shifted[1..]).is_err());
+            assert!(Tensor::from_bytes(dtype, &[3, 4], &shifted[2..]).is_err(), "half an element");
+            assert!(Tensor::from_bytes(dtype, &[usize::MAX, 8], &shifted).is_err());
             assert_eq!(a.cast(DType::F32).cast(dtype), a);
         }
+    }
+
+    #[test]
+    fn elements_that_are_no_whole_are_refused() {
+        let error = Tensor::from_bytes(DType::F32, &[1], &[0; 7]).unwrap_err().to_string();
+        assert!(error.contains("7 bytes") && error.contains("f32 has 4 bytes"), "{error}");
+    }
+
+    #[test]
+    fn vectors_go_in_and_slices_come_out() {
+        let tensor = Tensor::from_vec(&[2, 2], vec![1.0f32, 2.0, 3.0, 4.0]).unwrap();
+        assert_eq!(tensor.as_slice::<f32>().unwrap(), [1.0, 2.0, 3.0, 4.0]);
+        let error = tensor.as_slice::<half::bf16>().unwrap_err().to_string();
+        assert!(error.contains("is f32, expected bf16"), "{error}");
+        assert!(Tensor::from_vec(&[3], vec![1.0f32]).is_err());
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::{io::Write, sync::Arc};
 use flash_attention::{
     DType, Device, Tensor,
     backend::{KernelArgs, Launch, Memory, TensorMapSpec},
+    raw::{LinearArgs, LinearPlan},
     registry::{LINEAR_KERNELS, LinearSpec, Projection, Target},
     verify::FACTOR,
 };
@@ -26,7 +27,7 @@ const SHAPES: [Shape; 5] =
 /// sums in f32, one after the other, rounded to the storage type.
 fn worst(
     memory: &Arc<Memory>,
-    kernel: &LinearSpec,
+    kernel: &'static LinearSpec,
     p: &Projection,
     with_bias: bool,
 ) -> Result<f64, flash_attention::Error> {
@@ -41,7 +42,14 @@ fn worst(
     let (dx, dw, dbias) = (upload(&x)?, upload(&w)?, upload(&bias)?);
     let mut y = Tensor::zeros(p.dtype, &[p.rows, p.out_features]);
     let dy = memory.filled(y.bytes().len() as u64, 0xff)?;
-    let launch = kernel.launch(device, p, [&dx, &dw, &dbias, &dy])?;
+    let plan = LinearPlan::new(p, &target, kernel)?;
+    let args = LinearArgs {
+        x: dx.region(),
+        w: dw.region(),
+        bias: with_bias.then(|| dbias.region()),
+        y: dy.region(),
+    };
+    let launch = plan.launch_for(device, &args)?;
     // SAFETY: the arguments are the buffers above, which live until the end.
     unsafe { device.launch(&launch)? };
     device.synchronize()?;
@@ -120,7 +128,7 @@ fn run_probe(device: Arc<dyn Device>) {
     let sums = memory.upload(&start).unwrap();
     let row = u64::from(probe::THREADS) * 4;
     let map = TensorMapSpec {
-        address: sums.as_arg().address,
+        address: sums.address(),
         dtype: DType::F32,
         dims: vec![probe::THREADS.into(), 1, 1, 1],
         strides_bytes: vec![row; 3],

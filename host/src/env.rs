@@ -102,11 +102,7 @@ fn describe(gpu: &GpuDescription) -> String {
             "  PTX: {best} is the newest that loads here; each kernel comes from the oldest module that has its instructions"
         ),
     };
-    let target = Target {
-        capability: gpu.compute_capability,
-        max_shared_bytes: shared,
-        multiprocessors: gpu.multiprocessors,
-    };
+    let target = Target::new(gpu.compute_capability, shared, gpu.multiprocessors);
     text + &kernels(&target) + &chosen(&target)
 }
 

@@ -183,16 +183,16 @@ impl<'a> Subject<'a> {
         threshold: Option<f64>,
     ) -> Result<Ran<'_>, Error> {
         let (session, problem) = (self.session, &self.problem);
-        let launch = |work: &dyn Work| {
+        let launch = |work: &mut dyn Work| {
             take_counters(session.device());
             work.launch()?;
             Ok::<_, Error>(take_counters(session.device()))
         };
         match &self.kind {
             Kind::Attention { tensors, oracle } => {
-                let prepared = session.prepare(kernel, problem, &tensors.inputs())?;
-                let counters = launch(&prepared)?;
-                let outputs = prepared.attention().outputs_without_weights()?;
+                let mut prepared = session.prepare(kernel, problem, &tensors.inputs())?;
+                let counters = launch(&mut prepared)?;
+                let outputs = prepared.outputs_without_weights()?;
                 let memory = prepared.memory();
                 Ok(Ran {
                     checks: oracle.checks(kernel.name, &outputs, threshold).into(),
@@ -204,8 +204,8 @@ impl<'a> Subject<'a> {
             }
             Kind::Module { tensors, oracle, module } => {
                 let mask = tensors.mask.as_deref().unwrap_or_default();
-                let forward = module.prepare_bytes(kernel, problem, tensors.x.bytes(), mask)?;
-                let counters = launch(&forward)?;
+                let mut forward = module.prepare_bytes(kernel, problem, tensors.x.bytes(), mask)?;
+                let counters = launch(&mut forward)?;
                 let memory = forward.memory();
                 Ok(Ran {
                     checks: vec![oracle.check(kernel.name, &forward.y()?, threshold)],

@@ -257,7 +257,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::backend::Memory;
+    use crate::{backend::Memory, session::Work};
 
     #[test]
     fn memory_is_counted_to_the_byte_and_limited() {
@@ -269,8 +269,9 @@ mod tests {
         assert_eq!((memory.current(), memory.peak()), (908, 908));
         drop(b);
         assert_eq!((memory.current(), memory.peak()), (8, 908));
-        memory.reset_peak();
-        assert_eq!(memory.peak(), 8);
+        let part = memory.part();
+        drop(part.filled(100, 7).unwrap());
+        assert_eq!((part.current(), part.peak(), memory.peak()), (0, 100, 908));
         assert!(memory.allocate(993).err().unwrap().is_out_of_memory());
         assert_eq!(a.to_vec::<f32>().unwrap(), [1.0, 2.0]);
         assert_eq!(device.memory_info().unwrap(), MemoryInfo { free: 992, total: 1000 });
@@ -309,7 +310,8 @@ mod tests {
         let inputs = crate::session::Inputs { q: &t, k: &t, v: &t, mask: None };
         let kernel = crate::registry::find("flash_tiled").unwrap();
         let session = crate::session::Session::new(device.clone());
-        let prepared = session.prepare(kernel, &problem, &inputs).unwrap();
+        let mut prepared = session.prepare(kernel, &problem, &inputs).unwrap();
+        prepared.launch().unwrap();
         let mut launch = prepared.attention().launches()[0].clone();
         launch.shared_bytes /= 2;
         // SAFETY: the arguments are those of `prepared`, whose buffers live; the emulator stops

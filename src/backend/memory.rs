@@ -1,12 +1,20 @@
 //! Exact accounting of device memory: every buffer is counted when it is allocated and
 //! when it is dropped, so that the peak of a run is known to the byte.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use bytemuck::Pod;
-use kernels_gpu::args::Buffer;
 
-use crate::{backend::Device, error::Error};
+use crate::{
+    backend::Device,
+    dtype::DType,
+    error::Error,
+    raw::Region,
+    tensor::{Tensor, bytes_of, expect_bytes, expect_tensor},
+};
 
 /// Bytes counted so far.
 #[derive(Clone, Copy, Debug, Default)]
@@ -17,18 +25,38 @@ struct Count {
 
 /// The memory of a device, with a count of what is in use and of the most that was.
 ///
-/// Counted are the bytes asked for; what an allocator adds for alignment is not.
-/// Independent counts over one device are possible: each `Memory` counts its own.
+/// Counted are the bytes asked for; what an allocator adds for alignment is not. Several counts
+/// over one device are independent; a [part](Memory::part) counts what is allocated through it,
+/// and the whole counts that too.
 pub struct Memory {
     device: Arc<dyn Device>,
+    whole: Option<Arc<Memory>>,
     count: Mutex<Count>,
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Count { current, peak } = *self.count();
+        f.debug_struct("Memory")
+            .field("device", &self.device.name())
+            .field("current", &current)
+            .field("peak", &peak)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Memory {
     /// A count that starts at zero.
     #[must_use]
     pub fn new(device: Arc<dyn Device>) -> Arc<Self> {
-        Arc::new(Self { device, count: Mutex::default() })
+        Arc::new(Self { device, whole: None, count: Mutex::default() })
+    }
+
+    /// A count of its own, from zero, of what is allocated through it: `self` counts it too.
+    #[must_use]
+    pub fn part(self: &Arc<Self>) -> Arc<Self> {
+        let (device, whole) = (self.device.clone(), Some(self.clone()));
+        Arc::new(Self { device, whole, count: Mutex::default() })
     }
 
     /// The device whose memory this is.
@@ -37,9 +65,32 @@ impl Memory {
         &self.device
     }
 
+    /// Whether both count memory of the same device.
+    #[must_use]
+    pub fn same_device(&self, other: &Self) -> bool {
+        std::ptr::addr_eq(Arc::as_ptr(&self.device), Arc::as_ptr(&other.device))
+    }
+
     fn count(&self) -> MutexGuard<'_, Count> {
         // The count is two numbers that are written together: it is never left half done.
         self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn allocated(&self, bytes: u64) {
+        let mut count = self.count();
+        count.current += bytes;
+        count.peak = count.peak.max(count.current);
+        drop(count);
+        if let Some(whole) = &self.whole {
+            whole.allocated(bytes);
+        }
+    }
+
+    fn freed(&self, bytes: u64) {
+        self.count().current -= bytes;
+        if let Some(whole) = &self.whole {
+            whole.freed(bytes);
+        }
     }
 
     /// Bytes in use now.
@@ -48,16 +99,10 @@ impl Memory {
         self.count().current
     }
 
-    /// The most bytes in use at once since the start or the last [`Memory::reset_peak`].
+    /// The most bytes in use at once since the start.
     #[must_use]
     pub fn peak(&self) -> u64 {
         self.count().peak
-    }
-
-    /// Lets the peak start again from what is in use now.
-    pub fn reset_peak(&self) {
-        let mut count = self.count();
-        count.peak = count.current;
     }
 
     /// Allocates uninitialised memory; no bytes need no memory.
@@ -66,10 +111,7 @@ impl Memory {
     /// [`Error::OutOfMemory`], after which the device stays usable.
     pub fn allocate(self: &Arc<Self>, bytes: u64) -> Result<DeviceBuffer, Error> {
         let address = if bytes == 0 { 0 } else { self.device.allocate(bytes)? };
-        let mut count = self.count();
-        count.current += bytes;
-        count.peak = count.peak.max(count.current);
-        drop(count);
+        self.allocated(bytes);
         Ok(DeviceBuffer { memory: self.clone(), address, bytes })
     }
 
@@ -95,6 +137,7 @@ impl Memory {
 }
 
 /// Device memory that frees itself when dropped, counted by its [`Memory`].
+#[derive(Debug)]
 pub struct DeviceBuffer {
     memory: Arc<Memory>,
     address: u64,
@@ -114,10 +157,16 @@ impl DeviceBuffer {
         self.bytes
     }
 
-    /// The region as kernels are given it.
+    /// The whole buffer.
     #[must_use]
-    pub const fn as_arg(&self) -> Buffer {
-        Buffer { address: self.address, bytes: self.bytes }
+    pub const fn region(&self) -> Region {
+        Region::new(self.address, self.bytes)
+    }
+
+    /// The count that this buffer belongs to.
+    #[must_use]
+    pub const fn memory(&self) -> &Arc<Memory> {
+        &self.memory
     }
 
     /// Copies `data` to the start of the buffer.
@@ -139,13 +188,21 @@ impl DeviceBuffer {
     /// # Errors
     /// [`Error::BadAddress`] when the buffer is shorter, or what the device reports.
     pub fn read<T: Pod>(&self, data: &mut [T]) -> Result<(), Error> {
-        let data: &mut [u8] = bytemuck::cast_slice_mut(data);
-        self.check(data.len() as u64)?;
+        self.read_at(0, bytemuck::cast_slice_mut(data))
+    }
+
+    /// Copies the bytes from `offset` on into `data`.
+    ///
+    /// # Errors
+    /// [`Error::BadAddress`] when the buffer ends before, or what the device reports.
+    pub(crate) fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {
+        let end = offset.saturating_add(data.len() as u64);
+        self.check(end)?;
         if data.is_empty() {
             return Ok(());
         }
         // SAFETY: the range is inside this buffer, which nobody writes while it is borrowed.
-        unsafe { self.memory.device.download(self.address, data) }
+        unsafe { self.memory.device.download(self.address + offset, data) }
     }
 
     /// The whole buffer as elements; bytes of an incomplete last element are left out.
@@ -158,16 +215,25 @@ impl DeviceBuffer {
         Ok(data)
     }
 
+    /// Fills the first `bytes` bytes with `value`.
+    ///
+    /// # Errors
+    /// [`Error::BadAddress`] when there are fewer, or what the device reports.
+    pub fn fill_start(&mut self, bytes: u64, value: u8) -> Result<(), Error> {
+        self.check(bytes)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the range is inside this buffer, whose exclusive reference is held.
+        unsafe { self.memory.device.fill(self.address, bytes, value) }
+    }
+
     /// Fills every byte with `value`.
     ///
     /// # Errors
     /// What the device reports.
     pub fn fill(&mut self, value: u8) -> Result<(), Error> {
-        if self.bytes == 0 {
-            return Ok(());
-        }
-        // SAFETY: the range is this buffer, whose exclusive reference is held.
-        unsafe { self.memory.device.fill(self.address, self.bytes, value) }
+        self.fill_start(self.bytes, value)
     }
 
     fn check(&self, bytes: u64) -> Result<(), Error> {
@@ -184,7 +250,135 @@ impl Drop for DeviceBuffer {
             // SAFETY: `Memory::allocate` got the address and the length, and this is the one
             // place that gives them back.
             unsafe { self.memory.device.free(self.address, self.bytes) };
-            self.memory.count().current -= self.bytes;
+            self.memory.freed(self.bytes);
         }
     }
+}
+
+/// A row-major tensor in device memory.
+#[derive(Debug)]
+pub struct DeviceTensor {
+    buffer: DeviceBuffer,
+    dtype: DType,
+    shape: Vec<usize>,
+}
+
+impl DeviceTensor {
+    /// A tensor whose bytes are all `value`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; [`Error::TooLarge`] for a size beyond 2^64 bytes.
+    pub fn filled(
+        memory: &Arc<Memory>,
+        dtype: DType,
+        shape: &[usize],
+        value: u8,
+    ) -> Result<Self, Error> {
+        let buffer = memory.filled(bytes_of(dtype, shape)?, value)?;
+        Ok(Self { buffer, dtype, shape: shape.to_vec() })
+    }
+
+    /// A copy of a tensor on the host.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], or what the device reports.
+    pub fn upload(memory: &Arc<Memory>, tensor: &Tensor) -> Result<Self, Error> {
+        Self::from_bytes(memory, tensor.dtype(), tensor.shape(), tensor.bytes())
+    }
+
+    /// A tensor with these elements, in the machine's (little-endian) byte order.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] when the bytes are more or fewer than the shape has;
+    /// [`Error::OutOfMemory`].
+    pub fn from_bytes(
+        memory: &Arc<Memory>,
+        dtype: DType,
+        shape: &[usize],
+        bytes: &[u8],
+    ) -> Result<Self, Error> {
+        expect_bytes(dtype, shape, bytes.len())?;
+        Ok(Self { buffer: memory.upload(bytes)?, dtype, shape: shape.to_vec() })
+    }
+
+    /// Overwrites the elements.
+    ///
+    /// # Errors
+    /// Another storage type or shape; what the device reports.
+    pub fn write(&mut self, tensor: &Tensor) -> Result<(), Error> {
+        tensor.expect("to write", self.dtype, &self.shape)?;
+        self.buffer.write(tensor.bytes())
+    }
+
+    /// Waits for what was started before, and copies the tensor to the host.
+    ///
+    /// # Errors
+    /// What went wrong while a kernel ran.
+    pub fn to_host(&self) -> Result<Tensor, Error> {
+        self.buffer.memory.device.synchronize()?;
+        let mut tensor = Tensor::zeros(self.dtype, &self.shape);
+        self.buffer.read(tensor.bytes_mut())?;
+        Ok(tensor)
+    }
+
+    /// Storage type.
+    #[must_use]
+    pub const fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Extent of each dimension, slowest first.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.buffer.bytes
+    }
+
+    /// The count that its memory belongs to.
+    #[must_use]
+    pub const fn memory(&self) -> &Arc<Memory> {
+        self.buffer.memory()
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub const fn region(&self) -> Region {
+        self.buffer.region()
+    }
+
+    /// Checks the storage type, the shape and the device.
+    ///
+    /// # Errors
+    /// Which of them is wrong.
+    pub fn expect(
+        &self,
+        what: &str,
+        memory: &Memory,
+        dtype: DType,
+        shape: &[usize],
+    ) -> Result<(), Error> {
+        expect_tensor(what, (self.dtype, dtype), (&self.shape, shape))?;
+        expect_device(what, &self.buffer, memory)
+    }
+}
+
+/// Checks that a buffer is on the device of `memory`.
+pub(crate) fn expect_device(
+    what: &str,
+    buffer: &DeviceBuffer,
+    memory: &Memory,
+) -> Result<(), Error> {
+    if buffer.memory.same_device(memory) {
+        return Ok(());
+    }
+    Err(Error::DeviceLacks {
+        device: memory.device.name(),
+        what: format!("use {what}"),
+        remedy: format!("it is in memory of {}", buffer.memory.device.name()),
+    })
 }

@@ -9,7 +9,7 @@ pub mod gpu;
 pub mod instruments;
 pub mod memory;
 
-use crate::error::Error;
+use crate::{error::Error, raw::Encode};
 use kernels_gpu::{
     args::{AttentionArgs, LinearArgs, WithMaps},
     entry::Entry,
@@ -20,7 +20,7 @@ use simt::tma::TensorMap;
 pub use cpu::CpuDevice;
 pub use gpu::GpuDevice;
 pub use instruments::{Counters, Instruments};
-pub use memory::{DeviceBuffer, Memory};
+pub use memory::{DeviceBuffer, DeviceTensor, Memory};
 
 /// Grid or block extent.
 pub use simt::Dim3;
@@ -213,15 +213,15 @@ unsafe impl<A: KernelArgs, const N: usize> KernelArgs for WithMaps<A, N> {
     };
 }
 
-/// Puts tensor maps, which the device encodes, in front of the other arguments.
+/// Puts tensor maps, encoded for a device, in front of the other arguments.
 pub(crate) fn with_maps<A, const N: usize>(
-    device: &dyn Device,
+    encode: Encode<'_>,
     maps: &[TensorMapSpec; N],
     args: A,
 ) -> Result<WithMaps<A, N>, Error> {
     let mut encoded = [TensorMap([0; TensorMap::BYTES]); N];
     for (encoded, map) in encoded.iter_mut().zip(maps) {
-        encoded.0 = device.encode_tensor_map(map)?;
+        encoded.0 = encode(map)?;
     }
     Ok(WithMaps { maps: encoded, args })
 }

@@ -1,16 +1,22 @@
-//! A forward pass that is ready to run, and what it gives.
+//! Forward passes: the buffers of a pass, used again from call to call, and a pass with its
+//! input.
 
-use super::MultiHeadAttention;
+use std::sync::Arc;
+
+use super::{MultiHeadAttention, Pass, projections};
 use crate::{
-    backend::{Device, DeviceBuffer, Launch},
-    error::Error,
+    backend::{Device, DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
+    error::{Error, Shape},
     problem::Problem,
-    session::{Attention, Work},
+    raw::{LinearArgs, LinearPlan, Region, View},
+    registry::{KernelSpec, Target},
+    session::{Attention, POISON, Work},
     tensor::Tensor,
 };
 
 /// What a module gives.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct ModuleOutputs {
     /// `[B, N, hidden]`.
     pub y: Tensor,
@@ -20,6 +26,7 @@ pub struct ModuleOutputs {
 
 /// Device memory of a forward pass, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ModuleMemory {
     /// Weights and biases of the projections, which stay from pass to pass.
     pub parameters: u64,
@@ -34,28 +41,202 @@ pub struct ModuleMemory {
     pub peak: u64,
 }
 
-/// A pass with its input in device memory, to be run as often as wanted.
-pub struct Forward<'a> {
-    pub(super) module: &'a MultiHeadAttention,
-    /// The projection of q, k and v.
-    pub(super) before: Launch,
-    pub(super) attention: Attention,
-    /// The projection of the output.
-    pub(super) after: Launch,
-    pub(super) x: DeviceBuffer,
-    pub(super) mask: DeviceBuffer,
-    /// Q, K and V, kept alive for the kernels.
-    pub(super) _qkv: DeviceBuffer,
-    pub(super) y: DeviceBuffer,
-    /// Bytes that were in use beside the module when the pass was prepared.
-    pub(super) others: u64,
+/// The buffers of a forward pass over sequences of one shape: q, k, v, o, y and workspace. They
+/// serve every module of that shape, layer after layer, and every call after the first allocates,
+/// fills and uploads nothing.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use flash_attention::{
+///     CpuDevice, DType, Error, Tensor,
+///     module::{MultiHeadAttention, Pass, Weights},
+///     registry,
+///     session::Session,
+/// };
+///
+/// fn main() -> Result<(), Error> {
+///     let session = Session::new(Arc::new(CpuDevice::new()));
+///     let layer = |seed| -> Result<_, Error> {
+///         MultiHeadAttention::new(&session, &Weights::random(DType::F16, 128, seed)?, 2)
+///     };
+///     let (first, second) = (layer(1)?, layer(2)?);
+///     let kernel = registry::find("flash_mma")?;
+///     let pass = Pass::default();
+///     let x = session.upload(&Tensor::random(DType::F16, &[1, 48, 128], 3, 0.0))?;
+///     // Two sets of buffers, since a layer reads the output of the one before.
+///     let mut a = first.forward_buffers(kernel, &first.problem(1, 48, false, &pass)?)?;
+///     let mut b = second.forward_buffers(kernel, &second.problem(1, 48, false, &pass)?)?;
+///     let y = a.run(&first, &x, None)?;
+///     let y = b.run(&second, y, None)?;
+///     assert_eq!(y.to_host()?.shape(), [1, 48, 128]);
+///     Ok(())
+/// }
+/// ```
+#[derive(Debug)]
+pub struct Forward {
+    memory: Arc<Memory>,
+    /// The projection of q, k and v, and that of the output.
+    pub(super) linear: [LinearPlan; 2],
+    attention: Attention,
+    qkv: DeviceBuffer,
+    y: DeviceTensor,
 }
 
-impl Forward<'_> {
+impl Forward {
+    pub(super) fn new(
+        memory: &Arc<Memory>,
+        module: &MultiHeadAttention,
+        kernel: &'static KernelSpec,
+        problem: &Problem,
+    ) -> Result<Self, Error> {
+        let target = Target::of(&**memory.device());
+        let linear = module.linear(problem)?;
+        let [first, last] = projections(problem);
+        let x_bytes = (problem.q_elements() * problem.dtype().size()) as u64;
+        let hidden = problem.heads() * problem.head_dim();
+        let y = [problem.batch(), problem.seq_q(), hidden];
+        Ok(Self {
+            linear: [
+                LinearPlan::new(&first, &target, linear)?,
+                LinearPlan::new(&last, &target, linear)?,
+            ],
+            qkv: memory.filled(3 * x_bytes, POISON)?,
+            attention: Attention::new(memory, kernel, problem)?,
+            y: DeviceTensor::filled(memory, problem.dtype(), &y, POISON)?,
+            memory: memory.clone(),
+        })
+    }
+
     /// The attention problem between the projections.
     #[must_use]
     pub const fn problem(&self) -> &Problem {
         self.attention.problem()
+    }
+
+    /// The attention kernel with its outputs.
+    #[must_use]
+    pub const fn attention(&self) -> &Attention {
+        &self.attention
+    }
+
+    /// `[B, N, hidden]`, the output of the last run.
+    #[must_use]
+    pub const fn y(&self) -> &DeviceTensor {
+        &self.y
+    }
+
+    /// Starts a pass of a module over `x: [B, N, hidden]` in device memory; does not wait.
+    ///
+    /// # Errors
+    /// A module or an input of another shape, storage type or device; what the device reports.
+    pub fn run(
+        &mut self,
+        module: &MultiHeadAttention,
+        x: &DeviceTensor,
+        mask: Option<&DeviceBuffer>,
+    ) -> Result<&DeviceTensor, Error> {
+        let p = *self.problem();
+        x.expect("x", &self.memory, p.dtype(), self.y.shape())?;
+        module.expect(&self.memory, &p)?;
+        if let Some(mask) = mask {
+            expect_device("mask", mask, &self.memory)?;
+            if p.has_mask() && mask.bytes() != (p.batch() * p.seq_k()) as u64 {
+                return Err(Error::ShapeMismatch {
+                    what: "mask".into(),
+                    expected: Shape::from([p.batch(), p.seq_k()]),
+                    given: [mask.bytes() as usize].into(),
+                });
+            }
+        }
+        let [qkv, out] = module.parameters();
+        self.project(0, x.region(), qkv, self.qkv.region())?;
+        let thirds = [0, 1, 2].map(|third| self.third(third));
+        let args = self.attention.args_of(thirds, mask.map(DeviceBuffer::region));
+        // SAFETY: q, k and v are parts of this value's buffer; the mask was checked above.
+        unsafe { self.attention.run_on(args)? };
+        self.project(1, self.attention.o().region(), out, self.y.region())?;
+        Ok(&self.y)
+    }
+
+    /// One projection, from x to y.
+    fn project(
+        &self,
+        which: usize,
+        x: Region,
+        [w, bias]: &[DeviceBuffer; 2],
+        y: Region,
+    ) -> Result<(), Error> {
+        let device = &**self.memory.device();
+        let args = LinearArgs { x, w: w.region(), bias: Some(bias.region()), y };
+        let launch = self.linear[which].launch_for(device, &args)?;
+        // SAFETY: the plan checked the lengths; x is the caller's tensor or a buffer of this
+        // value, as y is, and the parameters belong to the module: all on this device, and
+        // freeing one waits for the launch.
+        unsafe { device.launch(&launch) }
+    }
+
+    /// Q, K or V, of which a token has a third each: `[B, N, 3, H, D]` at `third`.
+    fn third(&self, third: u64) -> View {
+        let p = self.problem();
+        let offset = third * (p.heads() * p.head_dim() * p.dtype().size()) as u64;
+        let region = self.qkv.region().part(offset, self.qkv.bytes() - offset);
+        let View { strides: [b, h, n], .. } =
+            View::contiguous(region, p.layout(), p.heads(), p.seq_q(), p.head_dim());
+        View::new(region, [3 * b, h, 3 * n])
+    }
+
+    /// The attention weights of the last run: see [`Prepared::weights`](crate::session::Prepared::weights).
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// The mask of the last run is still in memory.
+    unsafe fn weights(&mut self) -> Result<Tensor, Error> {
+        // SAFETY: q, k and v belong to this value; the mask is there by the caller's word.
+        unsafe { self.attention.weights() }
+    }
+}
+
+/// A pass with its input in device memory, to be run as often as wanted.
+#[derive(Debug)]
+pub struct PreparedForward<'a> {
+    module: &'a MultiHeadAttention,
+    forward: Forward,
+    x: DeviceTensor,
+    mask: Option<DeviceBuffer>,
+}
+
+impl<'a> PreparedForward<'a> {
+    pub(super) fn new(
+        module: &'a MultiHeadAttention,
+        kernel: &'static KernelSpec,
+        problem: &Problem,
+        x: &[u8],
+        mask: Option<&[u8]>,
+    ) -> Result<Self, Error> {
+        // A count of its own: other passes and sessions do not show in it.
+        let memory = module.memory.part();
+        let shape = [problem.batch(), problem.seq_q(), module.hidden()];
+        Ok(Self {
+            x: DeviceTensor::from_bytes(&memory, problem.dtype(), &shape, x)?,
+            mask: mask.map(|mask| memory.upload(mask)).transpose()?,
+            forward: Forward::new(&memory, module, kernel, problem)?,
+            module,
+        })
+    }
+
+    /// The attention problem between the projections.
+    #[must_use]
+    pub const fn problem(&self) -> &Problem {
+        self.forward.problem()
+    }
+
+    /// The buffers, with the output.
+    #[must_use]
+    pub const fn forward(&self) -> &Forward {
+        &self.forward
     }
 
     /// Waits and downloads y.
@@ -63,49 +244,61 @@ impl Forward<'_> {
     /// # Errors
     /// What went wrong while a kernel ran.
     pub fn y(&self) -> Result<Tensor, Error> {
-        self.module.memory.device().synchronize()?;
-        let p = self.problem();
-        let mut y = Tensor::zeros(p.dtype(), &[p.batch(), p.seq_q(), self.module.hidden()]);
-        self.y.read(y.bytes_mut())?;
-        Ok(y)
+        self.forward.y.to_host()
     }
 
-    /// The attention weights, once the pass has run; see [`Attention::weights`].
+    /// The attention weights, once the pass has run; see
+    /// [`Prepared::weights`](crate::session::Prepared::weights).
     ///
     /// # Errors
-    /// As [`Attention::weights`].
-    pub fn weights(&self) -> Result<Tensor, Error> {
-        self.attention.weights()
+    /// As there.
+    pub fn weights(&mut self) -> Result<Tensor, Error> {
+        // SAFETY: the mask belongs to this value.
+        unsafe { self.forward.weights() }
     }
 
-    /// Device memory of this pass so far.
+    /// Device memory of this pass so far, and of the module's parameters.
     #[must_use]
     pub fn memory(&self) -> ModuleMemory {
-        let peak = self.module.memory.peak() - self.others;
         let parameters = self.module.parameter_bytes();
-        let inputs = self.x.bytes() + self.mask.bytes();
-        let outputs = self.y.bytes();
+        let inputs = self.x.bytes() + self.mask.as_ref().map_or(0, DeviceBuffer::bytes);
+        let outputs = self.forward.y.bytes();
+        let peak = self.forward.memory.peak();
         ModuleMemory {
             parameters,
             inputs,
             outputs,
-            workspace: peak - parameters - inputs - outputs,
-            peak,
+            workspace: peak - inputs - outputs,
+            peak: parameters + peak,
         }
     }
 }
 
-impl Work for Forward<'_> {
+impl Work for PreparedForward<'_> {
     fn device(&self) -> &dyn Device {
         &**self.module.memory.device()
     }
 
-    fn start(&self) -> Result<(), Error> {
-        let device = self.device();
-        // SAFETY: the parameters belong to the module, every other buffer to this value.
-        unsafe { device.launch(&self.before)? };
-        self.attention.start()?;
-        // SAFETY: as above.
-        unsafe { device.launch(&self.after) }
+    fn start(&mut self) -> Result<(), Error> {
+        self.forward.run(self.module, &self.x, self.mask.as_ref()).map(drop)
+    }
+}
+
+impl MultiHeadAttention {
+    /// Runs a pass once, from the host and back.
+    ///
+    /// # Errors
+    /// As [`MultiHeadAttention::prepare`], or what went wrong while a kernel ran.
+    pub fn forward(
+        &self,
+        kernel: &'static KernelSpec,
+        x: &Tensor,
+        mask: Option<&[u8]>,
+        pass: &Pass,
+    ) -> Result<(ModuleOutputs, ModuleMemory), Error> {
+        let mut forward = self.prepare(kernel, x, mask, pass)?;
+        forward.launch()?;
+        let weights = pass.weights.then(|| forward.weights()).transpose()?;
+        Ok((ModuleOutputs { y: forward.y()?, weights }, forward.memory()))
     }
 }

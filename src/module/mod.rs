@@ -21,19 +21,17 @@ mod weights;
 
 use std::sync::Arc;
 
-use kernels_gpu::args::{self, Buffer};
-
 use crate::{
-    backend::{DeviceBuffer, Memory},
+    backend::{DeviceBuffer, Memory, memory::expect_device},
     dtype::DType,
     error::{Error, Shape},
     problem::{Dropout, Layout, Problem, head_dim_of},
     registry::{self, KernelSpec, LinearSpec, Projection, Target},
-    session::{Attention, DeviceInputs, POISON, Session, Work},
+    session::Session,
     tensor::Tensor,
 };
 
-pub use forward::{Forward, ModuleMemory, ModuleOutputs};
+pub use forward::{Forward, ModuleMemory, ModuleOutputs, PreparedForward};
 pub use weights::{Linear, Weights};
 
 /// What a forward pass is asked for.
@@ -89,6 +87,7 @@ pub enum Mode {
 ///     Ok(())
 /// }
 /// ```
+#[derive(Debug)]
 pub struct MultiHeadAttention {
     memory: Arc<Memory>,
     /// Weight `[3 hidden, hidden]` and bias of q, k and v.
@@ -224,7 +223,7 @@ impl MultiHeadAttention {
         x: &Tensor,
         mask: Option<&[u8]>,
         pass: &Pass,
-    ) -> Result<Forward<'_>, Error> {
+    ) -> Result<PreparedForward<'_>, Error> {
         let &[batch, seq, hidden] = x.shape() else { return Err(self.wrong_shape(x)) };
         if hidden != self.hidden() {
             return Err(self.wrong_shape(x));
@@ -256,12 +255,12 @@ impl MultiHeadAttention {
         problem: &Problem,
         x: &[u8],
         mask: &[u8],
-    ) -> Result<Forward<'_>, Error> {
+    ) -> Result<PreparedForward<'_>, Error> {
         let device = &**self.memory.device();
         let target = Target::of(device);
         kernel.supports(problem, &target)?;
+        self.linear(problem)?;
         let tokens = problem.batch() * problem.seq_q();
-        let linear = self.linear(problem)?;
         let x_bytes = problem.q_elements() * self.dtype.size();
         let mask_bytes = if problem.has_mask() { tokens } else { 0 };
         for (what, expected, given) in
@@ -276,31 +275,61 @@ impl MultiHeadAttention {
         if needed > free {
             return Err(Error::OutOfMemory { device: device.name(), needed, free });
         }
-        self.memory.reset_peak();
-        let others = self.memory.current() - self.parameter_bytes();
-        let (x, mask) = (self.memory.upload(x)?, self.memory.upload(mask)?);
-        let qkv = self.memory.filled(3 * x.bytes(), POISON)?;
-        let [q, k, v] = [0, 1, 2].map(|third| self.third(third, problem, &qkv));
-        let inputs = DeviceInputs { q, k, v, mask: mask.as_arg() };
-        let attention = Attention::new(&self.memory, kernel, problem, &inputs)?;
-        let y = self.memory.filled(x.bytes(), POISON)?;
-
-        let [first, last] = projections(problem);
-        let launch = |p: &Projection, x: &DeviceBuffer, [w, bias]: &[DeviceBuffer; 2], y| {
-            linear.launch(device, p, [x, w, bias, y])
-        };
-        let before = launch(&first, &x, &self.qkv, &qkv)?;
-        let after = launch(&last, attention.o(), &self.out, &y)?;
-        Ok(Forward { module: self, before, attention, after, x, mask, _qkv: qkv, y, others })
+        let mask = problem.has_mask().then_some(mask);
+        PreparedForward::new(self, kernel, problem, x, mask)
     }
 
-    /// Q, K or V, of which a token has a third each: `[B, N, 3, H, D]` at `third`.
-    fn third(&self, third: u64, problem: &Problem, qkv: &DeviceBuffer) -> args::Tensor {
-        let offset = third * (self.hidden() * self.dtype.size()) as u64;
-        let Buffer { address, bytes } = qkv.as_arg();
-        let buffer = Buffer { address: address + offset, bytes: bytes - offset };
-        let args::Tensor { stride_b, stride_h, stride_n, .. } = problem.q_arg(buffer);
-        args::Tensor { buffer, stride_b: 3 * stride_b, stride_h, stride_n: 3 * stride_n }
+    /// The buffers of forward passes over a problem of this module
+    /// ([`MultiHeadAttention::problem`]), filled with NaN.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the reason; [`Error::OutOfMemory`].
+    pub fn forward_buffers(
+        &self,
+        kernel: &'static KernelSpec,
+        problem: &Problem,
+    ) -> Result<Forward, Error> {
+        self.expect(&self.memory, problem)?;
+        Forward::new(&self.memory.part(), self, kernel, problem)
+    }
+
+    /// Checks that a problem has the heads and the storage type of this module, which is on the
+    /// device of `memory`.
+    fn expect(&self, memory: &Memory, problem: &Problem) -> Result<(), Error> {
+        expect_device("the module", &self.qkv[0], memory)?;
+        for (what, expected, given) in [
+            ("heads", self.heads, problem.heads()),
+            ("head dim", self.head_dim, problem.head_dim()),
+        ] {
+            if expected != given {
+                return Err(Error::InvalidValue {
+                    what,
+                    given: given.to_string(),
+                    remedy: format!("the module has {expected}"),
+                });
+            }
+        }
+        if problem.dtype() != self.dtype {
+            return Err(Error::DTypeMismatch {
+                what: "x".into(),
+                expected: self.dtype,
+                given: problem.dtype(),
+            });
+        }
+        if problem.layout() != Layout::TokensFirst || problem.seq_q() != problem.seq_k() {
+            return Err(Error::InvalidValue {
+                what: "layout",
+                given: format!("{:?}", problem.layout()),
+                remedy: "use the module's `problem`: tokens before heads, as many keys as queries"
+                    .into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Weight and bias of q, k and v together, and of the output.
+    const fn parameters(&self) -> [&[DeviceBuffer; 2]; 2] {
+        [&self.qkv, &self.out]
     }
 
     fn wrong_shape(&self, x: &Tensor) -> Error {
@@ -309,23 +338,6 @@ impl MultiHeadAttention {
             given: Shape::from(x.shape()).to_string(),
             remedy: format!("it must be [batch, tokens, {}]", self.hidden()),
         }
-    }
-
-    /// Runs a pass once.
-    ///
-    /// # Errors
-    /// As [`MultiHeadAttention::prepare`], or what went wrong while a kernel ran.
-    pub fn forward(
-        &self,
-        kernel: &'static KernelSpec,
-        x: &Tensor,
-        mask: Option<&[u8]>,
-        pass: &Pass,
-    ) -> Result<(ModuleOutputs, ModuleMemory), Error> {
-        let forward = self.prepare(kernel, x, mask, pass)?;
-        forward.launch()?;
-        let weights = pass.weights.then(|| forward.weights()).transpose()?;
-        Ok((ModuleOutputs { y: forward.y()?, weights }, forward.memory()))
     }
 }
 

@@ -4,6 +4,7 @@ use super::*;
 use crate::{
     backend::CpuDevice,
     registry::{KERNELS, KernelSpec, LINEAR_KERNELS, find},
+    session::counting::{Calls, Counting},
 };
 
 const HIDDEN: usize = 128;
@@ -105,9 +106,49 @@ fn a_projection_runs_on_the_kernel_that_was_asked_for() {
         let module = module.with_linear(linear);
         let kernel = find("flash_tiled").unwrap();
         let forward = module.prepare(kernel, &x, None, &Pass::default()).unwrap();
-        let symbol = forward.after.entry.symbol;
+        let symbol = forward.forward().linear[1].entry().symbol;
         assert!(symbol.starts_with(linear.name), "{symbol}");
     }
+}
+
+/// Layers one after the other: nothing is allocated, filled or uploaded once the buffers are there.
+#[test]
+fn layers_run_on_the_device_without_the_host_between() {
+    let device = Arc::new(Counting::default());
+    let session = Session::new(device.clone());
+    let layer = |seed| {
+        let weights = Weights::random(DType::F16, HIDDEN, seed).unwrap();
+        MultiHeadAttention::new(&session, &weights, 2).unwrap()
+    };
+    let layers = [layer(1), layer(2), layer(3)];
+    let kernel = find("flash_hopper").unwrap();
+    let pass = Pass { causal: true, ..Pass::default() };
+    let x = Tensor::random(DType::F16, &[1, 40, HIDDEN], 5, 0.0);
+    // The host between the layers.
+    let mut expected = x.clone();
+    for layer in &layers {
+        expected = layer.forward(kernel, &expected, None, &pass).unwrap().0.y;
+    }
+    let problem = layers[0].problem(1, 40, false, &pass).unwrap();
+    let buffers = || layers[0].forward_buffers(kernel, &problem).unwrap();
+    let (mut a, mut b, x) = (buffers(), buffers(), session.upload(&x).unwrap());
+    for round in 0..2 {
+        device.reset();
+        let y = a.run(&layers[0], &x, None).unwrap();
+        let y = b.run(&layers[1], y, None).unwrap();
+        let y = a.run(&layers[2], y, None).unwrap();
+        let calls = device.calls();
+        // The first round zeroes each queue once.
+        let fill = if round == 0 { 2 } else { 0 };
+        let uncounted = Calls { launch: 0, encode: 0, fill: 0, ..calls };
+        assert_eq!(uncounted, Calls::default());
+        assert_eq!((calls.launch, calls.fill), (9, fill));
+        assert_eq!(y.to_host().unwrap(), expected);
+    }
+    let other =
+        MultiHeadAttention::new(&session, &Weights::random(DType::F16, HIDDEN, 1).unwrap(), 4);
+    let message = a.run(&other.unwrap(), &x, None).unwrap_err().to_string();
+    assert!(message.contains("heads = 2 is not possible: the module has 4"), "{message}");
 }
 
 #[test]

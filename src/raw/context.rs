@@ -107,9 +107,9 @@ impl Context {
     /// # Errors
     /// An entry that this GPU cannot run; [`Error::Module`] with the compiler's log; what else
     /// the driver reports.
-    pub fn prepare(&self, entries: &[&'static Entry]) -> Result<(), Error> {
+    pub fn prepare(&self, entries: impl IntoIterator<Item = &'static Entry>) -> Result<(), Error> {
         let _entered = self.enter().map_err(|code| self.failed("preparing kernels", code))?;
-        entries.iter().try_for_each(|entry| self.kernels.get(entry, self).map(drop))
+        entries.into_iter().try_for_each(|entry| self.kernels.get(entry, self).map(drop))
     }
 
     /// Encodes a tensor map for TMA. Works without any context.

@@ -11,11 +11,7 @@ use kernels_gpu::{
 use simt::Dim3;
 
 use super::{Step, Target, dtype_obstacle, lacking, list, table::tiles, unless};
-use crate::{
-    backend::{self, Device, DeviceBuffer, Launch, TensorMapSpec},
-    dtype::DType,
-    error::Error,
-};
+use crate::{backend::TensorMapSpec, dtype::DType, error::Error};
 
 /// A projection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -205,35 +201,6 @@ impl LinearSpec {
             return Some(format!("counts rows and features in 32 bits: {n} is too many"));
         }
         (self.limit)(p).or_else(|| (self.step)(p, target).obstacle(target))
-    }
-
-    /// The launch for a projection that it supports, with x, w, bias (empty for none) and y in
-    /// memory of `device`.
-    ///
-    /// # Errors
-    /// A tensor map that the device cannot encode.
-    pub fn launch(
-        &self,
-        device: &dyn Device,
-        p: &Projection,
-        [x, w, bias, y]: [&DeviceBuffer; 4],
-    ) -> Result<Launch, Error> {
-        let target = Target::of(device);
-        let step = (self.step)(p, &target);
-        // A kernel that supports the projection counts in 32 bits.
-        let args = LinearArgs {
-            x: x.as_arg(),
-            w: w.as_arg(),
-            bias: bias.as_arg(),
-            y: y.as_arg(),
-            rows: p.rows as u32,
-            in_features: p.in_features as u32,
-            out_features: p.out_features as u32,
-        };
-        match self.tensor_maps {
-            None => step.launch(&args),
-            Some(maps) => step.launch(&backend::with_maps(device, &maps(p, &target, &args), args)?),
-        }
     }
 }
 

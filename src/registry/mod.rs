@@ -15,6 +15,7 @@ use crate::{
     dtype::DType,
     error::Error,
     problem::{Layout, Problem},
+    raw::ALIGNMENT,
 };
 
 pub use linear::{LINEAR_KERNELS, LinearMaps, LinearSpec, Projection, best_linear, find_linear};
@@ -82,6 +83,7 @@ pub struct Features {
 
 /// What a device offers to kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Target {
     /// Compute capability, `(major, minor)`.
     pub capability: (u32, u32),
@@ -92,6 +94,13 @@ pub struct Target {
 }
 
 impl Target {
+    /// A device of that compute capability `(major, minor)`, dynamic shared memory of a block in
+    /// bytes, and number of multiprocessors.
+    #[must_use]
+    pub const fn new(capability: (u32, u32), max_shared_bytes: u32, multiprocessors: u32) -> Self {
+        Self { capability, max_shared_bytes, multiprocessors }
+    }
+
     /// That of a device.
     #[must_use]
     pub fn of(device: &dyn Device) -> Self {
@@ -188,7 +197,7 @@ impl KernelSpec {
     #[must_use]
     pub fn workspace_bytes(&self, problem: &Problem, target: &Target) -> u64 {
         let queue = if self.queue { QUEUE_BYTES } else { 0 };
-        (self.plan)(problem, target).workspace_bytes + queue
+        queue.next_multiple_of(ALIGNMENT) + (self.plan)(problem, target).workspace_bytes
     }
 
     /// Device memory that a run will need, known before anything is allocated.

@@ -1,6 +1,10 @@
 //! One row: a kernel on a problem, verified first and then timed.
 
-use flash_attention::{Error, registry::KernelSpec, session::Work};
+use flash_attention::{
+    Error,
+    registry::KernelSpec,
+    session::work::{self, Work},
+};
 
 use super::stats::{Times, runs_in, write_sustained};
 use crate::{
@@ -62,7 +66,7 @@ impl Bench<'_> {
     ) -> Result<(), Error> {
         let title = format!("N {}, {}: {}", row.seq, row.level, kernel.name);
         progress.doing(format!("{title}: verifying"));
-        let ran = self.subject.run(kernel, None)?;
+        let mut ran = self.subject.run(kernel, None)?;
         row.peak_bytes = Some(ran.peak_bytes);
         row.workspace_bytes = Some(ran.workspace_bytes);
         row.global_bytes_read = ran.counters.map(|c| c.global_bytes_read);
@@ -75,16 +79,17 @@ impl Bench<'_> {
             row.reason = complaint(bad);
             return Ok(());
         }
-        self.time(&*ran.work, row, &title, progress)
+        self.time(&mut *ran.work, row, &title, progress)
     }
 
     fn time(
         &self,
-        work: &dyn Work,
+        work: &mut dyn Work,
         row: &mut Row,
         title: &str,
         progress: &Progress,
     ) -> Result<(), Error> {
+        let device = self.subject.session().device();
         progress.doing(format!("{title}: warming up"));
         for _ in 0..self.repeats.warmup {
             if interrupt::requested() {
@@ -99,7 +104,7 @@ impl Bench<'_> {
                 break;
             }
             progress.doing(format!("{title}: run {} of {}", run + 1, self.repeats.iters));
-            times.extend(work.time_ms(0, 1)?);
+            times.extend(work::time_ms(device, work, 0, 1)?);
             progress.step();
         }
         match Times::of(&times) {
@@ -109,7 +114,7 @@ impl Bench<'_> {
         if let Some(seconds) = self.repeats.sustained.filter(|_| !interrupt::requested()) {
             progress.doing(format!("{title}: back to back"));
             let runs = runs_in(seconds, row);
-            write_sustained(row, work.sustained_ms(runs)?);
+            write_sustained(row, work::sustained_ms(device, work, runs)?);
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use flash_attention::{
     backend::instruments::time_ms,
     oracle,
     registry::KernelSpec,
-    session::{Attention, DeviceInputs, Inputs, Outputs, Session},
+    session::{Inputs, Outputs, Session, Work},
     verify::{Credit, Differences},
 };
 
@@ -90,26 +90,16 @@ impl Given for GivenAttention<'_> {
         with_weights: bool,
     ) -> Result<Done> {
         let p = &self.problem;
-        session.check_fits(kernel, p)?;
-        let memory = session.memory();
-        memory.reset_peak();
-        let (q, k) = (memory.upload(self.q.bytes)?, memory.upload(self.k.bytes)?);
-        let v = memory.upload(self.v.bytes)?;
-        let mask = memory.upload(self.mask.map_or(&[][..], |mask| mask.bytes))?;
-        let inputs = DeviceInputs {
-            q: p.q_arg(q.as_arg()),
-            k: p.k_arg(k.as_arg()),
-            v: p.k_arg(v.as_arg()),
-            mask: mask.as_arg(),
-        };
-        let attention = Attention::new(memory, kernel, p, &inputs)?;
-        let ms = time_ms(session.device(), &mut || attention.start())?;
-        let Outputs { o, lse, .. } = attention.outputs_without_weights()?;
+        let inputs = [self.q.bytes, self.k.bytes, self.v.bytes];
+        let mask = self.mask.map(|mask| mask.bytes);
+        let mut prepared = session.prepare_bytes(kernel, p, inputs, mask)?;
+        let ms = time_ms(session.device(), &mut || prepared.start())?;
+        let Outputs { o, lse, .. } = prepared.outputs_without_weights()?;
         let mut tensors = vec![("o", o), ("lse", lse)];
         if with_weights {
-            tensors.push(("weights", attention.weights()?));
+            tensors.push(("weights", prepared.weights()?));
         }
-        Ok(Done { tensors, by: kernel.name.into(), ms, peak_bytes: memory.peak() })
+        Ok(Done { tensors, by: kernel.name.into(), ms, peak_bytes: prepared.memory().peak })
     }
 
     fn compare(&self, done: &Done) -> Result<Vec<Comparison>> {

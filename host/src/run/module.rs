@@ -97,7 +97,7 @@ impl Given for GivenModule<'_> {
         let p = &self.problem;
         let module = MultiHeadAttention::new(session, &self.weights, p.heads())?;
         let mask = self.mask_bytes().unwrap_or_default();
-        let forward = module.prepare_bytes(kernel, p, self.x.bytes, mask)?;
+        let mut forward = module.prepare_bytes(kernel, p, self.x.bytes, mask)?;
         let ms = time_ms(session.device(), &mut || forward.start())?;
         let mut tensors = vec![("y", forward.y()?)];
         if with_weights {

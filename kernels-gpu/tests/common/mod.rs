@@ -72,7 +72,6 @@ pub fn check_linear<T: Scalar>(
         rows,
         in_features,
         out_features,
-        ..LinearArgs::default()
     });
     let features = in_features as usize;
     for (index, y) in y.iter().enumerate() {

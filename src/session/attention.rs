@@ -1,0 +1,292 @@
+//! A kernel with outputs and workspace of its own, to be run as often as wanted.
+
+use std::{fmt, sync::Arc};
+
+use super::{Outputs, POISON, Session};
+use crate::{
+    backend::{DeviceBuffer, DeviceTensor, Launch, Memory, memory::expect_device},
+    dtype::DType,
+    error::{Error, Shape},
+    problem::Problem,
+    raw::{Args, Plan, Region, View},
+    registry::{KernelSpec, Target},
+    tensor::Tensor,
+};
+
+/// A kernel that is ready for one problem: its outputs and workspace stay in device memory and
+/// are used again by every run.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use flash_attention::{CpuDevice, DType, Error, Problem, Tensor, registry, session::Session};
+///
+/// fn main() -> Result<(), Error> {
+///     let session = Session::new(Arc::new(CpuDevice::new()));
+///     let problem = Problem::builder(1, 2, 48, 64).dtype(DType::F16).causal(true).build()?;
+///     let mut attention = session.attention(registry::find("flash_mma")?, &problem)?;
+///     let x = session.upload(&Tensor::random(DType::F16, &problem.q_shape(), 1, 0.0))?;
+///     // Two layers without the host between: O of the first is Q, K and V of the second.
+///     let mut second = session.attention(registry::find("flash_mma")?, &problem)?;
+///     attention.run(&x, &x, &x, None)?;
+///     second.run(attention.o(), attention.o(), attention.o(), None)?;
+///     assert_eq!(second.o().to_host()?.shape(), [1, 2, 48, 64]);
+///     Ok(())
+/// }
+/// ```
+pub struct Attention {
+    memory: Arc<Memory>,
+    plan: Plan,
+    o: DeviceTensor,
+    lse: DeviceTensor,
+    workspace: DeviceBuffer,
+    /// The launches of the run before: tensors at the same addresses need no others.
+    ready: Option<(Args, Vec<Launch>)>,
+    /// Whether the queue is known to be zero: not after a launch that failed.
+    queue_is_zero: bool,
+}
+
+impl fmt::Debug for Attention {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attention")
+            .field("kernel", &self.plan.kernel().name)
+            .field("problem", self.plan.problem())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// Allocates outputs and workspace of a kernel for a problem, filled with NaN: an element
+    /// that no kernel wrote shows.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the kernel cannot do the problem; [`Error::OutOfMemory`].
+    pub fn attention(
+        &self,
+        kernel: &'static KernelSpec,
+        problem: &Problem,
+    ) -> Result<Attention, Error> {
+        Attention::new(self.memory(), kernel, problem)
+    }
+}
+
+impl Attention {
+    pub(crate) fn new(
+        memory: &Arc<Memory>,
+        kernel: &'static KernelSpec,
+        problem: &Problem,
+    ) -> Result<Self, Error> {
+        let plan = Plan::new(problem, &Target::of(&**memory.device()), kernel)?;
+        let filled = |dtype, shape: &[usize]| DeviceTensor::filled(memory, dtype, shape, POISON);
+        Ok(Self {
+            o: filled(problem.dtype(), &problem.q_shape())?,
+            lse: filled(DType::F32, &problem.lse_shape())?,
+            workspace: memory.filled(plan.workspace_bytes_beside_lse(), POISON)?,
+            memory: memory.clone(),
+            plan,
+            ready: None,
+            queue_is_zero: false,
+        })
+    }
+
+    /// The plan.
+    #[must_use]
+    pub const fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The kernel.
+    #[must_use]
+    pub const fn kernel(&self) -> &'static KernelSpec {
+        self.plan.kernel()
+    }
+
+    /// The problem.
+    #[must_use]
+    pub const fn problem(&self) -> &Problem {
+        self.plan.problem()
+    }
+
+    /// The output of the last run.
+    #[must_use]
+    pub const fn o(&self) -> &DeviceTensor {
+        &self.o
+    }
+
+    /// The log-sum-exp of the last run: f32 `[B, H, Nq]`, natural log.
+    #[must_use]
+    pub const fn lse(&self) -> &DeviceTensor {
+        &self.lse
+    }
+
+    /// Bytes beyond inputs and outputs.
+    #[must_use]
+    pub const fn workspace_bytes(&self) -> u64 {
+        self.workspace.bytes()
+    }
+
+    /// Starts the kernel on inputs in device memory; does not wait.
+    ///
+    /// # Errors
+    /// An input of another shape, storage type or device; what the device reports.
+    pub fn run(
+        &mut self,
+        q: &DeviceTensor,
+        k: &DeviceTensor,
+        v: &DeviceTensor,
+        mask: Option<&DeviceBuffer>,
+    ) -> Result<(), Error> {
+        let args = self.args(q, k, v, mask)?;
+        // SAFETY: `args` checked that the inputs are tensors of this device; freeing one waits
+        // for the launches before.
+        unsafe { self.run_on(args) }
+    }
+
+    /// The inputs, checked, and the outputs.
+    fn args(
+        &self,
+        q: &DeviceTensor,
+        k: &DeviceTensor,
+        v: &DeviceTensor,
+        mask: Option<&DeviceBuffer>,
+    ) -> Result<Args, Error> {
+        let p = self.problem();
+        for (what, tensor, shape) in
+            [("q", q, p.q_shape()), ("k", k, p.k_shape()), ("v", v, p.k_shape())]
+        {
+            tensor.expect(what, &self.memory, p.dtype(), &shape)?;
+        }
+        if let Some(mask) = mask {
+            expect_device("mask", mask, &self.memory)?;
+            let (expected, given) = (p.batch() * p.seq_k(), mask.bytes());
+            if p.has_mask() && given != expected as u64 {
+                return Err(Error::ShapeMismatch {
+                    what: "mask".into(),
+                    expected: Shape::from([p.batch(), p.seq_k()]),
+                    given: [given as usize].into(),
+                });
+            }
+        }
+        let view = |tensor: &DeviceTensor, seq| {
+            View::contiguous(tensor.region(), p.layout(), p.heads(), seq, p.head_dim())
+        };
+        let inputs = [view(q, p.seq_q()), view(k, p.seq_k()), view(v, p.seq_k())];
+        Ok(self.args_of(inputs, mask.map(DeviceBuffer::region)))
+    }
+
+    /// Inputs at these places, and the outputs of this value.
+    pub(crate) fn args_of(&self, [q, k, v]: [View; 3], mask: Option<Region>) -> Args {
+        let p = self.problem();
+        let o = View::contiguous(self.o.region(), p.layout(), p.heads(), p.seq_q(), p.head_dim());
+        let args = Args::new(q, k, v, o).lse(self.lse.region()).workspace(self.workspace.region());
+        mask.map_or(args, |mask| args.mask(mask))
+    }
+
+    /// Starts the kernel.
+    ///
+    /// # Safety
+    /// The inputs in `args` are live memory of this device, whose owners are freed through it;
+    /// everything else in `args` is from [`Attention::args_of`] of this value.
+    pub(crate) unsafe fn run_on(&mut self, args: Args) -> Result<(), Error> {
+        let device = &**self.memory.device();
+        let ready = self.ready.take().filter(|(before, _)| *before == args);
+        let (_, launches) = match ready {
+            Some(ready) => self.ready.insert(ready),
+            None => {
+                let launches = self.plan.launches_for(device, &args)?;
+                self.ready.insert((args, launches))
+            }
+        };
+        if !self.queue_is_zero {
+            self.workspace.fill_start(self.plan.zeroed_bytes(), 0)?;
+        }
+        self.queue_is_zero = false;
+        for launch in launches.iter() {
+            // SAFETY: the plan checked the arguments: inputs are live by the caller's word, outputs
+            // and workspace belong to this value, which nobody else can use meanwhile.
+            unsafe { device.launch(launch)? };
+        }
+        self.queue_is_zero = true;
+        Ok(())
+    }
+
+    /// Waits and downloads O and LSE, and the weights where the kernel keeps them.
+    ///
+    /// # Errors
+    /// What went wrong while the kernel ran.
+    pub fn outputs(&mut self) -> Result<Outputs, Error> {
+        let weights = self.kept_weights()?;
+        Ok(Outputs { weights, ..self.outputs_without_weights()? })
+    }
+
+    /// Waits and downloads O and LSE only: at a long sequence the weights are many times as
+    /// large.
+    ///
+    /// # Errors
+    /// What went wrong while the kernel ran.
+    pub fn outputs_without_weights(&mut self) -> Result<Outputs, Error> {
+        self.synchronize()?;
+        Ok(Outputs { o: self.o.to_host()?, lse: self.lse.to_host()?, weights: None })
+    }
+
+    /// Waits for the last run. After a fault the queue is zeroed before it is used again.
+    ///
+    /// # Errors
+    /// What went wrong while the kernel ran.
+    pub fn synchronize(&mut self) -> Result<(), Error> {
+        let done = self.memory.device().synchronize();
+        self.queue_is_zero &= done.is_ok();
+        done
+    }
+
+    /// The attention weights `[B, H, Nq, Nk]` that the last run left, of kernels that keep them.
+    fn kept_weights(&mut self) -> Result<Option<Tensor>, Error> {
+        let Some(place) = self.plan.kept_weights() else { return Ok(None) };
+        self.synchronize()?;
+        let p = self.problem();
+        let mut weights = Tensor::zeros(p.dtype(), &p.weights_shape());
+        self.workspace.read_at(place.start, weights.bytes_mut())?;
+        Ok(Some(weights))
+    }
+
+    /// The attention weights `[B, H, Nq, Nk]` after dropout, of the last run: as the kernel left
+    /// them, or computed again by a launch of their own into
+    /// [`Problem::weights_bytes`](crate::Problem::weights_bytes) of memory.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] before the first run; [`Error::OutOfMemory`]; a head dim that
+    /// weights cannot be computed for; what went wrong while the kernel ran.
+    ///
+    /// # Safety
+    /// The inputs of the last run are still in memory.
+    pub(crate) unsafe fn weights(&mut self) -> Result<Tensor, Error> {
+        if let Some(weights) = self.kept_weights()? {
+            return Ok(weights);
+        }
+        let Some((args, _)) = &self.ready else {
+            return Err(Error::InvalidValue {
+                what: "runs before the weights are asked for",
+                given: "0".into(),
+                remedy: "run the kernel first".into(),
+            });
+        };
+        let p = *self.problem();
+        let weights = DeviceTensor::filled(&self.memory, p.dtype(), &p.weights_shape(), POISON)?;
+        let launch = self.plan.weights_launch(args, weights.region())?;
+        // SAFETY: as for `run_on`; the weights are the tensor above.
+        unsafe { self.memory.device().launch(&launch)? };
+        weights.to_host()
+    }
+
+    /// Leaves numbers in the queue, as a launch does that is stopped.
+    #[cfg(test)]
+    pub(crate) fn spoil_queue(&mut self) {
+        self.workspace.fill_start(self.plan.zeroed_bytes(), 1).unwrap();
+    }
+
+    /// The launches of the last run, for whoever looks at them.
+    #[cfg(test)]
+    pub(crate) fn launches(&self) -> &[Launch] {
+        self.ready.as_ref().map_or(&[], |(_, launches)| launches)
+    }
+}

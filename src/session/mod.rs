@@ -1,0 +1,414 @@
+//! Runs a kernel on a problem: upload, allocate, launch, download, with every byte of
+//! device memory accounted for.
+
+mod attention;
+pub mod work;
+
+use std::sync::Arc;
+
+use crate::{
+    backend::{Device, DeviceBuffer, DeviceTensor, Memory},
+    error::Error,
+    problem::Problem,
+    registry::{KernelSpec, Target},
+    tensor::Tensor,
+};
+
+pub use attention::Attention;
+pub use work::Work;
+
+/// Outputs and workspace are filled with this before a launch: all bits set is NaN in
+/// every storage type, so that an element that no kernel wrote shows.
+pub(crate) const POISON: u8 = 0xff;
+
+/// The tensors that attention is computed from, on the host.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// Queries, of the problem's `q_shape`.
+    pub q: &'a Tensor,
+    /// Keys, of the problem's `k_shape`.
+    pub k: &'a Tensor,
+    /// Values, of the problem's `k_shape`.
+    pub v: &'a Tensor,
+    /// Padding mask, `[B, Nk]`, 0 = hidden.
+    pub mask: Option<&'a [u8]>,
+}
+
+impl Inputs<'_> {
+    /// Checks that the tensors are those of the problem.
+    ///
+    /// # Errors
+    /// Which tensor is of the wrong type or shape, missing, or not expected.
+    pub fn check(&self, problem: &Problem) -> Result<(), Error> {
+        self.q.expect("q", problem.dtype(), &problem.q_shape())?;
+        self.k.expect("k", problem.dtype(), &problem.k_shape())?;
+        self.v.expect("v", problem.dtype(), &problem.k_shape())?;
+        check_mask(problem, self.mask)
+    }
+}
+
+/// Checks that there is a mask exactly where the problem has one, and its length.
+fn check_mask(problem: &Problem, mask: Option<&[u8]>) -> Result<(), Error> {
+    match mask {
+        None if problem.has_mask() => Err(Error::MissingTensor {
+            what: "mask".into(),
+            context: ": the problem has a padding mask".into(),
+        }),
+        Some(_) if !problem.has_mask() => Err(Error::UnexpectedTensor { what: "mask".into() }),
+        Some(mask) if mask.len() != problem.batch() * problem.seq_k() => {
+            Err(Error::ShapeMismatch {
+                what: "mask".into(),
+                expected: [problem.batch(), problem.seq_k()].into(),
+                given: [mask.len()].into(),
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What attention gives.
+#[derive(Clone, Debug)]
+pub struct Outputs {
+    /// Output, of the problem's `q_shape` and storage type.
+    pub o: Tensor,
+    /// Log-sum-exp of the scaled scores of each row, natural log: f32 `[B, H, Nq]`.
+    pub lse: Tensor,
+    /// Attention weights `[B, H, Nq, Nk]` after dropout, from kernels that keep them.
+    pub weights: Option<Tensor>,
+}
+
+/// Device memory of a run, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryReport {
+    /// Q, K, V and the padding mask.
+    pub inputs: u64,
+    /// O and the log-sum-exp.
+    pub outputs: u64,
+    /// Everything else.
+    pub workspace: u64,
+    /// The most in use at once, as counted.
+    pub peak: u64,
+}
+
+/// A device and the count of its memory.
+#[derive(Clone, Debug)]
+pub struct Session {
+    memory: Arc<Memory>,
+}
+
+impl Session {
+    /// A session with a count that starts at zero.
+    #[must_use]
+    pub fn new(device: Arc<dyn Device>) -> Self {
+        Self { memory: Memory::new(device) }
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn device(&self) -> &dyn Device {
+        &**self.memory.device()
+    }
+
+    /// The device's memory.
+    #[must_use]
+    pub const fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// What the device offers to kernels.
+    #[must_use]
+    pub fn target(&self) -> Target {
+        Target::of(self.device())
+    }
+
+    /// Whether a kernel's memory for a problem is free now, without allocating it.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] with what is needed and what is free.
+    pub fn check_fits(&self, kernel: &KernelSpec, problem: &Problem) -> Result<(), Error> {
+        let needed = kernel.peak_bytes(problem, &self.target());
+        let free = self.device().memory_info()?.free;
+        if needed > free {
+            return Err(Error::OutOfMemory { device: self.device().name(), needed, free });
+        }
+        Ok(())
+    }
+
+    /// A copy of a tensor in device memory.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], or what the device reports.
+    pub fn upload(&self, tensor: &Tensor) -> Result<DeviceTensor, Error> {
+        DeviceTensor::upload(&self.memory, tensor)
+    }
+
+    /// Uploads the inputs and gets everything ready to launch.
+    ///
+    /// # Errors
+    /// What is wrong with the request, [`Error::OutOfMemory`] (before anything is
+    /// allocated where that can be foreseen), or what the device reports.
+    pub fn prepare(
+        &self,
+        kernel: &'static KernelSpec,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+    ) -> Result<Prepared, Error> {
+        kernel.supports(problem, &self.target())?;
+        inputs.check(problem)?;
+        let tensors = [inputs.q, inputs.k, inputs.v].map(Tensor::bytes);
+        self.prepare_bytes(kernel, problem, tensors, inputs.mask)
+    }
+
+    /// As [`Session::prepare`], from the elements of Q, K and V as bytes: what a mapped file
+    /// holds goes to the device without a copy.
+    ///
+    /// # Errors
+    /// As [`Session::prepare`]; [`Error::ShapeMismatch`] when there are more or fewer bytes than
+    /// the problem has.
+    pub fn prepare_bytes(
+        &self,
+        kernel: &'static KernelSpec,
+        problem: &Problem,
+        [q, k, v]: [&[u8]; 3],
+        mask: Option<&[u8]>,
+    ) -> Result<Prepared, Error> {
+        kernel.supports(problem, &self.target())?;
+        check_mask(problem, mask)?;
+        self.check_fits(kernel, problem)?;
+        let memory = self.memory.part();
+        let upload = |shape: [usize; 4], bytes| {
+            DeviceTensor::from_bytes(&memory, problem.dtype(), &shape, bytes)
+        };
+        let inputs = [
+            upload(problem.q_shape(), q)?,
+            upload(problem.k_shape(), k)?,
+            upload(problem.k_shape(), v)?,
+        ];
+        let mask = mask.map(|mask| memory.upload(mask)).transpose()?;
+        let input_bytes = memory.current();
+        let attention = Attention::new(&memory, kernel, problem)?;
+        let workspace = attention.workspace_bytes();
+        let memory = MemoryReport {
+            inputs: input_bytes,
+            outputs: memory.current() - input_bytes - workspace,
+            workspace,
+            peak: memory.peak(),
+        };
+        Ok(Prepared { attention, inputs, mask, memory })
+    }
+
+    /// Runs a kernel once.
+    ///
+    /// # Errors
+    /// As [`Session::prepare`], or what went wrong while the kernel ran.
+    pub fn run(
+        &self,
+        kernel: &'static KernelSpec,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+    ) -> Result<(Outputs, MemoryReport), Error> {
+        let mut prepared = self.prepare(kernel, problem, inputs)?;
+        prepared.launch()?;
+        Ok((prepared.outputs()?, prepared.memory()))
+    }
+}
+
+/// A kernel with its inputs on the device, to be launched as often as wanted.
+#[derive(Debug)]
+pub struct Prepared {
+    attention: Attention,
+    inputs: [DeviceTensor; 3],
+    mask: Option<DeviceBuffer>,
+    memory: MemoryReport,
+}
+
+impl Prepared {
+    /// The kernel with its outputs.
+    #[must_use]
+    pub const fn attention(&self) -> &Attention {
+        &self.attention
+    }
+
+    /// Device memory of this run.
+    #[must_use]
+    pub const fn memory(&self) -> MemoryReport {
+        self.memory
+    }
+
+    /// Waits and downloads the outputs, the weights among them where the kernel keeps them.
+    ///
+    /// # Errors
+    /// What went wrong while the kernel ran.
+    pub fn outputs(&mut self) -> Result<Outputs, Error> {
+        self.attention.outputs()
+    }
+
+    /// Waits and downloads O and LSE only.
+    ///
+    /// # Errors
+    /// What went wrong while the kernel ran.
+    pub fn outputs_without_weights(&mut self) -> Result<Outputs, Error> {
+        self.attention.outputs_without_weights()
+    }
+
+    /// The attention weights `[B, H, Nq, Nk]` after dropout, once the kernel has run: as it left
+    /// them in memory, or computed again from Q, K and LSE by a launch of their own, into
+    /// [`Problem::weights_bytes`] of memory.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] before the first run; [`Error::OutOfMemory`]; a head dim that
+    /// weights cannot be computed for; what went wrong while the kernel ran.
+    pub fn weights(&mut self) -> Result<Tensor, Error> {
+        // SAFETY: the inputs belong to this value.
+        unsafe { self.attention.weights() }
+    }
+}
+
+impl Work for Prepared {
+    fn device(&self) -> &dyn Device {
+        &**self.inputs[0].memory().device()
+    }
+
+    fn start(&mut self) -> Result<(), Error> {
+        let [q, k, v] = &self.inputs;
+        self.attention.run(q, k, v, self.mask.as_ref())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod counting;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, backend::CpuDevice, registry::KERNELS};
+
+    fn tensors(p: &Problem) -> [Tensor; 3] {
+        let random = |shape: [usize; 4], seed| Tensor::random(p.dtype(), &shape, seed, 0.0);
+        [random(p.q_shape(), 1), random(p.k_shape(), 2), random(p.k_shape(), 3)]
+    }
+
+    #[test]
+    fn memory_is_as_the_registry_predicts() {
+        let problem = Problem::builder(2, 1, 40, 32).mask(true).build().unwrap();
+        let [q, k, v] = &tensors(&problem);
+        let mask = vec![1; 80];
+        for kernel in KERNELS.iter().filter(|k| k.dtypes.contains(&DType::F32)) {
+            let session = Session::new(Arc::new(CpuDevice::new()));
+            let inputs = Inputs { q, k, v, mask: Some(&mask) };
+            let (outputs, memory) = session.run(kernel, &problem, &inputs).unwrap();
+            assert_eq!(memory.peak, kernel.peak_bytes(&problem, &session.target()));
+            assert_eq!(memory.peak, memory.inputs + memory.outputs + memory.workspace);
+            assert_eq!(memory.inputs, problem.input_bytes());
+            assert!(outputs.o.to_f64().iter().all(|x| x.is_finite()), "{}", kernel.name);
+            assert_eq!(outputs.weights.is_some(), kernel.features.weights);
+            assert_eq!(session.memory().current(), 0);
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_not_tried() {
+        let problem = Problem::builder(1, 1, 64, 32).build().unwrap();
+        let [q, k, v] = &tensors(&problem);
+        let kernel = crate::registry::find("naive").unwrap();
+        let session = Session::new(Arc::new(CpuDevice::with_memory_limit(40_000)));
+        let inputs = Inputs { q, k, v, mask: None };
+        let error = session.run(kernel, &problem, &inputs).err().unwrap();
+        assert!(
+            matches!(error, Error::OutOfMemory { needed: 49_408, free: 40_000, .. }),
+            "{error}"
+        );
+        let kernel = crate::registry::find("flash_tiled").unwrap();
+        assert!(session.run(kernel, &problem, &inputs).is_ok());
+    }
+
+    /// Two prepared runs and a session that others share: each reports its own memory.
+    #[test]
+    fn a_report_counts_its_own_run_alone() {
+        let problem = Problem::builder(1, 1, 64, 32).build().unwrap();
+        let [q, k, v] = &tensors(&problem);
+        let inputs = Inputs { q, k, v, mask: None };
+        let session = Session::new(Arc::new(CpuDevice::new()));
+        let _other = session.upload(q).unwrap();
+        let naive = crate::registry::find("naive").unwrap();
+        let first = session.prepare(naive, &problem, &inputs).unwrap();
+        let second = session.prepare(naive, &problem, &inputs).unwrap();
+        let expected = naive.peak_bytes(&problem, &session.target());
+        assert_eq!((first.memory().peak, second.memory().peak), (expected, expected));
+        assert_eq!(session.memory().current(), 2 * expected + 64 * 32 * 4);
+    }
+
+    #[test]
+    fn a_tensor_of_another_device_is_refused() {
+        let problem = Problem::builder(1, 1, 8, 32).build().unwrap();
+        let [here, elsewhere] = [(); 2].map(|()| Session::new(Arc::new(CpuDevice::new())));
+        let kernel = crate::registry::find("flash_tiled").unwrap();
+        let mut attention = here.attention(kernel, &problem).unwrap();
+        let [q, k, v] = &tensors(&problem);
+        let [q, k] = [q, k].map(|t| here.upload(t).unwrap());
+        let v = elsewhere.upload(v).unwrap();
+        let message = attention.run(&q, &k, &v, None).unwrap_err().to_string();
+        assert!(message.contains("cannot use v"), "{message}");
+    }
+
+    /// What a run asks of the device, counted.
+    #[test]
+    fn a_run_again_allocates_fills_and_uploads_nothing() {
+        let device = Arc::new(counting::Counting::default());
+        let session = Session::new(device.clone());
+        for name in ["flash_hopper", "flash_pipelined", "standard"] {
+            let kernel = crate::registry::find(name).unwrap();
+            let problem = Problem::builder(1, 2, 70, 64).dtype(DType::F16).build().unwrap();
+            let [q, k, v] = tensors(&problem).map(|t| session.upload(&t).unwrap());
+            let mut attention = session.attention(kernel, &problem).unwrap();
+            attention.run(&q, &k, &v, None).unwrap();
+            let first = attention.outputs_without_weights().unwrap();
+            device.reset();
+            attention.run(&q, &k, &v, None).unwrap();
+            let steps = attention.plan().entries().count();
+            assert_eq!(device.calls(), counting::Calls { launch: steps, ..Default::default() });
+            assert_eq!(attention.outputs_without_weights().unwrap().o, first.o, "{name}");
+            // Other inputs need other tensor maps, and no more.
+            device.reset();
+            attention.run(&k, &q, &v, None).unwrap();
+            let encode = if kernel.tensor_maps.is_some() { 4 } else { 0 };
+            let expected = counting::Calls { launch: steps, encode, ..Default::default() };
+            assert_eq!(device.calls(), expected, "{name}");
+        }
+    }
+
+    /// A launch that does not end leaves the queue as it was: it is zeroed before the next.
+    #[test]
+    fn after_a_fault_the_queue_is_zeroed() {
+        let device = Arc::new(counting::Counting::default());
+        let session = Session::new(device.clone());
+        let kernel = crate::registry::find("flash_pipelined").unwrap();
+        let problem = Problem::builder(1, 2, 300, 64).dtype(DType::F16).build().unwrap();
+        let [q, k, v] = tensors(&problem).map(|t| session.upload(&t).unwrap());
+        let mut attention = session.attention(kernel, &problem).unwrap();
+        attention.run(&q, &k, &v, None).unwrap();
+        let expected = attention.outputs_without_weights().unwrap().o;
+        device.fail_next_launch();
+        // The failing device leaves numbers in the workspace, as a stopped launch does.
+        assert!(attention.run(&q, &k, &v, None).is_err());
+        attention.spoil_queue();
+        device.reset();
+        attention.run(&q, &k, &v, None).unwrap();
+        assert_eq!(device.calls().fill, 1);
+        assert_eq!(attention.outputs_without_weights().unwrap().o, expected);
+    }
+
+    #[test]
+    fn wrong_tensors_are_named() {
+        let problem = Problem::builder(1, 1, 8, 32).mask(true).build().unwrap();
+        let [q, k, v] = &tensors(&problem);
+        let short = Tensor::zeros(DType::F32, &[1, 1, 7, 32]);
+        let message = |inputs: Inputs<'_>| inputs.check(&problem).unwrap_err().to_string();
+        let good = Inputs { q, k, v, mask: None };
+        assert!(message(good).contains("mask is missing"));
+        assert!(message(Inputs { k: &short, ..good }).contains("k has shape [1, 1, 7, 32]"));
+        let half = v.cast(DType::F16);
+        assert!(message(Inputs { v: &half, ..good }).contains("v is f16, expected f32"));
+        assert!(message(Inputs { mask: Some(&[1; 7]), ..good }).contains("mask has shape [7]"));
+    }
+}

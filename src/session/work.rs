@@ -1,0 +1,63 @@
+//! Something that runs again and again, and how long it takes.
+
+use crate::{
+    backend::{Device, instruments},
+    error::Error,
+};
+
+/// Something that is ready to run on a device, as often as wanted.
+pub trait Work {
+    /// The device.
+    fn device(&self) -> &dyn Device;
+
+    /// Starts it; does not wait.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn start(&mut self) -> Result<(), Error>;
+
+    /// Runs it and waits.
+    ///
+    /// # Errors
+    /// What went wrong while a kernel ran.
+    fn launch(&mut self) -> Result<(), Error> {
+        self.start()?;
+        self.device().synchronize()
+    }
+}
+
+/// Milliseconds of each of `runs` launches, after `warm_up` that are not timed. Each starts with
+/// a cold L2 cache.
+///
+/// # Errors
+/// What went wrong while a kernel ran.
+pub fn time_ms(
+    device: &dyn Device,
+    work: &mut dyn Work,
+    warm_up: usize,
+    runs: usize,
+) -> Result<Vec<f64>, Error> {
+    for _ in 0..warm_up {
+        work.launch()?;
+    }
+    let mut times = Vec::with_capacity(runs);
+    for _ in 0..runs {
+        instruments::flush_l2(device)?;
+        times.push(instruments::time_ms(device, &mut || work.start())?);
+    }
+    device.synchronize()?;
+    Ok(times)
+}
+
+/// Milliseconds per launch among `runs` back to back, none waited for: the time that is left when
+/// launches cost nothing, with the L2 cache as the launch before left it, and at the clock that a
+/// GPU holds at its power limit.
+///
+/// # Errors
+/// What went wrong while a kernel ran.
+pub fn sustained_ms(device: &dyn Device, work: &mut dyn Work, runs: usize) -> Result<f64, Error> {
+    let runs = runs.max(1);
+    let all = instruments::time_ms(device, &mut || (0..runs).try_for_each(|_| work.start()))?;
+    device.synchronize()?;
+    Ok(all / runs as f64)
+}
