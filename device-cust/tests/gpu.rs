@@ -4,6 +4,8 @@
 mod device;
 #[path = "../../tests/gpu/fake_driver.rs"]
 mod fake_driver;
+#[path = "../../tests/gpu/graph.rs"]
+mod graph;
 #[path = "../../tests/gpu/raw.rs"]
 mod raw;
 #[path = "../../tests/gpu/session.rs"]

@@ -6,6 +6,7 @@
 mod device;
 mod environment;
 mod fake_driver;
+mod graph;
 mod raw;
 mod session;
 

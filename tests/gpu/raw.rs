@@ -13,6 +13,7 @@ use flash_attention::{
 use crate::{
     device::{Head, SYMBOL, expected, faulty_launch, gpu, launch_of, memory, start},
     fake_driver::open,
+    graph::{Graph, OwnStream},
 };
 
 /// The calling thread's context.
@@ -75,17 +76,15 @@ fn streams_are_passed_on_as_they_are() {
     let head = Head::new(&memory).unwrap();
     let launch = launch_of(SYMBOL, &head.args());
     set_current(gpu.context().handle());
-    // SAFETY: the context is current.
-    let own = unsafe { functions::stream_create(0) }.unwrap();
-    for stream in [0, 1, 2, own.expose_provenance()].map(ptr::with_exposed_provenance_mut) {
+    let own = OwnStream::new();
+    for stream in [0, 1, 2, own.0.expose_provenance()].map(ptr::with_exposed_provenance_mut) {
         // SAFETY: the stream is of this context, and `head` lives until it was waited for.
         unsafe { gpu.context().launch(&launch, stream) }.unwrap();
         assert_eq!(fake.last_stream(), stream as u64);
         synchronize(stream).unwrap();
         assert_eq!(head.o.to_vec::<f32>().unwrap(), expected(SYMBOL).0);
     }
-    // SAFETY: made above, and empty.
-    unsafe { functions::stream_destroy(own) }.unwrap();
+    drop(own);
     set_current(ptr::null_mut());
 }
 
@@ -111,6 +110,72 @@ fn a_prepared_launch_allocates_fills_copies_and_waits_for_nothing() {
 }
 
 #[test]
+fn a_prepared_launch_can_be_captured_and_replayed() {
+    let fake = open();
+    let gpu = gpu();
+    let memory = memory(&gpu);
+    let mut head = Head::new(&memory).unwrap();
+    let launch = launch_of(SYMBOL, &head.args());
+    gpu.context().prepare([launch.entry]).unwrap();
+    set_current(gpu.context().handle());
+    let stream = OwnStream::new();
+    let launches = fake.launches();
+    let graph = Graph::capture(stream.0, || {
+        // SAFETY: the stream is of this context; `head` outlives the graph.
+        unsafe { gpu.context().launch(&launch, stream.0) }
+    });
+    let graph = graph.unwrap().unwrap();
+    assert_eq!(fake.launches(), launches, "captured, not run");
+    for _ in 0..3 {
+        head.o.fill(0xff).unwrap();
+        graph.launch(stream.0).unwrap();
+        synchronize(stream.0).unwrap();
+        assert_eq!(head.o.to_vec::<f32>().unwrap(), expected(SYMBOL).0);
+    }
+    assert_eq!(fake.launches(), launches + 3);
+    drop((graph, stream));
+    set_current(ptr::null_mut());
+}
+
+#[test]
+fn a_launch_that_would_compile_its_kernel_fails_in_a_capture() {
+    let _fake = open();
+    let gpu = gpu();
+    let memory = memory(&gpu);
+    let head = Head::new(&memory).unwrap();
+    let launch = launch_of(SYMBOL, &head.args());
+    set_current(gpu.context().handle());
+    let stream = OwnStream::new();
+    let captured = Graph::capture(stream.0, || {
+        // SAFETY: the stream is of this context; `head` outlives the graph.
+        let error = unsafe { gpu.context().launch(&launch, stream.0) }.unwrap_err();
+        assert!(error.to_string().contains("while a stream is captured"), "{error}");
+        Err::<(), Error>(error)
+    });
+    assert_eq!(captured.err().map(|failure| failure.code.0), Some(901));
+    drop(stream);
+    set_current(ptr::null_mut());
+    start(&gpu, &launch).expect("nothing of it stays");
+    gpu.synchronize().unwrap();
+}
+
+#[test]
+fn memory_that_may_still_be_in_use_is_not_freed() {
+    let fake = open();
+    let gpu = gpu();
+    let address = gpu.allocate(64).unwrap();
+    // After the two calls that make the context current, the wait fails for another reason
+    // than a lost context.
+    fake.fail_after(2, 999);
+    // SAFETY: allocated above, and not used afterwards but to free it.
+    unsafe { gpu.free(address, 64) };
+    assert_eq!(fake.used_bytes(), 64, "lost, not freed under what may run");
+    // SAFETY: as above.
+    unsafe { gpu.free(address, 64) };
+    assert_eq!(fake.used_bytes(), 0);
+}
+
+#[test]
 fn threads_launch_through_one_context_on_streams_of_their_own() {
     let fake = open();
     let objects = fake.live_objects();
@@ -121,14 +186,10 @@ fn threads_launch_through_one_context_on_streams_of_their_own() {
             let head = Head::new(&memory).unwrap();
             let launch = launch_of(SYMBOL, &head.args());
             set_current(gpu.context().handle());
-            // SAFETY: the context is current; the stream is of it, and is waited for before
-            // it and `head` go.
-            unsafe {
-                let stream = functions::stream_create(functions::STREAM_NON_BLOCKING).unwrap();
-                gpu.context().launch(&launch, stream).unwrap();
-                synchronize(stream).unwrap();
-                functions::stream_destroy(stream).unwrap();
-            }
+            let stream = OwnStream::new();
+            // SAFETY: the stream is of this context, and is waited for before `head` goes.
+            unsafe { gpu.context().launch(&launch, stream.0) }.unwrap();
+            synchronize(stream.0).unwrap();
             head.o.to_vec::<f32>().unwrap()
         };
         let results: Vec<_> = thread::scope(|scope| {

@@ -38,6 +38,7 @@ extern "C" fn fake_cuda_clear_fault() {
     let mut state = state();
     (state.pending_fault, state.fault, state.planned) = (0, 0, None);
     state.busy.clear();
+    state.capture = None;
 }
 
 /// Bytes allocated now.

@@ -1,6 +1,8 @@
 //! Launches, which the emulator runs before the call returns; their faults wait to be
 //! found as on a GPU.
 
+use std::sync::Arc;
+
 use kernels_gpu::entry::ArgsCopy;
 use simt::{
     Dim3,
@@ -9,6 +11,7 @@ use simt::{
 
 use crate::{
     P, call_in_context, code,
+    graph::Node,
     module::Function,
     state::{context, state},
     stream,
@@ -57,22 +60,32 @@ extern "C" fn cuLaunchKernel(
         let args = ArgsCopy::new(unsafe {
             std::slice::from_raw_parts(*params, function.entry.args_bytes)
         });
+        let entry = function.entry;
+        let launch = emulator::Launch { grid, block, cluster: entry.cluster, shared_bytes };
+        let node = Node { entry, launch, args: Arc::new(args) };
         {
             let mut state = state();
             state.last_stream = stream as u64;
-            state.busy.insert(stream as usize);
+            match &mut state.capture {
+                Some(capture) if capture.stream == stream as usize => {
+                    capture.nodes.push(node);
+                    return Ok(());
+                }
+                Some(capture) if stream as usize <= 1 => {
+                    capture.broken = true;
+                    return Err(code::CAPTURE_IMPLICIT);
+                }
+                _ => _ = state.busy.insert(stream as usize),
+            }
         }
-        run(
-            function.entry,
-            emulator::Launch { grid, block, cluster: function.entry.cluster, shared_bytes },
-            &args,
-        );
+        run(&node);
         Ok(())
     })
 }
 
 /// Runs a kernel; a fault is kept for the call that waits.
-fn run(entry: &'static kernels_gpu::entry::Entry, launch: emulator::Launch, args: &ArgsCopy) {
+pub(crate) fn run(node: &Node) {
+    let Node { entry, launch, args } = node;
     {
         let mut state = state();
         state.launches += 1;
@@ -82,7 +95,7 @@ fn run(entry: &'static kernels_gpu::entry::Entry, launch: emulator::Launch, args
     }
     // SAFETY: the arguments have the entry's size and alignment, and the memory that
     // they describe lives until the launch ends, which it does here.
-    let result = emulator::launch(launch, &|| unsafe { (entry.run)(args.as_ptr()) });
+    let result = emulator::launch(*launch, &|| unsafe { (entry.run)(args.as_ptr()) });
     if let Err(fault) = result {
         // A GPU does not say; a test's output should.
         eprintln!("fake CUDA driver: kernel {}: {fault}", entry.symbol);

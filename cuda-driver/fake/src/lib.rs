@@ -23,6 +23,7 @@
 
 mod control;
 mod device;
+mod graph;
 mod launch;
 mod memory;
 mod module;
@@ -45,6 +46,9 @@ pub(crate) mod code {
     pub(crate) const ILLEGAL_ADDRESS: u32 = 700;
     pub(crate) const MISALIGNED_ADDRESS: u32 = 716;
     pub(crate) const LAUNCH_FAILED: u32 = 719;
+    pub(crate) const CAPTURE_UNSUPPORTED: u32 = 900;
+    pub(crate) const CAPTURE_INVALIDATED: u32 = 901;
+    pub(crate) const CAPTURE_IMPLICIT: u32 = 906;
 }
 
 /// A pointer or handle.

@@ -31,6 +31,7 @@ extern "C" fn cuMemAlloc_v2(address: P, bytes: usize) -> u32 {
     call_in_context(|| {
         let mut state = state();
         state.operations += 1;
+        state.forbidden_in_capture()?;
         let bytes = bytes as u64;
         if bytes == 0 {
             return Err(code::INVALID_VALUE);
@@ -55,6 +56,7 @@ extern "C" fn cuMemAlloc_v2(address: P, bytes: usize) -> u32 {
 extern "C" fn cuMemFree_v2(address: u64) -> u32 {
     call(|| {
         check_context()?;
+        state().forbidden_in_capture()?;
         let bytes = state().allocations.remove(&address).ok_or(code::INVALID_VALUE)?;
         state().give_back();
         let memory = std::ptr::with_exposed_provenance_mut(address as usize);

@@ -104,6 +104,7 @@ extern "C" fn cuModuleLoadDataEx(
     values: *const P,
 ) -> u32 {
     call_in_context(|| {
+        state().forbidden_in_capture()?;
         // SAFETY: PTX ends in a NUL.
         let text = unsafe { CStr::from_ptr(image) }.to_string_lossy();
         let capability = state().compute_capability;

@@ -6,7 +6,7 @@ use std::{
     sync::{LazyLock, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::{Outcome, code};
+use crate::{Outcome, code, graph::Capture};
 
 /// Everything but the current context, which each thread has its own of.
 pub(crate) struct State {
@@ -32,6 +32,8 @@ pub(crate) struct State {
     pub(crate) last_stream: u64,
     /// Streams with launches that nobody has waited for.
     pub(crate) busy: HashSet<usize>,
+    /// The capture that goes on.
+    pub(crate) capture: Option<Capture>,
     /// Memory freed and modules unloaded while a stream was busy.
     pub(crate) early: u64,
     /// Allocations, frees, copies, fills and waits so far.
@@ -72,6 +74,7 @@ impl State {
             launches: 0,
             last_stream: 0,
             busy: HashSet::new(),
+            capture: None,
             early: 0,
             operations: 0,
             filled_async: 0,
@@ -100,6 +103,7 @@ impl State {
     /// now on.
     pub(crate) fn follow(&mut self) -> Outcome {
         self.operations += 1;
+        self.forbidden_in_capture()?;
         if self.fault == 0 {
             self.fault = self.pending_fault;
         }
@@ -109,6 +113,13 @@ impl State {
             return Err(self.fault);
         }
         Ok(())
+    }
+
+    /// Fails while a stream is captured, and breaks the capture.
+    pub(crate) fn forbidden_in_capture(&mut self) -> Outcome {
+        let Some(capture) = &mut self.capture else { return Ok(()) };
+        capture.broken = true;
+        Err(code::CAPTURE_UNSUPPORTED)
     }
 
     /// Notes that something is given back, which no launch may use any more.
