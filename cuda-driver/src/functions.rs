@@ -5,12 +5,13 @@
 //! value here.
 //!
 //! # Safety
-//! A call is sound when these facts hold; each function names those that concern it:
+//! A call is sound when these facts hold; each function names those that concern it, and
+//! one that takes no handle and no address is safe:
 //!
 //! 1. A handle (context, stream, event, module, function) came from the driver and was
 //!    not destroyed or released. A stream may also be null, 1 or 2: the default streams.
-//! 2. The functions that work in a context find one current on the calling thread, and
-//!    handles and addresses belong to it.
+//! 2. Handles and addresses belong to the context that is current on the calling thread.
+//!    Without one, functions that need it fail (code 201).
 //! 3. Device memory that a call or a launch uses stays allocated until the stream has
 //!    passed it, and no other stream uses it in a conflicting way meanwhile.
 //! 4. Host memory that an asynchronous copy uses stays valid until the stream has passed it.
@@ -59,13 +60,22 @@ macro_rules! call {
 }
 pub(crate) use call;
 
-/// Makes a function of each line: `name = symbol(arguments) -> result`. `[n, m]` are the
-/// facts of the list above that the caller must see to.
+/// Makes a function of each line. What follows an `unsafe fn` are the facts of the list above
+/// that the caller must see to; the others take no handle and no address.
 macro_rules! functions {
-    ($($(#[$meta:meta])* $name:ident = $symbol:ident($($arg:ident: $type:ty),*) $(-> $out:ty)?, $facts:literal;)*) => {
-        $(functions! { @one $(#[$meta])* $name = $symbol($($arg: $type),*) $(-> $out)?, $facts })*
+    () => {};
+    ($(#[$meta:meta])* fn $name:ident = $symbol:ident($($arg:ident: $type:ty),*) -> $out:ty; $($rest:tt)*) => {
+        $(#[$meta])*
+        #[doc = concat!(" (`", stringify!($symbol), "`)")]
+        ///
+        /// # Errors
+        /// The driver's result code, or that there is no driver.
+        pub fn $name($($arg: $type),*) -> Result<$out, Failure> {
+            functions!(@result $symbol($($arg: $type),*) -> $out)
+        }
+        functions! { $($rest)* }
     };
-    (@one $(#[$meta:meta])* $name:ident = $symbol:ident($($arg:ident: $type:ty),*), $facts:literal) => {
+    ($(#[$meta:meta])* unsafe fn $name:ident = $symbol:ident($($arg:ident: $type:ty),*) $(-> $out:ty)?, $facts:literal; $($rest:tt)*) => {
         $(#[$meta])*
         #[doc = concat!(" (`", stringify!($symbol), "`)")]
         ///
@@ -74,91 +84,85 @@ macro_rules! functions {
         ///
         /// # Safety
         #[doc = concat!("Facts ", $facts, " of the [list](self#safety).")]
-        pub unsafe fn $name($($arg: $type),*) -> Result<(), Failure> {
-            call!($symbol($($arg => $type),*))
+        pub unsafe fn $name($($arg: $type),*) -> Result<functions!(@out $($out)?), Failure> {
+            functions!(@result $symbol($($arg: $type),*) $(-> $out)?)
         }
+        functions! { $($rest)* }
     };
-    (@one $(#[$meta:meta])* $name:ident = $symbol:ident($($arg:ident: $type:ty),*) -> $out:ty, $facts:literal) => {
-        $(#[$meta])*
-        #[doc = concat!(" (`", stringify!($symbol), "`)")]
-        ///
-        /// # Errors
-        /// The driver's result code, or that there is no driver.
-        ///
-        /// # Safety
-        #[doc = concat!("Facts ", $facts, " of the [list](self#safety).")]
-        pub unsafe fn $name($($arg: $type),*) -> Result<$out, Failure> {
-            // Zero is a value of every result: numbers and pointers.
-            let mut out = MaybeUninit::<$out>::zeroed();
-            call!($symbol(out.as_mut_ptr() => *mut $out, $($arg => $type),*))?;
-            // SAFETY: zero, or what the driver wrote.
-            Ok(unsafe { out.assume_init() })
-        }
+    (@out) => { () };
+    (@out $out:ty) => { $out };
+    (@result $symbol:ident($($arg:ident: $type:ty),*)) => {
+        call!($symbol($($arg => $type),*))
     };
+    (@result $symbol:ident($($arg:ident: $type:ty),*) -> $out:ty) => {{
+        // Zero is a value of every result: numbers and pointers.
+        let mut out = MaybeUninit::<$out>::zeroed();
+        call!($symbol(out.as_mut_ptr() => *mut $out, $($arg => $type),*))?;
+        // SAFETY: zero, or what the driver wrote.
+        Ok(unsafe { out.assume_init() })
+    }};
 }
 
 functions! {
-    /// Initialises the driver; `flags` is 0
-    init = cuInit(flags: u32), "(none)";
     /// The newest CUDA version that the driver supports, 1000 · major + 10 · minor
-    version = cuDriverGetVersion() -> i32, "(none)";
+    fn version = cuDriverGetVersion() -> i32;
 
     /// How many GPUs there are
-    device_count = cuDeviceGetCount() -> i32, "(none)";
+    fn device_count = cuDeviceGetCount() -> i32;
     /// The GPU of that number
-    device = cuDeviceGet(index: i32) -> Device, "(none)";
+    fn device = cuDeviceGet(index: i32) -> Device;
     /// Memory of a GPU in bytes
-    device_total_bytes = cuDeviceTotalMem_v2(device: Device) -> usize, "(none)";
+    fn device_total_bytes = cuDeviceTotalMem_v2(device: Device) -> usize;
     /// A number of a GPU; see [`attribute`]
-    device_attribute = cuDeviceGetAttribute(attribute: u32, device: Device) -> i32, "(none)";
+    fn device_attribute = cuDeviceGetAttribute(attribute: u32, device: Device) -> i32;
 
     /// The context that every library of the process shares, made by the first who asks.
     /// Each call needs a [`primary_release`]
-    primary_retain = cuDevicePrimaryCtxRetain(device: Device) -> Context, "(none)";
+    fn primary_retain = cuDevicePrimaryCtxRetain(device: Device) -> Context;
     /// Gives one [`primary_retain`] back; the last destroys the context and what is in it
-    primary_release = cuDevicePrimaryCtxRelease_v2(device: Device), "1";
+    unsafe fn primary_release = cuDevicePrimaryCtxRelease_v2(device: Device), "1";
     /// The calling thread's context; null where it has none
-    ctx_current = cuCtxGetCurrent() -> Context, "(none)";
+    fn ctx_current = cuCtxGetCurrent() -> Context;
     /// Makes a context the calling thread's; null takes it away
-    ctx_set_current = cuCtxSetCurrent(context: Context), "1";
+    unsafe fn ctx_set_current = cuCtxSetCurrent(context: Context), "1";
     /// The GPU of the calling thread's context
-    ctx_device = cuCtxGetDevice() -> Device, "2";
+    fn ctx_device = cuCtxGetDevice() -> Device;
 
     /// Unloads a module, after its last launch has ended
-    module_unload = cuModuleUnload(module: Module), "1, 2, 3";
+    unsafe fn module_unload = cuModuleUnload(module: Module), "1, 2, 3";
     /// A number of a kernel; see [`attribute`]
-    function_attribute = cuFuncGetAttribute(attribute: u32, function: Function) -> i32, "1, 2";
+    unsafe fn function_attribute = cuFuncGetAttribute(attribute: u32, function: Function) -> i32, "1, 2";
     /// Sets a number of a kernel; see [`attribute`]
-    function_set_attribute = cuFuncSetAttribute(function: Function, attribute: u32, value: i32), "1, 2";
+    unsafe fn function_set_attribute = cuFuncSetAttribute(function: Function, attribute: u32, value: i32), "1, 2";
 
     /// Makes a stream; see [`STREAM_NON_BLOCKING`]
-    stream_create = cuStreamCreate(flags: u32) -> Stream, "2";
+    fn stream_create = cuStreamCreate(flags: u32) -> Stream;
     /// Destroys a stream, whose work goes on to its end
-    stream_destroy = cuStreamDestroy_v2(stream: Stream), "1, 2";
+    unsafe fn stream_destroy = cuStreamDestroy_v2(stream: Stream), "1, 2";
     /// Waits until a stream is empty
-    stream_synchronize = cuStreamSynchronize(stream: Stream), "1, 2";
+    unsafe fn stream_synchronize = cuStreamSynchronize(stream: Stream), "1, 2";
 
     /// Allocates device memory: its address
-    mem_alloc = cuMemAlloc_v2(bytes: usize) -> u64, "2";
+    fn mem_alloc = cuMemAlloc_v2(bytes: usize) -> u64;
     /// Frees device memory
-    mem_free = cuMemFree_v2(address: u64), "1, 2, 3";
+    unsafe fn mem_free = cuMemFree_v2(address: u64), "1, 2, 3";
     /// Copies from the host to device memory
-    copy_to_device = cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: Stream), "1 to 4";
+    unsafe fn copy_to_device = cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: Stream), "1 to 4";
     /// Copies from device memory to the host
-    copy_to_host = cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: Stream), "1 to 4";
+    unsafe fn copy_to_host = cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: Stream), "1 to 4";
     /// Fills device memory with a byte
-    fill = cuMemsetD8Async(address: u64, value: u8, bytes: usize, stream: Stream), "1 to 3";
+    unsafe fn fill = cuMemsetD8Async(address: u64, value: u8, bytes: usize, stream: Stream), "1 to 3";
 
     /// Makes an event that takes the time; `flags` is 0
-    event_create = cuEventCreate(flags: u32) -> Event, "2";
+    fn event_create = cuEventCreate(flags: u32) -> Event;
     /// Destroys an event
-    event_destroy = cuEventDestroy_v2(event: Event), "1, 2";
+    unsafe fn event_destroy = cuEventDestroy_v2(event: Event), "1, 2";
     /// Records an event in a stream
-    event_record = cuEventRecord(event: Event, stream: Stream), "1, 2";
+    unsafe fn event_record = cuEventRecord(event: Event, stream: Stream), "1, 2";
     /// Waits until the stream has passed an event
-    event_synchronize = cuEventSynchronize(event: Event), "1, 2";
+    unsafe fn event_synchronize = cuEventSynchronize(event: Event), "1, 2";
     /// Milliseconds between two events that the stream has passed
-    event_elapsed_ms = cuEventElapsedTime(start: Event, end: Event) -> f32, "1, 2";
+    unsafe fn event_elapsed_ms = cuEventElapsedTime(start: Event, end: Event) -> f32, "1, 2";
 }
 
 /// A stream that does not wait for the legacy default stream, nor that for it.
@@ -184,6 +188,15 @@ pub mod attribute {
     pub const DYNAMIC_SHARED_BYTES: u32 = 8;
 }
 
+/// Initialises the driver. (`cuInit`)
+///
+/// # Errors
+/// The driver's result code, or that there is no driver.
+pub fn init() -> Result<(), Failure> {
+    // No flags are defined.
+    call!(cuInit(0 => u32))
+}
+
 /// Name of a GPU. (`cuDeviceGetName`)
 ///
 /// # Errors
@@ -203,10 +216,7 @@ pub fn device_name(device: Device) -> Result<String, Failure> {
 ///
 /// # Errors
 /// The driver's result code, or that there is no driver.
-///
-/// # Safety
-/// Fact 2 of the [list](self#safety).
-pub unsafe fn mem_info() -> Result<(u64, u64), Failure> {
+pub fn mem_info() -> Result<(u64, u64), Failure> {
     let (mut free, mut total) = (0usize, 0usize);
     call!(cuMemGetInfo_v2(&raw mut free => *mut usize, &raw mut total => *mut usize))?;
     Ok((free as u64, total as u64))
@@ -242,10 +252,7 @@ pub struct LoadFailure {
 ///
 /// # Errors
 /// The driver's result code with the compiler's log, or that there is no driver.
-///
-/// # Safety
-/// Fact 2 of the [list](self#safety).
-pub unsafe fn module_load(ptx: &CStr) -> Result<Module, LoadFailure> {
+pub fn module_load(ptx: &CStr) -> Result<Module, LoadFailure> {
     // The numbers of CU_JIT_ERROR_LOG_BUFFER and CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES.
     let mut options = [5u32, 6];
     const CAPACITY: usize = 16 << 10;

@@ -127,14 +127,12 @@ pub fn status() -> Result<&'static Driver, &'static DriverError> {
 
 fn start() -> Result<Driver, DriverError> {
     let library = library::open().map_err(Clone::clone)?.path.clone();
-    // SAFETY: the flags must be 0, and are.
-    let version = unsafe { functions::init(0) }
-        // SAFETY: takes nothing.
-        .and_then(|()| unsafe { functions::version() })
-        .map_err(|failure| match failure.code {
+    let version = functions::init().and_then(|()| functions::version()).map_err(|failure| {
+        match failure.code {
             ResultCode::NO_DEVICE => DriverError::NoDevice { library: library.clone() },
             code => DriverError::NotStarted { library: library.clone(), code },
-        })?;
+        }
+    })?;
     let version = version.unsigned_abs();
     Ok(Driver { library, cuda_version: (version / 1000, version % 1000 / 10) })
 }

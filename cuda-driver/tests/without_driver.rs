@@ -19,8 +19,7 @@ fn status_names_the_file_and_the_cure() {
 #[test]
 fn calls_fail_with_the_name_of_the_function() {
     without_driver();
-    // SAFETY: needs nothing.
-    let failure = unsafe { functions::device_count() }.unwrap_err();
+    let failure = functions::device_count().unwrap_err();
     assert_eq!(failure.function, "cuDeviceGetCount");
     assert_eq!(failure.code, ResultCode::LIBRARY_NOT_FOUND);
     assert!(failure.to_string().contains("could not be opened"), "{failure}");

@@ -45,8 +45,7 @@ impl Context {
     /// As for [`Context::from_handle`].
     pub unsafe fn current() -> Result<Self, Error> {
         driver()?;
-        // SAFETY: needs nothing.
-        let handle = unsafe { functions::ctx_current() }.map_err(asking)?;
+        let handle = functions::ctx_current().map_err(asking)?;
         if handle.is_null() {
             return Err(Error::NoGpu {
                 reason: "no CUDA context is current on this thread".to_owned(),
@@ -74,8 +73,7 @@ impl Context {
         driver()?;
         let _entered = Entered::new(handle).map_err(asking)?;
         let describe = || {
-            // SAFETY: the context is current.
-            let device = unsafe { functions::ctx_device() }?;
+            let device = functions::ctx_device()?;
             Ok((functions::device_name(device)?, target(device)?))
         };
         let (name, target) = describe().map_err(asking)?;
@@ -262,9 +260,7 @@ impl Entered {
 
     /// Leaves the current context as it is, and has it back at the end.
     pub(crate) fn as_it_is() -> Result<Self, Failure> {
-        // SAFETY: needs nothing.
-        let before = unsafe { functions::ctx_current() }?;
-        Ok(Self { before: Some(before), _thread: PhantomData })
+        Ok(Self { before: Some(functions::ctx_current()?), _thread: PhantomData })
     }
 }
 
@@ -287,10 +283,7 @@ pub(crate) fn driver() -> Result<&'static cuda_driver::Driver, Error> {
 /// What a GPU offers to kernels.
 pub(crate) fn target(device: functions::Device) -> Result<Target, Failure> {
     use functions::attribute as a;
-    let get = |attribute| {
-        // SAFETY: needs nothing.
-        unsafe { functions::device_attribute(attribute, device) }.map(i32::unsigned_abs)
-    };
+    let get = |attribute| functions::device_attribute(attribute, device).map(i32::unsigned_abs);
     Ok(Target {
         capability: (get(a::CAPABILITY_MAJOR)?, get(a::CAPABILITY_MINOR)?),
         max_shared_bytes: get(a::MAX_SHARED_BYTES)?,

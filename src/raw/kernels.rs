@@ -116,8 +116,7 @@ fn load(entry: &'static Entry, context: &Context) -> Result<Kernel, Error> {
         .ok_or_else(|| refused(format!("it has no entry {}", entry.symbol)))?;
     let nul = |_| refused("it has a NUL in its text".to_owned());
     let (text, name) = (CString::new(text).map_err(nul)?, CString::new(entry.symbol).map_err(nul)?);
-    // SAFETY: the context is current.
-    let module = unsafe { functions::module_load(&text) }.map_err(|refusal| {
+    let module = functions::module_load(&text).map_err(|refusal| {
         match refusal.failure.code {
             code @ (ResultCode::INVALID_PTX | ResultCode::NO_BINARY_FOR_GPU) => {
                 // The log's lines in one.

@@ -444,7 +444,7 @@ fn gpus_are_described() {
 #[test]
 fn a_gpu_number_that_is_not_there_is_refused() {
     let _fake = open();
-    let error = Gpu::open(1).err().expect("there is one GPU");
+    let error = Gpu::open(1).expect_err("there is one GPU");
     assert!(error.is_usage());
     assert!(error.to_string().contains("no GPU 1, the driver lists 1"), "{error}");
 }

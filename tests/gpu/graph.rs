@@ -30,8 +30,7 @@ pub struct OwnStream(pub Stream);
 
 impl OwnStream {
     pub fn new() -> Self {
-        // SAFETY: a test makes a context current before.
-        Self(unsafe { functions::stream_create(STREAM_NON_BLOCKING) }.expect("a stream"))
+        Self(functions::stream_create(STREAM_NON_BLOCKING).expect("a stream"))
     }
 }
 

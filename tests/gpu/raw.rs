@@ -18,8 +18,7 @@ use crate::{
 
 /// The calling thread's context.
 fn current() -> *mut c_void {
-    // SAFETY: needs nothing.
-    unsafe { functions::ctx_current() }.expect("the fake driver")
+    functions::ctx_current().expect("the fake driver")
 }
 
 /// Makes a context the calling thread's.
@@ -38,8 +37,7 @@ fn synchronize(stream: *mut c_void) -> Result<(), cuda_driver::Failure> {
 fn the_thread_s_context_is_afterwards_what_it_was_before() {
     let fake = open();
     fake.set_gpus(2);
-    // SAFETY: needs nothing.
-    let other = unsafe { functions::primary_retain(1) }.unwrap();
+    let other = functions::primary_retain(1).unwrap();
     for before in [ptr::null_mut(), other] {
         set_current(before);
         {

@@ -58,17 +58,14 @@ pub fn describe_all() -> Result<Vec<GpuDescription>, Error> {
 
 /// Free memory, which only a context can tell.
 fn free_bytes(index: u32) -> Result<u64, Failure> {
-    // SAFETY: needs nothing.
-    let primary = Primary::retain(unsafe { functions::device(index as i32) }?)?;
+    let primary = Primary::retain(functions::device(index as i32)?)?;
     let _entered = Entered::new(primary.context)?;
-    // SAFETY: the context is current.
-    unsafe { functions::mem_info() }.map(|(free, _)| free)
+    functions::mem_info().map(|(free, _)| free)
 }
 
 fn count() -> Result<u32, Error> {
     driver()?;
-    // SAFETY: needs nothing.
-    unsafe { functions::device_count() }
+    functions::device_count()
         .map(i32::unsigned_abs)
         .map_err(|failure| failure::driver("any GPU", "counting GPUs", failure.code))
 }
@@ -84,25 +81,22 @@ pub(super) fn describe(index: u32) -> Result<GpuDescription, Error> {
         });
     }
     let describe = || {
-        // SAFETY: these calls need nothing.
-        unsafe {
-            let device = functions::device(index as i32)?;
-            let target = target(device)?;
-            let get = |number| functions::device_attribute(number, device).map(i32::unsigned_abs);
-            Ok(GpuDescription {
-                index,
-                name: functions::device_name(device)?,
-                total_bytes: functions::device_total_bytes(device)? as u64,
-                free_bytes: None,
-                compute_capability: target.capability,
-                multiprocessors: target.multiprocessors,
-                max_shared_bytes: target.max_shared_bytes,
-                l2_bytes: get(attribute::L2_BYTES)?,
-                clock_mhz: get(attribute::CLOCK_KHZ)? / 1000,
-                cuda_version: driver.cuda_version,
-                driver_version: cuda_driver::driver_version(),
-            })
-        }
+        let device = functions::device(index as i32)?;
+        let target = target(device)?;
+        let get = |number| functions::device_attribute(number, device).map(i32::unsigned_abs);
+        Ok(GpuDescription {
+            index,
+            name: functions::device_name(device)?,
+            total_bytes: functions::device_total_bytes(device)? as u64,
+            free_bytes: None,
+            compute_capability: target.capability,
+            multiprocessors: target.multiprocessors,
+            max_shared_bytes: target.max_shared_bytes,
+            l2_bytes: get(attribute::L2_BYTES)?,
+            clock_mhz: get(attribute::CLOCK_KHZ)? / 1000,
+            cuda_version: driver.cuda_version,
+            driver_version: cuda_driver::driver_version(),
+        })
     };
     describe().map_err(|failure: Failure| {
         failure::driver(&format!("GPU {index}"), "describing", failure.code)

@@ -12,6 +12,7 @@ mod describe;
 mod owner;
 
 use std::{
+    ffi::c_void,
     fmt,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -88,10 +89,11 @@ impl<O: Owner> Gpu<O> {
         &self.context
     }
 
-    /// The owner.
+    /// The stream that carries everything this device does, a `CUstream`: for launches that
+    /// follow, or are followed by, the device's own.
     #[must_use]
-    pub const fn owner(&self) -> &O {
-        &self.owner
+    pub fn stream(&self) -> *mut c_void {
+        self.owner.stream()
     }
 
     /// Runs calls of the owner with its context current on the calling thread.
@@ -300,6 +302,15 @@ impl<O: Owner> Instruments for Gpu<O> {
 
     fn take_counters(&self) -> Option<Counters> {
         None
+    }
+}
+
+impl<O: Owner> fmt::Debug for Gpu<O> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gpu")
+            .field("description", &self.description)
+            .field("context", &self.context)
+            .finish_non_exhaustive()
     }
 }
 

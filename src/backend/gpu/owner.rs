@@ -13,8 +13,8 @@ use crate::raw::context::Entered;
 /// [`Gpu`](super::Gpu) makes a device of one: it launches in the owner's context and on the
 /// owner's stream.
 ///
-/// Every method but `open` and `drop` is called with the context current. Errors are the
-/// driver's result codes.
+/// Every method but `open` and `drop` is called with the context current; else it fails, or
+/// asks of another context. Errors are the driver's result codes.
 ///
 /// # Safety
 /// [`Gpu`](super::Gpu) relies on these facts:
@@ -97,6 +97,7 @@ pub unsafe trait Owner: Send + Sync + Sized {
 }
 
 /// A reference to a GPU's primary context, which every library of the process shares.
+#[derive(Debug)]
 pub(super) struct Primary {
     pub(super) context: functions::Context,
     device: functions::Device,
@@ -104,9 +105,7 @@ pub(super) struct Primary {
 
 impl Primary {
     pub(super) fn retain(device: functions::Device) -> Result<Self, Failure> {
-        // SAFETY: needs nothing.
-        let context = unsafe { functions::primary_retain(device) }?;
-        Ok(Self { context, device })
+        Ok(Self { context: functions::primary_retain(device)?, device })
     }
 }
 
@@ -119,6 +118,7 @@ impl Drop for Primary {
 }
 
 /// Context, stream and memory by the driver's own functions.
+#[derive(Debug)]
 pub struct DriverOwner {
     stream: functions::Stream,
     primary: Primary,
@@ -131,6 +131,7 @@ unsafe impl Send for DriverOwner {}
 unsafe impl Sync for DriverOwner {}
 
 /// Time at one point of the stream.
+#[derive(Debug)]
 pub struct DriverEvent(functions::Event);
 
 impl Drop for DriverEvent {
@@ -148,11 +149,9 @@ unsafe impl Owner for DriverOwner {
 
     fn open(index: u32) -> Result<Self, ResultCode> {
         let open = || {
-            // SAFETY: needs nothing.
-            let primary = Primary::retain(unsafe { functions::device(index as i32) }?)?;
+            let primary = Primary::retain(functions::device(index as i32)?)?;
             let _entered = Entered::new(primary.context)?;
-            // SAFETY: the context is current.
-            let stream = unsafe { functions::stream_create(STREAM_NON_BLOCKING) }?;
+            let stream = functions::stream_create(STREAM_NON_BLOCKING)?;
             Ok(Self { stream, primary })
         };
         open().map_err(code)
@@ -167,13 +166,11 @@ unsafe impl Owner for DriverOwner {
     }
 
     fn memory(&self) -> Result<(u64, u64), ResultCode> {
-        // SAFETY: the context is current, as the trait says.
-        unsafe { functions::mem_info() }.map_err(code)
+        functions::mem_info().map_err(code)
     }
 
     fn allocate(&self, bytes: u64) -> Result<u64, ResultCode> {
-        // SAFETY: the context is current, as the trait says.
-        unsafe { functions::mem_alloc(bytes as usize) }.map_err(code)
+        functions::mem_alloc(bytes as usize).map_err(code)
     }
 
     unsafe fn free(&self, address: u64) -> Result<(), ResultCode> {
@@ -202,20 +199,19 @@ unsafe impl Owner for DriverOwner {
     }
 
     fn synchronize(&self) -> Result<(), ResultCode> {
-        // SAFETY: the stream is live and its context current.
+        // SAFETY: the stream is live.
         unsafe { functions::stream_synchronize(self.stream) }.map_err(code)
     }
 
     fn record(&self) -> Result<DriverEvent, ResultCode> {
-        // SAFETY: the context is current.
-        let event = DriverEvent(unsafe { functions::event_create(0) }.map_err(code)?);
-        // SAFETY: event and stream are live, and of the context.
+        let event = DriverEvent(functions::event_create(0).map_err(code)?);
+        // SAFETY: event and stream are live; the driver refuses an event of another context.
         unsafe { functions::event_record(event.0, self.stream) }.map_err(code)?;
         Ok(event)
     }
 
     fn elapsed_ms(&self, start: &DriverEvent, end: &DriverEvent) -> Result<f32, ResultCode> {
-        // SAFETY: both events are live, and of the context.
+        // SAFETY: both events are live.
         unsafe { functions::event_synchronize(end.0) }
             // SAFETY: as above.
             .and_then(|()| unsafe { functions::event_elapsed_ms(start.0, end.0) })
