@@ -110,27 +110,13 @@ impl Context {
         entries.into_iter().try_for_each(|entry| self.kernels.get(entry, self).map(drop))
     }
 
-    /// Encodes a tensor map for TMA. Works without any context.
+    /// Encodes a tensor map for TMA.
     ///
     /// # Errors
     /// A layout that the copy engine cannot describe.
-    pub fn encode_tensor_map(map: &TensorMapSpec) -> Result<[u8; 128], Error> {
-        let layout = TensorMapLayout {
-            address: map.address,
-            element: match map.dtype {
-                DType::F32 => TensorMapType::F32,
-                DType::F16 => TensorMapType::F16,
-                DType::BF16 => TensorMapType::Bf16,
-            },
-            dims: &map.dims,
-            strides_bytes: &map.strides_bytes,
-            box_dims: &map.box_dims,
-            swizzle_bytes: map.swizzle_bytes,
-        };
-        cuda_driver::encode_tensor_map(&layout).map_err(|failure| Error::Driver {
-            call: failure.function.to_owned(),
-            message: format!("{} for {map:?}", failure.code),
-        })
+    pub fn encode_tensor_map(&self, map: &TensorMapSpec) -> Result<[u8; 128], Error> {
+        let _entered = self.enter().map_err(|code| self.failed("encoding a tensor map", code))?;
+        encode_tensor_map(map)
     }
 
     /// Starts a launch on a stream of this context; does not wait. It allocates, fills and
@@ -166,10 +152,22 @@ impl Context {
         launch: &Launch,
         stream: functions::Stream,
     ) -> Result<Result<(), ResultCode>, Error> {
-        let _entered = match self.enter() {
-            Ok(entered) => entered,
-            Err(code) => return Ok(Err(code)),
-        };
+        match self.enter() {
+            // SAFETY: passed on to the caller.
+            Ok(_entered) => unsafe { self.start_entered(launch, stream) },
+            Err(code) => Ok(Err(code)),
+        }
+    }
+
+    /// As [`Context::start`], where the context is current.
+    ///
+    /// # Safety
+    /// As for [`Context::launch`], and this context is current on the calling thread.
+    pub(crate) unsafe fn start_entered(
+        &self,
+        launch: &Launch,
+        stream: functions::Stream,
+    ) -> Result<Result<(), ResultCode>, Error> {
         let kernel = self.kernels.get(launch.entry, self)?;
         check_launch(launch, &self.target)?;
         let Launch { grid, block, shared_bytes, args, .. } = launch;
@@ -235,6 +233,27 @@ impl fmt::Display for Description<'_> {
             block.count(),
         )
     }
+}
+
+/// Encodes a tensor map for TMA. A context must be current on the calling thread: the driver
+/// refuses otherwise.
+pub(super) fn encode_tensor_map(map: &TensorMapSpec) -> Result<[u8; 128], Error> {
+    let layout = TensorMapLayout {
+        address: map.address,
+        element: match map.dtype {
+            DType::F32 => TensorMapType::F32,
+            DType::F16 => TensorMapType::F16,
+            DType::BF16 => TensorMapType::Bf16,
+        },
+        dims: &map.dims,
+        strides_bytes: &map.strides_bytes,
+        box_dims: &map.box_dims,
+        swizzle_bytes: map.swizzle_bytes,
+    };
+    cuda_driver::encode_tensor_map(&layout).map_err(|failure| Error::Driver {
+        call: failure.function.to_owned(),
+        message: format!("{} for {map:?}", failure.code),
+    })
 }
 
 /// While it lives, a context is the calling thread's; then the one before is again.

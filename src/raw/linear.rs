@@ -2,7 +2,7 @@
 
 use kernels_gpu::{args, entry::Entry};
 
-use super::{ALIGNMENT, Context, Encode, Region, plan::PlannedStep};
+use super::{ALIGNMENT, Encode, Region, context::encode_tensor_map, plan::PlannedStep};
 use crate::{
     backend::{self, Device, KernelArgs, Launch},
     error::Error,
@@ -74,9 +74,10 @@ impl LinearPlan {
     /// The launch of a call on a GPU.
     ///
     /// # Errors
-    /// As [`LinearPlan::check`]; no driver to encode tensor maps.
+    /// As [`LinearPlan::check`]; the driver's refusal to encode tensor maps, for which a
+    /// context must be current on the calling thread.
     pub fn launch(&self, args: &LinearArgs) -> Result<Launch, Error> {
-        self.launch_with(args, &Context::encode_tensor_map)
+        self.launch_with(args, &encode_tensor_map)
     }
 
     /// As [`LinearPlan::launch`], on any device: the emulator encodes tensor maps in its own way.

@@ -36,6 +36,7 @@ pub use linear::{LinearArgs, LinearPlan};
 pub use plan::Plan;
 
 use crate::{backend::TensorMapSpec, error::Error};
+use context::Description;
 
 /// Encodes tensor maps for the device that runs the launches.
 pub(crate) type Encode<'a> = &'a dyn Fn(&TensorMapSpec) -> Result<[u8; 128], Error>;
@@ -96,9 +97,12 @@ impl Context {
         args: &Args,
         stream: *mut std::ffi::c_void,
     ) -> Result<(), Error> {
+        let _entered = self.enter().map_err(|code| self.failed("launching", code))?;
         for launch in plan.launches(args)? {
-            // SAFETY: passed on to the caller; the plan made the launch for checked arguments.
-            unsafe { self.launch(&launch, stream)? };
+            // SAFETY: the context is current; the plan made the launch for checked arguments; the
+            // rest is passed on to the caller.
+            unsafe { self.start_entered(&launch, stream) }?
+                .map_err(|code| self.failed(Description(&launch), code))?;
         }
         Ok(())
     }
@@ -116,8 +120,10 @@ impl Context {
         args: &LinearArgs,
         stream: *mut std::ffi::c_void,
     ) -> Result<(), Error> {
+        let _entered = self.enter().map_err(|code| self.failed("launching", code))?;
         let launch = plan.launch(args)?;
-        // SAFETY: as above.
-        unsafe { self.launch(&launch, stream) }
+        // SAFETY: as for `enqueue`.
+        unsafe { self.start_entered(&launch, stream) }?
+            .map_err(|code| self.failed(Description(&launch), code))
     }
 }

@@ -3,7 +3,7 @@
 use kernels_gpu::{args::AttentionArgs, entry::Entry};
 use simt::Dim3;
 
-use super::{ALIGNMENT, Args, Context, Encode, Region};
+use super::{ALIGNMENT, Args, Encode, Region, context::encode_tensor_map};
 use crate::{
     backend::{self, Device, KernelArgs, Launch},
     error::Error,
@@ -154,9 +154,10 @@ impl Plan {
     /// entry takes one parameter, whose bytes are [`Launch::args`].
     ///
     /// # Errors
-    /// As [`Plan::check`]; no driver to encode tensor maps.
+    /// As [`Plan::check`]; the driver's refusal to encode tensor maps, for which a
+    /// context must be current on the calling thread.
     pub fn launches(&self, args: &Args) -> Result<Vec<Launch>, Error> {
-        self.launches_with(args, &Context::encode_tensor_map)
+        self.launches_with(args, &encode_tensor_map)
     }
 
     /// As [`Plan::launches`], on any device: the emulator encodes tensor maps in its own way.

@@ -2,7 +2,7 @@
 
 use simt::tma::{Element, TensorMap, TensorMapSpec};
 
-use crate::{P, call, code, write};
+use crate::{P, call, code, state::check_context, write};
 
 /// A tensor map's type of elements by its number in the driver API.
 const fn element_of(number: u32) -> Option<Element> {
@@ -30,6 +30,8 @@ extern "C" fn cuTensorMapEncodeTiled(
     _fill: u32,
 ) -> u32 {
     call(|| {
+        // The driver computes nothing on the GPU here, and asks for a context all the same.
+        check_context()?;
         let rank = rank as usize;
         let swizzle_bytes = [0, 32, 64, 128].get(swizzle as usize);
         let (Some(element), Some(&swizzle_bytes), 1..=5) =

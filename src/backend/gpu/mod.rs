@@ -245,7 +245,7 @@ unsafe impl<O: Owner> Device for Gpu<O> {
     }
 
     fn encode_tensor_map(&self, map: &TensorMapSpec) -> Result<[u8; 128], Error> {
-        raw::Context::encode_tensor_map(map)
+        self.context.encode_tensor_map(map)
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Result<(), Error> {
