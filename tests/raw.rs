@@ -143,8 +143,7 @@ fn a_captured_launch_replays() {
             call.enqueue(&gpu, ptr::null_mut());
             let expected = call.o(&gpu);
             with_context(&gpu, || {
-                // SAFETY: the context is current.
-                let stream = unsafe { functions::stream_create(1) }.unwrap();
+                let stream = functions::stream_create(1).unwrap();
                 let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());
                 call!("cuStreamBeginCapture_v2"(*mut c_void, u32)(stream, 0));
                 call.enqueue(&gpu, stream);
@@ -179,8 +178,7 @@ fn two_streams_at_once_do_not_disturb_each_other() {
             call.o(&gpu)
         });
         with_context(&gpu, || {
-            // SAFETY: the context is current.
-            let streams = [(); 2].map(|()| unsafe { functions::stream_create(1) }.unwrap());
+            let streams = [(); 2].map(|()| functions::stream_create(1).unwrap());
             for _ in 0..200 {
                 a.enqueue(&gpu, streams[0]);
                 b.enqueue(&gpu, streams[1]);
