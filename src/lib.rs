@@ -29,6 +29,24 @@
 //!     Ok(())
 //! }
 //! ```
+//!
+//! # Which type do I start with?
+//!
+//! | you have | start with | example |
+//! |---|---|---|
+//! | vectors on the host | [`Tensor`], [`Problem`], [`Session::run`](session::Session::run) | `examples/own_vectors.rs` |
+//! | a model's layers | [`MultiHeadAttention`](module::MultiHeadAttention) and its [`Forward`](module::Forward) buffers | `examples/layers.rs` |
+//! | tensors that stay on the device | [`Session::attention`](session::Session::attention), [`DeviceTensor`](backend::DeviceTensor) | [`session::Attention`] |
+//! | a context, a stream and device memory | [`raw::Plan`], [`raw::Context`] | `examples/raw_pointers.rs` |
+//! | a loader of your own for PTX | [`raw::Plan::launches`], [`ptx`] | |
+//! | a kernel to choose, or a table to print | [`registry`] | |
+//! | doubts about a result | [`oracle`], [`verify`] | |
+//!
+//! # Features
+//! `emulator` (default): kernels run on the CPU too ([`CpuDevice`]), every access checked. Without
+//! it no kernel is compiled for the host. `ptx` (default): the kernels' PTX, for GPUs.
+
+#![warn(missing_debug_implementations)]
 
 pub mod backend;
 pub mod dtype;
@@ -49,7 +67,7 @@ pub use backend::{Device, GpuDevice};
 pub use dtype::DType;
 pub use error::Error;
 pub use half;
-pub use problem::{Dropout, Layout, Problem};
+pub use problem::{Dropout, Layout, Problem, ProblemBuilder};
 pub use tensor::Tensor;
 
 /// The README's examples, compiled as tests.

@@ -1,5 +1,5 @@
 //! What is to be computed: shapes, storage type, masks, dropout, scale. A [`Problem`] is
-//! valid once it exists; [`Builder::build`] says what is wrong otherwise.
+//! valid once it exists; [`ProblemBuilder::build`] says what is wrong otherwise.
 
 use kernels_gpu::{args, dropout::threshold};
 
@@ -84,9 +84,9 @@ pub struct Problem {
 /// Collects what a [`Problem`] is made of.
 #[derive(Clone, Copy, Debug)]
 #[must_use]
-pub struct Builder(Problem);
+pub struct ProblemBuilder(Problem);
 
-impl Builder {
+impl ProblemBuilder {
     /// Keys per head, where it is not the number of queries.
     pub const fn seq_k(mut self, seq_k: usize) -> Self {
         self.0.seq_k = seq_k;
@@ -191,8 +191,13 @@ impl Builder {
 
 impl Problem {
     /// Starts a problem with as many keys as queries, in f32, without masks or dropout.
-    pub const fn builder(batch: usize, heads: usize, seq: usize, head_dim: usize) -> Builder {
-        Builder(Self {
+    pub const fn builder(
+        batch: usize,
+        heads: usize,
+        seq: usize,
+        head_dim: usize,
+    ) -> ProblemBuilder {
+        ProblemBuilder(Self {
             batch,
             heads,
             seq_q: seq,
@@ -208,8 +213,8 @@ impl Problem {
     }
 
     /// Goes back to the builder, to make a problem that differs in some values.
-    pub const fn to_builder(self) -> Builder {
-        Builder(self)
+    pub const fn to_builder(self) -> ProblemBuilder {
+        ProblemBuilder(self)
     }
 
     /// Batch entries.
@@ -415,7 +420,7 @@ pub fn head_dim_of(hidden: usize, heads: usize) -> Result<usize, Error> {
 mod tests {
     use super::*;
 
-    fn message(builder: Builder) -> String {
+    fn message(builder: ProblemBuilder) -> String {
         let error = builder.build().unwrap_err();
         assert!(error.is_usage());
         error.to_string()

@@ -182,13 +182,13 @@ impl Tensor {
 
     /// The elements as bytes.
     #[must_use]
-    pub fn bytes(&self) -> &[u8] {
+    pub fn as_bytes(&self) -> &[u8] {
         each!(&self.data, values => bytemuck::cast_slice(values))
     }
 
     /// The elements as bytes, to be overwritten.
     #[must_use]
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
         each!(&mut self.data, values => bytemuck::cast_slice_mut(values))
     }
 
@@ -253,7 +253,7 @@ impl Tensor {
         };
         let mut swapped = Self::zeros(self.dtype(), &[a, c, b, d]);
         let row = d * self.dtype().size();
-        let (from, to) = (self.bytes(), swapped.bytes_mut());
+        let (from, to) = (self.as_bytes(), swapped.as_bytes_mut());
         for (target, chunk) in to.chunks_exact_mut(row.max(1)).enumerate() {
             let (i, k, j) = (target / (c * b), target / b % c, target % b);
             let source = ((i * b + j) * c + k) * row;
@@ -353,7 +353,7 @@ mod tests {
         for dtype in DType::ALL {
             let a = Tensor::random(dtype, &[3, 4], 1, 0.0);
             let mut shifted = vec![0u8];
-            shifted.extend_from_slice(a.bytes());
+            shifted.extend_from_slice(a.as_bytes());
             assert_eq!(Tensor::from_bytes(dtype, &[3, 4], &shifted[1..]).unwrap(), a);
             assert!(Tensor::from_bytes(dtype, &[3, 5], &shifted[1..]).is_err());
             assert!(Tensor::from_bytes(dtype, &[3, 4], &shifted[2..]).is_err(), "half an element");

@@ -38,10 +38,10 @@ fn worst(
     let x = random(&[p.rows, p.in_features], 1);
     let w = random(&[p.out_features, p.in_features], 2);
     let bias = random(&[if with_bias { p.out_features } else { 0 }], 3);
-    let upload = |tensor: &Tensor| memory.upload(tensor.bytes());
+    let upload = |tensor: &Tensor| memory.upload(tensor.as_bytes());
     let (dx, dw, dbias) = (upload(&x)?, upload(&w)?, upload(&bias)?);
     let mut y = Tensor::zeros(p.dtype, &[p.rows, p.out_features]);
-    let dy = memory.filled(y.bytes().len() as u64, 0xff)?;
+    let dy = memory.filled(y.as_bytes().len() as u64, 0xff)?;
     let plan = LinearPlan::new(p, &target, kernel)?;
     let args = LinearArgs {
         x: dx.region(),
@@ -53,7 +53,7 @@ fn worst(
     // SAFETY: the arguments are the buffers above, which live until the end.
     unsafe { device.launch(&launch)? };
     device.synchronize()?;
-    dy.read(y.bytes_mut())?;
+    dy.read(y.as_bytes_mut())?;
 
     let (x, w, bias, y) = (x.to_f64(), w.to_f64(), bias.to_f64(), y.to_f64());
     let (mut worst, mut plain_worst, mut largest) = (0.0f64, 0.0f64, 0.0f64);

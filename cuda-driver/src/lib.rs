@@ -17,6 +17,8 @@
 //! `FLASH_ATTENTION_CUDA_DRIVER` names another file instead, for a driver in an unusual
 //! place and for tests; [`use_library`] does the same from code.
 
+#![warn(missing_debug_implementations)]
+
 mod codes;
 pub mod functions;
 mod library;

@@ -15,6 +15,8 @@
 //! | the driver lacks a function | that call fails with code 302 |
 //! | the driver returns a code that cust does not know | cust sees 999; [`last_failure`] has the code |
 
+#![warn(missing_debug_implementations)]
+
 mod codes;
 mod forward;
 

@@ -204,7 +204,8 @@ impl<'a> Subject<'a> {
             }
             Kind::Module { tensors, oracle, module } => {
                 let mask = tensors.mask.as_deref().unwrap_or_default();
-                let mut forward = module.prepare_bytes(kernel, problem, tensors.x.bytes(), mask)?;
+                let mut forward =
+                    module.prepare_bytes(kernel, problem, tensors.x.as_bytes(), mask)?;
                 let counters = launch(&mut forward)?;
                 let memory = forward.memory();
                 Ok(Ran {

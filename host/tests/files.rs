@@ -36,7 +36,7 @@ impl Folder {
     fn new() -> Self {
         let folder = Self(tempfile::tempdir().unwrap());
         let [q, k, v] = [1, 2, 3].map(|seed| Tensor::random(DType::F32, &[1, 1, 8, 32], seed, 0.0));
-        let view = |t| TensorView::new(Dtype::F32, vec![1, 1, 8, 32], Tensor::bytes(t)).unwrap();
+        let view = |t| TensorView::new(Dtype::F32, vec![1, 1, 8, 32], Tensor::as_bytes(t)).unwrap();
         let views = [("q", view(&q)), ("k", view(&k)), ("v", view(&v))];
         safetensors::serialize_to_file(views, None, &folder.path("in.safetensors")).unwrap();
         folder

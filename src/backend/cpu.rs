@@ -24,7 +24,7 @@ const ALIGNMENT: usize = 256;
 /// Reported as total memory when no limit is set: what an address can span.
 const UNLIMITED: u64 = 1 << 47;
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct State {
     /// Length of each allocation by its address.
     allocations: BTreeMap<u64, u64>,
@@ -33,6 +33,7 @@ struct State {
 }
 
 /// The emulator.
+#[derive(Debug)]
 pub struct CpuDevice {
     limit: Option<u64>,
     state: Mutex<State>,

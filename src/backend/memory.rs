@@ -283,7 +283,7 @@ impl DeviceTensor {
     /// # Errors
     /// [`Error::OutOfMemory`], or what the device reports.
     pub fn upload(memory: &Arc<Memory>, tensor: &Tensor) -> Result<Self, Error> {
-        Self::from_bytes(memory, tensor.dtype(), tensor.shape(), tensor.bytes())
+        Self::from_bytes(memory, tensor.dtype(), tensor.shape(), tensor.as_bytes())
     }
 
     /// A tensor with these elements, in the machine's (little-endian) byte order.
@@ -307,7 +307,7 @@ impl DeviceTensor {
     /// Another storage type or shape; what the device reports.
     pub fn write(&mut self, tensor: &Tensor) -> Result<(), Error> {
         tensor.expect("to write", self.dtype, &self.shape)?;
-        self.buffer.write(tensor.bytes())
+        self.buffer.write(tensor.as_bytes())
     }
 
     /// Waits for what was started before, and copies the tensor to the host.
@@ -317,7 +317,7 @@ impl DeviceTensor {
     pub fn to_host(&self) -> Result<Tensor, Error> {
         self.buffer.memory.device.synchronize()?;
         let mut tensor = Tensor::zeros(self.dtype, &self.shape);
-        self.buffer.read(tensor.bytes_mut())?;
+        self.buffer.read(tensor.as_bytes_mut())?;
         Ok(tensor)
     }
 

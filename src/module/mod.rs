@@ -110,8 +110,8 @@ impl MultiHeadAttention {
         let head_dim = head_dim_of(weights.hidden(), heads)?;
         let memory = session.memory().clone();
         let upload = |projections: &[Linear]| -> Result<_, Error> {
-            let weight: Vec<&[u8]> = projections.iter().map(|l| l.weight.bytes()).collect();
-            let bias: Vec<&[u8]> = projections.iter().map(|l| l.bias.bytes()).collect();
+            let weight: Vec<&[u8]> = projections.iter().map(|l| l.weight.as_bytes()).collect();
+            let bias: Vec<&[u8]> = projections.iter().map(|l| l.bias.as_bytes()).collect();
             Ok([memory.upload(&weight.concat())?, memory.upload(&bias.concat())?])
         };
         let (qkv, out) = weights.projections().split_at(3);
@@ -161,7 +161,7 @@ impl MultiHeadAttention {
     /// without a padding mask.
     ///
     /// # Errors
-    /// As [`Builder::build`](crate::problem::Builder::build).
+    /// As [`Builder::build`](crate::problem::ProblemBuilder::build).
     pub fn problem(
         &self,
         batch: usize,
@@ -239,7 +239,7 @@ impl MultiHeadAttention {
             });
         }
         let problem = self.problem(batch, seq, mask.is_some(), pass)?;
-        self.prepare_bytes(kernel, &problem, x.bytes(), mask.unwrap_or_default())
+        self.prepare_bytes(kernel, &problem, x.as_bytes(), mask.unwrap_or_default())
     }
 
     /// As [`MultiHeadAttention::prepare`], from the elements of `x: [B, N, hidden]` as bytes

@@ -133,7 +133,7 @@ impl Weights {
         for (name, Linear { weight, bias }) in Self::NAMES.iter().zip(&self.projections) {
             for (part, tensor) in [("weight", weight), ("bias", bias)] {
                 let shape = tensor.shape().to_vec();
-                let view = TensorView::new(stored(tensor.dtype()), shape, tensor.bytes());
+                let view = TensorView::new(stored(tensor.dtype()), shape, tensor.as_bytes());
                 views.push((format!("{name}.{part}"), view.map_err(bad)?));
             }
         }

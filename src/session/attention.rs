@@ -245,7 +245,7 @@ impl Attention {
         self.synchronize()?;
         let p = self.problem();
         let mut weights = Tensor::zeros(p.dtype(), &p.weights_shape());
-        self.workspace.read_at(place.start, weights.bytes_mut())?;
+        self.workspace.read_at(place.start, weights.as_bytes_mut())?;
         Ok(Some(weights))
     }
 

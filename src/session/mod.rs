@@ -155,7 +155,7 @@ impl Session {
     ) -> Result<Prepared, Error> {
         kernel.supports(problem, &self.target())?;
         inputs.check(problem)?;
-        let tensors = [inputs.q, inputs.k, inputs.v].map(Tensor::bytes);
+        let tensors = [inputs.q, inputs.k, inputs.v].map(Tensor::as_bytes);
         self.prepare_bytes(kernel, problem, tensors, inputs.mask)
     }
 

@@ -44,8 +44,8 @@ fn every_kernel_gives_on_the_gpu_backend_what_it_gives_on_the_cpu() {
             let context = format!("{} {dtype}", kernel.name);
             let (expected, _) = run(&cpu, kernel.name, &problem).expect(&context);
             let (outputs, report) = run(&gpu, kernel.name, &problem).expect(&context);
-            assert_eq!(outputs.o.bytes(), expected.o.bytes(), "{context}: O");
-            assert_eq!(outputs.lse.bytes(), expected.lse.bytes(), "{context}: LSE");
+            assert_eq!(outputs.o.as_bytes(), expected.o.as_bytes(), "{context}: O");
+            assert_eq!(outputs.lse.as_bytes(), expected.lse.as_bytes(), "{context}: LSE");
             assert_eq!(report.peak, kernel.peak_bytes(&problem, &gpu.target()), "{context}");
             assert_eq!(fake.used_bytes(), 0, "{context}: memory was left");
         }

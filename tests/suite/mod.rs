@@ -156,7 +156,7 @@ pub fn edges(kernel: &KernelSpec, dtype: DType) -> Vec<Case> {
         problems.into_iter().map(|(name, p)| Case::new(name, p.build().unwrap())).collect();
     // Scores are sums of D products times 1 / sqrt(D): with entries of size 55 they have a
     // standard deviation of 3000, and the largest of a thousand is at about 1e4.
-    let large = |name, p: flash_attention::problem::Builder| Case {
+    let large = |name, p: flash_attention::problem::ProblemBuilder| Case {
         qk_size: 55.0,
         ..Case::new(name, p.build().unwrap())
     };

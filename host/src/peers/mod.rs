@@ -237,7 +237,7 @@ impl<R: BufRead, W: Write> Link<R, W> {
         serde_json::to_writer(&mut self.to, job)?;
         self.to.write_all(b"\n")?;
         for tensor in &work.tensors {
-            self.to.write_all(tensor.bytes())?;
+            self.to.write_all(tensor.as_bytes())?;
         }
         self.to.write_all(work.mask.unwrap_or_default())?;
         self.to.flush()?;
@@ -248,7 +248,7 @@ impl<R: BufRead, W: Write> Link<R, W> {
         let Answer { status, reason, times_ms, sustained_ms, peak_bytes, bytes } = self.line()?;
         let mut output = None;
         if status == Status::Ok {
-            let expected = like.bytes().len();
+            let expected = like.as_bytes().len();
             if bytes != expected {
                 bail!("its output has {bytes} bytes, expected {expected}");
             }
@@ -299,7 +299,7 @@ mod tests {
         let mut answers =
             br#"{"status": "ok", "times_ms": [1.5, 2.5], "peak_bytes": 7, "bytes": 384}"#.to_vec();
         answers.push(b'\n');
-        answers.extend_from_slice(inputs.v.bytes());
+        answers.extend_from_slice(inputs.v.as_bytes());
         answers.extend_from_slice(b"{\"status\": \"unsupported\", \"reason\": \"no mask\"}\n");
         let mut link = Link { from: answers.as_slice(), to: Vec::new() };
         let [math, flash] = <[_; 2]>::try_from(link.run(&job(&problem), &work).unwrap()).unwrap();

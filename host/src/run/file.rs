@@ -216,7 +216,7 @@ pub fn save(output: &Output, tensors: &[(&str, Tensor)], notes: &[(&str, String)
     let mut end = 0;
     let describe = |(name, tensor): &&(&str, Tensor)| {
         let start = end;
-        end += tensor.bytes().len();
+        end += tensor.as_bytes().len();
         let (dtype, shape) = (stored_dtype(tensor.dtype()), tensor.shape().to_vec());
         ((*name).to_owned(), TensorInfo { dtype, shape, data_offsets: (start, end) })
     };
@@ -227,7 +227,7 @@ pub fn save(output: &Output, tensors: &[(&str, Tensor)], notes: &[(&str, String)
     output.write(|to| {
         to.write_all(&(header.len() as u64).to_le_bytes())?;
         to.write_all(header.as_bytes())?;
-        sorted.iter().try_for_each(|(_, tensor)| to.write_all(tensor.bytes()))?;
+        sorted.iter().try_for_each(|(_, tensor)| to.write_all(tensor.as_bytes()))?;
         Ok(())
     })
 }

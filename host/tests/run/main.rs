@@ -23,7 +23,7 @@ fn stored(dtype: DType) -> Dtype {
 }
 
 fn entry(name: &'static str, tensor: &Tensor) -> Entry {
-    (name, stored(tensor.dtype()), tensor.shape().to_vec(), tensor.bytes().to_vec())
+    (name, stored(tensor.dtype()), tensor.shape().to_vec(), tensor.as_bytes().to_vec())
 }
 
 /// A folder of its own, in which the program runs.
