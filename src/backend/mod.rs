@@ -10,10 +10,7 @@ pub mod instruments;
 pub mod memory;
 
 use crate::{error::Error, raw::Encode};
-use kernels_gpu::{
-    args::{AttentionArgs, LinearArgs, WithMaps},
-    entry::Entry,
-};
+use kernels_gpu::args::{AttentionArgs, LinearArgs, WithMaps};
 use simt::tma::TensorMap;
 
 #[cfg(feature = "emulator")]
@@ -22,6 +19,8 @@ pub use gpu::GpuDevice;
 pub use instruments::{Counters, Instruments};
 pub use memory::{DeviceBuffer, DeviceTensor, Memory};
 
+/// An entry of the kernels' PTX, as launches name it.
+pub use kernels_gpu::entry::Entry;
 /// Grid or block extent.
 pub use simt::Dim3;
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{MultiHeadAttention, Pass, projections};
 use crate::{
     backend::{Device, DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
-    error::{Error, Shape},
+    error::Error,
     problem::Problem,
     raw::{LinearArgs, LinearPlan, Region, View},
     registry::{KernelSpec, Target},
@@ -141,13 +141,6 @@ impl Forward {
         module.expect(&self.memory, &p)?;
         if let Some(mask) = mask {
             expect_device("mask", mask, &self.memory)?;
-            if p.has_mask() && mask.bytes() != (p.batch() * p.seq_k()) as u64 {
-                return Err(Error::ShapeMismatch {
-                    what: "mask".into(),
-                    expected: Shape::from([p.batch(), p.seq_k()]),
-                    given: [mask.bytes() as usize].into(),
-                });
-            }
         }
         let [qkv, out] = module.parameters();
         self.project(0, x.region(), qkv, self.qkv.region())?;

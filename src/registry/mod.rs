@@ -9,7 +9,7 @@ mod chapter;
 mod linear;
 mod table;
 
-use kernels_gpu::{args, entry::Entry, schedule::QUEUE_WORDS};
+use kernels_gpu::{entry::Entry, schedule::QUEUE_WORDS};
 use simt::Dim3;
 
 use crate::{
@@ -20,6 +20,8 @@ use crate::{
     raw::ALIGNMENT,
 };
 
+/// Argument structs, as tensor maps are made from.
+pub use kernels_gpu::args;
 pub use linear::{LINEAR_KERNELS, LinearMaps, LinearSpec, Projection, best_linear, find_linear};
 pub use table::KERNELS;
 

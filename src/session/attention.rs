@@ -6,7 +6,7 @@ use super::{Outputs, POISON, Session};
 use crate::{
     backend::{DeviceBuffer, DeviceTensor, Launch, Memory, memory::expect_device},
     dtype::DType,
-    error::{Error, Shape},
+    error::Error,
     problem::Problem,
     raw::{Args, Plan, Region, View},
     registry::{KernelSpec, Target},
@@ -158,14 +158,6 @@ impl Attention {
         }
         if let Some(mask) = mask {
             expect_device("mask", mask, &self.memory)?;
-            let (expected, given) = (p.batch() * p.seq_k(), mask.bytes());
-            if p.has_mask() && given != expected as u64 {
-                return Err(Error::ShapeMismatch {
-                    what: "mask".into(),
-                    expected: Shape::from([p.batch(), p.seq_k()]),
-                    given: [given as usize].into(),
-                });
-            }
         }
         let view = |tensor: &DeviceTensor, seq| {
             View::contiguous(tensor.region(), p.layout(), p.heads(), seq, p.head_dim())
