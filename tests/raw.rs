@@ -1,6 +1,10 @@
 //! Plans on a GPU, in a context and on streams of the test's own: captured in a CUDA graph, on
 //! two streams at once, and what an enqueue costs the host. Skipped without a GPU.
 
+#[path = "gpu/graph.rs"]
+#[macro_use]
+mod graph;
+
 use std::{
     ffi::c_void,
     io::Write as _,
@@ -16,6 +20,7 @@ use flash_attention::{
     raw::{Args, Plan, View},
     registry::{self, KERNELS},
 };
+use graph::{Graph, OwnStream};
 
 /// The GPU, or a line that says why the test did not run.
 fn gpu() -> Option<Arc<GpuDevice>> {
@@ -87,13 +92,7 @@ fn problem(d: usize, causal: bool) -> Problem {
 
 /// Waits for every stream of the context.
 fn synchronize_all(gpu: &GpuDevice) {
-    type Synchronize = unsafe extern "C" fn() -> u32;
-    let synchronize = driver("cuCtxSynchronize");
-    with_context(gpu, || {
-        // SAFETY: the function takes nothing.
-        let code = unsafe { std::mem::transmute::<*const c_void, Synchronize>(synchronize)() };
-        assert_eq!(code, 0);
-    });
+    with_context(gpu, || driver!(cuCtxSynchronize())).unwrap();
 }
 
 /// Makes the GPU's context the thread's during `work`.
@@ -108,30 +107,6 @@ fn with_context<T>(gpu: &GpuDevice, work: impl FnOnce() -> T) -> T {
     }
 }
 
-/// A function of the driver that the library has no use for.
-fn driver(name: &str) -> *const c_void {
-    let path = &cuda_driver::status().expect("a driver").library;
-    // SAFETY: the driver is open already, and stays open.
-    let library = unsafe { libloading::Library::new(path) }.unwrap();
-    // SAFETY: only the address is taken.
-    let address = unsafe { *library.get::<*const c_void>(name).unwrap() };
-    std::mem::forget(library);
-    address
-}
-
-/// Calls a function of the driver that returns a result code.
-macro_rules! call {
-    ($name:literal($($type:ty),*)($($arg:expr),*)) => {{
-        let function = driver($name);
-        // SAFETY: the driver's function of that name has this signature; each use below passes
-        // live handles and places.
-        let code = unsafe {
-            std::mem::transmute::<*const c_void, unsafe extern "C" fn($($type),*) -> u32>(function)($($arg),*)
-        };
-        assert_eq!(code, 0, $name);
-    }};
-}
-
 /// A thousand replays of a captured launch give the same bits as a plain one.
 #[test]
 fn a_captured_launch_replays() {
@@ -143,23 +118,19 @@ fn a_captured_launch_replays() {
             call.enqueue(&gpu, ptr::null_mut());
             let expected = call.o(&gpu);
             with_context(&gpu, || {
-                let stream = functions::stream_create(1).unwrap();
-                let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());
-                call!("cuStreamBeginCapture_v2"(*mut c_void, u32)(stream, 0));
-                call.enqueue(&gpu, stream);
-                call!("cuStreamEndCapture"(*mut c_void, *mut *mut c_void)(stream, &raw mut graph));
-                call!("cuGraphInstantiateWithFlags"(*mut *mut c_void, *mut c_void, u64)(&raw mut executable, graph, 0));
+                let stream = OwnStream::new();
+                let graph = Graph::capture(stream.0, || call.enqueue(&gpu, stream.0)).unwrap();
+                let o = call.o.region();
                 for replay in 0..REPLAYS {
-                    call!("cuGraphLaunch"(*mut c_void, *mut c_void)(executable, stream));
+                    // SAFETY: O is used in this stream alone until it is waited for.
+                    unsafe { functions::fill(o.address, 0xff, o.bytes as usize, stream.0) }
+                        .unwrap();
+                    graph.launch(stream.0).unwrap();
                     if replay % 100 == 99 {
                         let o = call.o(&gpu);
                         assert!(o == expected, "{} D {d}: replay {replay} differs", kernel.name);
                     }
                 }
-                call!("cuGraphExecDestroy"(*mut c_void)(executable));
-                call!("cuGraphDestroy"(*mut c_void)(graph));
-                // SAFETY: made above, and empty.
-                unsafe { functions::stream_destroy(stream) }.unwrap();
             });
             println!("{} D {d}: {REPLAYS} replays give the same bits", kernel.name);
         }
@@ -178,16 +149,12 @@ fn two_streams_at_once_do_not_disturb_each_other() {
             call.o(&gpu)
         });
         with_context(&gpu, || {
-            let streams = [(); 2].map(|()| functions::stream_create(1).unwrap());
+            let streams = [(); 2].map(|()| OwnStream::new());
             for _ in 0..200 {
-                a.enqueue(&gpu, streams[0]);
-                b.enqueue(&gpu, streams[1]);
+                a.enqueue(&gpu, streams[0].0);
+                b.enqueue(&gpu, streams[1].0);
             }
             assert_eq!([a.o(&gpu), b.o(&gpu)], expected, "{kernel}");
-            for stream in streams {
-                // SAFETY: made above, and empty.
-                unsafe { functions::stream_destroy(stream) }.unwrap();
-            }
         });
     }
 }

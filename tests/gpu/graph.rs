@@ -3,14 +3,14 @@
 use std::{ffi::c_void, ptr};
 
 use cuda_driver::{
-    Failure, ResultCode,
+    Failure,
     functions::{self, STREAM_NON_BLOCKING, Stream},
 };
 
 /// A function of the driver that the library has no use for.
 macro_rules! driver {
     ($name:ident($($arg:expr => $type:ty),*)) => {{
-        let address = cuda_driver::address(stringify!($name)).expect(stringify!($name));
+        let address = ::cuda_driver::address(stringify!($name)).expect(stringify!($name));
         // SAFETY: the driver's function of that name has this signature; its handles live and
         // its pointers are valid, as each use below shows.
         let code = unsafe {
@@ -18,9 +18,9 @@ macro_rules! driver {
                 std::mem::transmute::<usize, unsafe extern "system" fn($($type),*) -> u32>(address);
             function($($arg),*)
         };
-        match ResultCode(code) {
-            ResultCode::SUCCESS => Ok(()),
-            code => Err(Failure { function: stringify!($name), code }),
+        match ::cuda_driver::ResultCode(code) {
+            ::cuda_driver::ResultCode::SUCCESS => Ok(()),
+            code => Err(::cuda_driver::Failure { function: stringify!($name), code }),
         }
     }};
 }
@@ -48,15 +48,12 @@ pub struct Graph {
 }
 
 impl Graph {
-    /// What `work` starts on a stream, and what `work` returned.
-    pub fn capture<T, E>(
-        stream: Stream,
-        work: impl FnOnce() -> Result<T, E>,
-    ) -> Result<Result<Self, E>, Failure> {
+    /// What `work` starts on a stream.
+    pub fn capture(stream: Stream, work: impl FnOnce()) -> Result<Self, Failure> {
         /// `CU_STREAM_CAPTURE_MODE_GLOBAL`: the strictest.
         const GLOBAL: u32 = 0;
         driver!(cuStreamBeginCapture_v2(stream => Stream, GLOBAL => u32))?;
-        let done = work();
+        work();
         let mut graph = ptr::null_mut();
         driver!(cuStreamEndCapture(stream => Stream, &raw mut graph => *mut *mut c_void))?;
         let mut executable = ptr::null_mut();
@@ -65,7 +62,7 @@ impl Graph {
             graph => *mut c_void,
             0 => u64
         ))?;
-        Ok(done.map(|_| Self { graph, executable }))
+        Ok(Self { graph, executable })
     }
 
     pub fn launch(&self, stream: Stream) -> Result<(), Failure> {

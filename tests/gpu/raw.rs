@@ -120,9 +120,9 @@ fn a_prepared_launch_can_be_captured_and_replayed() {
     let launches = fake.launches();
     let graph = Graph::capture(stream.0, || {
         // SAFETY: the stream is of this context; `head` outlives the graph.
-        unsafe { gpu.context().launch(&launch, stream.0) }
+        unsafe { gpu.context().launch(&launch, stream.0) }.unwrap();
     });
-    let graph = graph.unwrap().unwrap();
+    let graph = graph.unwrap();
     assert_eq!(fake.launches(), launches, "captured, not run");
     for _ in 0..3 {
         head.o.fill(0xff).unwrap();
@@ -148,7 +148,6 @@ fn a_launch_that_would_compile_its_kernel_fails_in_a_capture() {
         // SAFETY: the stream is of this context; `head` outlives the graph.
         let error = unsafe { gpu.context().launch(&launch, stream.0) }.unwrap_err();
         assert!(error.to_string().contains("while a stream is captured"), "{error}");
-        Err::<(), Error>(error)
     });
     assert_eq!(captured.err().map(|failure| failure.code.0), Some(901));
     drop(stream);

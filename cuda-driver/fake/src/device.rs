@@ -3,7 +3,7 @@
 use std::ffi::c_char;
 
 use crate::{
-    P, call, code,
+    P, call, call_in_context, code,
     state::{check_context, context, context_handle, set_context, state},
     write,
 };
@@ -131,6 +131,16 @@ extern "C" fn cuCtxGetDevice(device: P) -> u32 {
     call(|| {
         check_context()?;
         write(device, context() as i32 - 1)
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuCtxSynchronize() -> u32 {
+    call_in_context(|| {
+        let mut state = state();
+        state.follow()?;
+        state.busy.clear();
+        Ok(())
     })
 }
 
