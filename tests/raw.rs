@@ -86,8 +86,8 @@ impl Call {
     }
 }
 
-fn problem(d: usize, causal: bool) -> Problem {
-    Problem::builder(2, 3, 300, d).dtype(DType::F16).causal(causal).build().unwrap()
+fn problem(dtype: DType, d: usize, causal: bool) -> Problem {
+    Problem::builder(2, 3, 300, d).dtype(dtype).causal(causal).build().unwrap()
 }
 
 /// Waits for every stream of the context.
@@ -114,7 +114,9 @@ fn a_captured_launch_replays() {
     let Some(gpu) = gpu() else { return };
     for kernel in KERNELS {
         for (d, causal) in [(64, true), (128, false)] {
-            let Some(call) = Call::new(&gpu, kernel.name, &problem(d, causal), 1) else { continue };
+            let dtype = *kernel.dtypes.last().unwrap();
+            let problem = problem(dtype, d, causal);
+            let Some(call) = Call::new(&gpu, kernel.name, &problem, 1) else { continue };
             call.enqueue(&gpu, ptr::null_mut());
             let expected = call.o(&gpu);
             with_context(&gpu, || {
@@ -128,11 +130,15 @@ fn a_captured_launch_replays() {
                     graph.launch(stream.0).unwrap();
                     if replay % 100 == 99 {
                         let o = call.o(&gpu);
-                        assert!(o == expected, "{} D {d}: replay {replay} differs", kernel.name);
+                        assert!(
+                            o == expected,
+                            "{} {dtype} D {d}: replay {replay} differs",
+                            kernel.name
+                        );
                     }
                 }
             });
-            println!("{} D {d}: {REPLAYS} replays give the same bits", kernel.name);
+            println!("{} {dtype} D {d}: {REPLAYS} replays give the same bits", kernel.name);
         }
     }
 }
@@ -142,7 +148,8 @@ fn a_captured_launch_replays() {
 fn two_streams_at_once_do_not_disturb_each_other() {
     let Some(gpu) = gpu() else { return };
     for kernel in ["flash_pipelined", "flash_hopper", "standard"] {
-        let calls = [1, 10].map(|seed| Call::new(&gpu, kernel, &problem(64, true), seed));
+        let calls =
+            [1, 10].map(|seed| Call::new(&gpu, kernel, &problem(DType::F16, 64, true), seed));
         let [Some(a), Some(b)] = calls else { continue };
         let expected = [&a, &b].map(|call| {
             call.enqueue(&gpu, ptr::null_mut());
@@ -163,7 +170,9 @@ fn two_streams_at_once_do_not_disturb_each_other() {
 #[test]
 fn default_streams_are_taken() {
     let Some(gpu) = gpu() else { return };
-    let Some(call) = Call::new(&gpu, "flash_mma", &problem(64, false), 1) else { return };
+    let Some(call) = Call::new(&gpu, "flash_mma", &problem(DType::F16, 64, false), 1) else {
+        return;
+    };
     call.enqueue(&gpu, ptr::null_mut());
     let expected = call.o(&gpu);
     for stream in [1, 2] {

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::Device;
 use crate::error::Error;
 
-/// What the emulator counted while kernels ran; a GPU counts nothing.
+/// Counts of the emulator while kernels ran; a GPU counts nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Bytes that kernels asked to read from global memory.
@@ -22,13 +22,13 @@ pub trait Instruments {
     /// emulator.
     ///
     /// # Errors
-    /// The error of `work`, or what went wrong while a kernel ran.
+    /// The error of `work`, or the fault of a kernel.
     fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), Error>) -> Result<f64, Error>;
     /// Overwrites the L2 cache, so that the next launch starts cold; nothing under the
     /// emulator.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error that the device reports.
     fn flush_l2(&self) -> Result<(), Error>;
     /// The counters since they were last taken; `None` on a GPU.
     fn take_counters(&self) -> Option<Counters>;
@@ -38,7 +38,7 @@ pub trait Instruments {
 /// idle device to an idle device.
 ///
 /// # Errors
-/// The error of `work`, or what went wrong while a kernel ran.
+/// The error of `work`, or the fault of a kernel.
 pub fn time_ms(
     device: &dyn Device,
     work: &mut dyn FnMut() -> Result<(), Error>,
@@ -56,7 +56,7 @@ pub fn time_ms(
 /// Overwrites the L2 cache of a device that has the instrument for it.
 ///
 /// # Errors
-/// What the device reports.
+/// An error that the device reports.
 pub fn flush_l2(device: &dyn Device) -> Result<(), Error> {
     device.instruments().map_or(Ok(()), Instruments::flush_l2)
 }

@@ -118,7 +118,7 @@ impl Memory {
     /// Allocates memory and fills each byte with `value`.
     ///
     /// # Errors
-    /// As [`Memory::allocate`], or what the device reports.
+    /// As [`Memory::allocate`], or an error that the device reports.
     pub fn filled(self: &Arc<Self>, bytes: u64, value: u8) -> Result<DeviceBuffer, Error> {
         let mut buffer = self.allocate(bytes)?;
         buffer.fill(value)?;
@@ -128,7 +128,7 @@ impl Memory {
     /// Allocates memory that holds a copy of `data`.
     ///
     /// # Errors
-    /// As [`Memory::allocate`], or what the device reports.
+    /// As [`Memory::allocate`], or an error that the device reports.
     pub fn upload<T: Pod>(self: &Arc<Self>, data: &[T]) -> Result<DeviceBuffer, Error> {
         let mut buffer = self.allocate(size_of_val(data) as u64)?;
         buffer.write(data)?;
@@ -172,7 +172,7 @@ impl DeviceBuffer {
     /// Copies `data` to the start of the buffer.
     ///
     /// # Errors
-    /// [`Error::BadAddress`] when it does not fit, or what the device reports.
+    /// [`Error::BadAddress`] when it does not fit, or an error that the device reports.
     pub fn write<T: Pod>(&mut self, data: &[T]) -> Result<(), Error> {
         let data: &[u8] = bytemuck::cast_slice(data);
         self.check(data.len() as u64)?;
@@ -186,7 +186,7 @@ impl DeviceBuffer {
     /// Copies the start of the buffer into `data`.
     ///
     /// # Errors
-    /// [`Error::BadAddress`] when the buffer is shorter, or what the device reports.
+    /// [`Error::BadAddress`] when the buffer is shorter, or an error that the device reports.
     pub fn read<T: Pod>(&self, data: &mut [T]) -> Result<(), Error> {
         self.read_at(0, bytemuck::cast_slice_mut(data))
     }
@@ -194,7 +194,7 @@ impl DeviceBuffer {
     /// Copies the bytes from `offset` on into `data`.
     ///
     /// # Errors
-    /// [`Error::BadAddress`] when the buffer ends before, or what the device reports.
+    /// [`Error::BadAddress`] when the buffer ends before, or an error that the device reports.
     pub(crate) fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {
         let end = offset.saturating_add(data.len() as u64);
         self.check(end)?;
@@ -208,7 +208,7 @@ impl DeviceBuffer {
     /// The whole buffer as elements; bytes of an incomplete last element are left out.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error that the device reports.
     pub fn to_vec<T: Pod>(&self) -> Result<Vec<T>, Error> {
         let mut data = vec![T::zeroed(); self.bytes as usize / size_of::<T>()];
         self.read(&mut data)?;
@@ -218,7 +218,7 @@ impl DeviceBuffer {
     /// Fills the first `bytes` bytes with `value`.
     ///
     /// # Errors
-    /// [`Error::BadAddress`] when there are fewer, or what the device reports.
+    /// [`Error::BadAddress`] when there are fewer, or an error that the device reports.
     pub fn fill_start(&mut self, bytes: u64, value: u8) -> Result<(), Error> {
         self.check(bytes)?;
         if bytes == 0 {
@@ -231,7 +231,7 @@ impl DeviceBuffer {
     /// Fills every byte with `value`.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error that the device reports.
     pub fn fill(&mut self, value: u8) -> Result<(), Error> {
         self.fill_start(self.bytes, value)
     }
@@ -281,7 +281,7 @@ impl DeviceTensor {
     /// A copy of a tensor on the host.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], or what the device reports.
+    /// [`Error::OutOfMemory`], or an error that the device reports.
     pub fn upload(memory: &Arc<Memory>, tensor: &Tensor) -> Result<Self, Error> {
         Self::from_bytes(memory, tensor.dtype(), tensor.shape(), tensor.as_bytes())
     }
@@ -304,7 +304,7 @@ impl DeviceTensor {
     /// Overwrites the elements.
     ///
     /// # Errors
-    /// Another storage type or shape; what the device reports.
+    /// Another storage type or shape; an error that the device reports.
     pub fn write(&mut self, tensor: &Tensor) -> Result<(), Error> {
         tensor.expect("to write", self.dtype, &self.shape)?;
         self.buffer.write(tensor.as_bytes())
@@ -313,7 +313,7 @@ impl DeviceTensor {
     /// Waits for what was started before, and copies the tensor to the host.
     ///
     /// # Errors
-    /// What went wrong while a kernel ran.
+    /// The fault of a kernel that ran before.
     pub fn to_host(&self) -> Result<Tensor, Error> {
         self.buffer.memory.device.synchronize()?;
         let mut tensor = Tensor::zeros(self.dtype, &self.shape);

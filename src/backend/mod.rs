@@ -82,7 +82,7 @@ pub unsafe trait Device: Send + Sync {
     /// Free and total memory.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error that the device reports.
     fn memory_info(&self) -> Result<MemoryInfo, Error>;
     /// Allocates `bytes` bytes at an address aligned to 256, uninitialised.
     ///
@@ -101,7 +101,7 @@ pub unsafe trait Device: Send + Sync {
     /// thread uses them meanwhile.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error that the device reports.
     unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error>;
     /// Copies from device memory to the host.
     ///
@@ -109,7 +109,7 @@ pub unsafe trait Device: Send + Sync {
     /// As for [`Device::upload`].
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error that the device reports.
     unsafe fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error>;
     /// Fills device memory with a byte.
     ///
@@ -117,7 +117,7 @@ pub unsafe trait Device: Send + Sync {
     /// As for [`Device::upload`].
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error that the device reports.
     unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error>;
     /// Encodes a tensor map for TMA, as kernels have it in their parameter (`WithMaps`).
     ///
@@ -133,12 +133,12 @@ pub unsafe trait Device: Send + Sync {
     /// - No other thread writes those buffers meanwhile, nor reads those that the kernel writes.
     ///
     /// # Errors
-    /// A launch that does not fit its entry; what the device reports.
+    /// A launch that does not fit its entry; an error that the device reports.
     unsafe fn launch(&self, launch: &Launch) -> Result<(), Error>;
     /// Waits for everything started, and reports what went wrong on the way.
     ///
     /// # Errors
-    /// What went wrong while a kernel ran.
+    /// The fault of a kernel that ran before.
     fn synchronize(&self) -> Result<(), Error>;
     /// How the device measures, where it can.
     fn instruments(&self) -> Option<&dyn Instruments> {

@@ -129,7 +129,7 @@ impl Forward {
     /// Starts a pass of a module over `x: [B, N, hidden]` in device memory; does not wait.
     ///
     /// # Errors
-    /// A module or an input of another shape, storage type or device; what the device reports.
+    /// A module or an input of another shape, storage type or device; an error that the device reports.
     pub fn run(
         &mut self,
         module: &MultiHeadAttention,
@@ -235,7 +235,7 @@ impl<'a> PreparedForward<'a> {
     /// Waits and downloads y.
     ///
     /// # Errors
-    /// What went wrong while a kernel ran.
+    /// The fault of a kernel that ran before.
     pub fn y(&self) -> Result<Tensor, Error> {
         self.forward.y.to_host()
     }
@@ -281,7 +281,7 @@ impl MultiHeadAttention {
     /// Runs a pass once, from the host and back.
     ///
     /// # Errors
-    /// As [`MultiHeadAttention::prepare`], or what went wrong while a kernel ran.
+    /// As [`MultiHeadAttention::prepare`], or the fault of a kernel.
     pub fn forward(
         &self,
         kernel: &'static KernelSpec,

@@ -105,7 +105,7 @@ impl MultiHeadAttention {
     /// Uploads the parameters.
     ///
     /// # Errors
-    /// [`Error::HiddenNotDivisible`], [`Error::OutOfMemory`], or what the device reports.
+    /// [`Error::HiddenNotDivisible`], [`Error::OutOfMemory`], or an error that the device reports.
     pub fn new(session: &Session, weights: &Weights, heads: usize) -> Result<Self, Error> {
         let head_dim = head_dim_of(weights.hidden(), heads)?;
         let memory = session.memory().clone();
@@ -216,7 +216,7 @@ impl MultiHeadAttention {
     ///
     /// # Errors
     /// What is wrong with x, the mask or the kernel; [`Error::OutOfMemory`] (before anything
-    /// is allocated where that can be foreseen), or what the device reports.
+    /// is allocated where that can be foreseen), or an error that the device reports.
     pub fn prepare(
         &self,
         kernel: &'static KernelSpec,

@@ -92,7 +92,7 @@ impl Context {
         &self.name
     }
 
-    /// What the GPU offers to kernels.
+    /// The GPU's limits, as plans need them.
     #[must_use]
     pub const fn target(&self) -> Target {
         self.target
@@ -258,7 +258,7 @@ pub(super) fn encode_tensor_map(map: &TensorMapSpec) -> Result<[u8; 128], Error>
 
 /// While it lives, a context is the calling thread's; then the one before is again.
 pub(crate) struct Entered {
-    /// What was current, if another.
+    /// The context that was current, if another.
     before: Option<functions::Context>,
     /// Belongs to the thread that made it.
     _thread: PhantomData<*const ()>,
@@ -299,7 +299,7 @@ pub(crate) fn driver() -> Result<&'static cuda_driver::Driver, Error> {
         .map_err(|error| Error::NoGpu { reason: error.reason(), remedy: error.remedy() })
 }
 
-/// What a GPU offers to kernels.
+/// A GPU's limits, as plans need them.
 pub(crate) fn target(device: functions::Device) -> Result<Target, Failure> {
     use functions::attribute as a;
     let get = |attribute| functions::device_attribute(attribute, device).map(i32::unsigned_abs);

@@ -39,7 +39,7 @@ pub fn why_not(entry: &Entry, compute_capability: (u32, u32)) -> Option<String> 
 /// A kernel that can be launched.
 pub(super) struct Kernel {
     function: functions::Function,
-    /// What the function belongs to.
+    /// The module of the function.
     module: functions::Module,
 }
 

@@ -9,7 +9,7 @@ use crate::{
     registry::{LinearSpec, Projection, Target},
 };
 
-/// What a linear kernel launches for a projection.
+/// The launch of a linear kernel for a projection.
 #[derive(Clone, Debug)]
 pub struct LinearPlan {
     kernel: &'static LinearSpec,

@@ -110,7 +110,7 @@ impl Context {
     /// Starts a projection on a stream of this context; does not wait.
     ///
     /// # Errors
-    /// As [`LinearPlan::check`]; an entry that this GPU cannot run; what the driver reports.
+    /// As [`LinearPlan::check`]; an entry that this GPU cannot run; an error that the driver reports.
     ///
     /// # Safety
     /// As for [`Context::enqueue`], for x, w, bias and y.

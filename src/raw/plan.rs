@@ -1,4 +1,4 @@
-//! What a kernel launches for a problem.
+//! The launches of a kernel for a problem.
 
 use kernels_gpu::{args::AttentionArgs, entry::Entry};
 use simt::Dim3;
@@ -38,7 +38,7 @@ impl PlannedStep {
     }
 }
 
-/// What a kernel launches for a problem: made once, used for any number of calls by any number
+/// The launches of a kernel for a problem: made once, used for any number of calls by any number
 /// of threads.
 ///
 /// ```

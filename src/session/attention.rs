@@ -128,7 +128,7 @@ impl Attention {
     /// Starts the kernel on inputs in device memory; does not wait.
     ///
     /// # Errors
-    /// An input of another shape, storage type or device; what the device reports.
+    /// An input of another shape, storage type or device; an error that the device reports.
     pub fn run(
         &mut self,
         q: &DeviceTensor,
@@ -205,7 +205,7 @@ impl Attention {
     /// Waits and downloads O and LSE, and the weights where the kernel keeps them.
     ///
     /// # Errors
-    /// What went wrong while the kernel ran.
+    /// The fault of the kernel, if it had one.
     pub fn outputs(&mut self) -> Result<Outputs, Error> {
         let weights = self.kept_weights()?;
         Ok(Outputs { weights, ..self.outputs_without_weights()? })
@@ -215,7 +215,7 @@ impl Attention {
     /// large.
     ///
     /// # Errors
-    /// What went wrong while the kernel ran.
+    /// The fault of the kernel, if it had one.
     pub fn outputs_without_weights(&mut self) -> Result<Outputs, Error> {
         self.synchronize()?;
         Ok(Outputs { o: self.o.to_host()?, lse: self.lse.to_host()?, weights: None })
@@ -224,7 +224,7 @@ impl Attention {
     /// Waits for the last run. After a fault the queue is zeroed before it is used again.
     ///
     /// # Errors
-    /// What went wrong while the kernel ran.
+    /// The fault of the kernel, if it had one.
     pub fn synchronize(&mut self) -> Result<(), Error> {
         let done = self.memory.device().synchronize();
         self.queue_is_zero &= done.is_ok();
@@ -247,7 +247,7 @@ impl Attention {
     ///
     /// # Errors
     /// [`Error::InvalidValue`] before the first run; [`Error::OutOfMemory`]; a head dim that
-    /// weights cannot be computed for; what went wrong while the kernel ran.
+    /// weights cannot be computed for; the fault of the kernel.
     ///
     /// # Safety
     /// The inputs of the last run are still in memory.

@@ -35,7 +35,7 @@ pub struct Inputs<'a> {
 }
 
 impl Inputs<'_> {
-    /// Checks that the tensors are those of the problem.
+    /// Compares the tensors with a problem.
     ///
     /// # Errors
     /// Which tensor is of the wrong type or shape, missing, or not expected.
@@ -66,7 +66,7 @@ fn check_mask(problem: &Problem, mask: Option<&[u8]>) -> Result<(), Error> {
     }
 }
 
-/// What attention gives.
+/// The outputs of attention.
 #[derive(Clone, Debug)]
 pub struct Outputs {
     /// Output, of the problem's `q_shape` and storage type.
@@ -115,7 +115,7 @@ impl Session {
         &self.memory
     }
 
-    /// What the device offers to kernels.
+    /// The device's limits, as plans need them.
     #[must_use]
     pub fn target(&self) -> Target {
         Target::of(self.device())
@@ -137,7 +137,7 @@ impl Session {
     /// A copy of a tensor in device memory.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], or what the device reports.
+    /// [`Error::OutOfMemory`], or an error that the device reports.
     pub fn upload(&self, tensor: &Tensor) -> Result<DeviceTensor, Error> {
         DeviceTensor::upload(&self.memory, tensor)
     }
@@ -145,8 +145,8 @@ impl Session {
     /// Uploads the inputs and gets everything ready to launch.
     ///
     /// # Errors
-    /// What is wrong with the request, [`Error::OutOfMemory`] (before anything is
-    /// allocated where that can be foreseen), or what the device reports.
+    /// A value of the request that is wrong; [`Error::OutOfMemory`] (before anything is
+    /// allocated where that can be foreseen), or an error that the device reports.
     pub fn prepare(
         &self,
         kernel: &'static KernelSpec,
@@ -200,7 +200,7 @@ impl Session {
     /// Runs a kernel once.
     ///
     /// # Errors
-    /// As [`Session::prepare`], or what went wrong while the kernel ran.
+    /// As [`Session::prepare`], or the fault of the kernel.
     pub fn run(
         &self,
         kernel: &'static KernelSpec,
@@ -238,7 +238,7 @@ impl Prepared {
     /// Waits and downloads the outputs, the weights among them where the kernel keeps them.
     ///
     /// # Errors
-    /// What went wrong while the kernel ran.
+    /// The fault of the kernel, if it had one.
     pub fn outputs(&mut self) -> Result<Outputs, Error> {
         self.attention.outputs()
     }
@@ -246,7 +246,7 @@ impl Prepared {
     /// Waits and downloads O and LSE only.
     ///
     /// # Errors
-    /// What went wrong while the kernel ran.
+    /// The fault of the kernel, if it had one.
     pub fn outputs_without_weights(&mut self) -> Result<Outputs, Error> {
         self.attention.outputs_without_weights()
     }
@@ -257,7 +257,7 @@ impl Prepared {
     ///
     /// # Errors
     /// [`Error::InvalidValue`] before the first run; [`Error::OutOfMemory`]; a head dim that
-    /// weights cannot be computed for; what went wrong while the kernel ran.
+    /// weights cannot be computed for; the fault of the kernel.
     pub fn weights(&mut self) -> Result<Tensor, Error> {
         // SAFETY: the inputs belong to this value.
         unsafe { self.attention.weights() }
@@ -351,7 +351,7 @@ mod tests {
         assert!(message.contains("cannot use v"), "{message}");
     }
 
-    /// What a run asks of the device, counted.
+    /// A run's requests to the device, counted.
     #[test]
     fn a_run_again_allocates_fills_and_uploads_nothing() {
         let device = Arc::new(counting::Counting::default());

@@ -13,13 +13,13 @@ pub trait Work {
     /// Starts it; does not wait.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error that the device reports.
     fn start(&mut self) -> Result<(), Error>;
 
     /// Runs it and waits.
     ///
     /// # Errors
-    /// What went wrong while a kernel ran.
+    /// The fault of a kernel that ran before.
     fn launch(&mut self) -> Result<(), Error> {
         self.start()?;
         self.device().synchronize()
@@ -30,7 +30,7 @@ pub trait Work {
 /// a cold L2 cache.
 ///
 /// # Errors
-/// What went wrong while a kernel ran.
+/// The fault of a kernel that ran before.
 pub fn time_ms(
     device: &dyn Device,
     work: &mut dyn Work,
@@ -54,7 +54,7 @@ pub fn time_ms(
 /// GPU holds at its power limit.
 ///
 /// # Errors
-/// What went wrong while a kernel ran.
+/// The fault of a kernel that ran before.
 pub fn sustained_ms(device: &dyn Device, work: &mut dyn Work, runs: usize) -> Result<f64, Error> {
     let runs = runs.max(1);
     let all = instruments::time_ms(device, &mut || (0..runs).try_for_each(|_| work.start()))?;
