@@ -74,3 +74,8 @@ pub use tensor::Tensor;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The page on the library, compiled as tests.
+#[cfg(all(doctest, feature = "emulator"))]
+#[doc = include_str!("../docs/library.md")]
+struct LibraryPage;
