@@ -6,6 +6,10 @@ mod device;
 mod fake_driver;
 #[path = "../../tests/gpu/graph.rs"]
 mod graph;
+#[path = "../../tests/gpu/head.rs"]
+mod head;
+#[path = "../../tests/gpu/plans.rs"]
+mod plans;
 #[path = "../../tests/gpu/raw.rs"]
 mod raw;
 #[path = "../../tests/gpu/session.rs"]

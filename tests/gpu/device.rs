@@ -2,150 +2,21 @@
 //! launched with which arguments, what is allocated and freed, and what each failure
 //! of the driver turns into.
 
-use std::sync::Arc;
-
 use crate::{
     Gpu,
     fake_driver::{FakeDriver, open},
+    head::{ELEMENTS, Head, ROWS, SYMBOL, expected, faulty_launch, gpu, launch_of, memory, start},
 };
 use cuda_driver::{ResultCode, functions};
 use flash_attention::{
     DType, Error,
     backend::{
-        Device, DeviceBuffer, Instruments, KernelArgs, Launch, Memory, TensorMapSpec,
+        Device, Instruments, Launch, TensorMapSpec,
         gpu::{describe_all, why_not},
     },
 };
-use kernels_gpu::{
-    args::{AttentionArgs, Tensor},
-    flash_tiled,
-};
-use simt::{Dim3, emulator};
-
-const ROWS: u32 = 40;
-const HEAD_DIM: u64 = 64;
-const ELEMENTS: usize = ROWS as usize * HEAD_DIM as usize;
-pub const SYMBOL: &str = "flash_tiled_f32_d64";
-
-pub fn gpu() -> Arc<Gpu> {
-    Arc::new(Gpu::open(0).expect("the fake GPU"))
-}
-
-pub fn memory(gpu: &Arc<Gpu>) -> Arc<Memory> {
-    Memory::new(gpu.clone())
-}
-
-fn values(seed: u64) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        (state >> 40) as f32 / (1u32 << 24) as f32 - 0.5
-    };
-    (0..ELEMENTS).map(|_| next()).collect()
-}
-
-fn tensor(address: u64, bytes: u64) -> Tensor {
-    let stride = u64::from(ROWS) * HEAD_DIM;
-    Tensor {
-        buffer: kernels_gpu::args::Buffer { address, bytes },
-        stride_b: stride,
-        stride_h: stride,
-        stride_n: HEAD_DIM,
-    }
-}
-
-/// One head of attention, with its outputs in `o` and `lse`.
-fn args(inputs: [(u64, u64); 3], o: (u64, u64), lse: (u64, u64)) -> AttentionArgs {
-    let [q, k, v] = inputs.map(|(address, bytes)| tensor(address, bytes));
-    AttentionArgs {
-        q,
-        k,
-        v,
-        o: tensor(o.0, o.1),
-        lse: kernels_gpu::args::Buffer { address: lse.0, bytes: lse.1 },
-        batch: 1,
-        heads: 1,
-        seq_q: ROWS,
-        seq_k: ROWS,
-        scale_log2: 0.125 * std::f32::consts::LOG2_E,
-        causal: 1,
-        ..AttentionArgs::default()
-    }
-}
-
-pub fn launch_of(symbol: &str, args: &AttentionArgs) -> Launch {
-    Launch {
-        entry: kernels_gpu::find(symbol).expect("an entry"),
-        grid: Dim3::new(ROWS.div_ceil(flash_tiled::BR), 1, 1),
-        block: Dim3::new(flash_tiled::THREADS, 1, 1),
-        shared_bytes: flash_tiled::shared_bytes(HEAD_DIM as usize),
-        args: args.to_launch_bytes(),
-    }
-}
-
-/// Starts a launch of [`launch_of`].
-pub fn start(gpu: &Gpu, launch: &Launch) -> Result<(), Error> {
-    // SAFETY: each test keeps the buffers of its launches until it has waited for them; launches
-    // that do not fit are refused.
-    unsafe { gpu.launch(launch) }
-}
-
-/// Inputs and outputs of one head on a device.
-pub struct Head {
-    inputs: [DeviceBuffer; 3],
-    pub o: DeviceBuffer,
-    lse: DeviceBuffer,
-}
-
-impl Head {
-    pub fn new(memory: &Arc<Memory>) -> Result<Self, Error> {
-        Ok(Self {
-            inputs: [
-                memory.upload(&values(1))?,
-                memory.upload(&values(2))?,
-                memory.upload(&values(3))?,
-            ],
-            o: memory.allocate(ELEMENTS as u64 * 4)?,
-            lse: memory.allocate(u64::from(ROWS) * 4)?,
-        })
-    }
-
-    pub fn args(&self) -> AttentionArgs {
-        let at = |buffer: &DeviceBuffer| (buffer.address(), buffer.bytes());
-        args(self.inputs.each_ref().map(at), at(&self.o), at(&self.lse))
-    }
-}
-
-/// What the emulator makes of the same problem without any driver between.
-pub fn expected(symbol: &str) -> (Vec<f32>, Vec<f32>) {
-    let inputs = [values(1), values(2), values(3)];
-    let (mut o, mut lse) = (vec![f32::NAN; ELEMENTS], vec![f32::NAN; ROWS as usize]);
-    let at = |data: *const f32, len: usize| (data as u64, len as u64 * 4);
-    let args = args(
-        inputs.each_ref().map(|data| at(data.as_ptr(), ELEMENTS)),
-        at(o.as_mut_ptr(), ELEMENTS),
-        at(lse.as_mut_ptr(), ROWS as usize),
-    );
-    let launch = launch_of(symbol, &args);
-    let entry = kernels_gpu::find(symbol).expect("an entry");
-    let extent = emulator::Launch {
-        grid: launch.grid,
-        block: launch.block,
-        cluster: entry.cluster,
-        shared_bytes: launch.shared_bytes,
-    };
-    // SAFETY: the arguments are the entry's, and the vectors outlive the launch.
-    let run = || unsafe { (entry.run)((&raw const args).cast()) };
-    emulator::launch(extent, &run).expect("no fault");
-    (o, lse)
-}
-
-/// A launch whose kernel writes beyond the end of O.
-pub fn faulty_launch(head: &Head) -> Launch {
-    let mut args = head.args();
-    args.o.buffer.bytes /= 2;
-    launch_of(SYMBOL, &args)
-}
+use kernels_gpu::args::AttentionArgs;
+use simt::Dim3;
 
 #[test]
 fn a_kernel_gets_its_arguments_and_its_results_come_back() {

@@ -7,6 +7,8 @@ mod device;
 mod environment;
 mod fake_driver;
 mod graph;
+mod head;
+mod plans;
 mod raw;
 mod session;
 

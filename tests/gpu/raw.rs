@@ -1,7 +1,7 @@
 //! Launches in a context that is somebody else's: what they leave alone, which stream they go
 //! to, several threads, and memory that must outlive them.
 
-use std::{ffi::c_void, ptr, thread};
+use std::{ptr, thread};
 
 use cuda_driver::functions;
 use flash_attention::{
@@ -11,27 +11,13 @@ use flash_attention::{
 };
 
 use crate::{
-    device::{Head, SYMBOL, expected, faulty_launch, gpu, launch_of, memory, start},
     fake_driver::open,
     graph::{Graph, OwnStream},
+    head::{
+        Head, SYMBOL, current, expected, faulty_launch, gpu, launch_of, memory, set_current, start,
+        synchronize,
+    },
 };
-
-/// The calling thread's context.
-fn current() -> *mut c_void {
-    functions::ctx_current().expect("the fake driver")
-}
-
-/// Makes a context the calling thread's.
-fn set_current(context: *mut c_void) {
-    // SAFETY: null, or a context that the test keeps.
-    unsafe { functions::ctx_set_current(context) }.expect("a live context");
-}
-
-/// Waits for a stream of the calling thread's context.
-fn synchronize(stream: *mut c_void) -> Result<(), cuda_driver::Failure> {
-    // SAFETY: tests pass default streams and streams that live; their context is current.
-    unsafe { functions::stream_synchronize(stream) }
-}
 
 #[test]
 fn the_thread_s_context_is_afterwards_what_it_was_before() {

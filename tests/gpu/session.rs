@@ -15,19 +15,26 @@ fn gpu() -> Session {
     Session::new(Arc::new(Gpu::open(0).expect("the fake GPU")))
 }
 
-fn problem(dtype: DType, head_dim: usize) -> Problem {
+pub fn problem(dtype: DType, head_dim: usize) -> Problem {
     Problem::builder(2, 2, 33, head_dim).seq_k(70).dtype(dtype).causal(true).build().unwrap()
 }
 
-fn run(
+/// Q, K and V.
+pub fn inputs(problem: &Problem) -> [Tensor; 3] {
+    [
+        Tensor::random(problem.dtype(), &problem.q_shape(), 1, 0.0),
+        Tensor::random(problem.dtype(), &problem.k_shape(), 2, 0.0),
+        Tensor::random(problem.dtype(), &problem.k_shape(), 3, 1.0),
+    ]
+}
+
+pub fn run(
     session: &Session,
     kernel: &str,
     problem: &Problem,
 ) -> Result<(Outputs, MemoryReport), Error> {
-    let q = Tensor::random(problem.dtype(), &problem.q_shape(), 1, 0.0);
-    let k = Tensor::random(problem.dtype(), &problem.k_shape(), 2, 0.0);
-    let v = Tensor::random(problem.dtype(), &problem.k_shape(), 3, 1.0);
-    session.run(registry::find(kernel)?, problem, &Inputs { q: &q, k: &k, v: &v, mask: None })
+    let [q, k, v] = &inputs(problem);
+    session.run(registry::find(kernel)?, problem, &Inputs { q, k, v, mask: None })
 }
 
 #[test]
