@@ -82,7 +82,7 @@ fn static_shared_bytes(text: &str) -> i32 {
 /// # Safety
 /// `options` and `values` must have `count` entries that fit each other.
 unsafe fn write_log(log: &str, count: u32, options: *const u32, values: *const P) {
-    // SAFETY: the caller vouches for the arrays.
+    // SAFETY: both arrays have `count` entries, as the caller states.
     let pairs = (0..count as usize).map(|i| unsafe { (*options.add(i), *values.add(i)) });
     let find = |wanted| pairs.clone().find(|(option, _)| *option == wanted).map(|(_, value)| value);
     if let (Some(buffer), Some(capacity)) = (find(5), find(6)) {

@@ -193,7 +193,7 @@ pub(crate) fn register<T>(object: T) -> usize {
 /// A live handle must have been made of a `T`.
 pub(crate) unsafe fn object<T>(handle: usize) -> Result<&'static T, u32> {
     if state().handles.contains(&handle) {
-        // SAFETY: live, so not freed, and of this type by the caller's word. Tests do
+        // SAFETY: live, so not freed, and made of a `T`, as stated above. Tests do
         // not destroy what they still use.
         Ok(unsafe { &*(handle as *const T) })
     } else {
