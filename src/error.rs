@@ -262,9 +262,32 @@ impl<const R: usize> From<[usize; R]> for Shape {
     }
 }
 
+/// Names as messages list them: sorted, and no more than one can read.
+#[must_use]
+pub fn listed<T: Into<String>>(names: impl IntoIterator<Item = T>) -> String {
+    const MOST: usize = 16;
+    let mut names: Vec<String> = names.into_iter().map(Into::into).collect();
+    names.sort_unstable();
+    let more = names.len().saturating_sub(MOST);
+    names.truncate(MOST);
+    match (names.is_empty(), more) {
+        (true, _) => "no tensors".into(),
+        (_, 0) => names.join(", "),
+        _ => format!("{} and {more} more", names.join(", ")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lists_of_names_end() {
+        assert_eq!(listed([""; 0]), "no tensors");
+        assert_eq!(listed(["b", "a"]), "a, b");
+        let many = listed((10..40).map(|n| n.to_string()));
+        assert!(many.starts_with("10, 11,") && many.ends_with(", 25 and 14 more"), "{many}");
+    }
 
     #[test]
     fn messages_are_one_line_with_the_value_and_the_remedy() {

@@ -177,9 +177,9 @@ fn files_read_back_and_what_is_wrong_in_them_is_named() {
     };
     let same = || (Dtype::F32, vec![6, 6]);
     let with = |name, (dtype, shape)| (name, dtype, shape);
-    let text = save("k_proj.bias", with("", same()));
-    assert!(text.starts_with("tensor k_proj.bias is missing: "), "{text}");
-    assert!(text.contains("w.safetensors has k_proj.weight, out_proj.bias,"), "{text}");
+    let text = save("k_proj.weight", with("", same()));
+    assert!(text.starts_with("tensor k_proj.weight is missing: "), "{text}");
+    assert!(text.contains("w.safetensors has k_proj.bias, out_proj.bias,"), "{text}");
     let text = save("", with("v_proj.weight", (Dtype::F32, vec![6, 5])));
     assert_eq!(text, "tensor v_proj.weight has shape [6, 5], expected [6, 6]");
     let text = save("", with("out_proj.bias", (Dtype::F32, vec![1, 6])));
@@ -194,4 +194,104 @@ fn files_read_back_and_what_is_wrong_in_them_is_named() {
     assert!(Weights::load(&path).unwrap_err().to_string().contains("not a whole safetensors"));
     let missing = Weights::load(&folder.path().join("none")).unwrap_err();
     assert!(matches!(missing, Error::Io { .. }), "{missing}");
+}
+
+fn save_tensors(path: &std::path::Path, tensors: &[(&str, Tensor)]) {
+    let views = tensors.iter().map(|(name, t)| {
+        (*name, TensorView::new(Dtype::F32, t.shape().to_vec(), t.bytes()).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, path).unwrap();
+}
+
+#[test]
+fn state_dicts_of_other_modules_load() {
+    let weights = Weights::random(DType::F32, 6, 1).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("w.safetensors");
+    let [q, k, v, out] = weights.projections();
+    let packed = |parts: [&Tensor; 3], shape: &[usize]| {
+        Tensor::from_bytes(DType::F32, shape, &parts.map(Tensor::bytes).concat()).unwrap()
+    };
+    let weight = packed([&q.weight, &k.weight, &v.weight], &[18, 6]);
+    let bias = packed([&q.bias, &k.bias, &v.bias], &[18]);
+    let other = Tensor::zeros(DType::F32, &[3]);
+    // As torch.nn.MultiheadAttention has them, alone and in a layer beside other tensors.
+    for prefix in ["", "layers.0.attn."] {
+        let names = ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias", "norm"]
+            .map(|name| format!("{prefix}{name}"));
+        let tensors = [&weight, &bias, &out.weight, &out.bias, &other];
+        let all: Vec<_> = names.iter().map(String::as_str).zip(tensors.map(Clone::clone)).collect();
+        save_tensors(&path, &all);
+        assert_eq!(Weights::load(&path).unwrap(), weights, "{prefix}");
+        // bias=False.
+        save_tensors(&path, &[all[0].clone(), all[2].clone()]);
+        let unbiased = Weights::load(&path).unwrap();
+        for (ours, theirs) in unbiased.projections().iter().zip(weights.projections()) {
+            assert_eq!(ours.weight, theirs.weight);
+            assert_eq!(ours.bias, Tensor::zeros(DType::F32, &[6]));
+        }
+    }
+    // One by one, some with and some without a bias.
+    save_tensors(
+        &path,
+        &[
+            ("a.q_proj.weight", q.weight.clone()),
+            ("a.q_proj.bias", q.bias.clone()),
+            ("a.k_proj.weight", k.weight.clone()),
+            ("a.v_proj.weight", v.weight.clone()),
+            ("a.out_proj.weight", out.weight.clone()),
+        ],
+    );
+    let some = Weights::load(&path).unwrap();
+    assert_eq!(&some.projections()[0], q);
+    assert_eq!(some.projections()[3].bias, Tensor::zeros(DType::F32, &[6]));
+}
+
+#[test]
+fn state_dicts_that_are_no_such_module_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("w.safetensors");
+    let zeros = |name, shape: &[usize]| (name, Tensor::zeros(DType::F32, shape));
+    let refused = |tensors: &[(&str, Tensor)], part: &str| {
+        save_tensors(&path, tensors);
+        let text = Weights::load(&path).unwrap_err().to_string();
+        assert!(text.contains(part), "{text}");
+    };
+    let packed = |shape: &[usize]| zeros("in_proj_weight", shape);
+    let (whole, out) = (|| packed(&[18, 6]), || zeros("out_proj.weight", &[6, 6]));
+    refused(&[], "tensor q_proj.weight (or in_proj_weight) is missing: ");
+    refused(&[whole()], "tensor out_proj.weight is missing: ");
+    let text = "in_proj_weight has shape [17, 6]: it must be [3 hidden, hidden]";
+    refused(&[packed(&[17, 6]), out()], text);
+    refused(&[packed(&[18]), out()], "in_proj_weight has shape [18]: it must be");
+    refused(&[packed(&[0, 0]), out()], "expected [0, 0]");
+    // 3 times that is no number of elements.
+    refused(&[packed(&[0, usize::MAX / 2]), out()], "it must be [3 hidden, hidden]");
+    let bias = zeros("in_proj_bias", &[6]);
+    refused(&[whole(), bias, out()], "in_proj_bias has shape [6]: it must be [18]");
+    let wide = zeros("out_proj.weight", &[6, 7]);
+    refused(&[whole(), wide], "out_proj.weight has shape [6, 7], expected [6, 6]");
+    let q = zeros("q_proj.weight", &[6, 6]);
+    refused(&[whole(), out(), q], "has both q_proj.weight and in_proj_weight");
+    let text = "has k_proj_weight: queries, keys and values have sizes of their own (kdim, vdim)";
+    refused(&[zeros("k_proj_weight", &[6, 5]), out()], text);
+    let added = zeros("bias_k", &[1, 1, 6]);
+    refused(&[whole(), out(), added], "has bias_k: a key and a value are added");
+    let two = ["a.in_proj_weight", "b.in_proj_weight"].map(|name| zeros(name, &[18, 6]));
+    refused(&two, "has several modules: a., b.: save the state_dict of one alone");
+}
+
+#[cfg(unix)]
+#[test]
+fn weights_are_saved_through_links_with_the_usual_mode() {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
+    let folder = tempfile::tempdir().unwrap();
+    let [target, link, other] = ["target", "link", "other"].map(|name| folder.path().join(name));
+    std::os::unix::fs::symlink(&target, &link).unwrap();
+    fs::write(&other, "").unwrap();
+    Weights::random(DType::F32, 6, 1).unwrap().save(&link).unwrap();
+    let mode = |path| fs::metadata(path).unwrap().permissions().mode();
+    assert!(link.is_symlink());
+    assert_eq!(mode(&target), mode(&other));
 }

@@ -1,14 +1,13 @@
 //! The parameters of a module on the host, and their file.
 
+mod state_dict;
+
 use std::{fs, path::Path};
 
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
-use crate::{
-    dtype::DType,
-    error::{Error, Shape},
-    tensor::Tensor,
-};
+use crate::{dtype::DType, error::Error, tensor::Tensor};
+use state_dict::StateDict;
 
 /// Standard deviation of random biases: of the size of a trained module's, and no zeros,
 /// which would hide a bias that is left out.
@@ -101,11 +100,15 @@ impl Weights {
         Self { projections: self.projections.each_ref().map(cast) }
     }
 
-    /// Reads the eight tensors `q_proj.weight`, `q_proj.bias`, … `out_proj.bias` of a
-    /// safetensors file; others in it are left alone.
+    /// Reads the parameters from a safetensors file with a `state_dict`: `q_proj`, `k_proj`,
+    /// `v_proj` and `out_proj` (`.weight`, and `.bias` unless made with `bias=False`), or
+    /// `in_proj_weight` and `in_proj_bias` in place of the first three, as
+    /// `torch.nn.MultiheadAttention` has them. All names may begin with the same prefix, as
+    /// `layers.0.attn.`; other tensors are left alone.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::BadFile`]; or which tensor is missing, of a storage type that
+    /// [`Error::Io`]; [`Error::BadFile`] for a file that is not whole, has several modules, or one
+    /// with `kdim`, `vdim` or `add_bias_kv`; or which tensor is missing, of a storage type that
     /// kernels do not compute with, or of another shape or type than the others ask for.
     pub fn load(path: &Path) -> Result<Self, Error> {
         let bytes = fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
@@ -113,17 +116,14 @@ impl Weights {
             path: path.into(),
             reason: format!("not a whole safetensors file ({e}): save the tensors again"),
         })?;
-        let [q, k, v, out] = Self::NAMES.map(|name| {
-            let weight = read(&file, &format!("{name}.weight"), path)?;
-            Ok(Linear { weight, bias: read(&file, &format!("{name}.bias"), path)? })
-        });
-        Self::new([q?, k?, v?, out?])
+        Self::new(StateDict::find(&file, path)?.projections()?)
     }
 
-    /// Writes the tensors as [`Weights::load`] reads them.
+    /// Writes the tensors as [`Weights::load`] reads them, with a new file's usual mode, or into
+    /// the file that is there.
     ///
     /// # Errors
-    /// [`Error::BadFile`] with the reason.
+    /// [`Error::Io`] with the system's reason.
     pub fn save(&self, path: &Path) -> Result<(), Error> {
         let bad = |e: safetensors::SafeTensorError| Error::BadFile {
             path: path.into(),
@@ -137,29 +137,9 @@ impl Weights {
                 views.push((format!("{name}.{part}"), view.map_err(bad)?));
             }
         }
-        safetensors::serialize_to_file(views, None, path).map_err(bad)
+        let bytes = safetensors::serialize(views, None).map_err(bad)?;
+        fs::write(path, bytes).map_err(|source| Error::Io { path: path.into(), source })
     }
-}
-
-fn read(file: &SafeTensors<'_>, name: &str, path: &Path) -> Result<Tensor, Error> {
-    let Ok(view) = file.tensor(name) else {
-        let mut names = file.names();
-        names.sort_unstable();
-        let has = if names.is_empty() { "no tensors".into() } else { names.join(", ") };
-        let context = format!(": {} has {has}", path.display());
-        return Err(Error::MissingTensor { what: name.into(), context });
-    };
-    let dtype = match view.dtype() {
-        Dtype::F32 => DType::F32,
-        Dtype::F16 => DType::F16,
-        Dtype::BF16 => DType::BF16,
-        other => {
-            let (other, shape) = (format!("{other:?}").to_lowercase(), Shape::from(view.shape()));
-            let reason = format!("tensor {name} is {other} {shape}: it must be f32, f16 or bf16");
-            return Err(Error::BadFile { path: path.into(), reason });
-        }
-    };
-    Tensor::from_bytes(dtype, view.shape(), view.data())
 }
 
 const fn stored(dtype: DType) -> Dtype {
