@@ -265,6 +265,8 @@ pub(crate) fn round(dtype: DType, value: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use approx::assert_abs_diff_eq;
+
     use super::*;
     use crate::problem::{Dropout, Layout};
 
@@ -295,8 +297,8 @@ mod tests {
             assert_eq!(rows.lse[0], f64::NEG_INFINITY);
             assert_eq!(&rows.o[..8], &[0.0; 8]);
             assert_eq!(rows.o[8], v.get(8));
-            assert!((rows.o[3 * 8] - (v.get(8) + v.get(16)) / 2.0).abs() < 1e-7);
-            assert!((rows.lse[3] - 2f64.ln()).abs() < 1e-7);
+            assert_abs_diff_eq!(rows.o[3 * 8], (v.get(8) + v.get(16)) / 2.0, epsilon = 1e-7);
+            assert_abs_diff_eq!(rows.lse[3], 2f64.ln(), epsilon = 1e-7);
         }
     }
 
@@ -320,7 +322,8 @@ mod tests {
         let inputs = Inputs { q: &q, k: &v, v: &v, mask: None };
         let o = reference(&p, &inputs, &[0]).o[0];
         // A sum of 4000 draws of 0 or 2, each with weight 1/4000: standard deviation 0.016.
-        assert!((o - 1.0).abs() < 0.08 && o != 1.0, "{o}");
+        assert_abs_diff_eq!(o, 1.0, epsilon = 0.08);
+        assert_ne!(o, 1.0);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Both rungs on the emulator, against attention computed directly in f64. The suites of
 //! the library go over every kernel and edge; this one needs nothing but this crate.
 
+use approx::assert_abs_diff_eq;
 use kernels_gpu::{
     args::{AttentionArgs, Buffer, Tensor},
     flash_tiled, naive,
@@ -104,10 +105,9 @@ fn check(causal: bool, launch: impl Fn(&AttentionArgs)) {
                 causal,
             );
             // f32 sums of 45 to 64 products of size 1: a few times 2^-24 each.
-            assert!((f64::from(lse[row]) - expected_lse).abs() < 3e-6, "lse of row {row}");
+            assert_abs_diff_eq!(f64::from(lse[row]), expected_lse, epsilon = 3e-6);
             for e in 0..d {
-                let error = (f64::from(o[row * d + e]) - output[e]).abs();
-                assert!(error < 3e-6, "o[{row}, {e}] is off by {error}");
+                assert_abs_diff_eq!(f64::from(o[row * d + e]), output[e], epsilon = 3e-6);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Launches on the emulator, and the references in f64.
 #![allow(dead_code, reason = "each test file uses some of these")]
 
+use approx::abs_diff_eq;
 use kernels_gpu::{
     args::{AttentionArgs, Buffer, DropoutArgs, LinearArgs, Tensor},
     dropout,
@@ -84,8 +85,9 @@ pub fn check_linear<T: Scalar>(
         let expected = terms.sum::<f64>() + bias;
         // The sum in f32, and one rounding to the storage type.
         let bound = size * 2f64.powi(-22) + expected.abs() * epsilon::<T>() * 1.01;
-        let error = (f64::from(y.to_f32()) - expected).abs();
-        assert!(error <= bound, "y[{r}, {c}] is off by {error}, more than {bound}");
+        let y = f64::from(y.to_f32());
+        let close = abs_diff_eq!(y, expected, epsilon = bound);
+        assert!(close, "y[{r}, {c}] is {y}, not {expected} within {bound}");
     }
 }
 
@@ -258,8 +260,8 @@ impl Case {
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
         let expected_lse = max + sum.ln();
-        let error = (lse - expected_lse).abs();
-        assert!(error <= score_error, "{what}: LSE {lse} is off by {error} > {score_error}");
+        let close = abs_diff_eq!(lse, expected_lse, epsilon = score_error);
+        assert!(close, "{what}: LSE is {lse}, not {expected_lse} within {score_error}");
         let rescale = f64::from(1.0 / (1.0 - self.dropout));
         let (mut expected, mut size) = (vec![0.0; q.len()], vec![0.0; q.len()]);
         for (&j, score) in keys.iter().zip(&scores) {
@@ -275,8 +277,8 @@ impl Case {
             let bound = s * (epsilon::<T>() * 1.5 + 2.0 * score_error)
                 + e.abs() * epsilon::<T>()
                 + 2f64.powi(-25);
-            let error = (o - e).abs();
-            assert!(error <= bound, "{what}: O[{d}] is {o}, not {e}: off by {error} > {bound}");
+            let close = abs_diff_eq!(o, e, epsilon = bound);
+            assert!(close, "{what}: O[{d}] is {o}, not {e} within {bound}");
         }
     }
 }
