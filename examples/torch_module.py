@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""A multi-head attention module made by PyTorch, as files that `host run` reads.
+"""A multi-head attention module made by PyTorch, as files that `flash-attention run` reads.
 
     python3 examples/torch_module.py DIR            save weights, input and output
-    python3 examples/torch_module.py DIR --check    and let `host run --check` reproduce them
+    python3 examples/torch_module.py DIR --check    and let `flash-attention run --check` reproduce them
 
 In each of f32, f16 and bf16: DIR/<type>-weights.safetensors is the module's state_dict,
 DIR/<type>.safetensors has x, y and, with --mask, the padding mask. All three start from the
@@ -23,7 +23,7 @@ NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", tor
 
 
 class MultiHeadAttention(torch.nn.Module):
-    """[B, N, hidden] in and out; its state_dict has the names that `host run` looks for."""
+    """[B, N, hidden] in and out; its state_dict has the names that `flash-attention run` looks for."""
 
     def __init__(self, hidden, heads):
         super().__init__()
@@ -79,7 +79,7 @@ def make(folder, name, options):
 
 
 def check(folder, name, options):
-    """The exit code of `host run --check` on what was saved."""
+    """The exit code of `flash-attention run --check` on what was saved."""
     files = ["--input", folder / f"{name}.safetensors", "--weights", folder / f"{name}-weights.safetensors"]
     command = [*options.host.split(), "run", *files, "--heads", options.heads, "--check"]
     command += ["--causal"] if options.causal else []
@@ -97,7 +97,7 @@ def main():
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--mask", action="store_true")
-    parser.add_argument("--check", action="store_true", help="run `host run --check` on the files")
+    parser.add_argument("--check", action="store_true", help="run `flash-attention run --check` on the files")
     parser.add_argument("--host", default="cargo run -q -p host --", help="how to start it")
     parser.add_argument("--device", default="auto", help="where it runs")
     parser.add_argument("--kernel", default="best", help="which kernel it runs")

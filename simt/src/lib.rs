@@ -3,8 +3,8 @@
 //! A kernel is written once against this crate. Compiled for `nvptx64-nvidia-cuda`,
 //! every name here is the PTX instruction of the same meaning. Compiled for the
 //! host, the same names drive the [`emulator`]: each lane of a block is a coroutine,
-//! barriers and warp collectives suspend it, and every access to shared or global
-//! memory is checked (races, uninitialised reads, bounds, alignment, divergence).
+//! barriers and warp collectives suspend it, and every access to shared or global memory
+//! is checked (bounds, alignment), shared memory for races and uninitialised reads too.
 //!
 //! The names follow rust-cuda's `cuda_std` where it has them: a reader of The Rust
 //! CUDA Guide finds [`thread::thread_idx_x`], [`thread::sync_threads`],
