@@ -40,10 +40,11 @@ fn computer(machine: &Machine) -> String {
     let memory =
         memory_bytes.map_or_else(String::new, |b| format!(", {}", format::bytes(b as f64)));
     format!(
-        "flash-attention {} (commit {}) on {os} {arch}: {}, {threads} threads{memory}\n",
+        "flash-attention {} (commit {}) on {os} {arch}: {}, {}{memory}\n",
         env!("CARGO_PKG_VERSION"),
         env!("HOST_COMMIT"),
         cpu.as_deref().unwrap_or("unknown CPU"),
+        format::counted(*threads, "thread"),
     )
 }
 
@@ -126,25 +127,31 @@ fn chosen(target: &Target) -> String {
 /// A line for each kernel of attention and of projections: the module that it comes from, or
 /// why it cannot run.
 fn kernels(target: &Target) -> String {
-    let attention = KERNELS
-        .iter()
-        .map(|k| (k.name, k.summary, k.runs_on(target), module(k.capability, k.exact_capability)));
-    let linear = LINEAR_KERNELS
-        .iter()
-        .map(|k| (k.name, k.summary, k.runs_on(target), module(k.capability, k.exact_capability)));
+    let attention = KERNELS.iter().map(|k| {
+        let has = format!("{}; head dims {}", list(k.dtypes), list(k.head_dims));
+        (k.name, k.summary, has, k.runs_on(target), module(k.capability, k.exact_capability))
+    });
+    let linear = LINEAR_KERNELS.iter().map(|k| {
+        let module = module(k.capability, k.exact_capability);
+        (k.name, k.summary, list(k.dtypes), k.runs_on(target), module)
+    });
     let all: Vec<_> = attention.chain(linear).collect();
     let width = all.iter().map(|k| k.0.len()).max().unwrap_or(0);
     let mut text = String::new();
-    for (name, summary, runs, module) in all {
+    for (name, summary, has, runs, module) in all {
         let what = match (runs, module) {
             (Err(flash_attention::Error::Unsupported { reason, .. }), _) => format!("no: {reason}"),
             (Err(error), _) => format!("no: {error}"),
             (Ok(()), None) => "no: this build has no PTX for it".into(),
-            (Ok(()), Some(module)) => format!("yes, from {module}: {summary}"),
+            (Ok(()), Some(module)) => format!("yes, from {module}: {summary}; {has}"),
         };
         let _ = writeln!(text, "  {name:width$}  {what}");
     }
     text
+}
+
+fn list<T: ToString>(values: &[T]) -> String {
+    values.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// The module that holds a kernel: that of its capability.
@@ -189,6 +196,10 @@ mod tests {
         let text = describe(&gpu((9, 0)));
         for part in ["GPU 1: A GPU", "80.0 GiB", "79.0 GiB free", "227 KiB", "CUDA 13.0", "580.1"] {
             assert!(text.contains(part), "{part}: {text}");
+        }
+        if !ptx::modules().is_empty() {
+            let naive = text.lines().find(|line| line.trim_start().starts_with("naive")).unwrap();
+            assert!(naive.ends_with("; f32, f16, bf16; head dims 32, 64, 96, 128"), "{naive}");
         }
         assert_eq!(
             text.lines().filter(|line| line.contains("no: ")).count(),

@@ -66,10 +66,14 @@ pub fn line(error: &anyhow::Error) -> String {
     format!("error: {}", text.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
-/// What clap says about arguments, without its usage and hints on further lines.
+/// What clap says about arguments, without its usage and hints on further lines; the whole help
+/// where no command was given.
 #[must_use]
 pub fn clap_line(error: &clap::Error) -> String {
     let text = error.to_string();
+    if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return text.trim_end().to_owned();
+    }
     let first = text.split("\n\n").next().unwrap_or(&text);
     let tip = text.lines().map(str::trim).find_map(|line| line.strip_prefix("tip: "));
     let mut line = first.split_whitespace().collect::<Vec<_>>().join(" ");

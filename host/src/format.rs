@@ -53,6 +53,12 @@ pub fn count(value: i64) -> String {
     if value < 0 { format!("-{text}") } else { text }
 }
 
+/// A count and what is counted: `1 thread`, `2 threads`.
+#[must_use]
+pub fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
 /// Names as a sentence lists them: `a, b and c`.
 #[must_use]
 pub fn list(names: &[String]) -> String {
@@ -78,6 +84,7 @@ mod tests {
         assert_eq!(millis(0.0123), "0.0123 ms");
         assert_eq!(millis(65_000.0), "65.0 s");
         assert_eq!(count(-1_234_567), "-1,234,567");
+        assert_eq!((counted(1, "thread"), counted(0, "run")), ("1 thread".into(), "0 runs".into()));
         assert_eq!(list(&["a".into(), "b".into(), "c".into()]), "a, b and c");
     }
 }

@@ -6,6 +6,7 @@ pub mod compare;
 pub mod env;
 pub mod failure;
 pub mod format;
+pub mod help;
 pub mod inputs;
 pub mod interrupt;
 pub mod machine;
@@ -18,6 +19,7 @@ pub mod results;
 pub mod run;
 pub mod subject;
 pub mod table;
+pub mod values;
 pub mod verify;
 
 use std::process::ExitCode;
@@ -46,6 +48,8 @@ pub fn main() -> ExitCode {
         Command::Verify(args) => verify::run(args),
         Command::Run(args) => run::run(args),
         Command::Report(args) => report::remake(args),
+        Command::Completions { shell } => Ok(help::completions(*shell)),
+        Command::Man { command } => help::man(command.as_deref()),
     };
     ended(match outcome {
         Ok(outcome) => outcome.into(),

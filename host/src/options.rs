@@ -1,9 +1,10 @@
 //! The command line's arguments, and the defaults that depend on the device.
 
-use std::{path::PathBuf, str::FromStr};
+use std::{fmt, path::PathBuf, str::FromStr};
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand, builder::RangedU64ValueParser};
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
 use flash_attention::{
     DType, Dropout, Problem,
     problem::head_dim_of,
@@ -12,14 +13,16 @@ use flash_attention::{
 
 use crate::{
     failure::Usage,
+    help, peers,
     report::ReportArgs,
     results::{LevelChoice, Options},
     run::RunArgs,
+    values,
 };
 
 /// FlashAttention kernels in Rust: look at them, compare them, verify them.
 #[derive(Debug, Parser)]
-#[command(name = "flash-attention", version, about, max_term_width = 100)]
+#[command(name = "flash-attention", version, max_term_width = 100, after_long_help = help::PROGRAM)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -32,38 +35,54 @@ pub enum Command {
     /// Show the driver, the GPUs and which kernels each can run
     Env,
     /// Measure kernels, and the module around them, side by side: time, memory, error
+    #[command(after_help = help::compare_defaults(), after_long_help = help::compare())]
     Compare(Box<CompareArgs>),
     /// Compare outputs of each kernel, and of the module around it, with f64
+    #[command(after_help = help::verify_defaults(), after_long_help = help::verify())]
     Verify(Box<VerifyArgs>),
     /// Compute attention, or the attention module, of your own tensors, from a safetensors file
+    #[command(after_long_help = help::RUN)]
     Run(Box<RunArgs>),
     /// Make the report of a run anew from the JSON that it wrote
+    #[command(after_long_help = help::REPORT)]
     Report(ReportArgs),
+    /// Print completions for a shell
+    #[command(after_long_help = help::COMPLETIONS)]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Print the manual page of the program, or of one of its commands
+    #[command(after_long_help = help::MAN)]
+    Man {
+        /// A command
+        command: Option<String>,
+    },
 }
 
 /// What both `compare` and `verify` take.
 #[derive(Args, Clone, Debug)]
 pub struct ProblemArgs {
     /// Sequence lengths, separated by commas
-    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = values::count)]
     pub seq: Option<Vec<usize>>,
     /// Batch entries
-    #[arg(long, value_name = "B")]
+    #[arg(long, value_name = "B", value_parser = values::count)]
     pub batch: Option<usize>,
     /// Tokens over all batch entries: each sequence length N gets TOKENS / N entries
-    #[arg(long, value_name = "TOKENS", conflicts_with = "batch")]
+    #[arg(long, value_name = "TOKENS", value_parser = values::count, conflicts_with = "batch")]
     pub tokens: Option<usize>,
     /// Heads
-    #[arg(long, value_name = "H")]
+    #[arg(long, value_name = "H", value_parser = values::count)]
     pub heads: Option<usize>,
     /// Features over all heads; divided by the heads it is the head dim
-    #[arg(long, value_name = "SIZE", conflicts_with = "head_dim")]
+    #[arg(long, value_name = "SIZE", value_parser = values::count, conflicts_with = "head_dim")]
     pub hidden: Option<usize>,
     /// Features of a head
-    #[arg(long, value_name = "D")]
+    #[arg(long, value_name = "D", value_parser = values::count)]
     pub head_dim: Option<usize>,
     /// Storage type of the tensors: f32, f16 or bf16
-    #[arg(long, value_name = "TYPE")]
+    #[arg(long, value_name = "TYPE", value_parser = values::dtype)]
     pub dtype: Option<DType>,
     /// Let row i see keys up to i only
     #[arg(long)]
@@ -72,24 +91,25 @@ pub struct ProblemArgs {
     #[arg(long)]
     pub mask: bool,
     /// Drop attention weights with this probability
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = values::number)]
     pub dropout: f32,
     /// Kernels by name, separated by commas; every kernel unless given
-    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = values::kernel())]
     pub kernels: Option<Vec<String>>,
     /// Where to run: auto (a GPU if there is one), gpu, gpu:1 (a certain one) or cpu
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     pub device: DeviceChoice,
     /// Seed of the random inputs and of dropout
-    #[arg(long, default_value_t = 42)]
+    #[arg(long, default_value_t = 42, value_parser = values::seed)]
     pub seed: u64,
     /// Memory that the emulator has, as 512MiB or 2GiB; half of what is free unless given
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = values::bytes)]
     pub memory_limit: Option<u64>,
 }
 
 /// Arguments of `compare`.
 #[derive(Args, Clone, Debug)]
+#[command(allow_negative_numbers = true)]
 pub struct CompareArgs {
     /// The problem.
     #[command(flatten)]
@@ -99,23 +119,23 @@ pub struct CompareArgs {
     #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
     pub level: LevelChoice,
     /// Timed runs of each kernel
-    #[arg(long, value_name = "COUNT", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    #[arg(long, value_name = "COUNT", value_parser = values::count)]
     pub iters: Option<usize>,
     /// Runs before those
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = values::count_or_none)]
     pub warmup: Option<usize>,
     /// Launch each kernel back to back for about this long too: on a GPU the rate that its
     /// power limit leaves
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = values::seconds)]
     pub sustained: Option<f64>,
     /// Run PyTorch's attention beside the kernels, where python3 (or the Python that
     /// FLASH_ATTENTION_PYTHON names) has PyTorch: every backend, or those listed
-    #[arg(long, value_name = "BACKEND,…", value_delimiter = ',', num_args = 0.., require_equals = true)]
+    #[arg(long, value_name = "BACKEND,…", value_delimiter = ',', num_args = 0.., require_equals = true, value_parser = peers::ON_GPU)]
     pub peers: Option<Vec<String>>,
-    /// Write everything measured as JSON
+    /// Write everything measured as JSON; - is standard output, and text goes to standard error
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Write the rows as CSV
+    /// Write the rows as CSV; - as with --json
     #[arg(long, value_name = "FILE")]
     pub csv: Option<PathBuf>,
     /// Write a report into this directory: one page, pictures, JSON and CSV
@@ -125,6 +145,7 @@ pub struct CompareArgs {
 
 /// Arguments of `verify`.
 #[derive(Args, Clone, Debug)]
+#[command(allow_negative_numbers = true)]
 pub struct VerifyArgs {
     /// The problem.
     #[command(flatten)]
@@ -135,13 +156,14 @@ pub struct VerifyArgs {
     pub level: LevelChoice,
     /// Largest absolute difference that passes; 1e-3 in f32, none in f16 and bf16,
     /// where twice the plain algorithm's error alone decides
-    #[arg(long, value_name = "MAX")]
+    #[arg(long, value_name = "MAX", value_parser = values::threshold)]
     pub threshold: Option<f64>,
     /// Rows of O, and tokens of a module's output, to compare, spread over the tensor; every one
     /// unless given, as far as that takes seconds
-    #[arg(long, value_name = "COUNT", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    #[arg(long, value_name = "COUNT", value_parser = values::count)]
     pub rows: Option<usize>,
-    /// Write every difference's summary as JSON
+    /// Write every difference's summary as JSON; - is standard output, and text goes to standard
+    /// error
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 }
@@ -174,28 +196,6 @@ impl FromStr for DeviceChoice {
     }
 }
 
-/// Bytes, with a binary unit or none.
-pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match &text[digits.len()..] {
-        "" | "B" => 0,
-        "KiB" => 10,
-        "MiB" => 20,
-        "GiB" => 30,
-        unit => return Err(format!("unknown unit {unit}: use KiB, MiB or GiB")),
-    };
-    let count: u64 = digits.parse().map_err(|_| "use a whole number, as in 512MiB".to_owned())?;
-    count.checked_mul(1 << shift).ok_or_else(|| "more than an address can span".to_owned())
-}
-
-/// A time that something can be repeated for.
-fn parse_seconds(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(seconds) if seconds > 0.0 && seconds <= 60.0 => Ok(seconds),
-        _ => Err("use a number of seconds above 0, up to 60".into()),
-    }
-}
-
 /// What is run where nothing else is asked for.
 #[derive(Clone, Copy, Debug)]
 pub struct Defaults {
@@ -209,6 +209,17 @@ pub struct Defaults {
     pub head_dim: usize,
     /// Storage type.
     pub dtype: DType,
+}
+
+impl fmt::Display for Defaults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { seq, batch, heads, head_dim, dtype } = self;
+        let seq = seq.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        write!(
+            f,
+            "--seq {seq} --batch {batch} --heads {heads} --head-dim {head_dim} --dtype {dtype}"
+        )
+    }
 }
 
 impl ProblemArgs {
@@ -260,7 +271,10 @@ impl ProblemArgs {
         let Some(names) = &self.kernels else {
             let able = KERNELS.iter().any(|kernel| obstacle(kernel).is_none());
             return match KERNELS.iter().find_map(obstacle) {
-                Some(error) if !able => Err(error.into()),
+                Some(error) if !able => {
+                    problems.iter().try_for_each(|p| registry::check_head_dim(p.head_dim()))?;
+                    Err(error.into())
+                }
                 _ => Ok(KERNELS.iter().collect()),
             };
         };
@@ -313,13 +327,8 @@ mod tests {
     }
 
     #[test]
-    fn devices_and_sizes_parse() {
+    fn devices_parse() {
         assert_eq!("gpu:3".parse(), Ok(DeviceChoice::Gpu(3)));
         assert!("gpu:x".parse::<DeviceChoice>().is_err());
-        assert_eq!(parse_bytes("2GiB"), Ok(2 << 30));
-        assert_eq!(parse_bytes("70"), Ok(70));
-        assert_eq!(parse_seconds("0.5"), Ok(0.5));
-        assert!(parse_seconds("0").is_err() && parse_seconds("NaN").is_err());
-        assert!(parse_bytes("2GB").is_err() && parse_bytes("99999999999GiB").is_err());
     }
 }

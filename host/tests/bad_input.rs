@@ -18,32 +18,68 @@ fn refused(command: &mut Command) -> String {
 
 #[test]
 fn impossible_values_are_named() {
+    let count = "use a whole number, 1 or more";
     for (arguments, part) in [
-        (&["--head-dim", "65"][..], "head dim 65: it has 32, 64"),
+        (
+            &["--head-dim", "65"][..],
+            "head dim = 65 is not possible: kernels have 32, 64, 96, 128, 160, 192, 224, 256 (nearest: 64)",
+        ),
+        (&["--head-dim", "240"], "(nearest: 224)"),
+        (&["--head-dim", "300"], "head dim = 300 is not possible: it must be from 1 to 256"),
+        (
+            &["--head-dim", "160", "--kernels", "naive"],
+            "head dim 160: it has 32, 64, 96, 128 (nearest: 128)",
+        ),
         (&["--hidden", "770", "--heads", "12"], "hidden = 770 is not divisible by heads = 12"),
-        (&["--hidden", "768", "--heads", "0"], "heads = 0"),
+        (
+            &["--hidden", "768", "--heads", "0"],
+            "'0' for '--heads <H>': use a whole number, 1 or more",
+        ),
         (&["--head-dim", "64", "--hidden", "128"], "cannot be used with"),
-        (&["--seq", "0"], "= 0 is not possible"),
-        (&["--seq", "128,0"], "= 0 is not possible"),
-        (&["--seq", "-1"], "'-1'"),
-        (&["--seq", "99999999999999999999"], "too large"),
+        (&["--seq", "0"], count),
+        (&["--seq", "128,0"], count),
+        (&["--seq", "-1"], "invalid value '-1' for '--seq <N,…>': use a whole number"),
+        (&["--seq", "1.5"], count),
+        (&["--seq", "64,,128"], count),
+        (&["--seq", ""], count),
+        (&["--seq", "99999999999999999999"], "use a whole number up to 18446744073709551615"),
         (&["--seq", "4294967295"], "must be from 1 to"),
         (&["--seq", "2000000000", "--batch", "2000000000", "--heads", "100"], "too many elements"),
-        (&["--batch", "0"], "batch = 0"),
+        (&["--seq", "64", "128"], "unexpected argument '128'"),
+        (&["--batch", "0"], count),
+        (&["--batch", "-1"], "invalid value '-1' for '--batch <B>'"),
         (&["--batch", "100000", "--kernels", "naive"], "use a smaller batch"),
-        (&["--dtype", "f8"], "use f32, f16 or bf16"),
+        (
+            &["--tokens", "100", "--seq", "64"],
+            "--tokens 100 is no multiple of the sequence length 64",
+        ),
+        (&["--dtype", "f8"], "'f8' for '--dtype <TYPE>': use f32, f16 or bf16"),
         (&["--dropout", "1"], "dropout = 1"),
-        (&["--kernels", "flash_typo"], "unknown kernel 'flash_typo': the kernels are naive, "),
+        (
+            &["--dropout", "-0.5"],
+            "dropout = -0.5 is not possible: it must be at least 0 and below 1",
+        ),
+        (&["--dropout", "x"], "'x' for '--dropout <P>': use a number, as 0.125"),
+        (&["--dropout", "NaN"], "dropout = NaN is not possible"),
+        (&["--seed", "-1"], "use a whole number, 0 or more"),
+        (
+            &["--kernels", "flash_typo"],
+            "'flash_typo' for '--kernels <NAME,…>' [possible values: naive, ",
+        ),
+        (&["--kernels", "naive,"], "[possible values: naive, "),
         (&["--kernels", "naive,naive"], "listed twice"),
         (&["--kernels", "flash_mma", "--dtype", "f32"], "flash_mma does not support f32"),
         (&["--kernels", "naive,flash_mma", "--dtype", "f32"], "flash_mma does not support f32"),
         (&["--level", "tokens"], "'tokens'"),
         (&["--device", "tpu"], "use auto, gpu, gpu:1 or cpu"),
+        (&["--device", "gpu:-1"], "use auto, gpu, gpu:1 or cpu"),
         (&["--device", "gpu"], "no GPU: "),
         (&["--device", "gpu", "--memory-limit", "1GiB"], "--device cpu"),
         (&["--memory-limit", "1GB"], "KiB, MiB or GiB"),
+        (&["--memory-limit", "-5"], "use a whole number, as in 512MiB"),
         (&["--json", "/no/such/folder/a.json"], "/no/such/folder/a.json cannot be written"),
-        (&["--json", "/"], "cannot be written"),
+        (&["--json", "/"], "/ cannot be written: it is a directory"),
+        (&["--json", ""], "a value is required for '--json <FILE>'"),
         (&["--no-such-option"], "unexpected argument"),
     ] {
         for command in ["compare", "verify"] {
@@ -56,12 +92,28 @@ fn impossible_values_are_named() {
 #[test]
 fn values_of_one_command_are_checked_too() {
     for (arguments, part) in [
-        (&["compare", "--iters", "0"][..], "'0'"),
+        (&["compare", "--iters", "0"][..], "use a whole number, 1 or more"),
+        (&["compare", "--iters", "1e3"], "use a whole number, 1 or more"),
+        (&["compare", "--warmup", "x"], "use a whole number, 0 or more"),
+        (&["compare", "--sustained", "-1"], "use a number of seconds above 0, up to 60"),
+        (&["compare", "--peers=bogus"], "[possible values: math, efficient, flash, cudnn]"),
+        (&["compare", "--peers=cudnn"], "--peers cudnn: PyTorch's backends here are math, flash"),
         (&["compare", "--csv", "/no/such/folder/a.csv"], "cannot be written"),
         (&["compare", "--report", "/dev/null/folder"], "cannot be written"),
-        (&["verify", "--threshold", "0"], "threshold = 0"),
-        (&["verify", "--rows", "0"], "'0'"),
-        (&["report", "/no/such/file.json", "--out", "/tmp"], "/no/such/file.json"),
+        (&["verify", "--threshold", "0"], "use a number above 0"),
+        (&["verify", "--threshold", "-1"], "use a number above 0"),
+        (&["verify", "--threshold", "nan"], "use a number above 0"),
+        (&["verify", "--rows", "0"], "use a whole number, 1 or more"),
+        (
+            &["report", "/no/such/file.json", "--out", "/tmp"],
+            "/no/such/file.json: No such file or directory",
+        ),
+        (&["report", "/dev/null", "--out", "/tmp"], "not results of this program"),
+        (&["report", "/tmp", "--out", "/tmp"], "/tmp: Is a directory"),
+        (&["report"], "<RESULTS.json>"),
+        (&["completions", "dash"], "[possible values: bash, "),
+        (&["completions"], "<SHELL>"),
+        (&["man", "woman"], "unknown command 'woman': the commands are env, compare, "),
         (&["no-such-command"], "unrecognized subcommand"),
     ] {
         let line = refused(host().args(arguments));
@@ -77,4 +129,26 @@ fn a_kernel_that_this_gpu_cannot_run_is_refused() {
     let Some(mut second) = with_gpu("9.0", 1 << 30) else { return };
     let line = refused(second.args(["compare", "--device", "gpu:7"]));
     assert!(line.contains("there is no GPU 7"), "{line}");
+}
+
+#[test]
+fn no_command_is_answered_with_the_help() {
+    let (code, stdout, stderr) = run(&mut host());
+    assert_eq!((code, stdout.as_str()), (2, ""));
+    assert!(stderr.contains("Usage: flash-attention <COMMAND>"), "{stderr}");
+    assert!(stderr.contains("compare"), "{stderr}");
+}
+
+#[cfg(unix)]
+#[test]
+fn names_that_are_no_utf8_are_refused_or_used() {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt as _};
+
+    let odd = OsStr::from_bytes(b"/no/\xff");
+    let line = refused(host().args(["run", "--check", "--input"]).arg(odd));
+    assert!(line.contains("No such file or directory"), "{line}");
+    let line = refused(host().args(["compare", "--seq"]).arg(odd));
+    assert!(line.contains("invalid UTF-8"), "{line}");
+    let line = refused(host().arg(odd));
+    assert!(line.contains("unrecognized subcommand"), "{line}");
 }

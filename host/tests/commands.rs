@@ -194,4 +194,71 @@ fn help_and_version_are_no_errors() {
         let (code, stdout, stderr) = run(host().arg(argument));
         assert!(code == 0 && !stdout.is_empty() && stderr.is_empty());
     }
+    let (_, stdout, _) = run(host().arg("--version"));
+    assert!(stdout.starts_with("flash-attention "), "{stdout}");
+}
+
+#[test]
+fn help_has_examples_and_the_defaults_of_both_devices() {
+    for (command, parts) in [
+        (
+            "compare",
+            &["Usage: flash-attention compare", "--warmup 5 --iters 30", "--seq 64,128,256"][..],
+        ),
+        ("verify", &["--seq 512 --batch 2 --heads 12", "--batch 1 --heads 2"]),
+        ("run", &["[default: best]", "[default: bhnd]", "--check --kernel flash_mma"]),
+        ("report", &["report results.json --out report"]),
+    ] {
+        let (code, stdout, _) = run(host().args([command, "--help"]));
+        assert!(code == 0 && stdout.contains("Example"), "{stdout}");
+        for part in parts {
+            assert!(stdout.contains(part), "{command} {part}: {stdout}");
+        }
+        // As wide as a terminal that is not there, but for examples, which can be copied.
+        let wide = |line: &&str| line.chars().count() > 100 && !line.contains("flash-attention ");
+        assert_eq!(stdout.lines().find(wide), None);
+    }
+    // The examples are arguments that there are.
+    let (_, all, _) = run(host().arg("--help"));
+    let texts = ["compare", "verify", "run", "report", "completions", "man"]
+        .map(|command| run(host().args([command, "--help"])).1);
+    let examples = texts.iter().chain([&all]).flat_map(|text| text.lines());
+    let examples = examples.filter_map(|line| line.strip_prefix("  flash-attention "));
+    let mut count = 0;
+    for example in examples {
+        let words: Vec<&str> =
+            example.split(' ').take_while(|word| !["|", ">"].contains(word)).collect();
+        use clap::Parser as _;
+        let cli = host::options::Cli::try_parse_from([&["flash-attention"], &words[..]].concat());
+        assert!(cli.is_ok(), "{example}: {:?}", cli.err());
+        count += 1;
+    }
+    assert!(count > 12, "{count}");
+}
+
+#[test]
+fn completions_and_manual_pages_are_printed() {
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let (code, stdout, stderr) = run(host().args(["completions", shell]));
+        assert_eq!((code, stderr.as_str()), (0, ""));
+        assert!(stdout.contains("flash-attention") && stdout.contains("with-weights"), "{shell}");
+    }
+    for (arguments, part) in [
+        (&["man"][..], ".TH flash-attention 1"),
+        (&["man", "compare"], ".TH flash-attention-compare 1"),
+        (&["man", "run"], "with\\-weights"),
+    ] {
+        let (code, stdout, stderr) = run(host().args(arguments));
+        assert_eq!((code, stderr.as_str()), (0, ""));
+        assert!(stdout.contains(part), "{arguments:?}: {stdout}");
+    }
+}
+
+#[test]
+fn one_thread_is_singular() {
+    let mut command = host();
+    command.env("RAYON_NUM_THREADS", "1").args(["compare", "--seq", "8", "--heads", "1"]);
+    command.args(["--iters", "1", "--kernels", "naive", "--level", "attention"]);
+    let (code, stdout, stderr) = run(&mut command);
+    assert!(code == 0 && stdout.starts_with("CPU emulator (1 thread)"), "{stdout}{stderr}");
 }

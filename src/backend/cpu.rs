@@ -80,7 +80,8 @@ impl CpuDevice {
 // ended when its call returns.
 unsafe impl Device for CpuDevice {
     fn name(&self) -> String {
-        format!("CPU emulator ({} threads)", rayon::current_num_threads())
+        let threads = rayon::current_num_threads();
+        format!("CPU emulator ({threads} thread{})", if threads == 1 { "" } else { "s" })
     }
 
     fn is_emulated(&self) -> bool {

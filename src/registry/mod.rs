@@ -4,8 +4,6 @@
 //! The table stands in the order of the ladder, which is the order of speed: the best
 //! kernel for a problem is the last one that can do it.
 
-#[cfg(test)]
-mod chapter;
 mod linear;
 mod table;
 
@@ -177,7 +175,7 @@ impl KernelSpec {
             return Some(format!(
                 "does not support head dim {}: it has {}",
                 problem.head_dim(),
-                list(self.head_dims)
+                and_nearest(self.head_dims, problem.head_dim())
             ));
         }
         for (wanted, able, what) in [
@@ -244,9 +242,25 @@ pub fn best_for(problem: &Problem, target: &Target) -> Result<Choice, Error> {
             Err(reason) => passed_over.push(reason),
         }
     }
+    check_head_dim(problem.head_dim())?;
     Err(passed_over
         .pop()
         .unwrap_or_else(|| Error::UnknownKernel { given: "best".into(), known: String::new() }))
+}
+
+/// Whether there is a kernel with that head dim.
+///
+/// # Errors
+/// [`Error::InvalidValue`] with the head dims that there are.
+pub fn check_head_dim(head_dim: usize) -> Result<(), Error> {
+    let mut all: Vec<usize> = KERNELS.iter().flat_map(|kernel| kernel.head_dims).copied().collect();
+    all.sort_unstable();
+    all.dedup();
+    if all.contains(&head_dim) {
+        return Ok(());
+    }
+    let remedy = format!("kernels have {}", and_nearest(&all, head_dim));
+    Err(Error::InvalidValue { what: "head dim", given: head_dim.to_string(), remedy })
 }
 
 /// The launch that computes the weights of a problem again, from Q, K and LSE: as every
@@ -318,6 +332,13 @@ fn grid_obstacle(Dim3 { x, y, z }: Dim3) -> Option<String> {
     })
 }
 
+/// The head dims that there are, and the nearest to one that there is not.
+fn and_nearest(head_dims: &[usize], wanted: usize) -> String {
+    let nearest = head_dims.iter().min_by_key(|head_dim| head_dim.abs_diff(wanted));
+    let nearest = nearest.map_or_else(String::new, |nearest| format!(" (nearest: {nearest})"));
+    format!("{}{nearest}", list(head_dims))
+}
+
 fn list<T: ToString>(values: &[T]) -> String {
     values.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
 }
@@ -384,7 +405,10 @@ mod tests {
         let naive = find("naive").unwrap();
         let problem = Problem::builder(1, 1, 8, 48).build().unwrap();
         let message = naive.supports(&problem, &emulator()).unwrap_err().to_string();
-        assert_eq!(message, "kernel naive does not support head dim 48: it has 32, 64, 96, 128");
+        assert_eq!(
+            message,
+            "kernel naive does not support head dim 48: it has 32, 64, 96, 128 (nearest: 32)"
+        );
         let old = Target { capability: (6, 1), ..emulator() };
         let message = naive.runs_on(&old).unwrap_err().to_string();
         assert!(message.contains("needs compute capability 7.5 or later, this GPU has 6.1"));

@@ -1,7 +1,5 @@
 //! PyTorch's rows beside those of the kernels.
 
-use anyhow::Result;
-
 use super::{
     measure::Bench,
     stats::{Times, write_sustained},
@@ -11,20 +9,15 @@ use crate::{
     format,
     machine::Opened,
     options::DeviceChoice,
-    peers::{self, Measured, PYTHON, Peers},
+    peers::{Measured, PYTHON, Peers},
     progress::{Progress, print_lines},
     results::{Check, Results, Row, Status},
     subject::row,
 };
 
-/// Starts PyTorch, or says in a line why there will be no rows of it. `backends`: those to
-/// run; none for all.
-///
-/// # Errors
-/// A backend that the device does not have.
-pub fn start(opened: &Opened, choice: DeviceChoice, backends: &[String]) -> Result<Option<Peers>> {
-    let backends = peers::backends(opened.info.emulated, backends)?;
-    Ok(match Peers::start(opened.info.emulated, choice, backends) {
+/// Starts PyTorch with those backends, or says in a line why there will be no rows of it.
+pub fn start(opened: &Opened, choice: DeviceChoice, backends: Vec<&'static str>) -> Option<Peers> {
+    match Peers::start(opened.info.emulated, choice, backends) {
         Ok(peers) => {
             let version = peers.version();
             let place = if opened.info.emulated {
@@ -41,7 +34,7 @@ pub fn start(opened: &Opened, choice: DeviceChoice, backends: &[String]) -> Resu
             ));
             None
         }
-    })
+    }
 }
 
 /// Adds PyTorch's rows for one problem. A process that has ended is said once, and its rows

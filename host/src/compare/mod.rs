@@ -20,7 +20,7 @@ use crate::{
     machine::Opened,
     options::{CompareArgs, Defaults},
     output::{self, Output},
-    peers::Peers,
+    peers::{self, Peers},
     progress::{Progress, print_lines},
     report,
     results::{Level, Options, Results, Row, Status},
@@ -32,17 +32,19 @@ use measure::Bench;
 pub use measure::Repeats;
 
 /// The lab's experiment, on a GPU.
-const ON_GPU: Defaults = Defaults {
+pub const ON_GPU: Defaults = Defaults {
     seq: &[512, 1024, 2048],
     batch: 4,
     heads: 12,
     head_dim: 64,
     dtype: flash_attention::DType::F16,
 };
-const REPEATS_ON_GPU: Repeats = Repeats { warmup: 5, iters: 30, sustained: None };
+/// How often a GPU runs a kernel.
+pub const REPEATS_ON_GPU: Repeats = Repeats { warmup: 5, iters: 30, sustained: None };
 /// Small enough that every kernel is through in 20 seconds on two cores.
-const EMULATED: Defaults = Defaults { seq: &[64, 128, 256], batch: 1, heads: 2, ..ON_GPU };
-const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 3, sustained: None };
+pub const EMULATED: Defaults = Defaults { seq: &[64, 128, 256], batch: 1, heads: 2, ..ON_GPU };
+/// How often the emulator does.
+pub const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 3, sustained: None };
 /// Multiplications that the oracle may spend on a sequence length; rows are sampled so.
 const ORACLE_BUDGET: usize = 1 << 25;
 /// The same for a module, whose keys have to be projected before any row can be compared.
@@ -74,11 +76,13 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
         level: args.level,
         ..args.problem.recorded(&problems, &kernels)
     };
+    let backends = args.peers.as_ref().map(|names| peers::backends(opened.info.emulated, names));
+    let backends = backends.transpose()?;
     let mut results = machine::results("compare", &opened, options);
     interrupt::listen();
     print_lines(&heading(args, &opened, &results.options, &problems));
-    let mut peers = match &args.peers {
-        Some(backends) => beside::start(&opened, args.problem.device, backends)?,
+    let mut peers = match backends {
+        Some(backends) => beside::start(&opened, args.problem.device, backends),
         None => None,
     };
     results.options.peers = peers.is_some();

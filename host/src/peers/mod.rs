@@ -24,7 +24,7 @@ use crate::{
 pub const PYTHON: &str = "FLASH_ATTENTION_PYTHON";
 const SCRIPT: &str = include_str!("peers.py");
 /// PyTorch's backends that a GPU may have, and those of a CPU.
-const ON_GPU: &[&str] = &["math", "efficient", "flash", "cudnn"];
+pub const ON_GPU: [&str; 4] = ["math", "efficient", "flash", "cudnn"];
 const ON_CPU: &[&str] = &["math", "flash"];
 
 /// A Python process with PyTorch, waiting for work.
@@ -41,7 +41,7 @@ pub struct Peers {
 /// # Errors
 /// A name that is none of them.
 pub fn backends(emulated: bool, names: &[String]) -> Result<Vec<&'static str>> {
-    let all = if emulated { ON_CPU } else { ON_GPU };
+    let all = if emulated { ON_CPU } else { &ON_GPU };
     let find = |name: &String| {
         all.iter().copied().find(|backend| backend == name).ok_or_else(|| {
             Usage(format!("--peers {name}: PyTorch's backends here are {}", all.join(", "))).into()

@@ -9,7 +9,10 @@ use std::{
 };
 
 use anyhow::Result;
-use flash_attention::{DType, Error, Tensor, error::Shape};
+use flash_attention::{
+    DType, Error, Tensor,
+    error::{Shape, listed},
+};
 use memmap2::Mmap;
 use safetensors::{
     Dtype, SafeTensors,
@@ -123,10 +126,8 @@ impl TensorFile {
     /// [`Error::MissingTensor`], with the names that there are.
     pub fn get<'a>(&'a self, name: &'a str) -> Result<Stored<'a>> {
         self.find(name).ok_or_else(|| {
-            let mut names: Vec<String> = self.metadata.tensors().into_keys().collect();
-            names.sort_unstable();
-            let has = if names.is_empty() { "no tensors".into() } else { names.join(", ") };
-            let context = format!(": {} has {has}", self.path.display());
+            let names = listed(self.metadata.tensors().into_keys());
+            let context = format!(": {} has {names}", self.path.display());
             Error::MissingTensor { what: name.into(), context }.into()
         })
     }

@@ -19,9 +19,10 @@ use flash_attention::{
 use crate::{
     failure::{Outcome, Usage},
     format, interrupt, machine,
-    options::{DeviceChoice, parse_bytes},
+    options::DeviceChoice,
     output::{self, Output},
     progress::print_lines,
+    values,
 };
 use attention::GivenAttention;
 use check::Comparison;
@@ -30,23 +31,26 @@ use module::GivenModule;
 
 /// Arguments of `run`.
 #[derive(Args, Clone, Debug)]
+#[command(allow_negative_numbers = true)]
 pub struct RunArgs {
     /// Tensors to compute with: q, k and v, or with --weights x (batch by tokens by features);
     /// and, if some keys are hidden, mask (u8 or bool, batch by keys, 0 = hidden)
     #[arg(long, value_name = "FILE")]
     pub input: PathBuf,
-    /// Run the multi-head attention module whose q_proj, k_proj, v_proj and out_proj (.weight and
-    /// .bias each) are in this file
+    /// Run the multi-head attention module whose state_dict is in this file: q_proj, k_proj,
+    /// v_proj and out_proj (.weight, and .bias unless made with bias=False), or in_proj_weight and
+    /// in_proj_bias in place of the first three (torch.nn.MultiheadAttention)
     #[arg(long, value_name = "FILE", requires = "heads", conflicts_with_all = ["layout", "scale"])]
     pub weights: Option<PathBuf>,
     /// Heads of the module
-    #[arg(long, value_name = "H", requires = "weights")]
+    #[arg(long, value_name = "H", value_parser = values::count, requires = "weights")]
     pub heads: Option<usize>,
-    /// Where to write o and lse, or the module's y
+    /// Where to write o and lse, or the module's y; - is standard output, and text goes to
+    /// standard error
     #[arg(long, value_name = "FILE", required_unless_present = "check")]
     pub output: Option<PathBuf>,
     /// Kernel by name; best is the fastest that can do it here
-    #[arg(long, value_name = "NAME", default_value = "best")]
+    #[arg(long, value_name = "NAME", default_value = "best", value_parser = values::kernel_or_best())]
     pub kernel: String,
     /// Order of the dimensions of q, k, v and o: batch, heads, tokens, features or batch,
     /// tokens, heads, features
@@ -56,13 +60,13 @@ pub struct RunArgs {
     #[arg(long)]
     pub causal: bool,
     /// Softmax scale; 1/sqrt(D) unless given
-    #[arg(long, value_name = "SCALE")]
+    #[arg(long, value_name = "SCALE", value_parser = values::number)]
     pub scale: Option<f32>,
     /// Drop attention weights with this probability
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = values::number)]
     pub dropout: f32,
     /// Seed of dropout
-    #[arg(long, default_value_t = 42)]
+    #[arg(long, default_value_t = 42, value_parser = values::seed)]
     pub seed: u64,
     /// Write the attention weights too: those that the kernel kept, or computed again from LSE
     #[arg(long)]
@@ -74,7 +78,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     pub device: DeviceChoice,
     /// Memory that the emulator has, as 512MiB or 2GiB; half of what is free unless given
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = values::bytes)]
     pub memory_limit: Option<u64>,
 }
 

@@ -1,5 +1,6 @@
 //! The module's output: `run --weights`.
 
+use approx::abs_diff_eq;
 use flash_attention::{
     DType, Layout, Problem, Tensor,
     module::{Weights, oracle},
@@ -84,7 +85,7 @@ fn a_module_gives_what_another_program_saved() {
             // both sums and the difference are rounded.
             let row = weights.to_f64()[2 * 21 * 21..][..21].to_vec();
             let slack = 4.0 * dtype.unit_roundoff();
-            assert!((row[0] - 1.0).abs() <= slack, "{kernel} {dtype}: {}", row[0]);
+            assert!(abs_diff_eq!(row[0], 1.0, epsilon = slack), "{kernel} {dtype}: {}", row[0]);
             assert!(row[1..].iter().all(|&w| w == 0.0), "{kernel} {dtype}");
         }
         // Not causal, it is another function.
@@ -128,8 +129,8 @@ fn wrong_files_and_requests_are_named() {
     let output = ["--output", "out.safetensors", "--heads"];
     let heads = |n| with(&[&output[..], &[n]].concat());
     assert!(heads("3").contains("hidden = 64 is not divisible by heads = 3"));
-    assert!(heads("0").contains("heads = 0"));
-    assert!(heads("4").contains("does not support head dim 16"));
+    assert!(heads("0").contains("'0' for '--heads <H>': use a whole number, 1 or more"));
+    assert!(heads("4").contains("head dim = 16 is not possible: kernels have 32, 64"));
     assert!(with(&["--heads", "2", "--output", "w.safetensors"]).contains("is the weights' file"));
     let text = with(&["--heads", "2", "--check"]);
     assert!(text.contains("tensor y is missing: in.safetensors has mask, x"), "{text}");

@@ -1,0 +1,124 @@
+//! What help shows below the options: examples, and the defaults that depend on the device;
+//! completions and manual pages, made of the same.
+
+use anyhow::Result;
+use clap::CommandFactory as _;
+use clap_complete::Shell;
+
+use crate::{
+    compare,
+    failure::{Outcome, Usage},
+    options::Cli,
+    progress::print_lines,
+    verify,
+};
+
+/// Below the program's options.
+pub const PROGRAM: &str = "\
+Examples:
+  flash-attention env
+  flash-attention compare --seq 512,1024 --kernels naive,flash_tiled
+  flash-attention verify --dtype bf16 --causal
+  flash-attention run --input in.safetensors --output out.safetensors
+
+Exit codes: 0 done and right; 1 a verdict was bad, or work failed; 2 the request cannot be met as it \
+stands; 128 + signal (130: Ctrl-C) stopped, with what was measured printed and written.";
+
+/// Below the options of `run`.
+pub const RUN: &str = "\
+Examples:
+  flash-attention run --input qkv.safetensors --output o.safetensors --causal
+  flash-attention run --input qkvo.safetensors --check --kernel flash_mma
+  flash-attention run --input x.safetensors --weights w.safetensors --heads 12 --check";
+
+/// Below the options of `report`.
+pub const REPORT: &str = "\
+Example:
+  flash-attention compare --json results.json
+  flash-attention report results.json --out report";
+
+/// Below the options of `completions`.
+pub const COMPLETIONS: &str = "\
+Example:
+  flash-attention completions bash > ~/.local/share/bash-completion/completions/flash-attention";
+
+/// Below the options of `man`.
+pub const MAN: &str = "\
+Examples:
+  flash-attention man | man -l -
+  flash-attention man compare > flash-attention-compare.1";
+
+const COMPARE: &str = "\
+Examples:
+  flash-attention compare --seq 512,1024 --kernels naive,flash_tiled --level attention
+  flash-attention compare --causal --dtype bf16 --report out
+  flash-attention compare --json - | jq '.rows[].median_ms'";
+
+const VERIFY: &str = "\
+Examples:
+  flash-attention verify --dtype f16 --causal --mask
+  flash-attention verify --seq 4096 --rows 64 --kernels flash_pipelined";
+
+/// Defaults of `compare`.
+#[must_use]
+pub fn compare_defaults() -> String {
+    let line = |defaults, repeats: compare::Repeats| {
+        let compare::Repeats { warmup, iters, .. } = repeats;
+        format!("{defaults} --warmup {warmup} --iters {iters}")
+    };
+    defaults(
+        &line(compare::ON_GPU, compare::REPEATS_ON_GPU),
+        &line(compare::EMULATED, compare::REPEATS_EMULATED),
+    )
+}
+
+/// Defaults of `verify`.
+#[must_use]
+pub fn verify_defaults() -> String {
+    defaults(&verify::LAB.to_string(), &verify::EMULATED.to_string())
+}
+
+fn defaults(on_gpu: &str, emulated: &str) -> String {
+    format!("Defaults on a GPU:\n  {on_gpu}\nOn the emulator:\n  {emulated}")
+}
+
+/// Below the options of `compare`.
+#[must_use]
+pub fn compare() -> String {
+    format!("{}\n\n{COMPARE}", compare_defaults())
+}
+
+/// Below the options of `verify`.
+#[must_use]
+pub fn verify() -> String {
+    format!("{}\n\n{VERIFY}", verify_defaults())
+}
+
+/// Prints completions.
+pub fn completions(shell: Shell) -> Outcome {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "flash-attention", &mut script);
+    print_lines(String::from_utf8_lossy(&script).trim_end());
+    Outcome::Good
+}
+
+/// Prints the manual page of the program, or of a command.
+///
+/// # Errors
+/// [`Usage`] for a command that there is none of.
+pub fn man(command: Option<&str>) -> Result<Outcome> {
+    let mut program = Cli::command().disable_help_subcommand(true);
+    program.build();
+    let page = match command {
+        None => &program,
+        Some(name) => program.find_subcommand(name).ok_or_else(|| {
+            let names: Vec<&str> = program.get_subcommands().map(clap::Command::get_name).collect();
+            Usage(format!("unknown command '{name}': the commands are {}", names.join(", ")))
+        })?,
+    };
+    let mut text = Vec::new();
+    let source = concat!("flash-attention ", env!("CARGO_PKG_VERSION"));
+    clap_mangen::Man::new(page.clone()).source(source).render(&mut text)?;
+    print_lines(String::from_utf8_lossy(&text).trim_end());
+    Ok(Outcome::Good)
+}

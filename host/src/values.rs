@@ -1,0 +1,103 @@
+//! Values of options. What is refused is answered with what would be right.
+
+use std::num::IntErrorKind;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use flash_attention::{DType, registry::KERNELS};
+
+/// A count of something that there must be one of.
+pub fn count(text: &str) -> Result<usize, String> {
+    whole(text, 1)
+}
+
+/// A count that may be zero.
+pub fn count_or_none(text: &str) -> Result<usize, String> {
+    whole(text, 0)
+}
+
+/// A seed.
+pub fn seed(text: &str) -> Result<u64, String> {
+    whole(text, 0)
+}
+
+fn whole<T: TryFrom<u64>>(text: &str, least: u64) -> Result<T, String> {
+    let given = text.parse::<u64>();
+    if given.as_ref().is_err_and(|e| *e.kind() == IntErrorKind::PosOverflow) {
+        return Err(format!("use a whole number up to {}", u64::MAX));
+    }
+    let given = given.ok().filter(|&n| n >= least).and_then(|n| T::try_from(n).ok());
+    given.ok_or_else(|| format!("use a whole number, {least} or more"))
+}
+
+/// A number of which the problem says what it may be.
+pub fn number(text: &str) -> Result<f32, String> {
+    text.parse().map_err(|_| "use a number, as 0.125".to_owned())
+}
+
+/// The largest difference that passes.
+pub fn threshold(text: &str) -> Result<f64, String> {
+    above_zero(text).ok_or_else(|| "use a number above 0, as 1e-3".to_owned())
+}
+
+/// A time that something can be repeated for.
+pub fn seconds(text: &str) -> Result<f64, String> {
+    let seconds = above_zero(text).filter(|&seconds| seconds <= 60.0);
+    seconds.ok_or_else(|| "use a number of seconds above 0, up to 60".to_owned())
+}
+
+fn above_zero(text: &str) -> Option<f64> {
+    text.parse().ok().filter(|number: &f64| number.is_finite() && *number > 0.0)
+}
+
+/// Bytes, with a binary unit or none.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" | "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        unit => return Err(format!("unknown unit {unit}: use KiB, MiB or GiB")),
+    };
+    let count: u64 = digits.parse().map_err(|_| "use a whole number, as in 512MiB".to_owned())?;
+    count.checked_mul(1 << shift).ok_or_else(|| "more than an address can span".to_owned())
+}
+
+/// A storage type by name.
+pub fn dtype(text: &str) -> Result<DType, String> {
+    text.parse().map_err(|_| "use f32, f16 or bf16".to_owned())
+}
+
+/// A kernel by name.
+pub fn kernel() -> impl TypedValueParser<Value = String> {
+    PossibleValuesParser::new(KERNELS.iter().map(|kernel| kernel.name))
+}
+
+/// A kernel by name, or `best`.
+pub fn kernel_or_best() -> impl TypedValueParser<Value = String> {
+    PossibleValuesParser::new(["best"].into_iter().chain(KERNELS.iter().map(|k| k.name)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_what_they_must_be() {
+        assert_eq!((count("1"), count_or_none("0"), seed("7")), (Ok(1), Ok(0), Ok(7)));
+        for text in ["0", "-1", "1.5", "1e3", "", "abc", " 1"] {
+            assert_eq!(count(text).unwrap_err(), "use a whole number, 1 or more", "{text}");
+        }
+        assert!(seed("99999999999999999999").unwrap_err().contains("up to 18446744073709551615"));
+        assert_eq!(number("-1"), Ok(-1.0));
+        assert!(number("x").is_err() && threshold("0").is_err() && threshold("inf").is_err());
+        assert_eq!((seconds("0.5"), threshold("1e-3")), (Ok(0.5), Ok(1e-3)));
+        assert!(seconds("0").is_err() && seconds("NaN").is_err() && seconds("61").is_err());
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!((bytes("2GiB"), bytes("70")), (Ok(2 << 30), Ok(70)));
+        assert!(bytes("2GB").is_err() && bytes("99999999999GiB").is_err() && bytes("").is_err());
+    }
+}
