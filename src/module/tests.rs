@@ -198,7 +198,7 @@ fn files_read_back_and_what_is_wrong_in_them_is_named() {
 
 fn save_tensors(path: &std::path::Path, tensors: &[(&str, Tensor)]) {
     let views = tensors.iter().map(|(name, t)| {
-        (*name, TensorView::new(Dtype::F32, t.shape().to_vec(), t.bytes()).unwrap())
+        (*name, TensorView::new(Dtype::F32, t.shape().to_vec(), t.as_bytes()).unwrap())
     });
     safetensors::serialize_to_file(views, None, path).unwrap();
 }
@@ -210,7 +210,7 @@ fn state_dicts_of_other_modules_load() {
     let path = folder.path().join("w.safetensors");
     let [q, k, v, out] = weights.projections();
     let packed = |parts: [&Tensor; 3], shape: &[usize]| {
-        Tensor::from_bytes(DType::F32, shape, &parts.map(Tensor::bytes).concat()).unwrap()
+        Tensor::from_bytes(DType::F32, shape, &parts.map(Tensor::as_bytes).concat()).unwrap()
     };
     let weight = packed([&q.weight, &k.weight, &v.weight], &[18, 6]);
     let bias = packed([&q.bias, &k.bias, &v.bias], &[18]);

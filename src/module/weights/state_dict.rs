@@ -160,8 +160,8 @@ impl<'a> StateDict<'a> {
 
 /// One of three equal parts along the first dimension.
 fn third(tensor: &Tensor, index: usize, shape: &[usize]) -> Result<Tensor, Error> {
-    let bytes = tensor.bytes().len() / 3;
-    Tensor::from_bytes(tensor.dtype(), shape, &tensor.bytes()[index * bytes..][..bytes])
+    let bytes = tensor.as_bytes().len() / 3;
+    Tensor::from_bytes(tensor.dtype(), shape, &tensor.as_bytes()[index * bytes..][..bytes])
 }
 
 /// Zeros for a weight that is square; of another, its shape is the first thing to complain of.
