@@ -15,12 +15,10 @@ pub const MANIFEST: &str = "manifest.json";
 ///
 /// A build script watches exactly these for changes.
 pub const WATCHED: &[&str] = &[
-    "kernels-gpu/Cargo.toml",
     "kernels-gpu/src",
     "ptx-builder/src/compile.rs",
     "ptx-builder/src/lib.rs",
     "ptx-builder/src/post.rs",
-    "simt/Cargo.toml",
     "simt/src",
 ];
 
@@ -74,7 +72,7 @@ fn collect(root: &Path, relative: &Path, files: &mut Vec<String>) -> io::Result<
         for child in fs::read_dir(&path).map_err(|error| naming(&path, &error))? {
             collect(root, &PathBuf::from(relative).join(child?.file_name()), files)?;
         }
-    } else if name.ends_with(".rs") || name.ends_with(".toml") {
+    } else if name.ends_with(".rs") {
         files.push(name);
     }
     Ok(())
@@ -139,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn code_flags_and_manifests_count_and_the_emulator_does_not() {
+    fn code_and_the_builders_flags_count_and_the_emulator_does_not() {
         let root = Root::new("code", "fn a() {}\n");
         let first = root.fingerprint();
         fs::write(root.0.join("simt/src/emulator/mod.rs"), "fn other() {}\n").unwrap();

@@ -4,6 +4,8 @@
 //! The table stands in the order of the ladder, which is the order of speed: the best
 //! kernel for a problem is the last one that can do it.
 
+#[cfg(test)]
+mod chapter;
 mod linear;
 mod table;
 

@@ -27,7 +27,7 @@ pub static KERNELS: &[KernelSpec] = &[
 ];
 
 /// What the first rungs all support.
-const ALL_FEATURES: Features =
+pub(super) const ALL_FEATURES: Features =
     Features { causal: true, mask: true, dropout: true, weights: false, tokens_first: true };
 
 const NAIVE: KernelSpec = KernelSpec {
@@ -364,12 +364,12 @@ pub(super) fn weights(p: &Problem) -> Step {
 }
 
 /// A plan of one launch without a workspace, as the flash kernels have.
-fn one_step(step: Step) -> Plan {
+pub(super) fn one_step(step: Step) -> Plan {
     Plan { workspace_bytes: 0, steps: vec![step] }
 }
 
 /// The entry of a kernel for a problem's storage type and head dim.
-fn symbol(kernel: &str, p: &Problem) -> String {
+pub(super) fn symbol(kernel: &str, p: &Problem) -> String {
     format!("{kernel}_{}_d{}", p.dtype(), p.head_dim())
 }
 
