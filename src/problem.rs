@@ -12,6 +12,14 @@ pub const MAX_SEQ: usize = (1 << 31) - 1 - 4096;
 /// The most elements of a tensor or of the weights: sizes in bytes stay below 2^63.
 pub const MAX_ELEMENTS: u64 = 1 << 60;
 
+/// The largest score, `q · k * scale`, that every kernel but `naive` and `standard` in f16 computes
+/// with, 2^26: a row with a larger one may be NaN, O and LSE. Those two keep scores in f16, up to
+/// 2^19. f32 rounds a score of 2^26 by 2: to weights it says no more than which key is the first.
+pub const MAX_SCORE: f32 = (1 << 26) as f32;
+/// The largest softmax scale: elements of Q and K up to 1 have scores up to [`MAX_SCORE`] at
+/// [`MAX_HEAD_DIM`].
+pub const MAX_SCALE: f32 = MAX_SCORE / MAX_HEAD_DIM as f32;
+
 /// Order of a tensor's dimensions in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Layout {
@@ -117,7 +125,8 @@ impl ProblemBuilder {
         self
     }
 
-    /// Softmax scale, where it is not `1 / sqrt(D)`.
+    /// Softmax scale, where it is not `1 / sqrt(D)`: above 0, at most [`MAX_SCALE`]. One that is
+    /// subnormal in f32 makes all keys equal.
     pub const fn scale(mut self, scale: Option<f32>) -> Self {
         self.0.scale = scale;
         self
@@ -133,7 +142,7 @@ impl ProblemBuilder {
     ///
     /// # Errors
     /// [`Error::InvalidValue`] for a size of zero, a head dim beyond [`MAX_HEAD_DIM`], a
-    /// probability outside `[0, 1)` or a scale that is not finite and positive;
+    /// probability outside `[0, 1)` or a scale outside `(0, `[`MAX_SCALE`]`]`;
     /// [`Error::TooLarge`] for tensors that cannot be addressed.
     pub fn build(self) -> Result<Problem, Error> {
         let p = self.0;
@@ -163,12 +172,14 @@ impl ProblemBuilder {
             });
         }
         if let Some(scale) = p.scale
-            && !(scale.is_finite() && scale > 0.0)
+            && !(scale > 0.0 && scale <= MAX_SCALE)
         {
             return Err(Error::InvalidValue {
                 what: "scale",
                 given: scale.to_string(),
-                remedy: "it must be finite and above 0; 1/sqrt(head dim) is usual".into(),
+                remedy: format!(
+                    "it must be above 0 and at most {MAX_SCALE}; 1/sqrt(head dim) is usual"
+                ),
             });
         }
         for (what, shape) in [
@@ -437,7 +448,17 @@ mod tests {
         assert!(message(dropout(1.0)).contains("dropout = 1"));
         assert!(message(dropout(-0.1)).contains("dropout = -0.1"));
         assert!(message(dropout(f32::NAN)).contains("dropout = NaN"));
-        assert!(message(good.scale(Some(0.0))).contains("scale = 0"));
+        let above = f32::from_bits(MAX_SCALE.to_bits() + 1);
+        for bad in [0.0, -0.125, -1e-40, f32::NAN, f32::INFINITY, 1e38, above] {
+            let message = message(good.scale(Some(bad)));
+            assert!(
+                message.contains("scale = ") && message.contains("at most 262144"),
+                "{message}"
+            );
+        }
+        for scale in [MAX_SCALE, 1.0, f32::MIN_POSITIVE, 1e-40] {
+            assert_eq!(good.scale(Some(scale)).build().unwrap().scale(), scale);
+        }
         let huge = Problem::builder(1 << 30, 1 << 30, 1 << 30, 64);
         assert!(message(huge).contains("too many elements"));
         assert!(message(Problem::builder(1, 8, 1 << 30, 64).seq_k(1 << 30)).contains("weights"));

@@ -123,13 +123,7 @@ pub unsafe fn flash_async<T: Scalar, const D: usize, const COLUMN_TILES: usize>(
     let to = Destination { b, h, first_row: warp.first_row };
     // SAFETY: the caller vouches for the buffers.
     unsafe {
-        online::store::<T, Ampere, COLUMN_TILES>(
-            args,
-            to,
-            warp.acc_o,
-            &warp.rows,
-            policy.dropout(),
-        );
+        online::store::<T, Ampere, COLUMN_TILES>(args, to, warp.acc_o, &warp.rows, &policy);
     };
 }
 

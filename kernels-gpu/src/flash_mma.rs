@@ -142,7 +142,7 @@ pub unsafe fn flash_mma<
     let to = Destination { b, h, first_row: warp.first_row };
     // SAFETY: the caller vouches for the buffers.
     unsafe {
-        online::store::<T, C, COLUMN_TILES>(args, to, warp.acc_o, &warp.rows, policy.dropout());
+        online::store::<T, C, COLUMN_TILES>(args, to, warp.acc_o, &warp.rows, &policy);
     };
 }
 

@@ -294,9 +294,8 @@ pub unsafe fn flash_pipelined<
                 let first_row = state.first_row + FRAGMENT as u32 * fragment::ROWS;
                 let to = Destination { b: task.b, h: task.h, first_row };
                 let (acc_o, rows) = (state.acc_o[FRAGMENT], &state.rows[FRAGMENT]);
-                let dropout = policy.dropout();
                 // SAFETY: the caller vouches for the buffers.
-                unsafe { online::store::<T, Ampere, COLUMN_TILES>(args, to, acc_o, rows, dropout) };
+                unsafe { online::store::<T, Ampere, COLUMN_TILES>(args, to, acc_o, rows, &policy) };
             }
         });
         match next {
@@ -321,8 +320,8 @@ impl Task {
         opaque(args.batch) * opaque(args.heads) * opaque(args.seq_q).div_ceil(BR) - 1
     }
 
-    /// The task at a place in the order of work; a row of K and one of V take `row_bytes`
-    /// bytes together.
+    /// The task at a place in the order of work, past the last one any; a row of K and one of V
+    /// take `row_bytes` bytes together.
     #[inline(always)]
     pub(crate) fn at<P: Policy, const BR: u32>(
         args: &AttentionArgs,
@@ -338,7 +337,7 @@ impl Task {
             schedule::in_order(place, num_q_tiles)
         };
         let (b, h) = schedule::divide(work.head, args.heads);
-        Self { b, h, first_row: work.q_tile * BR }
+        Self { b, h, first_row: work.q_tile.wrapping_mul(BR) }
     }
 }
 

@@ -77,7 +77,7 @@ use simt::{
 };
 
 use crate::{
-    args::{AttentionArgs, DropoutArgs},
+    args::AttentionArgs,
     entries,
     flash_pipelined::{self, Task, Warp},
     fragment::{self, Queries, SharedQueries},
@@ -237,7 +237,7 @@ pub unsafe fn flash_tf32<
                     (Destination { b, h, first_row }, part),
                     acc_o,
                     rows,
-                    policy.dropout(),
+                    &policy,
                 );
             }
         }
@@ -385,12 +385,12 @@ unsafe fn store<const HALVES: usize, const O: usize>(
     (to, part): (Destination, u32),
     mut acc_o: [[f32; 4]; O],
     rows: &RowState,
-    dropout: DropoutArgs,
+    policy: &impl Policy,
 ) {
     // SAFETY: the caller vouches for the buffers.
     let (o, lse) = unsafe { (args.o.buffer.view_mut::<f32>(), args.lse.view_mut::<f32>()) };
     let (g, column) = fragment::row_and_column();
-    let l_i = online::normalise(&mut acc_o, rows, dropout);
+    let l_i = online::normalise(&mut acc_o, rows, policy, to.first_row + g);
     unroll!(for R in 0..2 {
         let i = to.first_row + g + 8 * R as u32;
         if i < args.seq_q {

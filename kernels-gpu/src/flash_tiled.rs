@@ -227,6 +227,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
         let l_row = warp::reduce_add::<COLUMN_THREADS>(l_i[R]);
         let i = first_row + ty * ROWS as u32 + R as u32;
         if i < args.seq_q {
+            let l_row = softmax::checked_fused_sum(m_i[R], l_row, || mask.sees_any(i));
             let normaliser = softmax::normaliser(l_row);
             let o_row = args.o.head(b, h) + i as u64 * args.o.stride_n;
             unroll!(for GROUP in 0..4 {

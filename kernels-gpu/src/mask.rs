@@ -22,7 +22,7 @@ impl Mask {
     #[inline(always)]
     #[must_use]
     pub unsafe fn new(args: &AttentionArgs, b: u32) -> Self {
-        // SAFETY: the caller vouches for the buffer.
+        // SAFETY: the mask holds `[B, Nk]` bytes.
         let padding = (!args.mask.is_empty()).then(|| unsafe { args.mask.view::<u8>() });
         Self {
             seq_q: args.seq_q,
@@ -45,6 +45,13 @@ impl Mask {
             Some(padding) => padding.read(self.padding_row + j as u64) != 0,
             None => true,
         }
+    }
+
+    /// Whether row `i` sees any key.
+    #[inline(always)]
+    #[must_use]
+    pub fn sees_any(&self, i: u32) -> bool {
+        (0..self.end_of_keys(i + 1)).any(|j| self.sees(i, j))
     }
 
     /// The first key that no row below `end_i` sees, by position alone: tiles of keys

@@ -78,7 +78,8 @@ pub(crate) unsafe fn dot<T: Scalar, const D: usize, const SPAN: usize>(
     s
 }
 
-/// `S = Q Kᵀ * scale`, with hidden entries at -inf, in units of log2(e).
+/// `S = Q Kᵀ * scale`, with hidden entries at -inf, in log2 units, of which the storage type
+/// holds one for [`softmax::STORED_UNIT`].
 ///
 /// # Layout
 /// `q: [B, H, Nq, D]`, `k: [B, H, Nk, D]`, `weights: [B, H, Nq, Nk]`.
@@ -101,7 +102,7 @@ pub unsafe fn scores<T: Scalar, const D: usize>(args: &AttentionArgs) {
     // SAFETY: the caller vouches for the buffers.
     let s = unsafe { dot::<T, D, D>(args, (b, h), (i, j)) };
     let s = if mask.sees(i, j) { s * args.scale_log2 } else { f32::NEG_INFINITY };
-    weights.write(weight_index(args, b, h, i, j), T::from_f32(s));
+    weights.write(weight_index(args, b, h, i, j), T::from_f32(s / softmax::STORED_UNIT));
 }
 
 /// `P = softmax(S)` in place, and the log-sum-exp of each row; then dropout.
@@ -122,26 +123,28 @@ pub unsafe fn softmax_rows<T: Scalar>(args: &AttentionArgs) {
     if i >= args.seq_q {
         return;
     }
-    // SAFETY: the caller vouches for the buffers.
-    let (weights, lse) = unsafe { (args.weights.view_mut::<T>(), args.lse.view_mut::<f32>()) };
+    // SAFETY: the buffers have the shapes that `args` says.
+    let (weights, lse, mask) =
+        unsafe { (args.weights.view_mut::<T>(), args.lse.view_mut::<f32>(), Mask::new(args, b)) };
     let row = weight_index(args, b, h, i, 0);
+    let score = |j: u32| weights.read(row + j as u64).to_f32() * softmax::STORED_UNIT;
 
     let mut m_i = f32::NEG_INFINITY;
     for j in (lane..args.seq_k).step_by(warp::LANES as usize) {
-        m_i = math::max(m_i, weights.read(row + j as u64).to_f32());
+        m_i = math::max(m_i, score(j));
     }
     let m_i = warp::reduce_max::<32>(m_i);
     let m_used = softmax::safe_max(m_i);
 
     let mut l_i = 0.0;
     for j in (lane..args.seq_k).step_by(warp::LANES as usize) {
-        l_i += math::exp2(weights.read(row + j as u64).to_f32() - m_used);
+        l_i += math::exp2(score(j) - m_used);
     }
-    let l_i = warp::reduce_add::<32>(l_i);
+    let l_i = softmax::checked_sum(warp::reduce_add::<32>(l_i), || mask.sees_any(i));
     let normaliser = softmax::normaliser(l_i);
 
     for j in (lane..args.seq_k).step_by(warp::LANES as usize) {
-        let p = math::exp2(weights.read(row + j as u64).to_f32() - m_used) * normaliser;
+        let p = math::exp2(score(j) - m_used) * normaliser;
         let p = dropout::apply(&args.dropout, (b, h, i, j), p);
         weights.write(row + j as u64, T::from_f32(p));
     }

@@ -5,8 +5,10 @@ use simt::{
 };
 
 use crate::{
-    args::{AttentionArgs, DropoutArgs},
-    fragment, softmax,
+    args::AttentionArgs,
+    fragment,
+    policy::{self, Policy},
+    softmax,
 };
 
 /// Growth of a row's maximum, in units of log2(e), that is let pass: weights are then at
@@ -132,12 +134,12 @@ pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
     to: Destination,
     mut acc_o: [[f32; 4]; O],
     rows: &RowState,
-    dropout: DropoutArgs,
+    policy: &impl Policy,
 ) {
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: `o` is `[B, H, Nq, D]` of this type, `lse` f32 `[B, H, Nq]`.
     let (o, lse) = unsafe { (args.o.buffer.view_mut::<T>(), args.lse.view_mut::<f32>()) };
     let (g, column) = fragment::row_and_column();
-    let l_i = normalise(&mut acc_o, rows, dropout);
+    let l_i = normalise(&mut acc_o, rows, policy, to.first_row + g);
     unroll!(for R in 0..2 {
         let i = to.first_row + g + 8 * R as u32;
         let inside = i < args.seq_q;
@@ -163,14 +165,18 @@ pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
     });
 }
 
-/// Divides O by the sums of its rows; returns these, of which each lane had its own part.
+/// Divides O by the sums of its rows; returns these, of which each lane had its own part. `i` is
+/// the lane's first row; all lanes of the warp ask.
 #[inline(always)]
 pub fn normalise<const O: usize>(
     acc_o: &mut [[f32; 4]; O],
     rows: &RowState,
-    dropout: DropoutArgs,
+    policy: &impl Policy,
+    i: u32,
 ) -> [f32; 2] {
     let l_i = [warp::reduce_add::<4>(rows.l_i[0]), warp::reduce_add::<4>(rows.l_i[1])];
+    let l_i = policy::checked_sums(policy, i, rows.m_i, l_i);
+    let dropout = policy.dropout();
     // Kept weights are scaled up here, all at once.
     let kept = if dropout.threshold != 0 { dropout.rescale } else { 1.0 };
     fragment::scale_rows(acc_o, l_i.map(|l| softmax::normaliser(l) * kept));

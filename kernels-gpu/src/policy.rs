@@ -19,7 +19,7 @@ use simt::{compiler::opaque, global::Global, unroll, warp};
 
 use crate::{
     args::{AttentionArgs, DropoutArgs},
-    dropout, fragment,
+    dropout, fragment, softmax,
 };
 
 /// Which keys a row sees and which weights are kept.
@@ -46,6 +46,9 @@ pub trait Policy: Copy {
     /// the lane's first key, and all lanes of the warp ask.
     fn visible_keys<const N: usize>(&self, j: u32) -> u32;
 
+    /// The first key that is not padding, Nk if there is none; all lanes of the warp ask.
+    fn first_key(&self) -> u32;
+
     /// What dropout is given; a threshold of 0 drops nothing.
     fn dropout(&self) -> DropoutArgs;
 
@@ -55,6 +58,19 @@ pub trait Policy: Copy {
     /// Of the weights of row `i` at the keys `j + 8 n + e`, those that dropout keeps. `j` is
     /// even.
     fn kept_weights<const N: usize>(&self, i: u32, j: u32) -> u32;
+}
+
+/// The sums of a lane's rows `i` and `i + 8` as [`softmax::checked_fused_sum`] says; all lanes of
+/// the warp ask.
+#[inline(always)]
+pub fn checked_sums<P: Policy>(policy: &P, i: u32, m_i: [f32; 2], l_i: [f32; 2]) -> [f32; 2] {
+    // What takes a search is searched for only where the answer matters.
+    let search = P::GENERAL && warp::any(l_i[0] == 0.0 || l_i[1] == 0.0);
+    let first_key = if search { policy.first_key() } else { 0 };
+    [0, 1].map(|r: usize| {
+        let sees_a_key = || first_key < policy.end_of_row(i + 8 * r as u32);
+        softmax::checked_fused_sum(m_i[r], l_i[r], sees_a_key)
+    })
 }
 
 /// Keys of the tiles that rows from 0 to `end_i` have to visit: what comes after is
@@ -155,6 +171,10 @@ macro_rules! by_position {
             u32::MAX
         }
         #[inline(always)]
+        fn first_key(&self) -> u32 {
+            0
+        }
+        #[inline(always)]
         fn dropout(&self) -> DropoutArgs {
             NO_DROPOUT
         }
@@ -253,7 +273,7 @@ impl Policy for General {
             position: Causal { seq_q: args.seq_q, seq_k: args.seq_k },
             causal: args.causal,
             padded: u32::from(!args.mask.is_empty()),
-            // SAFETY: the caller vouches for the buffer.
+            // SAFETY: the mask is empty or holds `[B, Nk]` bytes.
             padding: unsafe { args.mask.view::<u8>() },
             dropout: args.dropout,
             b,
@@ -291,6 +311,22 @@ impl Policy for General {
             }
         });
         visible
+    }
+    #[inline(always)]
+    fn first_key(&self) -> u32 {
+        if self.by_position_only() {
+            return 0;
+        }
+        let (row, lane) = (self.padding_row(), warp::lane_id());
+        let mut key = 0;
+        while key < self.position.seq_k {
+            let found = warp::ballot(self.is_no_padding(row, key + lane));
+            if found != 0 {
+                return key + found.trailing_zeros();
+            }
+            key += warp::LANES;
+        }
+        key
     }
     #[inline(always)]
     fn dropout(&self) -> DropoutArgs {

@@ -49,7 +49,8 @@ pub fn section(num_q_tiles: u32, heads: u32, blocks: u32) -> u32 {
 }
 
 /// Work at `place` in sections of `section_heads` heads, in each of them tile by tile:
-/// `last_first`, or with the last tile, which may be a short one, last.
+/// `last_first`, or with the last tile, which may be a short one, last. Past the last place it
+/// gives some work that is not there.
 #[inline(always)]
 #[must_use]
 pub fn in_sections(
@@ -60,11 +61,12 @@ pub fn in_sections(
     last_first: bool,
 ) -> Work {
     let (section, in_section) = divide(place, section_heads * num_q_tiles);
-    // The last section may have fewer heads.
-    let first = section * section_heads;
-    let (tile, head) = divide(in_section, section_heads.min(heads - first));
-    let q_tile = if last_first { num_q_tiles - 1 - tile } else { tile };
-    Work { head: first + head, q_tile }
+    // The last section may have fewer heads. A place past the last one, whose work nobody does,
+    // wraps around.
+    let first = section.wrapping_mul(section_heads);
+    let (tile, head) = divide(in_section, section_heads.min(heads.wrapping_sub(first)));
+    let q_tile = if last_first { num_q_tiles.wrapping_sub(1).wrapping_sub(tile) } else { tile };
+    Work { head: first.wrapping_add(head), q_tile }
 }
 
 /// Words of the queues of blocks that stay: one for all blocks, the others for [`Groups`].

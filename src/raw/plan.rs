@@ -215,7 +215,7 @@ impl Plan {
         self.kernel.features.weights.then(|| start..start + self.problem.weights_bytes())
     }
 
-    /// The launch that computes the attention weights again, from Q, K and the LSE of a call.
+    /// The launch that computes the attention weights of a call again, from its Q and K.
     ///
     /// # Errors
     /// As [`registry::weights_step`].

@@ -48,8 +48,8 @@ pub struct KernelSpec {
     pub capability: (u32, u32),
     /// Whether it runs on exactly that capability (PTX for an `a` architecture).
     pub exact_capability: bool,
-    /// Query rows and keys of a tile, for a head dim: sizes beside these are edges.
-    pub tile: fn(head_dim: usize) -> (usize, usize),
+    /// The sizes that it works in, for a storage type and a head dim.
+    pub sizes: fn(DType, head_dim: usize) -> Sizes,
     /// What it can do beyond plain attention.
     pub features: Features,
     /// Memory and launches for a problem that it supports.
@@ -60,6 +60,16 @@ pub struct KernelSpec {
     /// Whether its blocks stay and take task after task: from queues of
     /// [`QUEUE_BYTES`], zero between launches.
     pub queue: bool,
+}
+
+/// The sizes that a kernel works in: lengths beside them are edges, which the tests run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Numbers of query rows at which something else begins: of a tile first, then of its parts
+    /// and of tiles of other shapes.
+    pub rows: Vec<u32>,
+    /// Numbers of keys, likewise: of a tile, of a segment, of a way to treat a row.
+    pub keys: Vec<u32>,
 }
 
 /// Device memory of the queues of tasks: `AttentionArgs::queue`.
@@ -265,7 +275,7 @@ pub fn check_head_dim(head_dim: usize) -> Result<(), Error> {
     Err(Error::InvalidValue { what: "head dim", given: head_dim.to_string(), remedy })
 }
 
-/// The launch that computes the weights of a problem again, from Q, K and LSE: as every
+/// The launch that computes the weights of a problem again, from Q and K: as every
 /// step, it is given the problem's `AttentionArgs`.
 ///
 /// # Errors

@@ -3,13 +3,13 @@
 use kernels_gpu::{
     args, flash_async,
     flash_hopper::{self, Tiles},
-    flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, naive,
+    flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, fragment, naive,
     policy::{Causal, Full, General},
     standard, weights,
 };
-use simt::Dim3;
+use simt::{Dim3, warp};
 
-use super::{Features, KernelSpec, Plan, Step};
+use super::{Features, KernelSpec, Plan, Sizes, Step};
 use crate::{backend::TensorMapSpec, dtype::DType, problem::Problem};
 
 /// Every kernel.
@@ -38,7 +38,10 @@ const NAIVE: KernelSpec = KernelSpec {
     head_dims: &[32, 64, 96, 128],
     capability: (7, 5),
     exact_capability: false,
-    tile: |_| (naive::SCORES_TILE as usize, naive::SCORES_TILE as usize),
+    sizes: |_, _| Sizes {
+        rows: vec![naive::SCORES_TILE, naive::SOFTMAX_ROWS],
+        keys: vec![naive::SCORES_TILE, warp::LANES],
+    },
     features: Features { weights: true, ..ALL_FEATURES },
     plan: |p, _| Plan {
         workspace_bytes: p.weights_bytes(),
@@ -84,7 +87,12 @@ const STANDARD: KernelSpec = KernelSpec {
     head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
     capability: (8, 0),
     exact_capability: false,
-    tile: |_| (standard::MMA_TILE as usize, standard::MMA_TILE as usize),
+    sizes: |dtype, _| {
+        let tile = if dtype == DType::F32 { standard::TILED_TILE } else { standard::MMA_TILE };
+        // What the softmax gives to a warp, and keeps at a time.
+        let [of_warp, segment] = standard::softmax::edge_keys(dtype.size() as u32);
+        Sizes { rows: vec![tile], keys: vec![tile, of_warp, segment] }
+    },
     features: Features { weights: true, ..ALL_FEATURES },
     plan: |p, _| {
         let softmax = standard_softmax(p);
@@ -127,7 +135,7 @@ fn standard_products(p: &Problem) -> [Step; 2] {
     ]
 }
 
-/// The softmax of `standard`: a warp a row, or a block for a long one.
+/// The softmax of `standard`: one warp per row, or one block for a long row.
 fn standard_softmax(p: &Problem) -> Step {
     let (seq_k, bytes) = (p.seq_k() as u32, p.dtype().size() as u32);
     let row_threads = standard::softmax::row_threads(seq_k, bytes);
@@ -148,7 +156,7 @@ const FLASH_TILED: KernelSpec = KernelSpec {
     head_dims: &[32, 64, 96, 128],
     capability: (7, 5),
     exact_capability: false,
-    tile: |_| (flash_tiled::BR as usize, flash_tiled::BC as usize),
+    sizes: |_, _| Sizes { rows: vec![flash_tiled::BR], keys: vec![flash_tiled::BC] },
     features: ALL_FEATURES,
     plan: |p, _| {
         one_step(Step {
@@ -175,7 +183,7 @@ const FLASH_MMA: KernelSpec = KernelSpec {
     head_dims: &[64, 128],
     capability: (8, 0),
     exact_capability: false,
-    tile: |_| (flash_mma::BR as usize, flash_mma::BC as usize),
+    sizes: |_, _| Sizes { rows: vec![flash_mma::BR, fragment::ROWS], keys: vec![flash_mma::BC] },
     features: ALL_FEATURES,
     plan: |p, _| mma_step("flash_mma", flash_mma::shared_bytes, p),
     tensor_maps: None,
@@ -228,9 +236,13 @@ const FLASH_PIPELINED: KernelSpec = KernelSpec {
     head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
     capability: (8, 0),
     exact_capability: false,
-    tile: |d| {
-        let shape = flash_pipelined::shape(d, !flash_pipelined::is_specialised(d));
-        (shape.rows() as usize, shape.keys as usize)
+    sizes: |_, d| {
+        let specialised = flash_pipelined::shape(d, !flash_pipelined::is_specialised(d));
+        let shapes = [specialised, flash_pipelined::shape(d, true)];
+        Sizes {
+            rows: shapes.map(|shape| shape.rows()).to_vec(),
+            keys: shapes.map(|shape| shape.keys).to_vec(),
+        }
     },
     features: ALL_FEATURES,
     plan: |p, target| {
@@ -265,9 +277,9 @@ const FLASH_TF32: KernelSpec = KernelSpec {
     head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
     capability: (8, 0),
     exact_capability: false,
-    tile: |d| {
+    sizes: |_, d| {
         let shape = flash_tf32::shape(d);
-        (shape.rows(d) as usize, shape.keys as usize)
+        Sizes { rows: vec![shape.rows(d), fragment::ROWS], keys: vec![shape.keys] }
     },
     features: ALL_FEATURES,
     plan: |p, _| {
@@ -293,10 +305,13 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
     head_dims: &[64, 96, 128, 192, 256],
     capability: (9, 0),
     exact_capability: true,
-    tile: |d| {
-        let consumers = flash_hopper::max_consumers::<Full>(d as u32);
-        let tiles = Tiles::of(d as u32, consumers);
-        (tiles.rows() as usize, tiles.keys as usize)
+    sizes: |_, d| {
+        let consumers = [flash_hopper::max_consumers::<Full>(d as u32), 2];
+        let [most, least] = consumers.map(|consumers| Tiles::of(d as u32, consumers));
+        Sizes {
+            rows: vec![most.rows(), least.rows(), flash_hopper::CONSUMER_ROWS],
+            keys: vec![most.keys, least.keys],
+        }
     },
     features: ALL_FEATURES,
     plan: |p, target| {
@@ -357,7 +372,7 @@ fn hopper_map(p: &Problem, tensor: &args::Tensor, seq: usize, box_dims: [u32; 4]
 pub(super) fn weights(p: &Problem) -> Step {
     Step {
         symbol: symbol("weights", p),
-        grid: Dim3::new(tiles(p.seq_k(), weights::TILE), tiles(p.seq_q(), weights::TILE), heads(p)),
+        grid: Dim3::new(tiles(p.seq_q(), weights::TILE), 1, heads(p)),
         block: Dim3::new(weights::TILE, weights::TILE, 1),
         shared_bytes: 0,
     }

@@ -252,7 +252,7 @@ impl Prepared {
     }
 
     /// The attention weights `[B, H, Nq, Nk]` after dropout, once the kernel has run: as it left
-    /// them in memory, or computed again from Q, K and LSE by a launch of their own, into
+    /// them in memory, or computed again from Q and K by a launch of their own, into
     /// [`Problem::weights_bytes`] of memory.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 #![allow(dead_code)]
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, LazyLock, Mutex, OnceLock},
 };
 
@@ -11,7 +11,7 @@ use flash_attention::{
     CpuDevice, DType, Device, Error, GpuDevice, Layout, Problem, Tensor,
     oracle::{self, Rows},
     problem::Dropout,
-    registry::{KERNELS, KernelSpec},
+    registry::{KERNELS, KernelSpec, Sizes},
     session::{Inputs, Outputs, Session},
     verify::{Credit, DRAWS, Verification},
 };
@@ -127,7 +127,8 @@ impl Case {
 /// keys.
 pub fn edges(kernel: &KernelSpec, dtype: DType) -> Vec<Case> {
     let d = *kernel.head_dims.iter().find(|&&d| d >= 64).unwrap_or(&kernel.head_dims[0]);
-    let (br, bc) = (kernel.tile)(d);
+    let Sizes { rows, keys } = (kernel.sizes)(dtype, d);
+    let (br, bc) = (rows[0] as usize, keys[0] as usize);
     let shape = |batch, heads, seq_q, seq_k| {
         Problem::builder(batch, heads, seq_q, d).seq_k(seq_k).dtype(dtype)
     };
@@ -164,8 +165,27 @@ pub fn edges(kernel: &KernelSpec, dtype: DType) -> Vec<Case> {
     cases.push(large("scores of 1e4, causal", shape(1, 2, bc + 1, bc + 1).causal(true)));
     let p = shape(1, 2, br + 1, bc + 1).build().unwrap();
     cases.push(Case { v_mean: 5.0, ..Case::new("V of mean 5", p) });
+    // Sizes that are not those of the tile: few keys for many rows, and few rows for many keys,
+    // of which the first rows see none beyond the size.
+    let beside = |sizes: &[u32]| {
+        let others: BTreeSet<u32> = sizes[1..].iter().copied().filter(|&s| s != sizes[0]).collect();
+        others.into_iter().map(|size| size as usize)
+    };
+    for size in beside(&rows) {
+        for seq_q in [size - 1, size + 1] {
+            let p = shape(1, 2, seq_q, bc + 1).build().unwrap();
+            cases.push(Case::new(&format!("{seq_q} rows"), p));
+        }
+    }
+    for size in beside(&keys) {
+        for (seq_q, seq_k) in [(2, size - 1), (5, size + 3)] {
+            let p = shape(1, 1, seq_q, seq_k).causal(true).build().unwrap();
+            cases.push(Case::new(&format!("{seq_k} keys"), p));
+        }
+    }
     for &other in kernel.head_dims.iter().filter(|&&other| other != d) {
-        let (br, bc) = (kernel.tile)(other);
+        let Sizes { rows, keys } = (kernel.sizes)(dtype, other);
+        let (br, bc) = (rows[0] as usize, keys[0] as usize);
         let p = Problem::builder(1, 1, br + 1, other).seq_k(bc + 1).dtype(dtype);
         cases.push(Case::new(&format!("head dim {other}"), p.causal(true).build().unwrap()));
     }

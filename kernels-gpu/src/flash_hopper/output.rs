@@ -11,7 +11,10 @@ use super::{
     consumer::{Consumer, ROWS},
     tiles::OUTPUT_CHUNK,
 };
-use crate::{policy::Policy, softmax};
+use crate::{
+    policy::{self, Policy},
+    softmax,
+};
 
 impl<
     T: Operand,
@@ -45,9 +48,11 @@ where
         let lse = unsafe { args.lse.view_mut::<f32>() };
         let policy = self.policy(task);
         let mut factors = [0.0; ROWS];
+        // Each thread summed its own columns: a row's sum is over its four threads.
+        let l_i = [warp::reduce_add::<4>(l_i[0]), warp::reduce_add::<4>(l_i[1])];
+        let l_i = policy::checked_sums(&policy, task.first_row + self.own_row, m_i, l_i);
         unroll!(for R in 0..2 {
-            // Each thread summed its own columns: a row's sum is over its four threads.
-            let l_row = warp::reduce_add::<4>(l_i[R]);
+            let l_row = l_i[R];
             factors[R] = softmax::normaliser(l_row);
             if policy.drops() {
                 factors[R] *= policy.dropout().rescale;

@@ -30,7 +30,7 @@ use crate::{
     dropout, entries,
     naive::{batch_and_head, weight_index},
     policy::{General, Policy},
-    softmax::{exp, log_sum_exp_natural, normaliser, safe_max},
+    softmax::{STORED_UNIT, checked_sum, log_sum_exp_natural, normaliser, safe_max},
 };
 
 /// Threads of a block.
@@ -50,6 +50,18 @@ const fn segment_keys(seq_k: u32, element_bytes: u32) -> u32 {
     if seq_k < most { seq_k.next_multiple_of(16 / element_bytes) } else { most }
 }
 
+/// The most keys of a row that has a warp, and of a segment: lengths beside them are edges.
+#[must_use]
+pub const fn edge_keys(element_bytes: u32) -> [u32; 2] {
+    [BLOCK_BYTES / WARPS / element_bytes, BLOCK_BYTES / element_bytes]
+}
+
+/// `exp(x)` of a difference of stored scores.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    math::exp2(x * const { core::f32::consts::LOG2_E * STORED_UNIT })
+}
+
 /// Dynamic shared memory of a block in bytes, where a row has `row_threads` threads.
 #[must_use]
 pub const fn shared_bytes(seq_k: u32, element_bytes: u32, row_threads: u32) -> u32 {
@@ -60,7 +72,7 @@ pub const fn shared_bytes(seq_k: u32, element_bytes: u32, row_threads: u32) -> u
 /// warps, since a warp waits for nobody else; else the block.
 #[must_use]
 pub const fn row_threads(seq_k: u32, element_bytes: u32) -> u32 {
-    if seq_k <= BLOCK_BYTES / WARPS / element_bytes { warp::LANES } else { THREADS }
+    if seq_k <= edge_keys(element_bytes)[0] { warp::LANES } else { THREADS }
 }
 
 /// A row of scores, and what its threads know of it.
@@ -130,9 +142,9 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
     }
 
     /// Loads the segment of `keys` keys from `start` on, hides what the row does not see,
-    /// and returns the largest score of this thread.
+    /// and returns the largest score of this thread, and whether the row sees any of its keys.
     #[inline(always)]
-    fn load(&self, start: u32, keys: u32) -> f32 {
+    fn load(&self, start: u32, keys: u32) -> (f32, bool) {
         // Hazard: the segment before may still be read while this one is written.
         Self::sync();
         let first = self.first + start as u64;
@@ -154,10 +166,11 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
         }
         // Hazard: chunks are read by threads that did not write them.
         Self::sync();
-        let mut largest = f32::NEG_INFINITY;
+        let (mut largest, mut seen) = (f32::NEG_INFINITY, 0);
         for key in (self.thread * T::ELEMENTS..keys).step_by(Self::STRIDE) {
             let mut s = T::unpack(self.segment.read_as(key));
             let visible = self.visible(start + key);
+            seen |= visible;
             if visible != const { (1 << T::ELEMENTS) - 1 } {
                 unroll!(for E in 0..8 {
                     if visible >> E & 1 == 0 {
@@ -172,7 +185,7 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
                 }
             });
         }
-        largest
+        (largest, seen != 0)
     }
 
     /// `exp(s - m)` of the chunk at `key` of the segment.
@@ -221,7 +234,7 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
         return; // All threads of the row leave: its barriers need all of them.
     }
     let segment = segment_keys(args.seq_k, T::BYTES);
-    // SAFETY: the caller vouches for the buffers and the shared memory.
+    // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     let (row, lse) = unsafe {
         let policy = General::new(args, b, h);
         let row = Row::<T, ROW_THREADS> {
@@ -239,11 +252,13 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
     };
 
     // Maximum and sum.
-    let (mut m_i, mut l_i) = (f32::NEG_INFINITY, 0.0);
+    let (mut m_i, mut l_i, mut seen) = (f32::NEG_INFINITY, 0.0, false);
     let mut start = 0;
     while start < row.end {
         let keys = (row.end - start).min(segment);
-        let largest = warp::reduce_max::<32>(row.load(start, keys));
+        let (largest, seen_here) = row.load(start, keys);
+        seen |= seen_here;
+        let largest = warp::reduce_max::<32>(largest);
         let m_new = math::max(m_i, Row::<T, ROW_THREADS>::combine(largest, math::max));
         let m_used = safe_max(m_new);
         l_i *= exp(m_i - m_used);
@@ -259,6 +274,11 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
         start += segment;
     }
     let l_i = Row::<T, ROW_THREADS>::combine(warp::reduce_add::<32>(l_i), |a, b| a + b);
+    // The same sum in all threads of the row: all of them ask, or none.
+    let l_i = checked_sum(l_i, || {
+        let seen = if warp::any(seen) { 1.0 } else { 0.0 };
+        Row::<T, ROW_THREADS>::combine(seen, math::max) > 0.0
+    });
 
     // Weights, in the place of the scores.
     let (m_used, normaliser) = (safe_max(m_i), normaliser(l_i));
@@ -284,11 +304,14 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
             for key in (row.thread..keys).step_by(ROW_THREADS as usize) {
                 row.weights.write(row.first + (start + key) as u64, row.segment.read(key));
             }
+            // Hazard: a further segment that the row sees nothing of is not loaded, and is
+            // written where slower threads still read this one.
+            Row::<T, ROW_THREADS>::sync();
         }
         start += segment;
     }
     if row.thread == 0 {
-        lse.write(args.row(b, h, i), log_sum_exp_natural(m_i, l_i));
+        lse.write(args.row(b, h, i), log_sum_exp_natural(m_i * STORED_UNIT, l_i));
     }
 }
 
