@@ -3,7 +3,7 @@
 use simt::Dim3;
 
 use super::{
-    KernelSpec, Step, Target,
+    KernelSpec, Sizes, Step, Target,
     table::{ALL_FEATURES, one_step, symbol, tiles},
 };
 use crate::{dtype::DType, problem::Problem};
@@ -22,8 +22,9 @@ const FLASH_ROWS: KernelSpec = KernelSpec {
     head_dims: &[64],
     capability: (7, 5),
     exact_capability: false,
-    // Sizes around these are tested as edges; a tile of one key has none below it.
-    tile: |_| (flash_rows::BR as usize, 2),
+    // All sizes at which something else begins: the tests run lengths beside each. A tile of
+    // one key has none below it.
+    sizes: |_, _| Sizes { rows: vec![flash_rows::BR], keys: vec![2] },
     features: ALL_FEATURES,
     plan: |p, _| {
         one_step(Step {

@@ -68,6 +68,7 @@ pub unsafe fn flash_rows<T: Scalar, const D: usize, const COLUMNS: usize>(args: 
         }
     }
 
+    let l_i = softmax::checked_sum(l_i, || mask.sees_any(i));
     let o_row = args.o.head(b, h) + i as u64 * args.o.stride_n;
     for c in 0..COLUMNS {
         let value = T::from_f32(acc_o[c] * softmax::normaliser(l_i));
