@@ -244,8 +244,8 @@ pub struct Choice {
 /// The best kernel for a problem on a device.
 ///
 /// # Errors
-/// [`Error::Unsupported`] when no kernel can do it, with the reason of the most widely
-/// usable one.
+/// [`Error::InvalidValue`] for a head dim that no kernel has; [`Error::Unsupported`] when no
+/// kernel can do it otherwise, with the reason of the most widely usable one.
 pub fn best_for(problem: &Problem, target: &Target) -> Result<Choice, Error> {
     let mut passed_over = Vec::new();
     for kernel in KERNELS.iter().rev() {
