@@ -85,18 +85,27 @@ pub(crate) fn reference_of<T: Copy + Into<f64> + Sync>(
 #[must_use]
 pub fn plain(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows {
     let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
-    plain_of(problem, values, inputs.mask, rows)
+    plain_of(problem, problem.dtype(), values, inputs.mask, rows)
 }
 
-/// [`plain`] of values of the storage type.
+/// [`plain`] with S in f32, for scores that the storage type cannot hold; P and O are rounded to
+/// the storage type.
+#[must_use]
+pub fn plain_with_f32_scores(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows {
+    let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
+    plain_of(problem, DType::F32, values, inputs.mask, rows)
+}
+
+/// [`plain`] of values of the storage type, with S of type `scores`.
 pub(crate) fn plain_of(
     problem: &Problem,
+    scores: DType,
     qkv: [Vec<f32>; 3],
     mask: Option<&[u8]>,
     rows: &[usize],
 ) -> Rows {
     let case = Case::new(problem, qkv, mask);
-    collect(rows, |row| case.plain_row(row))
+    collect(rows, |row| case.plain_row(row, scores))
 }
 
 fn collect(rows: &[usize], compute: impl Fn(usize) -> (Vec<f64>, f64) + Sync) -> Rows {
@@ -198,7 +207,7 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
 }
 
 impl Case<'_, f32> {
-    fn plain_row(&self, row: usize) -> (Vec<f64>, f64) {
+    fn plain_row(&self, row: usize, score_type: DType) -> (Vec<f64>, f64) {
         let (b, h, i) = position(self.problem, row);
         let mut o = vec![0.0f32; self.problem.head_dim()];
         let seen = self.seen(b, i);
@@ -214,7 +223,7 @@ impl Case<'_, f32> {
             let k: [&[f32]; CHAINS] =
                 std::array::from_fn(|c| self.k.row(b, h, keys[c.min(keys.len() - 1)]));
             let sums = dots_f32(q, k);
-            scores.extend(sums[..keys.len()].iter().map(|s| round(dtype, s * scale)));
+            scores.extend(sums[..keys.len()].iter().map(|s| round(score_type, s * scale)));
         }
         let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weights: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();

@@ -22,7 +22,7 @@ fn run(device: &Arc<dyn Device>) {
             match case.check(device, kernel) {
                 Ok(Some(result)) => {
                     passed += 1;
-                    worst = worst.max(result.o.max_abs / result.credit.o);
+                    worst = worst.max(result.o.max_abs / result.credit.o.error());
                 }
                 Ok(None) => unsupported += 1,
                 Err(what) => failures.push(what),

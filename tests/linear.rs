@@ -10,7 +10,7 @@ use flash_attention::{
     backend::{KernelArgs, Launch, Memory, TensorMapSpec},
     raw::{LinearArgs, LinearPlan},
     registry::{LINEAR_KERNELS, LinearSpec, Projection, Target},
-    verify::FACTOR,
+    verify::{Differences, Yardstick},
 };
 use kernels_gpu::probe::{self, ProbeArgs};
 use simt::tma::TensorMap;
@@ -23,14 +23,14 @@ type Shape = (usize, usize, usize);
 const SHAPES: [Shape; 5] =
     [(256, 128, 256), (300, 72, 600), (129, 136, 1304), (70, 37, 131), (1, 8, 8)];
 
-/// The worst error of a kernel against sums in f64, as a multiple of that of the plain algorithm:
-/// sums in f32, one after the other, rounded to the storage type.
+/// The worst error of a kernel against sums in f64, and what it is measured by: that of sums in f32,
+/// one after the other, rounded to the storage type.
 fn worst(
     memory: &Arc<Memory>,
     kernel: &'static LinearSpec,
     p: &Projection,
     with_bias: bool,
-) -> Result<f64, flash_attention::Error> {
+) -> Result<(f64, Yardstick), flash_attention::Error> {
     let device = &**memory.device();
     let target = Target::of(device);
     kernel.supports(p, &target)?;
@@ -56,24 +56,23 @@ fn worst(
     dy.read(y.as_bytes_mut())?;
 
     let (x, w, bias, y) = (x.to_f64(), w.to_f64(), bias.to_f64(), y.to_f64());
-    let (mut worst, mut plain_worst, mut largest) = (0.0f64, 0.0f64, 0.0f64);
-    for (index, y) in y.iter().enumerate() {
+    let (mut expected, mut plain) = (Vec::new(), Vec::new());
+    for index in 0..y.len() {
         let (row, column) = (index / p.out_features, index % p.out_features);
         let of = |m: &[f64], i: usize| m[i * p.in_features..(i + 1) * p.in_features].to_vec();
         let products: Vec<f64> =
             of(&x, row).iter().zip(of(&w, column)).map(|(a, b)| a * b).collect();
         let bias = bias.get(column).copied().unwrap_or(0.0);
-        let expected = products.iter().sum::<f64>() + bias;
         let sum = products.iter().fold(0.0f32, |sum, &p| (f64::from(sum) + p) as f32);
-        let plain = p.dtype.round(f64::from(sum) + bias);
-        plain_worst = plain_worst.max((plain - expected).abs());
-        largest = largest.max(expected.abs());
-        // NaN, which y was filled with, is worse than anything.
-        let error = (y - expected).abs();
-        worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
+        expected.push(products.iter().sum::<f64>() + bias);
+        plain.push(p.dtype.round(f64::from(sum) + bias));
     }
+    // NaN, which y was filled with, is an infinite error.
+    let error = Differences::new(&y, &expected).max_abs;
+    let plain = Differences::new(&plain, &expected);
     // The plain sum of a few terms may be exact by luck.
-    Ok(worst / plain_worst.max(largest * p.dtype.unit_roundoff()))
+    let rounding = p.dtype.unit_roundoff() * plain.max_expected;
+    Ok((error, Yardstick::new(plain.max_abs, rounding)))
 }
 
 fn every_kernel(device: Arc<dyn Device>) {
@@ -87,10 +86,11 @@ fn every_kernel(device: Arc<dyn Device>) {
                 let p = Projection { dtype, rows, in_features, out_features };
                 for bias in [false, true] {
                     match worst(&memory, kernel, &p, bias) {
-                        Ok(worst) => {
+                        Ok((error, plain)) => {
                             compared += 1;
-                            if worst > FACTOR {
-                                failures.push(format!("{} {p:?}: {worst} times", kernel.name));
+                            if !plain.allows(error) {
+                                let limit = plain.limit();
+                                failures.push(format!("{} {p:?}: {error} > {limit}", kernel.name));
                             }
                         }
                         Err(error) if error.is_usage() => println!("skipped: {error}"),

@@ -5,7 +5,7 @@ use flash_attention::{
     module::oracle as module_oracle,
     oracle::{self, Rows},
     session::{Inputs, Outputs},
-    verify::{Credit, Differences, FACTOR, Verification},
+    verify::{Credit, Differences, Verification, Yardstick},
 };
 
 use crate::{
@@ -55,17 +55,18 @@ impl Oracle {
         let Self { problem, rows, reference, credit } = self;
         let v = Verification::new(problem, outputs, rows, reference, *credit);
         let d = problem.head_dim();
-        let check = |tensor: &str, differences: &Differences, plain: f64, width: usize| Check {
-            kernel: kernel.into(),
-            level: Level::Attention,
-            seq: problem.seq_q(),
-            dtype: problem.dtype(),
-            tensor: tensor.into(),
-            compared: differences.count as u64,
-            elements: (problem.rows() * width) as u64,
-            worst_index: self.index(differences.worst.index, width),
-            ..check(differences, plain, threshold)
-        };
+        let check =
+            |tensor: &str, differences: &Differences, plain: Yardstick, width: usize| Check {
+                kernel: kernel.into(),
+                level: Level::Attention,
+                seq: problem.seq_q(),
+                dtype: problem.dtype(),
+                tensor: tensor.into(),
+                compared: differences.count as u64,
+                elements: (problem.rows() * width) as u64,
+                worst_index: self.index(differences.worst.index, width),
+                ..check(differences, plain, threshold)
+            };
         [check("o", &v.o, v.credit.o, d), check("lse", &v.lse, v.credit.lse, 1)]
     }
 
@@ -96,7 +97,7 @@ pub struct ModuleOracle {
     problem: Problem,
     tokens: Vec<usize>,
     reference: Vec<f64>,
-    credit: f64,
+    credit: Yardstick,
 }
 
 impl ModuleOracle {
@@ -134,7 +135,7 @@ impl ModuleOracle {
 
 /// The verdicts and figures of one comparison; what was compared is left to the caller.
 #[must_use]
-pub fn check(differences: &Differences, plain: f64, threshold: Option<f64>) -> Check {
+pub fn check(differences: &Differences, plain: Yardstick, threshold: Option<f64>) -> Check {
     let error = differences.max_abs;
     Check {
         kernel: String::new(),
@@ -151,11 +152,10 @@ pub fn check(differences: &Differences, plain: f64, threshold: Option<f64>) -> C
             median: differences.median_rel,
         },
         rel_rms: differences.rel_rms,
-        plain_max_abs: plain,
+        plain_max_abs: plain.error(),
         threshold,
         within_threshold: threshold.is_none_or(|threshold| error <= threshold),
-        // An infinite error fails even where the plain algorithm's is infinite too.
-        within_twice: error.is_finite() && error <= FACTOR * plain,
+        within_twice: plain.allows(error),
         worst_index: vec![differences.worst.index],
         worst_got: differences.worst.actual,
         worst_expected: differences.worst.expected,

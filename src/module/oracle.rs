@@ -8,10 +8,11 @@ use rayon::prelude::*;
 
 use super::weights::{Linear, Weights};
 use crate::{
+    dtype::DType,
     oracle::{plain_of, reference_of, round},
     problem::Problem,
     tensor::Tensor,
-    verify::Differences,
+    verify::{Differences, Yardstick, beside, draws},
 };
 
 /// Tokens that are projected side by side, so that a row of weights is read once for them.
@@ -88,6 +89,18 @@ pub fn plain(
     mask: Option<&[u8]>,
     tokens: &[usize],
 ) -> Vec<f64> {
+    plain_with(problem, problem.dtype(), weights, x, mask, tokens)
+}
+
+/// [`plain`] with scores of a type.
+fn plain_with(
+    problem: &Problem,
+    scores: DType,
+    weights: &Weights,
+    x: &Tensor,
+    mask: Option<&[u8]>,
+    tokens: &[usize],
+) -> Vec<f64> {
     let [q, k, v, out] = weights.projections().each_ref().map(|l| Matrix::new(l, |x| x));
     let x = x.to_f32();
     let keys = tokens_of_entries(problem, tokens);
@@ -97,14 +110,15 @@ pub fn plain(
         k.project_in_place(&x, &keys, rounded),
         v.project_in_place(&x, &keys, rounded),
     ];
-    let o = plain_of(problem, qkv, mask, &rows_of(problem, tokens)).o;
+    let o = plain_of(problem, scores, qkv, mask, &rows_of(problem, tokens)).o;
     // They are values of the storage type: f32 holds them exactly.
     let o: Vec<f32> = o.into_iter().map(|x| x as f32).collect();
     out.project(&o, &all(tokens), rounded).into_iter().map(f64::from).collect()
 }
 
-/// What the plain algorithm is credited with: its largest error, and no less than one
-/// rounding of the largest output to the storage type (see [`crate::verify`]).
+/// What the plain algorithm is credited with, by the rule of [`crate::verify`]: its largest error
+/// over draws of x, and no less than one rounding of the largest output to the storage type.
+/// `reference`: of x itself.
 #[must_use]
 pub fn credit(
     problem: &Problem,
@@ -113,9 +127,28 @@ pub fn credit(
     mask: Option<&[u8]>,
     tokens: &[usize],
     reference: &[f64],
-) -> f64 {
-    let differences = Differences::new(&plain(problem, weights, x, mask, tokens), reference);
-    differences.max_abs.max(problem.dtype().unit_roundoff() * differences.max_expected)
+) -> Yardstick {
+    let of_draw = |x: &Tensor, reference: &[f64]| {
+        let differences = |scores| {
+            let plain = plain_with(problem, scores, weights, x, mask, tokens);
+            Differences::new(&plain, reference)
+        };
+        let mut d = differences(problem.dtype());
+        if !d.max_abs.is_finite() {
+            d = differences(DType::F32);
+        }
+        Yardstick::new(d.max_abs, problem.dtype().unit_roundoff() * d.max_expected)
+    };
+    let hidden = (problem.heads() * problem.head_dim()) as u64;
+    let keys = tokens_of_entries(problem, tokens).len() as u64;
+    let (tokens_compared, seq) = (tokens.len() as u64, problem.seq_k() as u64);
+    let multiplications = 2 * hidden * (hidden * (keys + tokens_compared) + seq * tokens_compared);
+    // Every head of a token is a row, and every output is summed over all of them.
+    let rows = tokens_compared * problem.heads() as u64;
+    (1..draws(multiplications, rows)).fold(of_draw(x, reference), |worst, draw| {
+        let x = beside(x, draw, 3);
+        worst.max(of_draw(&x, &self::reference(problem, weights, &x, mask, tokens)))
+    })
 }
 
 /// Some tokens of an output `[B, N, hidden]`, widened to f64.

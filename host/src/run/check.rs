@@ -2,7 +2,7 @@
 
 use flash_attention::{
     Problem,
-    verify::{Differences, FACTOR, Worst},
+    verify::{Differences, Worst, Yardstick},
 };
 
 /// One output compared with the one in the file.
@@ -12,7 +12,7 @@ pub struct Comparison {
     /// How they differ.
     pub differences: Differences,
     /// Largest error of the plain algorithm against f64.
-    pub plain: f64,
+    pub plain: Yardstick,
     /// Largest error of ours against f64.
     pub ours_from_f64: f64,
     /// Largest error of the file's against f64.
@@ -39,17 +39,10 @@ pub fn place(problem: &Problem, rows: &[usize], width: usize) -> Box<dyn Fn(usiz
 }
 
 impl Comparison {
-    /// The largest difference that passes.
-    #[must_use]
-    pub fn limit(&self) -> f64 {
-        FACTOR * self.plain
-    }
-
     /// Whether the difference is within the limit.
     #[must_use]
     pub fn passes(&self) -> bool {
-        let error = self.differences.max_abs;
-        error.is_finite() && error <= self.limit()
+        self.plain.allows(self.differences.max_abs)
     }
 
     /// Two lines: the verdict, and who is how far from f64.
@@ -69,11 +62,11 @@ impl Comparison {
             d.mean_abs,
             d.median_abs,
             d.max_rel,
-            self.limit(),
+            self.plain.limit(),
             (self.place)(index),
             self.ours_from_f64,
             self.theirs_from_f64,
-            self.plain,
+            self.plain.error(),
             self.rows,
         )
     }
