@@ -128,10 +128,16 @@ pub struct CompareArgs {
     /// power limit leaves
     #[arg(long, value_name = "SECONDS", value_parser = values::seconds)]
     pub sustained: Option<f64>,
+    /// Most time that one launch may take: one that takes longer is reported, and ends the run
+    #[arg(long, value_name = "SECONDS", value_parser = values::timeout)]
+    pub timeout: Option<f64>,
     /// Run PyTorch's attention beside the kernels, where python3 (or the Python that
     /// FLASH_ATTENTION_PYTHON names) has PyTorch: every backend, or those listed
     #[arg(long, value_name = "BACKEND,…", value_delimiter = ',', num_args = 0.., require_equals = true, value_parser = peers::ON_GPU)]
     pub peers: Option<Vec<String>>,
+    /// Print every column, however wide the terminal is
+    #[arg(long)]
+    pub wide: bool,
     /// Write everything measured as JSON; - is standard output, and text goes to standard error
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -162,6 +168,9 @@ pub struct VerifyArgs {
     /// unless given, as far as that takes seconds
     #[arg(long, value_name = "COUNT", value_parser = values::count)]
     pub rows: Option<usize>,
+    /// Print every column, however wide the terminal is
+    #[arg(long)]
+    pub wide: bool,
     /// Write every difference's summary as JSON; - is standard output, and text goes to standard
     /// error
     #[arg(long, value_name = "FILE")]
@@ -253,41 +262,37 @@ impl ProblemArgs {
         seq.iter().map(problem).collect()
     }
 
-    /// The kernels, in the order of the ladder or as they were asked for.
+    /// The kernels, in the order of the ladder or as they were asked for. One that can do none of
+    /// the problems is among them, as long as another can do one.
     ///
     /// # Errors
-    /// An unknown kernel; one that was asked for by name and can do none of the
-    /// problems; or no kernel that can do any.
+    /// An unknown kernel; one that is listed twice; or no kernel that can do any problem.
     pub fn chosen_kernels(
         &self,
         problems: &[Problem],
         target: &Target,
     ) -> Result<Vec<&'static KernelSpec>> {
-        let obstacle = |kernel: &KernelSpec| {
-            let mut reasons = problems.iter().map(|p| kernel.supports(p, target).err());
-            let first = reasons.next().flatten()?;
-            reasons.all(|r| r.is_some()).then_some(first)
-        };
-        let Some(names) = &self.kernels else {
-            let able = KERNELS.iter().any(|kernel| obstacle(kernel).is_none());
-            return match KERNELS.iter().find_map(obstacle) {
-                Some(error) if !able => {
-                    problems.iter().try_for_each(|p| registry::check_head_dim(p.head_dim()))?;
-                    Err(error.into())
-                }
-                _ => Ok(KERNELS.iter().collect()),
-            };
-        };
         let mut kernels: Vec<&'static KernelSpec> = Vec::new();
-        for name in names {
-            let kernel = registry::find(name)?;
-            if let Some(error) = obstacle(kernel) {
-                return Err(error.into());
+        match &self.kernels {
+            None => kernels.extend(KERNELS),
+            Some(names) => {
+                for name in names {
+                    let kernel = registry::find(name)?;
+                    if kernels.iter().any(|k| k.name == kernel.name) {
+                        let reason = format!("kernel {name} is listed twice: list it once");
+                        return Err(Usage(reason).into());
+                    }
+                    kernels.push(kernel);
+                }
             }
-            if kernels.iter().any(|k| k.name == kernel.name) {
-                return Err(Usage(format!("kernel {name} is listed twice: list it once")).into());
+        }
+        let obstacles =
+            || kernels.iter().flat_map(|k| problems.iter().map(|p| k.supports(p, target)));
+        if obstacles().all(|obstacle| obstacle.is_err()) {
+            if self.kernels.is_none() {
+                problems.iter().try_for_each(|p| registry::check_head_dim(p.head_dim()))?;
             }
-            kernels.push(kernel);
+            obstacles().collect::<Result<(), _>>()?;
         }
         Ok(kernels)
     }

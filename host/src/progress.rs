@@ -42,6 +42,11 @@ impl Progress {
         self.0.inc(1);
     }
 
+    /// Takes the bar away.
+    pub fn clear(&self) {
+        self.0.finish_and_clear();
+    }
+
     /// Prints with the bar out of the way.
     pub fn print(&self, text: &str) {
         self.0.suspend(|| print_lines(text));

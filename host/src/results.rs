@@ -32,7 +32,8 @@ pub struct Results {
     pub driver: Option<Driver>,
     /// What was asked for.
     pub options: Options,
-    /// Whether the run was stopped (Ctrl-C) before everything was measured.
+    /// Whether the run was stopped (by a signal, or a launch that took too long) before everything
+    /// was measured.
     pub interrupted: bool,
     /// One row a kernel, sequence length and level.
     pub rows: Vec<Row>,
@@ -99,7 +100,7 @@ pub struct Options {
     pub heads: usize,
     /// Elements of a row.
     pub head_dim: usize,
-    /// Storage type.
+    /// Storage type; the first one where kernels ran in several.
     #[serde(with = "text")]
     pub dtype: DType,
     /// Whether rows see keys up to their own position only.
@@ -242,6 +243,8 @@ pub enum Status {
     Unsupported,
     /// It failed, or its output was wrong.
     Failed,
+    /// A launch took longer than it was given, and ended the run.
+    Timeout,
 }
 
 impl fmt::Display for Status {
@@ -251,6 +254,7 @@ impl fmt::Display for Status {
             Self::Oom => "oom",
             Self::Unsupported => "unsupported",
             Self::Failed => "failed",
+            Self::Timeout => "timeout",
         })
     }
 }
@@ -408,7 +412,7 @@ pub struct Check {
     #[serde(with = "number")]
     pub rel_rms: f64,
     /// Largest absolute difference of the plain algorithm in the same precision from the
-    /// oracle: a kernel is allowed twice that.
+    /// oracle, over several draws where few rows are compared: a kernel is allowed twice that.
     #[serde(with = "number")]
     pub plain_max_abs: f64,
     /// Bound on the largest absolute difference that was asked for, where one was.

@@ -173,7 +173,7 @@ impl<'a> Subject<'a> {
         }
     }
 
-    /// Runs a kernel once, and compares its outputs.
+    /// Runs a kernel once, by `launch`, and compares its outputs.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], or what went wrong while it ran.
@@ -181,11 +181,12 @@ impl<'a> Subject<'a> {
         &self,
         kernel: &'static KernelSpec,
         threshold: Option<f64>,
+        launch: &dyn Fn(&mut dyn Work) -> Result<(), Error>,
     ) -> Result<Ran<'_>, Error> {
         let (session, problem) = (self.session, &self.problem);
         let launch = |work: &mut dyn Work| {
             take_counters(session.device());
-            work.launch()?;
+            launch(work)?;
             Ok::<_, Error>(take_counters(session.device()))
         };
         match &self.kind {

@@ -1,35 +1,75 @@
-//! Tables of rows and of checks: with lines between columns on a terminal; elsewhere
-//! columns apart by blanks and no blank inside a cell, for whatever reads them next.
+//! Tables of rows and of checks. They fit a width: the terminal's, and 80 columns where standard
+//! output is no terminal; columns that matter least are left out first. `--wide` prints all of
+//! them. Where standard output is no terminal there is no blank inside a cell, for whatever reads
+//! them next.
 
 use std::io::IsTerminal;
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 
 use crate::{
     format,
     results::{Check, Row, Status},
 };
 
+/// Columns where standard output is no terminal.
+const WIDTH: usize = 80;
+/// Blanks beside a cell, on both sides together.
+const PADDING: usize = 2;
+
+/// The width that tables have to fit; none where `wide` asks for every column.
+#[must_use]
+pub fn width(wide: bool) -> Option<usize> {
+    let terminal = || terminal_size::terminal_size_of(std::io::stdout());
+    (!wide).then(|| terminal().map_or(WIDTH, |(width, _)| width.0.into()))
+}
+
+/// A column of a table.
+struct Column {
+    name: &'static str,
+    /// Columns of a higher rank are left out earlier; 0 never.
+    rank: usize,
+    cells: Vec<String>,
+}
+
+impl Column {
+    fn width(&self) -> usize {
+        let widest = self.cells.iter().map(|cell| cell.chars().count()).max().unwrap_or(0);
+        widest.max(self.name.chars().count()) + PADDING
+    }
+}
+
+/// Leaves out columns until the others fit.
+fn fit(columns: &mut Vec<Column>, width: Option<usize>) {
+    let Some(width) = width else { return };
+    while columns.iter().map(Column::width).sum::<usize>() > width {
+        let Some(least) = columns.iter().map(|c| c.rank).max().filter(|&rank| rank > 0) else {
+            return;
+        };
+        columns.retain(|column| column.rank != least);
+    }
+}
+
 /// A table for standard output.
-fn table(header: &[&str]) -> Table {
+fn table(mut columns: Vec<Column>, width: Option<usize>) -> String {
+    fit(&mut columns, width);
     let mut table = Table::new();
     table.set_content_arrangement(ContentArrangement::Disabled);
+    table.load_preset(presets::NOTHING);
     if std::io::stdout().is_terminal() {
-        table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
-    } else {
-        table.load_preset(presets::NOTHING);
+        table.set_style(TableComponent::HeaderLines, '─');
+        table.set_style(TableComponent::MiddleHeaderIntersections, '─');
     }
-    table.set_header(header);
+    table.set_header(columns.iter().map(|column| heading(column.name)));
+    let rows = columns.first().map_or(0, |column| column.cells.len());
+    for row in 0..rows {
+        table.add_row(columns.iter().map(|column| column.cells[row].as_str()));
+    }
     for (index, column) in table.column_iter_mut().enumerate() {
         let alignment = if index == 0 { CellAlignment::Left } else { CellAlignment::Right };
         column.set_cell_alignment(alignment);
     }
-    table
-}
-
-fn finish(table: &Table) -> String {
-    let text = table.to_string();
-    text.lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
+    table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
 }
 
 /// What was not measured is a dash; blanks are left out.
@@ -44,49 +84,50 @@ fn bytes(value: Option<u64>) -> String {
 /// The rows of one sequence length and level, with the reasons of those that did not end
 /// well below. What a kernel does not support is said there only.
 #[must_use]
-pub fn rows(rows: &[Row]) -> String {
-    let with_standard = rows.iter().any(|row| row.kernel == "standard");
-    let counted = rows.iter().any(|row| row.global_bytes_read.is_some());
-    let sustained = rows.iter().any(|row| row.sustained_ms.is_some());
-    let mut header = vec!["kernel", "mean ms", "std", "min", "median", "max", "TFLOP/s"];
-    if sustained {
-        header.extend(["sustained ms", "sustained TFLOP/s"]);
+pub fn rows(rows: &[Row], width: Option<usize>) -> String {
+    let shown: Vec<&Row> = rows.iter().filter(|row| row.status != Status::Unsupported).collect();
+    let emulated = rows.iter().any(|row| row.emulated);
+    let mut columns = Vec::new();
+    // What matters most on a GPU; times of the emulator matter less than what it counts.
+    let mut add = |name, on_gpu, under_emulator, cell: &dyn Fn(&Row) -> String| {
+        let rank = if emulated { under_emulator } else { on_gpu };
+        columns.push(Column { name, rank, cells: shown.iter().map(|row| cell(row)).collect() });
+    };
+    let number = |value: Option<f64>| cell(value, format::digits);
+    let percent = |value: Option<f64>| cell(value, |s| format!("{:.1}%", 100.0 * s));
+    add("kernel", 0, 0, &|row| row.kernel.clone());
+    add("mean ms", 13, 14, &|row| number(row.mean_ms));
+    add("std", 9, 10, &|row| number(row.std_ms));
+    add("min", 11, 12, &|row| number(row.min_ms));
+    add("median ms", 0, 0, &|row| match row.status {
+        Status::Ok => number(row.median_ms),
+        status => status.to_string(),
+    });
+    add("max", 12, 13, &|row| number(row.max_ms));
+    add("TFLOP/s", 5, 15, &|row| number(row.tflops));
+    if rows.iter().any(|row| row.sustained_ms.is_some()) {
+        add("sustained ms", 1, 1, &|row| number(row.sustained_ms));
+        add("sustained TFLOP/s", 8, 16, &|row| number(row.sustained_tflops));
     }
-    header.extend(["× naive", "peak", "saved"]);
-    if with_standard {
-        header.extend(["× standard", "saved vs standard"]);
+    add("× naive", 2, 7, &|row| number(row.speedup));
+    add("peak", 3, 1, &|row| {
+        bytes(if row.status == Status::Oom { row.needed_bytes } else { row.peak_bytes })
+    });
+    add("saved", 6, 5, &|row| percent(row.memory_saved));
+    if rows.iter().any(|row| row.kernel == "standard") {
+        add("× standard", 7, 8, &|row| number(row.speedup_standard));
+        add("saved vs standard", 14, 11, &|row| percent(row.memory_saved_standard));
     }
-    if counted {
-        header.extend(["FLOP", "read", "written"]);
-    }
-    header.push("max error");
-    let header: Vec<String> = header.iter().map(|name| heading(name)).collect();
-    let mut table = table(&header.iter().map(String::as_str).collect::<Vec<_>>());
-    for row in rows.iter().filter(|row| row.status != Status::Unsupported) {
-        let number = |value: Option<f64>| cell(value, format::digits);
-        let percent = |value: Option<f64>| cell(value, |s| format!("{:.1}%", 100.0 * s));
-        let mean =
-            if row.status == Status::Ok { number(row.mean_ms) } else { row.status.to_string() };
-        let mut cells = vec![row.kernel.clone(), mean];
-        cells.extend([row.std_ms, row.min_ms, row.median_ms, row.max_ms, row.tflops].map(number));
-        if sustained {
-            cells.extend([row.sustained_ms, row.sustained_tflops].map(number));
-        }
-        cells.push(number(row.speedup));
-        let peak = if row.status == Status::Oom { row.needed_bytes } else { row.peak_bytes };
-        cells.extend([bytes(peak), percent(row.memory_saved)]);
-        if with_standard {
-            cells.extend([number(row.speedup_standard), percent(row.memory_saved_standard)]);
-        }
-        if counted {
+    if rows.iter().any(|row| row.global_bytes_read.is_some()) {
+        add("FLOP", 15, 6, &|row| {
             let ran = row.status == Status::Ok;
-            cells.push(cell(ran.then_some(row.flops), |flop| format!("{flop:.2e}")));
-            cells.extend([bytes(row.global_bytes_read), bytes(row.global_bytes_written)]);
-        }
-        cells.push(cell(row.max_abs_err, |error| format!("{error:.1e}")));
-        table.add_row(cells);
+            cell(ran.then_some(row.flops), |flop| format!("{flop:.2e}"))
+        });
+        add("read", 10, 2, &|row| bytes(row.global_bytes_read));
+        add("written", 10, 3, &|row| bytes(row.global_bytes_written));
     }
-    finish(&table) + &reasons(rows)
+    add("max error", 4, 4, &|row| cell(row.max_abs_err, |error| format!("{error:.1e}")));
+    table(columns, width) + &reasons(rows)
 }
 
 /// A line for each row that has something to say.
@@ -106,46 +147,41 @@ fn heading(name: &str) -> String {
 
 /// Differences from the oracle with verdicts, one line a kernel and tensor.
 #[must_use]
-pub fn checks(checks: &[Check]) -> String {
-    let header = [
-        "kernel",
-        "tensor",
-        "max abs",
-        "mean abs",
-        "median abs",
-        "max rel",
-        "mean rel",
-        "median rel",
-        "rms rel",
-        "plain max abs",
-        "≤ threshold",
-        "≤ 2 × plain",
-    ];
-    let header = header.map(heading);
-    let mut table = table(&header.each_ref().map(String::as_str));
+pub fn checks(checks: &[Check], width: Option<usize>) -> String {
+    let mut columns = Vec::new();
+    let mut add = |name, rank, cell: &dyn Fn(&Check) -> String| {
+        columns.push(Column { name, rank, cells: checks.iter().map(cell).collect() });
+    };
+    let number = |x: f64| format!("{x:.2e}");
     let verdict = |good: bool| if good { "yes" } else { "NO" }.to_owned();
-    for check in checks {
-        let mut cells = vec![check.kernel.clone(), check.tensor.clone()];
-        let (abs, rel) = (&check.abs, &check.rel);
-        let (abs, rel) =
-            ([abs.max, abs.mean, abs.median], [rel.max, rel.mean, rel.median, check.rel_rms]);
-        let numbers = abs.into_iter().chain(rel).chain([check.plain_max_abs]);
-        cells.extend(numbers.map(|x| format!("{x:.2e}")));
-        cells.extend([verdict(check.within_threshold), verdict(check.within_twice)]);
-        table.add_row(cells);
+    add("kernel", 0, &|c| c.kernel.clone());
+    add("tensor", 0, &|c| c.tensor.clone());
+    add("max abs", 0, &|c| number(c.abs.max));
+    add("mean abs", 3, &|c| number(c.abs.mean));
+    add("median abs", 6, &|c| number(c.abs.median));
+    add("max rel", 4, &|c| number(c.rel.max));
+    add("mean rel", 7, &|c| number(c.rel.mean));
+    add("median rel", 8, &|c| number(c.rel.median));
+    add("rms rel", 5, &|c| number(c.rel_rms));
+    add("plain", 1, &|c| number(c.plain_max_abs));
+    if checks.iter().any(|c| c.threshold.is_some()) {
+        add("≤ threshold", 0, &|c| verdict(c.within_threshold));
     }
-    finish(&table)
+    add("≤ 2 × plain", 0, &|c| verdict(c.within_twice));
+    table(columns, width)
 }
 
 #[cfg(test)]
 mod tests {
+    use flash_attention::verify::{Differences, Yardstick};
+
     use super::*;
 
     #[test]
     fn rows_that_did_not_end_well_say_why() {
         let good = Row {
             kernel: "naive".into(),
-            mean_ms: Some(1.25),
+            median_ms: Some(1.25),
             peak_bytes: Some(3 << 20),
             ..Row::default()
         };
@@ -162,11 +198,75 @@ mod tests {
             reason: "has no f16".into(),
             ..Row::default()
         };
-        let text = rows(&[good, bad, no]);
+        let text = rows(&[good, bad, no], None);
         assert!(text.contains("1.25") && text.contains("3.00MiB"), "{text}");
         assert!(text.contains("9.00GiB") && text.contains("other (oom): needs 9 GiB"), "{text}");
         assert_eq!(text.matches("third").count(), 1, "{text}");
         assert!(text.contains("third (unsupported): has no f16"), "{text}");
         assert!(!text.contains("standard"));
+    }
+
+    #[test]
+    fn tables_fit_and_keep_what_matters() {
+        let row = |emulated| Row {
+            kernel: "flash_pipelined".into(),
+            mean_ms: Some(1234.5),
+            std_ms: Some(1234.5),
+            min_ms: Some(1234.5),
+            median_ms: Some(1234.5),
+            max_ms: Some(1234.5),
+            tflops: Some(1234.5),
+            speedup: Some(1234.5),
+            speedup_standard: Some(1234.5),
+            memory_saved: Some(0.1234),
+            memory_saved_standard: Some(0.1234),
+            peak_bytes: Some(1023 << 20),
+            global_bytes_read: Some(1023 << 20),
+            global_bytes_written: Some(1023 << 20),
+            max_abs_err: Some(1e-10),
+            flops: 1e10,
+            emulated,
+            ..Row::default()
+        };
+        let names = |text: &str| -> Vec<String> {
+            text.lines().next().unwrap().split_whitespace().map(str::to_owned).collect()
+        };
+        for emulated in [false, true] {
+            let standard = Row { kernel: "standard".into(), ..row(emulated) };
+            let rows = [row(emulated), standard];
+            let wide = names(&super::rows(&rows, None));
+            assert_eq!(wide.len(), 16);
+            let mut before = 0;
+            for width in [20, 80, 100, 160, 200] {
+                let text = super::rows(&rows, Some(width));
+                let fits = text.lines().all(|line| line.chars().count() <= width);
+                assert!(fits || width == 20, "{width}\n{text}");
+                let shown = names(&text);
+                assert!(shown.len() >= before && shown.iter().all(|name| wide.contains(name)));
+                before = shown.len();
+                assert!(shown.contains(&"kernel".into()) && shown.contains(&"median_ms".into()));
+                let first = if emulated { "read" } else { "×_naive" };
+                assert!(width < 80 || shown.contains(&first.into()), "{text}");
+                assert!(width < 80 || shown.contains(&"max_error".into()), "{text}");
+            }
+            assert_eq!(names(&super::rows(&rows, Some(200))), wide);
+        }
+    }
+
+    #[test]
+    fn verdicts_fit_80_columns() {
+        let exact = Differences::new(&[1.0], &[1.0]);
+        let bad = Check {
+            kernel: "flash_pipelined".into(),
+            tensor: "lse".into(),
+            threshold: Some(1e-3),
+            within_threshold: false,
+            within_twice: true,
+            ..crate::accuracy::check(&exact, Yardstick::default(), None)
+        };
+        let text = checks(&[bad], Some(80));
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        assert!(text.contains("≤_threshold") && text.contains("≤_2_×_plain"), "{text}");
+        assert!(text.lines().nth(1).unwrap().ends_with("NO          yes"), "{text}");
     }
 }

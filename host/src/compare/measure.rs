@@ -1,12 +1,17 @@
 //! One row: a kernel on a problem, verified first and then timed.
 
+use std::time::Duration;
+
 use flash_attention::{
     Error,
     registry::KernelSpec,
     session::work::{self, Work},
 };
 
-use super::stats::{Times, runs_in, write_sustained};
+use super::{
+    stats::{Times, runs_in, write_sustained},
+    timeout::Watch,
+};
 use crate::{
     accuracy::complaint,
     interrupt,
@@ -32,6 +37,8 @@ pub struct Bench<'a> {
     pub subject: &'a Subject<'a>,
     /// How often kernels run.
     pub repeats: Repeats,
+    /// How long a launch may take.
+    pub watch: &'a Watch,
 }
 
 impl Bench<'_> {
@@ -66,7 +73,8 @@ impl Bench<'_> {
     ) -> Result<(), Error> {
         let title = format!("N {}, {}: {}", row.seq, row.level, kernel.name);
         progress.doing(format!("{title}: verifying"));
-        let mut ran = self.subject.run(kernel, None)?;
+        let launch = |work: &mut dyn Work| self.watch.launch(Duration::ZERO, || work.launch());
+        let mut ran = self.subject.run(kernel, None, &launch)?;
         row.peak_bytes = Some(ran.peak_bytes);
         row.workspace_bytes = Some(ran.workspace_bytes);
         row.global_bytes_read = ran.counters.map(|c| c.global_bytes_read);
@@ -95,7 +103,7 @@ impl Bench<'_> {
             if interrupt::requested() {
                 break;
             }
-            work.launch()?;
+            self.watch.launch(Duration::ZERO, || work.launch())?;
             progress.step();
         }
         let mut times = Vec::with_capacity(self.repeats.iters);
@@ -104,7 +112,8 @@ impl Bench<'_> {
                 break;
             }
             progress.doing(format!("{title}: run {} of {}", run + 1, self.repeats.iters));
-            times.extend(work::time_ms(device, work, 0, 1)?);
+            let timed = || work::time_ms(device, work, 0, 1);
+            times.extend(self.watch.launch(Duration::ZERO, timed)?);
             progress.step();
         }
         match Times::of(&times) {
@@ -114,7 +123,10 @@ impl Bench<'_> {
         if let Some(seconds) = self.repeats.sustained.filter(|_| !interrupt::requested()) {
             progress.doing(format!("{title}: back to back"));
             let runs = runs_in(seconds, row);
-            write_sustained(row, work::sustained_ms(device, work, runs)?);
+            // A GPU may be slower at its power limit than it was in a burst.
+            let together = Duration::from_secs_f64(4.0 * seconds);
+            let ms = self.watch.launch(together, || work::sustained_ms(device, work, runs))?;
+            write_sustained(row, ms);
         }
         Ok(())
     }

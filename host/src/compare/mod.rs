@@ -4,6 +4,9 @@
 mod beside;
 mod measure;
 mod stats;
+mod timeout;
+
+use std::thread;
 
 use std::path::Path;
 
@@ -15,19 +18,20 @@ use flash_attention::{
 };
 
 use crate::{
-    failure::Outcome,
+    failure::{self, Outcome},
     format, interrupt, machine,
     machine::Opened,
     options::{CompareArgs, Defaults},
     output::{self, Output},
     peers::{self, Peers},
-    progress::{Progress, print_lines},
+    progress::{Progress, print_lines, warn},
     report,
     results::{Level, Options, Results, Row, Status},
     subject::{Effort, Subject, foresee},
     table,
 };
 use measure::Bench;
+use timeout::Watch;
 
 pub use measure::Repeats;
 
@@ -76,9 +80,9 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
         level: args.level,
         ..args.problem.recorded(&problems, &kernels)
     };
+    let mut results = machine::results("compare", &opened, options);
     let backends = args.peers.as_ref().map(|names| peers::backends(opened.info.emulated, names));
     let backends = backends.transpose()?;
-    let mut results = machine::results("compare", &opened, options);
     interrupt::listen();
     print_lines(&heading(args, &opened, &results.options, &problems));
     let mut peers = match backends {
@@ -87,33 +91,38 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     };
     results.options.peers = peers.is_some();
 
-    let run = Run { session: &session, kernels: &kernels, repeats, seed: args.problem.seed };
     let all: Vec<_> =
         problems.iter().flat_map(|p| args.level.levels().map(move |level| (level, p))).collect();
     let progress = Progress::new(all.len() * kernels.len() * (1 + repeats.warmup + repeats.iters));
-    let mut failure = None;
-    for (level, problem) in all {
-        let before = results.rows.len();
-        if let Err(error) = run.compare_one(level, problem, &mut peers, &mut results, &progress) {
-            failure = Some(error);
+    let watch = Watch::new(args.timeout);
+    let run = Run {
+        session: &session,
+        kernels: &kernels,
+        repeats,
+        seed: args.problem.seed,
+        output: Printed { progress: &progress, width: table::width(args.wide) },
+        watch: &watch,
+    };
+    let printed = run.output;
+    let failure = thread::scope(|scope| {
+        let over = watch.until_dropped();
+        if args.timeout.is_some() {
+            scope.spawn(|| watch.wait(|results| timed_out(results, &printed, &files)));
         }
-        let rows = &mut results.rows[before..];
-        stats::fill_ratios(rows);
-        if !rows.is_empty() {
-            let heading = format!("\nN = {}, {level}", problem.seq_q());
-            progress.print(&format!("{heading}\n{}", table::rows(rows)));
-        }
-        results.interrupted = interrupt::requested();
-        if results.interrupted || failure.is_some() {
-            break;
-        }
-    }
+        let failure = run.compare_all(&all, &mut peers, &mut results).err();
+        drop(over);
+        failure
+    });
     drop(progress);
     files.write(&results)?;
     if let Some(error) = failure {
         return Err(error);
     }
-    Ok(outcome(&results))
+    let outcome = outcome(&results);
+    if outcome == Outcome::Bad && !results.rows.iter().any(measured) {
+        print_lines("\nno kernel was measured: the reasons are above");
+    }
+    Ok(outcome)
 }
 
 /// What is the same for every problem.
@@ -122,9 +131,38 @@ struct Run<'a> {
     kernels: &'a [&'static KernelSpec],
     repeats: Repeats,
     seed: u64,
+    output: Printed<'a>,
+    watch: &'a Watch,
+}
+
+/// Where rows are printed.
+#[derive(Clone, Copy)]
+struct Printed<'a> {
+    progress: &'a Progress,
+    width: Option<usize>,
 }
 
 impl Run<'_> {
+    /// Measures and prints every problem at each level.
+    fn compare_all(
+        &self,
+        all: &[(Level, &Problem)],
+        peers: &mut Option<Peers>,
+        results: &mut Results,
+    ) -> Result<()> {
+        for &(level, problem) in all {
+            let before = results.rows.len();
+            let compared = self.compare_one(level, problem, peers, results);
+            self.output.print(&mut results.rows[before..]);
+            results.interrupted = interrupt::requested();
+            compared?;
+            if results.interrupted {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     /// Measures every kernel on one problem; rows are added as they are ready.
     fn compare_one(
         &self,
@@ -132,9 +170,8 @@ impl Run<'_> {
         problem: &Problem,
         peers: &mut Option<Peers>,
         results: &mut Results,
-        progress: &Progress,
     ) -> Result<()> {
-        let &Self { session, kernels, repeats, seed } = self;
+        let &Self { session, kernels, repeats, seed, watch, output: Printed { progress, .. } } = self;
         let mut foreseen: Vec<(&'static KernelSpec, Row, bool)> = Vec::new();
         for &kernel in kernels {
             let (row, can_run) = foresee(session, level, kernel, problem)?;
@@ -152,7 +189,7 @@ impl Run<'_> {
         };
         let effort = Effort::Multiplications(budget);
         let subject = Subject::new(session, level, problem, seed, effort)?;
-        let bench = Bench { subject: &subject, repeats };
+        let bench = Bench { subject: &subject, repeats, watch };
         for (kernel, row, can_run) in foreseen {
             if interrupt::requested() {
                 break;
@@ -161,6 +198,7 @@ impl Run<'_> {
                 results.rows.push(row);
                 continue;
             }
+            watch.expect(results, &row);
             let (row, checks) = bench.measure(kernel, row, progress);
             results.rows.push(row);
             results.checks.extend(checks);
@@ -170,6 +208,31 @@ impl Run<'_> {
         }
         Ok(())
     }
+}
+
+impl Printed<'_> {
+    /// Prints the rows of one problem at one level.
+    fn print(&self, rows: &mut [Row]) {
+        stats::fill_ratios(rows);
+        let Some(Row { seq, level, .. }) = rows.first() else { return };
+        let heading = format!("\nN = {seq}, {level}");
+        self.progress.print(&format!("{heading}\n{}", table::rows(rows, self.width)));
+    }
+}
+
+/// Reports what was measured before a launch that did not end, and ends the process.
+fn timed_out(mut results: Results, output: &Printed<'_>, files: &Files<'_>) {
+    results.interrupted = true;
+    let of = |row: &Row| (row.seq, row.level);
+    let last = results.rows.last().map(of);
+    let before = results.rows.iter().rposition(|row| Some(of(row)) != last);
+    output.print(&mut results.rows[before.map_or(0, |index| index + 1)..]);
+    output.progress.clear();
+    let code = files.write(&results).err().map_or(1, |error| {
+        warn(&failure::line(&error));
+        failure::exit_code(&error)
+    });
+    timeout::end_process(code.into());
 }
 
 /// What is about to be measured, and where.
@@ -246,10 +309,16 @@ impl<'a> Files<'a> {
     }
 }
 
+/// Whether a row of ours was measured.
+fn measured(row: &Row) -> bool {
+    row.status == Status::Ok && !row.peer
+}
+
 fn outcome(results: &Results) -> Outcome {
+    let failed = |row: &Row| row.status == Status::Failed && !row.peer;
     if results.interrupted {
         Outcome::Interrupted
-    } else if results.rows.iter().any(|row| row.status == Status::Failed && !row.peer) {
+    } else if results.rows.iter().any(failed) || !results.rows.iter().any(measured) {
         Outcome::Bad
     } else {
         Outcome::Good

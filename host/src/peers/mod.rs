@@ -27,6 +27,11 @@ const SCRIPT: &str = include_str!("peers.py");
 pub const ON_GPU: [&str; 4] = ["math", "efficient", "flash", "cudnn"];
 const ON_CPU: &[&str] = &["math", "flash"];
 
+/// Names of the rows that there may be.
+pub fn names() -> impl Iterator<Item = String> {
+    ON_GPU.iter().map(|backend| format!("torch-{backend}"))
+}
+
 /// A Python process with PyTorch, waiting for work.
 pub struct Peers {
     child: Child,

@@ -1,8 +1,10 @@
 //! What a run's figures say: series by kernel, fitted growth, conclusions. Nothing here
 //! knows how they are drawn.
 
+use flash_attention::registry::KERNELS;
+
 use crate::{
-    format,
+    format, peers,
     results::{Check, Level, Results, Row, Status},
 };
 
@@ -49,7 +51,7 @@ impl Baseline {
 pub struct Series<'a> {
     /// Name of the kernel.
     pub kernel: &'a str,
-    /// Position among all kernels of the run: the same kernel looks the same everywhere.
+    /// What it looks like ([`style`]).
     pub style: usize,
     /// Whether it is another library's.
     pub peer: bool,
@@ -75,7 +77,7 @@ impl<'a> Series<'a> {
         let bytes = |r: &Row| match r.status {
             Status::Ok => r.peak_bytes,
             Status::Oom => r.needed_bytes,
-            Status::Unsupported | Status::Failed => None,
+            Status::Unsupported | Status::Failed | Status::Timeout => None,
         };
         self.rows.iter().filter_map(|r| Some((r.seq as f64, bytes(r)? as f64))).collect()
     }
@@ -84,6 +86,12 @@ impl<'a> Series<'a> {
     #[must_use]
     pub fn times(&self) -> Vec<(f64, f64)> {
         self.measured().filter_map(|r| Some((r.seq as f64, time(r)?))).collect()
+    }
+
+    /// Bytes moved by N, which only the emulator counts.
+    #[must_use]
+    pub fn traffic(&self) -> Vec<(f64, f64)> {
+        self.measured().filter_map(|r| Some((r.seq as f64, moved(r)? as f64))).collect()
     }
 }
 
@@ -102,6 +110,28 @@ pub struct View<'a> {
 #[must_use]
 pub fn time(row: &Row) -> Option<f64> {
     row.median_ms.or(row.mean_ms)
+}
+
+/// Bytes that a kernel read from global memory and wrote to it.
+#[must_use]
+pub fn moved(row: &Row) -> Option<u64> {
+    Some(row.global_bytes_read? + row.global_bytes_written?)
+}
+
+/// What a kernel looks like, as a number of its own: the same in every picture of every run. What
+/// this program does not know comes after what it knows, by name.
+#[must_use]
+pub fn style(results: &Results, kernel: &str) -> usize {
+    let known = || {
+        let ours = KERNELS.iter().map(|k| k.name.to_owned());
+        ours.chain(peers::names())
+    };
+    known().position(|name| name == kernel).unwrap_or_else(|| {
+        let mut others = kernels(results);
+        others.retain(|other| !known().any(|name| name == *other));
+        others.sort_unstable();
+        known().count() + others.iter().position(|other| *other == kernel).unwrap_or(0)
+    })
 }
 
 /// Every kernel of a run, in the order of its rows and checks.
@@ -125,8 +155,8 @@ pub fn views(results: &Results) -> Vec<View<'_>> {
         let rows = || results.rows.iter().filter(move |r| r.level == level);
         let series: Vec<Series<'_>> = kernels
             .iter()
-            .enumerate()
-            .map(|(style, &kernel)| {
+            .map(|&kernel| {
+                let style = style(results, kernel);
                 let mut rows: Vec<&Row> = rows().filter(|r| r.kernel == kernel).collect();
                 rows.sort_by_key(|r| r.seq);
                 Series { kernel, style, peer: rows.iter().any(|r| r.peer), rows }
@@ -245,9 +275,8 @@ impl Found<'_> {
                 Tone::Caution,
                 "Emulated",
                 format!(
-                    "kernels ran on {}: times show how much work each algorithm makes for an \
-                     emulator that checks every access, and say nothing about a GPU. Memory, \
-                     bytes moved and differences are those of the kernels themselves.",
+                    "kernels ran on {}, whose times say nothing about a GPU: nothing is concluded from \
+                     them. Memory, bytes moved and differences are those of the kernels themselves.",
                     self.results.device.name
                 ),
             );
@@ -260,7 +289,7 @@ impl Found<'_> {
             .results
             .rows
             .iter()
-            .filter(|r| r.status == Status::Failed)
+            .filter(|r| matches!(r.status, Status::Failed | Status::Timeout))
             .map(|r| format!("{} at N = {} ({})", r.kernel, r.seq, r.reason))
             .collect();
         if !failed.is_empty() {
@@ -268,55 +297,54 @@ impl Found<'_> {
         }
     }
 
+    /// Each flash kernel against the baseline, at the longest sequence that both did.
     fn speed(&mut self, view: &View<'_>) {
-        let Some(baseline) = view.baseline else { return };
-        let times = if self.results.device.emulated { "emulated, " } else { "" };
-        let prefix = self.prefix(view.level);
-        let best = |seq: usize| {
-            let rows = view.series.iter().filter(|s| s.is_flash());
-            rows.flat_map(Series::measured)
-                .filter(|r| r.seq == seq)
-                .filter_map(|r| Some((r.kernel.as_str(), baseline.speedup(r)?)))
-                .max_by(|a, b| a.1.total_cmp(&b.1))
-        };
-        let mut seqs: Vec<usize> =
-            view.series.iter().flat_map(|s| &s.rows).map(|r| r.seq).collect();
-        seqs.sort_unstable();
-        seqs.dedup();
-        let compared: Vec<(usize, &str, f64)> =
-            seqs.iter().filter_map(|&n| best(n).map(|(k, s)| (n, k, s))).collect();
-        let (Some(first), Some(&(last, kernel, speedup))) = (compared.first(), compared.last())
-        else {
+        let Some(baseline) = view.baseline.filter(|_| !self.results.device.emulated) else {
             return;
         };
-        // Wins that hold to the longest sequence compared.
-        let wins = compared.iter().rev().take_while(|c| c.2 > 1.0).last();
-        let name = baseline.name();
-        let text = match wins {
-            None => format!(
-                "{prefix}{times}no flash kernel was faster than {name} at N = {last}, the longest \
-                 compared; {kernel} came nearest at {} of its speed.",
-                ratio(speedup)
-            ),
-            Some(from) if from.0 == first.0 => format!(
-                "{prefix}{times}flash is faster than {name} at every N compared, from N = {}; at \
-                 N = {last} {kernel} is {} as fast.",
-                from.0,
-                ratio(speedup)
-            ),
-            Some(from) => format!(
-                "{prefix}{times}flash is faster than {name} from N = {} on; at N = {last} {kernel} \
-                 is {} as fast.",
-                from.0,
-                ratio(speedup)
-            ),
+        let flash = || view.series.iter().filter(|s| s.is_flash());
+        let compared = |s: &Series<'_>| -> Vec<(usize, f64, f64)> {
+            let figures = |r: &Row| Some((r.seq, baseline.speedup(r)?, time(r)?));
+            s.measured().filter_map(figures).collect()
         };
-        self.add(Tone::Finding, "Where flash wins", text);
+        let Some(longest) = flash().flat_map(|s| compared(s)).map(|c| c.0).max() else { return };
+        let base = view.series.iter().find(|s| s.kernel == baseline.name());
+        let base = base.and_then(|s| s.measured().find(|r| r.seq == longest)).and_then(time);
+        let mut there: Vec<(&str, f64, f64)> = Vec::new();
+        let mut crossings = String::new();
+        for s in flash() {
+            let all = compared(s);
+            if let Some(&(_, speedup, ms)) = all.iter().find(|c| c.0 == longest) {
+                there.push((s.kernel, speedup, ms));
+            }
+            // Where it overtakes, if it does so between two of the lengths.
+            let slower = all.iter().rposition(|c| c.1 <= 1.0);
+            if let Some((seq, ..)) = slower.and_then(|index| all.get(index + 1)) {
+                crossings += &format!(" {} is faster from N = {seq} on.", s.kernel);
+            }
+        }
+        there.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let listed = |faster: bool| -> Vec<String> {
+            let those = there.iter().filter(|t| (t.1 > 1.0) == faster);
+            those.map(|&(k, s, ms)| format!("{k} {} ({})", ratio(s), format::millis(ms))).collect()
+        };
+        let name = baseline.name();
+        let ms = base.map_or_else(String::new, |ms| format!(" ({})", format::millis(ms)));
+        let mut text =
+            format!("{}at N = {longest}, as fast as {name}{ms}:", self.prefix(view.level));
+        let (faster, slower) = (listed(true), listed(false));
+        if !faster.is_empty() {
+            text += &format!(" faster, {}", format::list(&faster));
+        }
+        if !slower.is_empty() {
+            let separator = if faster.is_empty() { "" } else { ";" };
+            text += &format!("{separator} slower, {}", format::list(&slower));
+        }
+        self.add(Tone::Finding, "Speed", format!("{text}.{crossings}"));
     }
 
     /// Bytes moved to and from global memory, which only the emulator counts.
     fn traffic(&mut self, view: &View<'_>) {
-        let moved = |r: &Row| Some(r.global_bytes_read? + r.global_bytes_written?);
         let Some(baseline) = view.baseline else { return };
         let Some(plain) = view.series.iter().find(|s| s.kernel == baseline.name()) else { return };
         let Some((row, plain_bytes)) =
@@ -359,7 +387,9 @@ impl Found<'_> {
             }
             groups.into_iter().map(|(p, names)| format!("{p} ({})", names.join(", "))).collect()
         };
-        let (times, memory) = (fits(|s| s.times()), fits(|s| s.memory()));
+        let emulated = self.results.device.emulated;
+        let times = if emulated { Vec::new() } else { fits(|s| s.times()) };
+        let (moved, memory) = (fits(|s| s.traffic()), fits(|s| s.memory()));
         let prefix = self.prefix(view.level);
         let range = |points: fn(&Series<'_>) -> Vec<(f64, f64)>| {
             let all = || view.series.iter().flat_map(points).map(|p| p.0);
@@ -367,13 +397,20 @@ impl Found<'_> {
             format!("fitted over N = {low} to {high}")
         };
         if !times.is_empty() {
-            let emulated = if self.results.device.emulated { "emulated time" } else { "time" };
             let text = format!(
-                "{prefix}{emulated} grows as {}, {}.",
+                "{prefix}time grows as {}, {}.",
                 format::list(&times),
                 range(|s| s.times())
             );
             self.add(Tone::Finding, "Growth of time", text);
+        }
+        if !moved.is_empty() {
+            let text = format!(
+                "{prefix}bytes moved grow as {}, {}.",
+                format::list(&moved),
+                range(|s| s.traffic())
+            );
+            self.add(Tone::Finding, "Growth of bytes moved", text);
         }
         if !memory.is_empty() {
             let within = match view.level {
@@ -446,6 +483,9 @@ impl Found<'_> {
     }
 
     fn peers(&mut self, view: &View<'_>) {
+        if self.results.device.emulated {
+            return;
+        }
         let fastest = |seq: usize, peer: bool| {
             let rows = view.series.iter().filter(|s| s.peer == peer).flat_map(Series::measured);
             rows.filter(|r| r.seq == seq)

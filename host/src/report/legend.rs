@@ -70,11 +70,7 @@ pub const MARKER: f64 = 4.0;
 pub fn sample(line: &Line) -> String {
     let dashes = line.dashed.then(|| LineStyle::Dashed.dasharray()).flatten();
     let dashes = dashes.map_or_else(String::new, |d| format!(r#" stroke-dasharray="{d}""#));
-    let marker = if line.steps {
-        String::new()
-    } else {
-        format!(r#"<path d="{}"/>"#, outline(line.style, SAMPLE / 2.0, ROW / 2.0))
-    };
+    let marker = format!(r#"<path d="{}"/>"#, outline(line.style, SAMPLE / 2.0, ROW / 2.0));
     let colour = colour_on_page(line.style);
     format!(
         r#"<svg viewBox="0 0 {SAMPLE} {ROW}" width="{SAMPLE}" height="{ROW}" aria-hidden="true" fill="{colour}"><path d="M0,{0} H{SAMPLE}" stroke="{colour}" stroke-width="2"{dashes}/>{marker}</svg>"#,
@@ -82,8 +78,7 @@ pub fn sample(line: &Line) -> String {
     )
 }
 
-/// Adds the legend of `panels` below a scene: names in columns; after them, each in a row of
-/// its own, the names of what lies on one line.
+/// Adds the legend of `panels` below a scene: names in columns.
 pub fn add(scene: &mut Scene, panels: &[Panel]) {
     let mut lines: Vec<&Line> = Vec::new();
     for line in panels.iter().flat_map(|p| &p.lines) {
@@ -91,22 +86,16 @@ pub fn add(scene: &mut Scene, panels: &[Panel]) {
             lines.push(line);
         }
     }
-    let (several, single): (Vec<&Line>, Vec<&Line>) =
-        lines.into_iter().partition(|l| l.name.contains(", "));
-    let letters = single.iter().map(|l| l.name.len()).max().unwrap_or(0) as f64;
+    let letters = lines.iter().map(|l| l.name.len()).max().unwrap_or(0) as f64;
     let column = SAMPLE + 8.0 + letters * LETTER + SPACE;
-    let columns = (((scene.width - SPACE) / column) as usize).clamp(1, single.len().max(1));
+    let columns = (((scene.width - SPACE) / column) as usize).clamp(1, lines.len().max(1));
     let left = (scene.width - columns as f64 * column + SPACE) / 2.0;
     let top = scene.height + ROW / 2.0;
-    for (i, line) in single.iter().enumerate() {
+    for (i, line) in lines.iter().enumerate() {
         let (x, y) = (left + (i % columns) as f64 * column, top + (i / columns) as f64 * ROW);
         add_entry(scene, line, x, y);
     }
-    let rows = single.len().div_ceil(columns);
-    for (i, line) in several.iter().enumerate() {
-        add_entry(scene, line, left, top + (rows + i) as f64 * ROW);
-    }
-    scene.height = top + (rows + several.len()) as f64 * ROW;
+    scene.height = top + lines.len().div_ceil(columns) as f64 * ROW;
 }
 
 fn add_entry(scene: &mut Scene, line: &Line, x: f64, y: f64) {
@@ -120,16 +109,14 @@ fn add_entry(scene: &mut Scene, line: &Line, x: f64, y: f64) {
         stroke_width: 2.0,
         stroke_dasharray: line.dashed.then(|| LineStyle::Dashed.dasharray()).flatten(),
     });
-    if !line.steps {
-        scene.add(Primitive::Path(Box::new(PathData {
-            d: outline(line.style, x + SAMPLE / 2.0, y),
-            fill: Some(colour.into()),
-            stroke: colour.into(),
-            stroke_width: 0.5,
-            opacity: None,
-            stroke_dasharray: None,
-        })));
-    }
+    scene.add(Primitive::Path(Box::new(PathData {
+        d: outline(line.style, x + SAMPLE / 2.0, y),
+        fill: Some(colour.into()),
+        stroke: colour.into(),
+        stroke_width: 0.5,
+        opacity: None,
+        stroke_dasharray: None,
+    })));
     scene.add(Primitive::Text {
         x: x + SAMPLE + 8.0,
         // The base line, a third of the letters' height below the middle.

@@ -53,8 +53,7 @@ pub fn write(results: &Results, dir: &Path) -> Result<Paths> {
         let heading = format!("{title}: {}", view.level);
         figures.push((format!("{}-panels", view.level), heading, panel::four(results, &view)));
     }
-    let kernels = analysis::kernels(results);
-    figures.push(("differences".into(), title, panel::differences(results, &kernels)));
+    figures.push(("differences".into(), title, panel::differences(results)));
     let mut pictures = Vec::new();
     for (name, title, panels) in figures.iter().filter(|(.., panels)| !panels.is_empty()) {
         let (svg, png) = picture::figure(title, panels)?;
@@ -63,7 +62,9 @@ pub fn write(results: &Results, dir: &Path) -> Result<Paths> {
     }
 
     let conclusions = analysis::conclusions(results);
-    let html = put("index.html", page::page(results, &conclusions).as_bytes())?;
+    let beside = pictures.iter().chain([&json, &csv]).filter_map(|path| path.file_name());
+    let files: Vec<String> = beside.map(|name| name.to_string_lossy().into_owned()).collect();
+    let html = put("index.html", page::page(results, &conclusions, &files).as_bytes())?;
     Ok(Paths { html, json, csv, pictures })
 }
 

@@ -3,7 +3,7 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::{
-    analysis::{Conclusion, Tone, View, kernels, time, views},
+    analysis::{Conclusion, Tone, View, moved, time, views},
     legend,
     panel::{self, Panel},
     picture,
@@ -15,11 +15,31 @@ use crate::{
 
 const STYLE: &str = include_str!("style.css");
 
-/// The page of a run.
+/// The page of a run. `files` stand beside it.
 #[must_use]
-pub fn page(results: &Results, conclusions: &[Conclusion]) -> String {
+pub fn page(results: &Results, conclusions: &[Conclusion], files: &[String]) -> String {
     let views = views(results);
     let title = title(results);
+    let mut sections: Vec<(String, Markup)> = Vec::new();
+    for view in &views {
+        let name = heading(view.level);
+        let panels = html! { div.panels { @for p in panel::four(results, view) { (figure(&p)) } } };
+        sections.push((name.into(), panels));
+        let name = format!("{name} in figures");
+        sections.push((name.clone(), rows(results, view, &name)));
+    }
+    if !results.checks.is_empty() {
+        let panels =
+            html! { div.panels { @for p in panel::differences(results) { (figure(&p)) } } };
+        sections.push(("Differences from the f64 oracle".into(), panels));
+        let name = "Differences in figures";
+        sections.push((name.into(), checks(&results.checks, name)));
+    }
+    sections.push(("How this was measured".into(), circumstances(results)));
+    if !files.is_empty() {
+        let links = html! { ul.files { @for file in files { li { a href=(file) { (file) } } } } };
+        sections.push(("Files".into(), links));
+    }
     let markup = html! {
         (DOCTYPE)
         html lang="en" {
@@ -32,27 +52,28 @@ pub fn page(results: &Results, conclusions: &[Conclusion]) -> String {
             body {
                 h1 { (title) }
                 p.lead { (setting(results)) }
+                nav aria-label="Contents" { ul.contents {
+                    @for (name, _) in &sections { li { a href={ "#" (anchor(name)) } { (name) } } }
+                } }
                 ul.findings { @for c in conclusions { (finding(c)) } }
-                @for view in &views {
-                    h2 { (heading(view.level)) }
-                    div.panels { @for p in panel::four(results, view) { (figure(&p)) } }
-                    h2 { (heading(view.level)) " in figures" }
-                    (rows(results, view))
+                @for (name, content) in &sections {
+                    h2 id=(anchor(name)) { (name) }
+                    (content)
                 }
-                @if !results.checks.is_empty() {
-                    h2 { "Differences from the f64 oracle" }
-                    div.panels {
-                        @for p in panel::differences(results, &kernels(results)) { (figure(&p)) }
-                    }
-                    h2 { "Differences in figures" }
-                    (checks(&results.checks))
-                }
-                h2 { "How this was measured" }
-                (circumstances(results))
             }
         }
     };
     markup.into_string()
+}
+
+/// What a section is linked to by.
+fn anchor(name: &str) -> String {
+    name.to_lowercase().replace(' ', "-")
+}
+
+/// A table that can be scrolled sideways, with the keyboard too.
+fn scrolled(name: &str, table: &Markup) -> Markup {
+    html! { div.table tabindex="0" role="region" aria-label=(name) { (table) } }
 }
 
 /// What the run is, in a line.
@@ -121,58 +142,73 @@ fn maybe(value: Option<f64>, show: impl Fn(f64) -> String) -> String {
     value.map_or_else(|| "–".into(), show)
 }
 
-fn rows(results: &Results, view: &View<'_>) -> Markup {
-    let counted = view.series.iter().flat_map(|s| &s.rows).any(|r| r.global_bytes_read.is_some());
+fn rows(results: &Results, view: &View<'_>, name: &str) -> Markup {
     let mut rows: Vec<&Row> = results.rows.iter().filter(|r| r.level == view.level).collect();
     rows.sort_by_key(|r| r.seq);
     let first = |i: usize| i > 0 && rows[i].seq != rows[i - 1].seq;
-    html! {
-        div.table { table {
-            thead { tr {
-                th { "N" } th { "kernel" } th { "median ms" } th { "mean ± std" }
-                th { "min … max" } th { "TFLOP/s" } th { "peak memory" }
-                @if let Some(b) = view.baseline {
-                    th { "× " (b.name()) } th { "saved" }
-                }
-                @if counted { th { "bytes moved" } }
-                th { "max |ΔO|" }
-            } }
+    let columns = columns(results, view);
+    scrolled(
+        name,
+        &html! { table {
+            thead { tr { th { "N" } th { "kernel" } @for (heading, _) in &columns { th { (heading) } } } }
             tbody { @for (i, r) in rows.iter().enumerate() {
                 tr class=[first(i).then_some("first")] {
                     td { (r.seq) } td { (r.kernel) }
-                    @if r.status == Status::Ok { (measured(r, view, counted)) }
-                    @else { (not_measured(r, view, counted)) }
+                    @if r.status == Status::Ok { @for (_, show) in &columns { td { (show(r)) } } }
+                    @else { (not_measured(r, columns.len())) }
                 }
             } }
-        } }
-    }
+        } },
+    )
 }
 
-fn measured(r: &Row, view: &View<'_>, counted: bool) -> Markup {
-    let moved = r.global_bytes_read.zip(r.global_bytes_written).map(|(a, b)| (a + b) as f64);
-    let mean = r.mean_ms.zip(r.std_ms);
-    let ends = r.min_ms.zip(r.max_ms);
-    html! {
-        td { (maybe(time(r), format::digits)) }
-        td { (mean.map_or_else(|| "–".into(), |(m, s)| {
-            format!("{} ± {}", format::digits(m), format::digits(s))
-        })) }
-        td { (ends.map_or_else(|| "–".into(), |(a, b)| {
-            format!("{} … {}", format::digits(a), format::digits(b))
-        })) }
-        td { (maybe(r.tflops, format::digits)) }
-        td { (maybe(r.peak_bytes.map(|b| b as f64), format::bytes)) }
-        @if let Some(b) = view.baseline {
-            td { (maybe(b.speedup(r), |s| format!("{s:.2}"))) }
-            td { (maybe(b.memory_saved(r), |s| format!("{:.1} %", s * 100.0))) }
+/// A column of the rows: its heading, and what it shows of a row that was measured.
+type Column = (String, Box<dyn Fn(&Row) -> String>);
+
+/// The columns after N and kernel. The emulator's times are named so, and nothing is made of them.
+fn columns(results: &Results, view: &View<'_>) -> Vec<Column> {
+    let emulated = results.device.emulated;
+    let mut columns: Vec<Column> = Vec::new();
+    let mut add = |name: &str, show: fn(&Row) -> String| {
+        columns.push((name.to_owned(), Box::new(show)));
+    };
+    let ms = if emulated { "median ms (emulated)" } else { "median ms" };
+    add(ms, |r| maybe(time(r), format::digits));
+    add("mean ± std", |r| {
+        let text = |(m, s)| format!("{} ± {}", format::digits(m), format::digits(s));
+        r.mean_ms.zip(r.std_ms).map_or_else(|| "–".into(), text)
+    });
+    add("min … max", |r| {
+        let text = |(a, b)| format!("{} … {}", format::digits(a), format::digits(b));
+        r.min_ms.zip(r.max_ms).map_or_else(|| "–".into(), text)
+    });
+    if !emulated {
+        add("TFLOP/s", |r| maybe(r.tflops, format::digits));
+    }
+    add("peak memory", |r| maybe(r.peak_bytes.map(|b| b as f64), format::bytes));
+    if let Some(b) = view.baseline {
+        if !emulated {
+            let speedup = move |r: &Row| maybe(b.speedup(r), |s| format!("{s:.2}"));
+            columns.push((format!("× {}", b.name()), Box::new(speedup)));
         }
-        @if counted { td { (maybe(moved, format::bytes)) } }
-        td { (maybe(r.max_abs_err, format::scientific)) }
+        let saved = move |r: &Row| maybe(b.memory_saved(r), |s| format!("{:.1} %", s * 100.0));
+        columns.push((format!("saved vs {}", b.name()), Box::new(saved)));
     }
+    let mut add = |name: &str, show: fn(&Row) -> String| {
+        columns.push((name.to_owned(), Box::new(show)));
+    };
+    if view.series.iter().flat_map(|s| &s.rows).any(|r| moved(r).is_some()) {
+        add("bytes moved", |r| maybe(moved(r).map(|b| b as f64), format::bytes));
+    }
+    let output = match view.level {
+        Level::Attention => "max |ΔO|",
+        Level::Module => "max |Δy|",
+    };
+    add(output, |r| maybe(r.max_abs_err, format::scientific));
+    columns
 }
 
-fn not_measured(r: &Row, view: &View<'_>, counted: bool) -> Markup {
-    let columns = 6 + usize::from(counted) + if view.baseline.is_some() { 2 } else { 0 };
+fn not_measured(r: &Row, columns: usize) -> Markup {
     let status = match r.status {
         Status::Oom => "out of memory".to_owned(),
         other => other.to_string(),
@@ -186,35 +222,43 @@ fn not_measured(r: &Row, view: &View<'_>, counted: bool) -> Markup {
     html! { td.why colspan=(columns) { b { (status) } @if !why.is_empty() { ": " (why) } } }
 }
 
-fn checks(checks: &[Check]) -> Markup {
-    html! {
-        div.table { table {
+fn checks(checks: &[Check], name: &str) -> Markup {
+    let types = checks.iter().any(|c| c.dtype != checks[0].dtype);
+    let levels = checks.iter().any(|c| c.level != checks[0].level);
+    scrolled(
+        name,
+        &html! { table {
             thead { tr {
-                th { "N" } th { "kernel" } th { "tensor" } th { "max abs" } th { "mean abs" }
-                th { "median abs" } th { "max rel" } th { "mean rel" } th { "median rel" }
-                th { "rms rel" } th { "plain algorithm" } th { "compared" } th { "verdict" }
+                th { "N" } th { "kernel" }
+                @if levels { th { "level" } }
+                @if types { th { "type" } }
+                th { "tensor" } th { "verdict" } th { "max abs" } th { "plain algorithm" }
+                th { "mean abs" } th { "median abs" } th { "max rel" } th { "mean rel" }
+                th { "median rel" } th { "rms rel" } th { "compared" }
             } }
             tbody { @for c in checks { tr {
-                td { (c.seq) } td { (c.kernel) } td { (c.tensor) }
-                td { (format::scientific(c.abs.max)) } td { (format::scientific(c.abs.mean)) }
-                td { (format::scientific(c.abs.median)) } td { (format::scientific(c.rel.max)) }
-                td { (format::scientific(c.rel.mean)) } td { (format::scientific(c.rel.median)) }
-                td { (format::scientific(c.rel_rms)) }
-                td { (format::scientific(c.plain_max_abs)) }
-                td { (format::count(c.compared as i64)) }
+                td { (c.seq) } td { (c.kernel) }
+                @if levels { td { (c.level) } }
+                @if types { td { (c.dtype) } }
+                td { (c.tensor) }
                 td class=[(!c.passed()).then_some("bad")] { (verdict(c)) }
+                td { (format::scientific(c.abs.max)) } td { (format::scientific(c.plain_max_abs)) }
+                td { (format::scientific(c.abs.mean)) } td { (format::scientific(c.abs.median)) }
+                td { (format::scientific(c.rel.max)) } td { (format::scientific(c.rel.mean)) }
+                td { (format::scientific(c.rel.median)) } td { (format::scientific(c.rel_rms)) }
+                td { (format::count(c.compared as i64)) }
             } } }
-        } }
-    }
+        } },
+    )
 }
 
 fn verdict(c: &Check) -> String {
     let mut text = String::from(if c.passed() { "passed" } else { "failed" });
     if !c.within_twice {
-        text += ": more than twice the plain algorithm's";
+        text += ": > 2 × plain";
     }
     if let (false, Some(threshold)) = (c.within_threshold, c.threshold) {
-        text += &format!(": above {}", format::scientific(threshold));
+        text += &format!(": > {}", format::scientific(threshold));
     }
     text
 }

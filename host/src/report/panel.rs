@@ -1,7 +1,7 @@
 //! What the pictures show: lines with error bars on named axes, taken from the results.
 //! `picture.rs` draws them.
 
-use super::analysis::{Baseline, Series, View, time};
+use super::analysis::{Baseline, Series, View, moved, style, time};
 use crate::{
     format,
     results::{Check, Histogram, Level, Results, Row, Status},
@@ -73,6 +73,8 @@ pub struct Line {
     pub steps: bool,
     /// Its points, ascending in x.
     pub points: Vec<Point>,
+    /// Which of how many lines it is that lie on each other.
+    pub stacked: (usize, usize),
 }
 
 /// A horizontal or vertical line that others are compared with.
@@ -105,12 +107,19 @@ pub struct Panel {
     pub marks: Vec<Mark>,
 }
 
-/// Time, memory, speed-up and memory saved of one level.
+/// Time, memory, speed-up and memory saved of one level; bytes moved in the place of times that
+/// are the emulator's.
 #[must_use]
 pub fn four(results: &Results, view: &View<'_>) -> Vec<Panel> {
-    let mut panels = vec![time_panel(results, view), memory_panel(results, view)];
+    let emulated = results.device.emulated;
+    let first = if emulated { traffic_panel(view) } else { time_panel(view) };
+    let mut panels = vec![first, memory_panel(results, view)];
     if let Some(baseline) = view.baseline {
-        panels.push(speedup_panel(results, view, baseline));
+        panels.push(if emulated {
+            fewer_panel(view, baseline)
+        } else {
+            speedup_panel(view, baseline)
+        });
         panels.push(saved_panel(view, baseline));
     }
     panels.retain(|panel| !panel.lines.is_empty());
@@ -128,31 +137,36 @@ fn lines(view: &View<'_>, points: impl Fn(&Series<'_>) -> Vec<Point>) -> Vec<Lin
         dashed: s.peer,
         steps: false,
         points: points(s),
+        stacked: (0, 1),
     };
     view.series.iter().map(line).filter(|l| !l.points.is_empty()).collect()
 }
 
-/// Lines that lie on each other become one that bears all their names: only the last
-/// would be seen.
-fn merge(lines: Vec<Line>) -> Vec<Line> {
+/// Finds lines that lie on each other, of which only the last would be seen: they are drawn one
+/// within the other, with their markers side by side. Names them in a sentence.
+fn stack(lines: &mut [Line]) -> String {
     // Closer than a line is wide: 2 pixels of 340.
     let near = |a: f64, b: f64| (a - b).abs() <= 6e-3 * a.abs().max(b.abs());
-    let mut merged: Vec<Line> = Vec::new();
-    for line in lines {
-        let on_it = |other: &&mut Line| {
-            other.points.len() == line.points.len()
-                && other.points.iter().zip(&line.points).all(|(a, b)| a.x == b.x && near(a.y, b.y))
-        };
-        match merged.iter_mut().find(on_it) {
-            Some(other) => {
-                other.name += ", ";
-                other.name += &line.name;
-                other.dashed &= line.dashed;
-            }
-            None => merged.push(line),
+    let same = |a: &Line, b: &Line| {
+        a.points.len() == b.points.len()
+            && a.points.iter().zip(&b.points).all(|(a, b)| a.x == b.x && near(a.y, b.y))
+    };
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    for (index, line) in lines.iter().enumerate() {
+        match groups.iter_mut().find(|group| same(&lines[group[0]], line)) {
+            Some(group) => group.push(index),
+            None => groups.push(vec![index]),
         }
     }
-    merged
+    let mut text = String::new();
+    for group in groups.into_iter().filter(|group| group.len() > 1) {
+        for (place, &index) in group.iter().enumerate() {
+            lines[index].stacked = (place, group.len());
+        }
+        let names: Vec<String> = group.iter().map(|&index| lines[index].name.clone()).collect();
+        text += &format!(" Alike: {}.", format::list(&names));
+    }
+    text
 }
 
 /// Logarithmic where the values span more than `8` times the least; a linear axis would
@@ -163,11 +177,7 @@ fn scale(lines: &[Line]) -> Scale {
     if low > 0.0 && high > 8.0 * low { Scale::Log10 } else { Scale::Linear }
 }
 
-fn emulated(results: &Results) -> &'static str {
-    if results.device.emulated { " (emulated)" } else { "" }
-}
-
-fn time_panel(results: &Results, view: &View<'_>) -> Panel {
+fn time_panel(view: &View<'_>) -> Panel {
     let point = |r: &Row| {
         let spread = r.min_ms.zip(r.max_ms);
         Some(Point { x: r.seq as f64, y: time(r)?, spread })
@@ -175,7 +185,7 @@ fn time_panel(results: &Results, view: &View<'_>) -> Panel {
     let lines = lines(view, |s| s.measured().filter_map(point).collect());
     Panel {
         id: format!("{}-time", view.level),
-        title: format!("Time{}", emulated(results)),
+        title: "Time".into(),
         note: "Median; bars from the fastest to the slowest run.".into(),
         x: seq_axis(),
         y: Axis { label: "ms".into(), scale: scale(&lines) },
@@ -185,12 +195,11 @@ fn time_panel(results: &Results, view: &View<'_>) -> Panel {
 }
 
 fn memory_panel(results: &Results, view: &View<'_>) -> Panel {
-    const MIB: f64 = 1024.0 * 1024.0;
-    let lines = lines(view, |s| {
+    let mut lines = lines(view, |s| {
         let points = s.memory().into_iter();
         points.map(|(x, y)| Point { x, y: y / MIB, spread: None }).collect()
     });
-    let lines = merge(lines);
+    let alike = stack(&mut lines);
     let highest = lines.iter().flat_map(|l| &l.points).map(|p| p.y).fold(0.0, f64::max);
     let limit = results.device.memory_bytes.map(|b| b as f64 / MIB);
     // A limit far above everything measured would press the lines together.
@@ -208,7 +217,7 @@ fn memory_panel(results: &Results, view: &View<'_>) -> Panel {
     Panel {
         id: format!("{}-memory", view.level),
         title: "Peak memory".into(),
-        note: note.into(),
+        note: format!("{note}{alike}"),
         x: seq_axis(),
         y: Axis { label: "MiB".into(), scale: scale(&lines) },
         lines,
@@ -216,7 +225,53 @@ fn memory_panel(results: &Results, view: &View<'_>) -> Panel {
     }
 }
 
-fn speedup_panel(results: &Results, view: &View<'_>, baseline: Baseline) -> Panel {
+/// Bytes of a MiB.
+const MIB: f64 = 1024.0 * 1024.0;
+
+fn traffic_panel(view: &View<'_>) -> Panel {
+    let mut lines = lines(view, |s| {
+        let points = s.traffic().into_iter();
+        points.map(|(x, y)| Point { x, y: y / MIB, spread: None }).collect()
+    });
+    let alike = stack(&mut lines);
+    Panel {
+        id: format!("{}-traffic", view.level),
+        title: "Bytes moved in global memory".into(),
+        note: format!("Read and written, as counted: before any cache.{alike}"),
+        x: seq_axis(),
+        y: Axis { label: "MiB".into(), scale: scale(&lines) },
+        lines,
+        marks: Vec::new(),
+    }
+}
+
+fn fewer_panel(view: &View<'_>, baseline: Baseline) -> Panel {
+    let name = baseline.name();
+    let base = view.series.iter().find(|s| s.kernel == name);
+    let base_bytes = |seq: usize| moved(base?.measured().find(|r| r.seq == seq)?);
+    let point = |r: &Row| {
+        let y = base_bytes(r.seq)? as f64 / moved(r)? as f64;
+        Some(Point { x: r.seq as f64, y, spread: None })
+    };
+    let mut lines = lines(view, |s| {
+        if s.kernel == name {
+            return Vec::new();
+        }
+        s.measured().filter_map(point).collect()
+    });
+    let alike = stack(&mut lines);
+    Panel {
+        id: format!("{}-fewer", view.level),
+        title: format!("Bytes moved, against {name}"),
+        note: format!("Bytes that {name} moves for each byte of a kernel's.{alike}"),
+        x: seq_axis(),
+        y: Axis { label: format!("times fewer than {name}"), scale: scale(&lines) },
+        lines,
+        marks: vec![Mark { label: name.into(), at: 1.0, vertical: false }],
+    }
+}
+
+fn speedup_panel(view: &View<'_>, baseline: Baseline) -> Panel {
     let relative = |r: &Row| Some(r.std_ms? / r.mean_ms?);
     let base_spread = |seq: usize| {
         let base = view.series.iter().find(|s| s.kernel == baseline.name())?;
@@ -239,7 +294,7 @@ fn speedup_panel(results: &Results, view: &View<'_>, baseline: Baseline) -> Pane
     });
     Panel {
         id: format!("{}-speedup", view.level),
-        title: format!("Speed-up over {}{}", baseline.name(), emulated(results)),
+        title: format!("Speed-up over {}", baseline.name()),
         note: "Ratio of medians; bars: one standard deviation of the ratio.".into(),
         x: seq_axis(),
         y: Axis { label: format!("times as fast as {}", baseline.name()), scale: scale(&lines) },
@@ -253,17 +308,17 @@ fn saved_panel(view: &View<'_>, baseline: Baseline) -> Panel {
         let y = baseline.memory_saved(r)? * 100.0;
         Some(Point { x: r.seq as f64, y, spread: None })
     };
-    let lines = lines(view, |s| {
+    let mut lines = lines(view, |s| {
         if s.kernel == baseline.name() {
             return Vec::new();
         }
         s.measured().filter_map(point).collect()
     });
-    let lines = merge(lines);
+    let alike = stack(&mut lines);
     Panel {
         id: format!("{}-saved", view.level),
         title: format!("Memory saved over {}", baseline.name()),
-        note: "Share of its peak memory that a kernel does without.".into(),
+        note: format!("Share of its peak memory that a kernel does without.{alike}"),
         x: seq_axis(),
         y: Axis { label: "%".into(), scale: Scale::Linear },
         lines,
@@ -274,7 +329,7 @@ fn saved_panel(view: &View<'_>, baseline: Baseline) -> Panel {
 /// Absolute and relative difference of the output from the oracle, at the longest
 /// sequence that was checked; two panels a level.
 #[must_use]
-pub fn differences(results: &Results, kernels: &[&str]) -> Vec<Panel> {
+pub fn differences(results: &Results) -> Vec<Panel> {
     let outputs = || results.checks.iter().filter(|c| c.tensor != "lse");
     let Some(longest) = outputs().map(|c| c.seq).max() else { return Vec::new() };
     let levels = [Level::Attention, Level::Module].map(|level| {
@@ -284,36 +339,41 @@ pub fn differences(results: &Results, kernels: &[&str]) -> Vec<Panel> {
     let several = levels.iter().all(|(_, checks)| !checks.is_empty());
     let panels = |(level, checks): &(Level, Vec<&Check>)| {
         let suffix = if several { format!(", {level}") } else { String::new() };
-        level_differences(*level, &suffix, checks, kernels)
+        level_differences(results, *level, &suffix, checks)
     };
     levels.iter().filter(|(_, checks)| !checks.is_empty()).flat_map(panels).collect()
 }
 
 /// The panels of one level. `suffix` goes to the end of titles.
 fn level_differences(
+    results: &Results,
     level: Level,
     suffix: &str,
     checks: &[&Check],
-    kernels: &[&str],
 ) -> Vec<Panel> {
     let lines = |histogram: fn(&Check) -> &Histogram| -> Vec<Line> {
         let line = |c: &&Check| Line {
             name: c.kernel.clone(),
-            style: kernels.iter().position(|k| *k == c.kernel).unwrap_or(0),
+            style: style(results, &c.kernel),
             dashed: false,
             steps: true,
             points: steps(histogram(c)),
+            stacked: (0, 1),
         };
-        merge(checks.iter().map(line).filter(|l| !l.points.is_empty()).collect())
+        checks.iter().map(line).filter(|l| !l.points.is_empty()).collect()
     };
-    let panel = |id: &str, what: &str, lines: Vec<Line>, marks: Vec<Mark>| Panel {
-        id: format!("{level}-difference-{id}"),
-        title: format!("{what} difference from f64, N = {}{suffix}", checks[0].seq),
-        note: "Share of the elements of the output in each bin; exact ones are not drawn.".into(),
-        x: Axis { label: format!("{} difference", what.to_lowercase()), scale: Scale::Log10 },
-        y: Axis { label: "% of elements".into(), scale: Scale::Linear },
-        lines,
-        marks,
+    let panel = |id: &str, what: &str, mut lines: Vec<Line>, marks: Vec<Mark>| {
+        let alike = stack(&mut lines);
+        let note = "Share of the elements of the output in each bin; exact ones are not drawn.";
+        Panel {
+            id: format!("{level}-difference-{id}"),
+            title: format!("{what} difference from f64, N = {}{suffix}", checks[0].seq),
+            note: format!("{note}{alike}"),
+            x: Axis { label: format!("{} difference", what.to_lowercase()), scale: Scale::Log10 },
+            y: Axis { label: "% of elements".into(), scale: Scale::Linear },
+            lines,
+            marks,
+        }
     };
     // The bound is one only where all lines share it.
     let bound = 2.0 * checks[0].plain_max_abs;

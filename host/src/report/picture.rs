@@ -21,6 +21,9 @@ use crate::format;
 /// Pixels of a PNG for each of the panel's.
 const PNG_SCALE: f32 = 2.0;
 
+/// From a marker to the next of those that stand side by side, as a share of the axis.
+const MARKER_SHIFT: f64 = 0.02;
+
 /// Where a picture is to be seen.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
@@ -102,40 +105,51 @@ pub fn figure(title: &str, panels: &[Panel]) -> Result<(String, Vec<u8>)> {
     Ok((svg, png.map_err(|e| anyhow!("{e}")).context("drawing the PNG")?))
 }
 
+/// Lines, and above all of them the markers with their error bars.
 fn plots(panel: &Panel, place: Place) -> Vec<Plot> {
-    panel.lines.iter().flat_map(|line| plots_of(panel, line, place)).collect()
+    let lines = panel.lines.iter().map(|line| line_of(panel, line, place));
+    lines.chain(panel.lines.iter().map(|line| markers_of(panel, line, place))).collect()
 }
 
-/// A line, and its markers with their error bars.
-fn plots_of(panel: &Panel, line: &Line, place: Place) -> Vec<Plot> {
-    let colour = place.line(line.style);
+fn line_of(panel: &Panel, line: &Line, place: Place) -> Plot {
     let at = |p: &Point| (panel.x.scale.place(p.x), panel.y.scale.place(p.y));
     let points: Vec<(f64, f64)> = line.points.iter().map(at).collect();
-    let mut drawn =
-        LinePlot::new().with_data(points.clone()).with_color(colour).with_stroke_width(2.0);
-    if line.dashed {
-        drawn = drawn.with_dashed();
-    }
-    if line.steps {
-        return vec![drawn.into()];
-    }
-    let bars = line.points.iter().map(|p| {
+    // Those that lie on each other are drawn from the widest to the thinnest.
+    let (index, count) = line.stacked;
+    let width = 2.0 + 2.5 * (count - 1 - index) as f64;
+    let drawn = LinePlot::new()
+        .with_data(points)
+        .with_color(place.line(line.style))
+        .with_stroke_width(width);
+    if line.dashed { drawn.with_dashed().into() } else { drawn.into() }
+}
+
+fn markers_of(panel: &Panel, line: &Line, place: Place) -> Plot {
+    // A histogram has one marker, where it is highest.
+    let highest = || line.points.iter().copied().max_by(|a, b| a.y.total_cmp(&b.y));
+    let marked = if line.steps { highest().into_iter().collect() } else { line.points.clone() };
+    let shift = MARKER_SHIFT * side_by_side(line) * range(panel, true).span();
+    let at = |p: &Point| (panel.x.scale.place(p.x) + shift, panel.y.scale.place(p.y));
+    let bars = marked.iter().map(|p| {
         let y = panel.y.scale.place(p.y);
         p.spread.map_or((0.0, 0.0), |(low, high)| {
             (y - panel.y.scale.place(low), panel.y.scale.place(high) - y)
         })
     });
     // Bars of no length would be drawn as dashes across each marker.
-    let has_bars = line.points.iter().any(|p| p.spread.is_some_and(|(low, high)| high > low));
-    let mut markers = ScatterPlot::new()
-        .with_data(points)
-        .with_color(colour)
+    let has_bars = marked.iter().any(|p| p.spread.is_some_and(|(low, high)| high > low));
+    let markers = ScatterPlot::new()
+        .with_data(marked.iter().map(at).collect::<Vec<_>>())
+        .with_color(place.line(line.style))
         .with_marker(legend::marker(line.style))
         .with_size(legend::MARKER);
-    if has_bars {
-        markers = markers.with_y_err_asymmetric(bars);
-    }
-    vec![drawn.into(), markers.into()]
+    if has_bars { markers.with_y_err_asymmetric(bars).into() } else { markers.into() }
+}
+
+/// How many markers to the right of its place the markers of a line stand.
+fn side_by_side(line: &Line) -> f64 {
+    let (index, count) = line.stacked;
+    index as f64 - (count - 1) as f64 / 2.0
 }
 
 fn layout(panel: &Panel, place: Place) -> Layout {
@@ -179,6 +193,12 @@ struct Range {
     step: f64,
 }
 
+impl Range {
+    const fn span(&self) -> f64 {
+        self.high - self.low
+    }
+}
+
 fn range(panel: &Panel, horizontal: bool) -> Range {
     let axis = if horizontal { &panel.x } else { &panel.y };
     let points = panel.lines.iter().flat_map(|l| &l.points);
@@ -195,10 +215,12 @@ fn range(panel: &Panel, horizontal: bool) -> Range {
         return Range { low: 0.0, high: 1.0, step: 0.5 };
     }
     match axis.scale {
-        // Half a step of air, so that markers and bars stand clear of the frame.
+        // Air, so that markers and bars stand clear of the frame.
         Scale::Log2 => {
             let step = ((high - low) / 6.0).ceil().max(1.0);
-            Range { low: low - 0.3, high: high + 0.3, step }
+            let beside = panel.lines.iter().map(|l| side_by_side(l).abs()).fold(0.0, f64::max);
+            let air = 0.3f64.max((high - low) * 1.5 * MARKER_SHIFT * (beside + 1.0));
+            Range { low: low - air, high: high + air, step }
         }
         Scale::Log10 => {
             // Room for the name of an upright mark, which stands to its right: a sixth of the

@@ -11,7 +11,7 @@ use crate::{
     accuracy::complaint,
     compare::device_line,
     failure::Outcome,
-    interrupt, machine,
+    format, interrupt, machine,
     options::{Defaults, VerifyArgs},
     output,
     progress::{Progress, print_lines},
@@ -44,46 +44,88 @@ pub fn run(args: &VerifyArgs) -> Result<Outcome> {
     let opened = machine::open(args.problem.device, args.problem.memory_limit)?;
     let session = Session::new(opened.device.clone());
     let defaults = if opened.info.emulated { EMULATED } else { LAB };
-    let problems = args.problem.problems(&defaults)?;
-    let kernels = args.problem.chosen_kernels(&problems, &session.target())?;
-    let options = Options { level: args.level, ..args.problem.recorded(&problems, &kernels) };
+    let groups = groups(args, &defaults, &session)?;
+    // They are never empty: a kernel that is asked for belongs to one.
+    let first = groups.first().map_or(&[][..], |group| &group.problems);
+    let kernels: Vec<_> = groups.iter().flat_map(|group| group.kernels.iter().copied()).collect();
+    let options = Options { level: args.level, ..args.problem.recorded(first, &kernels) };
     let mut results = machine::results("verify", &opened, options);
     let mut heading = device_line(&opened);
     if opened.info.emulated && args.problem.batch.is_none() && args.problem.heads.is_none() {
         heading += "\nThe defaults are smaller here than on a GPU, to end within seconds: --batch 2 --heads 12 \
                     makes them the same.";
     }
+    heading += &format!("\n{}", results.options);
+    for group in groups.iter().skip(1) {
+        let names: Vec<String> = group.kernels.iter().map(|k| k.name.to_owned()).collect();
+        let first = results.options.dtype;
+        heading += &format!(
+            "\nin {}, for want of {first}: {}; --dtype runs every kernel in one type",
+            group.dtype,
+            format::list(&names)
+        );
+    }
     interrupt::listen();
-    print_lines(&format!("{heading}\n{}", results.options));
+    print_lines(&heading);
 
-    let all: Vec<_> =
-        problems.iter().flat_map(|p| args.level.levels().map(move |level| (level, p))).collect();
-    let progress = Progress::new(all.len() * (1 + kernels.len()));
+    let steps = groups.iter().map(|g| g.problems.len() * (1 + g.kernels.len())).sum::<usize>();
+    let progress = Progress::new(args.level.levels().count() * steps);
     let mut failure = None;
-    for (level, problem) in all {
+    let each = groups.iter().flat_map(|group| {
+        let of_problem = move |p| args.level.levels().map(move |level| (group, p, level));
+        group.problems.iter().flat_map(of_problem)
+    });
+    for (group, problem, level) in each {
         let (rows, checks) = (results.rows.len(), results.checks.len());
-        let run = Run { session: &session, kernels: &kernels, args };
+        let run = Run { session: &session, kernels: &group.kernels, args };
         failure = run.verify_one(level, problem, &mut results, &progress).err();
         let (rows, checks) = (&results.rows[rows..], &results.checks[checks..]);
-        progress.print(&summary(level, problem, rows, checks));
+        progress.print(&summary(level, problem, rows, checks, table::width(args.wide)));
         results.interrupted = interrupt::requested();
         if results.interrupted || failure.is_some() {
             break;
         }
     }
     drop(progress);
-    let outcome = outcome(&results);
+    let (outcome, verdict) = verdict(&results);
     if failure.is_none() {
-        print_lines(match outcome {
-            Outcome::Good => "\nverdict: every kernel that ran is right",
-            Outcome::Bad => "\nverdict: WRONG, see above",
-            Outcome::Interrupted => "\nverdict: stopped before every kernel was compared",
-        });
+        print_lines(&format!("\nverdict: {verdict}"));
     }
     if let Some(json) = json {
         results.write_json(&json)?;
     }
     failure.map_or(Ok(outcome), Err)
+}
+
+/// Kernels that run in the same storage type, and their problems.
+struct Group {
+    dtype: DType,
+    kernels: Vec<&'static KernelSpec>,
+    problems: Vec<Problem>,
+}
+
+/// One group for the type that was asked for. Where none was, every kernel runs in the default
+/// type or, if it has not that, in the first that it has.
+///
+/// # Errors
+/// What is wrong with the request.
+fn groups(args: &VerifyArgs, defaults: &Defaults, session: &Session) -> Result<Vec<Group>> {
+    let mut dtypes = vec![args.problem.dtype.unwrap_or(defaults.dtype)];
+    if args.problem.dtype.is_none() {
+        dtypes.extend(DType::ALL.iter().filter(|&&dtype| dtype != defaults.dtype));
+    }
+    let mut groups = Vec::new();
+    for &dtype in &dtypes {
+        let problems = args.problem.problems(&Defaults { dtype, ..*defaults })?;
+        groups.push(Group { dtype, kernels: Vec::new(), problems });
+    }
+    let all: Vec<Problem> = groups.iter().flat_map(|group| group.problems.clone()).collect();
+    for kernel in args.problem.chosen_kernels(&all, &session.target())? {
+        let own = groups.iter().position(|group| kernel.dtypes.contains(&group.dtype));
+        groups[own.unwrap_or(0)].kernels.push(kernel);
+    }
+    groups.retain(|group| !group.kernels.is_empty());
+    Ok(groups)
 }
 
 /// What is the same for every problem.
@@ -127,7 +169,7 @@ impl Run<'_> {
                 break;
             }
             progress.doing(format!("N {}, {level}: {}", problem.seq_q(), kernel.name));
-            match subject.run(kernel, threshold) {
+            match subject.run(kernel, threshold, &|work| work.launch()) {
                 Ok(ran) => {
                     row.peak_bytes = Some(ran.peak_bytes);
                     row.workspace_bytes = Some(ran.workspace_bytes);
@@ -152,8 +194,14 @@ impl Run<'_> {
 }
 
 /// What is printed for one sequence length and level.
-fn summary(level: Level, problem: &Problem, rows: &[Row], checks: &[Check]) -> String {
-    let mut text = format!("\nN = {}, {level}", problem.seq_q());
+fn summary(
+    level: Level,
+    problem: &Problem,
+    rows: &[Row],
+    checks: &[Check],
+    width: Option<usize>,
+) -> String {
+    let mut text = format!("\nN = {}, {level}, {}", problem.seq_q(), problem.dtype());
     if let Some(first) = checks.first().filter(|first| first.compared < first.elements) {
         let (width, what) = match level {
             Level::Attention => (problem.head_dim(), "rows"),
@@ -163,7 +211,7 @@ fn summary(level: Level, problem: &Problem, rows: &[Row], checks: &[Check]) -> S
         text += &format!("; {some} of {all} {what} compared, spread over the tensor");
     }
     if !checks.is_empty() {
-        text += &format!("\n{}", table::checks(checks));
+        text += &format!("\n{}", table::checks(checks, width));
     }
     text += &table::reasons(rows);
     for check in checks {
@@ -172,13 +220,17 @@ fn summary(level: Level, problem: &Problem, rows: &[Row], checks: &[Check]) -> S
     text
 }
 
-fn outcome(results: &Results) -> Outcome {
-    let bad = |row: &Row| matches!(row.status, Status::Failed);
+/// How the command ends, and what it says last.
+fn verdict(results: &Results) -> (Outcome, &'static str) {
     if results.interrupted {
-        Outcome::Interrupted
-    } else if results.rows.iter().any(bad) || results.checks.is_empty() {
-        Outcome::Bad
+        (Outcome::Interrupted, "stopped before every kernel was compared")
+    } else if results.checks.iter().any(|check| !check.passed()) {
+        (Outcome::Bad, "WRONG, see above")
+    } else if results.rows.iter().any(|row| row.status == Status::Failed) {
+        (Outcome::Bad, "a kernel failed, see above")
+    } else if results.checks.is_empty() {
+        (Outcome::Bad, "none: nothing ran, for the reasons above")
     } else {
-        Outcome::Good
+        (Outcome::Good, "every kernel that ran is right")
     }
 }

@@ -1,0 +1,150 @@
+//! `--timeout`: a launch that does not end. Nothing can be asked of a device that hangs, nor can
+//! the thread that waits for it be stopped. So another thread looks at the clock: when a launch has
+//! had its time it reports what was measured, and ends the process.
+
+use std::{
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use crate::results::{Results, Row, Status};
+
+/// Watches launches.
+#[derive(Default)]
+pub struct Watch {
+    limit: Option<Duration>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// When the launch that runs now has had its time.
+    deadline: Option<Instant>,
+    /// What is reported then.
+    report: Results,
+    /// No launch will follow.
+    over: bool,
+}
+
+impl Watch {
+    /// Launches may take so many seconds; forever where none are given.
+    #[must_use]
+    pub fn new(seconds: Option<f64>) -> Self {
+        Self { limit: seconds.map(Duration::from_secs_f64), ..Self::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Each change of the state is complete before anything can panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The launches that follow belong to this row, and come after these results.
+    pub fn expect(&self, results: &Results, row: &Row) {
+        let Some(limit) = self.limit else { return };
+        let mut report = results.clone();
+        report.rows.push(Row {
+            status: Status::Timeout,
+            reason: format!("a launch took longer than {} s (--timeout)", limit.as_secs_f64()),
+            ..row.clone()
+        });
+        self.state().report = report;
+    }
+
+    /// Runs a launch, or launches that are known to take `beyond` together.
+    pub fn launch<T>(&self, beyond: Duration, launch: impl FnOnce() -> T) -> T {
+        let Some(limit) = self.limit else { return launch() };
+        self.state().deadline = Some(Instant::now() + limit + beyond);
+        self.changed.notify_one();
+        let result = launch();
+        self.state().deadline = None;
+        result
+    }
+
+    /// When this is dropped no launch follows, and [`Watch::wait`] returns.
+    pub fn until_dropped(&self) -> Over<'_> {
+        Over(self)
+    }
+
+    /// Waits for the end, or for a launch that takes too long: then `report` gets what was measured
+    /// and must end the process. Its thread holds the others up meanwhile, so that none of them
+    /// reports too.
+    pub fn wait(&self, report: impl FnOnce(Results)) {
+        let mut state = self.state();
+        loop {
+            let left = state.deadline.map(|d| d.saturating_duration_since(Instant::now()));
+            state = match left {
+                _ if state.over => return,
+                Some(Duration::ZERO) => return report(std::mem::take(&mut state.report)),
+                Some(left) => {
+                    let waited = self.changed.wait_timeout(state, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+}
+
+/// Ends a watch.
+pub struct Over<'a>(&'a Watch);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.state().over = true;
+        self.0.changed.notify_one();
+    }
+}
+
+/// Ends the process without asking the driver to tidy up, which would wait for the device.
+pub fn end_process(code: i32) -> ! {
+    // SAFETY: it takes no pointers and returns to nobody.
+    unsafe { libc::_exit(code) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, thread};
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(20);
+
+    #[test]
+    fn a_launch_that_hangs_is_reported_with_what_came_before() {
+        let watch = Watch::new(Some(LIMIT.as_secs_f64()));
+        let (sender, receiver) = mpsc::channel();
+        thread::scope(|scope| {
+            scope.spawn(|| watch.wait(|results| sender.send(results).unwrap()));
+            let done = Row { kernel: "done".into(), ..Row::default() };
+            let results = Results { rows: vec![done], ..Results::default() };
+            watch.expect(&results, &Row { kernel: "hung".into(), ..Row::default() });
+            watch.launch(Duration::ZERO, || thread::sleep(5 * LIMIT));
+        });
+        let rows = receiver.recv().unwrap().rows;
+        assert_eq!((rows[0].kernel.as_str(), rows[0].status), ("done", Status::Ok));
+        assert_eq!((rows[1].kernel.as_str(), rows[1].status), ("hung", Status::Timeout));
+        assert!(rows[1].reason.contains("longer than 0.02 s"), "{}", rows[1].reason);
+    }
+
+    #[test]
+    fn launches_in_time_are_not() {
+        for seconds in [None, Some(30.0)] {
+            let watch = Watch::new(seconds);
+            thread::scope(|scope| {
+                scope.spawn(|| watch.wait(|_| panic!("reported")));
+                watch.expect(&Results::default(), &Row::default());
+                assert_eq!(watch.launch(Duration::ZERO, || 7), 7);
+                drop(watch.until_dropped());
+            });
+        }
+        // What takes long together has its time, and between launches there is no limit.
+        let watch = Watch::new(Some(LIMIT.as_secs_f64()));
+        thread::scope(|scope| {
+            scope.spawn(|| watch.wait(|_| panic!("reported")));
+            watch.launch(Duration::from_secs(60), || thread::sleep(3 * LIMIT));
+            thread::sleep(3 * LIMIT);
+            drop(watch.until_dropped());
+        });
+    }
+}
