@@ -195,6 +195,8 @@ pub fn complaint(check: &Check) -> String {
 
 #[cfg(test)]
 mod tests {
+    use approx::assert_abs_diff_eq;
+
     use super::*;
     use crate::inputs::Tensors;
 
@@ -233,7 +235,7 @@ mod tests {
         let [o, lse] = oracle.checks("k", &outputs, Some(1.0));
         assert_eq!(o.worst_index, [0, 1, 3, 7]);
         assert!(o.within_threshold && !o.within_twice && !o.passed() && lse.passed());
-        assert!((o.abs.max - 0.1).abs() < 1e-6, "{}", o.abs.max);
+        assert_abs_diff_eq!(o.abs.max, 0.1, epsilon = 1e-6);
         assert_eq!(o.abs_histogram.counts.iter().sum::<u64>() + o.abs_histogram.zeros, 320);
         assert!(complaint(&o).contains("[0, 1, 3, 7]"), "{}", complaint(&o));
     }

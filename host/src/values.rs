@@ -45,6 +45,12 @@ pub fn seconds(text: &str) -> Result<f64, String> {
     seconds.ok_or_else(|| "use a number of seconds above 0, up to 60".to_owned())
 }
 
+/// A time that one launch may take.
+pub fn timeout(text: &str) -> Result<f64, String> {
+    let seconds = above_zero(text).filter(|seconds| (1e-3..=1e6).contains(seconds));
+    seconds.ok_or_else(|| "use a number of seconds from 0.001 to 1000000".to_owned())
+}
+
 fn above_zero(text: &str) -> Option<f64> {
     text.parse().ok().filter(|number: &f64| number.is_finite() && *number > 0.0)
 }
@@ -92,6 +98,8 @@ mod tests {
         assert_eq!(number("-1"), Ok(-1.0));
         assert!(number("x").is_err() && threshold("0").is_err() && threshold("inf").is_err());
         assert_eq!((seconds("0.5"), threshold("1e-3")), (Ok(0.5), Ok(1e-3)));
+        assert_eq!(timeout("120"), Ok(120.0));
+        assert!(timeout("0").is_err() && timeout("inf").is_err() && timeout("1e-9").is_err());
         assert!(seconds("0").is_err() && seconds("NaN").is_err() && seconds("61").is_err());
     }
 

@@ -3,6 +3,7 @@
 mod common;
 
 use common::{host, run, with_gpu};
+use flash_attention::{DType, registry::KERNELS};
 use host::{
     output,
     results::{Level, LevelChoice, Results, SCHEMA, Status},
@@ -110,11 +111,117 @@ fn rows_that_cannot_be_are_told() {
     assert!(stdout.contains("flash_mma (unsupported): does not support f32"), "{stdout}");
 }
 
+/// A kernel that cannot do what is asked is a row with the reason; the others run.
+#[test]
+fn one_kernel_that_cannot_stops_no_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("a.json");
+    for command in ["compare", "verify"] {
+        let (code, stdout, _) = run(host()
+            .args([command, "--dtype", "f32", "--kernels", "flash_mma,naive"])
+            .args(["--seq", "32", "--heads", "1", "--json"])
+            .arg(&json));
+        assert_eq!(code, 0, "{stdout}");
+        assert!(stdout.contains("flash_mma (unsupported): does not support f32"), "{stdout}");
+        let results = Results::read_json(&json).unwrap();
+        assert_eq!(results.options.kernels, ["flash_mma", "naive"]);
+        let status = |kernel: &str| -> Vec<Status> {
+            let rows = results.rows.iter().filter(|row| row.kernel == kernel);
+            rows.map(|row| row.status).collect()
+        };
+        assert_eq!(status("naive"), [Status::Ok; 2]);
+        assert_eq!(status("flash_mma"), [Status::Unsupported; 2]);
+    }
+}
+
+/// Where memory suffices for nothing, nothing is right or wrong, and nothing was done.
+#[test]
+fn nothing_that_ran_is_no_success_and_no_verdict() {
+    let nothing = ["--memory-limit", "1KiB", "--seq", "64", "--heads", "1"];
+    let (code, stdout, _) = run(host().arg("compare").args(nothing));
+    assert_eq!(code, 1, "{stdout}");
+    assert!(stdout.contains("no kernel was measured: the reasons are above"), "{stdout}");
+    let (code, stdout, _) = run(host().arg("verify").args(nothing));
+    assert_eq!(code, 1, "{stdout}");
+    assert!(stdout.contains("verdict: none: nothing ran"), "{stdout}");
+    assert!(!stdout.contains("WRONG"), "{stdout}");
+}
+
+/// Without `--dtype` no kernel is left out for want of a type.
+#[test]
+fn verify_runs_every_kernel_in_a_type_that_it_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("v.json");
+    let (code, stdout, stderr) = run(host()
+        .args(["verify", "--seq", "32", "--heads", "1", "--level", "attention", "--json"])
+        .arg(&json));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert!(stdout.contains("in f16, for want of f32: flash_turing, flash_mma"), "{stdout}");
+    let results = Results::read_json(&json).unwrap();
+    assert_eq!(results.rows.len(), KERNELS.len());
+    for kernel in KERNELS {
+        let row = results.rows.iter().find(|row| row.kernel == kernel.name).unwrap();
+        let own = if kernel.dtypes.contains(&DType::F32) { DType::F32 } else { DType::F16 };
+        assert_eq!((row.status, row.dtype), (Status::Ok, own), "{}", kernel.name);
+        let checks = results.checks.iter().filter(|check| check.kernel == kernel.name);
+        assert_eq!(checks.clone().count(), 2);
+        assert!(checks.clone().all(|check| check.dtype == own && check.passed()));
+    }
+}
+
+/// A launch that takes too long is a row, and what came before it is kept.
+#[test]
+fn a_launch_that_takes_too_long_ends_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("a.json");
+    let long = [
+        "--seq",
+        "8,65536",
+        "--batch",
+        "1",
+        "--heads",
+        "1",
+        "--kernels",
+        "flash_hopper,flash_tiled",
+    ];
+    let rest = ["--iters", "1", "--warmup", "0", "--level", "attention", "--json"];
+    let on_gpu = with_gpu("9.0", 1 << 30);
+    for mut program in [Some(host()), on_gpu].into_iter().flatten() {
+        // Seconds for a launch that takes milliseconds, and for one that takes minutes.
+        program.args(["compare", "--timeout", "3"]).args(long).args(rest).arg(&json);
+        let (code, stdout, _) = run(&mut program);
+        assert_eq!(code, 1, "{stdout}");
+        let text = "(timeout): a launch took longer than 3 s (--timeout)";
+        assert!(stdout.contains(text) && stdout.contains("N = 8"), "{stdout}");
+        let results = Results::read_json(&json).unwrap();
+        let (last, before) = results.rows.split_last().unwrap();
+        assert!(results.interrupted && last.status == Status::Timeout && last.seq == 65_536);
+        assert!(before.len() == 2 && before.iter().all(|row| row.status == Status::Ok));
+    }
+}
+
+#[test]
+fn tables_fit_80_columns_unless_they_are_asked_to_be_wide() {
+    let small = ["--seq", "32", "--heads", "1", "--level", "attention"];
+    for command in ["compare", "verify"] {
+        let table = |more: &[&str]| -> Vec<String> {
+            let (_, stdout, _) = run(host().arg(command).args(small).args(more));
+            let lines = stdout.lines().skip_while(|line| !line.starts_with(" kernel"));
+            lines.take_while(|line| line.starts_with(' ')).map(str::to_owned).collect()
+        };
+        let (narrow, wide) = (table(&[]), table(&["--wide"]));
+        assert!(narrow.len() > 4, "{narrow:?}");
+        assert!(narrow.iter().all(|line| line.chars().count() <= 80), "{narrow:#?}");
+        let names = |table: &[String]| table[0].split_whitespace().count();
+        assert!(names(&wide) > names(&narrow), "{wide:#?}");
+    }
+}
+
 #[test]
 fn verify_gives_both_verdicts() {
     let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("v.json");
-    let small = ["verify", "--seq", "70", "--heads", "2", "--json"];
+    let small = ["verify", "--dtype", "f32", "--seq", "70", "--heads", "2", "--json"];
     let (code, stdout, stderr) = run(host().args(small).arg(&json));
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
     assert!(stdout.contains("verdict: every kernel that ran is right"), "{stdout}");
@@ -126,7 +233,7 @@ fn verify_gives_both_verdicts() {
     assert!(modules.count() >= 2 && stdout.contains("flash_tiled, y: share of differences"));
 
     let strict = ["--threshold", "1e-12", "--rows", "8"];
-    let (code, stdout, _) = run(host().args(&small[..5]).args(strict));
+    let (code, stdout, _) = run(host().args(&small[..7]).args(strict));
     assert_eq!(code, 1, "{stdout}");
     assert!(stdout.contains("8 of 140 rows compared"), "{stdout}");
     assert!(stdout.contains("8 of 70 tokens compared"), "{stdout}");
@@ -135,7 +242,8 @@ fn verify_gives_both_verdicts() {
         "{stdout}"
     );
 
-    let (code, stdout, _) = run(host().args(&small[..5]).args(["--dtype", "bf16", "--causal"]));
+    let (code, stdout, _) =
+        run(host().args(["verify", "--seq", "70", "--heads", "2", "--dtype", "bf16", "--causal"]));
     assert_eq!(code, 0, "{stdout}");
 }
 

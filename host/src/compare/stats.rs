@@ -85,13 +85,15 @@ pub fn fill_ratios(rows: &mut [Row]) {
 
 #[cfg(test)]
 mod tests {
+    use approx::assert_relative_eq;
+
     use super::*;
 
     #[test]
     fn times_are_summarised() {
         let times = Times::of(&[3.0, 1.0, 2.0, 6.0]).unwrap();
         assert_eq!((times.mean, times.min, times.max, times.median), (3.0, 1.0, 6.0, 2.5));
-        assert!((times.std - (14.0f64 / 3.0).sqrt()).abs() < 1e-12);
+        assert_relative_eq!(times.std, (14.0f64 / 3.0).sqrt());
         assert_eq!(Times::of(&[2.0]).unwrap().std, 0.0);
         assert_eq!(Times::of(&[]), None);
         let mut row = Row { flops: 5e9, ..Row::default() };

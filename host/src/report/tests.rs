@@ -8,6 +8,7 @@ use crate::{
     format,
     results::{Check, DeviceInfo, Histogram, Level, Machine, Options, Row, SCHEMA, Spread, Status},
 };
+use approx::assert_abs_diff_eq;
 use flash_attention::DType;
 
 /// Bytes of a made-up GPU.
@@ -153,13 +154,13 @@ fn about(results: &Results, topic: &str) -> String {
 #[test]
 fn exponents_and_limits_are_those_of_the_law() {
     let law = |f: fn(f64) -> f64| [100.0, 300.0, 900.0].map(|x| (x, f(x)));
-    assert!((exponent(&law(|x| 3.0 * x * x)).unwrap() - 2.0).abs() < 1e-9);
-    assert!((exponent(&law(|x| 7.0 * x.sqrt())).unwrap() - 0.5).abs() < 1e-9);
+    assert_abs_diff_eq!(exponent(&law(|x| 3.0 * x * x)).unwrap(), 2.0, epsilon = 1e-9);
+    assert_abs_diff_eq!(exponent(&law(|x| 7.0 * x.sqrt())).unwrap(), 0.5, epsilon = 1e-9);
     assert_eq!(exponent(&[(5.0, 1.0), (5.0, 2.0)]), None);
     let seq = seq_at_memory(&law(|x| 50.0 * x + 2.0 * x * x), 50.0 * 4e3 + 2.0 * 16e6).unwrap();
-    assert!((seq - 4e3).abs() < 1e-3, "{seq}");
+    assert_abs_diff_eq!(seq, 4e3, epsilon = 1e-3);
     let seq = seq_at_memory(&law(|x| 50.0 * x), 5e6).unwrap();
-    assert!((seq - 1e5).abs() < 1e-3, "{seq}");
+    assert_abs_diff_eq!(seq, 1e5, epsilon = 1e-3);
     assert_eq!(seq_at_memory(&[(100.0, 1.0)], 1e9), None);
 }
 

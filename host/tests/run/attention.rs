@@ -94,6 +94,32 @@ fn a_check_passes_what_agrees_and_fails_what_does_not() {
     assert!(text.contains("o FAILED") && text.contains("[1, 2, 4, 9]"), "{text}");
 }
 
+/// Scores of 268,800 and more, which f16 cannot hold: the plain algorithm's error is NaN, and
+/// zeros are wrong all the same.
+#[test]
+fn zeros_do_not_pass_where_the_plain_algorithm_overflows() {
+    let case = Case::new(DType::F16, Layout::HeadsFirst);
+    let problem = Problem::builder(1, 1, 4, 128).seq_k(64).dtype(DType::F16).build().unwrap();
+    let full = |shape: &[usize], x: f64| {
+        let values = vec![x; shape.iter().product()];
+        Tensor::from_f64(DType::F16, shape, &values).unwrap()
+    };
+    let (q, k) = (full(&problem.q_shape(), 300.0), full(&problem.k_shape(), 80.0));
+    let v = Tensor::random(DType::F16, &problem.k_shape(), 1, 1.0);
+    let inputs = Inputs { q: &q, k: &k, v: &v, mask: None };
+    let rows = oracle::all_rows(&problem);
+    assert!(oracle::plain(&problem, &inputs, &rows).lse[0].is_infinite());
+    let right = oracle::reference(&problem, &inputs, &rows).o;
+    let right = Tensor::from_f64(DType::F16, &problem.q_shape(), &right).unwrap();
+    let zeros = Tensor::zeros(DType::F16, &problem.q_shape());
+    for (o, code, verdict) in [(zeros, 1, "o FAILED"), (right, 0, "o passed")] {
+        case.folder.save(&[entry("q", &q), entry("k", &k), entry("v", &v), entry("o", &o)]);
+        let check = ["--input", "in.safetensors", "--check", "--kernel", "flash_hopper"];
+        let text = case.folder.printed(&check, code);
+        assert!(text.contains(verdict) && !text.contains("allowed inf"), "{text}");
+    }
+}
+
 #[test]
 fn weights_are_written_by_every_kernel() {
     let case = Case::new(DType::F32, Layout::HeadsFirst);
