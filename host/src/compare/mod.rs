@@ -171,7 +171,8 @@ impl Run<'_> {
         peers: &mut Option<Peers>,
         results: &mut Results,
     ) -> Result<()> {
-        let &Self { session, kernels, repeats, seed, watch, output: Printed { progress, .. } } = self;
+        let &Self { session, kernels, repeats, seed, watch, output: Printed { progress, .. } } =
+            self;
         let mut foreseen: Vec<(&'static KernelSpec, Row, bool)> = Vec::new();
         for &kernel in kernels {
             let (row, can_run) = foresee(session, level, kernel, problem)?;
