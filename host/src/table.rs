@@ -51,14 +51,18 @@ fn fit(columns: &mut Vec<Column>, width: Option<usize>) {
 }
 
 /// A table for standard output.
-fn table(mut columns: Vec<Column>, width: Option<usize>) -> String {
+fn table(columns: Vec<Column>, width: Option<usize>) -> String {
+    draw(columns, width, std::io::stdout().is_terminal())
+}
+
+fn draw(mut columns: Vec<Column>, width: Option<usize>, terminal: bool) -> String {
     fit(&mut columns, width);
     let mut table = Table::new();
     table.set_content_arrangement(ContentArrangement::Disabled);
     table.load_preset(presets::NOTHING);
-    if std::io::stdout().is_terminal() {
+    let heading = |name: &str| if terminal { name.to_owned() } else { name.replace(' ', "_") };
+    if terminal {
         table.set_style(TableComponent::HeaderLines, '─');
-        table.set_style(TableComponent::MiddleHeaderIntersections, '─');
     }
     table.set_header(columns.iter().map(|column| heading(column.name)));
     let rows = columns.first().map_or(0, |column| column.cells.len());
@@ -140,11 +144,6 @@ pub fn reasons(rows: &[Row]) -> String {
     text
 }
 
-/// A heading without blanks where standard output is read by a program.
-fn heading(name: &str) -> String {
-    if std::io::stdout().is_terminal() { name.into() } else { name.replace(' ', "_") }
-}
-
 /// Differences from the oracle with verdicts, one line a kernel and tensor.
 #[must_use]
 pub fn checks(checks: &[Check], width: Option<usize>) -> String {
@@ -206,6 +205,13 @@ mod tests {
         assert!(!text.contains("standard"));
     }
 
+    /// The headings, which have blanks in them on a terminal.
+    fn names(text: &str) -> Vec<String> {
+        let line = text.lines().next().unwrap();
+        let names = line.split("  ").map(str::trim).filter(|name| !name.is_empty());
+        names.map(|name| name.replace(' ', "_")).collect()
+    }
+
     #[test]
     fn tables_fit_and_keep_what_matters() {
         let row = |emulated| Row {
@@ -227,9 +233,6 @@ mod tests {
             flops: 1e10,
             emulated,
             ..Row::default()
-        };
-        let names = |text: &str| -> Vec<String> {
-            text.lines().next().unwrap().split_whitespace().map(str::to_owned).collect()
         };
         for emulated in [false, true] {
             let standard = Row { kernel: "standard".into(), ..row(emulated) };
@@ -254,6 +257,23 @@ mod tests {
     }
 
     #[test]
+    fn tables_are_as_wide_as_their_columns_on_a_terminal_too() {
+        for terminal in [false, true] {
+            let column =
+                |name, rank, cell: &str| Column { name, rank, cells: vec![cell.into(); 2] };
+            let columns =
+                || vec![column("a b", 0, "1234"), column("c", 1, "1"), column("d", 2, "2")];
+            let widest = |width| {
+                let text = draw(columns(), Some(width), terminal);
+                text.lines().map(|line| line.chars().count()).max().unwrap()
+            };
+            // Without the blank at the end, where there is no line below the headings.
+            let end = usize::from(!terminal);
+            assert_eq!([12, 11, 8].map(widest), [12 - end, 9 - end, 6 - end]);
+        }
+    }
+
+    #[test]
     fn verdicts_fit_80_columns() {
         let exact = Differences::new(&[1.0], &[1.0]);
         let bad = Check {
@@ -266,7 +286,8 @@ mod tests {
         };
         let text = checks(&[bad], Some(80));
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
-        assert!(text.contains("≤_threshold") && text.contains("≤_2_×_plain"), "{text}");
-        assert!(text.lines().nth(1).unwrap().ends_with("NO          yes"), "{text}");
+        assert_eq!(names(&text)[names(&text).len() - 2..], ["≤_threshold", "≤_2_×_plain"]);
+        let last: Vec<&str> = text.lines().last().unwrap().split_whitespace().collect();
+        assert_eq!(last[last.len() - 2..], ["NO", "yes"], "{text}");
     }
 }

@@ -324,23 +324,25 @@ impl Found<'_> {
             }
         }
         there.sort_by(|a, b| b.1.total_cmp(&a.1));
-        let listed = |faster: bool| -> Vec<String> {
+        let listed = |word: &str, faster: bool| {
             let those = there.iter().filter(|t| (t.1 > 1.0) == faster);
-            those.map(|&(k, s, ms)| format!("{k} {} ({})", ratio(s), format::millis(ms))).collect()
+            let names: Vec<String> = those
+                .map(|&(kernel, speedup, ms)| {
+                    format!("{kernel} {} as fast ({})", ratio(speedup), format::millis(ms))
+                })
+                .collect();
+            let empty = names.is_empty();
+            if empty { String::new() } else { format!(" {word}: {}.", format::list(&names)) }
         };
         let name = baseline.name();
-        let ms = base.map_or_else(String::new, |ms| format!(" ({})", format::millis(ms)));
-        let mut text =
-            format!("{}at N = {longest}, as fast as {name}{ms}:", self.prefix(view.level));
-        let (faster, slower) = (listed(true), listed(false));
-        if !faster.is_empty() {
-            text += &format!(" faster, {}", format::list(&faster));
-        }
-        if !slower.is_empty() {
-            let separator = if faster.is_empty() { "" } else { ";" };
-            text += &format!("{separator} slower, {}", format::list(&slower));
-        }
-        self.add(Tone::Finding, "Speed", format!("{text}.{crossings}"));
+        let base = base.map_or_else(|| "–".into(), format::millis);
+        let text = format!(
+            "{}at N = {longest} {name} takes {base}.{}{}{crossings}",
+            self.prefix(view.level),
+            listed("Faster", true),
+            listed("Slower", false)
+        );
+        self.add(Tone::Finding, "Speed", text);
     }
 
     /// Bytes moved to and from global memory, which only the emulator counts.
