@@ -307,7 +307,7 @@ impl Found<'_> {
             let figures = |r: &Row| Some((r.seq, baseline.speedup(r)?, time(r)?));
             s.measured().filter_map(figures).collect()
         };
-        let Some(longest) = flash().flat_map(|s| compared(s)).map(|c| c.0).max() else { return };
+        let Some(longest) = flash().flat_map(&compared).map(|c| c.0).max() else { return };
         let base = view.series.iter().find(|s| s.kernel == baseline.name());
         let base = base.and_then(|s| s.measured().find(|r| r.seq == longest)).and_then(time);
         let mut there: Vec<(&str, f64, f64)> = Vec::new();
