@@ -83,7 +83,7 @@ pub unsafe fn flash_async<T: Scalar, const D: usize, const COLUMN_TILES: usize>(
     let (h, b) = (thread::block_idx_y(), thread::block_idx_z());
     let first_row = thread::block_idx_x() * BR;
     let warp_row = warp::warp_id() * fragment::ROWS;
-    // SAFETY: the caller vouches for the buffers and the shared memory.
+    // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     let (policy, q, kv, q_smem) = unsafe {
         (
             General::new(args, b, h),
@@ -121,7 +121,7 @@ pub unsafe fn flash_async<T: Scalar, const D: usize, const COLUMN_TILES: usize>(
 
     // Normalise, store O and LSE.
     let to = Destination { b, h, first_row: warp.first_row };
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     unsafe {
         online::store::<T, Ampere, COLUMN_TILES>(args, to, warp.acc_o, &warp.rows, &policy);
     };

@@ -107,7 +107,7 @@ pub unsafe fn flash_mma<
     let (h, b) = (thread::block_idx_y(), thread::block_idx_z());
     let first_row = thread::block_idx_x() * BR;
     let warp_row = warp::warp_id() * fragment::ROWS;
-    // SAFETY: the caller vouches for the buffers and the shared memory.
+    // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     let (policy, q, k, v, q_smem, k_smem, v_smem) = unsafe {
         (
             General::new(args, b, h),
@@ -140,7 +140,7 @@ pub unsafe fn flash_mma<
 
     // Normalise, store O and LSE.
     let to = Destination { b, h, first_row: warp.first_row };
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     unsafe {
         online::store::<T, C, COLUMN_TILES>(args, to, warp.acc_o, &warp.rows, &policy);
     };

@@ -202,7 +202,7 @@ pub unsafe fn flash_pipelined<
     // Load Q, and the first tile of K and V.
     let start = |task: Task| {
         let Task { b, h, first_row } = task;
-        // SAFETY: the caller vouches for the buffers and the shared memory.
+        // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
         let (q, kv, q_smem) = unsafe {
             let kv = KvStages::<T, D, BC, THREADS>::new(
                 Rows::new(&args.k, b, h, args.seq_k),
@@ -225,7 +225,7 @@ pub unsafe fn flash_pipelined<
     let shared = || SharedQueries::<T, Swizzled<D>>::new(q_smem, warp_row::<FRAGMENTS>());
 
     loop {
-        // SAFETY: the caller vouches for the mask.
+        // SAFETY: the mask is empty or `[B, Nk]`.
         let policy = unsafe { P::new(args, task.b, task.h) };
         let mut state = Warp::<T, P, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(
             policy,
@@ -255,7 +255,7 @@ pub unsafe fn flash_pipelined<
             if kv_tile + 1 < num_kv_tiles {
                 kv.start(kv_tile + 1, stage ^ 1);
             } else if opaque(thread::thread_idx_x()) == 0 {
-                // SAFETY: the caller vouches for the queue.
+                // SAFETY: the queue holds a word that is 0 before the launch.
                 let queue = unsafe { args.queue.view_mut::<u32>() };
                 // Asked for late: whoever asks early may keep a task that another block has
                 // time for. The answer comes while this tile is computed with. Each task asks
@@ -294,7 +294,7 @@ pub unsafe fn flash_pipelined<
                 let first_row = state.first_row + FRAGMENT as u32 * fragment::ROWS;
                 let to = Destination { b: task.b, h: task.h, first_row };
                 let (acc_o, rows) = (state.acc_o[FRAGMENT], &state.rows[FRAGMENT]);
-                // SAFETY: the caller vouches for the buffers.
+                // SAFETY: the buffers have the shapes that `args` says.
                 unsafe { online::store::<T, Ampere, COLUMN_TILES>(args, to, acc_o, rows, &policy) };
             }
         });

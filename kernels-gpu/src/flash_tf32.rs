@@ -173,7 +173,7 @@ pub unsafe fn flash_tf32<
     // Who am I.
     let Place { b, h, first_row, warp_row, part } =
         place::<HALVES, COLUMN_TILES, BR, FRAGMENTS>(args);
-    // SAFETY: the caller vouches for the buffers and the shared memory.
+    // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     let (policy, q, kv, q_smem) = unsafe {
         let kv = KvStages::<Half, HALVES, BC, THREADS>::new(
             Rows::new(&args.k.halves(), b, h, args.seq_k),
@@ -230,7 +230,7 @@ pub unsafe fn flash_tf32<
         if FRAGMENT < FRAGMENTS {
             let first_row = first_row + warp_row + FRAGMENT as u32 * fragment::ROWS;
             let (acc_o, rows) = (state.acc_o[FRAGMENT], &state.rows[FRAGMENT]);
-            // SAFETY: the caller vouches for the buffers.
+            // SAFETY: the buffers have the shapes that `args` says.
             unsafe {
                 store::<HALVES, COLUMN_TILES>(
                     args,
@@ -387,7 +387,7 @@ unsafe fn store<const HALVES: usize, const O: usize>(
     rows: &RowState,
     policy: &impl Policy,
 ) {
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     let (o, lse) = unsafe { (args.o.buffer.view_mut::<f32>(), args.lse.view_mut::<f32>()) };
     let (g, column) = fragment::row_and_column();
     let l_i = online::normalise(&mut acc_o, rows, policy, to.first_row + g);

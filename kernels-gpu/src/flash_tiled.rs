@@ -114,7 +114,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
     let (ty, tx) = (tid / COLUMN_THREADS, tid % COLUMN_THREADS);
     let (h, b) = (thread::block_idx_y(), thread::block_idx_z());
     let first_row = thread::block_idx_x() * BR;
-    // SAFETY: the caller vouches for the buffers and the shared memory.
+    // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     let (mask, q_smem, k_smem, v_smem, p_smem) = unsafe {
         let (q_len, kv_len) = (BR * pitch(D), BC * pitch(D));
         let bytes = size_of::<f32>() as u32;
@@ -128,7 +128,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
     };
 
     // Load Q.
-    // SAFETY: the caller vouches for the buffer.
+    // SAFETY: `q` is `[B, H, Nq, D]`.
     unsafe { load_tile::<T, D>(&args.q, b, h, first_row, args.seq_q, BR, q_smem) };
 
     let mut m_i = [f32::NEG_INFINITY; ROWS];
@@ -140,7 +140,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
         let first_key = tile * BC;
         // Hazard: the tile before may still be read while this one is written.
         thread::sync_threads();
-        // SAFETY: the caller vouches for the buffers.
+        // SAFETY: the buffers have the shapes that `args` says.
         unsafe {
             load_tile::<T, D>(&args.k, b, h, first_key, args.seq_k, BC, k_smem);
             load_tile::<T, D>(&args.v, b, h, first_key, args.seq_k, BC, v_smem);
@@ -220,7 +220,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
     }
 
     // Normalise, store O and LSE.
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     let (o, lse) = unsafe { (args.o.buffer.view_mut::<T>(), args.lse.view_mut::<f32>()) };
     unroll!(for R in 0..2 {
         // Each thread summed its own keys: the row's sum is over its eight threads.
@@ -261,7 +261,7 @@ unsafe fn load_tile<T: Scalar, const D: usize>(
     rows: u32,
     tile: Shared<f32>,
 ) {
-    // SAFETY: the caller vouches for the buffer.
+    // SAFETY: the tensor is `[B, H, N, D]`.
     let view = unsafe { tensor.buffer.view::<T>() };
     let head = tensor.head(b, h);
     for element in (thread::thread_idx_x()..rows * D as u32).step_by(THREADS as usize) {

@@ -52,7 +52,7 @@ impl<T: Memory> Matrix<T> {
     #[inline(always)]
     #[must_use]
     pub unsafe fn new(buffer: &Buffer, origin: u64, stride: u64, rows: u32, columns: u32) -> Self {
-        // SAFETY: the caller vouches for the buffer.
+        // SAFETY: the buffer holds the matrix.
         Self { view: unsafe { buffer.view::<T>() }, origin, stride, rows, columns }
     }
 
@@ -190,7 +190,7 @@ impl<T: Scalar> Biased<T> {
     #[inline(always)]
     #[must_use]
     pub unsafe fn new(buffer: &Buffer) -> Self {
-        // SAFETY: the caller vouches for the buffer.
+        // SAFETY: the buffer is empty or holds an element per column.
         Self { bias: (!buffer.is_empty()).then(|| unsafe { buffer.view::<T>() }) }
     }
 }
@@ -352,7 +352,7 @@ impl<T: Scalar> Product<T, Biased<T>> {
     pub unsafe fn linear(args: &LinearArgs) -> Self {
         let LinearArgs { x, w, bias, y, rows, in_features, out_features, .. } = *args;
         let (in_stride, out_stride) = (in_features as u64, out_features as u64);
-        // SAFETY: the caller vouches for the buffers.
+        // SAFETY: the buffers have the shapes that `args` says.
         unsafe {
             Self {
                 a: Matrix::new(&x, 0, in_stride, rows, in_features),

@@ -57,7 +57,7 @@ pub unsafe fn linear_naive<T: Scalar>(args: &LinearArgs) {
     if row >= args.rows || column >= args.out_features {
         return;
     }
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     let (x, w, y) = unsafe { (args.x.view::<T>(), args.w.view::<T>(), args.y.view_mut::<T>()) };
     let features = args.in_features as u64;
     let (x_row, w_row) = (row as u64 * features, column as u64 * features);
@@ -65,7 +65,7 @@ pub unsafe fn linear_naive<T: Scalar>(args: &LinearArgs) {
     for i in 0..features {
         acc = math::fma(x.read(x_row + i).to_f32(), w.read(w_row + i).to_f32(), acc);
     }
-    // SAFETY: the caller vouches for the buffer.
+    // SAFETY: the bias is empty or `[out]`.
     let bias = unsafe { Biased::<T>::new(&args.bias) };
     let value = bias.apply(acc, bias.column(column));
     y.write(row as u64 * args.out_features as u64 + column as u64, T::from_f32(value));
@@ -87,7 +87,7 @@ pub unsafe fn linear_naive<T: Scalar>(args: &LinearArgs) {
 /// The buffers of `args` must have these shapes.
 #[inline(always)]
 pub unsafe fn linear_tiled<T: Scalar>(args: &LinearArgs) {
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     let product = unsafe { Product::linear(args) };
     tiled::tile::<T, Transposed, Biased<T>>(
         &product,

@@ -73,7 +73,7 @@ pub unsafe fn linear_mma<T: Scalar, C: TensorCore<T>>(args: &LinearArgs) {
     let column_tiles = thread::grid_dim_y().max(1);
     let (row_tile, column_tile) = (block / column_tiles, block % column_tiles);
 
-    // SAFETY: the caller vouches for the buffers and the shared memory.
+    // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     unsafe {
         mma::tile::<T, C, Transposed, Biased<T>, { TILE as usize }, 4, 8>(
             &Product::linear(args),

@@ -63,7 +63,7 @@ pub(crate) unsafe fn dot<T: Scalar, const D: usize, const SPAN: usize>(
     (i, j): (u32, u32),
 ) -> f32 {
     const { assert!(D % SPAN == 0) };
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     let (q, k) = unsafe { (args.q.buffer.view::<T>(), args.k.buffer.view::<T>()) };
     let q_row = args.q.head(b, h) + i as u64 * args.q.stride_n;
     let k_row = args.k.head(b, h) + j as u64 * args.k.stride_n;
@@ -97,9 +97,9 @@ pub unsafe fn scores<T: Scalar, const D: usize>(args: &AttentionArgs) {
     if i >= args.seq_q || j >= args.seq_k {
         return;
     }
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     let (weights, mask) = unsafe { (args.weights.view_mut::<T>(), Mask::new(args, b)) };
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     let s = unsafe { dot::<T, D, D>(args, (b, h), (i, j)) };
     let s = if mask.sees(i, j) { s * args.scale_log2 } else { f32::NEG_INFINITY };
     weights.write(weight_index(args, b, h, i, j), T::from_f32(s / softmax::STORED_UNIT));
@@ -171,7 +171,7 @@ pub unsafe fn output<T: Scalar, const D: usize>(args: &AttentionArgs) {
     if i >= args.seq_q {
         return;
     }
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     let (weights, v, o) = unsafe {
         (args.weights.view::<T>(), args.v.buffer.view::<T>(), args.o.buffer.view_mut::<T>())
     };

@@ -90,7 +90,7 @@ pub const fn output_shared_bytes(columns: u32) -> u32 {
 unsafe fn weights_of<T: Scalar>(args: &AttentionArgs, b: u32, h: u32) -> Matrix<T> {
     let first = weight_index(args, b, h, 0, 0);
     let (rows, keys) = (args.seq_q, args.seq_k);
-    // SAFETY: the caller vouches for the buffer.
+    // SAFETY: `weights` is `[B, H, Nq, Nk]`.
     unsafe { Matrix::new(&args.weights, first, keys as u64, rows, keys) }
 }
 
@@ -106,7 +106,7 @@ unsafe fn scores_product<T: Scalar>(
     tile: u32,
 ) -> Option<Product<T, Scaled>> {
     let (b, h) = batch_and_head(args);
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     unsafe {
         let policy = General::new(args, b, h);
         if first_key >= policy::end_of_tile(&policy, first_row + tile, args.seq_q) {
@@ -133,7 +133,7 @@ unsafe fn output_product<T: Scalar>(
     tile: u32,
 ) -> Product<T, Plain> {
     let (b, h) = batch_and_head(args);
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     unsafe {
         let policy = General::new(args, b, h);
         let o = Matrix::of_head(&args.o, b, h, args.seq_q, args.head_dim);
@@ -166,7 +166,7 @@ unsafe fn output_product<T: Scalar>(
 #[inline(always)]
 pub unsafe fn scores<T: Scalar, C: TensorCore<T>>(args: &AttentionArgs) {
     let first = (thread::block_idx_y() * MMA_TILE, thread::block_idx_x() * MMA_TILE);
-    // SAFETY: the caller vouches for the buffers and the shared memory.
+    // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     unsafe {
         if let Some(product) = scores_product::<T>(args, first, MMA_TILE) {
             mma::tile::<T, C, Transposed, Scaled, { MMA_TILE as usize }, 4, 8>(
@@ -183,7 +183,7 @@ pub unsafe fn scores<T: Scalar, C: TensorCore<T>>(args: &AttentionArgs) {
 #[inline(always)]
 pub unsafe fn scores_tiled<T: Scalar>(args: &AttentionArgs) {
     let first = (thread::block_idx_y() * TILED_TILE, thread::block_idx_x() * TILED_TILE);
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     if let Some(product) = unsafe { scores_product::<T>(args, first, TILED_TILE) } {
         tiled::tile::<T, Transposed, Scaled>(&product, first.0, first.1);
     }
@@ -215,7 +215,7 @@ pub unsafe fn output<
 ) {
     let first_row = thread::block_idx_x() * MMA_TILE;
     let first_column = thread::block_idx_y() * COLUMNS as u32;
-    // SAFETY: the caller vouches for the buffers and the shared memory.
+    // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     unsafe {
         mma::tile::<T, C, AsStored, Plain, COLUMNS, M_TILES, N_TILES>(
             &output_product(args, first_row, MMA_TILE),
@@ -233,7 +233,7 @@ pub unsafe fn output<
 pub unsafe fn output_tiled<T: Scalar>(args: &AttentionArgs) {
     let first_row = thread::block_idx_x() * TILED_TILE;
     let first_column = thread::block_idx_y() * TILED_TILE;
-    // SAFETY: the caller vouches for the buffers.
+    // SAFETY: the buffers have the shapes that `args` says.
     let product = unsafe { output_product::<T>(args, first_row, TILED_TILE) };
     tiled::tile::<T, AsStored, Plain>(&product, first_row, first_column);
 }

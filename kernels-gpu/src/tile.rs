@@ -42,7 +42,7 @@ impl<T: Memory> Rows<T> {
     /// of 16 bytes.
     #[inline(always)]
     pub unsafe fn new(tensor: &Tensor, b: u32, h: u32, seq: u32) -> Self {
-        // SAFETY: the caller vouches for the buffer.
+        // SAFETY: the tensor is `[B, H, N, D]`.
         let view = unsafe { tensor.buffer.view::<T>() };
         Self { head: view.skip(tensor.head(b, h)), stride: tensor.stride_n, seq }
     }

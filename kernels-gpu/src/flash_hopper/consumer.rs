@@ -478,7 +478,7 @@ where
     /// The policy for a task's head.
     #[inline(always)]
     pub(super) fn policy(&self, task: Task) -> P {
-        // SAFETY: whoever launches vouches for the mask, `[B, Nk]`.
+        // SAFETY: the mask is empty or `[B, Nk]`.
         unsafe { P::new(self.args, task.b, task.h) }
     }
 

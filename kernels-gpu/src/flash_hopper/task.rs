@@ -29,7 +29,7 @@ impl Task {
     pub unsafe fn of<P: Policy>(args: &AttentionArgs, tiles: Tiles, work: Work) -> Self {
         let first_row = work.q_tile * tiles.rows();
         let (b, h) = schedule::divide(work.head, args.heads);
-        // SAFETY: the caller vouches for the mask.
+        // SAFETY: the mask is empty or `[B, Nk]`.
         let policy = unsafe { P::new(args, b, h) };
         let end = policy::end_of_tile(&policy, first_row + tiles.rows(), args.seq_q);
         let num_kv_tiles = end.div_ceil(tiles.keys);

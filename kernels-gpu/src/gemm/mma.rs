@@ -129,7 +129,7 @@ pub unsafe fn tile<
     let warp_column = warp % warps_side_by_side * warp_columns;
     let a_origin = fragment::a_origin::<ByTerms>(warp_row);
     let b_origin = R::origin::<BN>(warp_column);
-    // SAFETY: the caller vouches for the shared memory.
+    // SAFETY: the launch gives the shared memory.
     let (a_stages, b_stages) = unsafe {
         (
             Shared::<T>::dynamic(0, STAGES * a_len),
