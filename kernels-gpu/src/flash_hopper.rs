@@ -109,6 +109,15 @@ use tiles::{OUTPUT_ROWS, output_bytes, tile_bytes};
 pub type HopperArgs = WithMaps<AttentionArgs, 4>;
 type HopperMaps = Maps<4>;
 
+/// Registers of a thread of each warpgroup, the producer's first: with two consumers, and with
+/// three.
+const OF_TWO: [u32; 3] = [40, 232, 232];
+const OF_THREE: [u32; 4] = [32, 160, 160, 160];
+const _: () = assert!(
+    warpgroup::registers_suffice(&OF_TWO) && warpgroup::registers_suffice(&OF_THREE),
+    "consumers would wait for registers that nobody gives back"
+);
+
 /// Flash attention forward by warp specialisation.
 ///
 /// # Layout
@@ -188,9 +197,9 @@ pub unsafe fn flash_hopper<
 
     if warpgroup == 0 {
         if CONSUMERS == 3 {
-            warpgroup::decrease_registers::<32>();
+            warpgroup::decrease_registers::<{ OF_THREE[0] }>();
         } else {
-            warpgroup::decrease_registers::<40>();
+            warpgroup::decrease_registers::<{ OF_TWO[0] }>();
         }
         if thread::thread_idx_x() == 0 {
             // SAFETY: the maps and the buffers have the shapes stated above.
@@ -200,9 +209,9 @@ pub unsafe fn flash_hopper<
     }
 
     if CONSUMERS == 3 {
-        warpgroup::increase_registers::<160>();
+        warpgroup::increase_registers::<{ OF_THREE[1] }>();
     } else {
-        warpgroup::increase_registers::<232>();
+        warpgroup::increase_registers::<{ OF_TWO[1] }>();
     }
     let own_rows = (warpgroup - 1) * CONSUMER_ROWS;
     let warp_rows = own_rows + warpgroup::thread_id() / warp::LANES * OUTPUT_ROWS;

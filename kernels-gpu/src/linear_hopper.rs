@@ -85,6 +85,12 @@ pub const ROWS: u32 = CONSUMERS * CONSUMER_ROWS;
 pub const CLUSTER: u32 = 2;
 /// Threads of a block.
 pub const THREADS: u32 = (1 + CONSUMERS) * warpgroup::THREADS;
+/// Registers of a thread of each warpgroup, the producer's first.
+const REGISTERS: [u32; 1 + CONSUMERS as usize] = [40, 232, 232];
+const _: () = assert!(
+    warpgroup::registers_suffice(&REGISTERS),
+    "consumers would wait for registers that nobody gives back"
+);
 /// Stages of the ring.
 const STAGES: u32 = 4;
 /// Input features of a slice: a row of a chunk.
@@ -261,14 +267,14 @@ pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const
 
     let tiles = Tiles::of_this_cluster(args, tile);
     if warpgroup == 0 {
-        warpgroup::decrease_registers::<40>();
+        warpgroup::decrease_registers::<{ REGISTERS[0] }>();
         if thread::thread_idx_x() == 0 {
             // SAFETY: the maps have the shapes stated above.
             unsafe { produce(args, maps, tile, tiles, smem, ring) };
         }
         return;
     }
-    warpgroup::increase_registers::<232>();
+    warpgroup::increase_registers::<{ REGISTERS[1] }>();
     let own_rows = (warpgroup - 1) * CONSUMER_ROWS;
     let x = Descriptor::k_major(smem + own_rows * CHUNK_ROW_BYTES);
     let w = Descriptor::k_major(smem + tile.w());

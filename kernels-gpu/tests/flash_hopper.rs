@@ -1,6 +1,8 @@
 //! flash_hopper on the emulator, against attention computed directly in f64: tails,
 //! causal, padding masks, dropout, strides, every head dim.
 
+mod common;
+
 use approx::abs_diff_eq;
 use half::{bf16, f16};
 use kernels_gpu::{
@@ -174,7 +176,8 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
     let address = std::ptr::from_ref(&args) as usize;
     // SAFETY: the arguments describe buffers that outlive the launch.
     let kernel = || unsafe { (entry.run)(address as *const _) };
-    emulator::launch(launch, &kernel).unwrap_or_else(|fault| panic!("{symbol}: {fault}"));
+    emulator::launch_with(launch, &common::options(), &kernel)
+        .unwrap_or_else(|fault| panic!("{symbol}: {fault}"));
     assert_eq!(queue, [0; QUEUE_WORDS as usize], "{symbol} leaves the queues as they were");
 
     let (mut worst_o, mut worst_lse) = (0.0f64, 0.0f64);

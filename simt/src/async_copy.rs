@@ -9,7 +9,7 @@
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::{SyncKind, current};
+use crate::emulator::{SyncKind, current, global_memory::GlobalAccess};
 use crate::{global::Global, memory::Memory, shared::Shared};
 
 /// Bytes of a copy.
@@ -41,7 +41,7 @@ pub fn copy_or_zero<T: Memory>(
     #[cfg(not(target_arch = "nvptx64"))]
     {
         let at = Location::caller();
-        let address = inside.then(|| source.check::<[u32; 4]>(from, "read", at));
+        let address = inside.then(|| source.check::<[u32; 4]>(from, GlobalAccess::Read, at));
         current::checked(|b| {
             tile.check::<[u32; 4]>(b, to, "asynchronous copy", at)?;
             b.copy_async(tile.address_of(to), address, at)

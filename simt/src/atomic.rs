@@ -11,7 +11,7 @@ use std::{
 };
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::current;
+use crate::emulator::{current, global_memory::GlobalAccess};
 use crate::{global::GlobalMut, shared::Shared};
 
 macro_rules! atomic {
@@ -64,7 +64,8 @@ macro_rules! atomic {
             }
             #[cfg(not(target_arch = "nvptx64"))]
             {
-                let word = view.as_global().check::<$type>(index, "write", Location::caller());
+                let word = view.as_global().check::<$type>(
+                    index, GlobalAccess::Atomic, Location::caller());
                 // SAFETY: the address is checked, and other blocks access it atomically too.
                 let word = unsafe { AtomicU32::from_ptr(word as *mut u32) };
                 let apply = |old: u32| $apply(<$type>::from_ne_bytes(old.to_ne_bytes()), value);

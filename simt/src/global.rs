@@ -7,7 +7,7 @@ use core::marker::PhantomData;
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::{FaultKind, current};
+use crate::emulator::{FaultKind, current, global_memory::GlobalAccess};
 use crate::memory::Memory;
 
 /// A view of `len` elements of global memory, for reading.
@@ -17,7 +17,8 @@ pub struct Global<T> {
     element: PhantomData<T>,
 }
 
-/// A view of `len` elements of global memory, for reading and writing.
+/// A view of `len` elements of global memory, for reading and writing. Two threads that nothing
+/// orders may not write the same element, not even the same value.
 pub struct GlobalMut<T>(Global<T>);
 
 impl<T> Clone for Global<T> {
@@ -99,7 +100,7 @@ impl<T: Memory> Global<T> {
         }
         #[cfg(not(target_arch = "nvptx64"))]
         {
-            let from = self.check::<V>(index, "read", Location::caller()) as *const V;
+            let from = self.check::<V>(index, GlobalAccess::Read, Location::caller()) as *const V;
             // SAFETY: bounds and alignment are checked; the maker vouches for the rest.
             unsafe { from.read() }
         }
@@ -111,9 +112,10 @@ impl<T: Memory> Global<T> {
     pub(crate) fn check<V: Memory>(
         self,
         index: u64,
-        what: &'static str,
+        kind: GlobalAccess,
         at: &'static Location<'static>,
     ) -> u64 {
+        let what = kind.name();
         let (size, bytes) = (u64::from(T::BYTES), u64::from(V::BYTES));
         let address = self.address_of(index);
         // In units of the access, so that nothing can overflow.
@@ -132,13 +134,7 @@ impl<T: Memory> Global<T> {
                 this,
             });
         }
-        current::with(|b| {
-            b.progress();
-            match what {
-                "read" => b.stats.global_bytes_read += bytes,
-                _ => b.stats.global_bytes_written += bytes,
-            }
-        });
+        current::checked(|b| b.access_global(kind, address, bytes, at));
         address
     }
 }
@@ -209,7 +205,7 @@ impl<T: Memory> GlobalMut<T> {
         }
         #[cfg(not(target_arch = "nvptx64"))]
         {
-            let to = self.0.check::<V>(index, "write", Location::caller()) as *mut V;
+            let to = self.0.check::<V>(index, GlobalAccess::Write, Location::caller()) as *mut V;
             // SAFETY: bounds and alignment are checked; the maker vouches for the rest.
             unsafe { to.write(value) };
         }

@@ -39,6 +39,19 @@ pub const fn registers_at_launch(threads: u32) -> u32 {
     (if fair < most { fair } else { most }) / 8 * 8
 }
 
+/// Whether the registers of a block, with a multiprocessor to itself, suffice for so many a thread
+/// of each of its warpgroups. If not, [`increase_registers`] waits for ever.
+#[must_use]
+pub const fn registers_suffice(of_warpgroups: &[u32]) -> bool {
+    let count = of_warpgroups.len() as u32;
+    let (mut sum, mut group) = (0, 0);
+    while group < of_warpgroups.len() {
+        sum += of_warpgroups[group];
+        group += 1;
+    }
+    sum <= count * registers_at_launch(count * THREADS)
+}
+
 /// Gives registers back until each thread of this warpgroup has `N`: a multiple of 8
 /// from 24 to 256. All its warps call it, and the kernel has launch bounds.
 #[inline(always)]

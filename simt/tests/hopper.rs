@@ -709,6 +709,9 @@ fn registers(gives: bool, by_warp: bool) -> impl Fn() + Sync {
 #[test]
 fn registers_that_nobody_gives_back_are_waited_for_in_vain() {
     assert_eq!(warpgroup::registers_at_launch(384), 168);
+    assert!(warpgroup::registers_suffice(&[40, 232, 232]));
+    assert!(!warpgroup::registers_suffice(&[168, 232, 232]));
+    assert!(!warpgroup::registers_suffice(&[32, 160, 160, 168]));
     for seed in SEEDS {
         let options = Options::seeded(seed);
         try_launch_with(&options, 384, registers(true, false))

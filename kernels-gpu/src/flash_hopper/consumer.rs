@@ -113,7 +113,7 @@ where
                 let own_tiles = self.own_tiles(task);
                 if own_tiles == 0 {
                     self.store_nothing(task);
-                    // First, since the last V comes after the next task's Q.
+                    // First, so that the next task's Q may come while the tiles pass.
                     self.release_q();
                     self.q_stage.advance();
                     self.pass_tiles(task.num_kv_tiles);
@@ -447,9 +447,9 @@ where
     /// Starts products when it is this consumer's turn.
     #[inline(always)]
     fn in_turn(&mut self, start: impl FnOnce(&mut Self)) {
-        // Not for a hazard: products of both consumers that start together end together, and
-        // then nothing runs beside the softmax. In turn, each one's runs beside the other's
-        // products.
+        // Products of both consumers that start together end together, and then nothing runs
+        // beside the softmax. In turn, each one's runs beside the other's products. The barrier
+        // also gathers this consumer's warps, which `pass_tiles` relies on.
         if TURNS {
             Own::of(self.own_rows).await_other();
         }

@@ -1,6 +1,8 @@
 //! Launches on the emulator, and the references in f64.
 #![allow(dead_code, reason = "each test file uses some of these")]
 
+use std::{cell::RefCell, env};
+
 use approx::abs_diff_eq;
 use kernels_gpu::{
     args::{AttentionArgs, Buffer, DropoutArgs, LinearArgs, Tensor},
@@ -8,9 +10,39 @@ use kernels_gpu::{
 };
 use simt::{
     Dim3,
-    emulator::{self, Launch, Stats},
+    emulator::{self, Fault, Launch, Options, Stats},
     scalar::Scalar,
 };
+
+thread_local! {
+    static OPTIONS: RefCell<Option<Options>> = const { RefCell::new(None) };
+}
+
+/// Seeds of the tests that go through several; in CI, which sets `SIMT_SEEDS`, more.
+pub fn seeds() -> std::ops::Range<u64> {
+    0..number("SIMT_SEEDS").unwrap_or(3)
+}
+
+/// How this thread's launches run: as [`with_options`] says, or with the seed in `SIMT_SEED`,
+/// which repeats what a fault reports.
+pub fn options() -> Options {
+    OPTIONS
+        .with_borrow(Clone::clone)
+        .unwrap_or_else(|| Options::seeded(number("SIMT_SEED").unwrap_or(0)))
+}
+
+fn number(variable: &str) -> Option<u64> {
+    let text = env::var(variable).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{variable} is {text:?}, not a number")))
+}
+
+/// Runs `f` with the launches of this thread as `options` say.
+pub fn with_options<R>(options: Options, f: impl FnOnce() -> R) -> R {
+    let before = OPTIONS.replace(Some(options));
+    let result = f();
+    OPTIONS.set(before);
+    result
+}
 
 /// The memory behind a slice.
 pub fn buffer<T>(data: &[T]) -> Buffer {
@@ -24,6 +56,18 @@ pub fn buffer_mut<T>(data: &mut [T]) -> Buffer {
 
 /// Runs an entry; the test fails with the fault's text.
 pub fn run<A>(symbol: &str, grid: Dim3, block: Dim3, shared_bytes: u32, args: &A) -> Stats {
+    try_run(symbol, grid, block, shared_bytes, args)
+        .unwrap_or_else(|fault| panic!("{symbol}: {fault}"))
+}
+
+/// Runs an entry.
+pub fn try_run<A>(
+    symbol: &str,
+    grid: Dim3,
+    block: Dim3,
+    shared_bytes: u32,
+    args: &A,
+) -> Result<Stats, Fault> {
     let entry = kernels_gpu::find(symbol).unwrap_or_else(|| panic!("no entry {symbol}"));
     assert_eq!(u64::from(entry.threads), block.count(), "{symbol}: threads of a block");
     assert_eq!(entry.args_bytes, size_of::<A>(), "{symbol}: arguments");
@@ -31,7 +75,7 @@ pub fn run<A>(symbol: &str, grid: Dim3, block: Dim3, shared_bytes: u32, args: &A
     // SAFETY: the arguments describe buffers that outlive the launch.
     let kernel = || unsafe { (entry.run)(address as *const _) };
     let launch = Launch { grid, block, cluster: entry.cluster, shared_bytes };
-    emulator::launch(launch, &kernel).unwrap_or_else(|fault| panic!("{symbol}: {fault}"))
+    emulator::launch_with(launch, &options(), &kernel)
 }
 
 /// Deterministic values in [-1, 1), rounded to `T`.
@@ -89,6 +133,18 @@ pub fn check_linear<T: Scalar>(
         let close = abs_diff_eq!(y, expected, epsilon = bound);
         assert!(close, "y[{r}, {c}] is {y}, not {expected} within {bound}");
     }
+}
+
+/// The tensors of an attention problem.
+pub struct Problem<T> {
+    pub q: Vec<T>,
+    pub k: Vec<T>,
+    pub v: Vec<T>,
+    pub o: Vec<T>,
+    pub lse: Vec<f32>,
+    pub weights: Vec<T>,
+    pub mask: Vec<u8>,
+    pub drops: DropoutArgs,
 }
 
 /// An attention problem of the tests.
@@ -163,8 +219,8 @@ impl Case {
         first.chain(keys.map(|j| u8::from(j % 3 == 1))).collect()
     }
 
-    /// Runs `launch` on this problem and compares with attention computed in f64.
-    pub fn check<T: Scalar>(&self, launch: impl Fn(&AttentionArgs) -> Stats) -> Stats {
+    /// The tensors of this problem, outputs of NaN.
+    pub fn problem<T: Scalar>(&self) -> Problem<T> {
         let scaled = |seq, seed| -> Vec<T> {
             let values = values::<T>(self.elements(seq), seed);
             values.iter().map(|x| T::from_f32(x.to_f32() * self.size)).collect()
@@ -173,41 +229,58 @@ impl Case {
         // A mean that is not zero, so that a lost or doubled weight shows.
         let v = values::<T>(self.elements(self.seq_k), 3);
         let v: Vec<T> = v.iter().map(|x| T::from_f32(x.to_f32() + 0.5)).collect();
-        let mut o = vec![T::from_f32(f32::NAN); q.len()];
-        let mut lse = vec![f32::NAN; (self.batch() * self.heads * self.seq_q) as usize];
         let weights = (self.batch() * self.heads * self.seq_q * self.seq_k) as usize;
-        let mut weights = vec![T::from_f32(f32::NAN); weights];
-        let mask = self.padding_mask();
-        let drops = DropoutArgs {
-            seed: 0x0123_4567_89ab_cdef,
-            threshold: dropout::threshold(self.dropout),
-            rescale: 1.0 / (1.0 - self.dropout),
-        };
-        let stats = launch(&AttentionArgs {
-            q: self.tensor(&q, self.seq_q),
-            k: self.tensor(&k, self.seq_k),
-            v: self.tensor(&v, self.seq_k),
-            o: self.tensor(&o, self.seq_q),
-            lse: buffer_mut(&mut lse),
-            mask: buffer(&mask),
-            weights: buffer_mut(&mut weights),
+        Problem {
+            o: vec![T::from_f32(f32::NAN); q.len()],
+            lse: vec![f32::NAN; (self.batch() * self.heads * self.seq_q) as usize],
+            weights: vec![T::from_f32(f32::NAN); weights],
+            mask: self.padding_mask(),
+            drops: DropoutArgs {
+                seed: 0x0123_4567_89ab_cdef,
+                threshold: dropout::threshold(self.dropout),
+                rescale: 1.0 / (1.0 - self.dropout),
+            },
+            q,
+            k,
+            v,
+        }
+    }
+
+    /// What a kernel is given for this problem.
+    pub fn args<T: Scalar>(&self, problem: &mut Problem<T>) -> AttentionArgs {
+        AttentionArgs {
+            q: self.tensor(&problem.q, self.seq_q),
+            k: self.tensor(&problem.k, self.seq_k),
+            v: self.tensor(&problem.v, self.seq_k),
+            o: self.tensor(&problem.o, self.seq_q),
+            lse: buffer_mut(&mut problem.lse),
+            mask: buffer(&problem.mask),
+            weights: buffer_mut(&mut problem.weights),
             batch: self.batch(),
             heads: self.heads,
             seq_q: self.seq_q,
             seq_k: self.seq_k,
             scale_log2: std::f32::consts::LOG2_E / (self.d as f32).sqrt(),
             causal: self.causal.into(),
-            dropout: drops,
+            dropout: problem.drops,
             head_dim: self.d,
             scale: 1.0 / (self.d as f32).sqrt(),
             ..AttentionArgs::default()
-        });
+        }
+    }
+
+    /// Runs `launch` on this problem and compares with attention computed in f64.
+    pub fn check<T: Scalar>(&self, launch: impl Fn(&AttentionArgs) -> Stats) -> Stats {
+        let mut problem = self.problem::<T>();
+        let args = self.args(&mut problem);
+        let stats = launch(&args);
+        let Problem { q, k, v, o, lse, mask, drops, .. } = &mut problem;
         // `o` is read again only now that the kernel has written it.
-        let o = std::hint::black_box(&mut o);
+        let o = std::hint::black_box(o);
         for b in 0..self.batch() {
             for h in 0..self.heads {
                 for i in 0..self.seq_q {
-                    let q_row = self.row(&q, self.seq_q, b, h, i);
+                    let q_row = self.row(q, self.seq_q, b, h, i);
                     let o_row = self.row(o, self.seq_q, b, h, i);
                     let lse = lse[((b * self.heads + h) * self.seq_q + i) as usize];
                     let sees = |j: u32| {
@@ -216,10 +289,10 @@ impl Case {
                     };
                     self.check_row::<T>(
                         &q_row,
-                        |j| self.row(&k, self.seq_k, b, h, j),
-                        |j| self.row(&v, self.seq_k, b, h, j),
+                        |j| self.row(k, self.seq_k, b, h, j),
+                        |j| self.row(v, self.seq_k, b, h, j),
                         sees,
-                        |j| drops.threshold == 0 || dropout::keeps(&drops, b, h, i, j),
+                        |j| drops.threshold == 0 || dropout::keeps(drops, b, h, i, j),
                         &o_row,
                         f64::from(lse),
                         &format!("{self:?} b {b} h {h} row {i}"),

@@ -8,6 +8,7 @@ use super::{
     clock::Time,
     copies::Copy,
     fault::{FaultKind, Place},
+    global_memory::GlobalAccess,
     options::SyncKind,
     shadow::{Access, window},
 };
@@ -162,6 +163,50 @@ impl Block {
                 len: self.shared.len().into(),
                 this: self.site(at),
             });
+        }
+        Ok(())
+    }
+
+    /// Checks, records and counts an access to global memory by the current lane.
+    #[inline]
+    pub fn access_global(
+        &mut self,
+        kind: GlobalAccess,
+        address: u64,
+        bytes: u64,
+        at: Place,
+    ) -> Result<(), FaultKind> {
+        match kind {
+            GlobalAccess::Read => self.stats.global_bytes_read += bytes,
+            _ => self.stats.global_bytes_written += bytes,
+        }
+        self.count_step(Some(at))?;
+        if !self.options.checks.global_races {
+            if kind != GlobalAccess::Atomic {
+                self.progress();
+            }
+            return Ok(());
+        }
+        let by = access(&self.lanes, self.current, self.time, at);
+        if self.global.access(kind, address, bytes, by)? {
+            self.progress();
+        }
+        Ok(())
+    }
+
+    /// Checks and records an access to global memory by an agent that the current lane starts.
+    pub(super) fn access_global_as(
+        &mut self,
+        kind: GlobalAccess,
+        address: u64,
+        bytes: u64,
+        by: Access<'_>,
+    ) -> Result<(), FaultKind> {
+        if self.options.checks.global_races
+            && bytes > 0
+            && self.global.access(kind, address, bytes, by)?
+        {
+            self.progress();
         }
         Ok(())
     }

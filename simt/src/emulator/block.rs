@@ -15,6 +15,7 @@ use super::{
     collectives::Collective,
     copies::Copies,
     fault::{FaultKind, Place, Site},
+    global_memory::GlobalMemory,
     lanes::LaneYielder,
     mbarriers::Mbarriers,
     options::{Alteration, SyncKind, SyncSite},
@@ -85,6 +86,7 @@ pub(crate) struct Block {
     /// Whether `options` has something to do with synchronisations.
     watches_sites: bool,
     pub shared: SharedMemory,
+    pub(super) global: GlobalMemory,
     pub stats: Stats,
     pub time: Time,
     pub mbarriers: Mbarriers,
@@ -128,6 +130,7 @@ impl Block {
             options: Options::default(),
             watches_sites: false,
             shared: SharedMemory::new(),
+            global: GlobalMemory::default(),
             stats: Stats::default(),
             time: 1,
             mbarriers: Mbarriers::default(),
@@ -167,6 +170,7 @@ impl Block {
         // The stamp of a copy that never landed would outlive its block.
         if self.copies.reset(threads) || self.time > Time::MAX / 2 {
             self.shared.clear();
+            self.global.clear();
             self.time = 1;
         }
         // Time goes on from block to block, so that the record of shared memory need
@@ -175,6 +179,7 @@ impl Block {
         self.time = begin;
         let warps = (launch.block.count() as usize).div_ceil(32);
         self.shared.reset(launch.cluster, warps, launch.shared_bytes, begin);
+        self.global.reset(begin, warps * launch.cluster as usize);
         self.dynamic_shared_bytes = launch.shared_bytes;
         self.statics.clear();
         self.stats = Stats::default();

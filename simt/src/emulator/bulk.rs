@@ -10,6 +10,7 @@ use super::{
     clock::{Agent, Clock, Time},
     current,
     fault::{FaultKind, Place, Site},
+    global_memory::GlobalAccess,
     options::SyncKind,
     shadow::{Access, window},
     tensor_map::{Element, TensorMapSpec},
@@ -264,6 +265,17 @@ pub(crate) fn load_multicast(
             let lane = Agent::mbarrier(index).lane();
             let by = Access { lane, now, clock: &clock, location: at };
             b.shared.write(destination, map.box_bytes(), by)?;
+            if destinations.is_empty() {
+                // Read once, for all blocks.
+                let mut read = Ok(());
+                map.for_each_unit(&coordinates, |_, address, valid| {
+                    if read.is_ok() {
+                        let bytes = valid.into();
+                        read = b.access_global_as(GlobalAccess::Read, address, bytes, by);
+                    }
+                });
+                read?;
+            }
             b.stats.shared_bytes_written += u64::from(map.box_bytes());
             b.reach_as(lane, rank as usize, now, at)?;
             destinations.push((destination, index));
@@ -293,11 +305,18 @@ fn write(write: Write, map: u64, coordinates: [u32; 4], source: u32, at: Place) 
         let agent = Agent::store(lane).lane();
         // What lies outside of the tensor is not stored, and need not have been written.
         let mut read = Ok(());
-        map.for_each_unit(&coordinates, |offset, _, valid| {
+        let kind = match write {
+            Write::Replace => GlobalAccess::Write,
+            Write::Add => GlobalAccess::Atomic,
+        };
+        map.for_each_unit(&coordinates, |offset, address, valid| {
             if valid > 0 && read.is_ok() {
                 let by = Access { lane: agent, now, clock, location: at };
                 let fenced = |lane: u16| fenced(&b.lanes, threads, rank, clock, lane);
                 read = b.shared.read_async(source + map.swizzled(offset), valid, by, fenced);
+                if read.is_ok() {
+                    read = b.access_global_as(kind, address, valid.into(), by);
+                }
             }
         });
         read?;

@@ -9,10 +9,11 @@ use std::{
 use corosensei::{Coroutine, CoroutineResult, Yielder, stack::DefaultStack};
 
 use super::{
-    Launch, Options, Stats,
+    Stats,
     block::Block,
     current,
     fault::{Fault, FaultKind, Site},
+    launch::Run,
     schedule::{Next, Schedule},
 };
 use crate::Dim3;
@@ -50,27 +51,16 @@ impl Engine {
     }
 
     /// Runs cluster `index` to its end.
-    pub fn run_block(
-        &mut self,
-        launch: Launch,
-        options: &Options,
-        index: u64,
-        kernel: &(dyn Fn() + Sync),
-    ) -> Result<Stats, Box<Fault>> {
-        self.start(launch, options, index, kernel)?;
-        while !self.step()? {}
+    pub fn run_block(&mut self, run: &Run<'_>, index: u64) -> Result<Stats, Box<Fault>> {
+        self.start(run, index)?;
+        while !self.step(run)? {}
         Ok(self.block.stats)
     }
 
     /// Gets ready to run cluster `index`, which [`step`](Self::step) then does. The kernel must
     /// outlive the last step.
-    pub fn start(
-        &mut self,
-        launch: Launch,
-        options: &Options,
-        index: u64,
-        kernel: &(dyn Fn() + Sync),
-    ) -> Result<(), Box<Fault>> {
+    pub fn start(&mut self, run: &Run<'_>, index: u64) -> Result<(), Box<Fault>> {
+        let &Run { launch, options, kernel, .. } = run;
         self.seed = options.seed;
         self.first_block = launch.grid.unravel(index * u64::from(launch.cluster));
         self.schedule = Schedule::new(options.seed, index);
@@ -93,10 +83,16 @@ impl Engine {
     }
 
     /// One choice of the schedule. True when the cluster has ended; its stats are then there.
-    pub fn step(&mut self) -> Result<bool, Box<Fault>> {
+    pub fn step(&mut self, run: &Run<'_>) -> Result<bool, Box<Fault>> {
         let entered = current::Entered::new(&mut self.block);
-        let result = self.take_step();
+        let mut result = self.take_step();
         drop(entered);
+        if let Ok(true) = result
+            && run.options.checks.global_races
+            && self.block.blocks() as u64 != run.launch.grid.count()
+        {
+            result = run.between.add(&self.block.global, self.first_block).map(|()| true);
+        }
         result.map_err(|kind| {
             // Suspended lanes stand in the middle of the kernel: they are of no use.
             self.lanes.clear();

@@ -8,12 +8,22 @@ use std::{
 
 use rayon::prelude::*;
 
-use super::{Fault, Launch, Options, Stats, lanes::Engine, schedule::Random};
+use super::{
+    Fault, Launch, Options, Stats, global_memory::BetweenBlocks, lanes::Engine, schedule::Random,
+};
 
 thread_local! {
     /// Block engines of this worker thread, with their pools of lanes: one, and as many as a
     /// launch with a seed runs in turn.
     static ENGINES: RefCell<Vec<Engine>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What the clusters of a launch have in common.
+pub(super) struct Run<'a> {
+    pub launch: Launch,
+    pub options: &'a Options,
+    pub between: &'a BetweenBlocks,
+    pub kernel: &'a (dyn Fn() + Sync),
 }
 
 /// Clusters that a launch with a seed has under way at a time.
@@ -43,21 +53,14 @@ pub fn launch_with(
         return Err(Fault::launch(reason));
     }
     let clusters = launch.grid.count() / u64::from(launch.cluster);
-    let result = if options.seed == 0 {
-        side_by_side(launch, options, clusters, kernel)
-    } else {
-        in_turn(launch, options, clusters, kernel)
-    };
+    let run = &Run { launch, options, between: &BetweenBlocks::default(), kernel };
+    let result =
+        if options.seed == 0 { side_by_side(run, clusters) } else { in_turn(run, clusters) };
     result.map_err(|fault| *fault)
 }
 
 /// Runs clusters on all cores.
-fn side_by_side(
-    launch: Launch,
-    options: &Options,
-    clusters: u64,
-    kernel: &(dyn Fn() + Sync),
-) -> Result<Stats, Box<Fault>> {
+fn side_by_side(run: &Run<'_>, clusters: u64) -> Result<Stats, Box<Fault>> {
     // The least index of a cluster that failed; those after it need not run.
     let failed = AtomicU64::new(u64::MAX);
     let (stats, fault) = (0..clusters)
@@ -71,7 +74,7 @@ fn side_by_side(
                 if engines.is_empty() {
                     engines.push(Engine::new());
                 }
-                engines[0].run_block(launch, options, index, kernel)
+                engines[0].run_block(run, index)
             });
             match result {
                 Ok(stats) => (stats, None),
@@ -96,13 +99,8 @@ fn side_by_side(
 }
 
 /// Runs clusters on this core, a few at a time, in the order that the seed chooses.
-fn in_turn(
-    launch: Launch,
-    options: &Options,
-    clusters: u64,
-    kernel: &(dyn Fn() + Sync),
-) -> Result<Stats, Box<Fault>> {
-    let mut random = Random::new(options.seed, u64::MAX);
+fn in_turn(run: &Run<'_>, clusters: u64) -> Result<Stats, Box<Fault>> {
+    let mut random = Random::new(run.options.seed, u64::MAX);
     let mut waiting: Vec<u64> = (0..clusters).collect();
     let mut idle = ENGINES.take();
     while idle.len() < RESIDENT.min(waiting.len()) {
@@ -110,13 +108,13 @@ fn in_turn(
     }
     let mut running: Vec<Engine> = Vec::new();
     let mut stats = Stats::default();
-    let mut run = || loop {
+    let mut all = || loop {
         while running.len() < RESIDENT
             && !waiting.is_empty()
             && let Some(mut engine) = idle.pop()
         {
             let index = waiting.swap_remove(random.below(waiting.len()));
-            let started = engine.start(launch, options, index, kernel);
+            let started = engine.start(run, index);
             running.push(engine);
             started?;
         }
@@ -125,14 +123,14 @@ fn in_turn(
         }
         let turn = random.below(running.len());
         for _ in 0..=random.below(TURN) {
-            if running[turn].step()? {
+            if running[turn].step(run)? {
                 stats += running[turn].stats();
                 idle.push(running.swap_remove(turn));
                 break;
             }
         }
     };
-    let result = run();
+    let result = all();
     // Lanes of a cluster that has not ended stand in the middle of the kernel.
     running.iter_mut().for_each(Engine::abandon);
     idle.append(&mut running);

@@ -8,11 +8,13 @@
 //! who read it, and by the clocks that say which accesses are ordered.
 //!
 //! What is reported, each as a [`Fault`] with the kernel's source line: races on shared
-//! memory, reads of shared memory that nothing wrote, accesses out of bounds or
+//! and on global memory, reads of shared memory that nothing wrote, accesses out of bounds or
 //! misaligned (shared and global), accesses to where an asynchronous copy has not landed,
-//! barriers that not all threads reach, collectives
-//! reached by some lanes of a warp only, and panics. Races on global memory are not
-//! looked for.
+//! barriers that not all threads reach, collectives reached by some lanes of a warp only,
+//! blocks that go on for ever, and panics.
+//!
+//! A launch takes [`Options`]: a seed that chooses what runs next, checks to be left out, and
+//! a change of one synchronisation, so that tests can see whether it is needed.
 //!
 //! Bulk copies and tensor cores work beside the lanes, as agents of the same record. A
 //! bulk load lands when no lane can go on without it, and is a race to read before its
@@ -39,6 +41,7 @@ pub(crate) mod collectives;
 mod copies;
 pub(crate) mod current;
 mod fault;
+pub(crate) mod global_memory;
 #[cfg_attr(not(feature = "emulator"), path = "no_lanes.rs")]
 mod lanes;
 #[cfg(feature = "emulator")]

@@ -23,7 +23,7 @@ const CELL_BYTES: u32 = 2;
 const READERS: usize = 4;
 
 /// Stands for an atomic operation in a stamp of a write.
-const ATOMIC: u16 = u16::MAX;
+pub(super) const ATOMIC: u16 = u16::MAX;
 /// In a stamp of a read: several lanes of the warp in the low bits.
 const SEVERAL_LANES: u16 = 0x8000;
 /// In a stamp of a read: lanes of several warps.
@@ -55,38 +55,38 @@ pub(crate) fn window(rank: usize) -> u32 {
 
 /// Time and lane of an access; 0 is none.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-struct Stamp(u64);
+pub(super) struct Stamp(u64);
 
 impl Stamp {
     #[inline]
-    fn new(time: Time, lane: u16) -> Self {
+    pub fn new(time: Time, lane: u16) -> Self {
         Self(u64::from(time) << 16 | u64::from(lane))
     }
     #[inline]
-    fn time(self) -> Time {
+    pub fn time(self) -> Time {
         let time = (self.0 >> 16) as Time;
         if time == PENDING { time } else { time & !OF_AGENT }
     }
     #[inline]
-    fn lane(self) -> u16 {
+    pub fn lane(self) -> u16 {
         self.0 as u16
     }
 }
 
 /// Source location as a distance from [`ORIGIN`], half the size of a pointer; 0 is none.
-type Place = i32;
+pub(super) type PackedPlace = i32;
 
 /// A fixed point of the program. A static, because the address of a constant may differ
 /// from one place that names it to another.
 static ORIGIN: u8 = 0;
 
 #[inline]
-fn place(location: &'static Location<'static>) -> Place {
+pub(super) fn place(location: &'static Location<'static>) -> PackedPlace {
     let distance = std::ptr::from_ref(location) as isize - &raw const ORIGIN as isize;
-    Place::try_from(distance).unwrap_or(0)
+    PackedPlace::try_from(distance).unwrap_or(0)
 }
 
-fn location(place: Place) -> Option<&'static Location<'static>> {
+pub(super) fn location(place: PackedPlace) -> Option<&'static Location<'static>> {
     let address = (&raw const ORIGIN as isize + place as isize) as *const Location<'static>;
     // SAFETY: a place that is not 0 is the distance of a location of this program.
     (place != 0).then(|| unsafe { &*address })
@@ -108,12 +108,12 @@ impl Access<'_> {
     }
 
     #[inline]
-    fn stamp(&self) -> Stamp {
+    pub(super) fn stamp(&self) -> Stamp {
         let is_agent = usize::from(self.warp()) >= MAX_WARPS && self.now != PENDING;
         Stamp::new(self.now | if is_agent { OF_AGENT } else { 0 }, self.lane)
     }
 
-    fn site(&self) -> Site {
+    pub(super) fn site(&self) -> Site {
         Site { lane: self.lane.into(), location: Some(self.location) }
     }
 
@@ -124,7 +124,7 @@ impl Access<'_> {
 
     /// `warps` are those of the block whose memory it is.
     #[inline]
-    fn knows_write(&self, write: Stamp, warps: &Range<usize>) -> bool {
+    pub(super) fn knows_write(&self, write: Stamp, warps: &Range<usize>) -> bool {
         let (lane, time) = (write.lane(), write.time());
         if lane == ATOMIC {
             return self.knows_block(warps, time);
@@ -136,7 +136,7 @@ impl Access<'_> {
 
     /// `warps` are those of the block whose memory it is.
     #[inline]
-    fn knows_read(&self, read: Stamp, warps: &Range<usize>) -> bool {
+    pub(super) fn knows_read(&self, read: Stamp, warps: &Range<usize>) -> bool {
         let (lane, time) = (read.lane(), read.time());
         if lane == self.lane {
             return true;
@@ -159,8 +159,8 @@ pub(crate) struct SharedMemory {
     writes: Vec<Stamp>,
     reads: [Vec<Stamp>; READERS],
     /// Where the last write and the last new reader of a cell stand in the source.
-    write_places: Vec<Place>,
-    read_places: Vec<Place>,
+    write_places: Vec<PackedPlace>,
+    read_places: Vec<PackedPlace>,
     windows: u32,
     /// Warps of a block.
     warps: usize,
@@ -441,7 +441,7 @@ fn cells(offset: u32, bytes: u32) -> Range<usize> {
 /// The stamp that stands for an earlier read and a new one, of memory of the block that has
 /// these warps.
 #[inline]
-fn merged(old: Stamp, new: Stamp, by: Access<'_>, warps: &Range<usize>) -> Stamp {
+pub(super) fn merged(old: Stamp, new: Stamp, by: Access<'_>, warps: &Range<usize>) -> Stamp {
     // Whoever is ordered after the new read is then ordered after the old one too.
     if by.knows_read(old, warps) {
         return new;
@@ -470,7 +470,7 @@ fn after_write(
     what: &'static str,
     by: Access<'_>,
     write: Stamp,
-    place: Place,
+    place: PackedPlace,
 ) -> FaultKind {
     if write.time() == PENDING {
         let copy = Site { lane: write.lane().into(), location: location(place) };
@@ -485,14 +485,18 @@ fn race(
     by: Access<'_>,
     other_what: &'static str,
     stamp: Stamp,
-    place: Place,
+    place: PackedPlace,
 ) -> FaultKind {
-    let lane = match stamp.lane() {
-        ATOMIC if other_what == "write" => Site::ATOMICS,
-        SEVERAL_WARPS | SEVERAL_BLOCKS => Site::SEVERAL_WARPS,
-        l if l & SEVERAL_LANES != 0 => Site::OF_WARP + u32::from(l & !SEVERAL_LANES),
-        l => l.into(),
-    };
-    let other = Site { lane, location: location(place) };
+    let other = Site { lane: who(stamp, other_what == "write"), location: location(place) };
     FaultKind::Race { offset, what, this: by.site(), other_what, other }
+}
+
+/// Who the lane of a stamp, of a write or a read, is to a [`Site`].
+pub(super) fn who(stamp: Stamp, is_write: bool) -> u32 {
+    match stamp.lane() {
+        ATOMIC if is_write => Site::ATOMICS,
+        SEVERAL_WARPS | SEVERAL_BLOCKS => Site::SEVERAL_WARPS,
+        lane if lane & SEVERAL_LANES != 0 => Site::OF_WARP + u32::from(lane & !SEVERAL_LANES),
+        lane => lane.into(),
+    }
 }

@@ -1,0 +1,343 @@
+//! The record of global memory that finds races on it: within a block as in shared memory, by
+//! what threads know of each other; between blocks by what each has read and written, compared
+//! when it ends, since nothing orders the blocks of a launch.
+//!
+//! The record has a cell for every 16 bytes, which is what most accesses are, and eight for
+//! those that are also accessed by parts.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+};
+
+use super::{
+    clock::Time,
+    fault::{FaultKind, Site},
+    shadow::{ATOMIC, Access, PackedPlace, Stamp, location, merged, place, who},
+};
+use crate::Dim3;
+
+const PAGE: u64 = 4096;
+const GRANULE: u64 = 16;
+const GRANULES: usize = (PAGE / GRANULE) as usize;
+/// Bytes of the smallest element that kernels write.
+const CELL: u64 = 2;
+const CELLS: usize = (GRANULE / CELL) as usize;
+/// Pages whose record is kept for the next block.
+const KEPT_PAGES: usize = 8192;
+/// Pages that are found without a look into the table.
+const RECENT: usize = 16;
+
+/// What an access does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GlobalAccess {
+    Read,
+    Write,
+    Atomic,
+}
+
+impl GlobalAccess {
+    /// How a fault calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Atomic => "atomic",
+        }
+    }
+}
+
+/// The last write, and the readers since.
+#[derive(Clone, Copy, Default)]
+struct Cell {
+    write: Stamp,
+    read: Stamp,
+    write_place: PackedPlace,
+    read_place: PackedPlace,
+}
+
+/// 16 bytes: one cell, or one more than the index of eight in [`GlobalMemory::parts`]; and which
+/// of the eight were written, updated atomically and read in this block.
+#[derive(Clone, Copy, Default)]
+struct Granule {
+    cell: Cell,
+    parts: u32,
+    written: u8,
+    updated: u8,
+    read: u8,
+}
+
+struct Page {
+    number: u64,
+    /// When the block began that the record is of.
+    begin: Time,
+    granules: Box<[Granule; GRANULES]>,
+}
+
+/// The record of the blocks that run together.
+#[derive(Default)]
+pub(crate) struct GlobalMemory {
+    pages: Vec<Page>,
+    index: HashMap<u64, usize>,
+    recent: [(u64, usize); RECENT],
+    parts: Vec<[Cell; CELLS]>,
+    /// Pages that these blocks have accessed.
+    touched: Vec<usize>,
+    begin: Time,
+    /// Warps of these blocks.
+    warps: usize,
+}
+
+impl GlobalMemory {
+    /// Forgets what was accessed before time `begin`.
+    pub fn reset(&mut self, begin: Time, warps: usize) {
+        (self.begin, self.warps) = (begin, warps);
+        self.parts.clear();
+        self.touched.clear();
+        if self.pages.len() > KEPT_PAGES {
+            self.clear();
+        }
+    }
+
+    /// Forgets everything, when time starts anew.
+    pub fn clear(&mut self) {
+        self.pages.clear();
+        self.index.clear();
+        self.recent = Default::default();
+    }
+
+    /// Records an access to `bytes` bytes, unless it races. Whether these blocks have accessed
+    /// any of them in that way for the first time.
+    #[inline]
+    pub fn access(
+        &mut self,
+        kind: GlobalAccess,
+        address: u64,
+        bytes: u64,
+        by: Access<'_>,
+    ) -> Result<bool, FaultKind> {
+        let (mut from, end) = (address, address + bytes);
+        let mut is_new = false;
+        while from < end {
+            let to = end.min((from | (GRANULE - 1)) + 1);
+            is_new |= self.access_granule(kind, from, to - from, by)?;
+            from = to;
+        }
+        Ok(is_new)
+    }
+
+    fn access_granule(
+        &mut self,
+        kind: GlobalAccess,
+        address: u64,
+        bytes: u64,
+        by: Access<'_>,
+    ) -> Result<bool, FaultKind> {
+        let page = self.page(address / PAGE);
+        let granule = &mut self.pages[page].granules[(address % PAGE / GRANULE) as usize];
+        let in_granule = address % GRANULE;
+        let first = (in_granule / CELL) as usize;
+        let end = (in_granule + bytes).div_ceil(CELL) as usize;
+        let mask = (((1u16 << end) - 1) & !((1 << first) - 1)) as u8;
+        let accessed = match kind {
+            GlobalAccess::Read => &mut granule.read,
+            GlobalAccess::Write => &mut granule.written,
+            GlobalAccess::Atomic => &mut granule.updated,
+        };
+        let is_new = *accessed & mask != mask;
+        *accessed |= mask;
+        let check = Check { kind, begin: self.begin, warps: self.warps, by };
+        if mask == u8::MAX && granule.parts == 0 {
+            check.cell(&mut granule.cell, address)?;
+            return Ok(is_new);
+        }
+        if granule.parts == 0 {
+            self.parts.push([granule.cell; CELLS]);
+            granule.parts = self.parts.len() as u32;
+        }
+        for cell in &mut self.parts[granule.parts as usize - 1][first..end] {
+            check.cell(cell, address)?;
+        }
+        Ok(is_new)
+    }
+
+    #[inline]
+    fn page(&mut self, number: u64) -> usize {
+        let (recent, page) = self.recent[number as usize % RECENT];
+        if recent == number && number != 0 && self.pages[page].begin == self.begin {
+            return page;
+        }
+        self.find_page(number)
+    }
+
+    #[cold]
+    fn find_page(&mut self, number: u64) -> usize {
+        let page = *self.index.entry(number).or_insert_with(|| {
+            let granules = Box::new([Granule::default(); GRANULES]);
+            self.pages.push(Page { number, begin: 0, granules });
+            self.pages.len() - 1
+        });
+        let found = &mut self.pages[page];
+        if found.begin != self.begin {
+            found.begin = self.begin;
+            found.granules.fill(Granule::default());
+            self.touched.push(page);
+        }
+        self.recent[number as usize % RECENT] = (number, page);
+        page
+    }
+
+    /// The last access of a kind to part `part` of a granule.
+    fn site(&self, granule: &Granule, part: usize, is_read: bool) -> Site {
+        let cell = match granule.parts {
+            0 => &granule.cell,
+            parts => &self.parts[parts as usize - 1][part],
+        };
+        let (stamp, place) =
+            if is_read { (cell.read, cell.read_place) } else { (cell.write, cell.write_place) };
+        Site { lane: who(stamp, !is_read), location: location(place) }
+    }
+}
+
+/// An access to be checked against a cell.
+#[derive(Clone, Copy)]
+struct Check<'a> {
+    kind: GlobalAccess,
+    begin: Time,
+    warps: usize,
+    by: Access<'a>,
+}
+
+impl Check<'_> {
+    #[inline]
+    fn cell(&self, cell: &mut Cell, address: u64) -> Result<(), FaultKind> {
+        let (by, warps) = (self.by, &(0..self.warps));
+        let both_atomic = self.kind == GlobalAccess::Atomic && cell.write.lane() == ATOMIC;
+        if cell.write.time() >= self.begin && !both_atomic && !by.knows_write(cell.write, warps) {
+            let what = if cell.write.lane() == ATOMIC { "atomic" } else { "write" };
+            return Err(self.race(address, what, who(cell.write, true), cell.write_place));
+        }
+        if self.kind == GlobalAccess::Read {
+            let new = by.stamp();
+            if cell.read.time() < self.begin {
+                cell.read = new;
+            } else if cell.read == new {
+                return Ok(());
+            } else {
+                cell.read = merged(cell.read, new, by, warps);
+            }
+            cell.read_place = place(by.location);
+            return Ok(());
+        }
+        if cell.read.time() >= self.begin && !by.knows_read(cell.read, warps) {
+            return Err(self.race(address, "read", who(cell.read, false), cell.read_place));
+        }
+        // What happens after this write happens after those reads too; but who read is still
+        // asked for when the block ends.
+        cell.write = match self.kind {
+            GlobalAccess::Atomic => Stamp::new(by.now, ATOMIC),
+            _ => by.stamp(),
+        };
+        cell.write_place = place(by.location);
+        Ok(())
+    }
+
+    #[cold]
+    fn race(
+        &self,
+        address: u64,
+        other_what: &'static str,
+        lane: u32,
+        place: PackedPlace,
+    ) -> FaultKind {
+        FaultKind::GlobalRace {
+            address,
+            what: self.kind.name(),
+            this: self.by.site(),
+            other_what,
+            other: Site { lane, location: location(place) },
+            other_block: None,
+        }
+    }
+}
+
+/// Who accessed 16 bytes: which parts, and the last of them.
+#[derive(Clone, Copy, Default)]
+struct Summary {
+    written: u8,
+    updated: u8,
+    read: u8,
+    writer: Option<(Dim3, Site)>,
+    reader: Option<(Dim3, Site)>,
+}
+
+/// What the blocks of a launch that have ended did to global memory.
+#[derive(Default)]
+pub(crate) struct BetweenBlocks(Mutex<HashMap<u64, Box<[Summary; GRANULES]>>>);
+
+impl BetweenBlocks {
+    /// Adds what the cluster that begins with `block` did, unless it races with another one.
+    pub fn add(&self, memory: &GlobalMemory, block: Dim3) -> Result<(), FaultKind> {
+        let mut pages = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for page in memory.touched.iter().map(|&page| &memory.pages[page]) {
+            let summaries = pages
+                .entry(page.number)
+                .or_insert_with(|| Box::new([Summary::default(); GRANULES]));
+            for (index, (granule, summary)) in
+                page.granules.iter().zip(&mut **summaries).enumerate()
+            {
+                if granule.written | granule.updated | granule.read == 0 {
+                    continue;
+                }
+                let address = page.number * PAGE + index as u64 * GRANULE;
+                compare(memory, granule, summary, address)?;
+                let part = |mask: u8| mask.trailing_zeros() as usize;
+                if granule.written | granule.updated != 0 {
+                    let site = memory.site(granule, part(granule.written | granule.updated), false);
+                    summary.writer = Some((block, site));
+                }
+                if granule.read != 0 {
+                    let site = memory.site(granule, part(granule.read), true);
+                    summary.reader = Some((block, site));
+                }
+                summary.written |= granule.written;
+                summary.updated |= granule.updated;
+                summary.read |= granule.read;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Checks what a block did to 16 bytes against what others did.
+fn compare(
+    memory: &GlobalMemory,
+    granule: &Granule,
+    others: &Summary,
+    address: u64,
+) -> Result<(), FaultKind> {
+    use GlobalAccess::{Atomic, Read, Write};
+    let conflicts = [
+        (granule.written & others.written, Write, Write),
+        (granule.written & others.updated, Write, Atomic),
+        (granule.updated & others.written, Atomic, Write),
+        (granule.written & others.read, Write, Read),
+        (granule.updated & others.read, Atomic, Read),
+        (granule.read & others.written, Read, Write),
+        (granule.read & others.updated, Read, Atomic),
+    ];
+    let Some((mask, what, other_what)) = conflicts.into_iter().find(|(mask, ..)| *mask != 0) else {
+        return Ok(());
+    };
+    let part = mask.trailing_zeros() as usize;
+    let of_other = if other_what == Read { others.reader } else { others.writer };
+    let (other_block, other) = of_other.expect("whoever sets a bit leaves a site");
+    Err(FaultKind::GlobalRace {
+        address: address + part as u64 * CELL,
+        what: what.name(),
+        this: memory.site(granule, part, what == Read),
+        other_what: other_what.name(),
+        other,
+        other_block: Some(other_block),
+    })
+}
