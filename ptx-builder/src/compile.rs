@@ -83,7 +83,8 @@ pub fn build(workspace: &Workspace) -> Result<Build> {
             .iter()
             .map(|module| {
                 let (rustc, externs, folder) = (&rustc, &externs, &folder);
-                scope.spawn(move || emit(workspace, rustc, externs, folder, *module))
+                let source = Path::new("kernels-gpu/src/lib.rs");
+                scope.spawn(move || emit(workspace, rustc, externs, folder, source, *module))
             })
             .collect();
         jobs.into_iter()
@@ -92,6 +93,18 @@ pub fn build(workspace: &Workspace) -> Result<Build> {
     });
     let modules = built?.into_iter().filter(|built| !built.ptx.entries.is_empty()).collect();
     Ok(Build { sources, rustc: rustc.version, modules })
+}
+
+/// Compiles a crate of its own, `source`, against the crates below the kernels, as one module.
+///
+/// # Errors
+/// As [`build`].
+pub fn source(workspace: &Workspace, source: &Path, module: Module) -> Result<Ptx> {
+    let rustc = Rustc::find()?;
+    ensure!(rustc.has_source(), "{} lacks the source of `core`", rustc.version);
+    let externs = build_dependencies(workspace, &rustc)?;
+    let folder = workspace.target().join("source");
+    Ok(emit(workspace, &rustc, &externs, &folder, source, module)?.ptx)
 }
 
 /// The compiler in use.
@@ -207,6 +220,7 @@ fn emit(
     rustc: &Rustc,
     externs: &[OsString],
     folder: &Path,
+    source: &Path,
     module: Module,
 ) -> Result<Built> {
     let folder = folder.join(module.name);
@@ -216,7 +230,7 @@ fn emit(
     command
         .current_dir(workspace.root())
         .env("RUSTC_BOOTSTRAP", "1")
-        .arg("kernels-gpu/src/lib.rs")
+        .arg(source)
         .args(["--target", TARGET, "-Zunstable-options", "--cap-lints=allow"])
         .args(KERNEL_FLAGS)
         .args(COMMON_FLAGS)

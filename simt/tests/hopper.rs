@@ -405,6 +405,7 @@ fn a_stage_given_back_without_a_wait_is_found_whatever_the_order() {
                 FaultKind::Race { .. }
                     | FaultKind::PhaseUnknown { .. }
                     | FaultKind::PhaseMissed { .. }
+                    | FaultKind::ArrivalUnknown { .. }
             ),
             "{kind}"
         );
@@ -437,6 +438,45 @@ fn a_wait_must_know_the_phase_before_to_be_complete() {
         panic!("{kind}")
     };
     assert_eq!(this.lane, 32, "{kind}");
+}
+
+#[test]
+fn an_arrival_must_know_the_phase_before_to_be_complete() {
+    // Two arrivals a phase; a thread that arrives twice without waiting takes the other's place.
+    let kernel = |wait: bool| {
+        move || {
+            init(1, 2);
+            let t = thread::thread_idx_x();
+            if t % 32 == 0 {
+                bar(0).arrive();
+                if wait {
+                    bar(0).wait(0);
+                }
+                bar(0).arrive();
+                bar(0).wait(1);
+            }
+        }
+    };
+    for seed in SEEDS {
+        try_launch_with(&Options::seeded(seed), 64, kernel(true))
+            .unwrap_or_else(|fault| panic!("{fault}"));
+    }
+    // Thread 32 comes after thread 0 has arrived once and waits: its second arrival is in phase 1.
+    let kind = fault(64, move || {
+        init(2, 2);
+        let t = thread::thread_idx_x();
+        if t == 0 {
+            bar(0).arrive();
+        } else if t == 32 {
+            bar(0).arrive();
+            bar(0).arrive();
+        }
+    });
+    let FaultKind::ArrivalUnknown { address: BARRIERS, phase: 1, this } = kind else {
+        panic!("{kind}")
+    };
+    assert_eq!(this.lane, 32, "{kind}");
+    assert!(try_launch(64, kernel(false)).is_err());
 }
 
 #[test]

@@ -7,11 +7,14 @@ use approx::abs_diff_eq;
 use kernels_gpu::{
     args::{AttentionArgs, Buffer, DropoutArgs, LinearArgs, Tensor},
     dropout,
+    flash_hopper::{HopperArgs, Tiles},
+    schedule::QUEUE_WORDS,
 };
 use simt::{
     Dim3,
     emulator::{self, Fault, Launch, Options, Stats},
     scalar::Scalar,
+    tma::{Element, TensorMap, TensorMapSpec},
 };
 
 thread_local! {
@@ -353,5 +356,51 @@ impl Case {
             let close = abs_diff_eq!(o, e, epsilon = bound);
             assert!(close, "{what}: O[{d}] is {o}, not {e} within {bound}");
         }
+    }
+}
+
+/// The tensor map of 16-bit elements, with the swizzle of 128 bytes; strides in elements.
+pub fn map(address: u64, dims: [u64; 4], strides: [u64; 3], box_dims: [u32; 4]) -> TensorMap {
+    let spec = TensorMapSpec {
+        address,
+        element: Element::F16, // Or bf16: copies move bits.
+        dims: dims.to_vec(),
+        strides_bytes: strides.map(|stride| 2 * stride).to_vec(),
+        box_dims: box_dims.to_vec(),
+        swizzle_bytes: 128,
+    };
+    spec.encode().expect("a map that the driver would take")
+}
+
+/// A launch of flash_hopper for f16: the policy in its name, its consumers, and its blocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Hopper {
+    pub policy: &'static str,
+    pub consumers: u32,
+    pub blocks: u32,
+}
+
+impl Hopper {
+    /// Runs it with the arguments of `case`.
+    pub fn run(&self, case: &Case, args: &AttentionArgs) -> Result<Stats, Fault> {
+        let tiles = Tiles::of(case.d, self.consumers);
+        let [q, k, v, o] = tiles.boxes();
+        let of = |tensor: &Tensor, seq: u32, box_dims| {
+            let dims = [case.d, seq, case.heads, args.batch].map(u64::from);
+            let strides = [tensor.stride_n, tensor.stride_h, tensor.stride_b];
+            map(tensor.buffer.address, dims, strides, box_dims)
+        };
+        let maps = [
+            of(&args.q, args.seq_q, q),
+            of(&args.k, args.seq_k, k),
+            of(&args.v, args.seq_k, v),
+            of(&args.o, args.seq_q, o),
+        ];
+        let mut queue = [0u32; QUEUE_WORDS as usize];
+        let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
+        let args = HopperArgs { maps, args };
+        let symbol = format!("flash_hopper_f16_d{}_{}", case.d, self.policy);
+        let (threads, shared) = (tiles.threads(), tiles.shared_bytes());
+        try_run(&symbol, self.blocks.into(), threads.into(), shared, &args)
     }
 }

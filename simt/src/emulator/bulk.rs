@@ -22,6 +22,8 @@ struct Load {
     coordinates: [u32; 4],
     /// Where the box goes, and the mbarrier where its bytes count: one for each block.
     destinations: Vec<(u32, usize)>,
+    /// What the lane that started it knew.
+    clock: Clock,
     lane: u16,
     at: Place,
 }
@@ -142,7 +144,7 @@ impl Block {
         });
         self.stats.global_bytes_read += read;
         for (_, mbarrier) in load.destinations {
-            self.complete_bytes(mbarrier, load.map.box_bytes())?;
+            self.complete_bytes(mbarrier, load.map.box_bytes(), &load.clock)?;
         }
         Ok(())
     }
@@ -280,8 +282,8 @@ pub(crate) fn load_multicast(
             b.reach_as(lane, rank as usize, now, at)?;
             destinations.push((destination, index));
         }
-        let lane = b.current as u16;
-        b.bulk.loads.push(Load { map, coordinates, destinations, lane, at });
+        let (lane, clock) = (b.current as u16, b.own_knowledge());
+        b.bulk.loads.push(Load { map, coordinates, destinations, clock, lane, at });
         Ok(())
     });
 }

@@ -142,6 +142,14 @@ impl Clock {
         self.lanes.retain(|&(l, t)| t > floor.max(warps[usize::from(l / 32)]));
     }
 
+    /// Learns what `other` knows of mbarriers' phases.
+    pub fn join_mbarriers(&mut self, other: &Clock) {
+        let first = Agent::mbarrier(0).index();
+        for (mine, theirs) in self.warps[first..].iter_mut().zip(&other.warps[first..]) {
+            *mine = (*mine).max(*theirs);
+        }
+    }
+
     /// Learns the accesses of one lane up to `time`.
     pub fn learn_lane(&mut self, lane: u16, time: Time) {
         match self.lanes.iter_mut().find(|(l, _)| *l == lane) {

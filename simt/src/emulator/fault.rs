@@ -116,6 +116,19 @@ pub enum FaultKind {
         /// Who waits.
         this: Site,
     },
+    /// An arrival at an mbarrier by who does not know the phase before to be complete.
+    #[error(
+        "arrival of {this} in phase {phase} of the mbarrier at byte {address}, which does not know phase {} to be complete: it may come earlier and count there. Wait for what the arrival answers first",
+        .phase - 1
+    )]
+    ArrivalUnknown {
+        /// Byte offset in shared memory.
+        address: u32,
+        /// Number of the phase, the first being 0.
+        phase: u32,
+        /// Who arrives.
+        this: Site,
+    },
     /// An access to shared memory where an asynchronous copy is on its way.
     #[error(
         "{what} of shared memory at byte {offset} by {this}, while the asynchronous copy of {copy} has not landed there: it must be waited for first"

@@ -24,7 +24,7 @@ const GRANULES: usize = (PAGE / GRANULE) as usize;
 const CELL: u64 = 2;
 const CELLS: usize = (GRANULE / CELL) as usize;
 /// Pages whose record is kept for the next block.
-const KEPT_PAGES: usize = 8192;
+const KEPT_PAGES: usize = 2048;
 /// Pages that are found without a look into the table.
 const RECENT: usize = 16;
 
@@ -187,15 +187,17 @@ impl GlobalMemory {
         page
     }
 
-    /// The last access of a kind to part `part` of a granule.
-    fn site(&self, granule: &Granule, part: usize, is_read: bool) -> Site {
+    /// The last access of a kind to part `part` of a granule, by a block.
+    fn last(&self, block: u32, granule: &Granule, part: usize, is_read: bool) -> Last {
         let cell = match granule.parts {
             0 => &granule.cell,
             parts => &self.parts[parts as usize - 1][part],
         };
-        let (stamp, place) =
-            if is_read { (cell.read, cell.read_place) } else { (cell.write, cell.write_place) };
-        Site { lane: who(stamp, !is_read), location: location(place) }
+        if is_read {
+            Last { block, lane: who(cell.read, false), place: cell.read_place }
+        } else {
+            Last { block, lane: who(cell.write, true), place: cell.write_place }
+        }
     }
 }
 
@@ -261,14 +263,29 @@ impl Check<'_> {
     }
 }
 
-/// Who accessed 16 bytes: which parts, and the last of them.
+/// Who accessed 16 bytes last.
+#[derive(Clone, Copy, Default)]
+struct Last {
+    /// Index of the block in the grid.
+    block: u32,
+    lane: u32,
+    place: PackedPlace,
+}
+
+impl Last {
+    fn site(self) -> Site {
+        Site { lane: self.lane, location: location(self.place) }
+    }
+}
+
+/// What blocks did to 16 bytes: to which parts, and who was the last.
 #[derive(Clone, Copy, Default)]
 struct Summary {
     written: u8,
     updated: u8,
     read: u8,
-    writer: Option<(Dim3, Site)>,
-    reader: Option<(Dim3, Site)>,
+    writer: Last,
+    reader: Last,
 }
 
 /// What the blocks of a launch that have ended did to global memory.
@@ -276,46 +293,54 @@ struct Summary {
 pub(crate) struct BetweenBlocks(Mutex<HashMap<u64, Box<[Summary; GRANULES]>>>);
 
 impl BetweenBlocks {
-    /// Adds what the cluster that begins with `block` did, unless it races with another one.
-    pub fn add(&self, memory: &GlobalMemory, block: Dim3) -> Result<(), FaultKind> {
+    /// Adds what the cluster that begins with block `block` of the grid did, unless it races with
+    /// another one.
+    pub fn add(&self, memory: &GlobalMemory, block: u64, grid: Dim3) -> Result<(), FaultKind> {
+        let block = block as u32;
         let mut pages = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for page in memory.touched.iter().map(|&page| &memory.pages[page]) {
             let summaries = pages
                 .entry(page.number)
                 .or_insert_with(|| Box::new([Summary::default(); GRANULES]));
-            for (index, (granule, summary)) in
-                page.granules.iter().zip(&mut **summaries).enumerate()
+            for (index, (granule, others)) in page.granules.iter().zip(&mut **summaries).enumerate()
             {
-                if granule.written | granule.updated | granule.read == 0 {
+                let written = granule.written | granule.updated;
+                if written | granule.read == 0 {
                     continue;
                 }
-                let address = page.number * PAGE + index as u64 * GRANULE;
-                compare(memory, granule, summary, address)?;
                 let part = |mask: u8| mask.trailing_zeros() as usize;
-                if granule.written | granule.updated != 0 {
-                    let site = memory.site(granule, part(granule.written | granule.updated), false);
-                    summary.writer = Some((block, site));
+                if let Some((mask, what, other_what)) = conflict(granule, others) {
+                    let (is_read, of_reader) =
+                        (what == GlobalAccess::Read, other_what == GlobalAccess::Read);
+                    let other = if of_reader { others.reader } else { others.writer };
+                    return Err(FaultKind::GlobalRace {
+                        address: page.number * PAGE
+                            + index as u64 * GRANULE
+                            + part(mask) as u64 * CELL,
+                        what: what.name(),
+                        this: memory.last(block, granule, part(mask), is_read).site(),
+                        other_what: other_what.name(),
+                        other: other.site(),
+                        other_block: Some(grid.unravel(other.block.into())),
+                    });
+                }
+                if written != 0 {
+                    others.writer = memory.last(block, granule, part(written), false);
                 }
                 if granule.read != 0 {
-                    let site = memory.site(granule, part(granule.read), true);
-                    summary.reader = Some((block, site));
+                    others.reader = memory.last(block, granule, part(granule.read), true);
                 }
-                summary.written |= granule.written;
-                summary.updated |= granule.updated;
-                summary.read |= granule.read;
+                others.written |= granule.written;
+                others.updated |= granule.updated;
+                others.read |= granule.read;
             }
         }
         Ok(())
     }
 }
 
-/// Checks what a block did to 16 bytes against what others did.
-fn compare(
-    memory: &GlobalMemory,
-    granule: &Granule,
-    others: &Summary,
-    address: u64,
-) -> Result<(), FaultKind> {
+/// Parts of 16 bytes where a block and others before it did what must be ordered, and what.
+fn conflict(granule: &Granule, others: &Summary) -> Option<(u8, GlobalAccess, GlobalAccess)> {
     use GlobalAccess::{Atomic, Read, Write};
     let conflicts = [
         (granule.written & others.written, Write, Write),
@@ -326,18 +351,5 @@ fn compare(
         (granule.read & others.written, Read, Write),
         (granule.read & others.updated, Read, Atomic),
     ];
-    let Some((mask, what, other_what)) = conflicts.into_iter().find(|(mask, ..)| *mask != 0) else {
-        return Ok(());
-    };
-    let part = mask.trailing_zeros() as usize;
-    let of_other = if other_what == Read { others.reader } else { others.writer };
-    let (other_block, other) = of_other.expect("whoever sets a bit leaves a site");
-    Err(FaultKind::GlobalRace {
-        address: address + part as u64 * CELL,
-        what: what.name(),
-        this: memory.site(granule, part, what == Read),
-        other_what: other_what.name(),
-        other,
-        other_block: Some(other_block),
-    })
+    conflicts.into_iter().find(|(mask, ..)| *mask != 0)
 }

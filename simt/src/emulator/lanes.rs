@@ -35,6 +35,8 @@ pub(super) struct Engine {
     block: Box<Block>,
     schedule: Schedule,
     first_block: Dim3,
+    /// Of the cluster.
+    index: u64,
     seed: u64,
 }
 
@@ -46,6 +48,7 @@ impl Engine {
             block: Box::new(Block::new()),
             schedule: Schedule::new(0, 0),
             first_block: Dim3::new(0, 0, 0),
+            index: 0,
             seed: 0,
         }
     }
@@ -61,7 +64,7 @@ impl Engine {
     /// outlive the last step.
     pub fn start(&mut self, run: &Run<'_>, index: u64) -> Result<(), Box<Fault>> {
         let &Run { launch, options, kernel, .. } = run;
-        self.seed = options.seed;
+        (self.index, self.seed) = (index, options.seed);
         self.first_block = launch.grid.unravel(index * u64::from(launch.cluster));
         self.schedule = Schedule::new(options.seed, index);
         let threads = launch.cluster_threads();
@@ -91,7 +94,9 @@ impl Engine {
             && run.options.checks.global_races
             && self.block.blocks() as u64 != run.launch.grid.count()
         {
-            result = run.between.add(&self.block.global, self.first_block).map(|()| true);
+            let block = self.index * u64::from(run.launch.cluster);
+            let added = run.between.add(&self.block.global, block, run.launch.grid);
+            result = added.map(|()| true);
         }
         result.map_err(|kind| {
             // Suspended lanes stand in the middle of the kernel: they are of no use.

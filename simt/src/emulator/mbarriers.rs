@@ -32,8 +32,10 @@ struct Mbarrier {
     /// When the last two of them completed, the last one first.
     completed_at: [Time; 2],
     /// Who has arrived in the current phase, and in the last one.
-    arrived: Vec<(u16, Place)>,
-    arrived_before: Vec<(u16, Place)>,
+    arrived: Vec<Arrival>,
+    arrived_before: Vec<Arrival>,
+    /// Whether bytes were announced in the current phase, and in the last one.
+    with_bytes: (bool, bool),
     /// What the arrivals of the current phase released.
     arriving: Clock,
     /// Whether threads of another block have released to this one, in the current phase and in
@@ -47,6 +49,20 @@ struct Mbarrier {
     waiting: Vec<(u16, Scope, Place)>,
     /// Lanes that have seen the last completed phase.
     seen: Vec<Seen>,
+}
+
+/// That a lane has arrived.
+#[derive(Clone, Copy)]
+struct Arrival {
+    lane: u16,
+    time: Time,
+    at: Place,
+}
+
+impl Arrival {
+    fn site(self) -> Site {
+        site(self.lane, self.at)
+    }
 }
 
 /// That a lane has found a phase complete.
@@ -170,8 +186,14 @@ impl Block {
         Err(FaultKind::Misuse { message, this: self.site(at) })
     }
 
-    /// Counts `bytes` bytes that a copy brought.
-    pub(super) fn complete_bytes(&mut self, index: usize, bytes: u32) -> Result<(), FaultKind> {
+    /// Counts `bytes` bytes that a copy brought, which was started by who knew `clock`.
+    pub(super) fn complete_bytes(
+        &mut self,
+        index: usize,
+        bytes: u32,
+        clock: &Clock,
+    ) -> Result<(), FaultKind> {
+        self.mbarriers.0[index].arriving.join_mbarriers(clock);
         self.mbarriers.0[index].bytes -= i64::from(bytes);
         self.try_complete_phase(index)
     }
@@ -184,6 +206,7 @@ impl Block {
         m.phases += 1;
         m.completed_at = [self.time, m.completed_at[0]];
         m.arrived_before = std::mem::take(&mut m.arrived);
+        m.with_bytes = (false, m.with_bytes.0);
         m.remote = (false, m.remote.0);
         m.pending = m.arrivals;
         m.complete.join(&m.arriving);
@@ -261,6 +284,7 @@ pub(crate) fn init(address: u32, arrivals: u32, at: Place) {
             completed_at: [0; 2],
             arrived: Vec::new(),
             arrived_before: Vec::new(),
+            with_bytes: (false, false),
             arriving: Clock::new(0),
             remote: (false, false),
             complete: Clock::new(0),
@@ -306,6 +330,7 @@ fn arrive_in(rank: u32, address: u32, bytes: u32, scope: Scope, at: Place) {
             b.release_to_cluster(&[b.current as u16]);
         }
         let index = b.mbarrier(rank as usize, address, at)?;
+        b.check_arrival(index, at)?;
         let now = b.tick();
         let lane = b.current as u16;
         let mut clock = std::mem::replace(&mut b.mbarriers.0[index].arriving, Clock::new(0));
@@ -314,7 +339,7 @@ fn arrive_in(rank: u32, address: u32, bytes: u32, scope: Scope, at: Place) {
         m.arriving = clock;
         m.remote.0 |= is_remote;
         if m.pending == 0 {
-            let others: Vec<_> = m.arrived.iter().map(|&(l, p)| site(l, p).to_string()).collect();
+            let others: Vec<_> = m.arrived.iter().map(|a| a.site().to_string()).collect();
             let message = format!(
                 "more than {} arrivals in phase {} of the mbarrier at byte {address}, where {} \
                  arrived before",
@@ -324,14 +349,16 @@ fn arrive_in(rank: u32, address: u32, bytes: u32, scope: Scope, at: Place) {
             );
             return Err(FaultKind::Misuse { message, this: site(lane, at) });
         }
-        m.arrived.push((lane, at));
+        let arrival = Arrival { lane, time: now, at };
+        m.arrived.push(arrival);
+        m.with_bytes.0 |= bytes > 0;
         m.pending -= 1;
         m.bytes += i64::from(bytes);
         if m.pending == 0
             && let Some(this) = m.missed()
             && b.options.checks.missed_phases
         {
-            return Err(b.phase_missed(index, this, (lane, at)));
+            return Err(b.phase_missed(index, this, arrival));
         }
         b.try_complete_phase(index)
     });
@@ -339,20 +366,40 @@ fn arrive_in(rank: u32, address: u32, bytes: u32, scope: Scope, at: Place) {
 
 impl Block {
     /// The fault of a phase that an arrival completes before `this` has looked for the one before.
-    fn phase_missed(&self, index: usize, this: Site, (lane, at): (u16, Place)) -> FaultKind {
+    fn phase_missed(&self, index: usize, this: Site, arrival: Arrival) -> FaultKind {
         let m = &self.mbarriers.0[index];
         // What let the arriving lane go on: what came too early, if anything did.
-        let cause = self.lanes[usize::from(lane)].last_wait.and_then(|address| {
+        let cause = self.lanes[usize::from(arrival.lane)].last_wait.and_then(|address| {
             let waited_for = self.mbarriers.0.iter().find(|m| m.address == address)?;
-            waited_for.arrived_before.last().map(|&(lane, at)| site(lane, at))
+            waited_for.arrived_before.last().map(|arrival| arrival.site())
         });
         FaultKind::PhaseMissed {
             address: m.address,
             phase: m.phases,
             this,
-            arrival: site(lane, at),
+            arrival: arrival.site(),
             cause,
         }
+    }
+
+    /// Checks that the current lane knows the phase before the one that it arrives in to be
+    /// complete, or every arrival of it where there was nothing else: as long as it is not, the
+    /// arrival counts in that one.
+    fn check_arrival(&self, index: usize, at: Place) -> Result<(), FaultKind> {
+        let m = &self.mbarriers.0[index];
+        let clock = &self.lanes[self.current].clock;
+        let is_known = m.phases == 0
+            || clock.warps[Agent::mbarrier(index).index()] >= m.completed_at[0]
+            || !m.with_bytes.1
+                && m.arrived_before.iter().all(|arrival| {
+                    usize::from(arrival.lane) == self.current
+                        || clock.knows(arrival.lane, usize::from(arrival.lane / 32), arrival.time)
+                });
+        if is_known || !self.options.checks.missed_phases {
+            return Ok(());
+        }
+        let (address, phase) = (m.address, m.phases);
+        Err(FaultKind::ArrivalUnknown { address, phase, this: self.site(at) })
     }
 
     /// Checks that the current lane knows the phase before the one that it waits for to be

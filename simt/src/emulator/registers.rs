@@ -5,6 +5,7 @@ use super::{
     collectives::collective,
     current,
     fault::{FaultKind, Place, Site},
+    options::SyncKind,
 };
 use crate::{
     warp::{self, FULL_MASK},
@@ -19,6 +20,13 @@ pub(crate) enum Direction {
 }
 
 impl Direction {
+    fn kind(self) -> SyncKind {
+        match self {
+            Self::Decrease => SyncKind::RegistersDecrease,
+            Self::Increase => SyncKind::RegistersIncrease,
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::Decrease => "decrease_registers",
@@ -134,6 +142,9 @@ impl Block {
 /// Changes the registers of each thread of the current warp to `count`. Taking waits until the
 /// block has them.
 pub(crate) fn change(direction: Direction, count: u32, at: Place) {
+    if current::left_out(direction.kind(), at) {
+        return;
+    }
     let _: [u32; 0] = collective(direction.name(), FULL_MASK, [count], at, |call| {
         call.block.come_to_registers(direction, count, at)
     });

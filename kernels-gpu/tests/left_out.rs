@@ -1,0 +1,483 @@
+//! Which synchronisations kernels need: each one is left out, waits let one group more pass or
+//! name the other parity, and the emulator must find a fault, or the numbers must differ. What may
+//! go unnoticed stands in [`MAY_PASS`], with a reason each.
+
+mod common;
+
+use std::{cell::OnceCell, fs, path::Path, sync::Arc};
+
+use common::{
+    Case, Hopper, Problem, buffer, buffer_mut, map, options, try_run, values, with_options,
+};
+use half::f16;
+use kernels_gpu::{
+    args::{AttentionArgs, LinearArgs},
+    flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, linear,
+    linear_hopper::{self, LinearHopperArgs, Tile},
+    linear_mma,
+    probe::{self, ProbeArgs},
+    schedule::QUEUE_WORDS,
+    standard::{self, softmax},
+};
+use simt::{
+    Dim3,
+    emulator::{
+        Alteration, Change, Checks, Fault, FaultKind, Options, Sites, Stats, SyncKind, SyncSite,
+    },
+    scalar::Scalar,
+    tma::{Element, TensorMapSpec},
+};
+
+/// Seeds under which a change must be noticed: any of them.
+const SEEDS: [u64; 4] = [0, 1, 3, 2];
+/// Steps without progress that kernels of these sizes never need.
+const BUDGET: u64 = 1 << 24;
+
+/// A change that may go unnoticed.
+struct Passes {
+    /// How the subject's name begins.
+    subject: &'static str,
+    /// How the source file ends, and what stands in the lines up to the synchronisation.
+    file: &'static str,
+    text: &'static str,
+    alteration: Option<Alteration>,
+    reason: &'static str,
+}
+
+const MAY_PASS: &[Passes] = &[
+    Passes {
+        subject: "flash_hopper_full",
+        file: "flash_hopper/consumer.rs",
+        text: "self.k_ring.wait(self.k_stage);\n            self.v_ring.wait(self.v_stage);",
+        alteration: Some(Alteration::LeaveOut),
+        reason: "in turns, the other consumer has found V there before it passes the turn on",
+    },
+    Passes {
+        subject: "flash_hopper_full",
+        file: "flash_hopper/consumer.rs",
+        text: "not before.\n            self.k_ring.wait(self.k_stage);",
+        alteration: Some(Alteration::LeaveOut),
+        reason: "in turns, the other consumer has found K there before it passes the turn on",
+    },
+    Passes {
+        subject: "flash_hopper_full",
+        file: "flash_hopper/consumer.rs",
+        text: "must have read this one.\n        warp::sync_warp(warp::FULL_MASK);",
+        alteration: None,
+        reason: "in turns, the barrier before the scores orders what was read before it",
+    },
+    Passes {
+        subject: "linear_mma_elements",
+        file: "gemm/mma.rs",
+        text: "async_copy::",
+        alteration: None,
+        reason: "rows that are not whole chunks are loaded without asynchronous copies",
+    },
+    Passes {
+        subject: "standard_warp",
+        file: "standard/softmax.rs",
+        text: "while this one is written.\n        Self::sync();",
+        alteration: None,
+        reason: "the row of a warp is one segment: there is none before it",
+    },
+    Passes {
+        subject: "standard_warp_chunks",
+        file: "standard/softmax.rs",
+        text: "that did not write them.\n        Self::sync();",
+        alteration: None,
+        reason: "a lane of a warp reads the chunks that it copied itself",
+    },
+    Passes {
+        subject: "cluster_probe",
+        file: "probe.rs",
+        text: "mbarrier::fence_init();",
+        alteration: None,
+        reason: "no copy counts at its barrier, and cluster::sync orders its threads",
+    },
+];
+
+/// Bits of everything that a launch has computed.
+type Outputs = Vec<u32>;
+
+fn bits<T: Scalar>(values: &[T]) -> Outputs {
+    // Written by a kernel, through the address.
+    std::hint::black_box(values).iter().map(|x| x.to_f32().to_bits()).collect()
+}
+
+/// The lines of the source up to a synchronisation.
+fn context(site: &SyncSite) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let text = fs::read_to_string(root.join(site.file)).expect("the source of a kernel");
+    let end = site.line as usize;
+    text.lines().take(end).skip(end.saturating_sub(6)).collect::<Vec<_>>().join("\n")
+}
+
+/// Changes every synchronisation of a subject, one at a time.
+fn change_all(subject: &str, run: impl Fn() -> Result<Outputs, Fault>) {
+    let sites = Arc::new(Sites::default());
+    let watched = Options { sites: Some(sites.clone()), ..Options::default() };
+    let expected = with_options(watched, &run).unwrap_or_else(|fault| panic!("{subject}: {fault}"));
+    let sites = sites.list();
+    assert!(!sites.is_empty(), "{subject} synchronises nothing");
+    let mut wrong = Vec::new();
+    let mut changes = 0;
+    for &site in &sites {
+        let context = OnceCell::new();
+        for &alteration in site.kind.alterations() {
+            changes += 1;
+            let change = Some(Change { site, alteration });
+            let found = SEEDS.iter().find_map(|&seed| {
+                let options = Options { change, budget: BUDGET, ..Options::seeded(seed) };
+                match with_options(options, &run) {
+                    Err(fault) => Some(fault.to_string()),
+                    Ok(outputs) if outputs != expected => Some(format!("other numbers ({seed})")),
+                    Ok(_) => None,
+                }
+            });
+            let listed = MAY_PASS.iter().find(|passes| {
+                let context = context.get_or_init(|| self::context(&site));
+                subject.starts_with(passes.subject)
+                    && site.file.ends_with(passes.file)
+                    && context.contains(passes.text)
+                    && passes.alteration.is_none_or(|a| a == alteration)
+            });
+            println!("{subject}: {alteration:?} of {site}: {}", found.as_deref().unwrap_or("-"));
+            match (found, listed) {
+                (None, None) => wrong.push(format!("{alteration:?} of {site} goes unnoticed")),
+                (Some(found), Some(Passes { reason, .. })) => wrong
+                    .push(format!("{alteration:?} of {site} is listed ({reason}), but: {found}")),
+                _ => {}
+            }
+        }
+    }
+    println!("{subject}: {changes} changes of {} synchronisations", sites.len());
+    assert!(wrong.is_empty(), "{subject}:\n{}", wrong.join("\n"));
+}
+
+/// Outputs of attention by `launch`.
+fn attention<T: Scalar>(
+    case: &Case,
+    launch: impl Fn(&AttentionArgs) -> Result<Stats, Fault>,
+) -> Result<Outputs, Fault> {
+    let mut problem = case.problem::<T>();
+    let args = case.args(&mut problem);
+    launch(&args)?;
+    let Problem { o, lse, .. } = &problem;
+    Ok([bits(o), bits(lse)].concat())
+}
+
+/// Two tiles of rows, of which the second sees several tiles of keys.
+fn case(d: u32, br: u32, bc: u32) -> Case {
+    Case { causal: true, ..Case::new(br + 3, br + 2 * bc, d) }
+}
+
+#[test]
+fn flash_tiled_needs_its_barriers() {
+    let case = case(32, flash_tiled::BR, flash_tiled::BC);
+    change_all("flash_tiled", || {
+        attention::<f32>(&case, |args| {
+            let grid = Dim3::new(args.seq_q.div_ceil(flash_tiled::BR), args.heads, args.batch);
+            let shared = flash_tiled::shared_bytes(32);
+            try_run("flash_tiled_f32_d32", grid, flash_tiled::THREADS.into(), shared, args)
+        })
+    });
+}
+
+#[test]
+fn the_rungs_with_a_block_a_tile_need_their_barriers_and_waits() {
+    type SharedBytes = fn(usize) -> u32;
+    let rungs: [(&str, SharedBytes); 3] = [
+        ("flash_mma", flash_mma::shared_bytes),
+        ("flash_swizzled", flash_swizzled::shared_bytes),
+        ("flash_async", flash_async::shared_bytes),
+    ];
+    let case = case(64, flash_mma::BR, flash_mma::BC);
+    for (rung, shared_bytes) in rungs {
+        change_all(rung, || {
+            attention::<f16>(&case, |args| {
+                let grid = Dim3::new(args.seq_q.div_ceil(flash_mma::BR), args.heads, args.batch);
+                let symbol = format!("{rung}_f16_d64");
+                try_run(&symbol, grid, flash_mma::THREADS.into(), shared_bytes(64), args)
+            })
+        });
+    }
+}
+
+#[test]
+fn flash_pipelined_needs_its_barriers_and_waits() {
+    for (policy, general, d) in
+        [("causal", false, 64), ("general", true, 64), ("general", true, 256)]
+    {
+        let shape = flash_pipelined::shape(d as usize, general);
+        let shared = flash_pipelined::shared_bytes(d as usize, general);
+        let case = Case { heads: 2, ..case(d, shape.rows(), shape.keys) };
+        change_all(&format!("flash_pipelined_{policy}_d{d}"), || {
+            attention::<f16>(&case, |args| {
+                let mut queue = [0u32; QUEUE_WORDS as usize];
+                let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
+                let symbol = format!("flash_pipelined_f16_d{d}_{policy}");
+                try_run(&symbol, 2.into(), shape.threads().into(), shared, &args)
+            })
+        });
+    }
+}
+
+#[test]
+fn flash_tf32_needs_its_barriers_and_waits() {
+    for d in [64, 256] {
+        let shape = flash_tf32::shape(d as usize);
+        let rows = shape.rows(d as usize);
+        let case = case(d, rows, shape.keys);
+        change_all(&format!("flash_tf32_d{d}"), || {
+            attention::<f32>(&case, |args| {
+                let blocks = args.seq_q.div_ceil(rows) * args.heads * args.batch;
+                let (threads, shared) = (flash_tf32::THREADS, flash_tf32::shared_bytes(d as usize));
+                let symbol = format!("flash_tf32_f32_d{d}");
+                try_run(&symbol, blocks.into(), threads.into(), shared, args)
+            })
+        });
+    }
+}
+
+#[test]
+fn standard_needs_its_barriers_and_waits() {
+    // Rows of a warp; and rows of a block, of more than one segment.
+    for (keys, row, name) in [
+        (136, "warp", "standard_warp_chunks"),
+        (133, "warp", "standard_warp_elements"),
+        (16_400, "block", "standard_block"),
+    ] {
+        let case = Case { scores_stored: true, ..Case::new(3, keys, 32) };
+        change_all(name, || {
+            attention::<f16>(&case, |args| {
+                let (tile, threads) = (standard::MMA_TILE, standard::MMA_THREADS);
+                let columns = standard::output_columns(args.head_dim);
+                let row_threads = softmax::row_threads(args.seq_k, 2);
+                let rows = args.seq_q.div_ceil(tile);
+                try_run(
+                    "standard_scores_f16",
+                    Dim3::new(args.seq_k.div_ceil(tile), rows, 1),
+                    threads.into(),
+                    standard::SCORES_SHARED_BYTES,
+                    args,
+                )?;
+                try_run(
+                    &format!("standard_softmax_f16_{row}"),
+                    args.seq_q.div_ceil(softmax::THREADS / row_threads).into(),
+                    softmax::THREADS.into(),
+                    softmax::shared_bytes(args.seq_k, 2, row_threads),
+                    args,
+                )?;
+                try_run(
+                    &format!("standard_output_f16_x{columns}"),
+                    Dim3::new(rows, args.head_dim.div_ceil(columns), 1),
+                    threads.into(),
+                    standard::output_shared_bytes(columns),
+                    args,
+                )
+            })
+        });
+    }
+}
+
+/// Outputs of a projection by `launch`.
+fn projection<T: Scalar>(
+    (rows, in_features, out_features): (u32, u32, u32),
+    launch: impl Fn(&LinearArgs) -> Result<Stats, Fault>,
+) -> Result<Outputs, Fault> {
+    let x = values::<T>(rows * in_features, 1);
+    let w = values::<T>(out_features * in_features, 2);
+    let mut y = vec![T::from_f32(f32::NAN); (rows * out_features) as usize];
+    launch(&LinearArgs {
+        x: buffer(&x),
+        w: buffer(&w),
+        y: buffer_mut(&mut y),
+        rows,
+        in_features,
+        out_features,
+        ..LinearArgs::default()
+    })?;
+    Ok(bits(&y))
+}
+
+#[test]
+fn projections_need_their_barriers_and_waits() {
+    change_all("linear_tiled", || {
+        projection::<f32>((70, 40, 66), |args| {
+            let grid = Dim3::new(70u32.div_ceil(linear::TILE), 66u32.div_ceil(linear::TILE), 1);
+            try_run("linear_tiled_f32", grid, linear::TILED_THREADS.into(), 0, args)
+        })
+    });
+    // Rows of whole chunks, and not.
+    for (features, name) in [(256, "linear_mma_chunks"), (133, "linear_mma_elements")] {
+        change_all(name, || {
+            projection::<f16>((130, features, 136), |args| {
+                let tile = linear_mma::TILE;
+                let grid = Dim3::new(130u32.div_ceil(tile), 136u32.div_ceil(tile), 1);
+                let threads = linear_mma::THREADS.into();
+                try_run("linear_mma_f16", grid, threads, linear_mma::SHARED_BYTES, args)
+            })
+        });
+    }
+}
+
+#[test]
+fn linear_hopper_needs_its_barriers_and_waits() {
+    // An odd number of chunks to store; more slices than stages, several tiles a cluster.
+    let tile = Tile { columns: 192 };
+    change_all("linear_hopper", || {
+        projection::<f16>((257, 328, 200), |args| {
+            let [x, w] = tile.boxes();
+            let of = |address, rows: u32, box_dims| {
+                let (columns, rows) = (u64::from(args.in_features), u64::from(rows));
+                map(
+                    address,
+                    [columns, rows, 1, 1],
+                    [columns, columns * rows, columns * rows],
+                    box_dims,
+                )
+            };
+            let maps = [of(args.x.address, args.rows, x), of(args.w.address, args.out_features, w)];
+            let args = LinearHopperArgs { maps, args: *args };
+            let (threads, shared) = (linear_hopper::THREADS, tile.shared_bytes());
+            try_run("linear_hopper_f16_n192", 2.into(), threads.into(), shared, &args)
+        })
+    });
+}
+
+#[test]
+fn the_probe_needs_its_barriers_and_waits() {
+    change_all("cluster_probe", || {
+        let mut sums = vec![0.0f32; probe::THREADS as usize];
+        let row = u64::from(probe::THREADS) * 4;
+        let spec = TensorMapSpec {
+            address: sums.as_mut_ptr() as u64,
+            element: Element::F32,
+            dims: vec![probe::THREADS.into(), 1, 1, 1],
+            strides_bytes: vec![row; 3],
+            box_dims: probe::BOX.to_vec(),
+            swizzle_bytes: 0,
+        };
+        let maps = [spec.encode().expect("a map that the driver would take")];
+        let args = ProbeArgs { maps, args: () };
+        try_run("cluster_probe", 2.into(), probe::THREADS.into(), probe::SHARED_BYTES, &args)?;
+        Ok(bits(&sums))
+    });
+}
+
+/// A launch of flash_hopper and its problem.
+#[derive(Clone, Copy)]
+struct Subject {
+    hopper: Hopper,
+    case: Case,
+}
+
+impl Subject {
+    fn run(&self) -> Result<Outputs, Fault> {
+        attention::<f16>(&self.case, |args| self.hopper.run(&self.case, args))
+    }
+}
+
+/// Consumers that take turns, two stages of Q; tasks one after the other.
+fn taking_turns() -> Subject {
+    let case = Case { heads: 3, ..Case::new(130, 300, 64) };
+    Subject { hopper: Hopper { policy: "full", consumers: 2, blocks: 2 }, case }
+}
+
+/// No turns, and a consumer that sees less than the other.
+fn without_turns() -> Subject {
+    let case = Case { heads: 6, causal: true, ..Case::new(128, 160, 64) };
+    Subject { hopper: Hopper { policy: "general", consumers: 2, blocks: 1 }, case }
+}
+
+/// A consumer without rows, which lets every tile of several laps of the ring pass.
+fn passing_everything() -> Subject {
+    let case = Case { heads: 3, ..Case::new(60, 1300, 64) };
+    Subject { hopper: Hopper { policy: "general", consumers: 2, blocks: 1 }, case }
+}
+
+#[test]
+fn flash_hopper_needs_its_barriers_and_waits() {
+    change_all("flash_hopper_full_d64", || taking_turns().run());
+    change_all("flash_hopper_general_d64", || without_turns().run());
+}
+
+#[test]
+fn flash_hopper_with_one_stage_of_q_needs_its_barriers_and_waits() {
+    let case = Case { heads: 3, ..Case::new(130, 200, 192) };
+    let hopper = Hopper { policy: "full", consumers: 2, blocks: 1 };
+    change_all("flash_hopper_full_d192", || Subject { hopper, case }.run());
+}
+
+#[test]
+fn flash_hopper_with_three_consumers_needs_its_barriers_and_waits() {
+    let case = Case { heads: 2, causal: true, ..Case::new(200, 300, 64) };
+    let hopper = Hopper { policy: "causal_x3", consumers: 3, blocks: 1 };
+    change_all("flash_hopper_causal_x3", || Subject { hopper, case }.run());
+}
+
+/// The synchronisation of that kind with `text` just before it.
+fn site_of(hopper: &Subject, kind: SyncKind, text: &str) -> SyncSite {
+    let sites = Arc::new(Sites::default());
+    let watched = Options { sites: Some(sites.clone()), ..options() };
+    with_options(watched, || hopper.run()).unwrap_or_else(|fault| panic!("{fault}"));
+    let mut found =
+        sites.list().into_iter().filter(|s| s.kind == kind && context(s).contains(text));
+    found.next().unwrap_or_else(|| panic!("no {kind:?} after {text:?}"))
+}
+
+/// A GPU found it first: one warp comes so late that the parity it waits for has lapped, and waits
+/// for ever. The check of waits that could miss a phase is off here: a seed lets the warp be late.
+#[test]
+fn the_hang_that_a_gpu_found_first_is_found_by_a_seed() {
+    let hopper = passing_everything();
+    let site = site_of(&hopper, SyncKind::Barrier, "pub fn gather(self)");
+    let change = Some(Change { site, alteration: Alteration::LeaveOut });
+    let checks = Checks { missed_phases: false, ..Checks::default() };
+    let run = |seed| {
+        let options = Options { change, checks, budget: BUDGET, ..Options::seeded(seed) };
+        with_options(options, || hopper.run())
+    };
+    assert!(run(0).is_ok(), "in order, no warp is late");
+    let fault = (1..64).find_map(|seed| run(seed).err()).expect("a seed lets a warp be late");
+    println!("{fault}");
+    assert!(matches!(fault.kind, FaultKind::Divergence(_)), "{fault}");
+    assert_eq!(run(fault.seed).err(), Some(fault), "the seed repeats it");
+}
+
+/// Loads that always land first in, first out hide it.
+#[test]
+fn tiles_that_pass_without_a_wait_are_found_under_every_seed() {
+    let hopper = passing_everything();
+    for ring in ["self.k_ring.wait(self.k_stage);", "self.v_ring.wait(self.v_stage);"] {
+        let sites = Arc::new(Sites::default());
+        let watched = Options { sites: Some(sites.clone()), ..options() };
+        with_options(watched, || hopper.run()).unwrap_or_else(|fault| panic!("{fault}"));
+        let is_it = |site: &SyncSite| {
+            let lines = context(site);
+            let last = lines.lines().last().unwrap_or_default();
+            last.contains(ring) && lines.contains("not before.")
+        };
+        let site = sites.list().into_iter().find(is_it).expect("the wait in pass_tiles");
+        let change = Some(Change { site, alteration: Alteration::LeaveOut });
+        for seed in SEEDS {
+            let options = Options { change, budget: BUDGET, ..Options::seeded(seed) };
+            let found = with_options(options, || hopper.run());
+            println!("{ring}: {}", found.as_ref().map_or_else(ToString::to_string, |_| "-".into()));
+            assert!(found.is_err(), "{ring} with seed {seed}");
+        }
+    }
+}
+
+/// Registers that the producer keeps are waited for in vain.
+#[test]
+fn a_producer_that_keeps_its_registers_is_found() {
+    let hopper = taking_turns();
+    let site = site_of(&hopper, SyncKind::RegistersDecrease, "decrease_registers");
+    let change = Some(Change { site, alteration: Alteration::LeaveOut });
+    for seed in SEEDS {
+        let options = Options { change, ..Options::seeded(seed) };
+        let fault = with_options(options, || hopper.run()).expect_err("consumers starve");
+        assert!(fault.to_string().contains("registers a warp"), "{fault}");
+    }
+}
