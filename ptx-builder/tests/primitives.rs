@@ -60,7 +60,7 @@ fn every_primitive_has_an_entry() {
             if let Some(rest) = words.strip_prefix("fn ") {
                 function = rest.split(['(', '<']).next().unwrap_or_default();
             }
-            if line.contains("core::arch::asm!") && function != "" {
+            if line.contains("core::arch::asm!") && !function.is_empty() {
                 let called = [format!("{function}("), format!("{function}::<")];
                 assert!(
                     called.iter().any(|call| entries.contains(call.as_str())),
