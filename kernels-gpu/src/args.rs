@@ -210,7 +210,7 @@ impl<A, const N: usize> WithMaps<A, N> {
 pub struct Maps<const N: usize>(u64);
 
 impl<const N: usize> Maps<N> {
-    /// Address of map `INDEX`, for [`tma`](simt::tma).
+    /// Address of map `INDEX`, for [`tma`].
     #[inline(always)]
     #[must_use]
     pub const fn address<const INDEX: usize>(self) -> u64 {
