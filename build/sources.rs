@@ -168,6 +168,6 @@ mod tests {
     #[test]
     fn a_missing_source_is_named() {
         let error = fingerprint(Path::new("/nowhere")).unwrap_err().to_string();
-        assert!(error.contains("kernels-gpu"), "{error}");
+        assert!(error.starts_with("cannot read /nowhere/"), "{error}");
     }
 }
