@@ -244,7 +244,7 @@ pub unsafe fn module_function(module: Module, name: &CStr) -> Result<Function, F
 pub struct LoadFailure {
     /// The call and its result code.
     pub failure: Failure,
-    /// What the driver's compiler said, on as many lines as it likes; empty if nothing.
+    /// The log of the driver's compiler, on any number of lines; empty if nothing.
     pub log: String,
 }
 

@@ -153,7 +153,7 @@ pub fn use_library(path: &Path) -> bool {
 pub struct Failure {
     /// The function.
     pub function: &'static str,
-    /// What it returned.
+    /// The code that it returned.
     pub code: ResultCode,
 }
 

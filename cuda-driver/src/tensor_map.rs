@@ -16,7 +16,7 @@ pub enum TensorMapType {
     Bf16 = 9,
 }
 
-/// What a tensor map describes: a strided view, and the box that one copy moves.
+/// The layout of a tensor map: a strided view, and the box that one copy moves.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorMapLayout<'a> {
     /// Device address of the first element, aligned to 16.

@@ -93,7 +93,7 @@ impl State {
             .is_some_and(|(start, length)| bytes <= length.saturating_sub(address - start))
     }
 
-    /// What waiting for a stream finds.
+    /// The result of waiting for a stream.
     pub(crate) fn wait(&mut self, stream: usize) -> Outcome {
         self.busy.remove(&stream);
         self.follow()

@@ -21,14 +21,14 @@ pub struct Watch {
 struct State {
     /// When the launch that runs now has had its time.
     deadline: Option<Instant>,
-    /// What is reported then.
+    /// The report then.
     report: Results,
     /// No launch will follow.
     over: bool,
 }
 
 impl Watch {
-    /// Launches may take so many seconds; forever where none are given.
+    /// Seconds that a launch may take; no limit where none are given.
     #[must_use]
     pub fn new(seconds: Option<f64>) -> Self {
         Self { limit: seconds.map(Duration::from_secs_f64), ..Self::default() }
