@@ -43,8 +43,10 @@
 //! | doubts about a result | [`oracle`], [`verify`] | |
 //!
 //! # Features
-//! `emulator` (default): kernels run on the CPU too ([`CpuDevice`]), every access checked. Without
-//! it no kernel is compiled for the host. `ptx` (default): the kernels' PTX, for GPUs.
+//! All are on by default. `emulator`: kernels run on the CPU too ([`CpuDevice`]), every access
+//! checked. Without it no kernel is compiled for the host. `ptx`: the kernels' PTX, for GPUs.
+//! `safetensors`: weights from files ([`module::Weights::load`]). `verify`: [`Tensor::random`],
+//! [`oracle`] and [`verify`].
 
 #![warn(missing_debug_implementations)]
 
@@ -52,6 +54,7 @@ pub mod backend;
 pub mod dtype;
 pub mod error;
 pub mod module;
+#[cfg(feature = "verify")]
 pub mod oracle;
 pub mod problem;
 pub mod ptx;
@@ -59,6 +62,7 @@ pub mod raw;
 pub mod registry;
 pub mod session;
 pub mod tensor;
+#[cfg(feature = "verify")]
 pub mod verify;
 
 #[cfg(feature = "emulator")]

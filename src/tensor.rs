@@ -1,10 +1,6 @@
 //! Tensors on the host, in the storage type: what goes to a device and comes back.
 
 use half::{bf16, f16};
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
-use rand_distr::{Distribution, StandardNormal};
-use rayon::prelude::*;
 
 use crate::{
     dtype::{DType, Element},
@@ -67,8 +63,14 @@ impl Tensor {
 
     /// A tensor of elements drawn from the normal distribution with mean `mean` and
     /// standard deviation 1. The same seed gives the same numbers on every platform.
+    #[cfg(feature = "verify")]
     #[must_use]
     pub fn random(dtype: DType, shape: &[usize], seed: u64, mean: f64) -> Self {
+        use rand::SeedableRng;
+        use rand_chacha::ChaCha8Rng;
+        use rand_distr::{Distribution, StandardNormal};
+        use rayon::prelude::*;
+
         /// Elements that come from one stream of the generator; streams are drawn in parallel.
         const STREAM: usize = 1 << 20;
         let len: usize = shape.iter().product();

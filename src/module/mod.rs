@@ -16,6 +16,7 @@
 //! Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
 
 mod forward;
+#[cfg(feature = "verify")]
 pub mod oracle;
 mod weights;
 

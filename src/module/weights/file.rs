@@ -1,0 +1,59 @@
+//! A module's parameters from a file and to one.
+
+use std::{fs, path::Path};
+
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+
+use super::{Linear, Weights, state_dict::StateDict};
+use crate::{dtype::DType, error::Error};
+
+impl Weights {
+    /// Reads the parameters from a safetensors file with a `state_dict`: `q_proj`, `k_proj`,
+    /// `v_proj` and `out_proj` (`.weight`, and `.bias` unless made with `bias=False`), or
+    /// `in_proj_weight` and `in_proj_bias` in place of the first three, as
+    /// `torch.nn.MultiheadAttention` has them. All names may begin with the same prefix, as
+    /// `layers.0.attn.`; other tensors are left alone.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::BadFile`] for a file that is not whole, has several modules, or one
+    /// with `kdim`, `vdim` or `add_bias_kv`; or which tensor is missing, of a storage type that
+    /// kernels do not compute with, or of another shape or type than the others ask for.
+    pub fn load(path: &Path) -> Result<Self, Error> {
+        let bytes = fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::BadFile {
+            path: path.into(),
+            reason: format!("not a whole safetensors file ({e}): save the tensors again"),
+        })?;
+        Self::new(StateDict::find(&file, path)?.projections()?)
+    }
+
+    /// Writes the tensors as [`Weights::load`] reads them, with a new file's usual mode, or into
+    /// the file that is there.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the system's reason.
+    pub fn save(&self, path: &Path) -> Result<(), Error> {
+        let bad = |e: safetensors::SafeTensorError| Error::BadFile {
+            path: path.into(),
+            reason: format!("could not be written: {e}"),
+        };
+        let mut views = Vec::new();
+        for (name, Linear { weight, bias }) in Self::NAMES.iter().zip(&self.projections) {
+            for (part, tensor) in [("weight", weight), ("bias", bias)] {
+                let shape = tensor.shape().to_vec();
+                let view = TensorView::new(stored(tensor.dtype()), shape, tensor.as_bytes());
+                views.push((format!("{name}.{part}"), view.map_err(bad)?));
+            }
+        }
+        let bytes = safetensors::serialize(views, None).map_err(bad)?;
+        fs::write(path, bytes).map_err(|source| Error::Io { path: path.into(), source })
+    }
+}
+
+const fn stored(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+    }
+}
