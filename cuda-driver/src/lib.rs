@@ -33,7 +33,7 @@ use std::{
 
 pub use codes::ResultCode;
 pub use management::driver_version;
-pub use tensor_map::{TensorMapLayout, TensorMapType, encode_tensor_map};
+pub use tensor_map::{TensorMapLayout, TensorMapType, encode_tensor_map, replace_address};
 
 /// The environment variable that names the driver library to open.
 pub const LIBRARY_VARIABLE: &str = "FLASH_ATTENTION_CUDA_DRIVER";

@@ -82,6 +82,22 @@ pub fn encode_tensor_map(layout: &TensorMapLayout<'_>) -> Result<[u8; 128], Fail
     Ok(map.0)
 }
 
+/// Gives an encoded tensor map another address of the first element, aligned to 16
+/// (`cuTensorMapReplaceAddress`).
+///
+/// # Errors
+/// The driver refuses the address or the map, or is older than CUDA 12.0 and lacks the function.
+pub fn replace_address(map: &mut [u8; 128], address: u64) -> Result<(), Failure> {
+    let mut aligned = TensorMap(*map);
+    // The map is writable and aligned to 64. The address is only written down.
+    call!(cuTensorMapReplaceAddress(
+        &raw mut aligned => *mut TensorMap,
+        ptr::with_exposed_provenance_mut(address as usize) => *mut c_void,
+    ))?;
+    *map = aligned.0;
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,6 +8,8 @@ mod fake_driver;
 mod graph;
 #[path = "../../tests/gpu/head.rs"]
 mod head;
+#[path = "../../tests/gpu/maps.rs"]
+mod maps;
 #[path = "../../tests/gpu/plans.rs"]
 mod plans;
 #[path = "../../tests/gpu/raw.rs"]

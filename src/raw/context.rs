@@ -8,6 +8,7 @@ use kernels_gpu::entry::Entry;
 use super::{
     failure,
     kernels::{Kernels, check_launch},
+    maps::Maps,
 };
 use crate::{
     backend::{Launch, TensorMapSpec},
@@ -26,6 +27,7 @@ pub struct Context {
     name: String,
     target: Target,
     kernels: Kernels,
+    pub(super) maps: Maps,
 }
 
 // SAFETY: the handle is a pointer that only the driver follows, and the driver's functions may
@@ -77,7 +79,7 @@ impl Context {
             Ok((functions::device_name(device)?, target(device)?))
         };
         let (name, target) = describe().map_err(asking)?;
-        Ok(Self { handle, name, target, kernels: Kernels::default() })
+        Ok(Self { handle, name, target, kernels: Kernels::default(), maps: Maps::default() })
     }
 
     /// The handle.
@@ -110,13 +112,14 @@ impl Context {
         entries.into_iter().try_for_each(|entry| self.kernels.get(entry, self).map(drop))
     }
 
-    /// Encodes a tensor map for TMA.
+    /// Encodes a tensor map for TMA. Of a layout that was encoded before, the driver only exchanges
+    /// the address.
     ///
     /// # Errors
     /// A layout that the copy engine cannot describe.
     pub fn encode_tensor_map(&self, map: &TensorMapSpec) -> Result<[u8; 128], Error> {
         let _entered = self.enter().map_err(|code| self.failed("encoding a tensor map", code))?;
-        encode_tensor_map(map)
+        self.maps.encode(map)
     }
 
     /// Starts a launch on a stream of this context; does not wait. It allocates, fills and
@@ -250,10 +253,25 @@ pub(super) fn encode_tensor_map(map: &TensorMapSpec) -> Result<[u8; 128], Error>
         box_dims: &map.box_dims,
         swizzle_bytes: map.swizzle_bytes,
     };
-    cuda_driver::encode_tensor_map(&layout).map_err(|failure| Error::Driver {
+    cuda_driver::encode_tensor_map(&layout).map_err(|failure| refused(failure, map))
+}
+
+/// An encoded map with the address of `map`, which has the same layout. A context must be current,
+/// as for [`encode_tensor_map`].
+pub(super) fn replace_address(
+    mut encoded: [u8; 128],
+    map: &TensorMapSpec,
+) -> Result<[u8; 128], Error> {
+    cuda_driver::replace_address(&mut encoded, map.address)
+        .map_err(|failure| refused(failure, map))?;
+    Ok(encoded)
+}
+
+fn refused(failure: Failure, map: &TensorMapSpec) -> Error {
+    Error::Driver {
         call: failure.function.to_owned(),
         message: format!("{} for {map:?}", failure.code),
-    })
+    }
 }
 
 /// While it lives, a context is the calling thread's; then the one before is again.

@@ -88,7 +88,11 @@ impl LinearPlan {
         self.launch_with(args, &|map| device.encode_tensor_map(map))
     }
 
-    fn launch_with(&self, args: &LinearArgs, encode: Encode<'_>) -> Result<Launch, Error> {
+    pub(super) fn launch_with(
+        &self,
+        args: &LinearArgs,
+        encode: Encode<'_>,
+    ) -> Result<Launch, Error> {
         self.check(args)?;
         // A kernel that supports the projection counts in 32 bits.
         let plain = args::LinearArgs {

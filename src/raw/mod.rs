@@ -27,6 +27,7 @@ pub mod context;
 pub(crate) mod failure;
 mod kernels;
 mod linear;
+mod maps;
 mod plan;
 
 pub use args::{Args, Region, View};
@@ -98,7 +99,7 @@ impl Context {
         stream: *mut std::ffi::c_void,
     ) -> Result<(), Error> {
         let _entered = self.enter().map_err(|code| self.failed("launching", code))?;
-        for launch in plan.launches(args)? {
+        for launch in plan.launches_with(args, &|map| self.maps.encode(map))? {
             // SAFETY: the context is current; the plan made the launch for checked arguments; the
             // rest is passed on to the caller.
             unsafe { self.start_entered(&launch, stream) }?
@@ -121,7 +122,7 @@ impl Context {
         stream: *mut std::ffi::c_void,
     ) -> Result<(), Error> {
         let _entered = self.enter().map_err(|code| self.failed("launching", code))?;
-        let launch = plan.launch(args)?;
+        let launch = plan.launch_with(args, &|map| self.maps.encode(map))?;
         // SAFETY: as for `enqueue`.
         unsafe { self.start_entered(&launch, stream) }?
             .map_err(|code| self.failed(Description(&launch), code))

@@ -168,7 +168,11 @@ impl Plan {
         self.launches_with(args, &|map| device.encode_tensor_map(map))
     }
 
-    fn launches_with(&self, args: &Args, encode: Encode<'_>) -> Result<Vec<Launch>, Error> {
+    pub(super) fn launches_with(
+        &self,
+        args: &Args,
+        encode: Encode<'_>,
+    ) -> Result<Vec<Launch>, Error> {
         self.check(args)?;
         let bytes = self.attention_bytes(args, encode)?;
         Ok(self.steps.iter().map(|step| step.launch(bytes.clone())).collect())

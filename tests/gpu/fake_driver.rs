@@ -79,4 +79,5 @@ controls! {
     early = "fake_cuda_early"() -> u64;
     operations = "fake_cuda_operations"() -> u64;
     filled_async = "fake_cuda_filled_async"() -> u64;
+    maps_encoded = "fake_cuda_maps_encoded"() -> u64;
 }

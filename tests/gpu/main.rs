@@ -8,6 +8,7 @@ mod environment;
 mod fake_driver;
 mod graph;
 mod head;
+mod maps;
 mod plans;
 mod raw;
 mod session;

@@ -84,3 +84,9 @@ extern "C" fn fake_cuda_operations() -> u64 {
 extern "C" fn fake_cuda_filled_async() -> u64 {
     state().filled_async
 }
+
+/// Tensor maps encoded so far; those that got another address are not counted.
+#[unsafe(no_mangle)]
+extern "C" fn fake_cuda_maps_encoded() -> u64 {
+    state().maps_encoded
+}

@@ -40,6 +40,8 @@ pub(crate) struct State {
     pub(crate) operations: u64,
     /// Bytes filled by asynchronous fills so far.
     pub(crate) filled_async: u64,
+    /// Tensor maps encoded so far.
+    pub(crate) maps_encoded: u64,
 }
 
 static STATE: LazyLock<Mutex<State>> = LazyLock::new(|| Mutex::new(State::from_environment()));
@@ -78,6 +80,7 @@ impl State {
             early: 0,
             operations: 0,
             filled_async: 0,
+            maps_encoded: 0,
         }
     }
 

@@ -2,7 +2,11 @@
 
 use simt::tma::{Element, TensorMap, TensorMapSpec};
 
-use crate::{P, call, code, state::check_context, write};
+use crate::{
+    P, call, code,
+    state::{check_context, state},
+    write,
+};
 
 /// A tensor map's type of elements by its number in the driver API.
 const fn element_of(number: u32) -> Option<Element> {
@@ -59,9 +63,24 @@ extern "C" fn cuTensorMapEncodeTiled(
             box_dims: boxes.to_vec(),
             swizzle_bytes,
         };
+        state().maps_encoded += 1;
         match spec.encode() {
             Ok(encoded) if steps.iter().all(|&s| s == 1) => write(map, encoded),
             _ => Err(code::INVALID_VALUE),
         }
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuTensorMapReplaceAddress(map: P, address: P) -> u32 {
+    call(|| {
+        check_context()?;
+        let map = map.cast::<TensorMap>();
+        if map.is_null() || !map.is_aligned() {
+            return Err(code::INVALID_VALUE);
+        }
+        // SAFETY: the driver API's contract: the map is one that was encoded before.
+        let map = unsafe { &mut *map };
+        map.replace_address(address as u64).map_err(|_| code::INVALID_VALUE)
     })
 }

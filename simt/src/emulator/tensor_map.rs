@@ -55,6 +55,19 @@ fn require(holds: bool, message: impl FnOnce() -> String) -> Result<(), TensorMa
     if holds { Ok(()) } else { Err(TensorMapError(message())) }
 }
 
+impl TensorMap {
+    /// Gives a map that was encoded for the emulator another address.
+    ///
+    /// # Errors
+    /// An address that is not a multiple of 16, as the CUDA driver refuses it; bytes that are no map.
+    pub fn replace_address(&mut self, address: u64) -> Result<(), TensorMapError> {
+        let spec = TensorMapSpec::decode(self);
+        let spec = spec.ok_or_else(|| TensorMapError("these bytes are none".into()))?;
+        *self = TensorMapSpec { address, ..spec }.encode()?;
+        Ok(())
+    }
+}
+
 impl TensorMapSpec {
     /// Encodes the map for the emulator.
     ///
@@ -210,6 +223,15 @@ mod tests {
         let map = spec().encode().expect("the map is right");
         assert_eq!(TensorMapSpec::decode(&map), Some(spec()));
         assert_eq!(TensorMapSpec::decode(&TensorMap([0; 128])), None);
+    }
+
+    #[test]
+    fn an_address_is_replaced_and_nothing_else() {
+        let mut map = spec().encode().expect("the map is right");
+        map.replace_address(8192).expect("a good address");
+        assert_eq!(TensorMapSpec::decode(&map), Some(TensorMapSpec { address: 8192, ..spec() }));
+        assert!(map.replace_address(8200).unwrap_err().to_string().contains("0x2008"));
+        assert!(TensorMap([0; 128]).replace_address(0).is_err());
     }
 
     #[test]
