@@ -108,6 +108,22 @@ pub(crate) fn plain_of(
     collect(rows, |row| case.plain_row(row, scores))
 }
 
+/// What each row's scores are made of: `scale * sum over d of |q_d k_jd|`, the mean over the keys
+/// `j` as attention weighs them. Where products cancel it is larger than any score. `lse`: of the
+/// same rows, from [`reference`].
+#[must_use]
+pub fn absolute_scores(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    rows: &[usize],
+    lse: &[f64],
+) -> Vec<f64> {
+    let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
+    let case = Case::new(problem, values, inputs.mask);
+    let of_row = |(&row, &lse)| case.absolute_score(row, lse);
+    rows.par_iter().zip(lse).map(of_row).collect()
+}
+
 fn collect(rows: &[usize], compute: impl Fn(usize) -> (Vec<f64>, f64) + Sync) -> Rows {
     let computed: Vec<_> = rows.par_iter().map(|&row| compute(row)).collect();
     let mut result = Rows { o: Vec::new(), lse: Vec::with_capacity(rows.len()) };
@@ -207,6 +223,21 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
 }
 
 impl Case<'_, f32> {
+    /// One row of [`absolute_scores`].
+    fn absolute_score(&self, row: usize, lse: f64) -> f64 {
+        let (b, h, i) = position(self.problem, row);
+        let scale = f64::from(self.problem.scale());
+        let q: Vec<f64> = self.q.row(b, h, i).iter().map(|&x| x.into()).collect();
+        let absolute_q: Vec<f64> = q.iter().map(|x| x.abs()).collect();
+        let of_key = |j| {
+            let k = self.k.row(b, h, j);
+            let absolute_k: Vec<f32> = k.iter().map(|x| x.abs()).collect();
+            let weight = (scale * dot_f64(&q, k) - lse).exp();
+            weight * scale.abs() * dot_f64(&absolute_q, &absolute_k)
+        };
+        self.seen(b, i).into_iter().map(of_key).sum()
+    }
+
     fn plain_row(&self, row: usize, score_type: DType) -> (Vec<f64>, f64) {
         let (b, h, i) = position(self.problem, row);
         let mut o = vec![0.0f32; self.problem.head_dim()];
@@ -294,6 +325,22 @@ mod tests {
                 assert_eq!(rows.o[row * 4 + d], v.get(row / 3 * 4 + d));
             }
         }
+    }
+
+    #[test]
+    fn absolute_scores_are_of_products_that_cancel() {
+        let p =
+            Problem::builder(1, 1, 2, 2).seq_k(2).causal(true).scale(Some(0.5)).build().unwrap();
+        let tensor =
+            |values: [f64; 4]| Tensor::from_f64(DType::F32, &[1, 1, 2, 2], &values).unwrap();
+        let (q, k) = (tensor([3.0, 4.0, 3.0, 4.0]), tensor([4.0, -3.0, -8.0, 6.0]));
+        let inputs = Inputs { q: &q, k: &k, v: &k, mask: None };
+        let rows = [0, 1];
+        let lse = reference(&p, &inputs, &rows).lse;
+        // The scores are 0: products are 12 and -12, then -24 and 24, which weigh as much.
+        assert_abs_diff_eq!(lse.as_slice(), [0.0, 2f64.ln()].as_slice(), epsilon = 1e-12);
+        let absolute = absolute_scores(&p, &inputs, &rows, &lse);
+        assert_abs_diff_eq!(absolute.as_slice(), [12.0, 18.0].as_slice(), epsilon = 1e-12);
     }
 
     #[test]

@@ -16,9 +16,13 @@
 //!
 //! The plain algorithm is credited with the roundings that nobody can avoid, too. Of the largest |O|:
 //! one to the storage type, and three in f32 (of the weight, of its product with V, of the division
-//! by the sum of weights). Of the largest |LSE|: two in f32 (of the score, of the result). With one
-//! key, or when every product is exact, it has no error at all, and twice nothing would forbid the
-//! rounding of a different order of operations.
+//! by the sum of weights). Of the LSE: two in f32, of the result and of the score, whose products are
+//! rounded before they cancel. In any order of summation a dot product of length n errs by at most
+//! `n u / (1 - n u) * sum |q_d k_d|` (Higham, "Accuracy and Stability of Numerical Algorithms",
+//! section 3.1), `u` the unit roundoff: one `u` of it is credited, a rounding per product, at the
+//! weighted mean of those sums ([`oracle::absolute_scores`]). With one key, or when every product is
+//! exact, the plain algorithm has no error at all, and twice nothing would forbid the rounding of a
+//! different order of operations.
 //!
 //! Where scores overflow the storage type the plain algorithm gives NaN or worse. It is then run
 //! with its scores in f32, and every other tensor in the storage type. A [`Yardstick`] is finite
@@ -263,6 +267,8 @@ impl Credit {
     pub fn of(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize], reference: &Rows) -> Self {
         let multiplications = (rows.len() * problem.seq_k() * problem.head_dim()) as u64;
         let first = Self::of_draw(problem, inputs, rows, reference);
+        let first =
+            Self { lse: first.lse.max(lse_rounding(problem, inputs, rows, reference)), ..first };
         (1..draws(multiplications, rows.len() as u64)).fold(first, |worst, draw| {
             let (q, k) = (beside(inputs.q, draw, 0), beside(inputs.k, draw, 1));
             let v = beside(inputs.v, draw, 2);
@@ -285,12 +291,23 @@ impl Credit {
         let [o, lse] = both;
         let in_f32 = DType::F32.unit_roundoff();
         let rounding = (problem.dtype().unit_roundoff() + 3.0 * in_f32) * o.max_expected;
-        let lse_rounding = 2.0 * in_f32 * lse.max_expected;
-        Self {
-            o: Yardstick::new(o.max_abs, rounding),
-            lse: Yardstick::new(lse.max_abs, lse_rounding),
-        }
+        Self { o: Yardstick::new(o.max_abs, rounding), lse: Yardstick::new(lse.max_abs, 0.0) }
     }
+}
+
+/// The roundings of the LSE that nobody can avoid: of the result, and of the score's products.
+fn lse_rounding(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    rows: &[usize],
+    reference: &Rows,
+) -> Yardstick {
+    let largest = |values: &[f64]| {
+        values.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f64::max)
+    };
+    let lse = largest(&reference.lse);
+    let products = largest(&oracle::absolute_scores(problem, inputs, rows, &reference.lse));
+    Yardstick::new(0.0, DType::F32.unit_roundoff() * (lse + lse.max(products)))
 }
 
 /// A kernel's outputs against the reference, with the verdict.

@@ -85,6 +85,10 @@ fn a_lucky_draw_calls_no_kernel_wrong() {
         (DType::BF16, (2, 128), 2),
         (DType::F32, (1, 1), 4),
         (DType::F32, (2, 1), 4),
+        // Scores near 0, of products that cancel.
+        (DType::F32, (1, 1), 21),
+        (DType::F32, (1, 1), 68),
+        (DType::F32, (1, 1), 685),
     ];
     let both = |(dtype, shape, seed)| {
         [verdicts, module_verdicts].map(|verdicts| verdicts(dtype, shape, seed))
@@ -95,8 +99,8 @@ fn a_lucky_draw_calls_no_kernel_wrong() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// The rule is no looser than it must be: the right answer with one element a few units in the last
-/// place away is wrong, in every type on every small problem.
+/// The rule is no looser than it must be: the right answer with one element of O, or of the LSE, a few
+/// units in the last place away is wrong, in every type on every small problem.
 #[test]
 fn a_few_units_in_the_last_place_are_wrong() {
     for (dtype, heads, seq) in DType::ALL.into_iter().flat_map(|dtype| {
@@ -130,6 +134,14 @@ fn a_few_units_in_the_last_place_are_wrong() {
                 ..outputs
             };
             assert!(Verification::new(&p, &outputs, &rows, &reference, credit).passes());
+            // Units of the largest LSE; of 1, the size of the scores, where products cancel.
+            let size = reference.lse.iter().map(|x| x.abs()).fold(1.0, f64::max);
+            let mut planted = reference.lse.clone();
+            planted[rows.len() / 2] += units * 2.0 * dtype.unit_roundoff() * size;
+            let lse = Tensor::from_f64(DType::F32, &p.lse_shape(), &planted).unwrap();
+            let result =
+                Verification::new(&p, &Outputs { lse, ..outputs }, &rows, &reference, credit);
+            assert!(!result.passes(), "{dtype} heads {heads} N {seq} seed {seed}: {result}");
         }
     }
 }
