@@ -61,13 +61,8 @@ pub enum Error {
         reason: String,
     },
     /// A kernel cannot do this problem, or not on this device.
-    #[error("kernel {kernel} {reason}")]
-    Unsupported {
-        /// Name of the kernel.
-        kernel: String,
-        /// Why not, and what would be possible.
-        reason: String,
-    },
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
     /// A device cannot do what was asked of it.
     #[error("{device} cannot {what}: {remedy}")]
     DeviceLacks {
@@ -151,12 +146,6 @@ pub enum Error {
         /// The compiler's log.
         log: String,
     },
-    /// No entry of that name exists.
-    #[error("no kernel entry named '{symbol}': the registry and kernels-gpu disagree")]
-    UnknownSymbol {
-        /// Name of the entry.
-        symbol: String,
-    },
     /// A launch does not fit its entry.
     #[error("launch of {symbol}: {what} is {given}, expected {expected}")]
     BadLaunch {
@@ -226,7 +215,6 @@ impl Error {
             Self::OutOfMemory { .. }
             | Self::Driver { .. }
             | Self::Module { .. }
-            | Self::UnknownSymbol { .. }
             | Self::BadLaunch { .. }
             | Self::BadAddress { .. }
             | Self::Kernel { .. } => false,
@@ -238,6 +226,16 @@ impl Error {
     pub const fn is_out_of_memory(&self) -> bool {
         matches!(self, Self::OutOfMemory { .. })
     }
+}
+
+/// What a kernel cannot do, or not on that device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("kernel {kernel} {reason}")]
+pub struct Unsupported {
+    /// Name of the kernel.
+    pub kernel: &'static str,
+    /// Why not, and what would be possible.
+    pub reason: String,
 }
 
 /// A shape as messages print it: `[2, 12, 512, 64]`.

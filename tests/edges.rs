@@ -59,7 +59,7 @@ fn every_kernel_drops_the_same_weights() {
     for (kernel, dtype) in suite::kernels() {
         let problem = Problem::builder(2, 2, N, N).dtype(dtype);
         let problem = problem.dropout(Some(Dropout { p: 0.3, seed: 99 })).build().unwrap();
-        if !kernel.features.dropout || !kernel.head_dims.contains(&N) {
+        if !kernel.limits.features.dropout || !kernel.limits.head_dims.contains(&N) {
             continue;
         }
         let identity = |i: usize| f64::from(u8::from(i / N % N == i % N));
@@ -87,7 +87,7 @@ fn every_kernel_drops_the_same_weights() {
 #[test]
 fn results_are_the_same_every_time() {
     for (kernel, dtype) in suite::kernels().filter(|&(_, dtype)| dtype != DType::BF16) {
-        let problem = Problem::builder(2, 2, 65, kernel.head_dims[0]).dtype(dtype);
+        let problem = Problem::builder(2, 2, 65, kernel.limits.head_dims[0]).dtype(dtype);
         let case = suite::Case::new("repeat", problem.build().unwrap());
         let run = || case.run(&suite::emulator(), kernel).unwrap();
         let (first, second) = (run(), run());

@@ -8,7 +8,7 @@ use std::{io::Write, sync::Arc};
 use flash_attention::{
     DType, Device, Tensor,
     backend::{KernelArgs, Launch, Memory, TensorMapSpec},
-    raw::{LinearArgs, LinearPlan},
+    raw::LinearArgs,
     registry::{LINEAR_KERNELS, LinearSpec, Projection, Target},
     verify::{Differences, Yardstick},
 };
@@ -32,8 +32,7 @@ fn worst(
     with_bias: bool,
 ) -> Result<(f64, Yardstick), flash_attention::Error> {
     let device = &**memory.device();
-    let target = Target::of(device);
-    kernel.supports(p, &target)?;
+    let plan = kernel.plan(p, &Target::of(device))?;
     let random = |shape: &[usize], seed| Tensor::random(p.dtype, shape, seed, 0.0);
     let x = random(&[p.rows, p.in_features], 1);
     let w = random(&[p.out_features, p.in_features], 2);
@@ -42,16 +41,16 @@ fn worst(
     let (dx, dw, dbias) = (upload(&x)?, upload(&w)?, upload(&bias)?);
     let mut y = Tensor::zeros(p.dtype, &[p.rows, p.out_features]);
     let dy = memory.filled(y.as_bytes().len() as u64, 0xff)?;
-    let plan = LinearPlan::new(p, &target, kernel)?;
     let args = LinearArgs {
         x: dx.region(),
         w: dw.region(),
         bias: with_bias.then(|| dbias.region()),
         y: dy.region(),
     };
-    let launch = plan.launch_for(device, &args)?;
-    // SAFETY: the arguments are the buffers above, which live until the end.
-    unsafe { device.launch(&launch)? };
+    for launch in plan.launches_for(device, &args)? {
+        // SAFETY: the arguments are the buffers above, which live until the end.
+        unsafe { device.launch(&launch)? };
+    }
     device.synchronize()?;
     dy.read(y.as_bytes_mut())?;
 

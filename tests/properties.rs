@@ -3,7 +3,7 @@
 mod suite;
 
 use flash_attention::{
-    DType, Error, Problem, Tensor,
+    DType, Problem, Tensor,
     oracle::{self, all_rows},
     problem::{Dropout, Layout},
     registry::{self, KERNELS, KernelSpec, Target},
@@ -22,14 +22,16 @@ fn kernel_and_problem() -> impl Strategy<Value = (&'static KernelSpec, Problem)>
         let (batch, heads, seq_q, seq_k) = sizes;
         let (causal, mask, with_dropout, p, seed) = options;
         let dtype = kernel.dtypes[choices.0 % kernel.dtypes.len()];
-        let head_dim = kernel.head_dims[choices.1 % kernel.head_dims.len()];
-        let tokens_first = choices.2 && kernel.features.tokens_first;
+        let head_dim = kernel.limits.head_dims[choices.1 % kernel.limits.head_dims.len()];
+        let tokens_first = choices.2 && kernel.limits.features.tokens_first;
         let problem = Problem::builder(batch, heads, seq_q, head_dim)
             .seq_k(seq_k)
             .dtype(dtype)
-            .causal(causal && kernel.features.causal)
-            .mask(mask && kernel.features.mask)
-            .dropout((with_dropout && kernel.features.dropout).then_some(Dropout { p, seed }))
+            .causal(causal && kernel.limits.features.causal)
+            .mask(mask && kernel.limits.features.mask)
+            .dropout(
+                (with_dropout && kernel.limits.features.dropout).then_some(Dropout { p, seed }),
+            )
             .layout(if tokens_first { Layout::TokensFirst } else { Layout::HeadsFirst });
         (kernel, problem.build().unwrap())
     })
@@ -124,11 +126,8 @@ proptest! {
         match built {
             Err(error) => prop_assert!(error.is_usage()),
             Ok(problem) => for kernel in KERNELS {
-                let refused = matches!(
-                    kernel.supports(&problem, &target),
-                    Err(Error::Unsupported { .. })
-                );
-                prop_assert!(refused || kernel.head_dims.contains(&head_dim));
+                let refused = kernel.supports(&problem, &target).is_err();
+                prop_assert!(refused || kernel.limits.head_dims.contains(&head_dim));
             },
         }
     }

@@ -80,7 +80,7 @@ fn check(
     scale: Option<f32>,
     allowed: Allowed,
 ) {
-    let d = *kernel.head_dims.iter().filter(|&&d| d <= 128).max().unwrap();
+    let d = *kernel.limits.head_dims.iter().filter(|&&d| d <= 128).max().unwrap();
     for (causal, padding) in [(false, false), (true, false), (true, true)] {
         let problem = Problem::builder(2, 1, SEQ_Q, d).seq_k(SEQ_K).dtype(dtype).scale(scale);
         let problem = problem.causal(causal).mask(padding).build().unwrap();
@@ -121,14 +121,14 @@ fn check(
 #[test]
 fn a_row_that_sees_keys_is_never_taken_for_one_that_sees_none() {
     for (kernel, dtype) in suite::kernels() {
-        let d = *kernel.head_dims.iter().filter(|&&d| d <= 128).max().unwrap() as f64;
+        let d = *kernel.limits.head_dims.iter().filter(|&&d| d <= 128).max().unwrap() as f64;
         // 60 x -70 at D 128 is -47,518: past f16 in units of log2(e).
         for (q, k) in [(60.0, -70.0), (60.0, 70.0), (240.0, -240.0), (-2.0, 2.0)] {
             assert!(240.0 * 240.0 * d.sqrt() < MOST_STORED);
             check(kernel, dtype, (q, k), None, Allowed::Right);
         }
         // Up to 2^26, but past what f16 keeps of a score.
-        let keeps = kernel.features.weights && dtype == DType::F16;
+        let keeps = kernel.limits.features.weights && dtype == DType::F16;
         let allowed = if keeps { Allowed::RightOrNan } else { Allowed::Right };
         for (q, k) in [(2400.0, -2400.0), (2400.0, 2400.0)] {
             assert!(q * q * d.sqrt() < f64::from(MAX_SCORE));
@@ -155,7 +155,7 @@ fn scales_at_both_ends_lose_no_key() {
         }
         // 2^-10, which every storage type holds.
         const SMALL: f64 = 1.0 / 1024.0;
-        let keeps = kernel.features.weights && dtype == DType::F16;
+        let keeps = kernel.limits.features.weights && dtype == DType::F16;
         let allowed = if keeps { Allowed::RightOrNan } else { Allowed::Right };
         check(kernel, dtype, (SMALL, -SMALL), Some(MAX_SCALE), Allowed::Right);
         for (q, k) in [(1.0, -1.0), (1.0, 1.0)] {
@@ -171,7 +171,7 @@ fn scales_at_both_ends_lose_no_key() {
 #[test]
 fn weights_of_large_scores_sum_to_one() {
     for (kernel, dtype) in suite::kernels() {
-        let d = kernel.head_dims[0];
+        let d = kernel.limits.head_dims[0];
         for causal in [false, true] {
             let problem = Problem::builder(2, 2, 37, d).seq_k(41).dtype(dtype).causal(causal);
             let problem = problem.mask(true).build().unwrap();

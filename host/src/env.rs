@@ -128,7 +128,7 @@ fn chosen(target: &Target) -> String {
 /// why it cannot run.
 fn kernels(target: &Target) -> String {
     let attention = KERNELS.iter().map(|k| {
-        let has = format!("{}; head dims {}", list(k.dtypes), list(k.head_dims));
+        let has = format!("{}; head dims {}", list(k.dtypes), list(k.limits.head_dims));
         (k.name, k.summary, has, k.runs_on(target), module(k.capability, k.exact_capability))
     });
     let linear = LINEAR_KERNELS.iter().map(|k| {
@@ -140,8 +140,7 @@ fn kernels(target: &Target) -> String {
     let mut text = String::new();
     for (name, summary, has, runs, module) in all {
         let what = match (runs, module) {
-            (Err(flash_attention::Error::Unsupported { reason, .. }), _) => format!("no: {reason}"),
-            (Err(error), _) => format!("no: {error}"),
+            (Err(unsupported), _) => format!("no: {}", unsupported.reason),
             (Ok(()), None) => "no: this build has no PTX for it".into(),
             (Ok(()), Some(module)) => format!("yes, from {module}: {summary}; {has}"),
         };

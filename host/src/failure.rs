@@ -6,6 +6,8 @@
 
 use std::{fmt, process::ExitCode};
 
+use flash_attention::error::Unsupported;
+
 use crate::interrupt;
 
 /// How a command that did not fail ended.
@@ -46,6 +48,7 @@ impl std::error::Error for Usage {}
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     let usage = error.chain().any(|cause| {
         cause.is::<Usage>()
+            || cause.is::<Unsupported>()
             || cause.downcast_ref::<flash_attention::Error>().is_some_and(|e| e.is_usage())
     });
     if usage { 2 } else { 1 }
@@ -100,7 +103,10 @@ mod tests {
         assert_eq!(exit_code(&anyhow::anyhow!("broken")), 1);
         let missing = flash_attention::Error::UnknownDType { given: "f8".into() };
         assert_eq!(exit_code(&missing.into()), 2);
-        let failed = flash_attention::Error::UnknownSymbol { symbol: "x".into() };
+        let unsupported = Unsupported { kernel: "naive", reason: "needs more".into() };
+        assert_eq!(exit_code(&unsupported.clone().into()), 2);
+        assert_eq!(exit_code(&flash_attention::Error::from(unsupported).into()), 2);
+        let failed = flash_attention::Error::BadAddress { address: 0, bytes: 1 };
         assert_eq!(exit_code(&failed.into()), 1);
     }
 

@@ -5,6 +5,7 @@ use anyhow::Result;
 use flash_attention::{
     Error, Layout, Problem, Tensor,
     backend::{Counters, instruments::take_counters},
+    error::Unsupported,
     module::{self, MultiHeadAttention, oracle as module_oracle},
     registry::KernelSpec,
     session::{Inputs, Session, Work},
@@ -205,8 +206,8 @@ impl<'a> Subject<'a> {
             }
             Kind::Module { tensors, oracle, module } => {
                 let mask = tensors.mask.as_deref().unwrap_or_default();
-                let mut forward =
-                    module.prepare_bytes(kernel, problem, tensors.x.as_bytes(), mask)?;
+                let plan = kernel.plan(problem, &session.target())?;
+                let mut forward = module.prepare_bytes(plan, tensors.x.as_bytes(), mask)?;
                 let counters = launch(&mut forward)?;
                 let memory = forward.memory();
                 Ok(Ran {
@@ -252,28 +253,28 @@ pub fn row(session: &Session, level: Level, kernel: &str, problem: &Problem) -> 
 pub fn foresee(
     session: &Session,
     level: Level,
-    kernel: &KernelSpec,
+    kernel: &'static KernelSpec,
     problem: &Problem,
 ) -> Result<(Row, bool), Error> {
     let (problem, target) = (problem_of(level, problem)?, session.target());
     let mut row = row(session, level, kernel.name, &problem);
-    let supported = kernel.supports(&problem, &target).and_then(|()| match level {
-        Level::Attention => Ok(()),
-        Level::Module => module::best_linear(&problem, &target).map(drop),
+    let planned = kernel.plan(&problem, &target).map_err(Error::from).and_then(|plan| {
+        if level == Level::Module {
+            module::best_linear(&problem, &target)?;
+        }
+        Ok(plan)
     });
-    match supported {
-        Err(Error::Unsupported { reason, .. }) => {
+    let plan = match planned {
+        Err(Error::Unsupported(Unsupported { reason, .. })) => {
             row.status = Status::Unsupported;
             row.reason = reason;
             return Ok((row, false));
         }
         other => other?,
-    }
+    };
     let needed = match level {
-        Level::Attention => kernel.peak_bytes(&problem, &target),
-        Level::Module => {
-            module::parameter_bytes(&problem) + module::pass_bytes(kernel, &problem, &target)
-        }
+        Level::Attention => plan.peak_bytes(),
+        Level::Module => module::parameter_bytes(&problem) + module::pass_bytes(&plan),
     };
     row.needed_bytes = Some(needed);
     let free = session.device().memory_info()?.free;

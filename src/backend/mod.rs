@@ -9,7 +9,7 @@ pub mod gpu;
 pub mod instruments;
 pub mod memory;
 
-use crate::{error::Error, raw::Encode};
+use crate::error::Error;
 use kernels_gpu::args::{AttentionArgs, LinearArgs, WithMaps};
 use simt::tma::TensorMap;
 
@@ -210,17 +210,4 @@ unsafe impl<A: KernelArgs, const N: usize> KernelArgs for WithMaps<A, N> {
         assert!(align_of::<A>() <= align_of::<TensorMap>());
         N * TensorMap::BYTES + A::FIELD_BYTES
     };
-}
-
-/// Puts tensor maps, encoded for a device, in front of the other arguments.
-pub(crate) fn with_maps<A, const N: usize>(
-    encode: Encode<'_>,
-    maps: &[TensorMapSpec; N],
-    args: A,
-) -> Result<WithMaps<A, N>, Error> {
-    let mut encoded = [TensorMap([0; TensorMap::BYTES]); N];
-    for (encoded, map) in encoded.iter_mut().zip(maps) {
-        encoded.0 = encode(map)?;
-    }
-    Ok(WithMaps { maps: encoded, args })
 }

@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use super::{MultiHeadAttention, Pass, projections};
+use super::{MultiHeadAttention, Pass};
 use crate::{
     backend::{Device, DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
     error::Error,
     problem::Problem,
-    raw::{LinearArgs, LinearPlan, Region, View},
-    registry::{KernelSpec, Target},
+    raw::{LinearArgs, Plan, Region, View},
+    registry::{KernelSpec, Projection},
     session::{Attention, POISON, Work},
     tensor::Tensor,
 };
@@ -77,7 +77,7 @@ pub struct ModuleMemory {
 pub struct Forward {
     memory: Arc<Memory>,
     /// The projection of q, k and v, and that of the output.
-    pub(super) linear: [LinearPlan; 2],
+    linear: [Plan<Projection>; 2],
     attention: Attention,
     qkv: DeviceBuffer,
     y: DeviceTensor,
@@ -86,24 +86,18 @@ pub struct Forward {
 impl Forward {
     pub(super) fn new(
         memory: &Arc<Memory>,
-        module: &MultiHeadAttention,
-        kernel: &'static KernelSpec,
-        problem: &Problem,
+        plan: Plan,
+        linear: [Plan<Projection>; 2],
     ) -> Result<Self, Error> {
-        let target = Target::of(&**memory.device());
-        let linear = module.linear(problem)?;
-        let [first, last] = projections(problem);
+        let problem = plan.problem();
         let x_bytes = (problem.q_elements() * problem.dtype().size()) as u64;
         let hidden = problem.heads() * problem.head_dim();
         let y = [problem.batch(), problem.seq_q(), hidden];
         Ok(Self {
-            linear: [
-                LinearPlan::new(&first, &target, linear)?,
-                LinearPlan::new(&last, &target, linear)?,
-            ],
+            linear,
             qkv: memory.filled(3 * x_bytes, POISON)?,
-            attention: Attention::new(memory, kernel, problem)?,
             y: DeviceTensor::filled(memory, problem.dtype(), &y, POISON)?,
+            attention: Attention::new(memory, plan)?,
             memory: memory.clone(),
         })
     }
@@ -118,6 +112,12 @@ impl Forward {
     #[must_use]
     pub const fn attention(&self) -> &Attention {
         &self.attention
+    }
+
+    /// The plans of the projections: that of q, k and v together, and that of the output.
+    #[must_use]
+    pub const fn linear(&self) -> &[Plan<Projection>; 2] {
+        &self.linear
     }
 
     /// `[B, N, hidden]`, the output of the last run.
@@ -162,11 +162,13 @@ impl Forward {
     ) -> Result<(), Error> {
         let device = &**self.memory.device();
         let args = LinearArgs { x, w: w.region(), bias: Some(bias.region()), y };
-        let launch = self.linear[which].launch_for(device, &args)?;
-        // SAFETY: the plan checked the lengths; x is the caller's tensor or a buffer of this
-        // value, as y is, and the parameters belong to the module: all on this device, and
-        // freeing one waits for the launch.
-        unsafe { device.launch(&launch) }
+        for launch in self.linear[which].launches_for(device, &args)? {
+            // SAFETY: the plan checked the lengths; x is the caller's tensor or a buffer of this
+            // value, as y is, and the parameters belong to the module: all on this device, and
+            // freeing one waits for the launch.
+            unsafe { device.launch(&launch)? };
+        }
+        Ok(())
     }
 
     /// Q, K or V, of which a token has a third each: `[B, N, 3, H, D]` at `third`.
@@ -204,18 +206,19 @@ pub struct PreparedForward<'a> {
 impl<'a> PreparedForward<'a> {
     pub(super) fn new(
         module: &'a MultiHeadAttention,
-        kernel: &'static KernelSpec,
-        problem: &Problem,
+        plan: Plan,
+        linear: [Plan<Projection>; 2],
         x: &[u8],
         mask: Option<&[u8]>,
     ) -> Result<Self, Error> {
+        let problem = plan.problem();
         // A count of its own: other passes and sessions do not show in it.
         let memory = module.memory.part();
         let shape = [problem.batch(), problem.seq_q(), module.hidden()];
         Ok(Self {
             x: DeviceTensor::from_bytes(&memory, problem.dtype(), &shape, x)?,
             mask: mask.map(|mask| memory.upload(mask)).transpose()?,
-            forward: Forward::new(&memory, module, kernel, problem)?,
+            forward: Forward::new(&memory, plan, linear)?,
             module,
         })
     }

@@ -27,6 +27,7 @@ use crate::{
     dtype::DType,
     error::{Error, Shape},
     problem::{Dropout, Layout, Problem, head_dim_of},
+    raw::Plan,
     registry::{self, KernelSpec, LinearSpec, Projection, Target},
     session::Session,
     tensor::Tensor,
@@ -183,34 +184,22 @@ impl MultiHeadAttention {
             .build()
     }
 
-    /// The kernel that runs the projections of a problem: the best that can, unless a certain
-    /// one was asked for.
+    /// The plans of a problem's projections: on the best kernel that can, unless a certain one was
+    /// asked for.
     ///
     /// # Errors
     /// [`Error::Unsupported`] with the reason.
-    pub fn linear(&self, problem: &Problem) -> Result<&'static LinearSpec, Error> {
+    pub fn linear(&self, problem: &Problem) -> Result<[Plan<Projection>; 2], Error> {
         let target = Target::of(&**self.memory.device());
-        match self.linear {
-            None => best_linear(problem, &target),
-            Some(kernel) => {
-                let all = projections(problem);
-                all.iter().try_for_each(|p| kernel.supports(p, &target)).map(|()| kernel)
-            }
-        }
+        let Some(kernel) = self.linear else { return best_linear(problem, &target) };
+        let [first, last] = projections(problem);
+        Ok([kernel.plan(&first, &target)?, kernel.plan(&last, &target)?])
     }
 
     /// Bytes of the parameters.
     #[must_use]
     pub fn parameter_bytes(&self) -> u64 {
         self.qkv.iter().chain(&self.out).map(DeviceBuffer::bytes).sum()
-    }
-
-    /// Device memory that a pass will need beyond the parameters, known before anything is
-    /// allocated; attention weights that are asked for, and that the kernel does not keep,
-    /// come on top.
-    #[must_use]
-    pub fn pass_bytes(&self, kernel: &KernelSpec, problem: &Problem) -> u64 {
-        pass_bytes(kernel, problem, &Target::of(&**self.memory.device()))
     }
 
     /// Checks an input and gets a pass ready to run.
@@ -240,27 +229,25 @@ impl MultiHeadAttention {
             });
         }
         let problem = self.problem(batch, seq, mask.is_some(), pass)?;
-        self.prepare_bytes(kernel, &problem, x.as_bytes(), mask.unwrap_or_default())
+        let plan = kernel.plan(&problem, &Target::of(&**self.memory.device()))?;
+        self.prepare_bytes(plan, x.as_bytes(), mask.unwrap_or_default())
     }
 
-    /// As [`MultiHeadAttention::prepare`], from the elements of `x: [B, N, hidden]` as bytes
-    /// and a mask that is empty where the problem has none: what a mapped file holds goes
-    /// to the device without a copy.
+    /// As [`MultiHeadAttention::prepare`], of a plan at hand for a problem of this module, from the
+    /// elements of `x: [B, N, hidden]` as bytes and a mask that is empty where the problem has none:
+    /// what a mapped file holds goes to the device without a copy.
     ///
     /// # Errors
     /// As [`MultiHeadAttention::prepare`]; [`Error::ShapeMismatch`] when there are more or
     /// fewer bytes than the problem has.
     pub fn prepare_bytes(
         &self,
-        kernel: &'static KernelSpec,
-        problem: &Problem,
+        plan: Plan,
         x: &[u8],
         mask: &[u8],
     ) -> Result<PreparedForward<'_>, Error> {
-        let device = &**self.memory.device();
-        let target = Target::of(device);
-        kernel.supports(problem, &target)?;
-        self.linear(problem)?;
+        let (problem, device) = (*plan.problem(), &**self.memory.device());
+        let linear = self.linear(&problem)?;
         let tokens = problem.batch() * problem.seq_q();
         let x_bytes = problem.q_elements() * self.dtype.size();
         let mask_bytes = if problem.has_mask() { tokens } else { 0 };
@@ -272,12 +259,12 @@ impl MultiHeadAttention {
                 return Err(Error::ShapeMismatch { what: what.into(), expected, given });
             }
         }
-        let (needed, free) = (self.pass_bytes(kernel, problem), device.memory_info()?.free);
+        let (needed, free) = (pass_bytes(&plan), device.memory_info()?.free);
         if needed > free {
             return Err(Error::OutOfMemory { device: device.name(), needed, free });
         }
         let mask = problem.has_mask().then_some(mask);
-        PreparedForward::new(self, kernel, problem, x, mask)
+        PreparedForward::new(self, plan, linear, x, mask)
     }
 
     /// The buffers of forward passes over a problem of this module
@@ -291,7 +278,8 @@ impl MultiHeadAttention {
         problem: &Problem,
     ) -> Result<Forward, Error> {
         self.expect(&self.memory, problem)?;
-        Forward::new(&self.memory.part(), self, kernel, problem)
+        let plan = kernel.plan(problem, &Target::of(&**self.memory.device()))?;
+        Forward::new(&self.memory.part(), plan, self.linear(problem)?)
     }
 
     /// Checks that a problem has the heads and the storage type of this module, which is on the
@@ -364,14 +352,15 @@ pub const fn projections(problem: &Problem) -> [Projection; 2] {
     [Projection { out_features: 3 * hidden, ..last }, last]
 }
 
-/// The best kernel for the projections around a problem on a device.
+/// The plans of the projections around a problem, on the best kernel for them on a device.
 ///
 /// # Errors
-/// As [`registry::best_linear`].
-pub fn best_linear(problem: &Problem, target: &Target) -> Result<&'static LinearSpec, Error> {
+/// As [`registry::best_for`].
+pub fn best_linear(problem: &Problem, target: &Target) -> Result<[Plan<Projection>; 2], Error> {
     let [first, last] = projections(problem);
-    let kernel = registry::best_linear(&first, target)?;
-    kernel.supports(&last, target).map(|()| kernel)
+    let first = registry::best_for(&first, target)?.plan;
+    let last = first.kernel().plan(&last, target)?;
+    Ok([first, last])
 }
 
 /// Bytes of the parameters of a module for such problems.
@@ -381,12 +370,13 @@ pub const fn parameter_bytes(problem: &Problem) -> u64 {
     4 * (hidden * hidden + hidden) * problem.dtype().size() as u64
 }
 
-/// [`MultiHeadAttention::pass_bytes`] on any device.
+/// Device memory of a pass beyond the parameters, by the plan of its attention; attention weights
+/// that are asked for, and that the kernel does not keep, come on top.
 #[must_use]
-pub fn pass_bytes(kernel: &KernelSpec, problem: &Problem, target: &Target) -> u64 {
+pub fn pass_bytes(plan: &Plan) -> u64 {
     // Attention, and x and y, which are as large as O each.
-    let x = problem.q_elements() as u64 * problem.dtype().size() as u64;
-    kernel.peak_bytes(problem, target) + 2 * x
+    let x = plan.problem().q_elements() as u64 * plan.problem().dtype().size() as u64;
+    plan.peak_bytes() + 2 * x
 }
 
 #[cfg(test)]

@@ -23,14 +23,15 @@ fn memory_is_as_predicted() {
     let module = module(&session, DType::F16);
     let x = Tensor::random(DType::F16, &[2, 40, HIDDEN], 1, 0.0);
     let mask = vec![1; 80];
-    let able = |k: &&KernelSpec| k.dtypes.contains(&DType::F16) && k.head_dims.contains(&64);
+    let able = |k: &&KernelSpec| k.dtypes.contains(&DType::F16) && k.limits.head_dims.contains(&64);
     for kernel in KERNELS.iter().filter(able) {
         for weights in [false, true] {
             let pass = Pass { weights, ..Pass::default() };
             let problem = module.problem(2, 40, true, &pass).unwrap();
             let (outputs, memory) = module.forward(kernel, &x, Some(&mask), &pass).unwrap();
-            let extra = if weights && !kernel.features.weights { 2 * 2 * 40 * 40 * 2 } else { 0 };
-            let pass_bytes = module.pass_bytes(kernel, &problem);
+            let extra =
+                if weights && !kernel.limits.features.weights { 2 * 2 * 40 * 40 * 2 } else { 0 };
+            let pass_bytes = pass_bytes(&kernel.plan(&problem, &session.target()).unwrap());
             assert_eq!(memory.peak, memory.parameters + pass_bytes + extra, "{}", kernel.name);
             assert_eq!(memory.parameters, parameter_bytes(&problem));
             assert_eq!((memory.inputs, memory.outputs), (2 * 40 * 128 * 2 + 80, 2 * 40 * 128 * 2));
@@ -48,12 +49,14 @@ fn what_does_not_fit_is_not_tried() {
     let problem = Problem::builder(1, 2, 64, 64).layout(Layout::TokensFirst).build().unwrap();
     let (naive, flash) = (find("naive").unwrap(), find("flash_tiled").unwrap());
     let target = session().target();
-    let limit = parameter_bytes(&problem) + pass_bytes(flash, &problem, &target);
+    let [naive_bytes, flash_bytes] =
+        [naive, flash].map(|kernel| pass_bytes(&kernel.plan(&problem, &target).unwrap()));
+    let limit = parameter_bytes(&problem) + flash_bytes;
     let session = Session::new(Arc::new(CpuDevice::with_memory_limit(limit)));
     let module = module(&session, DType::F32);
     let x = Tensor::random(DType::F32, &[1, 64, HIDDEN], 1, 0.0);
     let error = module.forward(naive, &x, None, &Pass::default()).err().unwrap();
-    let expected = (pass_bytes(naive, &problem, &target), pass_bytes(flash, &problem, &target));
+    let expected = (naive_bytes, flash_bytes);
     assert!(
         matches!(error, Error::OutOfMemory { needed, free, .. } if (needed, free) == expected),
         "{error}"
@@ -102,11 +105,12 @@ fn a_projection_runs_on_the_kernel_that_was_asked_for() {
     for linear in LINEAR_KERNELS {
         let module = module(&session, DType::BF16);
         let problem = module.problem(1, 5, false, &Pass::default()).unwrap();
-        assert_eq!(module.linear(&problem).unwrap().name, LINEAR_KERNELS.last().unwrap().name);
+        let [_, best] = module.linear(&problem).unwrap();
+        assert_eq!(best.kernel().name, LINEAR_KERNELS.last().unwrap().name);
         let module = module.with_linear(linear);
         let kernel = find("flash_tiled").unwrap();
         let forward = module.prepare(kernel, &x, None, &Pass::default()).unwrap();
-        let symbol = forward.forward().linear[1].entry().symbol;
+        let symbol = forward.forward().linear()[1].entries().next().unwrap().symbol;
         assert!(symbol.starts_with(linear.name), "{symbol}");
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A [`Plan`] says what a kernel launches for a [`Problem`](crate::Problem). It is made once per
 //! problem and used by any number of threads. [`Args`] name the tensors of one call: addresses,
-//! lengths and strides. No type here comes from another CUDA library.
+//! lengths and strides ([`LinearArgs`] those of a [`Projection`](crate::registry::Projection)). No
+//! type here comes from another CUDA library.
 //!
 //! | call | does |
 //! |---|---|
@@ -22,29 +23,34 @@
 //! each launch that ends leaves them zero again. After a launch that did not end, by a fault or a
 //! time limit, they are zeroed again before the workspace is used.
 
-mod args;
 pub mod context;
 pub(crate) mod failure;
 mod kernels;
-mod linear;
 mod maps;
-mod plan;
 
-pub use args::{Args, Region, View};
+pub use crate::registry::{
+    attention::Args,
+    linear::LinearArgs,
+    plan::Plan,
+    tensors::{ALIGNMENT, Region, View},
+};
 pub use context::Context;
 pub use kernels::why_not;
-pub use linear::{LinearArgs, LinearPlan};
-pub use plan::Plan;
 
-use crate::{backend::TensorMapSpec, error::Error};
-use context::Description;
+use crate::{backend::Launch, error::Error, registry::Operation};
+use context::{Description, encode_tensor_map};
 
-/// Encodes tensor maps for the device that runs the launches.
-pub(crate) type Encode<'a> = &'a dyn Fn(&TensorMapSpec) -> Result<[u8; 128], Error>;
-
-/// Addresses of tensors, and the step from row to row, are multiples of this many bytes: kernels
-/// read and write 16 bytes at a time.
-pub const ALIGNMENT: u64 = 16;
+impl<P: Operation> Plan<P> {
+    /// The launches of a call on a GPU, in order, for callers who load the PTX themselves: each
+    /// entry takes one parameter, whose bytes are [`Launch::args`].
+    ///
+    /// # Errors
+    /// As [`Plan::check`]; the driver's refusal to encode tensor maps, for which a
+    /// context must be current on the calling thread.
+    pub fn launches(&self, args: &P::Args) -> Result<Vec<Launch>, Error> {
+        self.launches_with(args, &encode_tensor_map)
+    }
+}
 
 impl Context {
     /// Starts the launches of a plan on a stream of this context, in order; does not wait. Costs
@@ -55,7 +61,7 @@ impl Context {
     /// default stream.
     ///
     /// ```no_run
-    /// use flash_attention::{DType, Error, Problem, raw::{Args, Context, Plan, Region, View}, registry};
+    /// use flash_attention::{DType, Error, Problem, raw::{Args, Context, Region, View}, registry};
     ///
     /// /// Attention of tensors `[4, 12, 512, 64]` in f16 that another library owns.
     /// ///
@@ -68,9 +74,8 @@ impl Context {
     ///     stream: *mut std::ffi::c_void,
     /// ) -> Result<(), Error> {
     ///     let problem = Problem::builder(4, 12, 512, 64).dtype(DType::F16).build()?;
-    ///     let kernel = registry::best_for(&problem, &context.target())?.kernel;
     ///     // Plan once, and keep the plan.
-    ///     let plan = Plan::new(&problem, &context.target(), kernel)?;
+    ///     let plan = registry::best_for(&problem, &context.target())?.plan;
     ///     let view = |address| {
     ///         View::new(Region::new(address, 4 * 12 * 512 * 64 * 2), [12 * 512 * 64, 512 * 64, 64])
     ///     };
@@ -88,14 +93,15 @@ impl Context {
     /// - The regions of `args` are memory that this GPU can access, and stay so until the
     ///   launches have ended: after the caller has waited for the stream, or, captured in a graph,
     ///   as long as the graph is launched.
-    /// - No element of O, the LSE or the workspace is an element of another tensor of the call.
-    /// - From the launch to its end, no other work reads or writes O, the LSE and the workspace,
-    ///   and none writes Q, K, V and the mask.
+    /// - No element of an output (O and the LSE; y of a projection) or of the workspace is an
+    ///   element of another tensor of the call.
+    /// - From the launch to its end, no other work reads or writes the outputs and the workspace,
+    ///   and none writes the inputs.
     /// - The first [`Plan::zeroed_bytes`] bytes of the workspace are zero (see [the module](self#workspace)).
-    pub unsafe fn enqueue(
+    pub unsafe fn enqueue<P: Operation>(
         &self,
-        plan: &Plan,
-        args: &Args,
+        plan: &Plan<P>,
+        args: &P::Args,
         stream: *mut std::ffi::c_void,
     ) -> Result<(), Error> {
         let _entered = self.enter().map_err(|code| self.failed("launching", code))?;
@@ -106,25 +112,5 @@ impl Context {
                 .map_err(|code| self.failed(Description(&launch), code))?;
         }
         Ok(())
-    }
-
-    /// Starts a projection on a stream of this context; does not wait.
-    ///
-    /// # Errors
-    /// As [`LinearPlan::check`]; an entry that this GPU cannot run; an error that the driver reports.
-    ///
-    /// # Safety
-    /// As for [`Context::enqueue`], for x, w, bias and y.
-    pub unsafe fn enqueue_linear(
-        &self,
-        plan: &LinearPlan,
-        args: &LinearArgs,
-        stream: *mut std::ffi::c_void,
-    ) -> Result<(), Error> {
-        let _entered = self.enter().map_err(|code| self.failed("launching", code))?;
-        let launch = plan.launch_with(args, &|map| self.maps.encode(map))?;
-        // SAFETY: as for `enqueue`.
-        unsafe { self.start_entered(&launch, stream) }?
-            .map_err(|code| self.failed(Description(&launch), code))
     }
 }

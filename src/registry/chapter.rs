@@ -1,17 +1,25 @@
 //! The registry entry of docs/adding-a-kernel.md, compiled as the table's entries are.
 
+use kernels_gpu::entry::Entry;
 use simt::Dim3;
 
 use super::{
-    KernelSpec, Sizes, Step, Target,
-    table::{ALL_FEATURES, one_step, symbol, tiles},
+    AttentionLimits, KernelSpec, Sizes, Step, Target,
+    attention::args,
+    table::{ALL_FEATURES, grid, symbol},
 };
 use crate::{dtype::DType, problem::Problem};
 
 /// What the chapter's kernel states, which `kernels-gpu/tests/chapter.rs` compiles.
 mod flash_rows {
-    pub const THREADS: u32 = 128;
     pub const BR: u32 = 4;
+}
+
+/// As the table's, with the chapter's entry, which kernels-gpu does not have.
+fn step(symbol: &str) -> Result<Step<Problem>, String> {
+    let like = kernels_gpu::find("flash_tiled_bf16_d64").expect("an entry with the same arguments");
+    let entry = Entry { symbol: symbol.to_owned().leak(), threads: 128, ..*like };
+    Ok(Step::of(Box::leak(Box::new(entry)), args))
 }
 
 const FLASH_ROWS: KernelSpec = KernelSpec {
@@ -19,27 +27,19 @@ const FLASH_ROWS: KernelSpec = KernelSpec {
     summary: "one warp per row, online softmax, nothing shared",
     idea: "the online softmax without tiles",
     dtypes: &DType::ALL,
-    head_dims: &[64],
     capability: (7, 5),
     exact_capability: false,
-    // All sizes at which something else begins: the tests run lengths beside each. A tile of
-    // one key has none below it.
-    sizes: |_, _| Sizes { rows: vec![flash_rows::BR], keys: vec![2] },
-    features: ALL_FEATURES,
-    plan: |p, _| {
-        one_step(Step {
-            symbol: symbol("flash_rows", p),
-            grid: Dim3::new(
-                tiles(p.seq_q(), flash_rows::BR),
-                tiles(p.heads(), 1),
-                tiles(p.batch(), 1),
-            ),
-            block: flash_rows::THREADS.into(),
-            shared_bytes: 0,
-        })
+    limits: AttentionLimits {
+        head_dims: &[64],
+        features: ALL_FEATURES,
+        // All sizes at which something else begins: the tests run lengths beside each. A tile of
+        // one key has none below it.
+        sizes: |_, _| Sizes { rows: vec![flash_rows::BR], keys: vec![2] },
     },
-    tensor_maps: None,
-    queue: false,
+    draft: |p, _| {
+        let step = Step { grid: grid(p, flash_rows::BR), ..step(&symbol("flash_rows", p))? };
+        Ok(step.into())
+    },
 };
 
 #[test]
@@ -54,9 +54,10 @@ fn the_chapter_shows_this_entry_and_its_plan_covers_the_rows() {
 
     let target = Target::new((7, 5), 65_536, 1);
     let problem = Problem::builder(2, 3, 9, 64).dtype(DType::BF16).build().expect("a problem");
-    let plan = (FLASH_ROWS.plan)(&problem, &target);
-    assert_eq!(plan.steps.len(), 1);
-    assert_eq!(plan.steps[0].symbol, "flash_rows_bf16_d64");
-    assert_eq!(plan.steps[0].grid, Dim3::new(3, 3, 2));
-    assert_eq!(plan.steps[0].block, Dim3::new(128, 1, 1));
+    let draft = (FLASH_ROWS.draft)(&problem, &target).expect("within its limits");
+    let [step] = &draft.steps[..] else { panic!("{draft:?}") };
+    assert!(draft.sections.is_empty());
+    assert_eq!(step.entry.symbol, "flash_rows_bf16_d64");
+    assert_eq!(step.grid, Dim3::new(3, 3, 2));
+    assert_eq!(step.block, Dim3::new(128, 1, 1));
 }

@@ -1,39 +1,92 @@
 //! THE table of kernels. Whatever lists, chooses, runs, tests or measures kernels reads
-//! it here: a kernel joins with one file in kernels-gpu and one entry in `table.rs`.
+//! it here: a kernel joins with one file in kernels-gpu and one entry in its ladder, `table.rs` for
+//! attention, `linear.rs` for projections.
 //!
-//! The table stands in the order of the ladder, which is the order of speed: the best
-//! kernel for a problem is the last one that can do it.
+//! A ladder stands in the order of speed: the best kernel for a problem is the last one that can
+//! do it.
+//!
+//! ```text
+//! Problem + Target --Spec::plan--> Plan: sections of the workspace, steps
+//! Plan + tensors   --launches----> Launch: entry, grid, block, shared memory, argument bytes
+//! ```
 
+pub(crate) mod attention;
 #[cfg(test)]
 mod chapter;
-mod linear;
+pub(crate) mod linear;
+pub(crate) mod plan;
 mod table;
+mod target;
+pub(crate) mod tensors;
 
-use kernels_gpu::{entry::Entry, schedule::QUEUE_WORDS};
-use simt::Dim3;
+use std::fmt;
 
 use crate::{
-    backend::{Device, TensorMapSpec},
     dtype::DType,
-    error::Error,
-    problem::{Layout, Problem},
-    raw::ALIGNMENT,
+    error::{Error, Unsupported},
+    problem::Problem,
 };
 
-/// Argument structs, as tensor maps are made from.
-pub use kernels_gpu::args;
-pub use linear::{LINEAR_KERNELS, LinearMaps, LinearSpec, Projection, best_linear, find_linear};
+pub use attention::{AttentionLimits, Features, Sizes, check_head_dim};
+pub use linear::{LINEAR_KERNELS, Projection};
+use plan::Plan;
+pub use plan::{Call, Draft, Map, Section, Step, Usage};
 pub use table::KERNELS;
+pub(crate) use table::WEIGHTS;
+pub use target::Target;
+use tensors::{ALIGNMENT, Region};
 
-/// The most blocks of a grid in its dimensions y and z (x: 2^31 - 1).
-const MAX_GRID_YZ: u32 = 65_535;
-const MAX_GRID_X: u32 = (1 << 31) - 1;
-/// Shared memory that each block takes beyond its own, from compute capability 8.0 on.
-const RESERVED_SHARED_BYTES: u32 = 1024;
+/// An operation, by what one call of it is to compute: attention ([`Problem`]), a projection
+/// ([`Projection`]).
+pub trait Operation: Copy + fmt::Debug + Send + Sync + 'static {
+    /// The tensors of a call.
+    type Args: Copy + fmt::Debug + PartialEq;
+    /// What a kernel states about itself beyond types and devices.
+    type Limits: fmt::Debug + Send + Sync;
+
+    /// Every kernel, in order of speed, the slowest first.
+    fn kernels() -> &'static [Spec<Self>];
+
+    /// Storage type of inputs and outputs.
+    fn dtype(&self) -> DType;
+
+    /// Why a kernel with such limits cannot do it.
+    fn obstacle(&self, limits: &Self::Limits) -> Option<String>;
+
+    /// Compares the tensors of a call with the problem.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] names the tensor, the value, and what would be right.
+    fn check(&self, args: &Self::Args) -> Result<(), Error>;
+
+    /// Whether any kernel has the sizes of the problem, on any device.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] with the sizes that there are.
+    fn check_sizes(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Outputs that kernels always write: a call that gives no memory for one has a section of the
+    /// workspace for it.
+    fn optional_outputs(&self) -> Vec<Section> {
+        Vec::new()
+    }
+
+    /// The memory that a call itself gives for a use.
+    fn given(_args: &Self::Args, _usage: Usage) -> Option<Region> {
+        None
+    }
+
+    /// The workspace of a call.
+    fn workspace(_args: &Self::Args) -> Region {
+        Region::default()
+    }
+}
 
 /// One kernel: what it is, what it can do, how it is launched.
 #[derive(Debug)]
-pub struct KernelSpec {
+pub struct Spec<P: Operation> {
     /// Name that the command line and tables use.
     pub name: &'static str,
     /// What it is, in one line.
@@ -42,182 +95,67 @@ pub struct KernelSpec {
     pub idea: &'static str,
     /// Storage types that it has entries for.
     pub dtypes: &'static [DType],
-    /// Head dims that it has entries for, ascending.
-    pub head_dims: &'static [usize],
     /// The least compute capability, `(major, minor)`.
     pub capability: (u32, u32),
     /// Whether it runs on exactly that capability (PTX for an `a` architecture).
     pub exact_capability: bool,
-    /// The sizes that it works in, for a storage type and a head dim.
-    pub sizes: fn(DType, head_dim: usize) -> Sizes,
-    /// What it can do beyond plain attention.
-    pub features: Features,
-    /// Memory and launches for a problem that it supports.
-    pub plan: fn(&Problem, &Target) -> Plan,
-    /// The tensor maps of a kernel that copies through TMA: its entries take them in front of
-    /// the arguments.
-    pub tensor_maps: Option<TensorMaps>,
-    /// Whether its blocks stay and take task after task: from queues of
-    /// [`QUEUE_BYTES`], zero between launches.
-    pub queue: bool,
+    /// What else it can and cannot do.
+    pub limits: P::Limits,
+    /// Memory and launches for a problem within its limits, or why it cannot do it all the same.
+    /// [`Spec::plan`] asks.
+    pub draft: fn(&P, &Target) -> Result<Draft<P>, String>,
 }
 
-/// The sizes that a kernel works in: lengths beside them are edges, which the tests run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sizes {
-    /// Numbers of query rows at which something else begins: of a tile first, then of its parts
-    /// and of tiles of other shapes.
-    pub rows: Vec<u32>,
-    /// Numbers of keys, likewise: of a tile, of a segment, of a way to treat a row.
-    pub keys: Vec<u32>,
-}
+/// An attention kernel.
+pub type KernelSpec = Spec<Problem>;
+/// A linear kernel.
+pub type LinearSpec = Spec<Projection>;
 
-/// Device memory of the queues of tasks: `AttentionArgs::queue`.
-pub const QUEUE_BYTES: u64 = QUEUE_WORDS as u64 * 4;
-
-/// Makes tensor maps from Q, K, V and O in device memory, in the order in which a kernel
-/// expects them.
-pub type TensorMaps = fn(&Problem, &[args::Tensor; 4]) -> [TensorMapSpec; 4];
-
-/// What a kernel can do beyond plain attention.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Features {
-    /// Causal masks.
-    pub causal: bool,
-    /// Padding masks.
-    pub mask: bool,
-    /// Dropout.
-    pub dropout: bool,
-    /// It leaves the weights `[B, H, Nq, Nk]` in the storage type at the start of its
-    /// workspace.
-    pub weights: bool,
-    /// `[B, N, H, D]` as well as `[B, H, N, D]`.
-    pub tokens_first: bool,
-}
-
-/// What a device offers to kernels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Target {
-    /// Compute capability, `(major, minor)`.
-    pub capability: (u32, u32),
-    /// The most dynamic shared memory of a block in bytes.
-    pub max_shared_bytes: u32,
-    /// Multiprocessors.
-    pub multiprocessors: u32,
-}
-
-impl Target {
-    /// A device of that compute capability `(major, minor)`, dynamic shared memory of a block in
-    /// bytes, and number of multiprocessors.
-    #[must_use]
-    pub const fn new(capability: (u32, u32), max_shared_bytes: u32, multiprocessors: u32) -> Self {
-        Self { capability, max_shared_bytes, multiprocessors }
+impl<P: Operation> Spec<P> {
+    /// Memory and launches for a problem on a device.
+    ///
+    /// # Errors
+    /// The first reason why the kernel cannot do it there.
+    pub fn plan(&'static self, problem: &P, target: &Target) -> Result<Plan<P>, Unsupported> {
+        self.checked_draft(problem, target)
+            .map(|draft| Plan::of(self, *problem, draft))
+            .map_err(|reason| self.unsupported(reason))
     }
 
-    /// That of a device.
-    #[must_use]
-    pub fn of(device: &dyn Device) -> Self {
-        Self {
-            capability: device.compute_capability(),
-            max_shared_bytes: device.max_shared_bytes(),
-            multiprocessors: device.multiprocessors(),
+    fn checked_draft(&self, problem: &P, target: &Target) -> Result<Draft<P>, String> {
+        let able = |obstacle: Option<String>| obstacle.map_or(Ok(()), Err);
+        able(target.lacks(self.capability, self.exact_capability))?;
+        let dtype = problem.dtype();
+        if !self.dtypes.contains(&dtype) {
+            return Err(format!("does not support {dtype}: it has {}", list(self.dtypes)));
         }
+        able(problem.obstacle(&self.limits))?;
+        let draft = (self.draft)(problem, target)?;
+        for step in &draft.steps {
+            able(target.refuses(step.grid, step.shared_bytes))?;
+        }
+        Ok(draft)
     }
 
-    /// Blocks of an entry that the device holds at once. By its launch bounds an entry takes so
-    /// many registers that a multiprocessor has room for `min_blocks`; shared memory may leave
-    /// room for fewer.
-    fn blocks_at_once(&self, entry: &Entry, shared_bytes: u32) -> u32 {
-        // One block may have all of a multiprocessor's shared memory but what is reserved.
-        let by_shared_memory = (self.max_shared_bytes + RESERVED_SHARED_BYTES)
-            / (shared_bytes + RESERVED_SHARED_BYTES);
-        self.multiprocessors * entry.min_blocks.min(by_shared_memory).max(1)
-    }
-}
-
-/// Memory and launches for one problem.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Plan {
-    /// Bytes beyond inputs and outputs, given to the kernels as `args.weights`.
-    pub workspace_bytes: u64,
-    /// Launches, in order.
-    pub steps: Vec<Step>,
-}
-
-/// One launch of a plan. Every step is given the same arguments: `AttentionArgs`, behind the
-/// tensor maps where the kernel has them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
-    /// Name of the entry.
-    pub symbol: String,
-    /// Blocks of the grid.
-    pub grid: Dim3,
-    /// Threads of a block.
-    pub block: Dim3,
-    /// Dynamic shared memory of a block in bytes.
-    pub shared_bytes: u32,
-}
-
-impl KernelSpec {
     /// Whether the kernel can do this problem on this device.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the first reason why not.
-    pub fn supports(&self, problem: &Problem, target: &Target) -> Result<(), Error> {
-        unless(self.name, self.obstacle(problem, target))
+    /// As [`Spec::plan`].
+    pub fn supports(&'static self, problem: &P, target: &Target) -> Result<(), Unsupported> {
+        self.plan(problem, target).map(drop)
     }
 
     /// Whether the kernel can run on this device at all.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with what the device lacks.
-    pub fn runs_on(&self, target: &Target) -> Result<(), Error> {
-        unless(self.name, lacking(self.capability, self.exact_capability, target))
+    /// What the device lacks.
+    pub fn runs_on(&self, target: &Target) -> Result<(), Unsupported> {
+        let lacks = target.lacks(self.capability, self.exact_capability);
+        lacks.map_or(Ok(()), |reason| Err(self.unsupported(reason)))
     }
 
-    fn obstacle(&self, problem: &Problem, target: &Target) -> Option<String> {
-        if let Some(reason) = lacking(self.capability, self.exact_capability, target) {
-            return Some(reason);
-        }
-        if let Some(reason) = dtype_obstacle(self.dtypes, problem.dtype()) {
-            return Some(reason);
-        }
-        if !self.head_dims.contains(&problem.head_dim()) {
-            return Some(format!(
-                "does not support head dim {}: it has {}",
-                problem.head_dim(),
-                and_nearest(self.head_dims, problem.head_dim())
-            ));
-        }
-        for (wanted, able, what) in [
-            (problem.causal(), self.features.causal, "causal masks"),
-            (problem.has_mask(), self.features.mask, "padding masks"),
-            (problem.dropout().is_some(), self.features.dropout, "dropout"),
-            (
-                problem.layout() == Layout::TokensFirst,
-                self.features.tokens_first,
-                "the layout [B, N, H, D]",
-            ),
-        ] {
-            if wanted && !able {
-                return Some(format!("does not support {what}"));
-            }
-        }
-        (self.plan)(problem, target).steps.iter().find_map(|step| step.obstacle(target))
-    }
-
-    /// Bytes beyond inputs and outputs: the plan's workspace and the queues.
-    #[must_use]
-    pub fn workspace_bytes(&self, problem: &Problem, target: &Target) -> u64 {
-        let queue = if self.queue { QUEUE_BYTES } else { 0 };
-        queue.next_multiple_of(ALIGNMENT) + (self.plan)(problem, target).workspace_bytes
-    }
-
-    /// Device memory that a run will need, known before anything is allocated.
-    #[must_use]
-    pub fn peak_bytes(&self, problem: &Problem, target: &Target) -> u64 {
-        problem.input_bytes() + problem.output_bytes() + self.workspace_bytes(problem, target)
+    fn unsupported(&self, reason: String) -> Unsupported {
+        Unsupported { kernel: self.name, reason }
     }
 }
 
@@ -226,19 +164,36 @@ impl KernelSpec {
 /// # Errors
 /// [`Error::UnknownKernel`], which lists the names.
 pub fn find(name: &str) -> Result<&'static KernelSpec, Error> {
-    KERNELS.iter().find(|k| k.name == name).ok_or_else(|| Error::UnknownKernel {
+    find_in(KERNELS, name)
+}
+
+/// The linear kernel of that name.
+///
+/// # Errors
+/// [`Error::UnknownKernel`], which lists the names.
+pub fn find_linear(name: &str) -> Result<&'static LinearSpec, Error> {
+    find_in(LINEAR_KERNELS, name)
+}
+
+fn find_in<P: Operation>(
+    kernels: &'static [Spec<P>],
+    name: &str,
+) -> Result<&'static Spec<P>, Error> {
+    kernels.iter().find(|k| k.name == name).ok_or_else(|| Error::UnknownKernel {
         given: name.into(),
-        known: KERNELS.iter().map(|k| k.name).collect::<Vec<_>>().join(", "),
+        known: list(&kernels.iter().map(|k| k.name).collect::<Vec<_>>()),
     })
 }
 
 /// The kernel chosen for a problem, and why not a better one.
 #[derive(Debug)]
-pub struct Choice {
+pub struct Choice<P: Operation = Problem> {
     /// The best kernel that can do the problem.
-    pub kernel: &'static KernelSpec,
+    pub kernel: &'static Spec<P>,
+    /// What it does for the problem.
+    pub plan: Plan<P>,
     /// The better kernels that cannot, each with the reason, best first.
-    pub passed_over: Vec<Error>,
+    pub passed_over: Vec<Unsupported>,
 }
 
 /// The best kernel for a problem on a device.
@@ -246,109 +201,19 @@ pub struct Choice {
 /// # Errors
 /// [`Error::InvalidValue`] for a head dim that no kernel has; [`Error::Unsupported`] when no
 /// kernel can do it otherwise, with the reason of the most widely usable one.
-pub fn best_for(problem: &Problem, target: &Target) -> Result<Choice, Error> {
+pub fn best_for<P: Operation>(problem: &P, target: &Target) -> Result<Choice<P>, Error> {
     let mut passed_over = Vec::new();
-    for kernel in KERNELS.iter().rev() {
-        match kernel.supports(problem, target) {
-            Ok(()) => return Ok(Choice { kernel, passed_over }),
+    for kernel in P::kernels().iter().rev() {
+        match kernel.plan(problem, target) {
+            Ok(plan) => return Ok(Choice { kernel, plan, passed_over }),
             Err(reason) => passed_over.push(reason),
         }
     }
-    check_head_dim(problem.head_dim())?;
-    Err(passed_over
-        .pop()
-        .unwrap_or_else(|| Error::UnknownKernel { given: "best".into(), known: String::new() }))
-}
-
-/// Whether there is a kernel with that head dim.
-///
-/// # Errors
-/// [`Error::InvalidValue`] with the head dims that there are.
-pub fn check_head_dim(head_dim: usize) -> Result<(), Error> {
-    let mut all: Vec<usize> = KERNELS.iter().flat_map(|kernel| kernel.head_dims).copied().collect();
-    all.sort_unstable();
-    all.dedup();
-    if all.contains(&head_dim) {
-        return Ok(());
-    }
-    let remedy = format!("kernels have {}", and_nearest(&all, head_dim));
-    Err(Error::InvalidValue { what: "head dim", given: head_dim.to_string(), remedy })
-}
-
-/// The launch that computes the weights of a problem again, from Q and K: as every
-/// step, it is given the problem's `AttentionArgs`.
-///
-/// # Errors
-/// [`Error::Unsupported`] for a head dim that it has no entry for, or a grid that no GPU has.
-pub fn weights_step(problem: &Problem) -> Result<Step, Error> {
-    let step = table::weights(problem);
-    let reason = match kernels_gpu::find(&step.symbol) {
-        Some(_) => grid_obstacle(step.grid),
-        None => Some(format!(
-            "does not support head dim {}: it has multiples of 32",
-            problem.head_dim()
-        )),
-    };
-    match reason {
-        None => Ok(step),
-        Some(reason) => Err(Error::Unsupported { kernel: "weights".into(), reason }),
-    }
-}
-
-/// What a device lacks to run a kernel of that compute capability.
-fn lacking(capability: (u32, u32), exact: bool, target: &Target) -> Option<String> {
-    let ((major, minor), (has_major, has_minor)) = (capability, target.capability);
-    let has = format!("this GPU has {has_major}.{has_minor}");
-    if exact && target.capability != capability {
-        return Some(format!("needs compute capability {major}.{minor} exactly, {has}"));
-    }
-    if target.capability < capability {
-        return Some(format!("needs compute capability {major}.{minor} or later, {has}"));
-    }
-    None
-}
-
-/// [`Error::Unsupported`] where there is an obstacle.
-fn unless(kernel: &str, obstacle: Option<String>) -> Result<(), Error> {
-    match obstacle {
-        None => Ok(()),
-        Some(reason) => Err(Error::Unsupported { kernel: kernel.into(), reason }),
-    }
-}
-
-/// Why a kernel that has these storage types cannot do another.
-fn dtype_obstacle(has: &[DType], wanted: DType) -> Option<String> {
-    (!has.contains(&wanted)).then(|| format!("does not support {wanted}: it has {}", list(has)))
-}
-
-impl Step {
-    /// Why a device cannot launch it.
-    fn obstacle(&self, target: &Target) -> Option<String> {
-        if self.shared_bytes > target.max_shared_bytes {
-            return Some(format!(
-                "needs {} bytes of shared memory for a block, this GPU has {}",
-                self.shared_bytes, target.max_shared_bytes
-            ));
-        }
-        grid_obstacle(self.grid)
-    }
-}
-
-/// Why no GPU has a grid.
-fn grid_obstacle(Dim3 { x, y, z }: Dim3) -> Option<String> {
-    (x > MAX_GRID_X || y > MAX_GRID_YZ || z > MAX_GRID_YZ).then(|| {
-        format!(
-            "needs a grid of {x} x {y} x {z} blocks, a GPU has {MAX_GRID_X} x {MAX_GRID_YZ} x \
-             {MAX_GRID_YZ}: use a smaller batch or sequence"
-        )
-    })
-}
-
-/// The head dims that there are, and the nearest to one that there is not.
-fn and_nearest(head_dims: &[usize], wanted: usize) -> String {
-    let nearest = head_dims.iter().min_by_key(|head_dim| head_dim.abs_diff(wanted));
-    let nearest = nearest.map_or_else(String::new, |nearest| format!(" (nearest: {nearest})"));
-    format!("{}{nearest}", list(head_dims))
+    problem.check_sizes()?;
+    Err(passed_over.pop().map_or_else(
+        || Error::UnknownKernel { given: "best".into(), known: String::new() },
+        Error::Unsupported,
+    ))
 }
 
 fn list<T: ToString>(values: &[T]) -> String {
@@ -357,34 +222,61 @@ fn list<T: ToString>(values: &[T]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{attention::Args, linear::LinearArgs, *};
     use crate::backend::CpuDevice;
 
     fn emulator() -> Target {
         Target::of(&CpuDevice::new())
     }
 
-    /// The table, the plans and kernels-gpu agree, for every type and head dim.
+    /// The tables, the plans and kernels-gpu agree, for every type and head dim.
     #[test]
-    fn every_step_names_an_entry_with_its_threads() {
-        for kernel in KERNELS {
-            for (&dtype, &d) in
-                kernel.dtypes.iter().flat_map(|t| kernel.head_dims.iter().map(move |d| (t, d)))
-            {
-                let problem = Problem::builder(2, 3, 70, d).dtype(dtype).build().unwrap();
-                kernel.supports(&problem, &emulator()).unwrap();
-                for step in (kernel.plan)(&problem, &emulator()).steps {
-                    let entry = kernels_gpu::find(&step.symbol)
-                        .unwrap_or_else(|| panic!("{} has no entry", step.symbol));
-                    assert_eq!(u64::from(entry.threads), step.block.count(), "{}", step.symbol);
-                    let args_bytes = match kernel.tensor_maps {
-                        None => size_of::<args::AttentionArgs>(),
-                        Some(_) => size_of::<kernels_gpu::flash_hopper::HopperArgs>(),
-                    };
-                    assert_eq!(entry.args_bytes, args_bytes, "{}", step.symbol);
-                }
+    fn every_step_fits_its_entry() {
+        fn check<P: Operation>(kernel: &'static Spec<P>, problem: &P, args: &P::Args) {
+            let device = CpuDevice::new();
+            let plan = kernel.plan(problem, &emulator()).unwrap();
+            for launch in plan.launches_for(&device, args).unwrap() {
+                let entry = launch.entry;
+                assert_eq!(u64::from(entry.threads), launch.block.count(), "{}", entry.symbol);
+                assert_eq!(launch.grid.x % entry.cluster, 0, "{}", entry.symbol);
+                assert_eq!(launch.args.len(), entry.args_bytes, "{}", entry.symbol);
             }
         }
+        let region = Region::new(1 << 40, 1 << 40);
+        for kernel in KERNELS.iter().chain([&WEIGHTS]) {
+            let head_dims = kernel.limits.head_dims;
+            for (&dtype, &d) in
+                kernel.dtypes.iter().flat_map(|t| head_dims.iter().map(move |d| (t, d)))
+            {
+                let problem = Problem::builder(2, 3, 70, d).dtype(dtype).build().unwrap();
+                let view = tensors::View::contiguous(region, problem.layout(), 3, 70, d);
+                let args = Args::new(view, view, view, view).workspace(region);
+                check(kernel, &problem, &args);
+            }
+        }
+        for kernel in LINEAR_KERNELS {
+            for &dtype in kernel.dtypes {
+                let projection = Projection { dtype, rows: 5, in_features: 8, out_features: 16 };
+                let args = LinearArgs { x: region, w: region, bias: None, y: region };
+                check(kernel, &projection, &args);
+            }
+        }
+    }
+
+    /// What is zeroed comes first, each section is aligned, and a call that gives memory for an
+    /// output needs no section for it.
+    #[test]
+    fn sections_are_placed_one_after_the_other() {
+        let problem = Problem::builder(1, 1, 3, 64).build().unwrap();
+        let weights = Section::new(Usage::Weights, 36);
+        let draft = Draft { sections: vec![weights, Section::QUEUE], steps: Vec::new() };
+        let plan = Plan::of(find("naive").unwrap(), problem, draft);
+        let queue = Section::QUEUE.bytes;
+        assert_eq!(plan.zeroed_bytes(), queue);
+        assert_eq!(plan.kept_weights(), Some(queue));
+        assert_eq!(plan.workspace_bytes_beside_lse(), queue + 36);
+        assert_eq!(plan.workspace_bytes(), queue + 48 + 3 * 4);
+        assert_eq!(plan.peak_bytes(), 3 * (3 * 64 * 4) + (3 * 64 * 4 + 3 * 4) + queue + 36);
     }
 
     #[test]
@@ -392,7 +284,7 @@ mod tests {
         let pipelined = find("flash_pipelined").unwrap();
         let blocks = |n: usize, d: usize, target: &Target| {
             let problem = Problem::builder(4, 32, n, d).dtype(DType::F16).build().unwrap();
-            (pipelined.plan)(&problem, target).steps[0].grid.x
+            (pipelined.draft)(&problem, target).unwrap().steps[0].grid.x
         };
         let h100 = Target { multiprocessors: 132, max_shared_bytes: 232_448, ..emulator() };
         assert_eq!(blocks(4096, 64, &h100), 2 * 132);

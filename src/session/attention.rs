@@ -9,7 +9,7 @@ use crate::{
     error::Error,
     problem::Problem,
     raw::{Args, Plan, Region, View},
-    registry::{KernelSpec, Target},
+    registry::{self, KernelSpec, Target},
     tensor::Tensor,
 };
 
@@ -66,17 +66,13 @@ impl Session {
         kernel: &'static KernelSpec,
         problem: &Problem,
     ) -> Result<Attention, Error> {
-        Attention::new(self.memory(), kernel, problem)
+        Attention::new(self.memory(), kernel.plan(problem, &self.target())?)
     }
 }
 
 impl Attention {
-    pub(crate) fn new(
-        memory: &Arc<Memory>,
-        kernel: &'static KernelSpec,
-        problem: &Problem,
-    ) -> Result<Self, Error> {
-        let plan = Plan::new(problem, &Target::of(&**memory.device()), kernel)?;
+    pub(crate) fn new(memory: &Arc<Memory>, plan: Plan) -> Result<Self, Error> {
+        let problem = *plan.problem();
         let filled = |dtype, shape: &[usize]| DeviceTensor::filled(memory, dtype, shape, POISON);
         Ok(Self {
             o: filled(problem.dtype(), &problem.q_shape())?,
@@ -233,11 +229,11 @@ impl Attention {
 
     /// The attention weights `[B, H, Nq, Nk]` that the last run left, of kernels that keep them.
     fn kept_weights(&mut self) -> Result<Option<Tensor>, Error> {
-        let Some(place) = self.plan.kept_weights() else { return Ok(None) };
+        let Some(offset) = self.plan.kept_weights() else { return Ok(None) };
         self.synchronize()?;
         let p = self.problem();
         let mut weights = Tensor::zeros(p.dtype(), &p.weights_shape());
-        self.workspace.read_at(place.start, weights.as_bytes_mut())?;
+        self.workspace.read_at(offset, weights.as_bytes_mut())?;
         Ok(Some(weights))
     }
 
@@ -262,11 +258,14 @@ impl Attention {
                 remedy: "run the kernel first".into(),
             });
         };
-        let p = *self.problem();
+        let (p, device) = (*self.problem(), &**self.memory.device());
+        let plan = registry::WEIGHTS.plan(&p, &Target::of(device))?;
+        // All of that kernel's workspace.
         let weights = DeviceTensor::filled(&self.memory, p.dtype(), &p.weights_shape(), POISON)?;
-        let launch = self.plan.weights_launch(args, weights.region())?;
-        // SAFETY: as for `run_on`; the weights are the tensor above.
-        unsafe { self.memory.device().launch(&launch)? };
+        for launch in plan.launches_for(device, &args.workspace(weights.region()))? {
+            // SAFETY: as for `run_on`; the weights are the tensor above.
+            unsafe { device.launch(&launch)? };
+        }
         weights.to_host()
     }
 

@@ -10,6 +10,7 @@ use crate::{
     backend::{Device, DeviceBuffer, DeviceTensor, Memory},
     error::Error,
     problem::Problem,
+    raw::Plan,
     registry::{KernelSpec, Target},
     tensor::Tensor,
 };
@@ -121,12 +122,12 @@ impl Session {
         Target::of(self.device())
     }
 
-    /// Whether a kernel's memory for a problem is free now, without allocating it.
+    /// Whether the memory of a plan's call is free now, without allocating it.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] with what is needed and what is free.
-    pub fn check_fits(&self, kernel: &KernelSpec, problem: &Problem) -> Result<(), Error> {
-        let needed = kernel.peak_bytes(problem, &self.target());
+    pub fn check_fits(&self, plan: &Plan) -> Result<(), Error> {
+        let needed = plan.peak_bytes();
         let free = self.device().memory_info()?.free;
         if needed > free {
             return Err(Error::OutOfMemory { device: self.device().name(), needed, free });
@@ -153,28 +154,28 @@ impl Session {
         problem: &Problem,
         inputs: &Inputs<'_>,
     ) -> Result<Prepared, Error> {
-        kernel.supports(problem, &self.target())?;
+        let plan = kernel.plan(problem, &self.target())?;
         inputs.check(problem)?;
         let tensors = [inputs.q, inputs.k, inputs.v].map(Tensor::as_bytes);
-        self.prepare_bytes(kernel, problem, tensors, inputs.mask)
+        self.prepare_bytes(plan, tensors, inputs.mask)
     }
 
-    /// As [`Session::prepare`], from the elements of Q, K and V as bytes: what a mapped file
-    /// holds goes to the device without a copy.
+    /// As [`Session::prepare`], of a plan at hand ([`registry::best_for`](crate::registry::best_for)
+    /// returns one), from the elements of Q, K and V as bytes: what a mapped file holds goes to the
+    /// device without a copy.
     ///
     /// # Errors
     /// As [`Session::prepare`]; [`Error::ShapeMismatch`] when there are more or fewer bytes than
     /// the problem has.
     pub fn prepare_bytes(
         &self,
-        kernel: &'static KernelSpec,
-        problem: &Problem,
+        plan: Plan,
         [q, k, v]: [&[u8]; 3],
         mask: Option<&[u8]>,
     ) -> Result<Prepared, Error> {
-        kernel.supports(problem, &self.target())?;
+        let problem = plan.problem();
         check_mask(problem, mask)?;
-        self.check_fits(kernel, problem)?;
+        self.check_fits(&plan)?;
         let memory = self.memory.part();
         let upload = |shape: [usize; 4], bytes| {
             DeviceTensor::from_bytes(&memory, problem.dtype(), &shape, bytes)
@@ -186,7 +187,7 @@ impl Session {
         ];
         let mask = mask.map(|mask| memory.upload(mask)).transpose()?;
         let input_bytes = memory.current();
-        let attention = Attention::new(&memory, kernel, problem)?;
+        let attention = Attention::new(&memory, plan)?;
         let workspace = attention.workspace_bytes();
         let memory = MemoryReport {
             inputs: input_bytes,
@@ -297,11 +298,12 @@ mod tests {
             let session = Session::new(Arc::new(CpuDevice::new()));
             let inputs = Inputs { q, k, v, mask: Some(&mask) };
             let (outputs, memory) = session.run(kernel, &problem, &inputs).unwrap();
-            assert_eq!(memory.peak, kernel.peak_bytes(&problem, &session.target()));
+            let plan = kernel.plan(&problem, &session.target()).unwrap();
+            assert_eq!(memory.peak, plan.peak_bytes());
             assert_eq!(memory.peak, memory.inputs + memory.outputs + memory.workspace);
             assert_eq!(memory.inputs, problem.input_bytes());
             assert!(outputs.o.to_f64().iter().all(|x| x.is_finite()), "{}", kernel.name);
-            assert_eq!(outputs.weights.is_some(), kernel.features.weights);
+            assert_eq!(outputs.weights.is_some(), kernel.limits.features.weights);
             assert_eq!(session.memory().current(), 0);
         }
     }
@@ -333,7 +335,7 @@ mod tests {
         let naive = crate::registry::find("naive").unwrap();
         let first = session.prepare(naive, &problem, &inputs).unwrap();
         let second = session.prepare(naive, &problem, &inputs).unwrap();
-        let expected = naive.peak_bytes(&problem, &session.target());
+        let expected = first.attention().plan().peak_bytes();
         assert_eq!((first.memory().peak, second.memory().peak), (expected, expected));
         assert_eq!(session.memory().current(), 2 * expected + 64 * 32 * 4);
     }
@@ -371,7 +373,7 @@ mod tests {
             // Other inputs need other tensor maps, and no more.
             device.reset();
             attention.run(&k, &q, &v, None).unwrap();
-            let encode = if kernel.tensor_maps.is_some() { 4 } else { 0 };
+            let encode = attention.plan().tensor_maps();
             let expected = counting::Calls { launch: steps, encode, ..Default::default() };
             assert_eq!(device.calls(), expected, "{name}");
         }

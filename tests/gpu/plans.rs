@@ -26,7 +26,7 @@ fn an_enqueue_of_every_kernel_touches_no_memory_and_can_be_captured() {
     let (context, memory) = (gpu.context(), memory(&gpu));
     set_current(context.handle());
     for kernel in KERNELS {
-        let p = problem(*kernel.dtypes.last().unwrap(), kernel.head_dims[0]);
+        let p = problem(*kernel.dtypes.last().unwrap(), kernel.limits.head_dims[0]);
         let plan = Plan::new(&p, &context.target(), kernel).expect(kernel.name);
         let [q, k, v] = inputs(&p).map(|tensor| DeviceTensor::upload(&memory, &tensor).unwrap());
         let o = DeviceTensor::filled(&memory, p.dtype(), &p.q_shape(), 0xff).unwrap();

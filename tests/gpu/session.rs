@@ -44,7 +44,7 @@ fn every_kernel_gives_on_the_gpu_backend_what_it_gives_on_the_cpu() {
     let gpu = gpu();
     for kernel in KERNELS {
         for &dtype in kernel.dtypes {
-            let problem = problem(dtype, kernel.head_dims[0]);
+            let problem = problem(dtype, kernel.limits.head_dims[0]);
             if kernel.supports(&problem, &cpu.target()).is_err() {
                 continue;
             }
@@ -53,7 +53,8 @@ fn every_kernel_gives_on_the_gpu_backend_what_it_gives_on_the_cpu() {
             let (outputs, report) = run(&gpu, kernel.name, &problem).expect(&context);
             assert_eq!(outputs.o.as_bytes(), expected.o.as_bytes(), "{context}: O");
             assert_eq!(outputs.lse.as_bytes(), expected.lse.as_bytes(), "{context}: LSE");
-            assert_eq!(report.peak, kernel.peak_bytes(&problem, &gpu.target()), "{context}");
+            let plan = kernel.plan(&problem, &gpu.target()).expect(&context);
+            assert_eq!(report.peak, plan.peak_bytes(), "{context}");
             assert_eq!(fake.used_bytes(), 0, "{context}: memory was left");
         }
     }
@@ -84,8 +85,10 @@ fn a_problem_that_does_not_fit_is_out_of_memory_and_the_next_one_runs() {
     let fake = open();
     let gpu = gpu();
     let problem = problem(DType::F32, 64);
-    let flash = registry::find("flash_tiled").unwrap().peak_bytes(&problem, &gpu.target());
-    let naive = registry::find("naive").unwrap().peak_bytes(&problem, &gpu.target());
+    let peak = |kernel| {
+        registry::find(kernel).unwrap().plan(&problem, &gpu.target()).unwrap().peak_bytes()
+    };
+    let (flash, naive) = (peak("flash_tiled"), peak("naive"));
     assert!(flash < naive);
     fake.set_memory_bytes(naive - 1);
     match run(&gpu, "naive", &problem) {

@@ -121,8 +121,9 @@ impl Case {
 /// The edges of a kernel: sizes beside its tiles, and everything that hides or weighs
 /// keys.
 pub fn edges(kernel: &KernelSpec, dtype: DType) -> Vec<Case> {
-    let d = *kernel.head_dims.iter().find(|&&d| d >= 64).unwrap_or(&kernel.head_dims[0]);
-    let Sizes { rows, keys } = (kernel.sizes)(dtype, d);
+    let d =
+        *kernel.limits.head_dims.iter().find(|&&d| d >= 64).unwrap_or(&kernel.limits.head_dims[0]);
+    let Sizes { rows, keys } = (kernel.limits.sizes)(dtype, d);
     let (br, bc) = (rows[0] as usize, keys[0] as usize);
     let shape = |batch, heads, seq_q, seq_k| {
         Problem::builder(batch, heads, seq_q, d).seq_k(seq_k).dtype(dtype)
@@ -178,8 +179,8 @@ pub fn edges(kernel: &KernelSpec, dtype: DType) -> Vec<Case> {
             cases.push(Case::new(&format!("{seq_k} keys"), p));
         }
     }
-    for &other in kernel.head_dims.iter().filter(|&&other| other != d) {
-        let Sizes { rows, keys } = (kernel.sizes)(dtype, other);
+    for &other in kernel.limits.head_dims.iter().filter(|&&other| other != d) {
+        let Sizes { rows, keys } = (kernel.limits.sizes)(dtype, other);
         let (br, bc) = (rows[0] as usize, keys[0] as usize);
         let p = Problem::builder(1, 1, br + 1, other).seq_k(bc + 1).dtype(dtype);
         cases.push(Case::new(&format!("head dim {other}"), p.causal(true).build().unwrap()));

@@ -248,8 +248,8 @@ fn heading(args: &CompareArgs, opened: &Opened, options: &Options, problems: &[P
     }
     let module = problems.first().filter(|_| args.level.covers(Level::Module));
     let target = Target::of(&*opened.device);
-    if let Some(Ok(linear)) = module.map(|p| module::best_linear(p, &target)) {
-        text += &format!("\nThe module's projections are by {}.", linear.name);
+    if let Some(Ok([linear, _])) = module.map(|p| module::best_linear(p, &target)) {
+        text += &format!("\nThe module's projections are by {}.", linear.kernel().name);
     }
     let Options { warmup, iters, .. } = options;
     text + &format!(

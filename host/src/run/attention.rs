@@ -5,7 +5,7 @@ use flash_attention::{
     Dropout, Layout, Problem, Tensor,
     backend::instruments::time_ms,
     oracle,
-    registry::KernelSpec,
+    raw::Plan,
     session::{Inputs, Outputs, Session, Work},
     verify::{Credit, Differences},
 };
@@ -83,23 +83,18 @@ impl Given for GivenAttention<'_> {
         self.q.shape
     }
 
-    fn run(
-        &self,
-        session: &Session,
-        kernel: &'static KernelSpec,
-        with_weights: bool,
-    ) -> Result<Done> {
-        let p = &self.problem;
+    fn run(&self, session: &Session, plan: Plan, with_weights: bool) -> Result<Done> {
+        let by = plan.kernel().name.into();
         let inputs = [self.q.bytes, self.k.bytes, self.v.bytes];
         let mask = self.mask.map(|mask| mask.bytes);
-        let mut prepared = session.prepare_bytes(kernel, p, inputs, mask)?;
+        let mut prepared = session.prepare_bytes(plan, inputs, mask)?;
         let ms = time_ms(session.device(), &mut || prepared.start())?;
         let Outputs { o, lse, .. } = prepared.outputs_without_weights()?;
         let mut tensors = vec![("o", o), ("lse", lse)];
         if with_weights {
             tensors.push(("weights", prepared.weights()?));
         }
-        Ok(Done { tensors, by: kernel.name.into(), ms, peak_bytes: prepared.memory().peak })
+        Ok(Done { tensors, by, ms, peak_bytes: prepared.memory().peak })
     }
 
     fn compare(&self, done: &Done) -> Result<Vec<Comparison>> {

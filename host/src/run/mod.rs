@@ -10,10 +10,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use flash_attention::{
-    Layout, Problem, Tensor,
-    error::Shape,
-    registry::{self, KernelSpec},
-    session::Session,
+    Layout, Problem, Tensor, error::Shape, raw::Plan, registry, session::Session,
 };
 
 use crate::{
@@ -113,12 +110,7 @@ trait Given {
     /// # Errors
     /// [`flash_attention::Error::OutOfMemory`], before anything is allocated where that can be
     /// foreseen; or what went wrong while the kernel ran.
-    fn run(
-        &self,
-        session: &Session,
-        kernel: &'static KernelSpec,
-        with_weights: bool,
-    ) -> Result<Done>;
+    fn run(&self, session: &Session, plan: Plan, with_weights: bool) -> Result<Done>;
 
     /// Compares outputs with those of the file by the 2x rule: they may differ by twice the
     /// error that the plain algorithm makes on the same input, against f64.
@@ -154,8 +146,9 @@ pub fn run(args: &RunArgs) -> Result<Outcome> {
     };
     let opened = machine::open(args.device, args.memory_limit)?;
     let session = Session::new(opened.device.clone());
-    let kernel = kernel(args, given.problem(), &session)?;
-    let done = given.run(&session, kernel, args.with_weights)?;
+    let plan = plan(args, given.problem(), &session)?;
+    let kernel = plan.kernel();
+    let done = given.run(&session, plan, args.with_weights)?;
 
     print_lines(&format!(
         "{} {} by {} on {}: {}{}, peak memory {}",
@@ -186,15 +179,13 @@ pub fn run(args: &RunArgs) -> Result<Outcome> {
     Ok(if good { Outcome::Good } else { Outcome::Bad })
 }
 
-/// The kernel that was asked for, or the best one that can do what is asked.
-fn kernel(args: &RunArgs, problem: &Problem, session: &Session) -> Result<&'static KernelSpec> {
+/// What the kernel that was asked for does, or the best one that can do what is asked.
+fn plan(args: &RunArgs, problem: &Problem, session: &Session) -> Result<Plan> {
     let target = session.target();
     if args.kernel == "best" {
-        return Ok(registry::best_for(problem, &target)?.kernel);
+        return Ok(registry::best_for(problem, &target)?.plan);
     }
-    let kernel = registry::find(&args.kernel)?;
-    kernel.supports(problem, &target)?;
-    Ok(kernel)
+    Ok(registry::find(&args.kernel)?.plan(problem, &target)?)
 }
 
 /// Writing to the file that is read from would destroy the tensors while they are used.

@@ -9,7 +9,7 @@ use flash_attention::{
     backend::instruments::time_ms,
     module::{MultiHeadAttention, Weights, oracle},
     problem::head_dim_of,
-    registry::KernelSpec,
+    raw::Plan,
     session::{Session, Work},
     verify::Differences,
 };
@@ -88,22 +88,18 @@ impl Given for GivenModule<'_> {
         self.x.shape
     }
 
-    fn run(
-        &self,
-        session: &Session,
-        kernel: &'static KernelSpec,
-        with_weights: bool,
-    ) -> Result<Done> {
-        let p = &self.problem;
-        let module = MultiHeadAttention::new(session, &self.weights, p.heads())?;
+    fn run(&self, session: &Session, plan: Plan, with_weights: bool) -> Result<Done> {
+        let kernel = plan.kernel();
+        let module = MultiHeadAttention::new(session, &self.weights, self.problem.heads())?;
         let mask = self.mask_bytes().unwrap_or_default();
-        let mut forward = module.prepare_bytes(kernel, p, self.x.bytes, mask)?;
+        let mut forward = module.prepare_bytes(plan, self.x.bytes, mask)?;
         let ms = time_ms(session.device(), &mut || forward.start())?;
         let mut tensors = vec![("y", forward.y()?)];
         if with_weights {
             tensors.push(("weights", forward.weights()?));
         }
-        let by = format!("{}, projections by {}", kernel.name, module.linear(p)?.name);
+        let [linear, _] = forward.forward().linear();
+        let by = format!("{}, projections by {}", kernel.name, linear.kernel().name);
         Ok(Done { tensors, by, ms, peak_bytes: forward.memory().peak })
     }
 

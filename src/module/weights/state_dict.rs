@@ -103,7 +103,7 @@ impl<'a> StateDict<'a> {
         if let Some(bias) = bias.as_ref().filter(|bias| bias.shape() != [3 * hidden]) {
             return Err(self.must_be(PACKED_BIAS, bias, &format!("[{}]", 3 * hidden)));
         }
-        let part = |index| {
+        let part = |index| -> Result<Linear, Error> {
             let weight = third(&packed, index, &[hidden, hidden])?;
             let bias = bias.as_ref().map(|bias| third(bias, index, &[hidden])).transpose()?;
             Ok(Linear { bias: bias.unwrap_or_else(|| no_bias(&weight)), weight })

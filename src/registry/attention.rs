@@ -1,0 +1,283 @@
+//! Attention as an operation: what its kernels state, the tensors of a call, and the arguments
+//! that kernels are given.
+
+use kernels_gpu::args::AttentionArgs;
+
+use super::{
+    Call, KERNELS, KernelSpec, Operation, Section, Usage, list,
+    tensors::{Region, View},
+};
+use crate::{
+    backend::{KernelArgs as _, TensorMapSpec},
+    dtype::DType,
+    error::Error,
+    problem::{Layout, Problem},
+};
+
+/// What an attention kernel can do, and the sizes that it works in.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionLimits {
+    /// Head dims that it has entries for, ascending.
+    pub head_dims: &'static [usize],
+    /// What it can do beyond plain attention.
+    pub features: Features,
+    /// The sizes that it works in, for a storage type and a head dim.
+    pub sizes: fn(DType, head_dim: usize) -> Sizes,
+}
+
+/// The sizes that a kernel works in: lengths beside them are edges, which the tests run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Numbers of query rows at which something else begins: of a tile first, then of its parts
+    /// and of tiles of other shapes.
+    pub rows: Vec<u32>,
+    /// Numbers of keys, likewise: of a tile, of a segment, of a way to treat a row.
+    pub keys: Vec<u32>,
+}
+
+/// What a kernel can do beyond plain attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// Causal masks.
+    pub causal: bool,
+    /// Padding masks.
+    pub mask: bool,
+    /// Dropout.
+    pub dropout: bool,
+    /// It leaves the weights `[B, H, Nq, Nk]` in the storage type in its workspace.
+    pub weights: bool,
+    /// `[B, N, H, D]` as well as `[B, H, N, D]`.
+    pub tokens_first: bool,
+}
+
+impl Operation for Problem {
+    type Args = Args;
+    type Limits = AttentionLimits;
+
+    fn kernels() -> &'static [KernelSpec] {
+        KERNELS
+    }
+
+    fn dtype(&self) -> DType {
+        self.dtype()
+    }
+
+    fn obstacle(&self, limits: &AttentionLimits) -> Option<String> {
+        let AttentionLimits { head_dims, features, .. } = limits;
+        let head_dim = self.head_dim();
+        if !head_dims.contains(&head_dim) {
+            let has = and_nearest(head_dims, head_dim);
+            return Some(format!("does not support head dim {head_dim}: it has {has}"));
+        }
+        let tokens_first = self.layout() == Layout::TokensFirst;
+        [
+            (self.causal(), features.causal, "causal masks"),
+            (self.has_mask(), features.mask, "padding masks"),
+            (self.dropout().is_some(), features.dropout, "dropout"),
+            (tokens_first, features.tokens_first, "the layout [B, N, H, D]"),
+        ]
+        .into_iter()
+        .find(|(wanted, able, _)| *wanted && !able)
+        .map(|(.., what)| format!("does not support {what}"))
+    }
+
+    fn check(&self, args: &Args) -> Result<(), Error> {
+        args.check(self)
+    }
+
+    fn check_sizes(&self) -> Result<(), Error> {
+        check_head_dim(self.head_dim())
+    }
+
+    fn optional_outputs(&self) -> Vec<Section> {
+        vec![Section::new(Usage::Lse, self.rows() as u64 * 4)]
+    }
+
+    fn given(args: &Args, usage: Usage) -> Option<Region> {
+        args.lse.filter(|_| usage == Usage::Lse)
+    }
+
+    fn workspace(args: &Args) -> Region {
+        args.workspace
+    }
+}
+
+/// Whether there is a kernel with that head dim.
+///
+/// # Errors
+/// [`Error::InvalidValue`] with the head dims that there are.
+pub fn check_head_dim(head_dim: usize) -> Result<(), Error> {
+    let mut all: Vec<usize> = KERNELS.iter().flat_map(|k| k.limits.head_dims).copied().collect();
+    all.sort_unstable();
+    all.dedup();
+    if all.contains(&head_dim) {
+        return Ok(());
+    }
+    let remedy = format!("kernels have {}", and_nearest(&all, head_dim));
+    Err(Error::InvalidValue { what: "head dim", given: head_dim.to_string(), remedy })
+}
+
+/// The head dims that there are, and the nearest to one that there is not.
+fn and_nearest(head_dims: &[usize], wanted: usize) -> String {
+    let nearest = head_dims.iter().min_by_key(|head_dim| head_dim.abs_diff(wanted));
+    let nearest = nearest.map_or_else(String::new, |nearest| format!(" (nearest: {nearest})"));
+    format!("{}{nearest}", list(head_dims))
+}
+
+/// The arguments of attention kernels, as bytes.
+pub(super) fn args(call: &Call<'_, Problem>) -> Vec<u8> {
+    let (p, tensors) = (call.problem, call.args);
+    let region = |usage| call.region(usage).arg();
+    AttentionArgs {
+        q: tensors.q.arg(),
+        k: tensors.k.arg(),
+        v: tensors.v.arg(),
+        o: tensors.o.arg(),
+        lse: region(Usage::Lse),
+        mask: tensors.mask.unwrap_or_default().arg(),
+        weights: region(Usage::Weights),
+        queue: region(Usage::Queue),
+        batch: p.batch() as u32,
+        heads: p.heads() as u32,
+        seq_q: p.seq_q() as u32,
+        seq_k: p.seq_k() as u32,
+        scale_log2: (f64::from(p.scale()) * std::f64::consts::LOG2_E) as f32,
+        causal: p.causal().into(),
+        dropout: p.dropout_args(),
+        head_dim: p.head_dim() as u32,
+        scale: p.scale(),
+    }
+    .to_launch_bytes()
+}
+
+/// The tensor map of Q, K, V or O, `seq` rows a head: `[D, N, H, B]`, fastest first.
+pub(super) fn map(p: &Problem, view: &View, seq: usize, box_dims: [u32; 4]) -> TensorMapSpec {
+    let [stride_b, stride_h, stride_n] = view.strides;
+    let strides = [stride_n, stride_h, stride_b];
+    TensorMapSpec {
+        address: view.region.address,
+        dtype: p.dtype(),
+        dims: [p.head_dim(), seq, p.heads(), p.batch()].map(|n| n as u64).to_vec(),
+        strides_bytes: strides.map(|s| s * p.dtype().size() as u64).to_vec(),
+        box_dims: box_dims.to_vec(),
+        swizzle_bytes: 128,
+    }
+}
+
+/// The tensors of one call of attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Args {
+    pub(super) q: View,
+    pub(super) k: View,
+    pub(super) v: View,
+    pub(super) o: View,
+    pub(super) lse: Option<Region>,
+    pub(super) mask: Option<Region>,
+    pub(super) workspace: Region,
+}
+
+impl Args {
+    /// Queries, keys, values and the output; no LSE, no mask, no workspace.
+    #[must_use]
+    pub const fn new(q: View, k: View, v: View, o: View) -> Self {
+        Self { q, k, v, o, lse: None, mask: None, workspace: Region::new(0, 0) }
+    }
+
+    /// The log-sum-exp is wanted here: f32 `[B, H, Nq]`, natural log.
+    #[must_use]
+    pub const fn lse(mut self, lse: Region) -> Self {
+        self.lse = Some(lse);
+        self
+    }
+
+    /// The padding mask: u8 `[B, Nk]`, 0 = hidden.
+    #[must_use]
+    pub const fn mask(mut self, mask: Region) -> Self {
+        self.mask = Some(mask);
+        self
+    }
+
+    /// The workspace of this call: see [`Plan::workspace_bytes`](super::plan::Plan::workspace_bytes).
+    #[must_use]
+    pub const fn workspace(mut self, workspace: Region) -> Self {
+        self.workspace = workspace;
+        self
+    }
+
+    /// Compares the tensors with a problem.
+    fn check(&self, p: &Problem) -> Result<(), Error> {
+        let extents = |seq| [p.batch(), p.heads(), seq, p.head_dim()];
+        let (q, k) = (extents(p.seq_q()), extents(p.seq_k()));
+        for (what, view, extents) in
+            [("q", self.q, q), ("k", self.k, k), ("v", self.v, k), ("o", self.o, q)]
+        {
+            view.check(what, p.dtype(), extents)?;
+        }
+        self.o.check_distinct("o", q)?;
+        if let Some(lse) = self.lse {
+            lse.check("lse", p.rows() as u64 * 4, 4)?;
+        }
+        match self.mask {
+            None if p.has_mask() => Err(Error::MissingTensor {
+                what: "mask".into(),
+                context: ": the problem has a padding mask".into(),
+            }),
+            Some(_) if !p.has_mask() => Err(Error::UnexpectedTensor { what: "mask".into() }),
+            Some(mask) => mask.check("mask", (p.batch() * p.seq_k()) as u64, 1),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem() -> Problem {
+        Problem::builder(2, 3, 5, 32).seq_k(7).dtype(DType::F16).build().unwrap()
+    }
+
+    fn view(address: u64, seq: usize) -> View {
+        let region = Region::new(address, 2 * 3 * seq as u64 * 32 * 2);
+        View::contiguous(region, Layout::HeadsFirst, 3, seq, 32)
+    }
+
+    fn good() -> Args {
+        Args::new(view(0x1000, 5), view(0x2000, 7), view(0x4000, 7), view(0x8000, 5))
+    }
+
+    fn message(args: Args) -> String {
+        let error = args.check(&problem()).unwrap_err();
+        assert!(error.is_usage());
+        error.to_string()
+    }
+
+    #[test]
+    fn what_is_wrong_with_an_argument_is_named() {
+        good().check(&problem()).unwrap();
+        let with_q = |q| Args { q, ..good() };
+        let strides = |strides| View { strides, ..good().q };
+        assert!(message(with_q(strides([480, 160, 33]))).contains("q = a row stride of 33"));
+        let text = message(with_q(strides([480, 160, 40])));
+        assert!(text.contains("the last element ends at byte 1984"), "{text}");
+        assert!(message(with_q(strides([u64::MAX / 16 * 16, 160, 32]))).contains("2^64"));
+        let at = |address| View { region: Region { address, ..good().q.region }, ..good().q };
+        assert!(message(with_q(at(0))).contains("q = address 0x0"));
+        assert!(message(with_q(at(0x1008))).contains("a multiple of 16"));
+        let short = View { region: Region::new(0x2000, 100), ..good().k };
+        assert!(message(Args { k: short, ..good() }).contains("k = 100 bytes"));
+        // Inputs may share rows, the output may not.
+        let shared = View { strides: [480, 0, 32], ..good().q };
+        with_q(shared).check(&problem()).unwrap();
+        assert!(message(Args { o: shared, ..good() }).contains("o = strides [480, 0, 32]"));
+        let lse = Region::new(0x9000, 2 * 3 * 5 * 4);
+        good().lse(lse).check(&problem()).unwrap();
+        assert!(message(good().lse(Region { bytes: 119, ..lse })).contains("needs 120 bytes"));
+        assert!(message(good().lse(Region { address: 0x9002, ..lse })).contains("a multiple of 4"));
+        assert!(message(good().mask(lse)).contains("mask"));
+        let masked = problem().to_builder().mask(true).build().unwrap();
+        assert!(good().check(&masked).unwrap_err().to_string().contains("mask is missing"));
+        let error = good().mask(Region::new(0x9000, 13)).check(&masked).unwrap_err().to_string();
+        assert!(error.contains("needs 14 bytes"), "{error}");
+    }
+}

@@ -1,0 +1,316 @@
+//! What a kernel does for a problem: memory and launches.
+
+use std::fmt;
+
+use kernels_gpu::{entry::Entry, schedule::QUEUE_WORDS};
+use simt::{Dim3, tma::TensorMap};
+
+use super::{ALIGNMENT, Operation, Region, Spec, Target};
+use crate::{
+    backend::{Device, Launch, TensorMapSpec},
+    error::{Error, Unsupported},
+    problem::Problem,
+};
+
+/// Encodes tensor maps for the device that runs the launches.
+pub(crate) type Encode<'a> = &'a dyn Fn(&TensorMapSpec) -> Result<[u8; 128], Error>;
+
+/// What a section of the workspace is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Usage {
+    /// Queues that the blocks of a launch take tasks from.
+    Queue,
+    /// Attention weights `[B, H, Nq, Nk]` in the storage type, which stay after the launches.
+    Weights,
+    /// The log-sum-exp of a call that gives no memory for it.
+    Lse,
+}
+
+/// A section of the workspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// What it is for.
+    pub usage: Usage,
+    /// Its length.
+    pub bytes: u64,
+    /// Whether it is zero before the first launch, and left zero by the launches of a call.
+    pub zeroed: bool,
+}
+
+impl Section {
+    /// `bytes` bytes with no initial value.
+    #[must_use]
+    pub const fn new(usage: Usage, bytes: u64) -> Self {
+        Self { usage, bytes, zeroed: false }
+    }
+
+    /// The queues of a kernel whose blocks take task after task.
+    pub(super) const QUEUE: Self =
+        Self { usage: Usage::Queue, bytes: QUEUE_WORDS as u64 * 4, zeroed: true };
+}
+
+/// What a kernel wants for a problem: the sections of its workspace, and its launches in order.
+#[derive(Clone, Debug)]
+pub struct Draft<P: Operation> {
+    /// Memory beyond inputs and outputs.
+    pub sections: Vec<Section>,
+    /// Launches, in order.
+    pub steps: Vec<Step<P>>,
+}
+
+/// One launch without a workspace, as most flash kernels have.
+impl<P: Operation> From<Step<P>> for Draft<P> {
+    fn from(step: Step<P>) -> Self {
+        Self { sections: Vec::new(), steps: vec![step] }
+    }
+}
+
+/// One launch of a plan.
+#[derive(Clone, Debug)]
+pub struct Step<P: Operation> {
+    /// The entry.
+    pub entry: &'static Entry,
+    /// Blocks of the grid.
+    pub grid: Dim3,
+    /// Threads of a block.
+    pub block: Dim3,
+    /// Dynamic shared memory of a block in bytes.
+    pub shared_bytes: u32,
+    /// The tensor maps that stand before the arguments, in the order that the entry states.
+    pub maps: Vec<Map<P>>,
+    /// The entry's argument struct for a call, as bytes.
+    pub args: fn(&Call<'_, P>) -> Vec<u8>,
+}
+
+impl<P: Operation> Step<P> {
+    /// One block of the entry's threads, in a row, without shared memory.
+    ///
+    /// # Errors
+    /// There is no entry of that name.
+    pub fn new(symbol: &str, args: fn(&Call<'_, P>) -> Vec<u8>) -> Result<Self, String> {
+        match kernels_gpu::find(symbol) {
+            Some(entry) => Ok(Self::of(entry, args)),
+            None => Err(format!("has no entry {symbol}: the registry and kernels-gpu disagree")),
+        }
+    }
+
+    /// As [`Step::new`], of an entry at hand.
+    pub fn of(entry: &'static Entry, args: fn(&Call<'_, P>) -> Vec<u8>) -> Self {
+        let block = entry.threads.into();
+        Self { entry, grid: 1.into(), block, shared_bytes: 0, maps: Vec::new(), args }
+    }
+
+    fn launch(&self, call: &Call<'_, P>, encode: Encode<'_>) -> Result<Launch, Error> {
+        let mut args = Vec::with_capacity(self.entry.args_bytes);
+        for map in &self.maps {
+            args.extend(encode(&(map.spec)(call, map.box_dims))?);
+        }
+        args.extend((self.args)(call));
+        if !self.maps.is_empty() {
+            // The struct is aligned as its maps are.
+            args.resize(args.len().next_multiple_of(align_of::<TensorMap>()), 0);
+        }
+        let Self { entry, grid, block, shared_bytes, .. } = *self;
+        Ok(Launch { entry, grid, block, shared_bytes, args })
+    }
+}
+
+/// A tensor map of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Map<P: Operation> {
+    /// Extent of the box that one copy moves, fastest dimension first.
+    pub box_dims: [u32; 4],
+    /// The map of a call with that box.
+    pub spec: fn(&Call<'_, P>, [u32; 4]) -> TensorMapSpec,
+}
+
+/// A call as its steps see it.
+#[derive(Debug)]
+pub struct Call<'a, P: Operation> {
+    /// The problem.
+    pub problem: &'a P,
+    /// The tensors.
+    pub args: &'a P::Args,
+    sections: &'a [Placed],
+}
+
+impl<P: Operation> Call<'_, P> {
+    /// The memory that this call has for a use: what was given for it, or else a section of the
+    /// workspace; empty if there is none.
+    #[must_use]
+    pub fn region(&self, usage: Usage) -> Region {
+        P::given(self.args, usage).unwrap_or_else(|| {
+            let placed = self.sections.iter().find(|placed| placed.section.usage == usage);
+            placed.map_or_else(Region::default, |&Placed { section, offset }| {
+                P::workspace(self.args).part(offset, section.bytes)
+            })
+        })
+    }
+}
+
+/// A section with its place in the workspace.
+#[derive(Clone, Copy, Debug)]
+struct Placed {
+    section: Section,
+    offset: u64,
+}
+
+impl Placed {
+    const fn end(&self) -> u64 {
+        self.offset + self.section.bytes
+    }
+}
+
+/// The launches of a kernel for a problem: made once, used for any number of calls by any number
+/// of threads.
+///
+/// ```
+/// use flash_attention::{DType, Problem, raw::Plan, registry::{self, Target}};
+///
+/// let problem = Problem::builder(4, 12, 512, 64).dtype(DType::F16).build()?;
+/// let target = Target::new((9, 0), 232_448, 132);
+/// let plan = Plan::new(&problem, &target, registry::find("flash_hopper")?)?;
+/// assert_eq!(plan.entries().count(), 1);
+/// assert!(plan.workspace_bytes() < 1 << 20);
+/// # Ok::<(), flash_attention::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Plan<P: Operation = Problem> {
+    kernel: &'static Spec<P>,
+    problem: P,
+    steps: Vec<Step<P>>,
+    /// What must be zero comes first; then the kernel's own, then what a call may give itself.
+    sections: Vec<Placed>,
+}
+
+impl<P: Operation> Plan<P> {
+    /// Plans a problem on a device: see [`Spec::plan`].
+    ///
+    /// # Errors
+    /// What the kernel cannot do there.
+    pub fn new(
+        problem: &P,
+        target: &Target,
+        kernel: &'static Spec<P>,
+    ) -> Result<Self, Unsupported> {
+        kernel.plan(problem, target)
+    }
+
+    /// Places the sections one after the other.
+    pub(super) fn of(kernel: &'static Spec<P>, problem: P, draft: Draft<P>) -> Self {
+        let Draft { mut sections, steps } = draft;
+        sections.sort_by_key(|section| !section.zeroed);
+        sections.extend(problem.optional_outputs());
+        let mut end = 0u64;
+        let place = |section: Section| {
+            let placed = Placed { section, offset: end.next_multiple_of(ALIGNMENT) };
+            end = placed.end();
+            placed
+        };
+        Self { kernel, problem, steps, sections: sections.into_iter().map(place).collect() }
+    }
+
+    /// The kernel.
+    #[must_use]
+    pub const fn kernel(&self) -> &'static Spec<P> {
+        self.kernel
+    }
+
+    /// The problem.
+    #[must_use]
+    pub const fn problem(&self) -> &P {
+        &self.problem
+    }
+
+    /// Bytes of the workspace of a call that gives memory for inputs and the main output alone;
+    /// aligned to [`ALIGNMENT`].
+    #[must_use]
+    pub fn workspace_bytes(&self) -> u64 {
+        self.sections.last().map_or(0, Placed::end)
+    }
+
+    /// How many bytes at the start of a workspace must be zero before its first launch: see
+    /// [the workspace](crate::raw#workspace).
+    #[must_use]
+    pub fn zeroed_bytes(&self) -> u64 {
+        let zeroed = self.sections.iter().rfind(|placed| placed.section.zeroed);
+        zeroed.map_or(0, Placed::end)
+    }
+
+    /// The entries that a call launches, in order.
+    pub fn entries(&self) -> impl Iterator<Item = &'static Entry> + '_ {
+        self.steps.iter().map(|step| step.entry)
+    }
+
+    /// How many tensor maps a call encodes.
+    #[must_use]
+    pub fn tensor_maps(&self) -> usize {
+        self.steps.iter().map(|step| step.maps.len()).sum()
+    }
+
+    /// Compares the arguments of a call with the problem.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] names the tensor, the value, and what would be right.
+    pub fn check(&self, args: &P::Args) -> Result<(), Error> {
+        self.problem.check(args)?;
+        let needed = self.bytes_without(|usage| P::given(args, usage).is_some());
+        P::workspace(args).check("workspace", needed, ALIGNMENT)
+    }
+
+    /// As [`Plan::launches`], on any device: the emulator encodes tensor maps in its own way.
+    ///
+    /// # Errors
+    /// As [`Plan::check`]; a tensor map that the device cannot encode.
+    pub fn launches_for(&self, device: &dyn Device, args: &P::Args) -> Result<Vec<Launch>, Error> {
+        self.launches_with(args, &|map| device.encode_tensor_map(map))
+    }
+
+    pub(crate) fn launches_with(
+        &self,
+        args: &P::Args,
+        encode: Encode<'_>,
+    ) -> Result<Vec<Launch>, Error> {
+        self.check(args)?;
+        let call = Call { problem: &self.problem, args, sections: &self.sections };
+        self.steps.iter().map(|step| step.launch(&call, encode)).collect()
+    }
+
+    /// Bytes of the workspace of a call that gives memory for some uses.
+    fn bytes_without(&self, given: impl Fn(Usage) -> bool) -> u64 {
+        self.sections.iter().rfind(|placed| !given(placed.section.usage)).map_or(0, Placed::end)
+    }
+}
+
+impl Plan {
+    /// Bytes of the workspace of a call that gives memory for the LSE.
+    #[must_use]
+    pub fn workspace_bytes_beside_lse(&self) -> u64 {
+        self.bytes_without(|usage| usage == Usage::Lse)
+    }
+
+    /// Device memory that a call needs, inputs and outputs included.
+    #[must_use]
+    pub fn peak_bytes(&self) -> u64 {
+        let p = &self.problem;
+        p.input_bytes() + p.output_bytes() + self.workspace_bytes_beside_lse()
+    }
+
+    /// Where in its workspace a call leaves the attention weights, of kernels that keep them.
+    pub(crate) fn kept_weights(&self) -> Option<u64> {
+        let weights = self.sections.iter().find(|placed| placed.section.usage == Usage::Weights);
+        weights.map(|placed| placed.offset)
+    }
+}
+
+impl<P: Operation> fmt::Debug for Plan<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Plan")
+            .field("kernel", &self.kernel.name)
+            .field("problem", &self.problem)
+            .field("sections", &self.sections)
+            .field("steps", &self.steps)
+            .finish()
+    }
+}
