@@ -6,7 +6,8 @@
 
 In each of f32, f16 and bf16: DIR/<type>-weights.safetensors is the module's state_dict,
 DIR/<type>.safetensors has x, y and, with --mask, the padding mask. All three start from the
-same numbers, rounded to the type. PyTorch runs on its GPU if it has one.
+same numbers, rounded to the type. PyTorch runs on its GPU if it has one. With --packed the module is
+torch.nn.MultiheadAttention, whose state_dict has in_proj_weight in place of three projections.
 """
 
 import argparse
@@ -45,6 +46,21 @@ class MultiHeadAttention(torch.nn.Module):
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
 
+class Packed(torch.nn.MultiheadAttention):
+    """PyTorch's own module. Its biases begin as zeros, which would hide one that is left out."""
+
+    def __init__(self, hidden, heads):
+        super().__init__(hidden, heads, batch_first=True)
+        for bias in (self.in_proj_bias, self.out_proj.bias):
+            torch.nn.init.normal_(bias, std=0.1)
+
+    def forward(self, x, mask=None, causal=False):
+        # Here True hides, in both masks.
+        hidden = None if mask is None else ~mask
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1) if causal else None
+        return super().forward(x, x, x, key_padding_mask=hidden, attn_mask=later, need_weights=False)[0]
+
+
 def save(path, tensors):
     """Writes a safetensors file: the length of a header, the header, the elements."""
     header, payload = {}, b""
@@ -62,7 +78,7 @@ def save(path, tensors):
 def make(folder, name, options):
     """Saves the module in one type: weights, input and output."""
     torch.manual_seed(options.seed)
-    module = MultiHeadAttention(options.hidden, options.heads)
+    module = (Packed if options.packed else MultiHeadAttention)(options.hidden, options.heads)
     x = torch.randn(options.batch, options.seq, options.hidden)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module, x = module.to(device, TYPES[name]).eval(), x.to(device, TYPES[name])
@@ -97,6 +113,7 @@ def main():
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--mask", action="store_true")
+    parser.add_argument("--packed", action="store_true", help="make a torch.nn.MultiheadAttention")
     parser.add_argument("--check", action="store_true", help="run `flash-attention run --check` on the files")
     parser.add_argument("--host", default="cargo run -q -p host --", help="how to start it")
     parser.add_argument("--device", default="auto", help="where it runs")

@@ -6,6 +6,8 @@ use std::fmt;
 use flash_attention::DType;
 use serde::{Deserialize, Serialize};
 
+use crate::format;
+
 /// Version of the document. It is raised when a field changes its meaning or goes;
 /// fields may be added without.
 pub const SCHEMA: u32 = 1;
@@ -154,7 +156,7 @@ impl fmt::Display for Options {
         let Self { batch, heads, head_dim, dtype, .. } = self;
         let hidden = heads * head_dim;
         match self.tokens {
-            Some(tokens) => write!(f, "{tokens} tokens")?,
+            Some(tokens) => f.write_str(&format::counted(tokens, "token"))?,
             None => write!(f, "batch {batch}")?,
         }
         write!(f, ", heads {heads}, head dim {head_dim} (hidden {hidden}), {dtype}")?;

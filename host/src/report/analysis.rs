@@ -457,9 +457,9 @@ impl Found<'_> {
         let batch_heads = view.series[0].rows[0];
         let Some((kernel, seq)) = plain else { return };
         let mut text = format!(
-            "{prefix}at batch {} and {} heads {kernel} would fill the {} of {whose} at about N = {}",
+            "{prefix}at batch {} and {} {kernel} would fill the {} of {whose} at about N = {}",
             batch_heads.batch,
-            batch_heads.heads,
+            format::counted(batch_heads.heads, "head"),
             format::bytes(limit),
             about(seq)
         );
@@ -526,11 +526,12 @@ impl Found<'_> {
             format!("{} has compute capability {}", device.name, device.compute_capability)
         };
         text += &match refused.as_slice() {
-            [] => format!(": all {ran} kernels that were asked for could run."),
+            [] => ": every kernel that was asked for could run.".into(),
             _ => {
                 let why: Vec<String> =
                     refused.iter().map(|(kernel, reason)| because(kernel, reason)).collect();
-                format!("; {ran} kernels could run, not these: {}.", why.join("; "))
+                let ran = format::counted(ran, "kernel");
+                format!("; {ran} could run, not these: {}.", why.join("; "))
             }
         };
         self.add(Tone::Finding, "Capability", text);
@@ -554,8 +555,9 @@ impl Found<'_> {
                 )
             });
             let text = format!(
-                "in all {} comparisons with the f64 oracle a kernel errs by at most twice what the \
-                 plain algorithm errs by in the same precision.{worst}",
+                "every comparison with the f64 oracle passes ({} of {}): a kernel errs by at most \
+                 twice what the plain algorithm errs by in the same precision.{worst}",
+                checks.len(),
                 checks.len()
             );
             self.add(Tone::Finding, "Precision", text);
@@ -573,7 +575,11 @@ impl Found<'_> {
                     )
                 })
                 .collect();
-            let text = format!("{} of {} comparisons fail: ", failed.len(), checks.len());
+            let text = format!(
+                "{} of {} failed: ",
+                failed.len(),
+                format::counted(checks.len(), "comparison")
+            );
             self.add(Tone::Failure, "Precision", format!("{text}{}.", format::list(&names)));
         }
     }

@@ -89,9 +89,9 @@ pub fn title(results: &Results) -> String {
 fn setting(results: &Results) -> String {
     let o = &results.options;
     let mut text = format!(
-        "batch {}, {} heads, head dim {}, {}{}",
+        "batch {}, {}, head dim {}, {}{}",
         o.batch,
-        o.heads,
+        format::counted(o.heads, "head"),
         o.head_dim,
         o.dtype,
         if o.causal { ", causal" } else { "" },
@@ -284,7 +284,7 @@ fn circumstances(results: &Results) -> Markup {
             dt { "Computer" }
             dd {
                 @if let Some(cpu) = &m.cpu { (cpu) ", " }
-                (m.threads) " threads" (memory(m.memory_bytes)) ", " (m.os) " " (m.arch)
+                (format::counted(m.threads, "thread")) (memory(m.memory_bytes)) ", " (m.os) " " (m.arch)
             }
             dt { "Problem" } dd { (setting(results)) "; N = " (seqs.join(", ")) }
             dt { "Runs" }

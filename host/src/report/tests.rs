@@ -233,7 +233,7 @@ fn what_is_wrong_comes_as_a_failure() {
     let failures: Vec<_> = all.iter().filter(|c| c.tone == Tone::Failure).collect();
     assert_eq!(failures.len(), 2, "{failures:?}");
     assert!(failures[0].text.contains("naive at N = 512 (race on shared memory)"));
-    assert!(failures[1].text.starts_with("1 of 3 comparisons fail: o of flash_tiled"));
+    assert!(failures[1].text.starts_with("1 of 3 comparisons failed: o of flash_tiled"));
     assert!(all.iter().any(|c| c.topic == "Incomplete"));
 }
 
@@ -252,6 +252,28 @@ fn a_report_is_written_whole_and_reads_back() {
     // Self-contained: no address but the SVG name space.
     let elsewhere = html.replace("http://www.w3.org/2000/svg", "");
     assert!(!elsewhere.contains("http") && !elsewhere.contains("src="));
+}
+
+/// One thread, one head, one kernel, one comparison: nothing is counted in the plural.
+#[test]
+fn what_there_is_one_of_is_singular() {
+    let mut results = run(false);
+    (results.machine.threads, results.options.heads, results.options.tokens) = (1, 1, Some(1));
+    results.rows.retain(|row| row.kernel == "naive" || row.status == Status::Unsupported);
+    results.rows.iter_mut().for_each(|row| row.heads = 1);
+    for (refused, error) in [(true, 1e-4), (false, 1e-4), (false, 1e-2)] {
+        results.rows.retain(|row| refused || row.status != Status::Unsupported);
+        results.checks = vec![check("naive", error)];
+        let html = page::page(&results, &conclusions(&results), &[]);
+        let text = html.split('<').filter_map(|part| part.split_once('>')).map(|(_, text)| text);
+        let text = format!("{} {}", text.collect::<Vec<_>>().join(" "), results.options);
+        let words: Vec<_> = text.split_whitespace().collect();
+        let plural = |pair: &&[&str]| {
+            pair[0] == "1" && pair[1].trim_end_matches(|c: char| !c.is_alphabetic()).ends_with('s')
+        };
+        let wrong: Vec<_> = words.windows(2).filter(plural).collect();
+        assert!(wrong.is_empty(), "{wrong:?}");
+    }
 }
 
 /// A kernel has one colour and one marker, whatever else a run has, and no two have the same.
