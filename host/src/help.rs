@@ -1,17 +1,6 @@
-//! What help shows below the options: examples, and the defaults that depend on the device;
-//! completions and manual pages, made of the same.
+//! What help shows below the options: examples, and the defaults that depend on the device.
 
-use anyhow::Result;
-use clap::CommandFactory as _;
-use clap_complete::Shell;
-
-use crate::{
-    compare,
-    failure::{Outcome, Usage},
-    options::Cli,
-    progress::print_lines,
-    verify,
-};
+use crate::{compare, results::Repeats, verify};
 
 /// Below the program's options.
 pub const PROGRAM: &str = "\
@@ -62,8 +51,8 @@ Examples:
 /// Defaults of `compare`.
 #[must_use]
 pub fn compare_defaults() -> String {
-    let line = |defaults, repeats: compare::Repeats| {
-        let compare::Repeats { warmup, iters, .. } = repeats;
+    let line = |defaults, repeats: Repeats| {
+        let Repeats { warmup, iters, .. } = repeats;
         format!("{defaults} --warmup {warmup} --iters {iters}")
     };
     defaults(
@@ -92,33 +81,4 @@ pub fn compare() -> String {
 #[must_use]
 pub fn verify() -> String {
     format!("{}\n\n{VERIFY}", verify_defaults())
-}
-
-/// Prints completions.
-pub fn completions(shell: Shell) -> Outcome {
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "flash-attention", &mut script);
-    print_lines(String::from_utf8_lossy(&script).trim_end());
-    Outcome::Good
-}
-
-/// Prints the manual page of the program, or of a command.
-///
-/// # Errors
-/// [`Usage`] for a command that there is none of.
-pub fn man(command: Option<&str>) -> Result<Outcome> {
-    let mut program = Cli::command().disable_help_subcommand(true);
-    program.build();
-    let page = match command {
-        None => &program,
-        Some(name) => program.find_subcommand(name).ok_or_else(|| {
-            let names: Vec<&str> = program.get_subcommands().map(clap::Command::get_name).collect();
-            Usage(format!("unknown command '{name}': the commands are {}", names.join(", ")))
-        })?,
-    };
-    let mut text = Vec::new();
-    let source = concat!("flash-attention ", env!("CARGO_PKG_VERSION"));
-    clap_mangen::Man::new(page.clone()).source(source).render(&mut text)?;
-    print_lines(String::from_utf8_lossy(&text).trim_end());
-    Ok(Outcome::Good)
 }

@@ -2,6 +2,7 @@
 //! what it writes.
 
 pub mod accuracy;
+pub mod cli;
 pub mod compare;
 pub mod env;
 pub mod failure;
@@ -26,7 +27,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use options::{Cli, Command};
+use cli::{Cli, Command};
 
 /// Reads the arguments, runs the command and says how it ended.
 #[must_use]
@@ -48,8 +49,8 @@ pub fn main() -> ExitCode {
         Command::Verify(args) => verify::run(args),
         Command::Run(args) => run::run(args),
         Command::Report(args) => report::remake(args),
-        Command::Completions { shell } => Ok(help::completions(*shell)),
-        Command::Man { command } => help::man(command.as_deref()),
+        Command::Completions { shell } => Ok(cli::completions(*shell)),
+        Command::Man { command } => cli::man(command.as_deref()),
     };
     ended(match outcome {
         Ok(outcome) => outcome.into(),

@@ -1,7 +1,8 @@
 //! The computer, and the device that a command runs on.
 
 use std::{
-    fs,
+    fmt, fs,
+    str::FromStr,
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -12,9 +13,37 @@ use flash_attention::{CpuDevice, Device, backend::gpu::GpuDescription};
 
 use crate::{
     failure::Usage,
-    options::DeviceChoice,
+    format,
     results::{DeviceInfo, Driver, Machine, Options, Results, SCHEMA},
 };
+
+/// Where to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A GPU if there is one, else the emulator.
+    Auto,
+    /// The GPU of that number.
+    Gpu(u32),
+    /// The emulator.
+    Cpu,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "gpu" => Ok(Self::Gpu(0)),
+            _ => text
+                .strip_prefix("gpu:")
+                .and_then(|index| index.parse().ok())
+                .map(Self::Gpu)
+                .ok_or_else(|| "use auto, gpu, gpu:1 or cpu".to_owned()),
+        }
+    }
+}
 
 /// A device ready to run kernels.
 pub struct Opened {
@@ -26,6 +55,22 @@ pub struct Opened {
     pub driver: Option<Driver>,
     /// Why it is the emulator, where a GPU would have been preferred.
     pub why_emulated: Option<String>,
+}
+
+/// The device that a command runs on, and why it is not a GPU.
+impl fmt::Display for Opened {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let info = &self.info;
+        write!(f, "{}, compute capability {}", info.name, info.compute_capability)?;
+        if let Some(bytes) = info.memory_bytes {
+            write!(f, ", {}", format::bytes(bytes as f64))?;
+        }
+        if let Some(driver) = &self.driver {
+            let version = driver.version.as_deref().unwrap_or("of unknown version");
+            write!(f, ", driver {version}, CUDA {}", driver.cuda)?;
+        }
+        self.why_emulated.iter().try_for_each(|reason| write!(f, "\n{reason}"))
+    }
 }
 
 /// Opens the device that was asked for. `memory_limit` is the emulator's memory.
@@ -176,6 +221,12 @@ fn timestamp(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn devices_parse() {
+        assert_eq!("gpu:3".parse(), Ok(DeviceChoice::Gpu(3)));
+        assert!("gpu:x".parse::<DeviceChoice>().is_err());
+    }
 
     #[test]
     fn times_are_written_as_dates() {

@@ -1,64 +1,16 @@
-//! The command line's arguments, and the defaults that depend on the device.
+//! What `compare` and `verify` are asked for alike, and the defaults that depend on the device.
 
-use std::{fmt, path::PathBuf, str::FromStr};
+use std::fmt;
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand};
-use clap_complete::Shell;
+use clap::Args;
 use flash_attention::{
     DType, Dropout, Problem,
     problem::head_dim_of,
     registry::{self, KERNELS, KernelSpec, Target},
 };
 
-use crate::{
-    failure::Usage,
-    help, peers,
-    report::ReportArgs,
-    results::{LevelChoice, Options},
-    run::RunArgs,
-    values,
-};
-
-/// FlashAttention kernels in Rust: look at them, compare them, verify them.
-#[derive(Debug, Parser)]
-#[command(name = "flash-attention", version, max_term_width = 100, after_long_help = help::PROGRAM)]
-pub struct Cli {
-    /// What to do.
-    #[command(subcommand)]
-    pub command: Command,
-}
-
-/// What to do.
-#[derive(Debug, Subcommand)]
-pub enum Command {
-    /// Show the driver, the GPUs and which kernels each can run
-    Env,
-    /// Measure kernels, and the module around them, side by side: time, memory, error
-    #[command(after_help = help::compare_defaults(), after_long_help = help::compare())]
-    Compare(Box<CompareArgs>),
-    /// Compare outputs of each kernel, and of the module around it, with f64
-    #[command(after_help = help::verify_defaults(), after_long_help = help::verify())]
-    Verify(Box<VerifyArgs>),
-    /// Compute attention, or the attention module, of your own tensors, from a safetensors file
-    #[command(after_long_help = help::RUN)]
-    Run(Box<RunArgs>),
-    /// Make the report of a run anew from the JSON that it wrote
-    #[command(after_long_help = help::REPORT)]
-    Report(ReportArgs),
-    /// Print completions for a shell
-    #[command(after_long_help = help::COMPLETIONS)]
-    Completions {
-        /// The shell
-        shell: Shell,
-    },
-    /// Print the manual page of the program, or of one of its commands
-    #[command(after_long_help = help::MAN)]
-    Man {
-        /// A command
-        command: Option<String>,
-    },
-}
+use crate::{failure::Usage, machine::DeviceChoice, results::Options, values};
 
 /// What both `compare` and `verify` take.
 #[derive(Args, Clone, Debug)]
@@ -105,104 +57,6 @@ pub struct ProblemArgs {
     /// Memory that the emulator has, as 512MiB or 2GiB; half of what is free unless given
     #[arg(long, value_name = "SIZE", value_parser = values::bytes)]
     pub memory_limit: Option<u64>,
-}
-
-/// Arguments of `compare`.
-#[derive(Args, Clone, Debug)]
-#[command(allow_negative_numbers = true)]
-pub struct CompareArgs {
-    /// The problem.
-    #[command(flatten)]
-    pub problem: ProblemArgs,
-    /// What to run: attention alone, the multi-head attention module with its projections, or
-    /// both
-    #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
-    pub level: LevelChoice,
-    /// Timed runs of each kernel
-    #[arg(long, value_name = "COUNT", value_parser = values::count)]
-    pub iters: Option<usize>,
-    /// Runs before those
-    #[arg(long, value_name = "COUNT", value_parser = values::count_or_none)]
-    pub warmup: Option<usize>,
-    /// Launch each kernel back to back for about this long too: on a GPU the rate that its
-    /// power limit leaves
-    #[arg(long, value_name = "SECONDS", value_parser = values::seconds)]
-    pub sustained: Option<f64>,
-    /// Most time that one launch may take: one that takes longer is reported, and ends the run
-    #[arg(long, value_name = "SECONDS", value_parser = values::timeout)]
-    pub timeout: Option<f64>,
-    /// Run PyTorch's attention beside the kernels, where python3 (or the Python that
-    /// FLASH_ATTENTION_PYTHON names) has PyTorch: every backend, or those listed
-    #[arg(long, value_name = "BACKEND,…", value_delimiter = ',', num_args = 0.., require_equals = true, value_parser = peers::ON_GPU)]
-    pub peers: Option<Vec<String>>,
-    /// Print every column, however wide the terminal is
-    #[arg(long)]
-    pub wide: bool,
-    /// Write everything measured as JSON; - is standard output, and text goes to standard error
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-    /// Write the rows as CSV; - as with --json
-    #[arg(long, value_name = "FILE")]
-    pub csv: Option<PathBuf>,
-    /// Write a report into this directory: one page, pictures, JSON and CSV
-    #[arg(long, value_name = "DIR")]
-    pub report: Option<PathBuf>,
-}
-
-/// Arguments of `verify`.
-#[derive(Args, Clone, Debug)]
-#[command(allow_negative_numbers = true)]
-pub struct VerifyArgs {
-    /// The problem.
-    #[command(flatten)]
-    pub problem: ProblemArgs,
-    /// What to verify: attention alone, the multi-head attention module with its projections, or
-    /// both
-    #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
-    pub level: LevelChoice,
-    /// Largest absolute difference that passes; 1e-3 in f32, none in f16 and bf16,
-    /// where twice the plain algorithm's error alone decides
-    #[arg(long, value_name = "MAX", value_parser = values::threshold)]
-    pub threshold: Option<f64>,
-    /// Rows of O, and tokens of a module's output, to compare, spread over the tensor; every one
-    /// unless given, as far as that takes seconds
-    #[arg(long, value_name = "COUNT", value_parser = values::count)]
-    pub rows: Option<usize>,
-    /// Print every column, however wide the terminal is
-    #[arg(long)]
-    pub wide: bool,
-    /// Write every difference's summary as JSON; - is standard output, and text goes to standard
-    /// error
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-}
-
-/// Where to run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// A GPU if there is one, else the emulator.
-    Auto,
-    /// The GPU of that number.
-    Gpu(u32),
-    /// The emulator.
-    Cpu,
-}
-
-impl FromStr for DeviceChoice {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "cpu" => Ok(Self::Cpu),
-            "gpu" => Ok(Self::Gpu(0)),
-            _ => text
-                .strip_prefix("gpu:")
-                .and_then(|index| index.parse().ok())
-                .map(Self::Gpu)
-                .ok_or_else(|| "use auto, gpu, gpu:1 or cpu".to_owned()),
-        }
-    }
 }
 
 /// What is run where nothing else is asked for.
@@ -296,9 +150,7 @@ impl ProblemArgs {
         }
         Ok(kernels)
     }
-}
 
-impl ProblemArgs {
     /// What results record of the problems that are run.
     #[must_use]
     pub fn recorded(&self, problems: &[Problem], kernels: &[&KernelSpec]) -> Options {
@@ -317,23 +169,5 @@ impl ProblemArgs {
             seed: self.seed,
             ..Options::default()
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use clap::CommandFactory;
-
-    use super::*;
-
-    #[test]
-    fn the_arguments_are_consistent() {
-        Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn devices_parse() {
-        assert_eq!("gpu:3".parse(), Ok(DeviceChoice::Gpu(3)));
-        assert!("gpu:x".parse::<DeviceChoice>().is_err());
     }
 }

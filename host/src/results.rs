@@ -113,12 +113,9 @@ pub struct Options {
     pub dropout: f32,
     /// Kernels, by name.
     pub kernels: Vec<String>,
-    /// Timed runs of each.
-    pub iters: usize,
-    /// Runs before those.
-    pub warmup: usize,
-    /// Seconds that each was run back to back for, where that was asked for.
-    pub sustained: Option<f64>,
+    /// How often each was run.
+    #[serde(flatten)]
+    pub repeats: Repeats,
     /// Seed of inputs and dropout.
     pub seed: u64,
     /// What was run.
@@ -140,9 +137,7 @@ impl Default for Options {
             mask: false,
             dropout: 0.0,
             kernels: Vec::new(),
-            iters: 0,
-            warmup: 0,
-            sustained: None,
+            repeats: Repeats::default(),
             seed: 42,
             level: LevelChoice::Attention,
             peers: false,
@@ -171,6 +166,18 @@ impl fmt::Display for Options {
         }
         Ok(())
     }
+}
+
+/// How often a kernel is run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Repeats {
+    /// Timed runs.
+    pub iters: usize,
+    /// Runs before those.
+    pub warmup: usize,
+    /// Seconds of runs back to back after those, where that was asked for.
+    pub sustained: Option<f64>,
 }
 
 /// Which levels a run covers.

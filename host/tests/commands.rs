@@ -337,7 +337,7 @@ fn help_has_examples_and_the_defaults_of_both_devices() {
         let words: Vec<&str> =
             example.split(' ').take_while(|word| !["|", ">"].contains(word)).collect();
         use clap::Parser as _;
-        let cli = host::options::Cli::try_parse_from([&["flash-attention"], &words[..]].concat());
+        let cli = host::cli::Cli::try_parse_from([&["flash-attention"], &words[..]].concat());
         assert!(cli.is_ok(), "{example}: {:?}", cli.err());
         count += 1;
     }

@@ -7,8 +7,7 @@ use super::{
 use crate::{
     accuracy::complaint,
     format,
-    machine::Opened,
-    options::DeviceChoice,
+    machine::{DeviceChoice, Opened},
     peers::{Measured, PYTHON, Peers},
     progress::{Progress, print_lines},
     results::{Check, Results, Row, Status},

@@ -16,20 +16,9 @@ use crate::{
     accuracy::complaint,
     interrupt,
     progress::Progress,
-    results::{Check, Row, Status},
+    results::{Check, Repeats, Row, Status},
     subject::Subject,
 };
-
-/// How often a kernel is run.
-#[derive(Clone, Copy, Debug)]
-pub struct Repeats {
-    /// Runs that are not timed.
-    pub warmup: usize,
-    /// Runs that are.
-    pub iters: usize,
-    /// Seconds of runs back to back after those.
-    pub sustained: Option<f64>,
-}
 
 /// What is needed to measure kernels on one problem.
 pub struct Bench<'a> {

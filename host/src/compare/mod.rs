@@ -1,6 +1,7 @@
 //! `compare`: kernels side by side, each verified and then timed, one table a sequence
 //! length. What does not fit, is not supported or fails is a row, and the run goes on.
 
+mod args;
 mod beside;
 mod measure;
 mod stats;
@@ -19,21 +20,21 @@ use flash_attention::{
 
 use crate::{
     failure::{self, Outcome},
-    format, interrupt, machine,
-    machine::Opened,
-    options::{CompareArgs, Defaults},
+    interrupt,
+    machine::{self, Opened},
+    options::Defaults,
     output::{self, Output},
     peers::{self, Peers},
     progress::{Progress, print_lines, warn},
     report,
-    results::{Level, Options, Results, Row, Status},
+    results::{Level, Options, Repeats, Results, Row, Status},
     subject::{Effort, Subject, foresee},
     table,
 };
 use measure::Bench;
 use timeout::Watch;
 
-pub use measure::Repeats;
+pub use args::CompareArgs;
 
 /// The lab's experiment, on a GPU.
 pub const ON_GPU: Defaults = Defaults {
@@ -72,11 +73,8 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     let session = Session::new(opened.device.clone());
     let problems = args.problem.problems(&defaults)?;
     let kernels = args.problem.chosen_kernels(&problems, &session.target())?;
-    let Repeats { warmup, iters, sustained } = repeats;
     let options = Options {
-        warmup,
-        iters,
-        sustained,
+        repeats,
         level: args.level,
         ..args.problem.recorded(&problems, &kernels)
     };
@@ -238,7 +236,7 @@ fn timed_out(mut results: Results, output: &Printed<'_>, files: &Files<'_>) {
 
 /// What is about to be measured, and where.
 fn heading(args: &CompareArgs, opened: &Opened, options: &Options, problems: &[Problem]) -> String {
-    let mut text = device_line(opened);
+    let mut text = opened.to_string();
     if opened.info.emulated {
         text += "\nEmulated times show the algorithm, not GPU speed. FLOP, bytes read and written in \
                  global memory, and peak memory are comparable on any machine.";
@@ -251,28 +249,10 @@ fn heading(args: &CompareArgs, opened: &Opened, options: &Options, problems: &[P
     if let Some(Ok([linear, _])) = module.map(|p| module::best_linear(p, &target)) {
         text += &format!("\nThe module's projections are by {}.", linear.kernel().name);
     }
-    let Options { warmup, iters, .. } = options;
+    let Repeats { warmup, iters, .. } = options.repeats;
     text + &format!(
         "\n{options}; warm-ups {warmup}, runs {iters}; × and saved are against naive, by the median"
     )
-}
-
-/// The device that a command runs on, and why it is not a GPU.
-#[must_use]
-pub fn device_line(opened: &Opened) -> String {
-    let info = &opened.info;
-    let mut text = format!("{}, compute capability {}", info.name, info.compute_capability);
-    if let Some(bytes) = info.memory_bytes {
-        text += &format!(", {}", format::bytes(bytes as f64));
-    }
-    if let Some(driver) = &opened.driver {
-        let version = driver.version.as_deref().unwrap_or("of unknown version");
-        text += &format!(", driver {version}, CUDA {}", driver.cuda);
-    }
-    if let Some(reason) = &opened.why_emulated {
-        text += &format!("\n{reason}");
-    }
-    text
 }
 
 /// The files that were asked for.

@@ -13,10 +13,9 @@ use flash_attention::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    compare::Repeats,
     failure::Usage,
-    options::DeviceChoice,
-    results::{Level, Status},
+    machine::DeviceChoice,
+    results::{Level, Repeats, Status},
     subject::Subject,
 };
 
@@ -135,7 +134,7 @@ impl Peers {
         &mut self,
         backends: &[&str],
         subject: &Subject<'_>,
-        Repeats { warmup, iters, sustained }: Repeats,
+        repeats: Repeats,
     ) -> Result<Vec<Measured>> {
         let problem = subject.problem();
         let work = Work { tensors: subject.tensors(), mask: subject.mask() };
@@ -154,9 +153,7 @@ impl Peers {
             mask: problem.has_mask(),
             dropout: problem.dropout().map_or(0.0, |d| d.p),
             seed: problem.dropout().map_or(0, |d| d.seed),
-            warmup,
-            iters,
-            sustained,
+            repeats,
         };
         self.link.run(&job, &work).context("PyTorch's process")
     }
@@ -196,9 +193,8 @@ struct Job<'a> {
     mask: bool,
     dropout: f32,
     seed: u64,
-    warmup: usize,
-    iters: usize,
-    sustained: Option<f64>,
+    #[serde(flatten)]
+    repeats: Repeats,
 }
 
 /// The tensors of a job, in the order in which they are sent. The output is as the first.
@@ -289,9 +285,7 @@ mod tests {
             mask: true,
             dropout: 0.0,
             seed: 0,
-            warmup: 1,
-            iters: 2,
-            sustained: None,
+            repeats: Repeats { iters: 2, warmup: 1, sustained: None },
         }
     }
 

@@ -288,7 +288,7 @@ fn circumstances(results: &Results) -> Markup {
             }
             dt { "Problem" } dd { (setting(results)) "; N = " (seqs.join(", ")) }
             dt { "Runs" }
-            dd { (o.iters) " timed after " (o.warmup) " to warm up; seed " (o.seed) }
+            dd { (o.repeats.iters) " timed after " (o.repeats.warmup) " to warm up; seed " (o.seed) }
             dt { "FLOP" }
             dd { "by convention 4·B·H·N·N·D, half of that when causal; projections of a module are added" }
             dt { "Program" }

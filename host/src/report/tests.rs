@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     format,
-    results::{Check, DeviceInfo, Histogram, Level, Machine, Options, Row, SCHEMA, Spread, Status},
+    results::{Check, DeviceInfo, Histogram, Level, Machine, Options, Repeats, Row, SCHEMA, Spread, Status},
 };
 use approx::assert_abs_diff_eq;
 use flash_attention::DType;
@@ -104,8 +104,7 @@ pub(super) fn run(emulated: bool) -> Results {
             batch: 4,
             heads: 12,
             dtype: DType::F16,
-            iters: 30,
-            warmup: 5,
+            repeats: Repeats { iters: 30, warmup: 5, sustained: None },
             ..Options::default()
         },
         rows,

@@ -15,8 +15,8 @@ use flash_attention::{
 
 use crate::{
     failure::{Outcome, Usage},
-    format, interrupt, machine,
-    options::DeviceChoice,
+    format, interrupt,
+    machine::{self, DeviceChoice},
     output::{self, Output},
     progress::print_lines,
     values,

@@ -4,20 +4,22 @@
 
 mod terminal;
 
+use std::path::PathBuf;
+
 use anyhow::Result;
+use clap::Args;
 use flash_attention::{DType, Problem, registry::KernelSpec, session::Session};
 
 use crate::{
     accuracy::complaint,
-    compare::device_line,
     failure::Outcome,
     format, interrupt, machine,
-    options::{Defaults, VerifyArgs},
+    options::{Defaults, ProblemArgs},
     output,
     progress::{Progress, print_lines},
-    results::{Check, Level, Options, Results, Row, Status},
+    results::{Check, Level, LevelChoice, Options, Results, Row, Status},
     subject::{Effort, Subject, foresee},
-    table,
+    table, values,
 };
 
 /// The lab's precision experiment.
@@ -33,6 +35,34 @@ const MODULE_ORACLE_BUDGET: usize = 1 << 32;
 /// The threshold of the lab's experiment, which is in f32. Narrower types cannot keep it
 /// for every input: there the 2x rule decides.
 const F32_THRESHOLD: f64 = 1e-3;
+
+/// Arguments of `verify`.
+#[derive(Args, Clone, Debug)]
+#[command(allow_negative_numbers = true)]
+pub struct VerifyArgs {
+    /// The problem.
+    #[command(flatten)]
+    pub problem: ProblemArgs,
+    /// What to verify: attention alone, the multi-head attention module with its projections, or
+    /// both
+    #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
+    pub level: LevelChoice,
+    /// Largest absolute difference that passes; 1e-3 in f32, none in f16 and bf16,
+    /// where twice the plain algorithm's error alone decides
+    #[arg(long, value_name = "MAX", value_parser = values::threshold)]
+    pub threshold: Option<f64>,
+    /// Rows of O, and tokens of a module's output, to compare, spread over the tensor; every one
+    /// unless given, as far as that takes seconds
+    #[arg(long, value_name = "COUNT", value_parser = values::count)]
+    pub rows: Option<usize>,
+    /// Print every column, however wide the terminal is
+    #[arg(long)]
+    pub wide: bool,
+    /// Write every difference's summary as JSON; - is standard output, and text goes to standard
+    /// error
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
 
 /// Runs the command.
 ///
@@ -50,7 +80,7 @@ pub fn run(args: &VerifyArgs) -> Result<Outcome> {
     let kernels: Vec<_> = groups.iter().flat_map(|group| group.kernels.iter().copied()).collect();
     let options = Options { level: args.level, ..args.problem.recorded(first, &kernels) };
     let mut results = machine::results("verify", &opened, options);
-    let mut heading = device_line(&opened);
+    let mut heading = opened.to_string();
     if opened.info.emulated && args.problem.batch.is_none() && args.problem.heads.is_none() {
         heading += "\nThe defaults are smaller here than on a GPU, to end within seconds: --batch 2 --heads 12 \
                     makes them the same.";

@@ -1,0 +1,94 @@
+//! The command line, with completions and manual pages made of it.
+
+use anyhow::Result;
+use clap::{CommandFactory as _, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::{
+    compare::CompareArgs,
+    failure::{Outcome, Usage},
+    help,
+    progress::print_lines,
+    report::ReportArgs,
+    run::RunArgs,
+    verify::VerifyArgs,
+};
+
+/// FlashAttention kernels in Rust: look at them, compare them, verify them.
+#[derive(Debug, Parser)]
+#[command(name = "flash-attention", version, max_term_width = 100, after_long_help = help::PROGRAM)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show the driver, the GPUs and which kernels each can run
+    Env,
+    /// Measure kernels, and the module around them, side by side: time, memory, error
+    #[command(after_help = help::compare_defaults(), after_long_help = help::compare())]
+    Compare(Box<CompareArgs>),
+    /// Compare outputs of each kernel, and of the module around it, with f64
+    #[command(after_help = help::verify_defaults(), after_long_help = help::verify())]
+    Verify(Box<VerifyArgs>),
+    /// Compute attention, or the attention module, of your own tensors, from a safetensors file
+    #[command(after_long_help = help::RUN)]
+    Run(Box<RunArgs>),
+    /// Make the report of a run anew from the JSON that it wrote
+    #[command(after_long_help = help::REPORT)]
+    Report(ReportArgs),
+    /// Print completions for a shell
+    #[command(after_long_help = help::COMPLETIONS)]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Print the manual page of the program, or of one of its commands
+    #[command(after_long_help = help::MAN)]
+    Man {
+        /// A command
+        command: Option<String>,
+    },
+}
+
+/// Prints completions.
+pub fn completions(shell: Shell) -> Outcome {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "flash-attention", &mut script);
+    print_lines(String::from_utf8_lossy(&script).trim_end());
+    Outcome::Good
+}
+
+/// Prints the manual page of the program, or of a command.
+///
+/// # Errors
+/// [`Usage`] for a command that there is none of.
+pub fn man(command: Option<&str>) -> Result<Outcome> {
+    let mut program = Cli::command().disable_help_subcommand(true);
+    program.build();
+    let page = match command {
+        None => &program,
+        Some(name) => program.find_subcommand(name).ok_or_else(|| {
+            let names: Vec<&str> = program.get_subcommands().map(clap::Command::get_name).collect();
+            Usage(format!("unknown command '{name}': the commands are {}", names.join(", ")))
+        })?,
+    };
+    let mut text = Vec::new();
+    let source = concat!("flash-attention ", env!("CARGO_PKG_VERSION"));
+    clap_mangen::Man::new(page.clone()).source(source).render(&mut text)?;
+    print_lines(String::from_utf8_lossy(&text).trim_end());
+    Ok(Outcome::Good)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+}

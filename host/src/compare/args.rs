@@ -1,0 +1,49 @@
+//! The arguments of `compare`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::{options::ProblemArgs, peers, results::LevelChoice, values};
+
+/// Arguments of `compare`.
+#[derive(Args, Clone, Debug)]
+#[command(allow_negative_numbers = true)]
+pub struct CompareArgs {
+    /// The problem.
+    #[command(flatten)]
+    pub problem: ProblemArgs,
+    /// What to run: attention alone, the multi-head attention module with its projections, or
+    /// both
+    #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
+    pub level: LevelChoice,
+    /// Timed runs of each kernel
+    #[arg(long, value_name = "COUNT", value_parser = values::count)]
+    pub iters: Option<usize>,
+    /// Runs before those
+    #[arg(long, value_name = "COUNT", value_parser = values::count_or_none)]
+    pub warmup: Option<usize>,
+    /// Launch each kernel back to back for about this long too: on a GPU the rate that its
+    /// power limit leaves
+    #[arg(long, value_name = "SECONDS", value_parser = values::seconds)]
+    pub sustained: Option<f64>,
+    /// Most time that one launch may take: one that takes longer is reported, and ends the run
+    #[arg(long, value_name = "SECONDS", value_parser = values::timeout)]
+    pub timeout: Option<f64>,
+    /// Run PyTorch's attention beside the kernels, where python3 (or the Python that
+    /// FLASH_ATTENTION_PYTHON names) has PyTorch: every backend, or those listed
+    #[arg(long, value_name = "BACKEND,…", value_delimiter = ',', num_args = 0.., require_equals = true, value_parser = peers::ON_GPU)]
+    pub peers: Option<Vec<String>>,
+    /// Print every column, however wide the terminal is
+    #[arg(long)]
+    pub wide: bool,
+    /// Write everything measured as JSON; - is standard output, and text goes to standard error
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write the rows as CSV; - as with --json
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+    /// Write a report into this directory: one page, pictures, JSON and CSV
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
+}
