@@ -7,9 +7,10 @@ use half::{bf16, f16};
 use crate::error::Error;
 
 /// Storage type of a tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum DType {
     /// IEEE 754 single precision: 24 bits of significand.
+    #[default]
     F32,
     /// IEEE 754 half precision: 11 bits of significand, largest value 65504.
     F16,

@@ -157,14 +157,8 @@ impl ProblemArgs {
         let Some(first) = problems.first() else { return Options::default() };
         Options {
             seq: problems.iter().map(Problem::seq_q).collect(),
-            batch: first.batch(),
             tokens: self.tokens,
-            heads: first.heads(),
-            head_dim: first.head_dim(),
-            dtype: first.dtype(),
-            causal: first.causal(),
-            mask: first.has_mask(),
-            dropout: self.dropout,
+            problem: first.into(),
             kernels: kernels.iter().map(|k| k.name.to_owned()).collect(),
             seed: self.seed,
             ..Options::default()

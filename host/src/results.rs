@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use flash_attention::DType;
+use flash_attention::{DType, Problem};
 use serde::{Deserialize, Serialize};
 
 use crate::format;
@@ -88,29 +88,18 @@ pub struct Driver {
 }
 
 /// What was asked for, with defaults filled in.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Options {
     /// Sequence lengths.
     pub seq: Vec<usize>,
-    /// Batch entries, of the first sequence length where they differ.
-    pub batch: usize,
     /// Tokens over the batch, where each sequence length has as many batch entries as that
     /// takes.
     pub tokens: Option<usize>,
-    /// Heads.
-    pub heads: usize,
-    /// Elements of a row.
-    pub head_dim: usize,
-    /// Storage type; the first one where kernels ran in several.
-    #[serde(with = "text")]
-    pub dtype: DType,
-    /// Whether rows see keys up to their own position only.
-    pub causal: bool,
-    /// Whether there is a padding mask.
-    pub mask: bool,
-    /// Probability that a weight is dropped.
-    pub dropout: f32,
+    /// The problem of the first sequence length, in the first storage type where kernels ran in
+    /// several.
+    #[serde(flatten)]
+    pub problem: ProblemRecord,
     /// Kernels, by name.
     pub kernels: Vec<String>,
     /// How often each was run.
@@ -124,47 +113,61 @@ pub struct Options {
     pub peers: bool,
 }
 
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            seq: Vec::new(),
-            batch: 1,
-            tokens: None,
-            heads: 1,
-            head_dim: 64,
-            dtype: DType::F32,
-            causal: false,
-            mask: false,
-            dropout: 0.0,
-            kernels: Vec::new(),
-            repeats: Repeats::default(),
-            seed: 42,
-            level: LevelChoice::Attention,
-            peers: false,
-        }
-    }
-}
-
 impl fmt::Display for Options {
     /// The problem in one line: `batch 4, heads 12, head dim 64 (hidden 768), f16`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { batch, heads, head_dim, dtype, .. } = self;
+        let ProblemRecord { batch, heads, head_dim, dtype, causal, mask, dropout } = self.problem;
         let hidden = heads * head_dim;
         match self.tokens {
             Some(tokens) => f.write_str(&format::counted(tokens, "token"))?,
             None => write!(f, "batch {batch}")?,
         }
         write!(f, ", heads {heads}, head dim {head_dim} (hidden {hidden}), {dtype}")?;
-        for (_, name) in [(self.causal, ", causal"), (self.mask, ", padding mask")]
-            .iter()
-            .filter(|(given, _)| *given)
+        for (_, name) in
+            [(causal, ", causal"), (mask, ", padding mask")].iter().filter(|(given, _)| *given)
         {
             f.write_str(name)?;
         }
-        if self.dropout > 0.0 {
-            write!(f, ", dropout {}", self.dropout)?;
+        if dropout > 0.0 {
+            write!(f, ", dropout {dropout}")?;
         }
         Ok(())
+    }
+}
+
+/// A problem but for its sequence length, as documents and other processes are told it. (A [`Row`]
+/// spells its part of it: CSV has no structs in structs.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ProblemRecord {
+    /// Batch entries.
+    pub batch: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Elements of a row.
+    pub head_dim: usize,
+    /// Storage type.
+    #[serde(with = "text")]
+    pub dtype: DType,
+    /// Whether rows see keys up to their own position only.
+    pub causal: bool,
+    /// Whether there is a padding mask.
+    pub mask: bool,
+    /// Probability that a weight is dropped.
+    pub dropout: f32,
+}
+
+impl From<&Problem> for ProblemRecord {
+    fn from(problem: &Problem) -> Self {
+        Self {
+            batch: problem.batch(),
+            heads: problem.heads(),
+            head_dim: problem.head_dim(),
+            dtype: problem.dtype(),
+            causal: problem.causal(),
+            mask: problem.has_mask(),
+            dropout: problem.dropout().map_or(0.0, |dropout| dropout.p),
+        }
     }
 }
 
@@ -269,7 +272,7 @@ impl fmt::Display for Status {
 }
 
 /// One kernel at one sequence length. What was not measured is `null`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Row {
     /// Name of the kernel, or `torch-…` for a peer.
@@ -351,46 +354,6 @@ impl Row {
         match self.level {
             Level::Attention => 0,
             Level::Module => 4 * (hidden * hidden + hidden) * self.dtype.size() as u64,
-        }
-    }
-}
-
-impl Default for Row {
-    fn default() -> Self {
-        Self {
-            kernel: String::new(),
-            level: Level::Attention,
-            device: String::new(),
-            batch: 1,
-            heads: 1,
-            seq: 1,
-            head_dim: 64,
-            dtype: DType::F32,
-            causal: false,
-            status: Status::Ok,
-            reason: String::new(),
-            mean_ms: None,
-            std_ms: None,
-            min_ms: None,
-            max_ms: None,
-            median_ms: None,
-            tflops: None,
-            sustained_ms: None,
-            sustained_tflops: None,
-            peak_bytes: None,
-            workspace_bytes: None,
-            needed_bytes: None,
-            free_bytes: None,
-            speedup: None,
-            memory_saved: None,
-            speedup_standard: None,
-            memory_saved_standard: None,
-            max_abs_err: None,
-            emulated: false,
-            flops: 0.0,
-            global_bytes_read: None,
-            global_bytes_written: None,
-            peer: false,
         }
     }
 }

@@ -32,7 +32,7 @@ fn compare_writes_what_it_prints() {
     let results = Results::read_json(&json).unwrap();
     assert_eq!((results.schema, results.command.as_str()), (SCHEMA, "compare"));
     assert_eq!(results.options.seq, [33, 64]);
-    assert!(results.options.causal && results.options.mask && !results.interrupted);
+    assert!(results.options.problem.causal && results.options.problem.mask && !results.interrupted);
     assert!(results.device.emulated && results.driver.is_none() && !results.commit.is_empty());
     assert_eq!(results.options.level, LevelChoice::Both);
     let kernels = results.options.kernels.len();

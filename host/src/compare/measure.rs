@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use flash_attention::{
     Error,
-    registry::KernelSpec,
+    raw::Plan,
     session::work::{self, Work},
 };
 
@@ -23,7 +23,7 @@ use crate::{
 /// What is needed to measure kernels on one problem.
 pub struct Bench<'a> {
     /// The problem with its tensors.
-    pub subject: &'a Subject<'a>,
+    pub subject: &'a dyn Subject,
     /// How often kernels run.
     pub repeats: Repeats,
     /// How long a launch may take.
@@ -32,14 +32,9 @@ pub struct Bench<'a> {
 
 impl Bench<'_> {
     /// Verifies and times a kernel. What goes wrong on the way ends in the row.
-    pub fn measure(
-        &self,
-        kernel: &'static KernelSpec,
-        mut row: Row,
-        progress: &Progress,
-    ) -> (Row, Vec<Check>) {
+    pub fn measure(&self, plan: Plan, mut row: Row, progress: &Progress) -> (Row, Vec<Check>) {
         let mut checks = Vec::new();
-        if let Err(error) = self.try_measure(kernel, &mut row, &mut checks, progress) {
+        if let Err(error) = self.try_measure(plan, &mut row, &mut checks, progress) {
             if error.is_out_of_memory() {
                 row.status = Status::Oom;
                 let memory = self.subject.session().device().memory_info();
@@ -55,21 +50,17 @@ impl Bench<'_> {
 
     fn try_measure(
         &self,
-        kernel: &'static KernelSpec,
+        plan: Plan,
         row: &mut Row,
         checks: &mut Vec<Check>,
         progress: &Progress,
     ) -> Result<(), Error> {
-        let title = format!("N {}, {}: {}", row.seq, row.level, kernel.name);
+        let title = format!("N {}, {}: {}", row.seq, row.level, row.kernel);
         progress.doing(format!("{title}: verifying"));
         let launch = |work: &mut dyn Work| self.watch.launch(Duration::ZERO, || work.launch());
-        let mut ran = self.subject.run(kernel, None, &launch)?;
-        row.peak_bytes = Some(ran.peak_bytes);
-        row.workspace_bytes = Some(ran.workspace_bytes);
-        row.global_bytes_read = ran.counters.map(|c| c.global_bytes_read);
-        row.global_bytes_written = ran.counters.map(|c| c.global_bytes_written);
+        let mut ran = self.subject.run(plan, None, &launch)?;
+        ran.write_to(row);
         checks.extend(ran.checks);
-        row.max_abs_err = checks.first().map(|o| o.abs.max);
         progress.step();
         if let Some(bad) = checks.iter().find(|check| !check.passed()) {
             row.status = Status::Failed;

@@ -28,7 +28,7 @@ use crate::{
     progress::{Progress, print_lines, warn},
     report,
     results::{Level, Options, Repeats, Results, Row, Status},
-    subject::{Effort, Subject, foresee},
+    subject::{Effort, foresee, kind},
     table,
 };
 use measure::Bench;
@@ -50,10 +50,6 @@ pub const REPEATS_ON_GPU: Repeats = Repeats { warmup: 5, iters: 30, sustained: N
 pub const EMULATED: Defaults = Defaults { seq: &[64, 128, 256], batch: 1, heads: 2, ..ON_GPU };
 /// How often the emulator does.
 pub const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 3, sustained: None };
-/// Multiplications that the oracle may spend on a sequence length; rows are sampled so.
-const ORACLE_BUDGET: usize = 1 << 25;
-/// The same for a module, whose keys have to be projected before any row can be compared.
-const MODULE_ORACLE_BUDGET: usize = 1 << 30;
 
 /// Runs the command.
 ///
@@ -73,11 +69,8 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     let session = Session::new(opened.device.clone());
     let problems = args.problem.problems(&defaults)?;
     let kernels = args.problem.chosen_kernels(&problems, &session.target())?;
-    let options = Options {
-        repeats,
-        level: args.level,
-        ..args.problem.recorded(&problems, &kernels)
-    };
+    let options =
+        Options { repeats, level: args.level, ..args.problem.recorded(&problems, &kernels) };
     let mut results = machine::results("compare", &opened, options);
     let backends = args.peers.as_ref().map(|names| peers::backends(opened.info.emulated, names));
     let backends = backends.transpose()?;
@@ -171,34 +164,28 @@ impl Run<'_> {
     ) -> Result<()> {
         let &Self { session, kernels, repeats, seed, watch, output: Printed { progress, .. } } =
             self;
-        let mut foreseen: Vec<(&'static KernelSpec, Row, bool)> = Vec::new();
-        for &kernel in kernels {
-            let (row, can_run) = foresee(session, level, kernel, problem)?;
-            foreseen.push((kernel, row, can_run));
-        }
+        let kind = kind(level);
+        let problem = kind.pose(problem)?;
+        let foreseen = kernels.iter().map(|kernel| foresee(session, kind, kernel, &problem));
+        let foreseen = foreseen.collect::<Result<Vec<_>, _>>()?;
         // Tensors may be too large for this computer when none of the kernels can run.
-        if foreseen.iter().all(|(.., can_run)| !can_run) {
-            results.rows.extend(foreseen.into_iter().map(|(_, row, _)| row));
+        if foreseen.iter().all(|(_, plan)| plan.is_none()) {
+            results.rows.extend(foreseen.into_iter().map(|(row, _)| row));
             return Ok(());
         }
         progress.doing(format!("N {}, {level}: inputs and outputs in f64", problem.seq_q()));
-        let budget = match level {
-            Level::Attention => ORACLE_BUDGET,
-            Level::Module => MODULE_ORACLE_BUDGET,
-        };
-        let effort = Effort::Multiplications(budget);
-        let subject = Subject::new(session, level, problem, seed, effort)?;
-        let bench = Bench { subject: &subject, repeats, watch };
-        for (kernel, row, can_run) in foreseen {
+        let subject = kind.draw(session, problem, seed, Effort::Quick)?;
+        let bench = Bench { subject: &*subject, repeats, watch };
+        for (row, plan) in foreseen {
             if interrupt::requested() {
                 break;
             }
-            if !can_run {
+            let Some(plan) = plan else {
                 results.rows.push(row);
                 continue;
-            }
+            };
             watch.expect(results, &row);
-            let (row, checks) = bench.measure(kernel, row, progress);
+            let (row, checks) = bench.measure(plan, row, progress);
             results.rows.push(row);
             results.checks.extend(checks);
         }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     failure::Usage,
     machine::DeviceChoice,
-    results::{Level, Repeats, Status},
+    results::{Level, ProblemRecord, Repeats, Status},
     subject::Subject,
 };
 
@@ -133,7 +133,7 @@ impl Peers {
     pub fn measure(
         &mut self,
         backends: &[&str],
-        subject: &Subject<'_>,
+        subject: &dyn Subject,
         repeats: Repeats,
     ) -> Result<Vec<Measured>> {
         let problem = subject.problem();
@@ -143,15 +143,9 @@ impl Peers {
             backends,
             level: subject.level(),
             shapes: work.tensors.iter().map(|tensor| tensor.shape()).collect(),
-            batch: problem.batch(),
-            heads: problem.heads(),
             seq: problem.seq_q(),
-            head_dim: problem.head_dim(),
-            dtype: problem.dtype().name(),
+            problem: problem.into(),
             scale: problem.scale(),
-            causal: problem.causal(),
-            mask: problem.has_mask(),
-            dropout: problem.dropout().map_or(0.0, |d| d.p),
             seed: problem.dropout().map_or(0, |d| d.seed),
             repeats,
         };
@@ -183,15 +177,10 @@ struct Job<'a> {
     backends: &'a [&'a str],
     level: Level,
     shapes: Vec<&'a [usize]>,
-    batch: usize,
-    heads: usize,
     seq: usize,
-    head_dim: usize,
-    dtype: &'a str,
+    #[serde(flatten)]
+    problem: ProblemRecord,
     scale: f32,
-    causal: bool,
-    mask: bool,
-    dropout: f32,
     seed: u64,
     #[serde(flatten)]
     repeats: Repeats,
@@ -275,15 +264,9 @@ mod tests {
             backends: &["math", "flash"],
             level: Level::Attention,
             shapes: Vec::new(),
-            batch: problem.batch(),
-            heads: problem.heads(),
             seq: problem.seq_q(),
-            head_dim: problem.head_dim(),
-            dtype: "f32",
+            problem: problem.into(),
             scale: problem.scale(),
-            causal: false,
-            mask: true,
-            dropout: 0.0,
             seed: 0,
             repeats: Repeats { iters: 2, warmup: 1, sustained: None },
         }

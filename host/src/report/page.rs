@@ -87,7 +87,7 @@ pub fn title(results: &Results) -> String {
 }
 
 fn setting(results: &Results) -> String {
-    let o = &results.options;
+    let o = &results.options.problem;
     let mut text = format!(
         "batch {}, {}, head dim {}, {}{}",
         o.batch,

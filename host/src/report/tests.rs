@@ -6,7 +6,10 @@ use super::{
 };
 use crate::{
     format,
-    results::{Check, DeviceInfo, Histogram, Level, Machine, Options, Repeats, Row, SCHEMA, Spread, Status},
+    results::{
+        Check, DeviceInfo, Histogram, Level, Machine, Options, ProblemRecord, Repeats, Row, SCHEMA,
+        Spread, Status,
+    },
 };
 use approx::assert_abs_diff_eq;
 use flash_attention::DType;
@@ -45,6 +48,7 @@ pub(super) fn run(emulated: bool) -> Results {
                 seq,
                 batch: 4,
                 heads: 12,
+                head_dim: 64,
                 dtype: DType::F16,
                 device: "Made-up GPU".into(),
                 status: if fits { Status::Ok } else { Status::Oom },
@@ -101,9 +105,13 @@ pub(super) fn run(emulated: bool) -> Results {
         },
         options: Options {
             seq: seqs.to_vec(),
-            batch: 4,
-            heads: 12,
-            dtype: DType::F16,
+            problem: ProblemRecord {
+                batch: 4,
+                heads: 12,
+                head_dim: 64,
+                dtype: DType::F16,
+                ..ProblemRecord::default()
+            },
             repeats: Repeats { iters: 30, warmup: 5, sustained: None },
             ..Options::default()
         },
@@ -257,7 +265,8 @@ fn a_report_is_written_whole_and_reads_back() {
 #[test]
 fn what_there_is_one_of_is_singular() {
     let mut results = run(false);
-    (results.machine.threads, results.options.heads, results.options.tokens) = (1, 1, Some(1));
+    (results.machine.threads, results.options.problem.heads, results.options.tokens) =
+        (1, 1, Some(1));
     results.rows.retain(|row| row.kernel == "naive" || row.status == Status::Unsupported);
     results.rows.iter_mut().for_each(|row| row.heads = 1);
     for (refused, error) in [(true, 1e-4), (false, 1e-4), (false, 1e-2)] {

@@ -18,7 +18,7 @@ use crate::{
     output,
     progress::{Progress, print_lines},
     results::{Check, Level, LevelChoice, Options, Results, Row, Status},
-    subject::{Effort, Subject, foresee},
+    subject::{Effort, foresee, kind},
     table, values,
 };
 
@@ -27,11 +27,6 @@ pub const LAB: Defaults =
     Defaults { seq: &[512], batch: 2, heads: 12, head_dim: 64, dtype: DType::F32 };
 /// A part of it, so that the emulator is through in seconds.
 pub const EMULATED: Defaults = Defaults { batch: 1, heads: 2, ..LAB };
-/// Multiplications that the oracle may spend on a sequence length before rows are sampled:
-/// all of the lab's experiment.
-const ORACLE_BUDGET: usize = 1 << 30;
-/// The same for a module, in the lab's experiment about 3.3 * 10^9.
-const MODULE_ORACLE_BUDGET: usize = 1 << 32;
 /// The threshold of the lab's experiment, which is in f32. Narrower types cannot keep it
 /// for every input: there the 2x rule decides.
 const F32_THRESHOLD: f64 = 1e-3;
@@ -88,7 +83,7 @@ pub fn run(args: &VerifyArgs) -> Result<Outcome> {
     heading += &format!("\n{}", results.options);
     for group in groups.iter().skip(1) {
         let names: Vec<String> = group.kernels.iter().map(|k| k.name.to_owned()).collect();
-        let first = results.options.dtype;
+        let first = results.options.problem.dtype;
         heading += &format!(
             "\nin {}, for want of {first}: {}; --dtype runs every kernel in one type",
             group.dtype,
@@ -175,35 +170,33 @@ impl Run<'_> {
         progress: &Progress,
     ) -> Result<()> {
         let &Self { session, kernels, args } = self;
+        let kind = kind(level);
+        let problem = kind.pose(problem)?;
         let mut able = Vec::new();
         for &kernel in kernels {
-            let (row, can_run) = foresee(session, level, kernel, problem)?;
-            if can_run { able.push((kernel, row)) } else { results.rows.push(row) }
+            match foresee(session, kind, kernel, &problem)? {
+                (row, Some(plan)) => able.push((row, plan)),
+                (row, None) => results.rows.push(row),
+            }
         }
         // Tensors may be too large for this computer when none of the kernels can run.
         if able.is_empty() {
             return Ok(());
         }
         progress.doing(format!("N {}, {level}: inputs and outputs in f64", problem.seq_q()));
-        let budget = match level {
-            Level::Attention => ORACLE_BUDGET,
-            Level::Module => MODULE_ORACLE_BUDGET,
-        };
-        let effort = args.rows.map_or(Effort::Multiplications(budget), Effort::Rows);
-        let subject = Subject::new(session, level, problem, args.problem.seed, effort)?;
+        let effort = args.rows.map_or(Effort::Thorough, Effort::Rows);
+        let subject = kind.draw(session, problem, args.problem.seed, effort)?;
         progress.step();
         let f32_threshold = (problem.dtype() == DType::F32).then_some(F32_THRESHOLD);
         let threshold = args.threshold.or(f32_threshold);
-        for (kernel, mut row) in able {
+        for (mut row, plan) in able {
             if interrupt::requested() {
                 break;
             }
-            progress.doing(format!("N {}, {level}: {}", problem.seq_q(), kernel.name));
-            match subject.run(kernel, threshold, &|work| work.launch()) {
+            progress.doing(format!("N {}, {level}: {}", problem.seq_q(), row.kernel));
+            match subject.run(plan, threshold, &|work| work.launch()) {
                 Ok(ran) => {
-                    row.peak_bytes = Some(ran.peak_bytes);
-                    row.workspace_bytes = Some(ran.workspace_bytes);
-                    row.max_abs_err = ran.checks.first().map(|o| o.abs.max);
+                    ran.write_to(&mut row);
                     if let Some(bad) = ran.checks.iter().find(|check| !check.passed()) {
                         row.status = Status::Failed;
                         row.reason = complaint(bad);
@@ -233,10 +226,7 @@ fn summary(
 ) -> String {
     let mut text = format!("\nN = {}, {level}, {}", problem.seq_q(), problem.dtype());
     if let Some(first) = checks.first().filter(|first| first.compared < first.elements) {
-        let (width, what) = match level {
-            Level::Attention => (problem.head_dim(), "rows"),
-            Level::Module => (problem.heads() * problem.head_dim(), "tokens"),
-        };
+        let (width, what) = kind(level).compared(problem);
         let (some, all) = (first.compared / width as u64, first.elements / width as u64);
         text += &format!("; {some} of {all} {what} compared, spread over the tensor");
     }

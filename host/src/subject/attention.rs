@@ -1,0 +1,122 @@
+//! Attention alone: Q, K, V in, O and LSE out.
+
+use flash_attention::{
+    Error, Problem, Tensor,
+    raw::Plan,
+    registry::Target,
+    session::{Inputs, Session, Work},
+};
+
+use super::{Effort, Kind, Ran, Subject, counted};
+use crate::{
+    accuracy::Oracle,
+    inputs::Tensors,
+    results::{Check, Level},
+};
+
+/// Multiplications that the oracle may spend on a sequence length; rows are sampled so.
+const QUICK: usize = 1 << 25;
+/// The same where the right answer is what is asked for: all of the lab's experiment.
+const THOROUGH: usize = 1 << 30;
+
+/// The level.
+pub struct Attention;
+
+impl Kind for Attention {
+    fn level(&self) -> Level {
+        Level::Attention
+    }
+
+    fn pose(&self, problem: &Problem) -> Result<Problem, Error> {
+        Ok(*problem)
+    }
+
+    fn flops(&self, problem: &Problem) -> f64 {
+        problem.flops()
+    }
+
+    fn compared(&self, problem: &Problem) -> (usize, &'static str) {
+        (problem.head_dim(), "rows")
+    }
+
+    fn needed_bytes(&self, plan: &Plan, _: &Target) -> Result<u64, Error> {
+        Ok(plan.peak_bytes())
+    }
+
+    fn draw<'a>(
+        &self,
+        session: &'a Session,
+        problem: Problem,
+        seed: u64,
+        effort: Effort,
+    ) -> Result<Box<dyn Subject + 'a>, Error> {
+        let tensors = Tensors::random(&problem, seed);
+        let rows = match effort {
+            Effort::Rows(rows) => rows,
+            Effort::Quick => Oracle::affordable_rows(&problem, QUICK),
+            Effort::Thorough => Oracle::affordable_rows(&problem, THOROUGH),
+        };
+        let oracle = Oracle::new(&problem, &tensors.inputs(), rows);
+        Ok(Box::new(Drawn { session, problem, tensors, oracle }))
+    }
+}
+
+struct Drawn<'a> {
+    session: &'a Session,
+    problem: Problem,
+    tensors: Tensors,
+    oracle: Oracle,
+}
+
+impl Subject for Drawn<'_> {
+    fn level(&self) -> Level {
+        Level::Attention
+    }
+
+    fn session(&self) -> &Session {
+        self.session
+    }
+
+    fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    fn tensors(&self) -> Vec<&Tensor> {
+        let Inputs { q, k, v, .. } = self.tensors.inputs();
+        vec![q, k, v]
+    }
+
+    fn mask(&self) -> Option<&[u8]> {
+        self.tensors.inputs().mask
+    }
+
+    fn own_bytes(&self) -> u64 {
+        self.problem.input_bytes() + self.problem.output_bytes()
+    }
+
+    fn check_output(&self, name: &str, output: Tensor) -> Check {
+        self.oracle.check_o(name, output)
+    }
+
+    fn run(
+        &self,
+        plan: Plan,
+        threshold: Option<f64>,
+        launch: &dyn Fn(&mut dyn Work) -> Result<(), Error>,
+    ) -> Result<Ran<'_>, Error> {
+        let name = plan.kernel().name;
+        let Inputs { q, k, v, mask } = self.tensors.inputs();
+        let inputs = [q, k, v].map(Tensor::as_bytes);
+        let mut prepared = self.session.prepare_bytes(plan, inputs, mask)?;
+        let counters = counted(&mut prepared, launch)?;
+        let outputs = prepared.outputs_without_weights()?;
+        let memory = prepared.memory();
+        Ok(Ran {
+            checks: self.oracle.checks(name, &outputs, threshold).into(),
+            peak_bytes: memory.peak,
+            workspace_bytes: memory.workspace,
+            counters,
+            work: Box::new(prepared),
+        })
+    }
+}

@@ -1,0 +1,207 @@
+//! What is measured and verified on one problem, with its tensors and the right answer. A level
+//! joins with one file here: a [`Kind`], which says what is known before tensors are drawn, and the
+//! [`Subject`] that it draws.
+
+mod attention;
+mod module;
+
+use flash_attention::{
+    Error, Problem, Tensor,
+    backend::{Counters, instruments::take_counters},
+    error::Unsupported,
+    raw::Plan,
+    registry::{KernelSpec, Target},
+    session::{Session, Work},
+};
+
+use crate::{
+    format,
+    results::{Check, Level, Row, Status},
+};
+
+/// How much of the right answer is computed.
+#[derive(Clone, Copy, Debug)]
+pub enum Effort {
+    /// So many rows of O, or tokens of y.
+    Rows(usize),
+    /// As many as are done while a kernel is timed.
+    Quick,
+    /// Every one, as far as that takes seconds.
+    Thorough,
+}
+
+/// A level, as far as it needs no tensors.
+pub trait Kind: Sync {
+    /// The level.
+    fn level(&self) -> Level;
+
+    /// The problem as the level poses it.
+    ///
+    /// # Errors
+    /// None that the problem did not have.
+    fn pose(&self, problem: &Problem) -> Result<Problem, Error>;
+
+    /// Floating-point operations, by convention.
+    fn flops(&self, problem: &Problem) -> f64;
+
+    /// Elements of a row that is compared, and what such rows are called.
+    fn compared(&self, problem: &Problem) -> (usize, &'static str);
+
+    /// Device memory that a run will need, everything included.
+    ///
+    /// # Errors
+    /// What else of the level the device cannot do.
+    fn needed_bytes(&self, plan: &Plan, target: &Target) -> Result<u64, Error>;
+
+    /// Draws the tensors of a posed problem and computes the right answer.
+    ///
+    /// # Errors
+    /// When the parameters of a module do not fit the device.
+    fn draw<'a>(
+        &self,
+        session: &'a Session,
+        problem: Problem,
+        seed: u64,
+        effort: Effort,
+    ) -> Result<Box<dyn Subject + 'a>, Error>;
+}
+
+/// The kind of a level.
+#[must_use]
+pub fn kind(level: Level) -> &'static dyn Kind {
+    match level {
+        Level::Attention => &attention::Attention,
+        Level::Module => &module::Module,
+    }
+}
+
+/// One level on one problem.
+pub trait Subject {
+    /// The level.
+    fn level(&self) -> Level;
+
+    /// The device.
+    fn session(&self) -> &Session;
+
+    /// The attention problem.
+    fn problem(&self) -> &Problem;
+
+    /// Tensors in the order in which another library takes them: q, k and v; or x, and weight
+    /// and bias of each projection.
+    fn tensors(&self) -> Vec<&Tensor>;
+
+    /// The padding mask.
+    fn mask(&self) -> Option<&[u8]>;
+
+    /// Bytes of parameters, inputs and outputs.
+    fn own_bytes(&self) -> u64;
+
+    /// Compares the output of another implementation, which gives no LSE.
+    fn check_output(&self, name: &str, output: Tensor) -> Check;
+
+    /// Runs a kernel once, by `launch`, and compares its outputs.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], or what went wrong while it ran.
+    fn run(
+        &self,
+        plan: Plan,
+        threshold: Option<f64>,
+        launch: &dyn Fn(&mut dyn Work) -> Result<(), Error>,
+    ) -> Result<Ran<'_>, Error>;
+}
+
+/// A kernel that has run once.
+pub struct Ran<'a> {
+    /// What ran, to be run again.
+    pub work: Box<dyn Work + 'a>,
+    /// Its outputs against the right answer.
+    pub checks: Vec<Check>,
+    /// The most device memory in use at once, in bytes.
+    pub peak_bytes: u64,
+    /// Device memory beyond parameters, inputs and outputs, in bytes.
+    pub workspace_bytes: u64,
+    /// What the emulator counted.
+    pub counters: Option<Counters>,
+}
+
+impl Ran<'_> {
+    /// Writes what is known before anything is timed to a row.
+    pub fn write_to(&self, row: &mut Row) {
+        row.peak_bytes = Some(self.peak_bytes);
+        row.workspace_bytes = Some(self.workspace_bytes);
+        row.global_bytes_read = self.counters.map(|c| c.global_bytes_read);
+        row.global_bytes_written = self.counters.map(|c| c.global_bytes_written);
+        row.max_abs_err = self.checks.first().map(|o| o.abs.max);
+    }
+}
+
+/// Runs `work` by `launch`; what the emulator counted meanwhile.
+fn counted(
+    work: &mut dyn Work,
+    launch: &dyn Fn(&mut dyn Work) -> Result<(), Error>,
+) -> Result<Option<Counters>, Error> {
+    take_counters(work.device());
+    launch(work)?;
+    Ok(take_counters(work.device()))
+}
+
+/// A row with what is known before anything runs.
+#[must_use]
+pub fn row(session: &Session, level: Level, kernel: &str, problem: &Problem) -> Row {
+    let device = session.device();
+    Row {
+        kernel: kernel.into(),
+        level,
+        device: device.name(),
+        batch: problem.batch(),
+        heads: problem.heads(),
+        seq: problem.seq_q(),
+        head_dim: problem.head_dim(),
+        dtype: problem.dtype(),
+        causal: problem.causal(),
+        emulated: device.is_emulated(),
+        flops: kind(level).flops(problem),
+        ..Row::default()
+    }
+}
+
+/// What can be said of a kernel on a posed problem without running it: a row, and the plan to run;
+/// none where the row ends here, because the kernel cannot do the problem or its memory is not free.
+///
+/// # Errors
+/// When the device does not answer.
+pub fn foresee(
+    session: &Session,
+    kind: &dyn Kind,
+    kernel: &'static KernelSpec,
+    problem: &Problem,
+) -> Result<(Row, Option<Plan>), Error> {
+    let target = session.target();
+    let mut row = row(session, kind.level(), kernel.name, problem);
+    let planned = kernel.plan(problem, &target).map_err(Error::from).and_then(|plan| {
+        let needed = kind.needed_bytes(&plan, &target)?;
+        Ok((plan, needed))
+    });
+    let (plan, needed) = match planned {
+        Err(Error::Unsupported(Unsupported { reason, .. })) => {
+            row.status = Status::Unsupported;
+            row.reason = reason;
+            return Ok((row, None));
+        }
+        other => other?,
+    };
+    row.needed_bytes = Some(needed);
+    let free = session.device().memory_info()?.free;
+    if needed <= free {
+        return Ok((row, Some(plan)));
+    }
+    row.status = Status::Oom;
+    row.free_bytes = Some(free);
+    row.reason = format!(
+        "needs {}, {} were free: not tried",
+        format::bytes(needed as f64),
+        format::bytes(free as f64)
+    );
+    Ok((row, None))
+}

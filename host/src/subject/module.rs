@@ -1,0 +1,130 @@
+//! The whole forward pass of the multi-head attention module: x in, y out.
+
+use flash_attention::{
+    Error, Layout, Problem, Tensor,
+    module::{self, MultiHeadAttention, oracle},
+    raw::Plan,
+    registry::Target,
+    session::{Session, Work},
+};
+
+use super::{Effort, Kind, Ran, Subject, counted};
+use crate::{
+    accuracy::ModuleOracle,
+    inputs::ModuleTensors,
+    results::{Check, Level},
+};
+
+/// Multiplications that the oracle may spend on a sequence length: keys have to be projected before
+/// any token can be compared.
+const QUICK: u64 = 1 << 30;
+/// The same where the right answer is what is asked for: in the lab's experiment about 3.3 * 10^9.
+const THOROUGH: u64 = 1 << 32;
+
+/// The level.
+pub struct Module;
+
+impl Kind for Module {
+    fn level(&self) -> Level {
+        Level::Module
+    }
+
+    /// The module's tensors have the tokens before the heads.
+    fn pose(&self, problem: &Problem) -> Result<Problem, Error> {
+        problem.to_builder().layout(Layout::TokensFirst).build()
+    }
+
+    fn flops(&self, problem: &Problem) -> f64 {
+        module::flops(problem)
+    }
+
+    fn compared(&self, problem: &Problem) -> (usize, &'static str) {
+        (problem.heads() * problem.head_dim(), "tokens")
+    }
+
+    fn needed_bytes(&self, plan: &Plan, target: &Target) -> Result<u64, Error> {
+        module::best_linear(plan.problem(), target)?;
+        Ok(module::parameter_bytes(plan.problem()) + module::pass_bytes(plan))
+    }
+
+    fn draw<'a>(
+        &self,
+        session: &'a Session,
+        problem: Problem,
+        seed: u64,
+        effort: Effort,
+    ) -> Result<Box<dyn Subject + 'a>, Error> {
+        let tensors = ModuleTensors::random(&problem, seed)?;
+        let module = MultiHeadAttention::new(session, &tensors.weights, problem.heads())?;
+        let tokens = match effort {
+            Effort::Rows(rows) => oracle::sample_tokens(&problem, rows),
+            Effort::Quick => oracle::affordable_tokens(&problem, QUICK),
+            Effort::Thorough => oracle::affordable_tokens(&problem, THOROUGH),
+        };
+        let oracle = ModuleOracle::new(&problem, &tensors, tokens);
+        Ok(Box::new(Drawn { session, problem, tensors, oracle, module }))
+    }
+}
+
+struct Drawn<'a> {
+    session: &'a Session,
+    problem: Problem,
+    tensors: ModuleTensors,
+    oracle: ModuleOracle,
+    module: MultiHeadAttention,
+}
+
+impl Subject for Drawn<'_> {
+    fn level(&self) -> Level {
+        Level::Module
+    }
+
+    fn session(&self) -> &Session {
+        self.session
+    }
+
+    fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    fn tensors(&self) -> Vec<&Tensor> {
+        let projections = self.tensors.weights.projections();
+        let parameters = projections.iter().flat_map(|l| [&l.weight, &l.bias]);
+        std::iter::once(&self.tensors.x).chain(parameters).collect()
+    }
+
+    fn mask(&self) -> Option<&[u8]> {
+        self.tensors.mask.as_deref()
+    }
+
+    fn own_bytes(&self) -> u64 {
+        let p = &self.problem;
+        let x = p.q_elements() as u64 * p.dtype().size() as u64;
+        let mask = self.mask().map_or(0, <[u8]>::len) as u64;
+        module::parameter_bytes(p) + 2 * x + mask
+    }
+
+    fn check_output(&self, name: &str, output: Tensor) -> Check {
+        self.oracle.check(name, &output, None)
+    }
+
+    fn run(
+        &self,
+        plan: Plan,
+        threshold: Option<f64>,
+        launch: &dyn Fn(&mut dyn Work) -> Result<(), Error>,
+    ) -> Result<Ran<'_>, Error> {
+        let name = plan.kernel().name;
+        let mask = self.mask().unwrap_or_default();
+        let mut forward = self.module.prepare_bytes(plan, self.tensors.x.as_bytes(), mask)?;
+        let counters = counted(&mut forward, launch)?;
+        let memory = forward.memory();
+        Ok(Ran {
+            checks: vec![self.oracle.check(name, &forward.y()?, threshold)],
+            peak_bytes: memory.peak,
+            workspace_bytes: memory.workspace,
+            counters,
+            work: Box::new(forward),
+        })
+    }
+}
