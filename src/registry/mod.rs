@@ -202,8 +202,16 @@ pub struct Choice<P: Operation = Problem> {
 /// [`Error::InvalidValue`] for a head dim that no kernel has; [`Error::Unsupported`] when no
 /// kernel can do it otherwise, with the reason of the most widely usable one.
 pub fn best_for<P: Operation>(problem: &P, target: &Target) -> Result<Choice<P>, Error> {
+    best_among(P::kernels(), problem, target)
+}
+
+fn best_among<P: Operation>(
+    kernels: &'static [Spec<P>],
+    problem: &P,
+    target: &Target,
+) -> Result<Choice<P>, Error> {
     let mut passed_over = Vec::new();
-    for kernel in P::kernels().iter().rev() {
+    for kernel in kernels.iter().rev() {
         match kernel.plan(problem, target) {
             Ok(plan) => return Ok(Choice { kernel, plan, passed_over }),
             Err(reason) => passed_over.push(reason),
@@ -296,6 +304,47 @@ mod tests {
         assert_eq!(blocks(4096, 128, &small), 132);
         // No more blocks than tasks.
         assert_eq!(blocks(100, 64, &h100), 4 * 32);
+    }
+
+    /// A choice and a run of it ask a kernel for its draft once, a run by name once too.
+    #[test]
+    fn a_kernel_is_asked_once_for_its_draft() {
+        use std::sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering::Relaxed},
+        };
+
+        use crate::{
+            Tensor,
+            session::{Inputs, Session},
+        };
+
+        static ASKED: AtomicUsize = AtomicUsize::new(0);
+        let &Spec { name, summary, idea, dtypes, capability, exact_capability, limits, .. } =
+            find("flash_pipelined").unwrap();
+        let kernel: &'static KernelSpec = Box::leak(Box::new(Spec {
+            name,
+            summary,
+            idea,
+            dtypes,
+            capability,
+            exact_capability,
+            limits,
+            draft: |p, target| {
+                ASKED.fetch_add(1, Relaxed);
+                (find("flash_pipelined").unwrap().draft)(p, target)
+            },
+        }));
+        let problem = Problem::builder(1, 2, 20, 64).dtype(DType::F16).build().unwrap();
+        let x = Tensor::zeros(DType::F16, &problem.q_shape());
+        let session = Session::new(Arc::new(CpuDevice::new()));
+        let inputs = Inputs { q: &x, k: &x, v: &x, mask: None };
+        session.run(kernel, &problem, &inputs).unwrap();
+        assert_eq!(ASKED.swap(0, Relaxed), 1, "by name");
+        let plan = best_among(std::slice::from_ref(kernel), &problem, &session.target());
+        let bytes = [x.as_bytes(); 3];
+        session.prepare_bytes(plan.unwrap().plan, bytes, None).unwrap();
+        assert_eq!(ASKED.load(Relaxed), 1, "by choice");
     }
 
     #[test]
