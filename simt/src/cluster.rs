@@ -104,7 +104,7 @@ pub fn map_shared_rank<T: Memory>(view: Shared<T>, rank: u32) -> Distributed<T> 
 }
 
 /// A view of shared memory of a block of the cluster, this one or another.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Distributed<T> {
     address: u32,
     len: u32,

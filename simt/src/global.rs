@@ -11,6 +11,7 @@ use crate::emulator::{FaultKind, current, global_memory::GlobalAccess};
 use crate::memory::Memory;
 
 /// A view of `len` elements of global memory, for reading.
+#[derive(Debug)]
 pub struct Global<T> {
     address: u64,
     len: u64,
@@ -19,6 +20,7 @@ pub struct Global<T> {
 
 /// A view of `len` elements of global memory, for reading and writing. Two threads that nothing
 /// orders may not write the same element, not even the same value.
+#[derive(Debug)]
 pub struct GlobalMut<T>(Global<T>);
 
 impl<T> Clone for Global<T> {
@@ -101,7 +103,7 @@ impl<T: Memory> Global<T> {
         #[cfg(not(target_arch = "nvptx64"))]
         {
             let from = self.check::<V>(index, GlobalAccess::Read, Location::caller()) as *const V;
-            // SAFETY: bounds and alignment are checked; the maker vouches for the rest.
+            // SAFETY: bounds and alignment are checked, and the memory is allocated, as `new` asks.
             unsafe { from.read() }
         }
     }
@@ -206,7 +208,7 @@ impl<T: Memory> GlobalMut<T> {
         #[cfg(not(target_arch = "nvptx64"))]
         {
             let to = self.0.check::<V>(index, GlobalAccess::Write, Location::caller()) as *mut V;
-            // SAFETY: bounds and alignment are checked; the maker vouches for the rest.
+            // SAFETY: bounds and alignment are checked, and the memory is allocated, as `new` asks.
             unsafe { to.write(value) };
         }
     }

@@ -38,6 +38,7 @@
 //! bounds and that accesses are ordered. The emulator checks that promise on every
 //! access; a GPU does not.
 
+#![warn(missing_debug_implementations)]
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", allow(internal_features))]
 #![cfg_attr(

@@ -29,7 +29,7 @@ macro_rules! wait_for {
     ($instruction:literal, $barrier:expr, $parity:expr) => {
         loop {
             let done: u32;
-            // SAFETY: the maker of the view vouches for the address.
+            // SAFETY: an element of a view of `u64`: eight bytes of shared memory, aligned to 8.
             unsafe {
                 core::arch::asm!(
                     "{{ .reg .pred done;",
@@ -75,7 +75,7 @@ impl Mbarrier {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn init(self, arrivals: u32) {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: the maker of the view vouches for the address.
+        // SAFETY: an element of a view of `u64`: eight bytes of shared memory, aligned to 8.
         unsafe {
             core::arch::asm!("mbarrier.init.shared::cta.b64 [{0}], {1};",
                 in(reg32) self.address, in(reg32) arrivals, options(nostack));
@@ -89,7 +89,7 @@ impl Mbarrier {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn arrive(self) {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: the maker of the view vouches for the address.
+        // SAFETY: an element of a view of `u64`: eight bytes of shared memory, aligned to 8.
         unsafe {
             core::arch::asm!("mbarrier.arrive.shared::cta.b64 _, [{0}];",
                 in(reg32) self.address, options(nostack));
@@ -107,7 +107,7 @@ impl Mbarrier {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn arrive_at(self, rank: u32) {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: the maker of the view vouches for the address.
+        // SAFETY: an element of a view of `u64`: eight bytes of shared memory, aligned to 8.
         unsafe {
             core::arch::asm!(
                 "{{ .reg .b32 there; mapa.shared::cluster.u32 there, {0}, {1};",
@@ -127,7 +127,7 @@ impl Mbarrier {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn signal_at(self, rank: u32) {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: the maker of the view vouches for the address.
+        // SAFETY: an element of a view of `u64`: eight bytes of shared memory, aligned to 8.
         unsafe {
             core::arch::asm!(
                 "{{ .reg .b32 there; mapa.shared::cluster.u32 there, {0}, {1};",
@@ -144,7 +144,7 @@ impl Mbarrier {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn arrive_expect_tx(self, bytes: u32) {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: the maker of the view vouches for the address.
+        // SAFETY: an element of a view of `u64`: eight bytes of shared memory, aligned to 8.
         unsafe {
             core::arch::asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{0}], {1};",
                 in(reg32) self.address, in(reg32) bytes, options(nostack));

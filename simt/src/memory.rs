@@ -71,7 +71,7 @@ macro_rules! memory {
         #[inline(always)]
         unsafe fn $name(address: $address) -> Self {
             let bits: $bits;
-            // SAFETY: the caller vouches for the address.
+            // SAFETY: the address is one of this type in the space of the name, as the trait asks.
             unsafe {
                 core::arch::asm!($text, out($class) bits, in($address_class) address,
                     options(pure, readonly, nostack));
@@ -84,7 +84,7 @@ macro_rules! memory {
         #[inline(always)]
         unsafe fn $name(address: $address, value: Self) {
             let bits: $bits = $to_bits(value);
-            // SAFETY: the caller vouches for the address.
+            // SAFETY: the address is one of this type in the space of the name, as the trait asks.
             unsafe {
                 core::arch::asm!($text, in($address_class) address, in($class) bits, options(nostack));
             }
@@ -118,7 +118,7 @@ macro_rules! vector {
         #[inline(always)]
         unsafe fn $name(address: $address) -> Self {
             let mut v = [0u32; $n];
-            // SAFETY: the caller vouches for the address.
+            // SAFETY: the address is one of this type in the space of the name, as the trait asks.
             unsafe {
                 core::arch::asm!($text, $(out(reg32) v[$i],)* in($class) address,
                     options(pure, readonly, nostack));
@@ -130,7 +130,7 @@ macro_rules! vector {
         #[cfg(target_arch = "nvptx64")]
         #[inline(always)]
         unsafe fn $name(address: $address, v: Self) {
-            // SAFETY: the caller vouches for the address.
+            // SAFETY: the address is one of this type in the space of the name, as the trait asks.
             unsafe {
                 core::arch::asm!($text, in($class) address, $(in(reg32) v[$i],)* options(nostack));
             }

@@ -59,6 +59,7 @@ pub fn static_array(key: *const u8, bytes: u32) -> u32 {
 }
 
 /// A view of `len` elements of shared memory.
+#[derive(Debug)]
 pub struct Shared<T> {
     address: u32,
     len: u32,

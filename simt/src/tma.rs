@@ -36,11 +36,12 @@ impl TensorMap {
 /// Starts to fetch the map at `map` into the cache for descriptors.
 ///
 /// # Safety
-/// `map` must be the address of a tensor map in global memory or in the entry's parameter.
+/// `map` is the address of a [`TensorMap`], aligned to 64, in global memory or in the entry's
+/// parameter.
 #[inline(always)]
 pub unsafe fn prefetch_map(map: u64) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the address is that of a map, as the function asks.
     unsafe {
         core::arch::asm!("prefetch.tensormap [{0}];", in(reg64) map, options(nostack));
     }
@@ -53,13 +54,17 @@ pub unsafe fn prefetch_map(map: u64) {
 /// (1024 with the 128-byte swizzle). Its bytes count at `barrier`.
 ///
 /// # Safety
-/// `map` must be the address of a tensor map whose tensor is live, and nobody may access
-/// the destination until the barrier's phase is complete.
+/// - `map` is the address of an encoded [`TensorMap`], aligned to 64, in global memory or in the
+///   entry's parameter. Its tensor is allocated until the copy has ended.
+/// - `destination` is an address in this block's shared memory, aligned as above, with room for the
+///   whole box.
+/// - `barrier` is initialised. The block stays until its phase is complete, and until then no thread
+///   reads or writes the destination.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn load_4d(destination: u32, map: u64, coordinates: [u32; 4], barrier: Mbarrier) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: map, shared memory and barrier are as the function asks.
     unsafe {
         core::arch::asm!(
             "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [{0}], [{1}, {{{2}, {3}, {4}, {5}}}], [{6}];",
@@ -78,7 +83,7 @@ pub unsafe fn load_4d(destination: u32, map: u64, coordinates: [u32; 4], barrier
 /// `barrier`. The box is fetched once.
 ///
 /// # Safety
-/// As for [`load_4d`], in each of the blocks; they must have started and not have ended.
+/// As for [`load_4d`], in each of the blocks; each has started, and none has ended.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn load_4d_multicast(
@@ -89,7 +94,7 @@ pub unsafe fn load_4d_multicast(
     blocks: u16,
 ) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: map, shared memory and barrier are as the function asks.
     unsafe {
         core::arch::asm!(
             "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [{0}], [{1}, {{{2}, {3}, {4}, {5}}}], [{6}], {7};",
@@ -115,7 +120,9 @@ pub unsafe fn load_4d_multicast(
 /// [`fence_proxy_async`](crate::mbarrier::fence_proxy_async) first.
 ///
 /// # Safety
-/// As for [`load_4d`]; nobody may write the source until [`wait_group_read`].
+/// - `map` is as for [`load_4d`]. Until the copy has ended no other access touches the box.
+/// - `source` is an address in this block's shared memory, aligned as for [`load_4d`], of a whole box.
+///   Until [`wait_group_read`] no thread writes it.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn store_4d(map: u64, coordinates: [u32; 4], source: u32) {
@@ -131,7 +138,7 @@ pub unsafe fn store_4d(map: u64, coordinates: [u32; 4], source: u32) {
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn store_4d_if(condition: bool, map: u64, coordinates: [u32; 4], source: u32) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: map and shared memory are as the function asks.
     unsafe {
         core::arch::asm!(
             "{{ .reg .pred chosen; setp.ne.u32 chosen, {6}, 0;",
@@ -158,7 +165,7 @@ pub unsafe fn store_4d_if(condition: bool, map: u64, coordinates: [u32; 4], sour
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn reduce_add_4d(map: u64, coordinates: [u32; 4], source: u32) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: map and shared memory are as the function asks.
     unsafe {
         core::arch::asm!(
             "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [{0}, {{{1}, {2}, {3}, {4}}}], [{5}];",

@@ -130,6 +130,7 @@ impl Descriptor {
 pub type Fragments<const STEPS: usize> = [[u32; 4]; STEPS];
 
 /// A 64-row tile of f32 over the registers of a warpgroup, `GROUPS` groups of 8 columns.
+#[derive(Debug)]
 pub struct Accumulator<const GROUPS: usize> {
     values: [[f32; 4]; GROUPS],
     /// Number of the product in flight, for the emulator.

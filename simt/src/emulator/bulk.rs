@@ -74,7 +74,7 @@ impl Block {
                 "a tensor map at {map:#x}: the address must be a multiple of 64"
             ));
         }
-        // SAFETY: the caller of the copy vouches for the map.
+        // SAFETY: the address is that of a live map, as the copy asks, and is aligned.
         let Some(spec) = TensorMapSpec::decode(unsafe { &*bytes }) else {
             return misuse(format!("the bytes at {map:#x} are not an encoded tensor map"));
         };
@@ -126,8 +126,7 @@ impl Block {
         let mut read = 0;
         load.map.for_each_unit(&load.coordinates, |offset, address, valid| {
             let mut unit = [0u8; 16];
-            // SAFETY: whoever made the map vouches for the tensor, and these bytes are
-            // within it.
+            // SAFETY: these bytes are within the map's tensor, which is allocated, as the copy asks.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     address as *const u8,
@@ -155,8 +154,8 @@ impl Block {
         let mut written = 0;
         store.map.for_each_unit(&store.coordinates, |offset, address, valid| {
             let from = store.source + store.map.swizzled(offset);
-            // SAFETY: `check_box` found the box within shared memory; whoever made the map
-            // vouches for the tensor.
+            // SAFETY: `check_box` found the box within shared memory; the map's tensor is
+            // allocated, as the copy asks.
             unsafe {
                 let from = shared.add(from as usize);
                 match store.write {
