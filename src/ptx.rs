@@ -18,6 +18,8 @@
 
 use std::sync::LazyLock;
 
+use kernels_gpu::constants::Constants;
+
 /// What is embedded: compiled just now if a kernel was edited, else what is checked in.
 #[cfg(all(feature = "ptx", fresh_ptx))]
 static PACK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ptx/modules.ptx.zst"));
@@ -26,6 +28,9 @@ use kernels_gpu::PTX as PACK;
 
 /// How a line of the pack begins that names the module of the text below it.
 const HEADING: &str = "// module ";
+
+/// How the comment begins that names a text's constants.
+const CONSTANTS: &str = "// constants: ";
 
 /// Every module's text.
 static TEXT: LazyLock<String> = LazyLock::new(unpack);
@@ -63,10 +68,19 @@ impl PtxModule {
         }
     }
 
+    /// One entry of the module with its constants: the text that a driver compiles. A comment
+    /// in front names the constants. `None` if the module has no such entry.
+    #[must_use]
+    pub fn specialised(&self, symbol: &str, constants: &Constants) -> Option<String> {
+        let text = self.with_entry_only(symbol)?;
+        let text = constants.specialise(&text).ok()?;
+        let values: Vec<_> = constants.iter().map(|(name, n)| format!("{name}={n}")).collect();
+        Some(format!("{CONSTANTS}{}\n{text}", values.join(" ")))
+    }
+
     /// The module with one of its entries only, so that the driver compiles what is
     /// launched and not every instance of every kernel. `None` if it has no such entry.
-    #[must_use]
-    pub fn with_entry_only(&self, symbol: &str) -> Option<String> {
+    fn with_entry_only(&self, symbol: &str) -> Option<String> {
         let wanted = format!(".visible .entry {symbol}(");
         let mut text = String::new();
         let (mut found, mut skipping) = (false, false);
@@ -187,7 +201,11 @@ mod tests {
     fn every_entry_stands_alone_with_what_precedes_the_entries() {
         for module in modules() {
             for entry in kernels_gpu::entries().filter(|entry| entry.module == module.name) {
-                let text = module.with_entry_only(entry.symbol).expect(entry.symbol);
+                let text = module
+                    .specialised(entry.symbol, &Constants { causal: 1, ..Constants::default() });
+                let text = text.expect(entry.symbol);
+                assert!(!text.contains(simt::specialise::PREFIX), "{}", entry.symbol);
+                assert!(text.starts_with("// constants: causal=1 padding=0 dropout=0\n"));
                 assert_eq!(text.matches(".entry ").count(), 1, "{}", entry.symbol);
                 for directive in [".version", ".target", ".address_size", "simt_dynamic_shared"] {
                     assert!(text.contains(directive), "{}: {directive}", entry.symbol);

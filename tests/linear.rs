@@ -7,7 +7,7 @@ use std::{io::Write, sync::Arc};
 
 use flash_attention::{
     DType, Device, Tensor,
-    backend::{KernelArgs, Launch, Memory, TensorMapSpec},
+    backend::{Constants, KernelArgs, Launch, Memory, TensorMapSpec},
     raw::LinearArgs,
     registry::{LINEAR_KERNELS, LinearSpec, Projection, Target},
     verify::{Differences, Yardstick},
@@ -138,6 +138,7 @@ fn run_probe(device: Arc<dyn Device>) {
     let args = ProbeArgs { maps: [map], args: () };
     let launch = |blocks: u32| Launch {
         entry: kernels_gpu::find("cluster_probe").unwrap(),
+        constants: Constants::default(),
         grid: blocks.into(),
         block: probe::THREADS.into(),
         shared_bytes: probe::SHARED_BYTES,

@@ -137,23 +137,12 @@ pub struct AttentionArgs {
     pub seq_k: u32,
     /// The softmax scale times log2(e): scores go through exp2.
     pub scale_log2: f32,
-    /// 1: row `i` sees keys `j <= i + seq_k - seq_q` only. 0: every key.
-    pub causal: u32,
     /// Dropout of weights.
     pub dropout: DropoutArgs,
     /// Columns of a head, D: for kernels that are not made for one head dim.
     pub head_dim: u32,
     /// The softmax scale itself: for kernels that keep scores in natural units.
     pub scale: f32,
-}
-
-impl AttentionArgs {
-    /// Index of `lse[b, h, i]`; row `i` of the weights begins `seq_k` times as far.
-    #[inline(always)]
-    #[must_use]
-    pub const fn row(&self, b: u32, h: u32, i: u32) -> u64 {
-        (b as u64 * self.heads as u64 + h as u64) * self.seq_q as u64 + i as u64
-    }
 }
 
 /// What every linear kernel is given: `y = x wᵀ + bias`.

@@ -45,9 +45,10 @@ use crate::{
     entries,
     flash_mma::{BC, BR, THREADS, Tiles, Warp},
     fragment::{self, SharedQueries},
-    online::{self, Destination},
-    policy::{self, General, Policy},
-    tile::{self, KvStages, Rows},
+    head::Head,
+    online,
+    policy::Policy,
+    tile::{self, KvStages},
 };
 
 /// Dynamic shared memory of a block in bytes: the stages of K and V, and Q.
@@ -80,25 +81,22 @@ pub unsafe fn flash_async<T: Scalar, const D: usize, const COLUMN_TILES: usize>(
     const { assert!(D == 8 * COLUMN_TILES) };
 
     // Who am I.
-    let (h, b) = (thread::block_idx_y(), thread::block_idx_z());
+    let head = Head::of_block(args);
     let first_row = thread::block_idx_x() * BR;
     let warp_row = warp::warp_id() * fragment::ROWS;
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     let (policy, q, kv, q_smem) = unsafe {
         (
-            General::new(args, b, h),
-            Rows::<T>::new(&args.q, b, h, args.seq_q),
-            KvStages::<T, D, BC, THREADS>::new(
-                Rows::new(&args.k, b, h, args.seq_k),
-                Rows::new(&args.v, b, h, args.seq_k),
-            ),
+            Policy::new(args, head),
+            head.queries::<T>(&args.q),
+            KvStages::<T, D, BC, THREADS>::new(head.keys(&args.k), head.keys(&args.v)),
             Shared::<T>::dynamic(KvStages::<T, D, BC, THREADS>::BYTES, Swizzled::<D>::len(BR)),
         )
     };
     let queries = SharedQueries::<T, Swizzled<D>>::new(q_smem, warp_row);
 
     let mut warp = Warp::<COLUMN_TILES>::new(first_row + warp_row);
-    let num_kv_tiles = policy::end_of_tile(&policy, first_row + BR, args.seq_q).div_ceil(BC);
+    let num_kv_tiles = policy.end_of_tile(first_row + BR).div_ceil(BC);
     if num_kv_tiles > 0 {
         tile::load_async::<T, Swizzled<D>, D, BR, THREADS>(&q, first_row, q_smem);
         kv.start(0, 0);
@@ -120,10 +118,10 @@ pub unsafe fn flash_async<T: Scalar, const D: usize, const COLUMN_TILES: usize>(
     }
 
     // Normalise, store O and LSE.
-    let to = Destination { b, h, first_row: warp.first_row };
+    let first_row = warp.first_row;
     // SAFETY: the buffers have the shapes that `args` says.
     unsafe {
-        online::store::<T, Ampere, COLUMN_TILES>(args, to, warp.acc_o, &warp.rows, &policy);
+        online::store::<T, Ampere, COLUMN_TILES>(args, &policy, first_row, warp.acc_o, &warp.rows);
     };
 }
 

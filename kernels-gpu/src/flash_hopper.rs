@@ -88,7 +88,6 @@ use crate::{
     args::{AttentionArgs, Maps, WithMaps},
     entries,
     pipeline::{Ring, Stage},
-    policy::{Causal, Full, General, Policy},
 };
 
 mod consumer;
@@ -101,7 +100,7 @@ mod turn;
 
 use consumer::{Consumer, ROWS};
 use producer::produce;
-use task::{Rings, TASK_WORDS, Task, Tasks};
+use task::{Inbox, Rings, TASK_WORDS, Task};
 pub use tiles::{CONSUMER_ROWS, Tiles, max_consumers};
 use tiles::{OUTPUT_ROWS, output_bytes, tile_bytes};
 
@@ -138,7 +137,6 @@ const _: () = assert!(
 #[inline(always)]
 pub unsafe fn flash_hopper<
     T: Operand,
-    P: Policy,
     const D: u32,
     const CONSUMERS: u32,
     const BR: u32,
@@ -160,7 +158,7 @@ pub unsafe fn flash_hopper<
     let tiles = const { Tiles::of(D, CONSUMERS) };
     const {
         let tiles = Tiles::of(D, CONSUMERS);
-        assert!(2 <= CONSUMERS && CONSUMERS <= max_consumers::<P>(D), "registers suffice");
+        assert!(2 <= CONSUMERS && CONSUMERS <= max_consumers(D), "registers suffice");
         assert!(BR == tiles.rows() && BC == tiles.keys && K_CHUNK == BC * CHUNK_ROW_BYTES);
         assert!(Q_STAGES == tiles.q_stages && STAGES == tiles.kv_stages);
         assert!(S_GROUPS as u32 * 8 == BC && O_GROUPS as u32 * 8 == D);
@@ -203,7 +201,7 @@ pub unsafe fn flash_hopper<
         }
         if thread::thread_idx_x() == 0 {
             // SAFETY: the maps and the buffers have the shapes stated above.
-            unsafe { produce::<P, D, CONSUMERS, Q_STAGES, STAGES>(args, maps, smem, rings) };
+            unsafe { produce::<D, CONSUMERS, Q_STAGES, STAGES>(args, maps, smem, rings) };
         }
         return;
     }
@@ -216,7 +214,7 @@ pub unsafe fn flash_hopper<
     let own_rows = (warpgroup - 1) * CONSUMER_ROWS;
     let warp_rows = own_rows + warpgroup::thread_id() / warp::LANES * OUTPUT_ROWS;
     let mut consumer =
-        Consumer::<T, P, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS> {
+        Consumer::<T, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS> {
             args,
             maps,
             own_rows,
@@ -234,7 +232,7 @@ pub unsafe fn flash_hopper<
             v: Descriptor::n_major(smem + tiles.v(), K_CHUNK),
             q_bytes: const { Tiles::of(D, CONSUMERS).q_bytes() },
             tile_bytes: const { Tiles::of(D, CONSUMERS).kv_bytes() },
-            tasks: rings.of(warpgroup - 1),
+            inbox: rings.of(warpgroup - 1),
             k_ring: rings.k,
             v_ring: rings.v,
             q_stage: Stage::FIRST,
@@ -245,19 +243,18 @@ pub unsafe fn flash_hopper<
             s: Accumulator::zero(),
             p: [[0; 4]; KEY_STEPS],
             acc_o: Accumulator::zero(),
-            types: core::marker::PhantomData,
+            element: core::marker::PhantomData,
         };
     // SAFETY: the whole warpgroup is here, the rings bring what is multiplied, and the buffers
     // have the shapes stated above.
     unsafe { consumer.work::<D_STEPS>() };
 }
 
-/// The kernel for a type, policy, head dim and number of consumers.
+/// The kernel for a type, head dim and number of consumers.
 macro_rules! kernel {
-    ($type:ty, $policy:ty, $d:literal, $consumers:literal) => {
+    ($type:ty, $d:literal, $consumers:literal) => {
         flash_hopper::<
             $type,
-            $policy,
             $d,
             $consumers,
             { Tiles::of($d, $consumers).rows() },
@@ -269,50 +266,28 @@ macro_rules! kernel {
             { $d / 8 },
             { $d / 16 },
             { Tiles::of($d, $consumers).keys as usize / 16 },
-            { $consumers == 2 && !<$policy>::GENERAL },
+            { $consumers == 2 },
         >
     };
 }
 
 entries! {
-    /// Instances of [`flash_hopper`] with three consumers.
+    /// Instances of [`flash_hopper`] with three consumers, for launches without padding and dropout.
     pub static THREE_CONSUMERS: HopperArgs => "sm_90a", threads Tiles::of(64, 3).threads(), min_blocks 1;
-    flash_hopper_f16_d64_full_x3 = kernel!(f16, Full, 64, 3);
-    flash_hopper_f16_d64_causal_x3 = kernel!(f16, Causal, 64, 3);
-    flash_hopper_bf16_d64_full_x3 = kernel!(bf16, Full, 64, 3);
-    flash_hopper_bf16_d64_causal_x3 = kernel!(bf16, Causal, 64, 3);
+    flash_hopper_f16_d64_x3 = kernel!(f16, 64, 3);
+    flash_hopper_bf16_d64_x3 = kernel!(bf16, 64, 3);
 }
 entries! {
     /// Instances of [`flash_hopper`] with two consumers.
     pub static TWO_CONSUMERS: HopperArgs => "sm_90a", threads Tiles::of(64, 2).threads(), min_blocks 1;
-    flash_hopper_f16_d64_full = kernel!(f16, Full, 64, 2);
-    flash_hopper_f16_d64_causal = kernel!(f16, Causal, 64, 2);
-    flash_hopper_f16_d64_general = kernel!(f16, General, 64, 2);
-    flash_hopper_f16_d96_full = kernel!(f16, Full, 96, 2);
-    flash_hopper_f16_d96_causal = kernel!(f16, Causal, 96, 2);
-    flash_hopper_f16_d96_general = kernel!(f16, General, 96, 2);
-    flash_hopper_f16_d128_full = kernel!(f16, Full, 128, 2);
-    flash_hopper_f16_d128_causal = kernel!(f16, Causal, 128, 2);
-    flash_hopper_f16_d128_general = kernel!(f16, General, 128, 2);
-    flash_hopper_f16_d192_full = kernel!(f16, Full, 192, 2);
-    flash_hopper_f16_d192_causal = kernel!(f16, Causal, 192, 2);
-    flash_hopper_f16_d192_general = kernel!(f16, General, 192, 2);
-    flash_hopper_f16_d256_full = kernel!(f16, Full, 256, 2);
-    flash_hopper_f16_d256_causal = kernel!(f16, Causal, 256, 2);
-    flash_hopper_f16_d256_general = kernel!(f16, General, 256, 2);
-    flash_hopper_bf16_d64_full = kernel!(bf16, Full, 64, 2);
-    flash_hopper_bf16_d64_causal = kernel!(bf16, Causal, 64, 2);
-    flash_hopper_bf16_d64_general = kernel!(bf16, General, 64, 2);
-    flash_hopper_bf16_d96_full = kernel!(bf16, Full, 96, 2);
-    flash_hopper_bf16_d96_causal = kernel!(bf16, Causal, 96, 2);
-    flash_hopper_bf16_d96_general = kernel!(bf16, General, 96, 2);
-    flash_hopper_bf16_d128_full = kernel!(bf16, Full, 128, 2);
-    flash_hopper_bf16_d128_causal = kernel!(bf16, Causal, 128, 2);
-    flash_hopper_bf16_d128_general = kernel!(bf16, General, 128, 2);
-    flash_hopper_bf16_d192_full = kernel!(bf16, Full, 192, 2);
-    flash_hopper_bf16_d192_causal = kernel!(bf16, Causal, 192, 2);
-    flash_hopper_bf16_d192_general = kernel!(bf16, General, 192, 2);
-    flash_hopper_bf16_d256_full = kernel!(bf16, Full, 256, 2);
-    flash_hopper_bf16_d256_causal = kernel!(bf16, Causal, 256, 2);
-    flash_hopper_bf16_d256_general = kernel!(bf16, General, 256, 2);
+    flash_hopper_f16_d64 = kernel!(f16, 64, 2);
+    flash_hopper_f16_d96 = kernel!(f16, 96, 2);
+    flash_hopper_f16_d128 = kernel!(f16, 128, 2);
+    flash_hopper_f16_d192 = kernel!(f16, 192, 2);
+    flash_hopper_f16_d256 = kernel!(f16, 256, 2);
+    flash_hopper_bf16_d64 = kernel!(bf16, 64, 2);
+    flash_hopper_bf16_d96 = kernel!(bf16, 96, 2);
+    flash_hopper_bf16_d128 = kernel!(bf16, 128, 2);
+    flash_hopper_bf16_d192 = kernel!(bf16, 192, 2);
+    flash_hopper_bf16_d256 = kernel!(bf16, 256, 2);
 }

@@ -53,9 +53,10 @@ use crate::{
     args::AttentionArgs,
     entries,
     fragment::{self, SharedQueries},
-    online::{self, Destination, RowState},
-    policy::{self, General, Policy},
-    tile::{self, Rows},
+    head::Head,
+    online::{self, RowState},
+    policy::Policy,
+    tile,
 };
 
 /// Query rows of a tile: 16 a warp.
@@ -104,16 +105,16 @@ pub unsafe fn flash_mma<
     const { assert!(D % 32 == 0 && D == 8 * COLUMN_TILES) };
 
     // Who am I.
-    let (h, b) = (thread::block_idx_y(), thread::block_idx_z());
+    let head = Head::of_block(args);
     let first_row = thread::block_idx_x() * BR;
     let warp_row = warp::warp_id() * fragment::ROWS;
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     let (policy, q, k, v, q_smem, k_smem, v_smem) = unsafe {
         (
-            General::new(args, b, h),
-            Rows::<T>::new(&args.q, b, h, args.seq_q),
-            Rows::<T>::new(&args.k, b, h, args.seq_k),
-            Rows::<T>::new(&args.v, b, h, args.seq_k),
+            Policy::new(args, head),
+            head.queries::<T>(&args.q),
+            head.keys::<T>(&args.k),
+            head.keys::<T>(&args.v),
             Shared::<T>::dynamic(0, L::len(BR)),
             Shared::<T>::dynamic(L::len(BR) * 2, L::len(BC)),
             Shared::<T>::dynamic(L::len(BR + BC) * 2, L::len(BC)),
@@ -125,7 +126,7 @@ pub unsafe fn flash_mma<
     tile::load::<T, L, D, BR, THREADS>(&q, first_row, q_smem);
 
     let mut warp = Warp::<COLUMN_TILES>::new(first_row + warp_row);
-    let num_kv_tiles = policy::end_of_tile(&policy, first_row + BR, args.seq_q).div_ceil(BC);
+    let num_kv_tiles = policy.end_of_tile(first_row + BR).div_ceil(BC);
     for kv_tile in 0..num_kv_tiles {
         let first_key = kv_tile * BC;
         // Hazard: the tile before may still be read while this one is written.
@@ -139,10 +140,10 @@ pub unsafe fn flash_mma<
     }
 
     // Normalise, store O and LSE.
-    let to = Destination { b, h, first_row: warp.first_row };
+    let first_row = warp.first_row;
     // SAFETY: the buffers have the shapes that `args` says.
     unsafe {
-        online::store::<T, C, COLUMN_TILES>(args, to, warp.acc_o, &warp.rows, &policy);
+        online::store::<T, C, COLUMN_TILES>(args, &policy, first_row, warp.acc_o, &warp.rows);
     };
 }
 
@@ -172,7 +173,7 @@ impl<const O: usize> Warp<O> {
     #[inline(always)]
     pub fn attend<T: Scalar, C: TensorCore<T>, L: Layout, const D: usize>(
         &mut self,
-        policy: &General,
+        policy: &Policy,
         scale_log2: f32,
         tiles: Tiles<T, L>,
     ) {
@@ -186,15 +187,15 @@ impl<const O: usize> Warp<O> {
 
         // Scale and mask.
         fragment::scale_rows(&mut s[0], [scale_log2; 2]);
-        policy::hide(policy, &mut s, i, j);
+        policy.hide(&mut s, i, j);
 
         // Online softmax: P replaces S.
         let [mut p] = s;
         let alpha = self.rows.update(&mut p);
         fragment::scale_rows(&mut self.acc_o, alpha);
-        let kept = policy::kept_weights::<_, KEY_TILES>(policy, i, j);
+        let kept = policy.kept_weights::<KEY_TILES>(i, j);
         unroll!(for TILE in 0..8 {
-            policy::drop_weights(policy, &mut p[TILE], kept, TILE);
+            Policy::drop_weights(&mut p[TILE], kept, TILE);
         });
 
         // O += P V [16, D] of this warp.

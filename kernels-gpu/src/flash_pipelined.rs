@@ -33,7 +33,6 @@
 //! | 64 | 4 x 2 | 64 | registers | 32, 64, 64 | 32,784 |
 //! | 96 | 4 x 2 | 64 | shared memory | -, 64, 96 | 73,744 |
 //! | 128 | 4 x 2 | 48 | shared memory | -, 48, 128 | 81,936 |
-//! | 128, general | 4 x 2 | 32 | shared memory | -, 32, 128 | 65,552 |
 //! | 160 | 8 x 1 | 64 | registers | 40, 32, 80 | 81,936 |
 //! | 192 | 8 x 1 | 64 | registers | 48, 32, 96 | 98,320 |
 //! | 224 | 4 x 1 | 32 | shared memory | -, 16, 112 | 86,032 |
@@ -54,8 +53,7 @@
 //! take the longest query tiles first (`schedule.rs`), so that the short ones fill up the end.
 //!
 //! Measured, with a block for each task: 0.156 ms (H100; f16, batch 4, 12 heads, N 2048, D 64).
-//! Limits: f16 and bf16, a positive scale; head dims in steps of 32. Head dims that are not
-//! [specialised](is_specialised) have the general policy only.
+//! Limits: f16 and bf16, a positive scale; head dims in steps of 32.
 //!
 //! Source: Dao, "FlashAttention-2", 2023, sections 3.1 to 3.3; the rescaling rule as in
 //! "FlashAttention-4".
@@ -64,7 +62,7 @@ use core::marker::PhantomData;
 
 use half::{bf16, f16};
 use simt::{
-    async_copy, atomic,
+    async_copy,
     compiler::opaque,
     layout::{Layout, Swizzled},
     memory::Memory,
@@ -78,10 +76,11 @@ use crate::{
     args::AttentionArgs,
     entries,
     fragment::{self, Queries, RegisterQueries, SharedQueries},
-    online::{self, Destination, RowState},
-    policy::{self, Causal, Full, General, Policy},
-    schedule,
-    tile::{self, KvStages, Rows},
+    online::{self, RowState},
+    policy::Policy,
+    queue::Queue,
+    schedule::{self, Extent, QueryTile},
+    tile::{self, KvStages},
 };
 
 /// How a block works on its tiles.
@@ -97,26 +96,19 @@ pub struct Shape {
     pub q_in_registers: bool,
 }
 
-/// The shape for head dim `d`; `general` kernels have fewer registers to spare. The wider O
-/// is, the less is left for S, for Q, and for a second fragment.
+/// The shape for head dim `d`. The wider O is, the less is left for S, for Q, and for a second
+/// fragment.
 #[must_use]
-pub const fn shape(d: usize, general: bool) -> Shape {
+pub const fn shape(d: usize) -> Shape {
     let (warps, fragments, keys, q_in_registers) = match d {
         0..=64 => (4, 2, 64, true),
         65..=96 => (4, 2, 64, false),
-        97..=128 => (4, 2, if general { 32 } else { 48 }, false),
+        97..=128 => (4, 2, 48, false),
         129..=192 => (8, 1, 64, true),
         193..=224 => (4, 1, 32, false),
         _ => (8, 1, 32, false),
     };
     Shape { warps, fragments, keys, q_in_registers }
-}
-
-/// Whether head dim `d` has kernels of its own for full and causal attention; the others
-/// have the general one for everything.
-#[must_use]
-pub const fn is_specialised(d: usize) -> bool {
-    matches!(d, 64 | 96 | 128 | 256)
 }
 
 impl Shape {
@@ -140,13 +132,13 @@ impl Shape {
 
 /// Dynamic shared memory of a block in bytes.
 #[must_use]
-pub const fn shared_bytes(d: usize, general: bool) -> u32 {
-    tile_bytes(d, general) + TASK_WORDS * u32::BYTES
+pub const fn shared_bytes(d: usize) -> u32 {
+    tile_bytes(d) + TASK_WORDS * u32::BYTES
 }
 
 /// Bytes of the tiles of K, V and Q in shared memory.
-const fn tile_bytes(d: usize, general: bool) -> u32 {
-    let shape = shape(d, general);
+const fn tile_bytes(d: usize) -> u32 {
+    let shape = shape(d);
     (shape.shared_q_rows() + tile::STAGES * 2 * shape.keys) * d as u32 * 2
 }
 
@@ -170,7 +162,6 @@ const fn tile_bytes(d: usize, general: bool) -> u32 {
 #[inline(always)]
 pub unsafe fn flash_pipelined<
     T: Scalar,
-    P: Policy,
     const D: usize,
     const D_STEPS: usize,
     const COLUMN_TILES: usize,
@@ -185,38 +176,35 @@ pub unsafe fn flash_pipelined<
     Ampere: TensorCore<T>,
 {
     const {
-        let shape = shape(D, P::GENERAL);
+        let shape = shape(D);
         assert!(D == 8 * COLUMN_TILES && D == 16 * D_STEPS, "whole products over D");
         assert!(THREADS == shape.threads() && BR == shape.rows());
         assert!(FRAGMENTS as u32 == shape.fragments);
         assert!(BC == shape.keys && BC as usize == 8 * KEY_TILES);
         assert!(!shape.q_in_registers || BR <= 2 * BC, "Q fits a stage of K and V");
     }
-    let q_in_registers = const { shape(D, P::GENERAL).q_in_registers };
+    let q_in_registers = const { shape(D).q_in_registers };
 
     // Who am I.
     let row_bytes = 2 * D as u64 * T::BYTES as u64;
-    let mut task = Task::at::<P, BR>(args, opaque(thread::block_idx_x()), row_bytes);
+    let mut task = schedule::query_tile(args, opaque(thread::block_idx_x()), BR, row_bytes);
     // SAFETY: the caller gives the shared memory.
-    let next_task = unsafe { NextTask::new(const { tile_bytes(D, P::GENERAL) }) };
+    let next_task = unsafe { NextTask::new(const { tile_bytes(D) }) };
     // Load Q, and the first tile of K and V.
-    let start = |task: Task| {
-        let Task { b, h, first_row } = task;
+    let start = |task: QueryTile| {
+        let head = task.head(args);
         // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
         let (q, kv, q_smem) = unsafe {
-            let kv = KvStages::<T, D, BC, THREADS>::new(
-                Rows::new(&args.k, b, h, args.seq_k),
-                Rows::new(&args.v, b, h, args.seq_k),
-            );
+            let kv = KvStages::<T, D, BC, THREADS>::new(head.keys(&args.k), head.keys(&args.v));
             let q_smem = if q_in_registers {
                 // Where the second tile of keys will go.
                 kv.stage(1)
             } else {
                 Shared::dynamic(KvStages::<T, D, BC, THREADS>::BYTES, const { BR * D as u32 })
             };
-            (Rows::<T>::new(&args.q, b, h, args.seq_q).anew(), kv, q_smem)
+            (head.queries::<T>(&args.q).anew(), kv, q_smem)
         };
-        tile::load_async::<T, Swizzled<D>, D, BR, THREADS>(&q, first_row, q_smem);
+        tile::load_async::<T, Swizzled<D>, D, BR, THREADS>(&q, task.first_row, q_smem);
         kv.start(0, 0);
         async_copy::commit();
         (kv, q_smem)
@@ -226,15 +214,14 @@ pub unsafe fn flash_pipelined<
 
     loop {
         // SAFETY: the mask is empty or `[B, Nk]`.
-        let policy = unsafe { P::new(args, task.b, task.h) };
-        let mut state = Warp::<T, P, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(
+        let policy = unsafe { Policy::new(args, task.head(args)) };
+        let mut state = Warp::<T, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(
             policy,
             args.scale_log2,
             task.first_row + warp_row::<FRAGMENTS>(),
         );
         // At least one, though no row may see it: the last one asks for the next task.
-        let num_kv_tiles =
-            policy::end_of_tile(&policy, task.first_row + BR, args.seq_q).div_ceil(BC).max(1);
+        let num_kv_tiles = policy.end_of_tile(task.first_row + BR).div_ceil(BC).max(1);
         let queries = if q_in_registers {
             async_copy::wait::<0>();
             // Hazard: Q is read by threads that did not copy it.
@@ -255,12 +242,10 @@ pub unsafe fn flash_pipelined<
             if kv_tile + 1 < num_kv_tiles {
                 kv.start(kv_tile + 1, stage ^ 1);
             } else if opaque(thread::thread_idx_x()) == 0 {
-                // SAFETY: the queue holds a word that is 0 before the launch.
-                let queue = unsafe { args.queue.view_mut::<u32>() };
                 // Asked for late: whoever asks early may keep a task that another block has
-                // time for. The answer comes while this tile is computed with. Each task asks
-                // once: at the last one the queue is at 0 again.
-                taken = atomic::increment_global_u32(queue, 0, Task::last_place::<BR>(args));
+                // time for. The answer comes while this tile is computed with.
+                // SAFETY: the queue holds zeros before the launch, as `args.queue` says.
+                taken = unsafe { queue::<BR>(args) }.ask();
             }
             async_copy::commit();
             // Opaque: the compiler would make two of all that follows, asked and not asked.
@@ -272,19 +257,18 @@ pub unsafe fn flash_pipelined<
                 state.attend::<Swizzled<D>, D>(shared(), k_smem, v_smem, kv_tile * BC);
             }
             if taken != NOT_ASKED {
-                let place = thread::grid_dim_x() + taken;
-                let next = Task::at::<P, BR>(args, place, row_bytes);
-                let exists = place <= Task::last_place::<BR>(args);
+                // SAFETY: as above.
+                let place = unsafe { queue::<BR>(args) }.place(taken);
+                let next = place.map(|place| schedule::query_tile(args, place, BR, row_bytes));
                 // Since this task began, a barrier: all have read what is overwritten.
-                next_task.write(exists.then_some(next));
+                next_task.write(next);
             }
             stage ^= 1;
         }
         // Hazards: the next task is read by threads that did not write it; and Q and the last
         // tile, where its Q, K and V go, may still be read.
         thread::sync_threads();
-        let next = next_task.read();
-        if let Some(next) = next {
+        if let Some(next) = next_task.read() {
             (kv, _) = start(next);
         }
 
@@ -292,53 +276,30 @@ pub unsafe fn flash_pipelined<
         unroll!(for FRAGMENT in 0..2 {
             if FRAGMENT < FRAGMENTS {
                 let first_row = state.first_row + FRAGMENT as u32 * fragment::ROWS;
-                let to = Destination { b: task.b, h: task.h, first_row };
                 let (acc_o, rows) = (state.acc_o[FRAGMENT], &state.rows[FRAGMENT]);
                 // SAFETY: the buffers have the shapes that `args` says.
-                unsafe { online::store::<T, Ampere, COLUMN_TILES>(args, to, acc_o, rows, &policy) };
+                unsafe {
+                    online::store::<T, Ampere, COLUMN_TILES>(args, &policy, first_row, acc_o, rows);
+                }
             }
         });
-        match next {
+        // Read again: kept, it would take registers, and the compiler make two of all above.
+        match next_task.read() {
             Some(next) => task = next,
             None => break,
         }
     }
 }
 
-/// A tile of query rows of one head.
-#[derive(Clone, Copy)]
-pub(crate) struct Task {
-    pub b: u32,
-    pub h: u32,
-    pub first_row: u32,
-}
-
-impl Task {
-    /// The place of the last one.
-    #[inline(always)]
-    fn last_place<const BR: u32>(args: &AttentionArgs) -> u32 {
-        opaque(args.batch) * opaque(args.heads) * opaque(args.seq_q).div_ceil(BR) - 1
-    }
-
-    /// The task at a place in the order of work, past the last one any; a row of K and one of V
-    /// take `row_bytes` bytes together.
-    #[inline(always)]
-    pub(crate) fn at<P: Policy, const BR: u32>(
-        args: &AttentionArgs,
-        place: u32,
-        row_bytes: u64,
-    ) -> Self {
-        // Opaque: computed where it is asked for, and nothing of it kept.
-        let (heads, num_q_tiles) = (args.batch * args.heads, opaque(args.seq_q).div_ceil(BR));
-        let work = if P::is_causal(args) {
-            let head_bytes = opaque(args.seq_k) as u64 * row_bytes;
-            schedule::longest_first(place, num_q_tiles, heads, (head_bytes >> 10) as u32)
-        } else {
-            schedule::in_order(place, num_q_tiles)
-        };
-        let (b, h) = schedule::divide(work.head, args.heads);
-        Self { b, h, first_row: work.q_tile.wrapping_mul(BR) }
-    }
+/// The queue of all blocks: each begins with a task.
+///
+/// # Safety
+/// `args.queue` must hold zeros before the launch.
+#[inline(always)]
+unsafe fn queue<const BR: u32>(args: &AttentionArgs) -> Queue {
+    let (tasks, blocks) = (Extent::anew(args, BR).tasks(), thread::grid_dim_x());
+    // SAFETY: passed on to the caller.
+    Queue { words: unsafe { args.queue.view_mut() }, index: 0, tasks, given: blocks, blocks }
 }
 
 /// The task that a block does next, in shared memory: thread 0 writes it, all threads read it.
@@ -365,17 +326,18 @@ impl NextTask {
 
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn write(&self, task: Option<Task>) {
-        let Task { b, h, first_row } = task.unwrap_or(Task { b: 0, h: 0, first_row: END });
+    fn write(&self, task: Option<QueryTile>) {
+        let end = QueryTile { b: 0, h: 0, first_row: END };
+        let QueryTile { b, h, first_row } = task.unwrap_or(end);
         self.0.write_as(0, [b, h, first_row, 0]);
     }
 
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn read(&self) -> Option<Task> {
+    fn read(&self) -> Option<QueryTile> {
         let words = self.0.read_as::<[u32; 4]>(0);
         let [b, h, first_row] = [words[0], words[1], words[2]].map(warp::uniform);
-        (first_row != END).then_some(Task { b, h, first_row })
+        (first_row != END).then_some(QueryTile { b, h, first_row })
     }
 }
 
@@ -388,30 +350,27 @@ pub(crate) fn warp_row<const FRAGMENTS: usize>() -> u32 {
 
 /// What a warp has in registers: N tiles of 8 keys, O tiles of 8 columns, F fragments of
 /// 16 rows.
-pub(crate) struct Warp<T, P, const N: usize, const O: usize, const F: usize> {
-    policy: P,
+pub(crate) struct Warp<T, const N: usize, const O: usize, const F: usize> {
+    policy: Policy,
     scale_log2: f32,
     /// The warp's first row.
     first_row: u32,
-    /// The first key that none of its rows sees by its position.
-    end: u32,
     pub rows: [RowState; F],
     pub acc_o: [[[f32; 4]; O]; F],
     element: PhantomData<T>,
 }
 
-impl<T: Scalar, P: Policy, const N: usize, const O: usize, const F: usize> Warp<T, P, N, O, F>
+impl<T: Scalar, const N: usize, const O: usize, const F: usize> Warp<T, N, O, F>
 where
     Ampere: Multiply<T>,
 {
     /// The rows from `first_row` on, before any key.
     #[inline(always)]
-    pub fn new(policy: P, scale_log2: f32, first_row: u32) -> Self {
+    pub fn new(policy: Policy, scale_log2: f32, first_row: u32) -> Self {
         Self {
             policy,
             scale_log2,
             first_row,
-            end: policy.end_of_row(first_row + const { F as u32 * fragment::ROWS - 1 }),
             rows: [RowState::EMPTY; F],
             acc_o: [[[0.0; 4]; O]; F],
             element: PhantomData,
@@ -421,15 +380,17 @@ where
     /// Whether no row sees the keys from this one on.
     #[inline(always)]
     pub fn is_above_the_diagonal(&self, first_key: u32) -> bool {
-        first_key >= self.end
+        // Opaque: computed for each tile, and not kept.
+        let last_row = opaque(self.first_row) + const { F as u32 * fragment::ROWS - 1 };
+        first_key >= self.policy.end_of_row(last_row)
     }
 
     /// Sets hidden scores of a tile of keys to -inf.
     #[inline(always)]
     pub fn hide(&self, s: &mut [[[f32; 4]; N]; F], first_key: u32) {
-        if policy::needs_mask(&self.policy, self.first_row, first_key + 8 * N as u32) {
+        if first_key + 8 * N as u32 > self.policy.whole_keys(self.first_row) {
             let (row, column) = fragment::row_and_column();
-            policy::hide(&self.policy, s, self.first_row + row, first_key + column);
+            self.policy.hide(s, self.first_row + row, first_key + column);
         }
     }
 
@@ -463,7 +424,7 @@ where
             if FRAGMENT < F {
                 let i = self.first_row + row + FRAGMENT as u32 * fragment::ROWS;
                 let j = first_key + column;
-                kept[FRAGMENT] = policy::kept_weights::<_, N>(&self.policy, i, j);
+                kept[FRAGMENT] = self.policy.kept_weights::<N>(i, j);
             }
         });
         kept
@@ -474,12 +435,12 @@ where
     #[inline(always)]
     pub fn weigh(&mut self, fragment: usize, s: [f32; 4], kept: [u32; 2], tile: usize) -> [f32; 4] {
         let mut p = self.rows[fragment].weigh(s, self.scale_log2);
-        policy::drop_weights(&self.policy, &mut p, kept, tile);
+        Policy::drop_weights(&mut p, kept, tile);
         p
     }
 }
 
-impl<T: Scalar, P: Policy, const N: usize, const O: usize, const F: usize> Warp<T, P, N, O, F>
+impl<T: Scalar, const N: usize, const O: usize, const F: usize> Warp<T, N, O, F>
 where
     Ampere: TensorCore<T>,
 {
@@ -527,20 +488,19 @@ where
     }
 }
 
-/// The kernel for a type, policy and head dim.
+/// The kernel for a type and head dim.
 macro_rules! kernel {
-    ($type:ty, $policy:ty, $d:literal) => {
+    ($type:ty, $d:literal) => {
         flash_pipelined::<
             $type,
-            $policy,
             $d,
             { $d / 16 },
             { $d / 8 },
-            { shape($d, <$policy>::GENERAL).fragments as usize },
-            { shape($d, <$policy>::GENERAL).threads() },
-            { shape($d, <$policy>::GENERAL).rows() },
-            { shape($d, <$policy>::GENERAL).keys },
-            { shape($d, <$policy>::GENERAL).keys as usize / 8 },
+            { shape($d).fragments as usize },
+            { shape($d).threads() },
+            { shape($d).rows() },
+            { shape($d).keys },
+            { shape($d).keys as usize / 8 },
         >
     };
 }
@@ -548,40 +508,24 @@ macro_rules! kernel {
 entries! {
     /// Instances of [`flash_pipelined`] with four warps.
     pub static FOUR_WARPS: AttentionArgs => "sm_80", threads tile::FOUR_WARPS, min_blocks 2;
-    flash_pipelined_f16_d32_general = kernel!(f16, General, 32);
-    flash_pipelined_f16_d64_full = kernel!(f16, Full, 64);
-    flash_pipelined_f16_d64_causal = kernel!(f16, Causal, 64);
-    flash_pipelined_f16_d64_general = kernel!(f16, General, 64);
-    flash_pipelined_f16_d96_full = kernel!(f16, Full, 96);
-    flash_pipelined_f16_d96_causal = kernel!(f16, Causal, 96);
-    flash_pipelined_f16_d96_general = kernel!(f16, General, 96);
-    flash_pipelined_f16_d128_full = kernel!(f16, Full, 128);
-    flash_pipelined_f16_d128_causal = kernel!(f16, Causal, 128);
-    flash_pipelined_f16_d128_general = kernel!(f16, General, 128);
-    flash_pipelined_f16_d224_general = kernel!(f16, General, 224);
-    flash_pipelined_bf16_d32_general = kernel!(bf16, General, 32);
-    flash_pipelined_bf16_d64_full = kernel!(bf16, Full, 64);
-    flash_pipelined_bf16_d64_causal = kernel!(bf16, Causal, 64);
-    flash_pipelined_bf16_d64_general = kernel!(bf16, General, 64);
-    flash_pipelined_bf16_d96_full = kernel!(bf16, Full, 96);
-    flash_pipelined_bf16_d96_causal = kernel!(bf16, Causal, 96);
-    flash_pipelined_bf16_d96_general = kernel!(bf16, General, 96);
-    flash_pipelined_bf16_d128_full = kernel!(bf16, Full, 128);
-    flash_pipelined_bf16_d128_causal = kernel!(bf16, Causal, 128);
-    flash_pipelined_bf16_d128_general = kernel!(bf16, General, 128);
-    flash_pipelined_bf16_d224_general = kernel!(bf16, General, 224);
+    flash_pipelined_f16_d32 = kernel!(f16, 32);
+    flash_pipelined_f16_d64 = kernel!(f16, 64);
+    flash_pipelined_f16_d96 = kernel!(f16, 96);
+    flash_pipelined_f16_d128 = kernel!(f16, 128);
+    flash_pipelined_f16_d224 = kernel!(f16, 224);
+    flash_pipelined_bf16_d32 = kernel!(bf16, 32);
+    flash_pipelined_bf16_d64 = kernel!(bf16, 64);
+    flash_pipelined_bf16_d96 = kernel!(bf16, 96);
+    flash_pipelined_bf16_d128 = kernel!(bf16, 128);
+    flash_pipelined_bf16_d224 = kernel!(bf16, 224);
 }
 entries! {
     /// Instances of [`flash_pipelined`] with eight warps.
     pub static EIGHT_WARPS: AttentionArgs => "sm_80", threads 2 * tile::FOUR_WARPS, min_blocks 1;
-    flash_pipelined_f16_d160_general = kernel!(f16, General, 160);
-    flash_pipelined_f16_d192_general = kernel!(f16, General, 192);
-    flash_pipelined_f16_d256_full = kernel!(f16, Full, 256);
-    flash_pipelined_f16_d256_causal = kernel!(f16, Causal, 256);
-    flash_pipelined_f16_d256_general = kernel!(f16, General, 256);
-    flash_pipelined_bf16_d160_general = kernel!(bf16, General, 160);
-    flash_pipelined_bf16_d192_general = kernel!(bf16, General, 192);
-    flash_pipelined_bf16_d256_full = kernel!(bf16, Full, 256);
-    flash_pipelined_bf16_d256_causal = kernel!(bf16, Causal, 256);
-    flash_pipelined_bf16_d256_general = kernel!(bf16, General, 256);
+    flash_pipelined_f16_d160 = kernel!(f16, 160);
+    flash_pipelined_f16_d192 = kernel!(f16, 192);
+    flash_pipelined_f16_d256 = kernel!(f16, 256);
+    flash_pipelined_bf16_d160 = kernel!(bf16, 160);
+    flash_pipelined_bf16_d192 = kernel!(bf16, 192);
+    flash_pipelined_bf16_d256 = kernel!(bf16, 256);
 }

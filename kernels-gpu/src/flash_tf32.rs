@@ -59,8 +59,7 @@
 //! rate of f16 and three for one, a sixth of flash_pipelined's speed is the most there is.
 //!
 //! Measured: 45 TFLOP/s at D 128 and 57 at D 64 (H100; 16k tokens, hidden 2048, N 8192), where
-//! flash_tiled has 18 and standard 21 and 18. Limits: f32, a positive scale, the general policy
-//! only.
+//! flash_tiled has 18 and standard 21 and 18. Limits: f32, a positive scale.
 //!
 //! Source: Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while
 //! surpassing the FP32 theoretical peak performance", 2022; PTX ISA, "Matrix Fragments for
@@ -79,12 +78,13 @@ use simt::{
 use crate::{
     args::AttentionArgs,
     entries,
-    flash_pipelined::{self, Task, Warp},
+    flash_pipelined::{self, Warp},
     fragment::{self, Queries, SharedQueries},
-    online::{self, Destination, RowState},
-    policy::{self, General, Policy},
+    online::{self, RowState},
+    policy::Policy,
+    schedule::{self, QueryTile},
     softmax,
-    tile::{self, KvStages, Rows},
+    tile::{self, KvStages},
 };
 
 /// Threads of a block: four warps.
@@ -171,30 +171,30 @@ pub unsafe fn flash_tf32<
     }
 
     // Who am I.
-    let Place { b, h, first_row, warp_row, part } =
-        place::<HALVES, COLUMN_TILES, BR, FRAGMENTS>(args);
+    let Place { tile, warp_row, part } = place::<HALVES, COLUMN_TILES, BR, FRAGMENTS>(args);
+    let (head, first_row) = (tile.head(args), tile.first_row);
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     let (policy, q, kv, q_smem) = unsafe {
         let kv = KvStages::<Half, HALVES, BC, THREADS>::new(
-            Rows::new(&args.k.halves(), b, h, args.seq_k),
-            Rows::new(&args.v.halves(), b, h, args.seq_k),
+            head.keys(&args.k.halves()),
+            head.keys(&args.v.halves()),
         );
         let q_offset = KvStages::<Half, HALVES, BC, THREADS>::BYTES;
         (
-            General::new(args, b, h),
-            Rows::<Half>::new(&args.q.halves(), b, h, args.seq_q),
+            Policy::new(args, head),
+            head.queries::<Half>(&args.q.halves()),
             kv,
             Shared::<Half>::dynamic(q_offset, const { BR * HALVES as u32 }),
         )
     };
     let queries = || SharedQueries::<Half, Swizzled<HALVES>>::new(q_smem, warp_row);
 
-    let mut state = Warp::<f32, General, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(
+    let mut state = Warp::<f32, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(
         policy,
         args.scale_log2,
         first_row + warp_row,
     );
-    let num_kv_tiles = policy::end_of_tile(&policy, first_row + BR, args.seq_q).div_ceil(BC);
+    let num_kv_tiles = policy.end_of_tile(first_row + BR).div_ceil(BC);
     if num_kv_tiles > 0 {
         // Load Q, and the first tile of K and V.
         tile::load_async::<Half, Swizzled<HALVES>, HALVES, BR, THREADS>(&q, first_row, q_smem);
@@ -224,21 +224,16 @@ pub unsafe fn flash_tf32<
 
     // Normalise, store O and LSE. Where to is computed again: it would take registers of
     // the loop.
-    let Place { b, h, first_row, warp_row, part } =
-        place::<HALVES, COLUMN_TILES, BR, FRAGMENTS>(args);
+    let Place { tile, warp_row, part } = place::<HALVES, COLUMN_TILES, BR, FRAGMENTS>(args);
+    // SAFETY: the mask has the shape that `args` says.
+    let policy = unsafe { Policy::new(args, tile.head(args)) };
     unroll!(for FRAGMENT in 0..2 {
         if FRAGMENT < FRAGMENTS {
-            let first_row = first_row + warp_row + FRAGMENT as u32 * fragment::ROWS;
+            let first_row = tile.first_row + warp_row + FRAGMENT as u32 * fragment::ROWS;
             let (acc_o, rows) = (state.acc_o[FRAGMENT], &state.rows[FRAGMENT]);
             // SAFETY: the buffers have the shapes that `args` says.
             unsafe {
-                store::<HALVES, COLUMN_TILES>(
-                    args,
-                    (Destination { b, h, first_row }, part),
-                    acc_o,
-                    rows,
-                    &policy,
-                );
+                store::<HALVES, COLUMN_TILES>(args, &policy, (first_row, part), acc_o, rows);
             }
         }
     });
@@ -247,10 +242,8 @@ pub unsafe fn flash_tf32<
 /// Where a warp's rows are, and which part of their columns of O it has. All of it is the same
 /// for the whole warp.
 struct Place {
-    b: u32,
-    h: u32,
-    /// The block's first row.
-    first_row: u32,
+    /// The block's tile.
+    tile: QueryTile,
     /// The warp's first row, counted from the block's.
     warp_row: u32,
     /// 0: columns from the left; 1: up to the right end.
@@ -266,14 +259,14 @@ fn place<const HALVES: usize, const O: usize, const BR: u32, const F: usize>(
     let block = opaque(thread::block_idx_x());
     // A row of K and one of V.
     let row_bytes = const { 2 * 2 * HALVES as u64 };
-    let Task { b, h, first_row } = Task::at::<General, BR>(args, block, row_bytes);
+    let tile = schedule::query_tile(args, block, BR, row_bytes);
     let warp_row = flash_pipelined::warp_row::<F>();
     if const { right_part::<HALVES, O>() == 0 } {
-        return Place { b, h, first_row, warp_row, part: 0 };
+        return Place { tile, warp_row, part: 0 };
     }
     let rows = const { F as u32 * fragment::ROWS };
     let warp = warp_row / rows;
-    Place { b, h, first_row, warp_row: warp / 2 * rows, part: warp % 2 }
+    Place { tile, warp_row: warp / 2 * rows, part: warp % 2 }
 }
 
 /// The first column of part 1: what one warp with O tiles of 8 leaves over. 0 if nothing.
@@ -286,7 +279,7 @@ const fn right_part<const HALVES: usize, const O: usize>() -> u32 {
 /// Takes in a tile of keys.
 #[inline(always)]
 fn attend<L: Layout, const HALVES: usize, const N: usize, const O: usize, const F: usize>(
-    state: &mut Warp<f32, General, N, O, F>,
+    state: &mut Warp<f32, N, O, F>,
     queries: impl Queries<F>,
     (k_smem, v_smem): (Shared<Half>, Shared<Half>),
     first_key: u32,
@@ -372,7 +365,7 @@ fn add_output<C: Multiply<f32>, L: Layout, const O: usize, const F: usize>(
     });
 }
 
-/// Normalises 16 rows and stores them, with their LSE. Lane `t` of a row has columns
+/// Normalises the 16 rows from `first_row` on and stores them, with their LSE. Lane `t` of a row has columns
 /// `8 t` to `8 t + 8` of each 32: column `8 t + 4 c + e` in product `e`, at `c` of its two.
 /// What both parts have is part 0's to store, as is LSE.
 ///
@@ -382,19 +375,20 @@ fn add_output<C: Multiply<f32>, L: Layout, const O: usize, const F: usize>(
 #[inline(always)]
 unsafe fn store<const HALVES: usize, const O: usize>(
     args: &AttentionArgs,
-    (to, part): (Destination, u32),
+    policy: &Policy,
+    (first_row, part): (u32, u32),
     mut acc_o: [[f32; 4]; O],
     rows: &RowState,
-    policy: &impl Policy,
 ) {
+    let head = policy.head;
     // SAFETY: the buffers have the shapes that `args` says.
     let (o, lse) = unsafe { (args.o.buffer.view_mut::<f32>(), args.lse.view_mut::<f32>()) };
     let (g, column) = fragment::row_and_column();
-    let l_i = online::normalise(&mut acc_o, rows, policy, to.first_row + g);
+    let l_i = online::normalise(&mut acc_o, rows, policy, first_row + g);
     unroll!(for R in 0..2 {
-        let i = to.first_row + g + 8 * R as u32;
-        if i < args.seq_q {
-            let o_row = args.o.head(to.b, to.h) + i as u64 * args.o.stride_n;
+        let i = first_row + g + 8 * R as u32;
+        if i < head.seq_q {
+            let o_row = head.query(&args.o, i);
             let right = const { right_part::<HALVES, O>() };
             let first = o_row + (part * right + column * 4) as u64;
             unroll!(for QUAD in 0..8 {
@@ -409,7 +403,7 @@ unsafe fn store<const HALVES: usize, const O: usize>(
             });
             if column == 0 && part == 0 {
                 let value = softmax::log_sum_exp(rows.m_i[R], l_i[R]);
-                lse.write(args.row(to.b, to.h, i), value);
+                lse.write(head.row(i), value);
             }
         }
     });

@@ -47,8 +47,9 @@ use simt::{
 
 use crate::{
     args::{AttentionArgs, Tensor},
-    dropout, entries,
-    mask::Mask,
+    entries,
+    head::Head,
+    policy::Policy,
     softmax::{self, SPAN},
 };
 
@@ -112,14 +113,14 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
     // Who am I.
     let tid = thread::thread_idx_x();
     let (ty, tx) = (tid / COLUMN_THREADS, tid % COLUMN_THREADS);
-    let (h, b) = (thread::block_idx_y(), thread::block_idx_z());
+    let head = Head::of_block(args);
     let first_row = thread::block_idx_x() * BR;
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
-    let (mask, q_smem, k_smem, v_smem, p_smem) = unsafe {
+    let (policy, q_smem, k_smem, v_smem, p_smem) = unsafe {
         let (q_len, kv_len) = (BR * pitch(D), BC * pitch(D));
         let bytes = size_of::<f32>() as u32;
         (
-            Mask::new(args, b),
+            Policy::new(args, head),
             Shared::<f32>::dynamic(0, q_len),
             Shared::<f32>::dynamic(q_len * bytes, kv_len),
             Shared::<f32>::dynamic((q_len + kv_len) * bytes, kv_len),
@@ -129,21 +130,23 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
 
     // Load Q.
     // SAFETY: `q` is `[B, H, Nq, D]`.
-    unsafe { load_tile::<T, D>(&args.q, b, h, first_row, args.seq_q, BR, q_smem) };
+    unsafe {
+        load_tile::<T, D>(&args.q, head.query(&args.q, 0), first_row, head.seq_q, BR, q_smem)
+    };
 
     let mut m_i = [f32::NEG_INFINITY; ROWS];
     let mut l_i = [0.0f32; ROWS];
     let mut acc_o = [[[0.0f32; VECTOR]; MAX_COLUMN_GROUPS]; ROWS];
 
-    let num_kv_tiles = mask.end_of_keys(first_row + BR).div_ceil(BC);
+    let num_kv_tiles = policy.end_of_tile(first_row + BR).div_ceil(BC);
     for tile in 0..num_kv_tiles {
         let first_key = tile * BC;
         // Hazard: the tile before may still be read while this one is written.
         thread::sync_threads();
         // SAFETY: the buffers have the shapes that `args` says.
         unsafe {
-            load_tile::<T, D>(&args.k, b, h, first_key, args.seq_k, BC, k_smem);
-            load_tile::<T, D>(&args.v, b, h, first_key, args.seq_k, BC, v_smem);
+            load_tile::<T, D>(&args.k, head.key(&args.k, 0), first_key, head.seq_k, BC, k_smem);
+            load_tile::<T, D>(&args.v, head.key(&args.v, 0), first_key, head.seq_k, BC, v_smem);
         }
         // Hazard: tiles are read by threads that did not write them (Q too, at first).
         thread::sync_threads();
@@ -156,7 +159,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
             let i = first_row + ty * ROWS as u32 + R as u32;
             unroll!(for KEY in 0..4 {
                 let j = first_key + tx + KEY as u32 * COLUMN_THREADS;
-                s[R][KEY] = if mask.sees(i, j) { s[R][KEY] } else { f32::NEG_INFINITY };
+                s[R][KEY] = if policy.sees(i, j) { s[R][KEY] } else { f32::NEG_INFINITY };
             });
         });
 
@@ -182,15 +185,14 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
                 acc_o[R][GROUP] = acc_o[R][GROUP].map(|x| x * alpha);
             });
         });
-        if args.dropout.threshold != 0 {
+        if Policy::drops() {
             // Each thread goes over the entries of P that it has just written itself.
             for entry in 0..(ROWS * KEYS) as u32 {
                 let row = ty * ROWS as u32 + entry / KEYS as u32;
                 let column = tx + entry % KEYS as u32 * COLUMN_THREADS;
                 let index = row * pitch(BC as usize) + column;
                 let (i, j) = (first_row + row, first_key + column);
-                let p = dropout::apply(&args.dropout, (b, h, i, j), p_smem.read(index));
-                p_smem.write(index, p);
+                p_smem.write(index, policy.kept(i, j, p_smem.read(index)));
             }
         }
         // Hazard: a row of P is read by the eight threads that wrote it together. They
@@ -226,10 +228,10 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
         // Each thread summed its own keys: the row's sum is over its eight threads.
         let l_row = warp::reduce_add::<COLUMN_THREADS>(l_i[R]);
         let i = first_row + ty * ROWS as u32 + R as u32;
-        if i < args.seq_q {
-            let l_row = softmax::checked_fused_sum(m_i[R], l_row, || mask.sees_any(i));
+        if i < head.seq_q {
+            let l_row = softmax::checked_fused_sum(m_i[R], l_row, || policy.sees_any(i));
             let normaliser = softmax::normaliser(l_row);
-            let o_row = args.o.head(b, h) + i as u64 * args.o.stride_n;
+            let o_row = head.query(&args.o, i);
             unroll!(for GROUP in 0..4 {
                 if GROUP < D / COLUMN_STEP {
                     let column = GROUP as u32 * COLUMN_STEP as u32 + tx * VECTOR as u32;
@@ -240,7 +242,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
                 }
             });
             if tx == 0 {
-                lse.write(args.row(b, h, i), softmax::log_sum_exp(m_i[R], l_row));
+                lse.write(head.row(i), softmax::log_sum_exp(m_i[R], l_row));
             }
         }
     });
@@ -250,12 +252,11 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
 /// that what is computed from them and masked later is finite.
 ///
 /// # Safety
-/// The tensor must be `[B, H, N, D]` with `N = seq`.
+/// The `seq` rows of a head of the tensor begin at element `head`.
 #[inline(always)]
 unsafe fn load_tile<T: Scalar, const D: usize>(
     tensor: &Tensor,
-    b: u32,
-    h: u32,
+    head: u64,
     first_row: u32,
     seq: u32,
     rows: u32,
@@ -263,7 +264,6 @@ unsafe fn load_tile<T: Scalar, const D: usize>(
 ) {
     // SAFETY: the tensor is `[B, H, N, D]`.
     let view = unsafe { tensor.buffer.view::<T>() };
-    let head = tensor.head(b, h);
     for element in (thread::thread_idx_x()..rows * D as u32).step_by(THREADS as usize) {
         let (row, column) = (element / D as u32, element % D as u32);
         let value = if first_row + row < seq {

@@ -21,7 +21,7 @@ use simt::{
 };
 
 use crate::{
-    args::{Buffer, LinearArgs, Tensor},
+    args::{Buffer, LinearArgs},
     fragment,
 };
 
@@ -54,17 +54,6 @@ impl<T: Memory> Matrix<T> {
     pub unsafe fn new(buffer: &Buffer, origin: u64, stride: u64, rows: u32, columns: u32) -> Self {
         // SAFETY: the buffer holds the matrix.
         Self { view: unsafe { buffer.view::<T>() }, origin, stride, rows, columns }
-    }
-
-    /// The `rows` rows of head `h` of batch entry `b`.
-    ///
-    /// # Safety
-    /// The tensor must be `[B, H, N, D]` with `N = rows`, `D = columns`.
-    #[inline(always)]
-    #[must_use]
-    pub unsafe fn of_head(tensor: &Tensor, b: u32, h: u32, rows: u32, columns: u32) -> Self {
-        // SAFETY: passed on to the caller.
-        unsafe { Self::new(&tensor.buffer, tensor.head(b, h), tensor.stride_n, rows, columns) }
     }
 
     /// Whether vectors of 16 bytes lie either inside or outside of the matrix, and where

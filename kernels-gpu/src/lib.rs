@@ -25,8 +25,8 @@
 //! there for tests.
 //!
 //! What several rungs share stands in a module of its own: [`args`] (what a kernel is
-//! given), [`entry`] (how a generic kernel becomes entries), [`mask`] (which keys a
-//! row sees), [`dropout`] (Philox), [`softmax`] (the arithmetic of the online softmax),
+//! given), [`entry`] (how a generic kernel becomes entries), [`head`] (which rows a block works
+//! on), [`policy`] (which keys a row sees), [`dropout`] (Philox), [`softmax`] (the arithmetic of the online softmax),
 //! [`gemm`] (matrix products: what the projections and standard attention are made of),
 //! [`pipeline`] (a ring of stages between a producer and consumers), [`schedule`] (which
 //! block does which tile).
@@ -36,6 +36,7 @@
 
 pub mod args;
 pub mod chunk;
+pub mod constants;
 pub mod dropout;
 pub mod entry;
 pub mod flash_async;
@@ -47,15 +48,16 @@ pub mod flash_tf32;
 pub mod flash_tiled;
 pub mod fragment;
 pub mod gemm;
+pub mod head;
 pub mod linear;
 pub mod linear_hopper;
 pub mod linear_mma;
-pub mod mask;
 pub mod naive;
 pub mod online;
 pub mod pipeline;
 pub mod policy;
 pub mod probe;
+pub mod queue;
 pub mod schedule;
 pub mod softmax;
 pub mod standard;

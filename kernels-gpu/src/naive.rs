@@ -23,7 +23,7 @@
 use half::{bf16, f16};
 use simt::{math, scalar::Scalar, thread, warp};
 
-use crate::{args::AttentionArgs, dropout, entries, mask::Mask, softmax};
+use crate::{args::AttentionArgs, entries, head::Head, policy::Policy, softmax};
 
 /// Keys and rows of a block of `scores`: 16 neighbouring threads read the same query
 /// row, and neighbouring rows share their keys through the cache.
@@ -35,22 +35,7 @@ pub const SOFTMAX_ROWS: u32 = SOFTMAX_THREADS / warp::LANES;
 /// Threads of a block of `output`.
 pub const OUTPUT_THREADS: u32 = 128;
 
-/// Batch entry and head of this block, from the grid's slowest dimension.
-#[inline(always)]
-pub(crate) fn batch_and_head(args: &AttentionArgs) -> (u32, u32) {
-    let bh = thread::block_idx_z();
-    // There is at least one head; saying so spares the check for a division by zero.
-    let heads = args.heads.max(1);
-    (bh / heads, bh % heads)
-}
-
-/// Index of `weights[b, h, i, j]`.
-#[inline(always)]
-pub(crate) fn weight_index(args: &AttentionArgs, b: u32, h: u32, i: u32, j: u32) -> u64 {
-    args.row(b, h, i) * args.seq_k as u64 + j as u64
-}
-
-/// `Q[i, :] · K[j, :]` of head `h` of batch entry `b`.
+/// `Q[i, :] · K[j, :]` of a head.
 ///
 /// SPAN products are summed at a time: D, which is the plain sum, or [`softmax::SPAN`].
 ///
@@ -59,14 +44,13 @@ pub(crate) fn weight_index(args: &AttentionArgs, b: u32, h: u32, i: u32, j: u32)
 #[inline(always)]
 pub(crate) unsafe fn dot<T: Scalar, const D: usize, const SPAN: usize>(
     args: &AttentionArgs,
-    (b, h): (u32, u32),
+    head: Head,
     (i, j): (u32, u32),
 ) -> f32 {
     const { assert!(D % SPAN == 0) };
     // SAFETY: the buffers have the shapes that `args` says.
     let (q, k) = unsafe { (args.q.buffer.view::<T>(), args.k.buffer.view::<T>()) };
-    let q_row = args.q.head(b, h) + i as u64 * args.q.stride_n;
-    let k_row = args.k.head(b, h) + j as u64 * args.k.stride_n;
+    let (q_row, k_row) = (head.query(&args.q, i), head.key(&args.k, j));
     let mut s = 0.0;
     for first in (0..D as u64).step_by(SPAN) {
         let mut part = 0.0;
@@ -91,18 +75,18 @@ pub(crate) unsafe fn dot<T: Scalar, const D: usize, const SPAN: usize>(
 /// The buffers of `args` must have these shapes.
 #[inline(always)]
 pub unsafe fn scores<T: Scalar, const D: usize>(args: &AttentionArgs) {
-    let (b, h) = batch_and_head(args);
+    let head = Head::of_block_z(args);
     let j = thread::block_idx_x() * SCORES_TILE + thread::thread_idx_x();
     let i = thread::block_idx_y() * SCORES_TILE + thread::thread_idx_y();
-    if i >= args.seq_q || j >= args.seq_k {
+    if i >= head.seq_q || j >= head.seq_k {
         return;
     }
     // SAFETY: the buffers have the shapes that `args` says.
-    let (weights, mask) = unsafe { (args.weights.view_mut::<T>(), Mask::new(args, b)) };
+    let (weights, policy) = unsafe { (args.weights.view_mut::<T>(), Policy::new(args, head)) };
     // SAFETY: the buffers have the shapes that `args` says.
-    let s = unsafe { dot::<T, D, D>(args, (b, h), (i, j)) };
-    let s = if mask.sees(i, j) { s * args.scale_log2 } else { f32::NEG_INFINITY };
-    weights.write(weight_index(args, b, h, i, j), T::from_f32(s / softmax::STORED_UNIT));
+    let s = unsafe { dot::<T, D, D>(args, head, (i, j)) };
+    let s = if policy.sees(i, j) { s * args.scale_log2 } else { f32::NEG_INFINITY };
+    weights.write(head.weight(i, j), T::from_f32(s / softmax::STORED_UNIT));
 }
 
 /// `P = softmax(S)` in place, and the log-sum-exp of each row; then dropout.
@@ -117,39 +101,39 @@ pub unsafe fn scores<T: Scalar, const D: usize>(args: &AttentionArgs) {
 /// As for [`scores`], which must have run.
 #[inline(always)]
 pub unsafe fn softmax_rows<T: Scalar>(args: &AttentionArgs) {
-    let (b, h) = batch_and_head(args);
+    let head = Head::of_block_z(args);
     let i = thread::block_idx_x() * SOFTMAX_ROWS + warp::warp_id();
     let lane = warp::lane_id();
-    if i >= args.seq_q {
+    if i >= head.seq_q {
         return;
     }
     // SAFETY: the buffers have the shapes that `args` says.
-    let (weights, lse, mask) =
-        unsafe { (args.weights.view_mut::<T>(), args.lse.view_mut::<f32>(), Mask::new(args, b)) };
-    let row = weight_index(args, b, h, i, 0);
+    let (weights, lse, policy) = unsafe {
+        (args.weights.view_mut::<T>(), args.lse.view_mut::<f32>(), Policy::new(args, head))
+    };
+    let row = head.weight(i, 0);
     let score = |j: u32| weights.read(row + j as u64).to_f32() * softmax::STORED_UNIT;
 
     let mut m_i = f32::NEG_INFINITY;
-    for j in (lane..args.seq_k).step_by(warp::LANES as usize) {
+    for j in (lane..head.seq_k).step_by(warp::LANES as usize) {
         m_i = math::max(m_i, score(j));
     }
     let m_i = warp::reduce_max::<32>(m_i);
     let m_used = softmax::safe_max(m_i);
 
     let mut l_i = 0.0;
-    for j in (lane..args.seq_k).step_by(warp::LANES as usize) {
+    for j in (lane..head.seq_k).step_by(warp::LANES as usize) {
         l_i += math::exp2(score(j) - m_used);
     }
-    let l_i = softmax::checked_sum(warp::reduce_add::<32>(l_i), || mask.sees_any(i));
+    let l_i = softmax::checked_sum(warp::reduce_add::<32>(l_i), || policy.sees_any(i));
     let normaliser = softmax::normaliser(l_i);
 
-    for j in (lane..args.seq_k).step_by(warp::LANES as usize) {
+    for j in (lane..head.seq_k).step_by(warp::LANES as usize) {
         let p = math::exp2(score(j) - m_used) * normaliser;
-        let p = dropout::apply(&args.dropout, (b, h, i, j), p);
-        weights.write(row + j as u64, T::from_f32(p));
+        weights.write(row + j as u64, T::from_f32(policy.kept(i, j, p)));
     }
     if lane == 0 {
-        lse.write(args.row(b, h, i), softmax::log_sum_exp(m_i, l_i));
+        lse.write(head.row(i), softmax::log_sum_exp(m_i, l_i));
     }
 }
 
@@ -165,24 +149,24 @@ pub unsafe fn softmax_rows<T: Scalar>(args: &AttentionArgs) {
 /// As for [`scores`]; [`softmax_rows`] must have run.
 #[inline(always)]
 pub unsafe fn output<T: Scalar, const D: usize>(args: &AttentionArgs) {
-    let (b, h) = batch_and_head(args);
+    let head = Head::of_block_z(args);
     let element = thread::index_1d();
     let (i, d) = (element / D as u32, element % D as u32);
-    if i >= args.seq_q {
+    if i >= head.seq_q {
         return;
     }
     // SAFETY: the buffers have the shapes that `args` says.
     let (weights, v, o) = unsafe {
         (args.weights.view::<T>(), args.v.buffer.view::<T>(), args.o.buffer.view_mut::<T>())
     };
-    let row = weight_index(args, b, h, i, 0);
-    let column = args.v.head(b, h) + d as u64;
+    let row = head.weight(i, 0);
+    let column = head.key(&args.v, 0) + d as u64;
     let mut acc = 0.0;
-    for j in 0..args.seq_k as u64 {
+    for j in 0..head.seq_k as u64 {
         let p = weights.read(row + j).to_f32();
         acc = math::fma(p, v.read(column + j * args.v.stride_n).to_f32(), acc);
     }
-    o.write(args.o.head(b, h) + i as u64 * args.o.stride_n + d as u64, T::from_f32(acc));
+    o.write(head.query(&args.o, i) + d as u64, T::from_f32(acc));
 }
 
 entries! {

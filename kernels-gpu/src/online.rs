@@ -4,12 +4,7 @@ use simt::{
     global::GlobalMut, math, memory::Memory, mma::TensorCore, scalar::Scalar, unroll, warp,
 };
 
-use crate::{
-    args::AttentionArgs,
-    fragment,
-    policy::{self, Policy},
-    softmax,
-};
+use crate::{args::AttentionArgs, fragment, policy::Policy, softmax};
 
 /// Growth of a row's maximum, in units of log2(e), that is let pass: weights are then at
 /// most 2^8, which f16 and bf16 hold with the same relative error as 1.
@@ -111,18 +106,7 @@ pub fn maxima<const N: usize>(s: &[[f32; 4]; N], scale_log2: f32) -> [f32; 2] {
     [math::max(max[0], max[1]) * scale_log2, math::max(max[2], max[3]) * scale_log2]
 }
 
-/// Where a warp's rows of O and LSE go.
-#[derive(Clone, Copy, Debug)]
-pub struct Destination {
-    /// Batch entry.
-    pub b: u32,
-    /// Head.
-    pub h: u32,
-    /// The warp's first row.
-    pub first_row: u32,
-}
-
-/// Normalises 16 rows and stores them, with their LSE. Lanes of a row exchange what they
+/// Normalises the 16 rows from `first_row` on and stores them, with their LSE. Lanes of a row exchange what they
 /// have, so that each stores 16 bytes and the four 64 bytes side by side.
 ///
 /// # Safety
@@ -131,19 +115,20 @@ pub struct Destination {
 #[inline(always)]
 pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
     args: &AttentionArgs,
-    to: Destination,
+    policy: &Policy,
+    first_row: u32,
     mut acc_o: [[f32; 4]; O],
     rows: &RowState,
-    policy: &impl Policy,
 ) {
+    let head = policy.head;
     // SAFETY: `o` is `[B, H, Nq, D]` of this type, `lse` f32 `[B, H, Nq]`.
     let (o, lse) = unsafe { (args.o.buffer.view_mut::<T>(), args.lse.view_mut::<f32>()) };
     let (g, column) = fragment::row_and_column();
-    let l_i = normalise(&mut acc_o, rows, policy, to.first_row + g);
+    let l_i = normalise(&mut acc_o, rows, policy, first_row + g);
     unroll!(for R in 0..2 {
-        let i = to.first_row + g + 8 * R as u32;
-        let inside = i < args.seq_q;
-        let o_row = args.o.head(to.b, to.h) + i as u64 * args.o.stride_n;
+        let i = first_row + g + 8 * R as u32;
+        let inside = i < head.seq_q;
+        let o_row = head.query(&args.o, i);
         // 32 columns at a time: 8 of them to each of the row's four lanes.
         unroll!(for QUAD in 0..8 {
             if QUAD < O / 4 {
@@ -160,7 +145,7 @@ pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
         });
         if inside && column == 0 {
             let value = softmax::log_sum_exp(rows.m_i[R], l_i[R]);
-            lse.write(args.row(to.b, to.h, i), value);
+            lse.write(head.row(i), value);
         }
     });
 }
@@ -171,15 +156,13 @@ pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
 pub fn normalise<const O: usize>(
     acc_o: &mut [[f32; 4]; O],
     rows: &RowState,
-    policy: &impl Policy,
+    policy: &Policy,
     i: u32,
 ) -> [f32; 2] {
     let l_i = [warp::reduce_add::<4>(rows.l_i[0]), warp::reduce_add::<4>(rows.l_i[1])];
-    let l_i = policy::checked_sums(policy, i, rows.m_i, l_i);
-    let dropout = policy.dropout();
+    let l_i = policy.checked_sums(i, rows.m_i, l_i);
     // Kept weights are scaled up here, all at once.
-    let kept = if dropout.threshold != 0 { dropout.rescale } else { 1.0 };
-    fragment::scale_rows(acc_o, l_i.map(|l| softmax::normaliser(l) * kept));
+    fragment::scale_rows(acc_o, l_i.map(|l| softmax::normaliser(l) * policy.rescale()));
     l_i
 }
 

@@ -9,6 +9,10 @@
 //! ([`longest_first`], a block a tile) or that have a tile for every block
 //! ([`in_sections`], blocks that take tile after tile).
 
+use simt::compiler::opaque;
+
+use crate::{args::AttentionArgs, head::Head, policy::Policy, queue::QUEUE_WORDS};
+
 /// What a section of heads may occupy of the L2 cache (50 MB on an H100) in KiB.
 const SECTION_KIB: u32 = 32 << 10;
 
@@ -19,6 +23,83 @@ pub struct Work {
     pub head: u32,
     /// Query tile of the head.
     pub q_tile: u32,
+}
+
+/// A tile of query rows of one head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueryTile {
+    /// Batch entry.
+    pub b: u32,
+    /// Head.
+    pub h: u32,
+    /// The first row.
+    pub first_row: u32,
+}
+
+impl QueryTile {
+    /// The tile of `rows` rows that a piece of work is. Work that is not there, past the last
+    /// place, is any tile.
+    #[inline(always)]
+    #[must_use]
+    pub fn of(args: &AttentionArgs, work: Work, rows: u32) -> Self {
+        let (b, h) = divide(work.head, args.heads);
+        Self { b, h, first_row: work.q_tile.wrapping_mul(rows) }
+    }
+
+    /// Its head.
+    #[inline(always)]
+    #[must_use]
+    pub const fn head(&self, args: &AttentionArgs) -> Head {
+        Head::new(args, self.b, self.h)
+    }
+}
+
+/// Query tiles of a launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    /// Heads of all batch entries.
+    pub heads: u32,
+    /// Query tiles of a head.
+    pub num_q_tiles: u32,
+}
+
+impl Extent {
+    /// The tiles of `rows` rows.
+    #[inline(always)]
+    #[must_use]
+    pub fn new(args: &AttentionArgs, rows: u32) -> Self {
+        Self { heads: args.batch * args.heads, num_q_tiles: args.seq_q.div_ceil(rows) }
+    }
+
+    /// The same, of which the compiler knows nothing: computed where it is asked for.
+    #[inline(always)]
+    #[must_use]
+    pub fn anew(args: &AttentionArgs, rows: u32) -> Self {
+        let heads = opaque(args.batch) * opaque(args.heads);
+        Self { heads, num_q_tiles: opaque(args.seq_q).div_ceil(rows) }
+    }
+
+    /// Tasks: every tile of every head.
+    #[inline(always)]
+    #[must_use]
+    pub const fn tasks(&self) -> u32 {
+        self.heads * self.num_q_tiles
+    }
+}
+
+/// The tile of `rows` rows at a place in the order of work; a row of K and one of V take
+/// `row_bytes` bytes together.
+#[inline(always)]
+#[must_use]
+pub fn query_tile(args: &AttentionArgs, place: u32, rows: u32, row_bytes: u64) -> QueryTile {
+    let Extent { heads, num_q_tiles } = Extent::anew(args, rows);
+    let work = if Policy::is_causal() {
+        let head_bytes = opaque(args.seq_k) as u64 * row_bytes;
+        longest_first(place, num_q_tiles, heads, (head_bytes >> 10) as u32)
+    } else {
+        in_order(place, num_q_tiles)
+    };
+    QueryTile::of(args, work, rows)
 }
 
 /// Quotient and remainder. A divisor of zero counts as one: nothing is launched then, and
@@ -68,9 +149,6 @@ pub fn in_sections(
     let q_tile = if last_first { num_q_tiles.wrapping_sub(1).wrapping_sub(tile) } else { tile };
     Work { head: first.wrapping_add(head), q_tile }
 }
-
-/// Words of the queues of blocks that stay: one for all blocks, the others for [`Groups`].
-pub const QUEUE_WORDS: u32 = 128;
 
 /// What the heads that all groups work on at a time may occupy of the L2 cache in bytes: Q and O
 /// pass through it as well.

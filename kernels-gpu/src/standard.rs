@@ -40,9 +40,9 @@ use simt::{
 use crate::{
     args::AttentionArgs,
     entries,
-    gemm::{AsStored, Matrix, MatrixMut, Plain, Product, Scaled, Transposed, mma, tiled},
-    naive::{batch_and_head, weight_index},
-    policy::{self, General, Policy},
+    gemm::{AsStored, MatrixMut, Plain, Product, Scaled, Transposed, mma, tiled},
+    head::Head,
+    policy::Policy,
     softmax::STORED_UNIT,
 };
 
@@ -82,18 +82,6 @@ pub const fn output_shared_bytes(columns: u32) -> u32 {
     mma::shared_bytes(columns)
 }
 
-/// The weights of one head.
-///
-/// # Safety
-/// `args.weights` must be `[B, H, Nq, Nk]`.
-#[inline(always)]
-unsafe fn weights_of<T: Scalar>(args: &AttentionArgs, b: u32, h: u32) -> Matrix<T> {
-    let first = weight_index(args, b, h, 0, 0);
-    let (rows, keys) = (args.seq_q, args.seq_k);
-    // SAFETY: `weights` is `[B, H, Nq, Nk]`.
-    unsafe { Matrix::new(&args.weights, first, keys as u64, rows, keys) }
-}
-
 /// The product of a block of scores: `S = Q Kᵀ * scale`. `None` for a tile of `tile` rows and
 /// keys that is hidden: its scores are never read.
 ///
@@ -105,17 +93,17 @@ unsafe fn scores_product<T: Scalar>(
     (first_row, first_key): (u32, u32),
     tile: u32,
 ) -> Option<Product<T, Scaled>> {
-    let (b, h) = batch_and_head(args);
+    let head = Head::of_block_z(args);
     // SAFETY: the buffers have the shapes that `args` says.
     unsafe {
-        let policy = General::new(args, b, h);
-        if first_key >= policy::end_of_tile(&policy, first_row + tile, args.seq_q) {
+        let policy = Policy::new(args, head);
+        if first_key >= policy.end_of_tile(first_row + tile) {
             return None;
         }
         Some(Product {
-            a: Matrix::of_head(&args.q, b, h, args.seq_q, args.head_dim),
-            b: Matrix::of_head(&args.k, b, h, args.seq_k, args.head_dim),
-            c: MatrixMut::new(weights_of(args, b, h), &args.weights),
+            a: head.query_matrix(&args.q, args.head_dim),
+            b: head.key_matrix(&args.k, args.head_dim),
+            c: MatrixMut::new(head.weight_matrix(args), &args.weights),
             depth: args.head_dim,
             epilogue: Scaled(args.scale / STORED_UNIT),
         })
@@ -132,16 +120,16 @@ unsafe fn output_product<T: Scalar>(
     first_row: u32,
     tile: u32,
 ) -> Product<T, Plain> {
-    let (b, h) = batch_and_head(args);
+    let head = Head::of_block_z(args);
     // SAFETY: the buffers have the shapes that `args` says.
     unsafe {
-        let policy = General::new(args, b, h);
-        let o = Matrix::of_head(&args.o, b, h, args.seq_q, args.head_dim);
+        let policy = Policy::new(args, head);
+        let o = head.query_matrix(&args.o, args.head_dim);
         Product {
-            a: weights_of(args, b, h),
-            b: Matrix::of_head(&args.v, b, h, args.seq_k, args.head_dim),
+            a: head.weight_matrix(args),
+            b: head.key_matrix(&args.v, args.head_dim),
             c: MatrixMut::new(o, &args.o.buffer),
-            depth: policy::end_of_tile(&policy, first_row + tile, args.seq_q),
+            depth: policy.end_of_tile(first_row + tile),
             epilogue: Plain,
         }
     }

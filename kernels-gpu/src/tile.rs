@@ -24,7 +24,7 @@ use crate::args::Tensor;
 /// Threads of a block of four warps.
 pub const FOUR_WARPS: u32 = 4 * warp::LANES;
 
-/// The rows of one head of a tensor.
+/// The rows of one head of a tensor: see [`Head::queries`](crate::head::Head::queries).
 #[derive(Clone, Copy)]
 pub struct Rows<T> {
     /// The head's first row and what follows.
@@ -35,16 +35,15 @@ pub struct Rows<T> {
 }
 
 impl<T: Memory> Rows<T> {
-    /// The `seq` rows of head `h` of batch entry `b`.
+    /// The `seq` rows of a head, the first of which is at element `first`.
     ///
     /// # Safety
-    /// The tensor must be `[B, H, N, D]` with `N = seq`, its address and strides multiples
-    /// of 16 bytes.
+    /// The tensor must hold them, its address and strides multiples of 16 bytes.
     #[inline(always)]
-    pub unsafe fn new(tensor: &Tensor, b: u32, h: u32, seq: u32) -> Self {
-        // SAFETY: the tensor is `[B, H, N, D]`.
+    pub unsafe fn new(tensor: &Tensor, first: u64, seq: u32) -> Self {
+        // SAFETY: passed on to the caller.
         let view = unsafe { tensor.buffer.view::<T>() };
-        Self { head: view.skip(tensor.head(b, h)), stride: tensor.stride_n, seq }
+        Self { head: view.skip(first), stride: tensor.stride_n, seq }
     }
 
     /// The same rows, of whose stride the compiler knows nothing: it would keep multiples of it

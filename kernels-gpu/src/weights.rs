@@ -23,13 +23,7 @@
 use half::{bf16, f16};
 use simt::{math, scalar::Scalar, thread, warp};
 
-use crate::{
-    args::AttentionArgs,
-    dropout, entries,
-    mask::Mask,
-    naive::{batch_and_head, dot, weight_index},
-    softmax,
-};
+use crate::{args::AttentionArgs, entries, head::Head, naive::dot, policy::Policy, softmax};
 
 /// Rows of a block, and threads of a row.
 pub const TILE: u32 = 16;
@@ -47,21 +41,21 @@ pub const TILE: u32 = 16;
 /// The buffers of `args` must have these shapes, and the launch the threads stated here.
 #[inline(always)]
 pub unsafe fn weights<T: Scalar, const D: usize>(args: &AttentionArgs) {
-    let (b, h) = batch_and_head(args);
+    let head = Head::of_block_z(args);
     let (tx, row) = (thread::thread_idx_x(), thread::block_idx_x() * TILE + thread::thread_idx_y());
     // Threads past the last row take part in the warp's collectives, and write nothing.
-    let (i, inside) = (row.min(args.seq_q - 1), row < args.seq_q);
+    let (i, inside) = (row.min(head.seq_q - 1), row < head.seq_q);
     // SAFETY: the buffers have the shapes stated above.
-    let (weights, mask) = unsafe { (args.weights.view_mut::<T>(), Mask::new(args, b)) };
+    let (weights, policy) = unsafe { (args.weights.view_mut::<T>(), Policy::new(args, head)) };
     // SAFETY: row and key exist.
-    let score = |j: u32| unsafe { dot::<T, D, { softmax::SPAN }>(args, (b, h), (i, j)) };
+    let score = |j: u32| unsafe { dot::<T, D, { softmax::SPAN }>(args, head, (i, j)) };
     // The difference first: of scores of like size it is exact.
     let weight = |s: f32, m: f32| math::exp2((s - m) * args.scale_log2);
 
     // Maximum and sum, unscaled: the scale is positive.
     let (mut m_i, mut l_i) = (f32::NEG_INFINITY, 0.0);
-    for j in (tx..mask.end_of_keys(i + 1)).step_by(TILE as usize) {
-        if mask.sees(i, j) {
+    for j in (tx..policy.end_of_row(i)).step_by(TILE as usize) {
+        if policy.sees(i, j) {
             let s = score(j);
             let m_new = math::max(m_i, s);
             let m_used = softmax::safe_max(m_new);
@@ -71,15 +65,14 @@ pub unsafe fn weights<T: Scalar, const D: usize>(args: &AttentionArgs) {
     }
     let m_used = softmax::safe_max(warp::reduce_max::<TILE>(m_i));
     let l_i = warp::reduce_add::<TILE>(l_i * weight(m_i, m_used));
-    let normaliser = softmax::normaliser(softmax::checked_sum(l_i, || mask.sees_any(i)));
+    let normaliser = softmax::normaliser(softmax::checked_sum(l_i, || policy.sees_any(i)));
 
     if !inside {
         return;
     }
-    for j in (tx..args.seq_k).step_by(TILE as usize) {
-        let p = if mask.sees(i, j) { weight(score(j), m_used) * normaliser } else { 0.0 };
-        let p = dropout::apply(&args.dropout, (b, h, i, j), p);
-        weights.write(weight_index(args, b, h, i, j), T::from_f32(p));
+    for j in (tx..head.seq_k).step_by(TILE as usize) {
+        let p = if policy.sees(i, j) { weight(score(j), m_used) * normaliser } else { 0.0 };
+        weights.write(head.weight(i, j), T::from_f32(policy.kept(i, j, p)));
     }
 }
 

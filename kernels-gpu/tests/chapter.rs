@@ -9,7 +9,7 @@ use chapter::flash_rows;
 use common::Case;
 use half::{bf16, f16};
 // What the kernel finds in its crate.
-use kernels_gpu::{args, dropout, entries, mask, softmax};
+use kernels_gpu::{args, entries, head, policy, softmax};
 use simt::{
     Dim3,
     emulator::{self, Launch},
@@ -35,7 +35,8 @@ fn it_computes_attention() {
             let address = std::ptr::from_ref(args) as usize;
             // SAFETY: the arguments describe buffers that outlive the launch.
             let kernel = || unsafe { (entry.run)(address as *const _) };
-            emulator::launch(launch, &kernel).unwrap_or_else(|fault| panic!("{fault}"))
+            emulator::launch_with(launch, &common::options(), &kernel)
+                .unwrap_or_else(|fault| panic!("{fault}"))
         }
     };
     let plain = Case { heads: 2, ..Case::new(5, 9, 64) };

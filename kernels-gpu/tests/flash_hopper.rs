@@ -7,10 +7,10 @@ use approx::abs_diff_eq;
 use half::{bf16, f16};
 use kernels_gpu::{
     args::{AttentionArgs, Buffer, DropoutArgs, Tensor},
+    constants::Constants,
     dropout,
     flash_hopper::{self, HopperArgs, Tiles},
-    policy::Full,
-    schedule::QUEUE_WORDS,
+    queue::QUEUE_WORDS,
 };
 use simt::{
     Dim3,
@@ -22,7 +22,7 @@ use simt::{
 /// A problem; everything else has a default.
 #[derive(Clone, Copy)]
 struct Case {
-    policy: &'static str,
+    consumers: u32,
     batch: u32,
     heads: u32,
     seq_q: u32,
@@ -39,10 +39,10 @@ struct Case {
 }
 
 impl Case {
-    const fn new(policy: &'static str, d: u32, seq_q: u32, seq_k: u32) -> Self {
+    const fn new(d: u32, seq_q: u32, seq_k: u32) -> Self {
         let (batch, heads, causal, hidden_batch) = (1, 1, false, None);
         Self {
-            policy,
+            consumers: 2,
             batch,
             heads,
             seq_q,
@@ -57,7 +57,7 @@ impl Case {
     }
 
     fn tiles(&self) -> Tiles {
-        Tiles::of(self.d, if self.policy.ends_with("_x3") { 3 } else { 2 })
+        Tiles::of(self.d, self.consumers)
     }
 
     fn strides(&self, seq: u32) -> (u64, u64, u64) {
@@ -107,9 +107,9 @@ fn values<T: Scalar>(count: usize, seed: u32, offset: f32) -> Vec<T> {
 /// Checks a case with every number of consumers that there is.
 fn check<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
     check_one::<T>(dtype, tolerance, case);
-    if case.policy != "general" && flash_hopper::max_consumers::<Full>(case.d) == 3 {
-        let policy = if case.policy == "full" { "full_x3" } else { "causal_x3" };
-        check_one::<T>(dtype, tolerance, Case { policy, ..case });
+    let plain = case.hidden_batch.is_none() && case.dropout == 0.0;
+    if plain && flash_hopper::max_consumers(case.d) == 3 {
+        check_one::<T>(dtype, tolerance, Case { consumers: 3, ..case });
     }
 }
 
@@ -148,7 +148,6 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
         seq_q,
         seq_k,
         scale_log2: std::f32::consts::LOG2_E / (d as f32).sqrt(),
-        causal: case.causal.into(),
         dropout,
         ..AttentionArgs::default()
     };
@@ -163,7 +162,8 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
     args.queue = buffer(&mut queue);
 
     let tiles = case.tiles();
-    let symbol = format!("flash_hopper_{dtype}_d{d}_{}", case.policy);
+    let size = if case.consumers == 3 { "_x3" } else { "" };
+    let symbol = format!("flash_hopper_{dtype}_d{d}{size}");
     let entry = kernels_gpu::find(&symbol).expect("an entry of that name");
     let tasks = seq_q.div_ceil(tiles.rows()) * batch * heads;
     let launch = Launch {
@@ -176,7 +176,13 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
     let address = std::ptr::from_ref(&args) as usize;
     // SAFETY: the arguments describe buffers that outlive the launch.
     let kernel = || unsafe { (entry.run)(address as *const _) };
-    emulator::launch_with(launch, &common::options(), &kernel)
+    let constants = Constants {
+        causal: case.causal.into(),
+        padding: case.hidden_batch.is_some().into(),
+        dropout: u32::from(case.dropout > 0.0),
+    };
+    let options = common::with_constants(constants, common::options);
+    emulator::launch_with(launch, &options, &kernel)
         .unwrap_or_else(|fault| panic!("{symbol}: {fault}"));
     assert_eq!(queue, [0; QUEUE_WORDS as usize], "{symbol} leaves the queues as they were");
 
@@ -247,23 +253,23 @@ const BF16: f64 = 1.2e-2;
 #[test]
 fn full_attention_with_tails_at_every_head_dim() {
     for d in [64, 96, 128, 192, 256] {
-        check::<f16>("f16", F16, Case::new("full", d, 70, 300));
+        check::<f16>("f16", F16, Case::new(d, 70, 300));
     }
 }
 
 #[test]
 fn bf16_differs_by_its_rounding_only() {
-    check::<bf16>("bf16", BF16, Case::new("full", 64, 65, 257));
-    check::<bf16>("bf16", BF16, Case { causal: true, ..Case::new("causal", 128, 129, 129) });
+    check::<bf16>("bf16", BF16, Case::new(64, 65, 257));
+    check::<bf16>("bf16", BF16, Case { causal: true, ..Case::new(128, 129, 129) });
 }
 
 #[test]
 fn tiles_that_fit_exactly_and_single_rows() {
     for (seq_q, seq_k) in [(1, 1), (192, 128), (193, 129), (191, 127), (1, 256)] {
-        check::<f16>("f16", F16, Case::new("full", 64, seq_q, seq_k));
+        check::<f16>("f16", F16, Case::new(64, seq_q, seq_k));
     }
     for (seq_q, seq_k) in [(128, 128), (127, 129), (129, 1)] {
-        check::<f16>("f16", F16, Case::new("full", 128, seq_q, seq_k));
+        check::<f16>("f16", F16, Case::new(128, seq_q, seq_k));
     }
 }
 
@@ -272,26 +278,25 @@ fn causal_is_aligned_to_the_bottom_right() {
     // Longer keys, longer queries (the first rows see nothing), and equal lengths.
     for (seq_q, seq_k) in [(200, 200), (70, 333), (333, 70), (130, 515)] {
         for d in [64, 128] {
-            let case = Case { causal: true, ..Case::new("causal", d, seq_q, seq_k) };
+            let case = Case { causal: true, ..Case::new(d, seq_q, seq_k) };
             check::<f16>("f16", F16, case);
         }
     }
     for d in [96, 192, 256] {
-        check::<f16>("f16", F16, Case { causal: true, ..Case::new("causal", d, 150, 170) });
+        check::<f16>("f16", F16, Case { causal: true, ..Case::new(d, 150, 170) });
     }
 }
 
 #[test]
 fn a_block_does_task_after_task() {
     for d in [64, 96, 128, 192, 256] {
-        let case = Case { batch: 2, heads: 2, ..Case::new("full", d, 140, 140) };
+        let case = Case { batch: 2, heads: 2, ..Case::new(d, 140, 140) };
         check::<f16>("f16", F16, case);
         // The first rows of each head see no key: tasks that have nothing to do come between.
         let case = Case { causal: true, seq_q: 400, seq_k: 100, ..case };
-        check::<f16>("f16", F16, Case { policy: "causal", ..case });
+        check::<f16>("f16", F16, case);
     }
-    let case =
-        Case { batch: 3, heads: 2, hidden_batch: Some(1), ..Case::new("general", 64, 150, 70) };
+    let case = Case { batch: 3, heads: 2, hidden_batch: Some(1), ..Case::new(64, 150, 70) };
     check::<f16>("f16", F16, case);
     check::<f16>("f16", F16, Case { causal: true, ..case });
 }
@@ -304,11 +309,9 @@ fn no_order_of_tasks_stops_a_block() {
     for (seq_q, seq_k) in [(65, 1), (193, 130), (400, 100), (330, 300)] {
         for tasks_a_block in [2, 100] {
             for d in [64, 192] {
-                let case = Case { heads: 2, tasks_a_block, ..Case::new("full", d, seq_q, seq_k) };
+                let case = Case { heads: 2, tasks_a_block, ..Case::new(d, seq_q, seq_k) };
                 check::<f16>("f16", F16, case);
-                let causal = Case { causal: true, ..case };
-                check::<f16>("f16", F16, Case { policy: "causal", ..causal });
-                check::<f16>("f16", F16, Case { policy: "general", ..causal });
+                check::<f16>("f16", F16, Case { causal: true, ..case });
             }
         }
     }
@@ -319,33 +322,28 @@ fn groups_of_blocks_share_heads() {
     // Ten heads of two tiles on ten blocks: two groups of four blocks with four heads each, two
     // blocks in no group, two heads for all. Then six blocks: one group.
     for (heads, tasks_a_block) in [(10, 2), (6, 2), (9, 4)] {
-        let case = Case { heads, tasks_a_block, causal: true, ..Case::new("causal", 64, 140, 140) };
+        let case = Case { heads, tasks_a_block, causal: true, ..Case::new(64, 140, 140) };
         check_one::<f16>("f16", F16, case);
-        check_one::<f16>("f16", F16, Case { policy: "general", d: 192, ..case });
+        check_one::<f16>("f16", F16, Case { d: 192, ..case });
     }
 }
 
 #[test]
-fn general_takes_padding_dropout_and_both() {
+fn padding_dropout_and_both() {
     for d in [64, 96, 128, 192, 256] {
-        let case = Case {
-            batch: 2,
-            hidden_batch: Some(1),
-            dropout: 0.25,
-            ..Case::new("general", d, 66, 150)
-        };
+        let case = Case { batch: 2, hidden_batch: Some(1), dropout: 0.25, ..Case::new(d, 66, 150) };
         // Kept weights are a third larger, and so are the errors.
         check::<f16>("f16", 2.0 * F16, case);
     }
-    let case = Case { batch: 2, hidden_batch: Some(0), ..Case::new("general", 64, 40, 200) };
+    let case = Case { batch: 2, hidden_batch: Some(0), ..Case::new(64, 40, 200) };
     check::<f16>("f16", F16, Case { causal: true, ..case });
     check::<bf16>("bf16", BF16, Case { causal: true, dropout: 0.1, ..case });
-    check::<f16>("f16", F16, Case::new("general", 128, 30, 140));
+    check::<f16>("f16", F16, Case::new(128, 30, 140));
 }
 
 #[test]
 fn token_major_tensors_need_no_copy() {
-    let case = Case { batch: 2, heads: 3, token_major: true, ..Case::new("full", 64, 50, 140) };
+    let case = Case { batch: 2, heads: 3, token_major: true, ..Case::new(64, 50, 140) };
     check::<f16>("f16", F16, case);
-    check::<f16>("f16", F16, Case { policy: "causal", causal: true, ..case });
+    check::<f16>("f16", F16, Case { causal: true, ..case });
 }

@@ -7,7 +7,8 @@ mod common;
 use std::{cell::OnceCell, fs, path::Path, sync::Arc};
 
 use common::{
-    Case, Hopper, Problem, buffer, buffer_mut, map, options, try_run, values, with_options,
+    Case, Hopper, Problem, buffer, buffer_mut, map, options, try_run, values, with_constants,
+    with_options,
 };
 use half::f16;
 use kernels_gpu::{
@@ -16,7 +17,7 @@ use kernels_gpu::{
     linear_hopper::{self, LinearHopperArgs, Tile},
     linear_mma,
     probe::{self, ProbeArgs},
-    schedule::QUEUE_WORDS,
+    queue::QUEUE_WORDS,
     standard::{self, softmax},
 };
 use simt::{
@@ -53,36 +54,21 @@ const MAY_PASS: &[Passes] = &[
         reason: "nothing counts the registers that a thread uses here; a GPU's assembler does",
     },
     Passes {
-        subject: "flash_hopper_full",
+        subject: "flash_hopper_turns",
         kind: SyncKind::MbarrierWait,
         file: "flash_hopper/consumer.rs",
         text: "self.k_ring.wait(self.k_stage);\n            self.v_ring.wait(self.v_stage);",
         reason: "in turns, the other consumer has found V there before it passes the turn on",
     },
     Passes {
-        subject: "flash_hopper_full",
+        subject: "flash_hopper_turns",
         kind: SyncKind::MbarrierWait,
         file: "flash_hopper/consumer.rs",
         text: "not before.\n            self.k_ring.wait(self.k_stage);",
         reason: "in turns, the other consumer has found K there before it passes the turn on",
     },
-    // With three consumers all of these are needed, and found.
     Passes {
-        subject: "flash_hopper_general",
-        kind: SyncKind::MbarrierWait,
-        file: "flash_hopper/consumer.rs",
-        text: "not before.\n            self.k_ring.wait(self.k_stage);",
-        reason: "the wait for Q and for the other ring tell that the lap before is over",
-    },
-    Passes {
-        subject: "flash_hopper_general",
-        kind: SyncKind::Barrier,
-        file: "flash_hopper/turn.rs",
-        text: "pub fn gather(self)",
-        reason: "one tile a task passes, and a product gathers the warps before the next lap",
-    },
-    Passes {
-        subject: "flash_hopper_full",
+        subject: "flash_hopper_turns",
         kind: SyncKind::WarpBarrier,
         file: "flash_hopper/consumer.rs",
         text: "must have read this one.\n        warp::sync_warp(warp::FULL_MASK);",
@@ -212,7 +198,7 @@ fn attention<T: Scalar>(
 ) -> Result<Outputs, Fault> {
     let mut problem = case.problem::<T>();
     let args = case.args(&mut problem);
-    launch(&args)?;
+    with_constants(case.constants(), || launch(&args))?;
     let Problem { o, lse, .. } = &problem;
     Ok([bits(o), bits(lse)].concat())
 }
@@ -256,17 +242,15 @@ fn the_rungs_with_a_block_a_tile_need_their_barriers_and_waits() {
 
 #[test]
 fn flash_pipelined_needs_its_barriers_and_waits() {
-    for (policy, general, d) in
-        [("causal", false, 64), ("general", true, 64), ("general", true, 256)]
-    {
-        let shape = flash_pipelined::shape(d as usize, general);
-        let shared = flash_pipelined::shared_bytes(d as usize, general);
+    for d in [64, 256] {
+        let shape = flash_pipelined::shape(d as usize);
+        let shared = flash_pipelined::shared_bytes(d as usize);
         let case = Case { heads: 2, ..case(d, shape.rows(), shape.keys) };
-        change_all(&format!("flash_pipelined_{policy}_d{d}"), || {
+        change_all(&format!("flash_pipelined_d{d}"), || {
             attention::<f16>(&case, |args| {
                 let mut queue = [0u32; QUEUE_WORDS as usize];
                 let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
-                let symbol = format!("flash_pipelined_f16_d{d}_{policy}");
+                let symbol = format!("flash_pipelined_f16_d{d}");
                 try_run(&symbol, 2.into(), shape.threads().into(), shared, &args)
             })
         });
@@ -435,43 +419,44 @@ impl Subject {
 /// Consumers that take turns, two stages of Q; tasks one after the other.
 fn taking_turns() -> Subject {
     let case = Case { heads: 3, ..Case::new(130, 300, 64) };
-    Subject { hopper: Hopper { policy: "full", consumers: 2, blocks: 2 }, case }
+    Subject { hopper: Hopper { consumers: 2, blocks: 2 }, case }
 }
 
-/// No turns, and a consumer that sees less than the other.
-fn without_turns() -> Subject {
-    let case = Case { heads: 6, causal: true, ..Case::new(128, 160, 64) };
-    Subject { hopper: Hopper { policy: "general", consumers: 2, blocks: 1 }, case }
+/// Everything that hides or weighs keys.
+fn all_features() -> Subject {
+    let case =
+        Case { heads: 2, causal: true, padding: true, dropout: 0.2, ..Case::new(130, 300, 64) };
+    Subject { hopper: Hopper { consumers: 2, blocks: 2 }, case }
 }
 
 /// A consumer without rows, which lets every tile of several laps of the ring pass.
 fn passing_everything() -> Subject {
     let case = Case { heads: 3, ..Case::new(60, 1300, 64) };
-    Subject { hopper: Hopper { policy: "general", consumers: 2, blocks: 1 }, case }
+    Subject { hopper: Hopper { consumers: 3, blocks: 1 }, case }
 }
 
 #[test]
 fn flash_hopper_needs_its_barriers_and_waits() {
-    change_all("flash_hopper_full_d64", || taking_turns().run());
-    change_all("flash_hopper_general_d64", || without_turns().run());
+    change_all("flash_hopper_turns", || taking_turns().run());
+    change_all("flash_hopper_turns_all", || all_features().run());
 }
 
 #[test]
 fn flash_hopper_with_one_stage_of_q_needs_its_barriers_and_waits() {
     let case = Case { heads: 3, ..Case::new(130, 200, 192) };
-    let hopper = Hopper { policy: "full", consumers: 2, blocks: 1 };
-    change_all("flash_hopper_full_d192", || Subject { hopper, case }.run());
+    let hopper = Hopper { consumers: 2, blocks: 1 };
+    change_all("flash_hopper_turns_d192", || Subject { hopper, case }.run());
 }
 
 /// Three consumers, no turns; one sees less than the others.
 fn three_consumers() -> Subject {
     let case = Case { heads: 2, causal: true, ..Case::new(200, 300, 64) };
-    Subject { hopper: Hopper { policy: "causal_x3", consumers: 3, blocks: 1 }, case }
+    Subject { hopper: Hopper { consumers: 3, blocks: 1 }, case }
 }
 
 #[test]
 fn flash_hopper_with_three_consumers_needs_its_barriers_and_waits() {
-    change_all("flash_hopper_causal_x3", || three_consumers().run());
+    change_all("flash_hopper_x3", || three_consumers().run());
 }
 
 /// The synchronisation of that kind with `text` just before it.

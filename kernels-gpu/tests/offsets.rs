@@ -8,7 +8,7 @@ use half::f16;
 use kernels_gpu::{
     args::AttentionArgs,
     flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, naive,
-    schedule::QUEUE_WORDS,
+    queue::QUEUE_WORDS,
     standard::{self, softmax},
 };
 use simt::{Dim3, emulator::Stats, scalar::Scalar};
@@ -88,26 +88,23 @@ fn a_block_a_tile() {
 
 #[test]
 fn pipelined() {
-    for (policy, general) in [("causal", false), ("general", true)] {
-        let shape = flash_pipelined::shape(64, general);
-        let shared = flash_pipelined::shared_bytes(64, general);
-        sweep::<f16>((49, shape.keys, 64), false, |_, args| {
-            let mut queue = [0u32; QUEUE_WORDS as usize];
-            let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
-            let symbol = format!("flash_pipelined_f16_d64_{policy}");
-            let blocks = args.seq_q.div_ceil(shape.rows());
-            run(&symbol, blocks.into(), shape.threads().into(), shared, &args)
-        });
-    }
+    let shape = flash_pipelined::shape(64);
+    let shared = flash_pipelined::shared_bytes(64);
+    sweep::<f16>((49, shape.keys, 64), false, |_, args| {
+        let mut queue = [0u32; QUEUE_WORDS as usize];
+        let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
+        let blocks = args.seq_q.div_ceil(shape.rows());
+        run("flash_pipelined_f16_d64", blocks.into(), shape.threads().into(), shared, &args)
+    });
 }
 
 #[test]
 fn hopper() {
-    for (policy, consumers) in [("causal", 2), ("causal_x3", 3), ("general", 2)] {
-        let hopper = Hopper { policy, consumers, blocks: 1 };
+    for consumers in [2, 3] {
+        let hopper = Hopper { consumers, blocks: 1 };
         // The second consumer has one row.
         sweep::<f16>((65, 128, 64), false, |case, args| {
-            hopper.run(case, args).unwrap_or_else(|fault| panic!("{policy}: {fault}"))
+            hopper.run(case, args).unwrap_or_else(|fault| panic!("{consumers} consumers: {fault}"))
         });
     }
 }

@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::{Case, Hopper, buffer_mut, run, seeds, with_options};
+use common::{Case, Hopper, buffer_mut, run, seeds, with_constants, with_options};
 use half::f16;
-use kernels_gpu::{args::AttentionArgs, flash_pipelined, schedule::QUEUE_WORDS};
+use kernels_gpu::{args::AttentionArgs, flash_pipelined, queue::QUEUE_WORDS};
 use simt::emulator::Options;
 
 /// Runs `launch` on the case under every seed, and compares O and LSE.
@@ -14,7 +14,7 @@ fn the_same_under_every_seed(case: &Case, launch: impl Fn(&AttentionArgs)) {
     for seed in seeds() {
         let mut problem = case.problem::<f16>();
         let args = case.args(&mut problem);
-        with_options(Options::seeded(seed), || launch(&args));
+        with_options(Options::seeded(seed), || with_constants(case.constants(), || launch(&args)));
         let outputs = std::hint::black_box((problem.o, problem.lse));
         let first = first.get_or_insert_with(|| outputs.clone());
         // NaN, what nobody has written, is not equal to itself.
@@ -25,17 +25,19 @@ fn the_same_under_every_seed(case: &Case, launch: impl Fn(&AttentionArgs)) {
 #[test]
 fn flash_hopper() {
     let shape = |heads, q, k, d| Case { heads, ..Case::new(q, k, d) };
-    for (policy, consumers, case) in [
-        ("full", 2, shape(3, 130, 300, 64)),
-        ("full", 2, shape(3, 130, 200, 192)),
-        ("causal", 2, Case { causal: true, ..shape(4, 140, 300, 64) }),
-        ("causal_x3", 3, Case { causal: true, ..shape(2, 200, 300, 64) }),
-        ("general", 2, Case { causal: true, ..shape(6, 128, 160, 64) }),
+    for (consumers, case) in [
+        (2, shape(3, 130, 300, 64)),
+        (2, shape(3, 130, 200, 192)),
+        (2, Case { causal: true, ..shape(4, 140, 300, 64) }),
+        (3, Case { causal: true, ..shape(2, 200, 300, 64) }),
+        (2, Case { causal: true, padding: true, dropout: 0.2, ..shape(3, 128, 160, 64) }),
     ] {
         for blocks in [1, 2] {
-            let hopper = Hopper { policy, consumers, blocks };
+            let hopper = Hopper { consumers, blocks };
             the_same_under_every_seed(&case, |args| {
-                hopper.run(&case, args).unwrap_or_else(|fault| panic!("{policy}: {fault}"));
+                hopper
+                    .run(&case, args)
+                    .unwrap_or_else(|fault| panic!("{consumers} consumers: {fault}"));
             });
         }
     }
@@ -43,16 +45,15 @@ fn flash_hopper() {
 
 #[test]
 fn flash_pipelined() {
-    for (policy, general) in [("causal", false), ("general", true)] {
-        let shape = flash_pipelined::shape(64, general);
-        let shared = flash_pipelined::shared_bytes(64, general);
-        let case =
-            Case { heads: 3, causal: true, ..Case::new(shape.rows() + 9, 2 * shape.keys + 7, 64) };
+    let shape = flash_pipelined::shape(64);
+    let shared = flash_pipelined::shared_bytes(64);
+    let plain =
+        Case { heads: 3, causal: true, ..Case::new(shape.rows() + 9, 2 * shape.keys + 7, 64) };
+    for case in [plain, Case { padding: true, dropout: 0.2, ..plain }] {
         the_same_under_every_seed(&case, |args| {
             let mut queue = [0u32; QUEUE_WORDS as usize];
             let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
-            let symbol = format!("flash_pipelined_f16_d64_{policy}");
-            run(&symbol, 3.into(), shape.threads().into(), shared, &args);
+            run("flash_pipelined_f16_d64", 3.into(), shape.threads().into(), shared, &args);
         });
     }
 }

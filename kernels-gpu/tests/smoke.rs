@@ -4,11 +4,12 @@
 use approx::assert_abs_diff_eq;
 use kernels_gpu::{
     args::{AttentionArgs, Buffer, Tensor},
+    constants::Constants,
     flash_tiled, naive,
 };
 use simt::{
     Dim3,
-    emulator::{self, Launch},
+    emulator::{self, Launch, Options},
 };
 
 const BATCH: u32 = 2;
@@ -31,12 +32,22 @@ fn tensor(data: &mut [f32], seq: u32) -> Tensor {
     }
 }
 
-fn run(symbol: &str, grid: Dim3, block: Dim3, shared_bytes: u32, args: &AttentionArgs) {
+fn run(
+    symbol: &str,
+    causal: bool,
+    grid: Dim3,
+    block: Dim3,
+    shared_bytes: u32,
+    args: &AttentionArgs,
+) {
     let entry = kernels_gpu::find(symbol).expect("an entry of that name");
     let address = std::ptr::from_ref(args) as usize;
     // SAFETY: the arguments describe buffers that outlive the launch.
     let kernel = || unsafe { (entry.run)(address as *const _) };
-    let stats = emulator::launch(Launch { grid, block, cluster: 1, shared_bytes }, &kernel);
+    let constants = Constants { causal: causal.into(), ..Constants::default() };
+    let options = Options { constants: constants.values(), ..Options::default() };
+    let launch = Launch { grid, block, cluster: 1, shared_bytes };
+    let stats = emulator::launch_with(launch, &options, &kernel);
     stats.unwrap_or_else(|fault| panic!("{symbol}: {fault}"));
 }
 
@@ -90,7 +101,6 @@ fn check(causal: bool, launch: impl Fn(&AttentionArgs)) {
         seq_q: SEQ_Q,
         seq_k: SEQ_K,
         scale_log2: std::f32::consts::LOG2_E / (D as f32).sqrt(),
-        causal: causal.into(),
         ..AttentionArgs::default()
     });
     for bh in 0..(BATCH * HEADS) as usize {
@@ -121,6 +131,7 @@ fn naive_computes_attention() {
             let heads = BATCH * HEADS;
             run(
                 "naive_scores_f32_d64",
+                causal,
                 Dim3::new(SEQ_K.div_ceil(tile), SEQ_Q.div_ceil(tile), heads),
                 Dim3::new(tile, tile, 1),
                 0,
@@ -129,6 +140,7 @@ fn naive_computes_attention() {
             let rows = SEQ_Q.div_ceil(naive::SOFTMAX_ROWS);
             run(
                 "naive_softmax_f32",
+                causal,
                 Dim3::new(rows, 1, heads),
                 naive::SOFTMAX_THREADS.into(),
                 0,
@@ -137,6 +149,7 @@ fn naive_computes_attention() {
             let blocks = (SEQ_Q * D).div_ceil(naive::OUTPUT_THREADS);
             run(
                 "naive_output_f32_d64",
+                causal,
                 Dim3::new(blocks, 1, heads),
                 naive::OUTPUT_THREADS.into(),
                 0,
@@ -152,7 +165,7 @@ fn flash_tiled_computes_attention() {
         check(causal, |args| {
             let grid = Dim3::new(SEQ_Q.div_ceil(flash_tiled::BR), HEADS, BATCH);
             let shared = flash_tiled::shared_bytes(D as usize);
-            run("flash_tiled_f32_d64", grid, flash_tiled::THREADS.into(), shared, args);
+            run("flash_tiled_f32_d64", causal, grid, flash_tiled::THREADS.into(), shared, args);
         });
     }
 }

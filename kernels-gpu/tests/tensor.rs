@@ -6,7 +6,7 @@ use common::{Case, buffer_mut, run};
 use half::{bf16, f16};
 use kernels_gpu::{
     args::AttentionArgs, flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32,
-    schedule::QUEUE_WORDS,
+    queue::QUEUE_WORDS,
 };
 use simt::{Dim3, emulator::Stats, scalar::Scalar};
 
@@ -81,33 +81,19 @@ fn flash_async_computes_attention() {
     check_rung::<bf16>("flash_async", "bf16", flash_async::shared_bytes);
 }
 
-/// Every policy that has an entry for a case: the general one does all of them.
 fn check_pipelined<T: Scalar>(dtype: &str, d: u32) {
-    let widest = flash_pipelined::shape(d as usize, false);
-    for case in cases(d, widest.rows(), widest.keys) {
-        let special = if case.causal { "causal" } else { "full" };
-        let only_general = case.padding || case.dropout > 0.0;
-        for (policy, general) in [(special, false), ("general", true)] {
-            let exists = general || flash_pipelined::is_specialised(d as usize);
-            if !exists || only_general && !general {
-                continue;
-            }
-            run_pipelined::<T>(&case, dtype, (policy, general), 1);
-        }
+    let shape = flash_pipelined::shape(d as usize);
+    for case in cases(d, shape.rows(), shape.keys) {
+        run_pipelined::<T>(&case, dtype, 1);
     }
 }
 
 /// Runs a case in blocks that take so many tasks each, on average.
-fn run_pipelined<T: Scalar>(
-    case: &Case,
-    dtype: &str,
-    (policy, general): (&str, bool),
-    tasks_a_block: u32,
-) {
+fn run_pipelined<T: Scalar>(case: &Case, dtype: &str, tasks_a_block: u32) {
     let d = case.d as usize;
-    let symbol = format!("flash_pipelined_{dtype}_d{d}_{policy}");
-    let shape = flash_pipelined::shape(d, general);
-    let shared = flash_pipelined::shared_bytes(d, general);
+    let symbol = format!("flash_pipelined_{dtype}_d{d}");
+    let shape = flash_pipelined::shape(d);
+    let shared = flash_pipelined::shared_bytes(d);
     let stats = case.check::<T>(|args| {
         let mut queue = [0u32; QUEUE_WORDS as usize];
         let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
@@ -148,11 +134,8 @@ fn flash_pipelined_computes_attention() {
 fn a_block_of_flash_pipelined_does_task_after_task() {
     // Q in registers and in shared memory, one fragment a warp and two.
     for d in [32, 64, 128, 160, 256] {
-        let special = flash_pipelined::is_specialised(d as usize);
-        let (br, bc) = {
-            let shape = flash_pipelined::shape(d as usize, !special);
-            (shape.rows(), shape.keys)
-        };
+        let shape = flash_pipelined::shape(d as usize);
+        let (br, bc) = (shape.rows(), shape.keys);
         let case = |q, k| Case { heads: 3, ..Case::new(q, k, d) };
         // Tasks of one tile and of several, with tails; the last has first rows that see
         // nothing: tasks that have nothing to do come between.
@@ -160,15 +143,11 @@ fn a_block_of_flash_pipelined_does_task_after_task() {
             for causal in [false, true] {
                 let case = Case { causal, ..case(seq_q, seq_k) };
                 for tasks_a_block in [3, 100] {
-                    if special {
-                        let policy = if causal { "causal" } else { "full" };
-                        run_pipelined::<f16>(&case, "f16", (policy, false), tasks_a_block);
-                    }
-                    run_pipelined::<f16>(&case, "f16", ("general", true), tasks_a_block);
+                    run_pipelined::<f16>(&case, "f16", tasks_a_block);
                 }
             }
         }
         let case = Case { padding: true, dropout: 0.2, causal: true, ..case(br + 1, 2 * bc + 1) };
-        run_pipelined::<bf16>(&case, "bf16", ("general", true), 4);
+        run_pipelined::<bf16>(&case, "bf16", 4);
     }
 }

@@ -149,14 +149,15 @@ fn find(workspace: &Workspace, entry: &str) -> Result<(Module, String)> {
 fn assemble(workspace: &Workspace, folder: &Path) -> Result<()> {
     let texts = pack::read(folder)?;
     let cubins = workspace.target().join("cubins");
-    let report = ptxas::assemble(&texts, &cubins)?;
+    let units = ptxas::units(&texts);
+    let report = ptxas::assemble(&units, &cubins)?;
     print!("{}", ptxas::table(&report));
     let mut complaints = ptxas::local_memory(&texts);
     complaints.extend(ptxas::complaints(&report));
-    for (module, text) in &texts {
-        if text.contains("wgmma") {
-            for arch in module.assemble_for {
-                complaints.extend(overlap::complaints(&ptxas::cubin(&cubins, module, arch))?);
+    for unit in &units {
+        if unit.text.contains("wgmma") {
+            for arch in unit.module.assemble_for {
+                complaints.extend(overlap::complaints(&ptxas::cubin(&cubins, unit, arch))?);
             }
         }
     }

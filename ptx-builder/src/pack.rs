@@ -71,11 +71,19 @@ pub fn entries(text: &str) -> impl Iterator<Item = (&str, &str)> {
 /// module has no such entry.
 #[must_use]
 pub fn entry(text: &str, name: &str) -> Option<String> {
-    const START: &str = ".visible .entry ";
     let (head, _) = text.split_once(START)?;
+    Some(format!("{head}{}", body(text, name)?))
+}
+
+/// How an entry begins.
+pub const START: &str = ".visible .entry ";
+
+/// One entry without what precedes the module's entries.
+#[must_use]
+pub fn body(text: &str, name: &str) -> Option<String> {
     let (_, body) = entries(text).find(|(entry, _)| *entry == name)?;
     let body = body.strip_suffix(".visible ").unwrap_or(body);
-    Some(format!("{head}{START}{body}"))
+    Some(format!("{START}{body}"))
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use std::{env, fs, thread};
 
 use anyhow::{Context, Result, anyhow};
 
+use crate::combinations::{self, Combination};
 use crate::compile::succeed;
 use crate::{Module, pack};
 
@@ -41,8 +42,43 @@ pub struct Assembly {
     pub warnings: Vec<String>,
 }
 
-/// The report over all modules: the assembly for each (module, architecture).
-pub type Report = BTreeMap<(&'static str, &'static str), Assembly>;
+/// The report over all modules: the assembly for each module, combination of constants and
+/// architecture.
+pub type Report = BTreeMap<(&'static str, String, &'static str), Assembly>;
+
+/// A text to assemble: a module's entries in one combination of constants.
+#[derive(Clone, Debug)]
+pub struct Unit {
+    /// The module.
+    pub module: Module,
+    /// The combination, as [`combinations::name`] has it.
+    pub combination: String,
+    /// The text.
+    pub text: String,
+}
+
+/// The texts to assemble for a module: its entries in each of their combinations.
+#[must_use]
+pub fn units(texts: &[pack::Text]) -> Vec<Unit> {
+    let mut units: Vec<Unit> = Vec::new();
+    for (module, text) in texts {
+        let head = text.split(pack::START).next().unwrap_or("");
+        let mut by_combination: BTreeMap<String, (Combination, String)> = BTreeMap::new();
+        for (name, _) in pack::entries(text) {
+            let entry = pack::body(text, name).unwrap_or_default();
+            for combination in combinations::of_entry(name, &entry) {
+                let of = by_combination.entry(combinations::name(combination));
+                of.or_insert((combination, head.to_owned())).1.push_str(&entry);
+            }
+        }
+        units.extend(by_combination.into_iter().map(|(combination, (values, text))| Unit {
+            module: *module,
+            combination,
+            text: combinations::specialise(&text, values),
+        }));
+    }
+    units
+}
 
 /// Finds a tool of the CUDA toolkit: `$PTXAS` (or the tool's name in capitals), the
 /// path, then the Python packages that carry it.
@@ -83,19 +119,19 @@ fn python_folders() -> Vec<PathBuf> {
         .collect()
 }
 
-/// Assembles every module for every architecture that loads it, into [`cubin`]s in the
+/// Assembles every text for every architecture that loads its module, into [`cubin`]s in the
 /// folder `cubins`, where it also leaves the text.
 ///
 /// # Errors
 /// When ptxas is missing or rejects a text.
-pub fn assemble(texts: &[pack::Text], cubins: &Path) -> Result<Report> {
+pub fn assemble(units: &[Unit], cubins: &Path) -> Result<Report> {
     let ptxas = find_tool("ptxas")?;
     fs::create_dir_all(cubins).with_context(|| format!("cannot make {}", cubins.display()))?;
-    let mut jobs: Vec<(&Module, &'static str, PathBuf)> = Vec::new();
-    for (module, text) in texts {
-        let file = cubins.join(format!("{}.ptx", module.name));
-        fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
-        jobs.extend(module.assemble_for.iter().map(|arch| (module, *arch, file.clone())));
+    let mut jobs: Vec<(&Unit, &'static str, PathBuf)> = Vec::new();
+    for unit in units {
+        let file = cubins.join(format!("{}.{}.ptx", unit.module.name, unit.combination));
+        fs::write(&file, &unit.text).with_context(|| format!("cannot write {}", file.display()))?;
+        jobs.extend(unit.module.assemble_for.iter().map(|arch| (unit, *arch, file.clone())));
     }
     let workers = thread::available_parallelism().map_or(1, usize::from).min(jobs.len());
     let jobs = Mutex::new(jobs.into_iter());
@@ -103,10 +139,10 @@ pub fn assemble(texts: &[pack::Text], cubins: &Path) -> Result<Report> {
     let reports: Result<Vec<Report>> = thread::scope(|scope| {
         let work = || -> Result<Report> {
             let mut report = Report::new();
-            while let Some((module, arch, file)) = next() {
+            while let Some((unit, arch, file)) = next() {
                 report.insert(
-                    (module.name, arch),
-                    assemble_one(&ptxas, arch, &file, &cubin(cubins, module, arch))?,
+                    (unit.module.name, unit.combination.clone(), arch),
+                    assemble_one(&ptxas, arch, &file, &cubin(cubins, unit, arch))?,
                 );
             }
             Ok(report)
@@ -120,10 +156,10 @@ pub fn assemble(texts: &[pack::Text], cubins: &Path) -> Result<Report> {
     Ok(reports?.into_iter().flatten().collect())
 }
 
-/// Where [`assemble`] leaves a module's machine code for an architecture.
+/// Where [`assemble`] leaves a text's machine code for an architecture.
 #[must_use]
-pub fn cubin(cubins: &Path, module: &Module, arch: &str) -> PathBuf {
-    cubins.join(format!("{}.{arch}.cubin", module.name))
+pub fn cubin(cubins: &Path, unit: &Unit, arch: &str) -> PathBuf {
+    cubins.join(format!("{}.{}.{arch}.cubin", unit.module.name, unit.combination))
 }
 
 fn assemble_one(ptxas: &Path, arch: &str, file: &Path, cubin: &Path) -> Result<Assembly> {
@@ -205,8 +241,8 @@ impl Usage {
 #[must_use]
 pub fn complaints(report: &Report) -> Vec<String> {
     let mut found = Vec::new();
-    for ((module, arch), assembly) in report {
-        let place = format!("module {module} for {arch}");
+    for ((module, combination, arch), assembly) in report {
+        let place = format!("module {module}, {combination}, for {arch}");
         found.extend(assembly.warnings.iter().map(|warning| format!("{place}: {warning}")));
         for (entry, usage) in &assembly.entries {
             let complaints = usage.complaints();
@@ -234,21 +270,21 @@ pub fn local_memory(texts: &[pack::Text]) -> Vec<String> {
     found
 }
 
-/// The report as a table: a row an entry, registers on each architecture.
+/// The report as a table: a row for an entry in a combination, registers on each architecture.
 #[must_use]
 pub fn table(report: &Report) -> String {
-    let mut rows: BTreeMap<(&str, &str), Vec<(&str, &Usage)>> = BTreeMap::new();
-    for ((module, arch), assembly) in report {
+    let mut rows: BTreeMap<(&str, &str, &str), Vec<(&str, &Usage)>> = BTreeMap::new();
+    for ((module, combination, arch), assembly) in report {
         for (entry, usage) in &assembly.entries {
-            rows.entry((module, entry)).or_default().push((arch, usage));
+            rows.entry((module, entry, combination)).or_default().push((arch, usage));
         }
     }
-    let width = rows.keys().map(|(_, entry)| entry.len()).max().unwrap_or(0).max(5);
+    let width = rows.keys().map(|(_, entry, _)| entry.len()).max().unwrap_or(0).max(5);
     let mut out = format!(
-        "{:<8} {:<width$} {:>6} {:>6} {:>7} {:>8} {:>8}  registers\n",
-        "module", "entry", "spill", "stack", "shared", "barriers", "warnings"
+        "{:<8} {:<width$} {:<22} {:>6} {:>6} {:>7} {:>8} {:>8}  registers\n",
+        "module", "entry", "constants", "spill", "stack", "shared", "barriers", "warnings"
     );
-    for ((module, entry), mut usages) in rows {
+    for ((module, entry, combination), mut usages) in rows {
         // sm_90 before sm_100.
         usages.sort_by_key(|(arch, _)| (arch.len(), *arch));
         let most = |field: fn(&Usage) -> u32| usages.iter().map(|(_, u)| field(u)).max();
@@ -257,7 +293,7 @@ pub fn table(report: &Report) -> String {
         let registers: Vec<String> =
             usages.iter().map(|(arch, usage)| format!("{arch} {:>3}", usage.registers)).collect();
         out.push_str(&format!(
-            "{module:<8} {entry:<width$} {:>6} {:>6} {:>7} {:>8} {warnings:>8}  {}\n",
+            "{module:<8} {entry:<width$} {combination:<22} {:>6} {:>6} {:>7} {:>8} {warnings:>8}  {}\n",
             cell(|usage| usage.spill_bytes),
             cell(|usage| usage.stack_bytes),
             cell(|usage| usage.shared_bytes),
@@ -288,7 +324,7 @@ ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions
 ";
 
     fn report() -> Report {
-        BTreeMap::from([(("sm_80", "sm_90"), parse(SAID))])
+        BTreeMap::from([(("sm_80", "causal".to_owned(), "sm_90"), parse(SAID))])
     }
 
     #[test]
@@ -306,7 +342,9 @@ ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions
     fn spills_stacks_and_advice_are_complaints() {
         let complaints = complaints(&report());
         assert_eq!(complaints.len(), 4, "{complaints:#?}");
-        assert!(complaints.iter().all(|line| line.contains("module sm_80 for sm_90: big: ")));
+        assert!(
+            complaints.iter().all(|line| line.contains("module sm_80, causal, for sm_90: big: "))
+        );
         assert!(complaints.iter().any(|line| line.ends_with("20 bytes spilled")));
         assert!(complaints.iter().any(|line| line.contains("(C7510)")));
     }

@@ -29,6 +29,7 @@
 //! | [`mbarrier`] | barriers in shared memory that count arrivals and bytes; proxy fences |
 //! | [`tma`] | bulk copies of tensor boxes, and their tensor maps |
 //! | [`parameter`] | the address of an entry's parameter |
+//! | [`specialise`] | numbers that a launch fixes before its entry is compiled |
 //! | [`cluster`] | blocks that see each other's shared memory |
 //! | [`warpgroup`] | four warps: their index, and moving registers between them |
 //! | [`wgmma`] | tensor-core products of a warpgroup |
@@ -70,6 +71,7 @@ pub mod mma;
 pub mod parameter;
 pub mod scalar;
 pub mod shared;
+pub mod specialise;
 pub mod thread;
 pub mod tma;
 pub mod unroll;

@@ -211,7 +211,8 @@ unsafe impl Device for CpuDevice {
             cluster: entry.cluster,
             shared_bytes: launch.shared_bytes,
         };
-        let mut options = emulator::Options::default();
+        let constants = launch.constants.values();
+        let mut options = emulator::Options { constants, ..emulator::Options::default() };
         // The record of global memory doubles the time, and tells nothing of a repeated run.
         options.checks.global_races = !self.timing.load(Ordering::Relaxed);
         let stats = emulator::launch_with(extent, &options, &kernel)
@@ -270,7 +271,10 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::{backend::Memory, session::Work};
+    use crate::{
+        backend::{Constants, Memory},
+        session::Work,
+    };
 
     #[test]
     fn memory_is_counted_to_the_byte_and_limited() {
@@ -308,8 +312,14 @@ mod tests {
     #[test]
     fn a_launch_must_fit_its_entry() {
         let entry = kernels_gpu::find("naive_scores_f32_d32").unwrap();
-        let launch =
-            Launch { entry, grid: 1.into(), block: 1.into(), shared_bytes: 0, args: Vec::new() };
+        let launch = Launch {
+            entry,
+            constants: Constants::default(),
+            grid: 1.into(),
+            block: 1.into(),
+            shared_bytes: 0,
+            args: Vec::new(),
+        };
         // SAFETY: refused before anything runs, as is shown here.
         let error = unsafe { CpuDevice::new().launch(&launch) }.unwrap_err();
         assert!(error.to_string().contains("size of the arguments is 0, expected"), "{error}");

@@ -19,16 +19,29 @@ pub use gpu::GpuDevice;
 pub use instruments::{Counters, Instruments};
 pub use memory::{DeviceBuffer, DeviceTensor, Memory};
 
+/// What a launch fixes before its entry is compiled.
+pub use kernels_gpu::constants::Constants;
 /// An entry of the kernels' PTX, as launches name it.
 pub use kernels_gpu::entry::Entry;
 /// Grid or block extent.
 pub use simt::Dim3;
+
+/// An entry with its specialisation constants: what the driver compiles.
+#[derive(Clone, Copy, Debug)]
+pub struct Specialised {
+    /// The entry.
+    pub entry: &'static Entry,
+    /// The numbers in place of its constants' symbols.
+    pub constants: Constants,
+}
 
 /// One launch of one entry.
 #[derive(Clone, Debug)]
 pub struct Launch {
     /// The entry.
     pub entry: &'static Entry,
+    /// The numbers in place of its constants' symbols.
+    pub constants: Constants,
     /// Blocks of the grid.
     pub grid: Dim3,
     /// Threads of a block.
@@ -37,6 +50,14 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// The argument struct, as bytes in the layout of `kernels_gpu::args`.
     pub args: Vec<u8>,
+}
+
+impl Launch {
+    /// The entry with its constants.
+    #[must_use]
+    pub const fn specialised(&self) -> Specialised {
+        Specialised { entry: self.entry, constants: self.constants }
+    }
 }
 
 /// Memory of a device in bytes.

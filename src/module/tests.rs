@@ -110,7 +110,7 @@ fn a_projection_runs_on_the_kernel_that_was_asked_for() {
         let module = module.with_linear(linear);
         let kernel = find("flash_tiled").unwrap();
         let forward = module.prepare(kernel, &x, None, &Pass::default()).unwrap();
-        let symbol = forward.forward().linear()[1].entries().next().unwrap().symbol;
+        let symbol = forward.forward().linear()[1].entries().next().unwrap().entry.symbol;
         assert!(symbol.starts_with(linear.name), "{symbol}");
     }
 }

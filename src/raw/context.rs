@@ -3,7 +3,6 @@
 use std::{ffi::c_void, fmt, marker::PhantomData};
 
 use cuda_driver::{Failure, ResultCode, TensorMapLayout, TensorMapType, functions};
-use kernels_gpu::entry::Entry;
 
 use super::{
     failure,
@@ -11,7 +10,7 @@ use super::{
     maps::Maps,
 };
 use crate::{
-    backend::{Launch, TensorMapSpec},
+    backend::{Launch, Specialised, TensorMapSpec},
     dtype::DType,
     error::Error,
     registry::Target,
@@ -107,7 +106,7 @@ impl Context {
     /// # Errors
     /// An entry that this GPU cannot run; [`Error::Module`] with the compiler's log; what else
     /// the driver reports.
-    pub fn prepare(&self, entries: impl IntoIterator<Item = &'static Entry>) -> Result<(), Error> {
+    pub fn prepare(&self, entries: impl IntoIterator<Item = Specialised>) -> Result<(), Error> {
         let _entered = self.enter().map_err(|code| self.failed("preparing kernels", code))?;
         entries.into_iter().try_for_each(|entry| self.kernels.get(entry, self).map(drop))
     }
@@ -171,7 +170,7 @@ impl Context {
         launch: &Launch,
         stream: functions::Stream,
     ) -> Result<Result<(), ResultCode>, Error> {
-        let kernel = self.kernels.get(launch.entry, self)?;
+        let kernel = self.kernels.get(launch.specialised(), self)?;
         check_launch(launch, &self.target)?;
         let Launch { grid, block, shared_bytes, args, .. } = launch;
         // SAFETY: the kernel belongs to this context, which is current, and the arguments
@@ -225,10 +224,10 @@ pub(crate) struct Description<'a>(pub(crate) &'a Launch);
 
 impl fmt::Display for Description<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Launch { entry, grid, block, shared_bytes, .. } = self.0;
+        let Launch { entry, constants, grid, block, shared_bytes, .. } = self.0;
         write!(
             f,
-            "launching {} on {}x{}x{} blocks of {} threads with {shared_bytes} bytes of shared memory",
+            "launching {} ({constants}) on {}x{}x{} blocks of {} threads with {shared_bytes} bytes of shared memory",
             entry.symbol,
             grid.x,
             grid.y,

@@ -13,7 +13,12 @@ use cuda_driver::{ResultCode, functions};
 use kernels_gpu::entry::Entry;
 
 use super::Context;
-use crate::{backend::Launch, error::Error, ptx, registry::Target};
+use crate::{
+    backend::{Constants, Launch, Specialised},
+    error::Error,
+    ptx,
+    registry::Target,
+};
 
 /// Why a GPU of that compute capability cannot run an entry; `None` when it can.
 #[must_use]
@@ -62,19 +67,20 @@ impl Kernel {
     }
 }
 
-/// The kernels loaded so far, by the address of their entry.
+/// The kernels loaded so far, by the address of their entry and its constants.
 #[derive(Default)]
-pub(super) struct Kernels(RwLock<HashMap<usize, Arc<Kernel>>>);
+pub(super) struct Kernels(RwLock<HashMap<(usize, Constants), Arc<Kernel>>>);
 
 impl Kernels {
     /// The kernel of an entry, which the driver compiles on first use. The context must be
     /// current.
     pub(super) fn get(
         &self,
-        entry: &'static Entry,
+        specialised: Specialised,
         context: &Context,
     ) -> Result<Arc<Kernel>, Error> {
-        let key = ptr::from_ref(entry).addr();
+        let Specialised { entry, constants } = specialised;
+        let key = (ptr::from_ref(entry).addr(), constants);
         let known = self.0.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
         if let Some(kernel) = known {
             return Ok(kernel);
@@ -88,7 +94,7 @@ impl Kernels {
         }
         // Compiled without the lock, so that other kernels can be launched meanwhile. Of two
         // threads that compile the same, the first is heeded.
-        let loaded = load(entry, context)?;
+        let loaded = load(specialised, context)?;
         let mut kernels = self.0.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernel) = kernels.get(&key) {
             loaded.unload();
@@ -107,12 +113,13 @@ impl Kernels {
 }
 
 /// Has the driver compile an entry. A refusal carries the compiler's log.
-fn load(entry: &'static Entry, context: &Context) -> Result<Kernel, Error> {
+fn load(specialised: Specialised, context: &Context) -> Result<Kernel, Error> {
+    let Specialised { entry, constants } = specialised;
     let refused = |log: String| Error::Module { module: entry.module.to_owned(), log };
     let text = ptx::modules()
         .iter()
         .find(|module| module.name == entry.module)
-        .and_then(|module| module.with_entry_only(entry.symbol))
+        .and_then(|module| module.specialised(entry.symbol, &constants))
         .ok_or_else(|| refused(format!("it has no entry {}", entry.symbol)))?;
     let nul = |_| refused("it has a NUL in its text".to_owned());
     let (text, name) = (CString::new(text).map_err(nul)?, CString::new(entry.symbol).map_err(nul)?);

@@ -142,7 +142,6 @@ pub(super) fn args(call: &Call<'_, Problem>) -> Vec<u8> {
         seq_q: p.seq_q() as u32,
         seq_k: p.seq_k() as u32,
         scale_log2: (f64::from(p.scale()) * std::f64::consts::LOG2_E) as f32,
-        causal: p.causal().into(),
         dropout: p.dropout_args(),
         head_dim: p.head_dim() as u32,
         scale: p.scale(),

@@ -16,7 +16,7 @@ mod flash_rows {
 }
 
 /// As the table's, with the chapter's entry, which kernels-gpu does not have.
-fn step(symbol: &str) -> Result<Step<Problem>, String> {
+fn step(_: &Problem, symbol: &str) -> Result<Step<Problem>, String> {
     let like = kernels_gpu::find("flash_tiled_bf16_d64").expect("an entry with the same arguments");
     let entry = Entry { symbol: symbol.to_owned().leak(), threads: 128, ..*like };
     Ok(Step::of(Box::leak(Box::new(entry)), args))
@@ -37,7 +37,7 @@ const FLASH_ROWS: KernelSpec = KernelSpec {
         sizes: |_, _| Sizes { rows: vec![flash_rows::BR], keys: vec![2] },
     },
     draft: |p, _| {
-        let step = Step { grid: grid(p, flash_rows::BR), ..step(&symbol("flash_rows", p))? };
+        let step = Step { grid: grid(p, flash_rows::BR), ..step(p, &symbol("flash_rows", p))? };
         Ok(step.into())
     },
 };

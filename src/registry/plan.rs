@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-use kernels_gpu::{entry::Entry, schedule::QUEUE_WORDS};
+use kernels_gpu::{entry::Entry, queue::QUEUE_WORDS};
 use simt::{Dim3, tma::TensorMap};
 
 use super::{ALIGNMENT, Operation, Region, Spec, Target};
 use crate::{
-    backend::{Device, Launch, TensorMapSpec},
+    backend::{Constants, Device, Launch, Specialised, TensorMapSpec},
     error::{Error, Unsupported},
     problem::Problem,
 };
@@ -71,6 +71,8 @@ impl<P: Operation> From<Step<P>> for Draft<P> {
 pub struct Step<P: Operation> {
     /// The entry.
     pub entry: &'static Entry,
+    /// What it is compiled for.
+    pub constants: Constants,
     /// Blocks of the grid.
     pub grid: Dim3,
     /// Threads of a block.
@@ -84,7 +86,7 @@ pub struct Step<P: Operation> {
 }
 
 impl<P: Operation> Step<P> {
-    /// One block of the entry's threads, in a row, without shared memory.
+    /// One block of the entry's threads, in a row, without shared memory, all constants 0.
     ///
     /// # Errors
     /// There is no entry of that name.
@@ -97,8 +99,15 @@ impl<P: Operation> Step<P> {
 
     /// As [`Step::new`], of an entry at hand.
     pub fn of(entry: &'static Entry, args: fn(&Call<'_, P>) -> Vec<u8>) -> Self {
-        let block = entry.threads.into();
-        Self { entry, grid: 1.into(), block, shared_bytes: 0, maps: Vec::new(), args }
+        Self {
+            entry,
+            constants: Constants::default(),
+            grid: 1.into(),
+            block: entry.threads.into(),
+            shared_bytes: 0,
+            maps: Vec::new(),
+            args,
+        }
     }
 
     fn launch(&self, call: &Call<'_, P>, encode: Encode<'_>) -> Result<Launch, Error> {
@@ -111,8 +120,8 @@ impl<P: Operation> Step<P> {
             // The struct is aligned as its maps are.
             args.resize(args.len().next_multiple_of(align_of::<TensorMap>()), 0);
         }
-        let Self { entry, grid, block, shared_bytes, .. } = *self;
-        Ok(Launch { entry, grid, block, shared_bytes, args })
+        let Self { entry, constants, grid, block, shared_bytes, .. } = *self;
+        Ok(Launch { entry, constants, grid, block, shared_bytes, args })
     }
 }
 
@@ -239,8 +248,8 @@ impl<P: Operation> Plan<P> {
     }
 
     /// The entries that a call launches, in order.
-    pub fn entries(&self) -> impl Iterator<Item = &'static Entry> + '_ {
-        self.steps.iter().map(|step| step.entry)
+    pub fn entries(&self) -> impl Iterator<Item = Specialised> + '_ {
+        self.steps.iter().map(|step| Specialised { entry: step.entry, constants: step.constants })
     }
 
     /// How many tensor maps a call encodes.

@@ -3,9 +3,8 @@
 use kernels_gpu::{
     flash_async,
     flash_hopper::{self, Tiles},
-    flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, fragment, naive,
-    policy::{Causal, Full, General},
-    standard, weights,
+    flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, fragment, naive, standard,
+    weights,
 };
 use simt::{Dim3, warp};
 
@@ -13,7 +12,7 @@ use super::{
     AttentionLimits, Draft, Features, KernelSpec, Map, Section, Sizes, Step, Usage,
     attention::{args, map},
 };
-use crate::{dtype::DType, problem::Problem};
+use crate::{backend::Constants, dtype::DType, problem::Problem};
 
 /// Every kernel.
 pub static KERNELS: &[KernelSpec] = &[
@@ -53,15 +52,15 @@ const NAIVE: KernelSpec = KernelSpec {
         let scores = Step {
             grid: Dim3::new(tiles(p.seq_k(), tile), tiles(p.seq_q(), tile), heads),
             block: Dim3::new(tile, tile, 1),
-            ..step(&symbol("naive_scores", p))?
+            ..step(p, &symbol("naive_scores", p))?
         };
         let softmax = Step {
             grid: Dim3::new(tiles(p.seq_q(), naive::SOFTMAX_ROWS), 1, heads),
-            ..step(&format!("naive_softmax_{}", p.dtype()))?
+            ..step(p, &format!("naive_softmax_{}", p.dtype()))?
         };
         let output = Step {
             grid: Dim3::new(tiles(p.seq_q() * p.head_dim(), naive::OUTPUT_THREADS), 1, heads),
-            ..step(&symbol("naive_output", p))?
+            ..step(p, &symbol("naive_output", p))?
         };
         Ok(Draft { sections: vec![kept_weights(p)], steps: vec![scores, softmax, output] })
     },
@@ -102,8 +101,8 @@ fn standard_products(p: &Problem) -> Result<[Step<Problem>; 2], String> {
     if dtype == DType::F32 {
         let tile = standard::TILED_TILE;
         return Ok([
-            Step { grid: scores_grid(tile), ..step(&scores)? },
-            Step { grid: output_grid(tile, tile), ..step(&output)? },
+            Step { grid: scores_grid(tile), ..step(p, &scores)? },
+            Step { grid: output_grid(tile, tile), ..step(p, &output)? },
         ]);
     }
     let (tile, columns) = (standard::MMA_TILE, standard::output_columns(d));
@@ -111,12 +110,12 @@ fn standard_products(p: &Problem) -> Result<[Step<Problem>; 2], String> {
         Step {
             grid: scores_grid(tile),
             shared_bytes: standard::SCORES_SHARED_BYTES,
-            ..step(&scores)?
+            ..step(p, &scores)?
         },
         Step {
             grid: output_grid(tile, columns),
             shared_bytes: standard::output_shared_bytes(columns),
-            ..step(&format!("{output}_x{columns}"))?
+            ..step(p, &format!("{output}_x{columns}"))?
         },
     ])
 }
@@ -130,7 +129,7 @@ fn standard_softmax(p: &Problem) -> Result<Step<Problem>, String> {
     Ok(Step {
         grid: Dim3::new(tiles(p.seq_q(), rows), 1, heads(p)),
         shared_bytes: standard::softmax::shared_bytes(seq_k, bytes, row_threads),
-        ..step(&format!("standard_softmax_{}_{of_row}", p.dtype()))?
+        ..step(p, &format!("standard_softmax_{}_{of_row}", p.dtype()))?
     })
 }
 
@@ -150,7 +149,7 @@ const FLASH_TILED: KernelSpec = KernelSpec {
         let step = Step {
             grid: grid(p, flash_tiled::BR),
             shared_bytes: flash_tiled::shared_bytes(p.head_dim()),
-            ..step(&symbol("flash_tiled", p))?
+            ..step(p, &symbol("flash_tiled", p))?
         };
         Ok(step.into())
     },
@@ -211,7 +210,7 @@ fn mma_draft(
     let step = Step {
         grid: grid(p, flash_mma::BR),
         shared_bytes: shared_bytes(p.head_dim()),
-        ..step(&symbol(kernel, p))?
+        ..step(p, &symbol(kernel, p))?
     };
     Ok(step.into())
 }
@@ -228,23 +227,15 @@ const FLASH_PIPELINED: KernelSpec = KernelSpec {
         head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
         features: ALL_FEATURES,
         sizes: |_, d| {
-            let specialised = flash_pipelined::shape(d, !flash_pipelined::is_specialised(d));
-            let shapes = [specialised, flash_pipelined::shape(d, true)];
-            Sizes {
-                rows: shapes.map(|shape| shape.rows()).to_vec(),
-                keys: shapes.map(|shape| shape.keys).to_vec(),
-            }
+            let shape = flash_pipelined::shape(d);
+            Sizes { rows: vec![shape.rows()], keys: vec![shape.keys] }
         },
     },
     draft: |p, target| {
-        let (policy, general) = match policy(p) {
-            (_, false) if !flash_pipelined::is_specialised(p.head_dim()) => ("general", true),
-            policy => policy,
-        };
-        let shape = flash_pipelined::shape(p.head_dim(), general);
+        let shape = flash_pipelined::shape(p.head_dim());
         let tasks = tiles(p.seq_q(), shape.rows()).saturating_mul(heads(p));
-        let step = step(&format!("{}_{policy}", symbol("flash_pipelined", p)))?;
-        let shared_bytes = flash_pipelined::shared_bytes(p.head_dim(), general);
+        let step = step(p, &symbol("flash_pipelined", p))?;
+        let shared_bytes = flash_pipelined::shared_bytes(p.head_dim());
         let blocks = target.blocks_at_once(step.entry, shared_bytes);
         let step = Step { grid: tasks.min(blocks).into(), shared_bytes, ..step };
         Ok(Draft { sections: vec![Section::QUEUE], ..step.into() })
@@ -273,7 +264,7 @@ const FLASH_TF32: KernelSpec = KernelSpec {
             // Too many blocks for a grid: the launch is refused.
             grid: tiles(p.seq_q(), rows).saturating_mul(heads(p)).into(),
             shared_bytes: flash_tf32::shared_bytes(p.head_dim()),
-            ..step(&symbol("flash_tf32", p))?
+            ..step(p, &symbol("flash_tf32", p))?
         };
         Ok(step.into())
     },
@@ -291,7 +282,7 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
         head_dims: &[64, 96, 128, 192, 256],
         features: ALL_FEATURES,
         sizes: |_, d| {
-            let consumers = [flash_hopper::max_consumers::<Full>(d as u32), 2];
+            let consumers = [flash_hopper::max_consumers(d as u32), 2];
             let [most, least] = consumers.map(|consumers| Tiles::of(d as u32, consumers));
             Sizes {
                 rows: vec![most.rows(), least.rows(), flash_hopper::CONSUMER_ROWS],
@@ -300,13 +291,15 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
         },
     },
     draft: |p, target| {
-        let hopper = hopper_tiles(p, target.multiprocessors);
+        let (d, seq_q) = (p.head_dim() as u32, p.seq_q() as u64);
+        let multiprocessors = target.multiprocessors;
+        let hopper = Tiles::best(d, constants(p), seq_q, heads(p).into(), multiprocessors);
         let size = if hopper.consumers == 3 { "_x3" } else { "" };
         let tasks = tiles(p.seq_q(), hopper.rows()).saturating_mul(heads(p));
         let [q, k, v, o] = hopper.boxes();
         let step = Step {
             // One block a multiprocessor: shared memory and registers leave no room for two.
-            grid: tasks.min(target.multiprocessors).into(),
+            grid: tasks.min(multiprocessors).into(),
             shared_bytes: hopper.shared_bytes(),
             maps: vec![
                 Map { box_dims: q, spec: |c, b| map(c.problem, &c.args.q, c.problem.seq_q(), b) },
@@ -314,30 +307,19 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
                 Map { box_dims: v, spec: |c, b| map(c.problem, &c.args.v, c.problem.seq_k(), b) },
                 Map { box_dims: o, spec: |c, b| map(c.problem, &c.args.o, c.problem.seq_q(), b) },
             ],
-            ..step(&format!("{}_{}{size}", symbol("flash_hopper", p), policy(p).0))?
+            ..step(p, &format!("{}{size}", symbol("flash_hopper", p)))?
         };
         Ok(Draft { sections: vec![Section::QUEUE], ..step.into() })
     },
 };
 
-/// The policy that a kernel has for a problem, as its entries name it, and whether it is
-/// the one that decides at run time.
-fn policy(p: &Problem) -> (&'static str, bool) {
-    match (p.has_mask() || p.dropout().is_some(), p.causal()) {
-        (true, _) => ("general", true),
-        (false, true) => ("causal", false),
-        (false, false) => ("full", false),
+/// What the entries of a problem are compiled for.
+fn constants(p: &Problem) -> Constants {
+    Constants {
+        causal: p.causal().into(),
+        padding: p.has_mask().into(),
+        dropout: p.dropout().is_some().into(),
     }
-}
-
-/// Tiles of flash_hopper for a problem.
-fn hopper_tiles(p: &Problem, multiprocessors: u32) -> Tiles {
-    let best = match policy(p).0 {
-        "general" => Tiles::best::<General>,
-        "causal" => Tiles::best::<Causal>,
-        _ => Tiles::best::<Full>,
-    };
-    best(p.head_dim() as u32, p.seq_q() as u64, heads(p).into(), multiprocessors)
 }
 
 /// Computes the weights of a call again from Q and K, for whoever wants to look at those that a
@@ -358,7 +340,7 @@ pub(crate) static WEIGHTS: KernelSpec = KernelSpec {
         let step = Step {
             grid: Dim3::new(tiles(p.seq_q(), weights::TILE), 1, heads(p)),
             block: Dim3::new(weights::TILE, weights::TILE, 1),
-            ..step(&symbol("weights", p))?
+            ..step(p, &symbol("weights", p))?
         };
         Ok(Draft { sections: vec![kept_weights(p)], ..step.into() })
     },
@@ -369,9 +351,9 @@ fn kept_weights(p: &Problem) -> Section {
     Section::new(Usage::Weights, p.weights_bytes())
 }
 
-/// A launch of that entry with the arguments of attention.
-fn step(symbol: &str) -> Result<Step<Problem>, String> {
-    Step::new(symbol, args)
+/// A launch of that entry for a problem, with the arguments of attention.
+pub(super) fn step(p: &Problem, symbol: &str) -> Result<Step<Problem>, String> {
+    Ok(Step { constants: constants(p), ..Step::new(symbol, args)? })
 }
 
 /// A block per tile of `rows` query rows: `x` counts tiles, `y` heads, `z` batch entries.

@@ -15,7 +15,7 @@ use flash_attention::{
         gpu::{describe_all, why_not},
     },
 };
-use kernels_gpu::args::AttentionArgs;
+use kernels_gpu::{args::AttentionArgs, constants::Constants};
 use simt::Dim3;
 
 #[test]
@@ -249,6 +249,7 @@ fn every_entry_runs_on_hopper_and_is_in_the_module_it_names() {
         // Refused for its arguments, so its module was loaded and has it.
         let launch = Launch {
             entry,
+            constants: Constants::default(),
             grid: Dim3::new(1, 1, 1),
             block: Dim3::new(entry.threads, 1, 1),
             shared_bytes: 0,

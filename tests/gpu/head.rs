@@ -6,7 +6,7 @@ use std::{ffi::c_void, sync::Arc};
 use cuda_driver::functions;
 use flash_attention::{
     Error,
-    backend::{Device, DeviceBuffer, KernelArgs, Launch, Memory},
+    backend::{Constants, Device, DeviceBuffer, KernelArgs, Launch, Memory},
 };
 use kernels_gpu::{
     args::{AttentionArgs, Buffer, Tensor},
@@ -62,7 +62,6 @@ fn args(inputs: [(u64, u64); 3], o: (u64, u64), lse: (u64, u64)) -> AttentionArg
         seq_q: ROWS,
         seq_k: ROWS,
         scale_log2: 0.125 * std::f32::consts::LOG2_E,
-        causal: 1,
         ..AttentionArgs::default()
     }
 }
@@ -70,6 +69,7 @@ fn args(inputs: [(u64, u64); 3], o: (u64, u64), lse: (u64, u64)) -> AttentionArg
 pub fn launch_of(symbol: &str, args: &AttentionArgs) -> Launch {
     Launch {
         entry: kernels_gpu::find(symbol).expect("an entry"),
+        constants: Constants { causal: 1, ..Constants::default() },
         grid: Dim3::new(ROWS.div_ceil(flash_tiled::BR), 1, 1),
         block: Dim3::new(flash_tiled::THREADS, 1, 1),
         shared_bytes: flash_tiled::shared_bytes(HEAD_DIM as usize),
@@ -130,7 +130,8 @@ pub fn expected(symbol: &str) -> (Vec<f32>, Vec<f32>) {
     };
     // SAFETY: the arguments are the entry's, and the vectors outlive the launch.
     let run = || unsafe { (entry.run)((&raw const args).cast()) };
-    emulator::launch(extent, &run).expect("no fault");
+    let options = emulator::Options { constants: launch.constants.values(), ..Default::default() };
+    emulator::launch_with(extent, &options, &run).expect("no fault");
     (o, lse)
 }
 

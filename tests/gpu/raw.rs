@@ -80,7 +80,7 @@ fn a_prepared_launch_allocates_fills_copies_and_waits_for_nothing() {
     let head = Head::new(&memory).unwrap();
     let launch = launch_of(SYMBOL, &head.args());
     let objects = fake.live_objects();
-    gpu.context().prepare([launch.entry]).unwrap();
+    gpu.context().prepare([launch.specialised()]).unwrap();
     assert_eq!(fake.live_objects(), objects + 1, "one module");
     let (operations, launches) = (fake.operations(), fake.launches());
     for _ in 0..3 {
@@ -100,7 +100,7 @@ fn a_prepared_launch_can_be_captured_and_replayed() {
     let memory = memory(&gpu);
     let mut head = Head::new(&memory).unwrap();
     let launch = launch_of(SYMBOL, &head.args());
-    gpu.context().prepare([launch.entry]).unwrap();
+    gpu.context().prepare([launch.specialised()]).unwrap();
     set_current(gpu.context().handle());
     let stream = OwnStream::new();
     let launches = fake.launches();

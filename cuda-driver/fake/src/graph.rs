@@ -4,7 +4,10 @@
 
 use std::sync::Arc;
 
-use kernels_gpu::entry::{ArgsCopy, Entry};
+use kernels_gpu::{
+    constants::Constants,
+    entry::{ArgsCopy, Entry},
+};
 use simt::emulator;
 
 use crate::{
@@ -18,6 +21,7 @@ use crate::{
 #[derive(Clone)]
 pub(crate) struct Node {
     pub(crate) entry: &'static Entry,
+    pub(crate) constants: Constants,
     pub(crate) launch: emulator::Launch,
     pub(crate) args: Arc<ArgsCopy>,
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kernels_gpu::entry::ArgsCopy;
 use simt::{
     Dim3,
-    emulator::{self, FaultKind},
+    emulator::{self, FaultKind, Options},
 };
 
 use crate::{
@@ -62,7 +62,8 @@ extern "C" fn cuLaunchKernel(
         });
         let entry = function.entry;
         let launch = emulator::Launch { grid, block, cluster: entry.cluster, shared_bytes };
-        let node = Node { entry, launch, args: Arc::new(args) };
+        let constants = function.constants;
+        let node = Node { entry, constants, launch, args: Arc::new(args) };
         {
             let mut state = state();
             state.last_stream = stream as u64;
@@ -85,7 +86,7 @@ extern "C" fn cuLaunchKernel(
 
 /// Runs a kernel; a fault is kept for the call that waits.
 pub(crate) fn run(node: &Node) {
-    let Node { entry, launch, args } = node;
+    let Node { entry, constants, launch, args } = node;
     {
         let mut state = state();
         state.launches += 1;
@@ -95,7 +96,9 @@ pub(crate) fn run(node: &Node) {
     }
     // SAFETY: the arguments have the entry's size and alignment, and the memory that
     // they describe lives until the launch ends, which it does here.
-    let result = emulator::launch(*launch, &|| unsafe { (entry.run)(args.as_ptr()) });
+    let run = || unsafe { (entry.run)(args.as_ptr()) };
+    let options = Options { constants: constants.values(), ..Options::default() };
+    let result = emulator::launch_with(*launch, &options, &run);
     if let Err(fault) = result {
         // A GPU does not say; a test's output should.
         eprintln!("fake CUDA driver: kernel {}: {fault}", entry.symbol);

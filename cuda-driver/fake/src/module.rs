@@ -5,6 +5,8 @@ use std::{
     sync::Mutex,
 };
 
+use kernels_gpu::constants::Constants;
+
 use crate::{
     P, call, call_in_context, code,
     device::SHARED_BYTES,
@@ -20,6 +22,8 @@ struct Module {
 /// An entry of a module.
 pub(crate) struct Function {
     pub(crate) entry: &'static kernels_gpu::entry::Entry,
+    /// The entry's constants, which a comment in the text names.
+    pub(crate) constants: Constants,
     /// Threads that a block may have (`.maxntid`).
     pub(crate) max_threads: u32,
     /// The context that it was loaded into.
@@ -45,6 +49,7 @@ fn compile(text: &str, capability: (i32, i32)) -> Result<Module, String> {
     if if exact { given != number } else { given < number } {
         return Err(format!("code for {target} does not run on sm_{given}"));
     }
+    let constants = constants(text);
     let mut functions = Vec::new();
     for part in text.split(".entry").skip(1) {
         let name = part.trim_start();
@@ -58,6 +63,7 @@ fn compile(text: &str, capability: (i32, i32)) -> Result<Module, String> {
         let entry = kernels_gpu::find(name).ok_or(format!("no such kernel: {name}"))?;
         functions.push(Function {
             entry,
+            constants,
             max_threads,
             context: context(),
             static_shared_bytes: static_shared_bytes(part),
@@ -65,6 +71,16 @@ fn compile(text: &str, capability: (i32, i32)) -> Result<Module, String> {
         });
     }
     Ok(Module { functions })
+}
+
+/// The constants that `// constants: causal=1 padding=0` names.
+fn constants(text: &str) -> Constants {
+    let line = text.lines().find_map(|line| line.strip_prefix("// constants: ")).unwrap_or("");
+    let value = |name| {
+        let pairs = line.split(' ').filter_map(|pair| pair.split_once('='));
+        pairs.filter(|(of, _)| *of == name).find_map(|(_, n)| n.parse().ok()).unwrap_or(0)
+    };
+    Constants { causal: value("causal"), padding: value("padding"), dropout: value("dropout") }
 }
 
 /// The arrays in shared memory that an entry's text declares: `.shared .align 16 .b8 name[64];`.

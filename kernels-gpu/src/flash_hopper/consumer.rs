@@ -10,11 +10,11 @@ use simt::{
     },
 };
 
-use super::{CONSUMER_ROWS, HopperMaps, Task, Tasks, turn::Own};
+use super::{CONSUMER_ROWS, HopperMaps, Inbox, Task, turn::Own};
 use crate::{
     args::AttentionArgs,
     pipeline::{Ring, Stage},
-    policy::{self, Policy},
+    policy::Policy,
     softmax,
 };
 
@@ -29,7 +29,6 @@ const SLACK: f32 = 8.0;
 pub(super) struct Consumer<
     'a,
     T: Operand,
-    P,
     const Q_STAGES: u32,
     const STAGES: u32,
     const S_GROUPS: usize,
@@ -57,7 +56,7 @@ pub(super) struct Consumer<
     /// Bytes of a stage of Q, and of one of K or V.
     pub q_bytes: u32,
     pub tile_bytes: u32,
-    pub tasks: Tasks<Q_STAGES>,
+    pub inbox: Inbox<Q_STAGES>,
     pub k_ring: Ring<STAGES>,
     pub v_ring: Ring<STAGES>,
     pub q_stage: Stage<Q_STAGES>,
@@ -71,12 +70,11 @@ pub(super) struct Consumer<
     pub s: Accumulator<S_GROUPS>,
     pub p: Fragments<KEY_STEPS>,
     pub acc_o: Accumulator<O_GROUPS>,
-    pub types: core::marker::PhantomData<(T, P)>,
+    pub element: core::marker::PhantomData<T>,
 }
 
 impl<
     T: Operand,
-    P: Policy,
     const Q_STAGES: u32,
     const STAGES: u32,
     const S_GROUPS: usize,
@@ -84,7 +82,7 @@ impl<
     const KEY_STEPS: usize,
     const K_CHUNK: u32,
     const TURNS: bool,
-> Consumer<'_, T, P, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS>
+> Consumer<'_, T, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS>
 where
     Accumulator<S_GROUPS>: WaitGroup,
     Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,
@@ -106,7 +104,7 @@ where
             // The other one begins.
             Own::of(self.own_rows).pass();
         }
-        let mut next = self.tasks.receive(self.q_stage);
+        let mut next = self.inbox.receive(self.q_stage);
         // SAFETY: passed on to the caller.
         unsafe {
             while let Some(mut task) = next {
@@ -117,7 +115,7 @@ where
                     self.release_q();
                     self.q_stage.advance();
                     self.pass_tiles(task.num_kv_tiles);
-                    next = self.tasks.receive(self.q_stage);
+                    next = self.inbox.receive(self.q_stage);
                     continue;
                 }
                 if !TURNS {
@@ -131,7 +129,7 @@ where
                     // task without a gap: this one's last product then comes with the next
                     // one's first.
                     if TURNS && Q_STAGES > 1 {
-                        next = self.tasks.receive(self.q_stage);
+                        next = self.inbox.receive(self.q_stage);
                         if let Some(following) = next
                             && self.own_tiles(following) > 0
                         {
@@ -146,7 +144,7 @@ where
                     self.release_v();
                     if TURNS && Q_STAGES == 1 {
                         // The next task's Q comes only now.
-                        next = self.tasks.receive(self.q_stage);
+                        next = self.inbox.receive(self.q_stage);
                         if let Some(following) = next
                             && self.own_tiles(following) > 0
                         {
@@ -159,7 +157,7 @@ where
                     break;
                 }
                 if !TURNS {
-                    next = self.tasks.receive(self.q_stage);
+                    next = self.inbox.receive(self.q_stage);
                 }
             }
         }
@@ -174,15 +172,15 @@ where
     /// Tiles of a task, from the first key on, that this consumer's rows see any key of.
     #[inline(always)]
     fn own_tiles(&self, task: Task) -> u32 {
-        let first_row = task.first_row + self.own_rows;
-        if first_row >= self.args.seq_q {
+        let first_row = task.first_row() + self.own_rows;
+        let policy = self.policy(task);
+        if first_row >= policy.head.seq_q {
             0
         } else if TURNS {
             // Both go through the same tiles in turn.
             task.num_kv_tiles
         } else {
-            let end = first_row + CONSUMER_ROWS;
-            policy::end_of_tile(&self.policy(task), end, self.args.seq_q).div_ceil(Self::TILE_KEYS)
+            policy.end_of_tile(first_row + CONSUMER_ROWS).div_ceil(Self::TILE_KEYS)
         }
     }
 
@@ -206,10 +204,10 @@ where
         }
     }
 
-    /// Keys that each of this warpgroup's rows sees by its position.
+    /// Keys that each of this warpgroup's rows sees.
     #[inline(always)]
-    fn keys_all_rows_see(&self, task: Task) -> u32 {
-        self.policy(task).end_of_row(task.first_row + self.own_rows)
+    fn whole_keys(&self, task: Task) -> u32 {
+        self.policy(task).whole_keys(task.first_row() + self.own_rows)
     }
 
     /// S = Q Kᵀ and P of the first tile visited, which is the last one in the order of keys,
@@ -302,20 +300,18 @@ where
     {
         let mut tile = task.num_kv_tiles - 1;
         // Tiles below this one are seen whole by every row of this consumer.
-        let whole_tiles = self.keys_all_rows_see(task) / Self::TILE_KEYS;
-        if P::GENERAL || P::is_causal(self.args) {
-            while tile > if P::GENERAL { 0 } else { whole_tiles } {
+        let whole_tiles = self.whole_keys(task) / Self::TILE_KEYS;
+        if Policy::is_padded() || Policy::is_causal() {
+            while tile > whole_tiles {
                 tile -= 1;
                 // SAFETY: passed on to the caller.
                 unsafe { self.next_tile::<D_STEPS, true>(task, tile) };
             }
         }
-        if !P::GENERAL {
-            while tile > 0 {
-                tile -= 1;
-                // SAFETY: passed on to the caller.
-                unsafe { self.next_tile::<D_STEPS, false>(task, tile) };
-            }
+        while tile > 0 {
+            tile -= 1;
+            // SAFETY: passed on to the caller.
+            unsafe { self.next_tile::<D_STEPS, false>(task, tile) };
         }
         if Q_STAGES > 1 {
             self.release_q();
@@ -328,7 +324,7 @@ where
     fn first_weights(&mut self, task: Task) -> bool {
         let tile = task.num_kv_tiles - 1;
         // The first tile visited may hang over the last key, or lie on the diagonal.
-        if P::GENERAL || (tile + 1) * Self::TILE_KEYS > self.keys_all_rows_see(task) {
+        if (tile + 1) * Self::TILE_KEYS > self.whole_keys(task) {
             self.mask(task, tile);
         }
         // Nothing came before: no O to rescale.
@@ -387,7 +383,7 @@ where
         // Hazard: the producer writes the next task where all lanes must have read this one.
         warp::sync_warp(warp::FULL_MASK);
         if warp::lane_id() == 0 {
-            self.tasks.ring.release(self.q_stage);
+            self.inbox.ring.release(self.q_stage);
         }
     }
 
@@ -477,15 +473,15 @@ where
 
     /// The policy for a task's head.
     #[inline(always)]
-    pub(super) fn policy(&self, task: Task) -> P {
-        // SAFETY: the mask is empty or `[B, Nk]`.
-        unsafe { P::new(self.args, task.b, task.h) }
+    pub(super) fn policy(&self, task: Task) -> Policy {
+        // SAFETY: the mask has the shape that `args` says.
+        unsafe { Policy::new(self.args, task.tile.head(self.args)) }
     }
 
     /// Row and key of this thread's first score of a tile.
     #[inline(always)]
     fn first_score(&self, task: Task, tile: u32) -> (u32, u32) {
-        (task.first_row + self.own_row, tile * Self::TILE_KEYS + self.column)
+        (task.first_row() + self.own_row, tile * Self::TILE_KEYS + self.column)
     }
 
     /// Hides what this thread's rows do not see: scores become -inf.
@@ -493,7 +489,7 @@ where
     fn mask(&mut self, task: Task, tile: u32) {
         let (i, j) = self.first_score(task, tile);
         let policy = self.policy(task);
-        policy::hide(&policy, core::array::from_mut(self.s.values_mut()), i, j);
+        policy.hide(core::array::from_mut(self.s.values_mut()), i, j);
     }
 
     /// Online softmax of a tile that is not the first: P replaces S. Returns what O and l must
@@ -557,13 +553,12 @@ where
     #[inline(always)]
     fn pack(&mut self, task: Task, tile: u32) {
         let (i, j) = self.first_score(task, tile);
-        let policy = self.policy(task);
-        let kept = policy::kept_weights::<P, S_GROUPS>(&policy, i, j);
+        let kept = self.policy(task).kept_weights::<S_GROUPS>(i, j);
         // The sum keeps what is dropped here.
         let s = self.s.values_mut();
         unroll!(for G in 0..16 {
             if G < S_GROUPS {
-                policy::drop_weights(&policy, &mut s[G], kept, G);
+                Policy::drop_weights(&mut s[G], kept, G);
             }
         });
         let s = self.s.values();

@@ -11,14 +11,10 @@ use super::{
     consumer::{Consumer, ROWS},
     tiles::OUTPUT_CHUNK,
 };
-use crate::{
-    policy::{self, Policy},
-    softmax,
-};
+use crate::softmax;
 
 impl<
     T: Operand,
-    P: Policy,
     const Q_STAGES: u32,
     const STAGES: u32,
     const S_GROUPS: usize,
@@ -26,7 +22,7 @@ impl<
     const KEY_STEPS: usize,
     const K_CHUNK: u32,
     const TURNS: bool,
-> Consumer<'_, T, P, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS>
+> Consumer<'_, T, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS>
 where
     Accumulator<S_GROUPS>: WaitGroup,
     Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,
@@ -52,21 +48,18 @@ where
         let l_i = [warp::reduce_add::<4>(l_i[0]), warp::reduce_add::<4>(l_i[1])];
         // Three consumers have no registers left for the check: it costs 3 to 7 % at D 64, full
         // (H200, N 2048). Their rows are lost as rows without keys from scores of 2^28 on.
-        let l_i = if P::GENERAL || TURNS {
-            policy::checked_sums(&policy, task.first_row + self.own_row, m_i, l_i)
+        let l_i = if TURNS {
+            policy.checked_sums(task.first_row() + self.own_row, m_i, l_i)
         } else {
             l_i
         };
         unroll!(for R in 0..2 {
             let l_row = l_i[R];
-            factors[R] = softmax::normaliser(l_row);
-            if policy.drops() {
-                factors[R] *= policy.dropout().rescale;
-            }
-            let i = task.first_row + self.own_row + 8 * R as u32;
-            if i < args.seq_q && self.column == 0 {
+            factors[R] = softmax::normaliser(l_row) * policy.rescale();
+            let i = task.first_row() + self.own_row + 8 * R as u32;
+            if i < policy.head.seq_q && self.column == 0 {
                 let lse_row = softmax::log_sum_exp(m_i[R], l_row);
-                lse.write(args.row(task.b, task.h, i), lse_row);
+                lse.write(policy.head.row(i), lse_row);
             }
         });
         factors
@@ -82,7 +75,7 @@ where
         let map = self.maps.address::<3>();
         let values = self.acc_o.values();
         let lane = warp::lane_id();
-        let first_row = task.first_row + self.own_row - lane / 4;
+        let first_row = task.first_row() + self.own_row - lane / 4;
         // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the
         // first, the others to their right.
         let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(lane % 16, lane / 16 * 8);
@@ -118,7 +111,7 @@ where
                     if 16 * HALF + 8 * CHUNK < O_GROUPS {
                         let buffer = self.output.slice(CHUNK as u32 * OUTPUT_CHUNK, OUTPUT_CHUNK);
                         let column = (2 * HALF + CHUNK) as u32 * CHUNK_COLUMNS;
-                        let to = [column, first_row, task.h, task.b];
+                        let to = [column, first_row, task.tile.h, task.tile.b];
                         // SAFETY: the parameter holds the map. It ends at the last row and
                         // column, and so does what is stored.
                         unsafe { tma::store_4d_if(lane == 0, map, to, buffer.address()) };

@@ -8,14 +8,13 @@ use simt::{
 
 use super::{
     HopperMaps,
-    queue::Queue,
+    queue::Tasks,
     task::{Rings, Task},
     tiles::{CONSUMER_ROWS, Tiles, tile_bytes},
 };
 use crate::{
     args::AttentionArgs,
     pipeline::{Ring, Stage},
-    policy::Policy,
 };
 
 /// The producer: one thread that takes tasks and starts every copy of the block, as far ahead
@@ -25,7 +24,6 @@ use crate::{
 /// As for [`flash_hopper`](super::flash_hopper()).
 #[inline(always)]
 pub(super) unsafe fn produce<
-    P: Policy,
     const D: u32,
     const CONSUMERS: u32,
     const Q_STAGES: u32,
@@ -39,34 +37,37 @@ pub(super) unsafe fn produce<
     let tiles = const { Tiles::of(D, CONSUMERS) };
     maps.prefetch();
     // All chunks of a tile: rows from `row` on.
-    let copy = |task: Task, destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
-        for chunk in 0..D.div_ceil(CHUNK_COLUMNS) {
-            let to = destination + chunk * rows * CHUNK_ROW_BYTES;
-            let from = [chunk * CHUNK_COLUMNS, row, task.h, task.b];
-            // SAFETY: the parameter holds the maps; the ring keeps readers away.
-            unsafe { tma::load_4d(to, map, from, full) };
-        }
-    };
+    let copy =
+        |head: (u32, u32), destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
+            for chunk in 0..D.div_ceil(CHUNK_COLUMNS) {
+                let to = destination + chunk * rows * CHUNK_ROW_BYTES;
+                let from = [chunk * CHUNK_COLUMNS, row, head.0, head.1];
+                // SAFETY: the parameter holds the maps; the ring keeps readers away.
+                unsafe { tma::load_4d(to, map, from, full) };
+            }
+        };
     let copy_q = |stage: Stage<Q_STAGES>, task: Task| {
         for consumer in 0..CONSUMERS {
-            let row = task.first_row + consumer * CONSUMER_ROWS;
+            let (row, head) = (task.first_row() + consumer * CONSUMER_ROWS, task.tile.head(args));
             // A consumer past the last row has no Q, and none has without keys.
-            let any = task.num_kv_tiles > 0 && row < args.seq_q;
+            let any = task.num_kv_tiles > 0 && row < head.seq_q;
             let bytes = if any { const { tile_bytes(CONSUMER_ROWS, D) } } else { 0 };
             let full = rings.of(consumer).announce(stage, Some(task), bytes);
             if any {
                 let to = smem
                     + stage.index() * const { Tiles::of(D, CONSUMERS).q_bytes() }
                     + consumer * const { tile_bytes(CONSUMER_ROWS, D) };
-                copy(task, to, maps.address::<0>(), CONSUMER_ROWS, row, full);
+                copy((head.h, head.b), to, maps.address::<0>(), CONSUMER_ROWS, row, full);
             }
         }
     };
-    let copy_keys = |ring: Ring<STAGES>, to: u32, map: u64, stage: Stage<STAGES>, task, tile| {
-        let to = to + stage.index() * const { Tiles::of(D, CONSUMERS).kv_bytes() };
-        let full = ring.acquire(stage, const { Tiles::of(D, CONSUMERS).kv_bytes() });
-        copy(task, smem + to, map, tiles.keys, tile * tiles.keys, full);
-    };
+    let copy_keys =
+        |ring: Ring<STAGES>, to: u32, map: u64, stage: Stage<STAGES>, task: Task, tile| {
+            let head = task.tile.head(args);
+            let to = to + stage.index() * const { Tiles::of(D, CONSUMERS).kv_bytes() };
+            let full = ring.acquire(stage, const { Tiles::of(D, CONSUMERS).kv_bytes() });
+            copy((head.h_kv, head.b), smem + to, map, tiles.keys, tile * tiles.keys, full);
+        };
     let copy_k =
         |stage, task, tile| copy_keys(rings.k, tiles.k(), maps.address::<1>(), stage, task, tile);
     let copy_v =
@@ -77,10 +78,10 @@ pub(super) unsafe fn produce<
     // The task before, whose last V is still to come.
     let mut before: Option<Task> = None;
     // SAFETY: the queue holds zeros before the launch, as `AttentionArgs::queue` says.
-    let (mut queue, mut next) = unsafe { Queue::begin::<P>(args, tiles) };
+    let (mut queue, mut next) = unsafe { Tasks::begin(args, tiles) };
     while let Some(work) = next {
-        // SAFETY: the mask is empty or `[B, Nk]`, as `AttentionArgs::mask` says.
-        let task = unsafe { Task::of::<P>(args, tiles, work) };
+        // SAFETY: the mask has the shape that `args` says.
+        let task = unsafe { Task::of(args, tiles, work) };
         // Asked for late: whoever asks early may keep a task that another block has time for.
         // Before the last tile, so that the answer is there after it.
         let mut answer = 0;

@@ -6,16 +6,14 @@ use super::tiles::Tiles;
 use crate::{
     args::AttentionArgs,
     pipeline::{Ring, Stage},
-    policy::{self, Policy},
-    schedule::{self, Work},
+    policy::Policy,
+    schedule::{QueryTile, Work},
 };
 
-/// A tile of query rows of one head: where it is, and what it sees.
+/// A tile of query rows, and what it sees.
 #[derive(Clone, Copy)]
 pub(super) struct Task {
-    pub b: u32,
-    pub h: u32,
-    pub first_row: u32,
+    pub tile: QueryTile,
     /// Tiles of keys that any of its rows sees.
     pub num_kv_tiles: u32,
 }
@@ -24,16 +22,20 @@ impl Task {
     /// The task that a piece of work is.
     ///
     /// # Safety
-    /// `args.mask` must be empty or hold `[B, Nk]` bytes.
+    /// As for [`Policy::new`].
     #[inline(always)]
-    pub unsafe fn of<P: Policy>(args: &AttentionArgs, tiles: Tiles, work: Work) -> Self {
-        let first_row = work.q_tile * tiles.rows();
-        let (b, h) = schedule::divide(work.head, args.heads);
-        // SAFETY: the mask is empty or `[B, Nk]`.
-        let policy = unsafe { P::new(args, b, h) };
-        let end = policy::end_of_tile(&policy, first_row + tiles.rows(), args.seq_q);
-        let num_kv_tiles = end.div_ceil(tiles.keys);
-        Self { b, h, first_row, num_kv_tiles }
+    pub unsafe fn of(args: &AttentionArgs, tiles: Tiles, work: Work) -> Self {
+        let tile = QueryTile::of(args, work, tiles.rows());
+        // SAFETY: passed on to the caller.
+        let policy = unsafe { Policy::new(args, tile.head(args)) };
+        let end = policy.end_of_tile(tile.first_row + tiles.rows());
+        Self { tile, num_kv_tiles: end.div_ceil(tiles.keys) }
+    }
+
+    /// Its first row.
+    #[inline(always)]
+    pub const fn first_row(&self) -> u32 {
+        self.tile.first_row
     }
 }
 
@@ -52,9 +54,9 @@ pub(super) struct Rings<const Q_STAGES: u32, const STAGES: u32> {
 impl<const Q_STAGES: u32, const STAGES: u32> Rings<Q_STAGES, STAGES> {
     /// The tasks of a consumer.
     #[inline(always)]
-    pub fn of(&self, consumer: u32) -> Tasks<Q_STAGES> {
+    pub fn of(&self, consumer: u32) -> Inbox<Q_STAGES> {
         let words = const { Q_STAGES * TASK_WORDS };
-        Tasks {
+        Inbox {
             ring: Ring::new(self.q, consumer * Ring::<Q_STAGES>::BARRIERS),
             words: self.tasks.slice(consumer * words, words),
         }
@@ -63,7 +65,7 @@ impl<const Q_STAGES: u32, const STAGES: u32> Rings<Q_STAGES, STAGES> {
 
 /// A consumer's tasks: its rows of Q, and with them what task they belong to.
 #[derive(Clone, Copy)]
-pub(super) struct Tasks<const Q_STAGES: u32> {
+pub(super) struct Inbox<const Q_STAGES: u32> {
     pub ring: Ring<Q_STAGES>,
     words: Shared<u32>,
 }
@@ -73,14 +75,14 @@ pub(super) const TASK_WORDS: u32 = 4;
 /// In place of `num_kv_tiles`: there is no further task.
 const END: u32 = u32::MAX;
 
-impl<const Q_STAGES: u32> Tasks<Q_STAGES> {
+impl<const Q_STAGES: u32> Inbox<Q_STAGES> {
     /// Producer: waits for a free stage of Q, and announces a task (or that there is none) and
     /// so many bytes of Q. Returns the barrier that they count at.
     #[inline(always)]
     pub fn announce(&self, stage: Stage<Q_STAGES>, task: Option<Task>, bytes: u32) -> Mbarrier {
         self.ring.wait_empty(stage);
-        let end = Task { b: 0, h: 0, first_row: 0, num_kv_tiles: END };
-        let Task { b, h, first_row, num_kv_tiles } = task.unwrap_or(end);
+        let end = Task { tile: QueryTile { b: 0, h: 0, first_row: 0 }, num_kv_tiles: END };
+        let Task { tile: QueryTile { b, h, first_row }, num_kv_tiles } = task.unwrap_or(end);
         let first = stage.index() * TASK_WORDS;
         self.words.write(first, b);
         self.words.write(first + 1, h);
@@ -96,7 +98,8 @@ impl<const Q_STAGES: u32> Tasks<Q_STAGES> {
         self.ring.wait(stage);
         let first = stage.index() * TASK_WORDS;
         let word = |index: u32| warp::uniform(self.words.read(first + index));
-        let task = Task { b: word(0), h: word(1), first_row: word(2), num_kv_tiles: word(3) };
+        let tile = QueryTile { b: word(0), h: word(1), first_row: word(2) };
+        let task = Task { tile, num_kv_tiles: word(3) };
         (task.num_kv_tiles != END).then_some(task)
     }
 }

@@ -7,7 +7,7 @@ use simt::{
 };
 
 use super::TASK_WORDS;
-use crate::policy::Policy;
+use crate::constants::Constants;
 
 /// Query rows of a consumer warpgroup.
 pub const CONSUMER_ROWS: u32 = 64;
@@ -124,26 +124,33 @@ impl Tiles {
 }
 
 /// Consumers that a block may have for head dim `d`: two, and three where O is narrow
-/// enough for 160 registers a thread and nothing is decided at run time.
+/// enough for 160 registers a thread. These leave none for padding and dropout.
 #[must_use]
-pub const fn max_consumers<P: Policy>(d: u32) -> u32 {
-    if d <= 64 && !P::GENERAL { 3 } else { 2 }
+pub const fn max_consumers(d: u32) -> u32 {
+    if d <= 64 { 3 } else { 2 }
 }
 
 impl Tiles {
-    /// Those of policy `P` that are done first with `heads` heads of `seq_q` rows on
-    /// `multiprocessors`, which run one block each.
+    /// Those that are done first with `heads` heads of `seq_q` rows on `multiprocessors`, which
+    /// run one block each.
     ///
     /// Three consumers take less time a row, by up to a sixth, but tasks of 192 rows leave
     /// more of a short launch's last round idle: measured on an H100 at D = 64, two were
     /// ahead with 1.5 tasks a multiprocessor, level with 3, behind with 6.
     #[must_use]
-    pub fn best<P: Policy>(d: u32, seq_q: u64, heads: u64, multiprocessors: u32) -> Self {
+    pub fn best(
+        d: u32,
+        constants: Constants,
+        seq_q: u64,
+        heads: u64,
+        multiprocessors: u32,
+    ) -> Self {
         /// Tasks a multiprocessor from which three are worth it.
         const MANY: u64 = 4;
         let two = Self::of(d, 2);
         let tasks = seq_q.div_ceil(two.rows().into()).saturating_mul(heads);
-        if max_consumers::<P>(d) == 3 && tasks >= MANY * u64::from(multiprocessors) {
+        let plain = constants.padding == 0 && constants.dropout == 0;
+        if max_consumers(d) == 3 && plain && tasks >= MANY * u64::from(multiprocessors) {
             Self::of(d, 3)
         } else {
             two
@@ -174,14 +181,13 @@ const MAX_SHARED_BYTES: u32 = 232_448;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{Causal, Full, General};
-
     #[test]
     fn three_consumers_where_there_are_many_tasks() {
-        let full = |d, n| Tiles::best::<Full>(d, n, 48, 132).consumers;
-        assert_eq!((full(64, 1024), full(64, 2048)), (2, 3));
-        assert_eq!((full(128, 2048), full(256, 2048)), (2, 2));
-        assert_eq!(Tiles::best::<Causal>(64, 2048, 48, 132).consumers, 3);
-        assert_eq!(Tiles::best::<General>(64, 2048, 48, 132).consumers, 2);
+        let full = Constants::default();
+        let consumers = |d, constants, n| Tiles::best(d, constants, n, 48, 132).consumers;
+        assert_eq!((consumers(64, full, 1024), consumers(64, full, 2048)), (2, 3));
+        assert_eq!((consumers(128, full, 2048), consumers(256, full, 2048)), (2, 2));
+        assert_eq!(consumers(64, Constants { causal: 1, ..full }, 2048), 3);
+        assert_eq!(consumers(64, Constants { dropout: 1, ..full }, 2048), 2);
     }
 }

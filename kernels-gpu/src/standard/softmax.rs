@@ -27,9 +27,9 @@ use simt::{
 use crate::{
     args::AttentionArgs,
     chunk::{Chunk, MAX_ELEMENTS},
-    dropout, entries,
-    naive::{batch_and_head, weight_index},
-    policy::{General, Policy},
+    entries,
+    head::Head,
+    policy::Policy,
     softmax::{STORED_UNIT, checked_sum, log_sum_exp_natural, normaliser, safe_max},
 };
 
@@ -77,7 +77,7 @@ pub const fn row_threads(seq_k: u32, element_bytes: u32) -> u32 {
 
 /// A row of scores, and what its threads know of it.
 struct Row<T, const ROW_THREADS: u32> {
-    policy: General,
+    policy: Policy,
     scores: Global<T>,
     weights: GlobalMut<T>,
     /// Index of the row's first element.
@@ -88,8 +88,7 @@ struct Row<T, const ROW_THREADS: u32> {
     aligned: bool,
     /// This thread's place in the row.
     thread: u32,
-    /// Keys of the row, and how many of them the row may see.
-    seq_k: u32,
+    /// How many of its keys the row may see, by its position.
     end: u32,
 }
 
@@ -134,11 +133,7 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
     #[inline(always)]
     fn visible(&self, key: u32) -> u32 {
         let by_position = (self.end - key).min(T::ELEMENTS);
-        let mut visible = (1 << by_position) - 1;
-        if !self.policy.by_position_only() {
-            visible &= self.policy.not_padding(key, T::ELEMENTS);
-        }
-        visible
+        ((1 << by_position) - 1) & self.policy.not_padding(key, T::ELEMENTS)
     }
 
     /// Loads the segment of `keys` keys from `start` on, hides what the row does not see,
@@ -226,26 +221,25 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
     const { assert!(ROW_THREADS == warp::LANES || ROW_THREADS == THREADS) };
 
     // Who am I.
-    let (b, h) = batch_and_head(args);
+    let head = Head::of_block_z(args);
     let tid = thread::thread_idx_x();
     let row_in_block = tid / ROW_THREADS;
     let i = thread::block_idx_x() * (THREADS / ROW_THREADS) + row_in_block;
-    if i >= args.seq_q {
+    if i >= head.seq_q {
         return; // All threads of the row leave: its barriers need all of them.
     }
-    let segment = segment_keys(args.seq_k, T::BYTES);
+    let segment = segment_keys(head.seq_k, T::BYTES);
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     let (row, lse) = unsafe {
-        let policy = General::new(args, b, h);
+        let policy = Policy::new(args, head);
         let row = Row::<T, ROW_THREADS> {
             policy,
             scores: args.weights.view::<T>(),
             weights: args.weights.view_mut::<T>(),
-            first: weight_index(args, b, h, i, 0),
+            first: head.weight(i, 0),
             segment: Shared::dynamic(row_in_block * segment * T::BYTES, segment),
-            aligned: (args.weights.address | (args.seq_k * T::BYTES) as u64) % 16 == 0,
+            aligned: (args.weights.address | (head.seq_k * T::BYTES) as u64) % 16 == 0,
             thread: tid % ROW_THREADS,
-            seq_k: args.seq_k,
             end: policy.end_of_row(i),
         };
         (row, args.lse.view_mut::<f32>())
@@ -283,18 +277,16 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
     // Weights, in the place of the scores.
     let (m_used, normaliser) = (safe_max(m_i), normaliser(l_i));
     let mut start = 0;
-    while start < row.seq_k {
+    while start < head.seq_k {
         if row.end > segment && start < row.end {
             let _ = row.load(start, (row.end - start).min(segment));
         }
-        let keys = (row.seq_k - start).min(segment);
+        let keys = (head.seq_k - start).min(segment);
         for key in (row.thread * T::ELEMENTS..keys).step_by(Row::<T, ROW_THREADS>::STRIDE) {
             let mut p = [0.0; MAX_ELEMENTS];
             if start + key < row.end {
                 p = row.exponentials(key, m_used).map(|p| p * normaliser);
-                if args.dropout.threshold != 0 {
-                    drop_weights::<T>(args, (b, h, i), start + key, &mut p);
-                }
+                drop_weights::<T>(&row.policy, i, start + key, &mut p);
             }
             row.store(start, key, p);
         }
@@ -311,24 +303,19 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
         start += segment;
     }
     if row.thread == 0 {
-        lse.write(args.row(b, h, i), log_sum_exp_natural(m_i * STORED_UNIT, l_i));
+        lse.write(head.row(i), log_sum_exp_natural(m_i * STORED_UNIT, l_i));
     }
 }
 
 /// Sets dropped weights to 0 and scales the others up. `key` is a multiple of the chunk.
 #[inline(always)]
-fn drop_weights<T: Chunk>(
-    args: &AttentionArgs,
-    (b, h, i): (u32, u32, u32),
-    key: u32,
-    p: &mut [f32; MAX_ELEMENTS],
-) {
+fn drop_weights<T: Chunk>(policy: &Policy, i: u32, key: u32, p: &mut [f32; MAX_ELEMENTS]) {
     unroll!(for FOUR in 0..2 {
         if FOUR < T::ELEMENTS as usize / 4 {
-            let draws = dropout::draws(args.dropout.seed, b, h, i, key / 4 + FOUR as u32);
+            let of_four = [0, 1, 2, 3].map(|e: usize| p[4 * FOUR + e]);
+            let kept = policy.kept_four(i, key + 4 * FOUR as u32, of_four);
             unroll!(for E in 0..4 {
-                let kept = draws[E] >= args.dropout.threshold;
-                p[4 * FOUR + E] = if kept { p[4 * FOUR + E] * args.dropout.rescale } else { 0.0 };
+                p[4 * FOUR + E] = kept[E];
             });
         }
     });

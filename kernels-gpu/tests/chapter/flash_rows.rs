@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use simt::{math, scalar::Scalar, thread, warp};
 
-use crate::{args::AttentionArgs, dropout, entries, mask::Mask, softmax};
+use crate::{args::AttentionArgs, entries, head::Head, policy::Policy, softmax};
 
 /// Threads of a block: four warps, hence four rows.
 pub const THREADS: u32 = 128;
@@ -21,61 +21,61 @@ pub const BR: u32 = THREADS / warp::LANES;
 #[inline(always)]
 pub unsafe fn flash_rows<T: Scalar, const D: usize, const COLUMNS: usize>(args: &AttentionArgs) {
     const { assert!(D == COLUMNS * warp::LANES as usize) };
-    let (h, b) = (thread::block_idx_y(), thread::block_idx_z());
+    let head = Head::of_block(args);
     let i = thread::block_idx_x() * BR + warp::warp_id();
-    if i >= args.seq_q {
+    if i >= head.seq_q {
         return; // The whole warp leaves: collectives need all of its lanes.
     }
     let lane = warp::lane_id() as u64;
     // SAFETY: the buffers have these shapes, and nobody else writes O and LSE.
-    let (q, k, v, o, lse, mask) = unsafe {
+    let (q, k, v, o, lse, policy) = unsafe {
         (
             args.q.buffer.view::<T>(),
             args.k.buffer.view::<T>(),
             args.v.buffer.view::<T>(),
             args.o.buffer.view_mut::<T>(),
             args.lse.view_mut::<f32>(),
-            Mask::new(args, b),
+            Policy::new(args, head),
         )
     };
-    let q_row = args.q.head(b, h) + i as u64 * args.q.stride_n;
+    let q_row = head.query(&args.q, i);
     let q_reg: [f32; COLUMNS] =
         core::array::from_fn(|c| q.read(q_row + lane + 32 * c as u64).to_f32());
 
     let (mut m_i, mut l_i, mut acc_o) = (f32::NEG_INFINITY, 0.0, [0.0f32; COLUMNS]);
-    for j in 0..mask.end_of_keys(i + 1) {
+    for j in 0..policy.end_of_row(i) {
         // S = Q Kᵀ: every lane has a share of the dot product.
-        let k_row = args.k.head(b, h) + j as u64 * args.k.stride_n;
+        let k_row = head.key(&args.k, j);
         let mut s = 0.0;
         for c in 0..COLUMNS {
             s = math::fma(q_reg[c], k.read(k_row + lane + 32 * c as u64).to_f32(), s);
         }
         let s = warp::reduce_add::<32>(s) * args.scale_log2;
-        let s = if mask.sees(i, j) { s } else { f32::NEG_INFINITY };
+        let s = if policy.sees(i, j) { s } else { f32::NEG_INFINITY };
 
         // Online softmax, for a tile of one key.
         let m_new = math::max(m_i, s);
         let m_used = softmax::safe_max(m_new);
-        let (alpha, mut p) = (math::exp2(m_i - m_used), math::exp2(s - m_used));
+        let (alpha, p) = (math::exp2(m_i - m_used), math::exp2(s - m_used));
         (m_i, l_i) = (m_new, math::fma(l_i, alpha, p));
-        p = dropout::apply(&args.dropout, (b, h, i, j), p);
+        let p = policy.kept(i, j, p);
 
         // O += P V.
-        let v_row = args.v.head(b, h) + j as u64 * args.v.stride_n;
+        let v_row = head.key(&args.v, j);
         for c in 0..COLUMNS {
             let value = v.read(v_row + lane + 32 * c as u64).to_f32();
             acc_o[c] = math::fma(p, value, acc_o[c] * alpha);
         }
     }
 
-    let l_i = softmax::checked_sum(l_i, || mask.sees_any(i));
-    let o_row = args.o.head(b, h) + i as u64 * args.o.stride_n;
+    let l_i = softmax::checked_sum(l_i, || policy.sees_any(i));
+    let o_row = head.query(&args.o, i);
     for c in 0..COLUMNS {
         let value = T::from_f32(acc_o[c] * softmax::normaliser(l_i));
         o.write(o_row + lane + 32 * c as u64, value);
     }
     if lane == 0 {
-        lse.write(args.row(b, h, i), softmax::log_sum_exp(m_i, l_i));
+        lse.write(head.row(i), softmax::log_sum_exp(m_i, l_i));
     }
 }
 

@@ -1,14 +1,18 @@
 //! Launches on the emulator, and the references in f64.
 #![allow(dead_code, reason = "each test file uses some of these")]
 
-use std::{cell::RefCell, env};
+use std::{
+    cell::{Cell, RefCell},
+    env,
+};
 
 use approx::abs_diff_eq;
 use kernels_gpu::{
     args::{AttentionArgs, Buffer, DropoutArgs, LinearArgs, Tensor},
+    constants::Constants,
     dropout,
     flash_hopper::{HopperArgs, Tiles},
-    schedule::QUEUE_WORDS,
+    queue::QUEUE_WORDS,
 };
 use simt::{
     Dim3,
@@ -19,6 +23,9 @@ use simt::{
 
 thread_local! {
     static OPTIONS: RefCell<Option<Options>> = const { RefCell::new(None) };
+    static CONSTANTS: Cell<Constants> = const {
+        Cell::new(Constants { causal: 0, padding: 0, dropout: 0 })
+    };
 }
 
 /// Seeds of the tests that go through several; in CI, which sets `SIMT_SEEDS`, more.
@@ -27,11 +34,25 @@ pub fn seeds() -> std::ops::Range<u64> {
 }
 
 /// How this thread's launches run: as [`with_options`] says, or with the seed in `SIMT_SEED`,
-/// which repeats what a fault reports.
+/// which repeats what a fault reports; with the constants of [`with_constants`].
 pub fn options() -> Options {
-    OPTIONS
+    let options = OPTIONS
         .with_borrow(Clone::clone)
-        .unwrap_or_else(|| Options::seeded(number("SIMT_SEED").unwrap_or(0)))
+        .unwrap_or_else(|| Options::seeded(number("SIMT_SEED").unwrap_or(0)));
+    Options { constants: CONSTANTS.get().values(), ..options }
+}
+
+/// What this thread's launches are specialised for.
+pub fn constants() -> Constants {
+    CONSTANTS.get()
+}
+
+/// Runs `f` with the launches of this thread specialised for `constants`.
+pub fn with_constants<R>(constants: Constants, f: impl FnOnce() -> R) -> R {
+    let before = CONSTANTS.replace(constants);
+    let result = f();
+    CONSTANTS.set(before);
+    result
 }
 
 fn number(variable: &str) -> Option<u64> {
@@ -185,6 +206,15 @@ impl Case {
         }
     }
 
+    /// What kernels are compiled for.
+    pub fn constants(&self) -> Constants {
+        Constants {
+            causal: self.causal.into(),
+            padding: self.padding.into(),
+            dropout: u32::from(self.dropout > 0.0),
+        }
+    }
+
     /// Batch entries: two where the padding masks shall differ.
     const fn batch(&self) -> u32 {
         if self.padding { 2 } else { 1 }
@@ -264,7 +294,6 @@ impl Case {
             seq_q: self.seq_q,
             seq_k: self.seq_k,
             scale_log2: std::f32::consts::LOG2_E / (self.d as f32).sqrt(),
-            causal: self.causal.into(),
             dropout: problem.drops,
             head_dim: self.d,
             scale: 1.0 / (self.d as f32).sqrt(),
@@ -276,7 +305,7 @@ impl Case {
     pub fn check<T: Scalar>(&self, launch: impl Fn(&AttentionArgs) -> Stats) -> Stats {
         let mut problem = self.problem::<T>();
         let args = self.args(&mut problem);
-        let stats = launch(&args);
+        let stats = with_constants(self.constants(), || launch(&args));
         let Problem { q, k, v, o, lse, mask, drops, .. } = &mut problem;
         // `o` is read again only now that the kernel has written it.
         let o = std::hint::black_box(o);
@@ -372,10 +401,9 @@ pub fn map(address: u64, dims: [u64; 4], strides: [u64; 3], box_dims: [u32; 4]) 
     spec.encode().expect("a map that the driver would take")
 }
 
-/// A launch of flash_hopper for f16: the policy in its name, its consumers, and its blocks.
+/// A launch of flash_hopper for f16: its consumers, and its blocks.
 #[derive(Clone, Copy, Debug)]
 pub struct Hopper {
-    pub policy: &'static str,
     pub consumers: u32,
     pub blocks: u32,
 }
@@ -399,7 +427,8 @@ impl Hopper {
         let mut queue = [0u32; QUEUE_WORDS as usize];
         let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
         let args = HopperArgs { maps, args };
-        let symbol = format!("flash_hopper_f16_d{}_{}", case.d, self.policy);
+        let size = if self.consumers == 3 { "_x3" } else { "" };
+        let symbol = format!("flash_hopper_f16_d{}{size}", case.d);
         let (threads, shared) = (tiles.threads(), tiles.shared_bytes());
         try_run(&symbol, self.blocks.into(), threads.into(), shared, &args)
     }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::fault::Place;
+use crate::specialise::MAX_CONSTANTS;
 
 /// How a launch runs and what it checks.
 #[derive(Clone, Debug)]
@@ -16,6 +17,8 @@ pub struct Options {
     /// With any other seed one core runs the launch, several blocks in turn, so that the same
     /// seed gives the same run.
     pub seed: u64,
+    /// The launch's specialisation constants, in the order of their declaration.
+    pub constants: [u32; MAX_CONSTANTS],
     /// Checks that a launch can do without.
     pub checks: Checks,
     /// Accesses to memory and switches between lanes that a block may make without reaching
@@ -41,7 +44,14 @@ impl Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { seed: 0, checks: Checks::default(), budget: Self::BUDGET, change: None, sites: None }
+        Self {
+            seed: 0,
+            constants: [0; MAX_CONSTANTS],
+            checks: Checks::default(),
+            budget: Self::BUDGET,
+            change: None,
+            sites: None,
+        }
     }
 }
 

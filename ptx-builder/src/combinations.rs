@@ -1,0 +1,76 @@
+//! The combinations of specialisation constants that entries are assembled and checked in.
+//!
+//! A launch may ask for any combination; the driver then compiles it. Checked ahead are those
+//! that a launch names most, and the one with everything on, which needs the most registers.
+
+/// Names and values of constants; what is not named is 0.
+pub type Combination = &'static [(&'static str, u32)];
+
+const FULL: Combination = &[];
+const CAUSAL: Combination = &[("causal", 1)];
+const PADDING: Combination = &[("padding", 1)];
+const DROPOUT: Combination = &[("dropout", 1)];
+const ALL: Combination = &[("causal", 1), ("padding", 1), ("dropout", 1)];
+
+/// Beginnings and ends of entries' names, and their combinations; the first that fits counts.
+const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
+    // Launched for plain and causal attention alone.
+    ("flash_hopper", "_x3", &[FULL, CAUSAL]),
+    ("flash_hopper", "", &[FULL, CAUSAL, PADDING, DROPOUT, ALL]),
+    ("flash_pipelined", "", &[FULL, CAUSAL, PADDING, DROPOUT, ALL]),
+    ("flash_tf32", "", &[FULL, CAUSAL, ALL]),
+    ("", "", &[FULL, ALL]),
+];
+
+/// The combinations of an entry, by its name and text: one if it reads no constant.
+#[must_use]
+pub fn of_entry(name: &str, text: &str) -> &'static [Combination] {
+    if !text.contains(PREFIX) {
+        return &[FULL];
+    }
+    OF_ENTRIES
+        .iter()
+        .find(|(start, end, _)| name.starts_with(start) && name.ends_with(end))
+        .map_or(&[], |(_, _, combinations)| *combinations)
+}
+
+/// How the symbol of a constant begins in PTX; its name follows (`simt::specialise`).
+pub const PREFIX: &str = "simt_constant_";
+
+/// A text with a combination's numbers in place of the constants' symbols.
+#[must_use]
+pub fn specialise(text: &str, combination: Combination) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut parts = text.split(PREFIX);
+    out.push_str(parts.next().unwrap_or(""));
+    for part in parts {
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let (name, rest) = part.split_at(part.find(|c| !is_name(c)).unwrap_or(part.len()));
+        let value = combination.iter().find(|(of, _)| *of == name).map_or(0, |(_, value)| *value);
+        out.push_str(&value.to_string());
+        out.push_str(rest);
+    }
+    out
+}
+
+/// A combination in words, as file names and tables have it.
+#[must_use]
+pub fn name(combination: Combination) -> String {
+    let names: Vec<&str> = combination.iter().map(|(name, _)| *name).collect();
+    if names.is_empty() { "full".to_owned() } else { names.join("+") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn constants_that_are_not_named_are_off() {
+        let text = "mov.b32 %r1, simt_constant_causal; mov.b32 %r2, simt_constant_padding;";
+        assert_eq!(specialise(text, CAUSAL), "mov.b32 %r1, 1; mov.b32 %r2, 0;");
+        assert_eq!(of_entry("flash_hopper_f16_d64_x3", text), [FULL, CAUSAL]);
+        assert_eq!(of_entry("flash_hopper_f16_d64", text).len(), 5);
+        assert_eq!(of_entry("linear_naive_f16", "ret;"), [FULL]);
+        assert_eq!((name(FULL), name(ALL)), ("full".into(), "causal+padding+dropout".into()));
+    }
+}

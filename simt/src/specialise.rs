@@ -1,0 +1,162 @@
+//! Specialisation constants: numbers that a launch fixes before its entry is compiled.
+//!
+//! A kernel that can do much pays for what it does not do: with branches, and with registers
+//! for both of their sides. One entry for each combination of what it can do grows with the
+//! number of combinations. A specialisation constant is SPIR-V's way out: on a GPU a symbol
+//! stands in the entry's PTX, the loader writes a number in its place, and the driver's
+//! compiler folds it, drops the dead branches, and allocates registers after that. Under the
+//! emulator the constants are part of the launch ([`Options::constants`]).
+//!
+//! [`specialisation_constants!`](crate::specialisation_constants!) declares the constants of a
+//! crate of kernels.
+//!
+//! Source: the SPIR-V specification, section 2.12, "Specialization".
+//!
+//! [`Options::constants`]: crate::emulator::Options::constants
+
+/// The most constants of a crate of kernels.
+#[cfg(not(target_arch = "nvptx64"))]
+pub const MAX_CONSTANTS: usize = 16;
+
+/// How the symbol of a constant begins; its name follows.
+pub const PREFIX: &str = "simt_constant_";
+
+/// The constant at place `index` of the launch that runs.
+#[cfg(not(target_arch = "nvptx64"))]
+#[must_use]
+pub fn of_launch(index: usize) -> u32 {
+    crate::emulator::current::with(|block| block.options.constants[index])
+}
+
+/// The text of an entry with numbers in place of the constants' symbols.
+///
+/// # Errors
+/// The name of a constant that `value` has no number for.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn replace(text: &str, value: impl Fn(&str) -> Option<u32>) -> Result<String, String> {
+    let mut out = String::with_capacity(text.len());
+    let mut parts = text.split(PREFIX);
+    out.push_str(parts.next().unwrap_or(""));
+    for part in parts {
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let (name, rest) = part.split_at(part.find(|c| !is_name(c)).unwrap_or(part.len()));
+        out.push_str(&value(name).ok_or_else(|| name.to_owned())?.to_string());
+        out.push_str(rest);
+    }
+    Ok(out)
+}
+
+/// Declares the specialisation constants of a crate of kernels: a struct of their values for
+/// whoever launches, and a function of the same name for the kernel that reads one.
+///
+/// ```
+/// simt::specialisation_constants! {
+///     /// What a launch asks for.
+///     pub struct Constants {
+///         /// 1: later rows see more.
+///         causal,
+///     }
+/// }
+///
+/// // In a kernel: `if Constants::causal() != 0 { ... }`
+/// let full = Constants::default();
+/// let text = full.specialise("mov.b32 %r1, simt_constant_causal;").unwrap();
+/// assert_eq!(text, "mov.b32 %r1, 0;");
+/// ```
+#[macro_export]
+macro_rules! specialisation_constants {
+    (
+        $(#[$meta:meta])*
+        pub struct $constants:ident {
+            $( $(#[$doc:meta])* $name:ident, )*
+        }
+    ) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+        pub struct $constants {
+            $( $(#[$doc])* pub $name: u32, )*
+        }
+
+        const _: () = {
+            /// Places of the constants among a launch's.
+            #[cfg(not(target_arch = "nvptx64"))]
+            #[allow(non_camel_case_types)]
+            enum Place { $( $name, )* }
+
+            impl $constants {
+                $(
+                    $(#[$doc])*
+                    ///
+                    /// As a kernel reads it.
+                    #[inline(always)]
+                    #[must_use]
+                    pub fn $name() -> u32 {
+                        #[cfg(target_arch = "nvptx64")]
+                        {
+                            let value;
+                            // SAFETY: a number stands in the place of the symbol when the
+                            // entry is compiled; nothing is accessed.
+                            unsafe {
+                                core::arch::asm!(
+                                    concat!("mov.b32 {0}, simt_constant_", stringify!($name), ";"),
+                                    out(reg32) value,
+                                    options(pure, nomem, nostack, preserves_flags)
+                                );
+                            }
+                            value
+                        }
+                        #[cfg(not(target_arch = "nvptx64"))]
+                        {
+                            $crate::specialise::of_launch(Place::$name as usize)
+                        }
+                    }
+                )*
+
+                /// Names and values, in the order of the declaration.
+                #[cfg(not(target_arch = "nvptx64"))]
+                pub fn iter(&self) -> impl Iterator<Item = (&'static str, u32)> + use<> {
+                    [$( (stringify!($name), self.$name), )*].into_iter()
+                }
+
+                /// The values as the emulator's launches take them.
+                #[cfg(not(target_arch = "nvptx64"))]
+                #[must_use]
+                pub fn values(&self) -> [u32; $crate::specialise::MAX_CONSTANTS] {
+                    let mut values = [0; $crate::specialise::MAX_CONSTANTS];
+                    $( values[Place::$name as usize] = self.$name; )*
+                    values
+                }
+
+                /// The PTX of an entry with these values in place of the constants' symbols.
+                ///
+                /// # Errors
+                /// The name of a constant in the text that is none of these.
+                #[cfg(not(target_arch = "nvptx64"))]
+                pub fn specialise(&self, text: &str) -> Result<String, String> {
+                    $crate::specialise::replace(text, |name| {
+                        self.iter().find(|(of, _)| *of == name).map(|(_, value)| value)
+                    })
+                }
+            }
+        };
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::replace;
+
+    #[test]
+    fn whole_names_are_replaced_wherever_they_stand() {
+        let text = "mov.b32 %r1, simt_constant_a;\nadd.s32 %r2, simt_constant_a_b, simt_constant_a";
+        let value = |name: &str| match name {
+            "a" => Some(7),
+            "a_b" => Some(u32::MAX),
+            _ => None,
+        };
+        let replaced = "mov.b32 %r1, 7;\nadd.s32 %r2, 4294967295, 7";
+        assert_eq!(replace(text, value).as_deref(), Ok(replaced));
+        assert_eq!(replace("simt_constant_typo", value), Err("typo".into()));
+        assert_eq!(replace("ret;", value).as_deref(), Ok("ret;"));
+    }
+}
