@@ -273,18 +273,20 @@ pub fn local_memory(texts: &[pack::Text]) -> Vec<String> {
 /// The report as a table: a row for an entry in a combination, registers on each architecture.
 #[must_use]
 pub fn table(report: &Report) -> String {
-    let mut rows: BTreeMap<(&str, &str, &str), Vec<(&str, &Usage)>> = BTreeMap::new();
+    /// Module, entry and combination; architectures with what they use.
+    type Rows<'a> = BTreeMap<[&'a str; 3], Vec<(&'a str, &'a Usage)>>;
+    let mut rows = Rows::new();
     for ((module, combination, arch), assembly) in report {
         for (entry, usage) in &assembly.entries {
-            rows.entry((module, entry, combination)).or_default().push((arch, usage));
+            rows.entry([module, entry, combination]).or_default().push((arch, usage));
         }
     }
-    let width = rows.keys().map(|(_, entry, _)| entry.len()).max().unwrap_or(0).max(5);
+    let width = rows.keys().map(|[_, entry, _]| entry.len()).max().unwrap_or(0).max(5);
     let mut out = format!(
         "{:<8} {:<width$} {:<22} {:>6} {:>6} {:>7} {:>8} {:>8}  registers\n",
         "module", "entry", "constants", "spill", "stack", "shared", "barriers", "warnings"
     );
-    for ((module, entry, combination), mut usages) in rows {
+    for ([module, entry, combination], mut usages) in rows {
         // sm_90 before sm_100.
         usages.sort_by_key(|(arch, _)| (arch.len(), *arch));
         let most = |field: fn(&Usage) -> u32| usages.iter().map(|(_, u)| field(u)).max();
