@@ -7,6 +7,7 @@
 
 use std::{
     collections::HashMap,
+    slice,
     sync::{Mutex, PoisonError},
 };
 
@@ -147,15 +148,15 @@ impl GlobalMemory {
         let is_new = *accessed & mask != mask;
         *accessed |= mask;
         let check = Check { kind, begin: self.begin, warps: self.warps, by };
-        if mask == u8::MAX && granule.parts == 0 {
-            check.cell(&mut granule.cell, address)?;
-            return Ok(is_new);
-        }
-        if granule.parts == 0 {
+        if mask != u8::MAX && granule.parts == 0 {
             self.parts.push([granule.cell; CELLS]);
             granule.parts = self.parts.len() as u32;
         }
-        for cell in &mut self.parts[granule.parts as usize - 1][first..end] {
+        let cells = match granule.parts {
+            0 => slice::from_mut(&mut granule.cell),
+            parts => &mut self.parts[parts as usize - 1][first..end],
+        };
+        for cell in cells {
             check.cell(cell, address)?;
         }
         Ok(is_new)
