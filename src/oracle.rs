@@ -5,7 +5,7 @@
 //! Both follow the same rules as the kernels: hidden keys have weight 0, a row that sees
 //! no key has O = 0 and LSE = -inf, dropout draws by position.
 
-use kernels_gpu::{args::DropoutArgs, dropout};
+use kernels_gpu::{args::DropoutArgs, parts::dropout};
 use rayon::prelude::*;
 
 use crate::{

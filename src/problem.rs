@@ -1,7 +1,7 @@
 //! What is to be computed: shapes, storage type, masks, dropout, scale. A [`Problem`] is
 //! valid once it exists; [`ProblemBuilder::build`] says what is wrong otherwise.
 
-use kernels_gpu::{args, dropout::threshold};
+use kernels_gpu::{args, parts::dropout::threshold};
 
 use crate::{dtype::DType, error::Error};
 

@@ -7,7 +7,7 @@ use std::{io::Write, sync::Arc};
 
 use flash_attention::{DType, Device, Problem, Tensor, problem::Dropout, session::Inputs};
 use flash_attention::{session::Session, verify::FACTOR};
-use kernels_gpu::dropout;
+use kernels_gpu::parts::dropout;
 
 /// Runs the suite; prints a line for each kernel and type.
 fn run(device: &Arc<dyn Device>) {

@@ -1,8 +1,9 @@
 //! The arguments of the kernels: plain `#[repr(C)]` structs, passed by value.
 //!
-//! One struct serves every attention kernel, so that a backend launches any of
-//! them the same way, and one serves every linear (projection) kernel; kernels that copy
-//! through TMA are given tensor maps in front of it ([`WithMaps`]). Addresses
+//! One struct serves every attention kernel of the forward ladder ([`AttentionArgs`]), so that a
+//! backend launches any of them the same way, and one serves every linear (projection) kernel
+//! ([`LinearArgs`]); kernels that copy through TMA are given tensor maps in front of it
+//! ([`WithMaps`]). Addresses
 //! are device addresses on a GPU and host addresses under the emulator; lengths
 //! are carried along so that the emulator can check every access.
 
@@ -12,6 +13,12 @@ use simt::{
     parameter,
     tma::{self, TensorMap},
 };
+
+pub use attention::{AttentionArgs, DropoutArgs, Keys, Scores, Scratch, Shape, Tensors};
+pub use linear::LinearArgs;
+
+mod attention;
+mod linear;
 
 /// A region of global memory: address and length in bytes. Empty when unused.
 #[repr(C)]
@@ -92,77 +99,6 @@ impl Tensor {
             stride_n: 2 * self.stride_n,
         }
     }
-}
-
-/// Dropout of attention weights, by Philox 4x32-10 (see `dropout.rs`).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct DropoutArgs {
-    /// Key of the generator.
-    pub seed: u64,
-    /// An entry is dropped when its 32-bit draw is below this; 0 drops nothing.
-    pub threshold: u32,
-    /// What kept weights are multiplied by: `1 / (1 - p)`.
-    pub rescale: f32,
-}
-
-/// What every attention kernel is given.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct AttentionArgs {
-    /// Queries, `[B, H, Nq, D]`.
-    pub q: Tensor,
-    /// Keys, `[B, H, Nk, D]`.
-    pub k: Tensor,
-    /// Values, `[B, H, Nk, D]`.
-    pub v: Tensor,
-    /// Output, `[B, H, Nq, D]`.
-    pub o: Tensor,
-    /// Log-sum-exp of the scaled scores of each row, natural log: f32 `[B, H, Nq]`.
-    pub lse: Buffer,
-    /// Padding mask, u8 `[B, Nk]`, 0 = hidden; empty when there is none.
-    pub mask: Buffer,
-    /// Scratch or result of the kernels that materialise the weights, `[B, H, Nq, Nk]`.
-    pub weights: Buffer,
-    /// Queues of kernels whose blocks take task after task, [`QUEUE_WORDS`](crate::schedule::QUEUE_WORDS)
-    /// u32; else empty. They count what was asked for: zero before a launch, and again after it.
-    pub queue: Buffer,
-    /// Batch entries.
-    pub batch: u32,
-    /// Heads.
-    pub heads: u32,
-    /// Query rows of a head.
-    pub seq_q: u32,
-    /// Key and value rows of a head.
-    pub seq_k: u32,
-    /// The softmax scale times log2(e): scores go through exp2.
-    pub scale_log2: f32,
-    /// Dropout of weights.
-    pub dropout: DropoutArgs,
-    /// Columns of a head, D: for kernels that are not made for one head dim.
-    pub head_dim: u32,
-    /// The softmax scale itself: for kernels that keep scores in natural units.
-    pub scale: f32,
-}
-
-/// What every linear kernel is given: `y = x wᵀ + bias`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct LinearArgs {
-    /// Input, `[rows, in_features]` row-major.
-    pub x: Buffer,
-    /// Weight, `[out_features, in_features]` row-major (PyTorch's `nn.Linear`).
-    pub w: Buffer,
-    /// Bias, `[out_features]`; empty when there is none.
-    pub bias: Buffer,
-    /// Output, `[rows, out_features]` row-major.
-    pub y: Buffer,
-    /// Rows of `x`.
-    pub rows: u32,
-    /// Columns of `x`.
-    pub in_features: u32,
-    /// Columns of `y`.
-    pub out_features: u32,
 }
 
 /// What a kernel that copies through TMA is given: `N` tensor maps and its other arguments.

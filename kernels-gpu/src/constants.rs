@@ -1,6 +1,6 @@
 //! What a launch of an attention kernel fixes before the driver compiles its entry.
 //!
-//! [`Policy`](crate::policy::Policy) reads these, and nothing else does: a kernel asks the
+//! [`Policy`](crate::parts::policy::Policy) reads these, and nothing else does: a kernel asks the
 //! policy. What is off costs nothing, neither an instruction nor a register.
 
 simt::specialisation_constants! {

@@ -9,7 +9,7 @@ use chapter::flash_rows;
 use common::Case;
 use half::{bf16, f16};
 // What the kernel finds in its crate.
-use kernels_gpu::{args, entries, head, policy, softmax};
+use kernels_gpu::{args, entries, parts};
 use simt::{
     Dim3,
     emulator::{self, Launch},
@@ -29,7 +29,7 @@ fn it_computes_attention() {
         let entry = flash_rows::ENTRIES.iter().find(|entry| entry.symbol == symbol);
         let entry = entry.expect("an entry of that name");
         move |args: &args::AttentionArgs| {
-            let grid = Dim3::new(args.seq_q.div_ceil(flash_rows::BR), heads, batch);
+            let grid = Dim3::new(args.shape.seq_q.div_ceil(flash_rows::BR), heads, batch);
             let launch =
                 Launch { grid, block: flash_rows::THREADS.into(), cluster: 1, shared_bytes: 0 };
             let address = std::ptr::from_ref(args) as usize;

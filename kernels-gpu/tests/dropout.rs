@@ -1,7 +1,7 @@
 //! Known answers of dropout. Kernels and their oracle share `dropout.rs`; here it is held
 //! against numbers that were published.
 
-use kernels_gpu::{args::DropoutArgs, dropout};
+use kernels_gpu::{args::DropoutArgs, parts::dropout};
 
 /// The known answer of Philox 4x32-10 that comes with the paper's Random123 library, for a counter
 /// and a key of digits of pi.

@@ -6,11 +6,10 @@ mod common;
 use approx::abs_diff_eq;
 use half::{bf16, f16};
 use kernels_gpu::{
-    args::{AttentionArgs, Buffer, DropoutArgs, Tensor},
+    args::{AttentionArgs, Buffer, DropoutArgs, Keys, Scores, Shape, Tensor, Tensors},
     constants::Constants,
-    dropout,
-    flash_hopper::{self, HopperArgs, Tiles},
-    queue::QUEUE_WORDS,
+    forward::flash_hopper::{self, HopperArgs, Tiles},
+    parts::{dropout, queue::QUEUE_WORDS},
 };
 use simt::{
     Dim3,
@@ -137,29 +136,31 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
         rescale: 1.0 / (1.0 - case.dropout),
     };
     let mut args = AttentionArgs {
-        q: case.tensor(&mut q, seq_q),
-        k: case.tensor(&mut k, seq_k),
-        v: case.tensor(&mut v, seq_k),
-        o: case.tensor(&mut o, seq_q),
-        lse: buffer(&mut lse),
-        mask: buffer(&mut mask),
-        batch,
-        heads,
-        seq_q,
-        seq_k,
-        scale_log2: std::f32::consts::LOG2_E / (d as f32).sqrt(),
-        dropout,
+        tensors: Tensors {
+            q: case.tensor(&mut q, seq_q),
+            k: case.tensor(&mut k, seq_k),
+            v: case.tensor(&mut v, seq_k),
+            o: case.tensor(&mut o, seq_q),
+            lse: buffer(&mut lse),
+        },
+        keys: Keys { padding: buffer(&mut mask) },
+        shape: Shape { batch, heads, seq_q, seq_k, ..Shape::default() },
+        scores: Scores {
+            scale_log2: std::f32::consts::LOG2_E / (d as f32).sqrt(),
+            dropout,
+            ..Scores::default()
+        },
         ..AttentionArgs::default()
     };
     let [q_box, k_box, v_box, o_box] = case.tiles().boxes();
     let maps = [
-        case.map(&args.q, seq_q, q_box),
-        case.map(&args.k, seq_k, k_box),
-        case.map(&args.v, seq_k, v_box),
-        case.map(&args.o, seq_q, o_box),
+        case.map(&args.tensors.q, seq_q, q_box),
+        case.map(&args.tensors.k, seq_k, k_box),
+        case.map(&args.tensors.v, seq_k, v_box),
+        case.map(&args.tensors.o, seq_q, o_box),
     ];
     let mut queue = [0u32; QUEUE_WORDS as usize];
-    args.queue = buffer(&mut queue);
+    args.scratch.queue = buffer(&mut queue);
 
     let tiles = case.tiles();
     let size = if case.consumers == 3 { "_x3" } else { "" };

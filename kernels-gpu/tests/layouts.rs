@@ -8,7 +8,7 @@ use common::Case;
 use half::f16;
 use kernels_gpu::{
     args::AttentionArgs,
-    flash_mma::{self, BC, BR, THREADS},
+    forward::flash_mma::{self, BC, BR, THREADS},
 };
 use simt::{
     Dim3,
@@ -28,7 +28,7 @@ fn run<L: Layout, const D: usize, const COLUMN_TILES: usize>(case: Case) -> Stat
             );
         };
         let launch = Launch {
-            grid: Dim3::new(args.seq_q.div_ceil(BR), args.heads, args.batch),
+            grid: Dim3::new(args.shape.seq_q.div_ceil(BR), args.shape.heads, args.shape.batch),
             block: THREADS.into(),
             cluster: 1,
             shared_bytes: L::len(BR + 2 * BC) * 2,

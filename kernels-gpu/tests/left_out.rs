@@ -8,17 +8,21 @@ use std::{cell::OnceCell, fs, path::Path, sync::Arc};
 
 use common::{
     Case, Hopper, Problem, buffer, buffer_mut, map, options, try_run, values, with_constants,
-    with_options,
+    with_options, with_queue,
 };
 use half::f16;
 use kernels_gpu::{
     args::{AttentionArgs, LinearArgs},
-    flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, linear,
-    linear_hopper::{self, LinearHopperArgs, Tile},
-    linear_mma,
+    forward::{
+        flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled,
+        standard::{self, softmax},
+    },
+    linear::{
+        linear_hopper::{self, LinearHopperArgs, Tile},
+        linear_mma, linear_tiled,
+    },
+    parts::queue::QUEUE_WORDS,
     probe::{self, ProbeArgs},
-    queue::QUEUE_WORDS,
-    standard::{self, softmax},
 };
 use simt::{
     Dim3,
@@ -213,7 +217,11 @@ fn flash_tiled_needs_its_barriers() {
     let case = case(32, flash_tiled::BR, flash_tiled::BC);
     change_all("flash_tiled", || {
         attention::<f32>(&case, |args| {
-            let grid = Dim3::new(args.seq_q.div_ceil(flash_tiled::BR), args.heads, args.batch);
+            let grid = Dim3::new(
+                args.shape.seq_q.div_ceil(flash_tiled::BR),
+                args.shape.heads,
+                args.shape.batch,
+            );
             let shared = flash_tiled::shared_bytes(32);
             try_run("flash_tiled_f32_d32", grid, flash_tiled::THREADS.into(), shared, args)
         })
@@ -232,7 +240,11 @@ fn the_rungs_with_a_block_a_tile_need_their_barriers_and_waits() {
     for (rung, shared_bytes) in rungs {
         change_all(rung, || {
             attention::<f16>(&case, |args| {
-                let grid = Dim3::new(args.seq_q.div_ceil(flash_mma::BR), args.heads, args.batch);
+                let grid = Dim3::new(
+                    args.shape.seq_q.div_ceil(flash_mma::BR),
+                    args.shape.heads,
+                    args.shape.batch,
+                );
                 let symbol = format!("{rung}_f16_d64");
                 try_run(&symbol, grid, flash_mma::THREADS.into(), shared_bytes(64), args)
             })
@@ -249,7 +261,7 @@ fn flash_pipelined_needs_its_barriers_and_waits() {
         change_all(&format!("flash_pipelined_d{d}"), || {
             attention::<f16>(&case, |args| {
                 let mut queue = [0u32; QUEUE_WORDS as usize];
-                let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
+                let args = with_queue(args, &mut queue);
                 let symbol = format!("flash_pipelined_f16_d{d}");
                 try_run(&symbol, 2.into(), shape.threads().into(), shared, &args)
             })
@@ -265,7 +277,7 @@ fn flash_tf32_needs_its_barriers_and_waits() {
         let case = case(d, rows, shape.keys);
         change_all(&format!("flash_tf32_d{d}"), || {
             attention::<f32>(&case, |args| {
-                let blocks = args.seq_q.div_ceil(rows) * args.heads * args.batch;
+                let blocks = args.shape.seq_q.div_ceil(rows) * args.shape.heads * args.shape.batch;
                 let (threads, shared) = (flash_tf32::THREADS, flash_tf32::shared_bytes(d as usize));
                 let symbol = format!("flash_tf32_f32_d{d}");
                 try_run(&symbol, blocks.into(), threads.into(), shared, args)
@@ -289,26 +301,26 @@ fn standard_needs_its_barriers_and_waits() {
         change_all(name, || {
             attention::<f16>(&case, |args| {
                 let (tile, threads) = (standard::MMA_TILE, standard::MMA_THREADS);
-                let columns = standard::output_columns(args.head_dim);
-                let row_threads = softmax::row_threads(args.seq_k, 2);
-                let rows = args.seq_q.div_ceil(tile);
+                let columns = standard::output_columns(args.shape.head_dim);
+                let row_threads = softmax::row_threads(args.shape.seq_k, 2);
+                let rows = args.shape.seq_q.div_ceil(tile);
                 try_run(
                     "standard_scores_f16",
-                    Dim3::new(args.seq_k.div_ceil(tile), rows, 1),
+                    Dim3::new(args.shape.seq_k.div_ceil(tile), rows, 1),
                     threads.into(),
                     standard::SCORES_SHARED_BYTES,
                     args,
                 )?;
                 try_run(
                     &format!("standard_softmax_f16_{row}"),
-                    args.seq_q.div_ceil(softmax::THREADS / row_threads).into(),
+                    args.shape.seq_q.div_ceil(softmax::THREADS / row_threads).into(),
                     softmax::THREADS.into(),
-                    softmax::shared_bytes(args.seq_k, 2, row_threads),
+                    softmax::shared_bytes(args.shape.seq_k, 2, row_threads),
                     args,
                 )?;
                 try_run(
                     &format!("standard_output_f16_x{columns}"),
-                    Dim3::new(rows, args.head_dim.div_ceil(columns), 1),
+                    Dim3::new(rows, args.shape.head_dim.div_ceil(columns), 1),
                     threads.into(),
                     standard::output_shared_bytes(columns),
                     args,
@@ -342,8 +354,12 @@ fn projection<T: Scalar>(
 fn projections_need_their_barriers_and_waits() {
     change_all("linear_tiled", || {
         projection::<f32>((70, 40, 66), |args| {
-            let grid = Dim3::new(70u32.div_ceil(linear::TILE), 66u32.div_ceil(linear::TILE), 1);
-            try_run("linear_tiled_f32", grid, linear::TILED_THREADS.into(), 0, args)
+            let grid = Dim3::new(
+                70u32.div_ceil(linear_tiled::TILE),
+                66u32.div_ceil(linear_tiled::TILE),
+                1,
+            );
+            try_run("linear_tiled_f32", grid, linear_tiled::THREADS.into(), 0, args)
         })
     });
     // Rows of whole chunks, and not.

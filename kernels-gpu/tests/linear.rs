@@ -6,9 +6,10 @@ use common::{buffer, buffer_mut, check_linear, run, values};
 use half::{bf16, f16};
 use kernels_gpu::{
     args::{Buffer, LinearArgs},
-    linear,
-    linear_hopper::{self, LinearHopperArgs, Tile},
-    linear_mma,
+    linear::{
+        linear_hopper::{self, LinearHopperArgs, Tile},
+        linear_mma, linear_naive, linear_tiled,
+    },
 };
 use simt::{
     Dim3,
@@ -17,7 +18,7 @@ use simt::{
 };
 
 fn naive<T: Scalar>(symbol: &str, shape: (u32, u32, u32), bias: bool) {
-    let tile = linear::NAIVE_TILE;
+    let tile = linear_naive::TILE;
     let grid = Dim3::new(shape.0.div_ceil(tile), shape.2.div_ceil(tile), 1);
     check_linear::<T>(shape, bias, |args| {
         run(symbol, grid, Dim3::new(tile, tile, 1), 0, args);
@@ -25,10 +26,10 @@ fn naive<T: Scalar>(symbol: &str, shape: (u32, u32, u32), bias: bool) {
 }
 
 fn tiled<T: Scalar>(symbol: &str, shape: (u32, u32, u32), bias: bool) {
-    let tile = linear::TILE;
+    let tile = linear_tiled::TILE;
     let grid = Dim3::new(shape.0.div_ceil(tile), shape.2.div_ceil(tile), 1);
     check_linear::<T>(shape, bias, |args| {
-        run(symbol, grid, linear::TILED_THREADS.into(), 0, args);
+        run(symbol, grid, linear_tiled::THREADS.into(), 0, args);
     });
 }
 

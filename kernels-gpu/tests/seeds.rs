@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::{Case, Hopper, buffer_mut, run, seeds, with_constants, with_options};
+use common::{Case, Hopper, run, seeds, with_constants, with_options, with_queue};
 use half::f16;
-use kernels_gpu::{args::AttentionArgs, flash_pipelined, queue::QUEUE_WORDS};
+use kernels_gpu::{args::AttentionArgs, forward::flash_pipelined, parts::queue::QUEUE_WORDS};
 use simt::emulator::Options;
 
 /// Runs `launch` on the case under every seed, and compares O and LSE.
@@ -52,7 +52,7 @@ fn flash_pipelined() {
     for case in [plain, Case { padding: true, dropout: 0.2, ..plain }] {
         the_same_under_every_seed(&case, |args| {
             let mut queue = [0u32; QUEUE_WORDS as usize];
-            let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
+            let args = with_queue(args, &mut queue);
             run("flash_pipelined_f16_d64", 3.into(), shape.threads().into(), shared, &args);
         });
     }

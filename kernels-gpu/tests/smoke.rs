@@ -3,9 +3,9 @@
 
 use approx::assert_abs_diff_eq;
 use kernels_gpu::{
-    args::{AttentionArgs, Buffer, Tensor},
+    args::{AttentionArgs, Buffer, Scores, Scratch, Shape, Tensor, Tensors},
     constants::Constants,
-    flash_tiled, naive,
+    forward::{flash_tiled, naive},
 };
 use simt::{
     Dim3,
@@ -90,17 +90,19 @@ fn check(causal: bool, launch: impl Fn(&AttentionArgs)) {
     let mut lse = vec![f32::NAN; (BATCH * HEADS * SEQ_Q) as usize];
     let mut weights = vec![f32::NAN; (BATCH * HEADS * SEQ_Q * SEQ_K) as usize];
     launch(&AttentionArgs {
-        q: tensor(&mut q, SEQ_Q),
-        k: tensor(&mut k, SEQ_K),
-        v: tensor(&mut v, SEQ_K),
-        o: tensor(&mut o, SEQ_Q),
-        lse: buffer(&mut lse),
-        weights: buffer(&mut weights),
-        batch: BATCH,
-        heads: HEADS,
-        seq_q: SEQ_Q,
-        seq_k: SEQ_K,
-        scale_log2: std::f32::consts::LOG2_E / (D as f32).sqrt(),
+        tensors: Tensors {
+            q: tensor(&mut q, SEQ_Q),
+            k: tensor(&mut k, SEQ_K),
+            v: tensor(&mut v, SEQ_K),
+            o: tensor(&mut o, SEQ_Q),
+            lse: buffer(&mut lse),
+        },
+        scratch: Scratch { weights: buffer(&mut weights), ..Scratch::default() },
+        shape: Shape { batch: BATCH, heads: HEADS, seq_q: SEQ_Q, seq_k: SEQ_K, ..Shape::default() },
+        scores: Scores {
+            scale_log2: std::f32::consts::LOG2_E / (D as f32).sqrt(),
+            ..Scores::default()
+        },
         ..AttentionArgs::default()
     });
     for bh in 0..(BATCH * HEADS) as usize {

@@ -6,7 +6,7 @@ use common::{Case, run};
 use half::{bf16, f16};
 use kernels_gpu::{
     args::AttentionArgs,
-    standard::{self, softmax},
+    forward::standard::{self, softmax},
 };
 use simt::{Dim3, emulator::Stats, scalar::Scalar};
 
@@ -18,37 +18,37 @@ struct Steps {
 }
 
 fn launch<T: Scalar>(dtype: &str, args: &AttentionArgs) -> Steps {
-    let heads = args.batch * args.heads;
+    let heads = args.shape.batch * args.shape.heads;
     let (tile, threads, scores_shared, columns, output_shared, of_columns) = if dtype == "f32" {
         let (tile, threads) = (standard::TILED_TILE, standard::TILED_THREADS);
         (tile, threads, 0, tile, 0, String::new())
     } else {
-        let columns = standard::output_columns(args.head_dim);
+        let columns = standard::output_columns(args.shape.head_dim);
         let shared = standard::output_shared_bytes(columns);
         let scores_shared = standard::SCORES_SHARED_BYTES;
         let (tile, threads) = (standard::MMA_TILE, standard::MMA_THREADS);
         (tile, threads, scores_shared, columns, shared, format!("_x{columns}"))
     };
-    let row_threads = softmax::row_threads(args.seq_k, T::BYTES);
+    let row_threads = softmax::row_threads(args.shape.seq_k, T::BYTES);
     let of_row = if row_threads == softmax::THREADS { "block" } else { "warp" };
-    let row_tiles = args.seq_q.div_ceil(tile);
+    let row_tiles = args.shape.seq_q.div_ceil(tile);
     let scores = run(
         &format!("standard_scores_{dtype}"),
-        Dim3::new(args.seq_k.div_ceil(tile), row_tiles, heads),
+        Dim3::new(args.shape.seq_k.div_ceil(tile), row_tiles, heads),
         threads.into(),
         scores_shared,
         args,
     );
     let softmax = run(
         &format!("standard_softmax_{dtype}_{of_row}"),
-        Dim3::new(args.seq_q.div_ceil(softmax::THREADS / row_threads), 1, heads),
+        Dim3::new(args.shape.seq_q.div_ceil(softmax::THREADS / row_threads), 1, heads),
         softmax::THREADS.into(),
-        softmax::shared_bytes(args.seq_k, T::BYTES, row_threads),
+        softmax::shared_bytes(args.shape.seq_k, T::BYTES, row_threads),
         args,
     );
     let output = run(
         &format!("standard_output_{dtype}{of_columns}"),
-        Dim3::new(row_tiles, args.head_dim.div_ceil(columns), heads),
+        Dim3::new(row_tiles, args.shape.head_dim.div_ceil(columns), heads),
         threads.into(),
         output_shared,
         args,
@@ -60,12 +60,14 @@ fn launch<T: Scalar>(dtype: &str, args: &AttentionArgs) -> Steps {
 /// Every weight was written, and those past the diagonal are 0.
 fn check_weights<T: Scalar>(args: &AttentionArgs) {
     let causal = common::constants().causal != 0;
-    let len = (args.weights.bytes / u64::from(T::BYTES)) as usize;
+    let len = (args.scratch.weights.bytes / u64::from(T::BYTES)) as usize;
     // SAFETY: the buffer is the test's, and the kernels are done.
-    let weights = unsafe { std::slice::from_raw_parts(args.weights.address as *const T, len) };
+    let weights =
+        unsafe { std::slice::from_raw_parts(args.scratch.weights.address as *const T, len) };
     for (index, weight) in weights.iter().enumerate() {
-        let (i, j) = (index as u32 / args.seq_k % args.seq_q, index as u32 % args.seq_k);
-        let hidden = causal && j + args.seq_q > i + args.seq_k;
+        let (i, j) =
+            (index as u32 / args.shape.seq_k % args.shape.seq_q, index as u32 % args.shape.seq_k);
+        let hidden = causal && j + args.shape.seq_q > i + args.shape.seq_k;
         let weight = weight.to_f32();
         assert!(weight.is_finite() && weight >= 0.0, "weight {index} is {weight}");
         assert!(!hidden || weight == 0.0, "row {i} has {weight} for key {j}");

@@ -2,11 +2,11 @@
 
 mod common;
 
-use common::{Case, buffer_mut, run};
+use common::{Case, run, with_queue};
 use half::{bf16, f16};
 use kernels_gpu::{
-    args::AttentionArgs, flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32,
-    queue::QUEUE_WORDS,
+    forward::{flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32},
+    parts::queue::QUEUE_WORDS,
 };
 use simt::{Dim3, emulator::Stats, scalar::Scalar};
 
@@ -41,7 +41,7 @@ fn check<T: Scalar>(
     let mut total = Stats::default();
     for case in cases {
         total += case.check::<T>(|args| {
-            let grid = Dim3::new(args.seq_q.div_ceil(br), args.heads, args.batch);
+            let grid = Dim3::new(args.shape.seq_q.div_ceil(br), args.shape.heads, args.shape.batch);
             run(symbol, grid, threads.into(), shared, args)
         });
     }
@@ -96,8 +96,8 @@ fn run_pipelined<T: Scalar>(case: &Case, dtype: &str, tasks_a_block: u32) {
     let shared = flash_pipelined::shared_bytes(d);
     let stats = case.check::<T>(|args| {
         let mut queue = [0u32; QUEUE_WORDS as usize];
-        let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
-        let tasks = args.seq_q.div_ceil(shape.rows()) * args.heads * args.batch;
+        let args = with_queue(args, &mut queue);
+        let tasks = args.shape.seq_q.div_ceil(shape.rows()) * args.shape.heads * args.shape.batch;
         let blocks = tasks.div_ceil(tasks_a_block);
         let stats = run(&symbol, blocks.into(), shape.threads().into(), shared, &args);
         assert_eq!(queue, [0; QUEUE_WORDS as usize], "{symbol} leaves the queues as they were");
@@ -113,7 +113,7 @@ fn flash_tf32_computes_attention() {
         let rows = shape.rows(d as usize);
         for case in cases(d, rows, shape.keys) {
             let stats = case.check::<f32>(|args| {
-                let blocks = args.seq_q.div_ceil(rows) * args.heads * args.batch;
+                let blocks = args.shape.seq_q.div_ceil(rows) * args.shape.heads * args.shape.batch;
                 let shared = flash_tf32::shared_bytes(d as usize);
                 run(&symbol, blocks.into(), flash_tf32::THREADS.into(), shared, args)
             });

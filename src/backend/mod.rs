@@ -205,11 +205,12 @@ pub unsafe trait KernelArgs: Copy {
     }
 }
 
-// Four tensors, four buffers, eight 32-bit numbers, dropout: nothing left for padding.
-const _: () = assert!(size_of::<AttentionArgs>() == 4 * 40 + 4 * 16 + 8 * 4 + 16);
-// SAFETY: the assertion above leaves no room for padding.
+// Four tensors of 40 bytes, four buffers of 16, four 32-bit numbers and one of 64, five 32-bit
+// numbers; four bytes of padding at the end.
+const _: () = assert!(std::mem::offset_of!(AttentionArgs, shape.head_dim) == 160 + 64 + 24 + 16);
+// SAFETY: the assertion above leaves no room for padding before the last field.
 unsafe impl KernelArgs for AttentionArgs {
-    const FIELD_BYTES: usize = size_of::<Self>();
+    const FIELD_BYTES: usize = std::mem::offset_of!(AttentionArgs, shape.head_dim) + 4;
 }
 
 // Four buffers and three 32-bit numbers; four bytes of padding at the end.

@@ -1,7 +1,7 @@
 //! Attention as an operation: what its kernels state, the tensors of a call, and the arguments
 //! that kernels are given.
 
-use kernels_gpu::args::AttentionArgs;
+use kernels_gpu::args::{AttentionArgs, Keys, Scores, Scratch, Shape, Tensors};
 
 use super::{
     Call, KERNELS, KernelSpec, Operation, Section, Usage, list,
@@ -129,22 +129,27 @@ pub(super) fn args(call: &Call<'_, Problem>) -> Vec<u8> {
     let (p, tensors) = (call.problem, call.args);
     let region = |usage| call.region(usage).arg();
     AttentionArgs {
-        q: tensors.q.arg(),
-        k: tensors.k.arg(),
-        v: tensors.v.arg(),
-        o: tensors.o.arg(),
-        lse: region(Usage::Lse),
-        mask: tensors.mask.unwrap_or_default().arg(),
-        weights: region(Usage::Weights),
-        queue: region(Usage::Queue),
-        batch: p.batch() as u32,
-        heads: p.heads() as u32,
-        seq_q: p.seq_q() as u32,
-        seq_k: p.seq_k() as u32,
-        scale_log2: (f64::from(p.scale()) * std::f64::consts::LOG2_E) as f32,
-        dropout: p.dropout_args(),
-        head_dim: p.head_dim() as u32,
-        scale: p.scale(),
+        tensors: Tensors {
+            q: tensors.q.arg(),
+            k: tensors.k.arg(),
+            v: tensors.v.arg(),
+            o: tensors.o.arg(),
+            lse: region(Usage::Lse),
+        },
+        keys: Keys { padding: tensors.mask.unwrap_or_default().arg() },
+        scratch: Scratch { weights: region(Usage::Weights), queue: region(Usage::Queue) },
+        shape: Shape {
+            batch: p.batch() as u32,
+            heads: p.heads() as u32,
+            seq_q: p.seq_q() as u32,
+            seq_k: p.seq_k() as u32,
+            head_dim: p.head_dim() as u32,
+        },
+        scores: Scores {
+            scale_log2: (f64::from(p.scale()) * std::f64::consts::LOG2_E) as f32,
+            dropout: p.dropout_args(),
+            scale: p.scale(),
+        },
     }
     .to_launch_bytes()
 }

@@ -3,9 +3,11 @@
 //! joins with one entry here.
 
 use kernels_gpu::{
-    args, linear,
-    linear_hopper::{self, Tile},
-    linear_mma,
+    args,
+    linear::{
+        linear_hopper::{self, Tile},
+        linear_mma, linear_naive, linear_tiled,
+    },
 };
 use simt::Dim3;
 
@@ -101,8 +103,8 @@ const LINEAR_NAIVE: LinearSpec = LinearSpec {
     limits: (),
     draft: |p, _| {
         let step = Step {
-            grid: grid(p, linear::NAIVE_TILE),
-            block: Dim3::new(linear::NAIVE_TILE, linear::NAIVE_TILE, 1),
+            grid: grid(p, linear_naive::TILE),
+            block: Dim3::new(linear_naive::TILE, linear_naive::TILE, 1),
             ..Step::new(&format!("linear_naive_{}", p.dtype), args)?
         };
         Ok(step.into())
@@ -119,7 +121,7 @@ const LINEAR_TILED: LinearSpec = LinearSpec {
     limits: (),
     draft: |p, _| {
         let step = Step {
-            grid: grid(p, linear::TILE),
+            grid: grid(p, linear_tiled::TILE),
             ..Step::new(&format!("linear_tiled_{}", p.dtype), args)?
         };
         Ok(step.into())

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use kernels_gpu::{entry::Entry, queue::QUEUE_WORDS};
+use kernels_gpu::{entry::Entry, parts::queue::QUEUE_WORDS};
 use simt::{Dim3, tma::TensorMap};
 
 use super::{ALIGNMENT, Operation, Region, Spec, Target};

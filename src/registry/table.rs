@@ -1,10 +1,13 @@
 //! The entries of the table, in the order of the ladder.
 
 use kernels_gpu::{
-    flash_async,
-    flash_hopper::{self, Tiles},
-    flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, fragment, naive, standard,
-    weights,
+    forward::{
+        flash_async,
+        flash_hopper::{self, Tiles},
+        flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, naive, standard,
+        weights,
+    },
+    parts::fragment,
 };
 use simt::{Dim3, warp};
 

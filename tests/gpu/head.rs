@@ -9,8 +9,8 @@ use flash_attention::{
     backend::{Constants, Device, DeviceBuffer, KernelArgs, Launch, Memory},
 };
 use kernels_gpu::{
-    args::{AttentionArgs, Buffer, Tensor},
-    flash_tiled,
+    args::{AttentionArgs, Buffer, Scores, Shape, Tensor, Tensors},
+    forward::flash_tiled,
 };
 use simt::{Dim3, emulator};
 
@@ -52,16 +52,15 @@ fn tensor(address: u64, bytes: u64) -> Tensor {
 fn args(inputs: [(u64, u64); 3], o: (u64, u64), lse: (u64, u64)) -> AttentionArgs {
     let [q, k, v] = inputs.map(|(address, bytes)| tensor(address, bytes));
     AttentionArgs {
-        q,
-        k,
-        v,
-        o: tensor(o.0, o.1),
-        lse: Buffer { address: lse.0, bytes: lse.1 },
-        batch: 1,
-        heads: 1,
-        seq_q: ROWS,
-        seq_k: ROWS,
-        scale_log2: 0.125 * std::f32::consts::LOG2_E,
+        tensors: Tensors {
+            q,
+            k,
+            v,
+            o: tensor(o.0, o.1),
+            lse: Buffer { address: lse.0, bytes: lse.1 },
+        },
+        shape: Shape { batch: 1, heads: 1, seq_q: ROWS, seq_k: ROWS, ..Shape::default() },
+        scores: Scores { scale_log2: 0.125 * std::f32::consts::LOG2_E, ..Scores::default() },
         ..AttentionArgs::default()
     }
 }
@@ -138,7 +137,7 @@ pub fn expected(symbol: &str) -> (Vec<f32>, Vec<f32>) {
 /// A launch whose kernel writes beyond the end of O.
 pub fn faulty_launch(head: &Head) -> Launch {
     let mut args = head.args();
-    args.o.buffer.bytes /= 2;
+    args.tensors.o.buffer.bytes /= 2;
     launch_of(SYMBOL, &args)
 }
 

@@ -3,7 +3,11 @@
 use half::{bf16, f16};
 use simt::{math, scalar::Scalar, thread, warp};
 
-use crate::{args::AttentionArgs, entries, head::Head, policy::Policy, softmax};
+use crate::{
+    args::AttentionArgs,
+    entries,
+    parts::{head::Head, policy::Policy, softmax},
+};
 
 /// Threads of a block: four warps, hence four rows.
 pub const THREADS: u32 = 128;
@@ -30,27 +34,27 @@ pub unsafe fn flash_rows<T: Scalar, const D: usize, const COLUMNS: usize>(args: 
     // SAFETY: the buffers have these shapes, and nobody else writes O and LSE.
     let (q, k, v, o, lse, policy) = unsafe {
         (
-            args.q.buffer.view::<T>(),
-            args.k.buffer.view::<T>(),
-            args.v.buffer.view::<T>(),
-            args.o.buffer.view_mut::<T>(),
-            args.lse.view_mut::<f32>(),
+            args.tensors.q.buffer.view::<T>(),
+            args.tensors.k.buffer.view::<T>(),
+            args.tensors.v.buffer.view::<T>(),
+            args.tensors.o.buffer.view_mut::<T>(),
+            args.tensors.lse.view_mut::<f32>(),
             Policy::new(args, head),
         )
     };
-    let q_row = head.query(&args.q, i);
+    let q_row = head.query(&args.tensors.q, i);
     let q_reg: [f32; COLUMNS] =
         core::array::from_fn(|c| q.read(q_row + lane + 32 * c as u64).to_f32());
 
     let (mut m_i, mut l_i, mut acc_o) = (f32::NEG_INFINITY, 0.0, [0.0f32; COLUMNS]);
     for j in 0..policy.end_of_row(i) {
         // S = Q Kᵀ: every lane has a share of the dot product.
-        let k_row = head.key(&args.k, j);
+        let k_row = head.key(&args.tensors.k, j);
         let mut s = 0.0;
         for c in 0..COLUMNS {
             s = math::fma(q_reg[c], k.read(k_row + lane + 32 * c as u64).to_f32(), s);
         }
-        let s = warp::reduce_add::<32>(s) * args.scale_log2;
+        let s = warp::reduce_add::<32>(s) * args.scores.scale_log2;
         let s = if policy.sees(i, j) { s } else { f32::NEG_INFINITY };
 
         // Online softmax, for a tile of one key.
@@ -61,7 +65,7 @@ pub unsafe fn flash_rows<T: Scalar, const D: usize, const COLUMNS: usize>(args: 
         let p = policy.kept(i, j, p);
 
         // O += P V.
-        let v_row = head.key(&args.v, j);
+        let v_row = head.key(&args.tensors.v, j);
         for c in 0..COLUMNS {
             let value = v.read(v_row + lane + 32 * c as u64).to_f32();
             acc_o[c] = math::fma(p, value, acc_o[c] * alpha);
@@ -69,7 +73,7 @@ pub unsafe fn flash_rows<T: Scalar, const D: usize, const COLUMNS: usize>(args: 
     }
 
     let l_i = softmax::checked_sum(l_i, || policy.sees_any(i));
-    let o_row = head.query(&args.o, i);
+    let o_row = head.query(&args.tensors.o, i);
     for c in 0..COLUMNS {
         let value = T::from_f32(acc_o[c] * softmax::normaliser(l_i));
         o.write(o_row + lane + 32 * c as u64, value);

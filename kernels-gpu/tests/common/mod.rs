@@ -8,11 +8,13 @@ use std::{
 
 use approx::abs_diff_eq;
 use kernels_gpu::{
-    args::{AttentionArgs, Buffer, DropoutArgs, LinearArgs, Tensor},
+    args::{
+        AttentionArgs, Buffer, DropoutArgs, Keys, LinearArgs, Scores, Scratch, Shape, Tensor,
+        Tensors,
+    },
     constants::Constants,
-    dropout,
-    flash_hopper::{HopperArgs, Tiles},
-    queue::QUEUE_WORDS,
+    forward::flash_hopper::{HopperArgs, Tiles},
+    parts::{dropout, queue::QUEUE_WORDS},
 };
 use simt::{
     Dim3,
@@ -76,6 +78,12 @@ pub fn buffer<T>(data: &[T]) -> Buffer {
 /// The memory behind a slice that a kernel writes.
 pub fn buffer_mut<T>(data: &mut [T]) -> Buffer {
     buffer(data)
+}
+
+/// The arguments with a queue.
+pub fn with_queue(args: &AttentionArgs, queue: &mut [u32]) -> AttentionArgs {
+    let queue = buffer_mut(queue);
+    AttentionArgs { scratch: Scratch { queue, ..args.scratch }, ..*args }
 }
 
 /// Runs an entry; the test fails with the fault's text.
@@ -282,22 +290,27 @@ impl Case {
     /// What a kernel is given for this problem.
     pub fn args<T: Scalar>(&self, problem: &mut Problem<T>) -> AttentionArgs {
         AttentionArgs {
-            q: self.tensor(&problem.q, self.seq_q),
-            k: self.tensor(&problem.k, self.seq_k),
-            v: self.tensor(&problem.v, self.seq_k),
-            o: self.tensor(&problem.o, self.seq_q),
-            lse: buffer_mut(&mut problem.lse),
-            mask: buffer(&problem.mask),
-            weights: buffer_mut(&mut problem.weights),
-            batch: self.batch(),
-            heads: self.heads,
-            seq_q: self.seq_q,
-            seq_k: self.seq_k,
-            scale_log2: std::f32::consts::LOG2_E / (self.d as f32).sqrt(),
-            dropout: problem.drops,
-            head_dim: self.d,
-            scale: 1.0 / (self.d as f32).sqrt(),
-            ..AttentionArgs::default()
+            tensors: Tensors {
+                q: self.tensor(&problem.q, self.seq_q),
+                k: self.tensor(&problem.k, self.seq_k),
+                v: self.tensor(&problem.v, self.seq_k),
+                o: self.tensor(&problem.o, self.seq_q),
+                lse: buffer_mut(&mut problem.lse),
+            },
+            keys: Keys { padding: buffer(&problem.mask) },
+            scratch: Scratch { weights: buffer_mut(&mut problem.weights), ..Scratch::default() },
+            shape: Shape {
+                batch: self.batch(),
+                heads: self.heads,
+                seq_q: self.seq_q,
+                seq_k: self.seq_k,
+                head_dim: self.d,
+            },
+            scores: Scores {
+                scale_log2: std::f32::consts::LOG2_E / (self.d as f32).sqrt(),
+                dropout: problem.drops,
+                scale: 1.0 / (self.d as f32).sqrt(),
+            },
         }
     }
 
@@ -414,18 +427,18 @@ impl Hopper {
         let tiles = Tiles::of(case.d, self.consumers);
         let [q, k, v, o] = tiles.boxes();
         let of = |tensor: &Tensor, seq: u32, box_dims| {
-            let dims = [case.d, seq, case.heads, args.batch].map(u64::from);
+            let dims = [case.d, seq, case.heads, args.shape.batch].map(u64::from);
             let strides = [tensor.stride_n, tensor.stride_h, tensor.stride_b];
             map(tensor.buffer.address, dims, strides, box_dims)
         };
         let maps = [
-            of(&args.q, args.seq_q, q),
-            of(&args.k, args.seq_k, k),
-            of(&args.v, args.seq_k, v),
-            of(&args.o, args.seq_q, o),
+            of(&args.tensors.q, args.shape.seq_q, q),
+            of(&args.tensors.k, args.shape.seq_k, k),
+            of(&args.tensors.v, args.shape.seq_k, v),
+            of(&args.tensors.o, args.shape.seq_q, o),
         ];
         let mut queue = [0u32; QUEUE_WORDS as usize];
-        let args = AttentionArgs { queue: buffer_mut(&mut queue), ..*args };
+        let args = with_queue(args, &mut queue);
         let args = HopperArgs { maps, args };
         let size = if self.consumers == 3 { "_x3" } else { "" };
         let symbol = format!("flash_hopper_f16_d{}{size}", case.d);

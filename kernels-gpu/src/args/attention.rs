@@ -1,0 +1,95 @@
+//! What the attention kernels of the forward ladder are given.
+
+use super::{Buffer, Tensor};
+
+/// What every attention kernel is given.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AttentionArgs {
+    /// Inputs and outputs.
+    pub tensors: Tensors,
+    /// What hides keys.
+    pub keys: Keys,
+    /// Memory beside inputs and outputs.
+    pub scratch: Scratch,
+    /// What happens to scores and weights.
+    pub scores: Scores,
+    /// Extents.
+    pub shape: Shape,
+}
+
+/// Inputs and outputs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tensors {
+    /// Queries, `[B, H, Nq, D]`.
+    pub q: Tensor,
+    /// Keys, `[B, H, Nk, D]`.
+    pub k: Tensor,
+    /// Values, `[B, H, Nk, D]`.
+    pub v: Tensor,
+    /// Output, `[B, H, Nq, D]`.
+    pub o: Tensor,
+    /// Log-sum-exp of the scaled scores of each row, natural log: f32 `[B, H, Nq]`.
+    pub lse: Buffer,
+}
+
+/// What hides keys from rows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Keys {
+    /// Padding mask, u8 `[B, Nk]`, 0 = hidden. Read if the constant `padding` is on.
+    pub padding: Buffer,
+}
+
+/// Memory beside inputs and outputs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Scratch {
+    /// Scratch or result of the kernels that materialise the weights, `[B, H, Nq, Nk]`.
+    pub weights: Buffer,
+    /// Queues of kernels whose blocks take task after task,
+    /// [`QUEUE_WORDS`](crate::parts::queue::QUEUE_WORDS) u32; else empty. They count what was asked
+    /// for: zero before a launch, and again after it.
+    pub queue: Buffer,
+}
+
+/// What happens to scores, and to the weights that they become.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Scores {
+    /// The softmax scale: for kernels that keep scores in natural units.
+    pub scale: f32,
+    /// The softmax scale times log2(e): scores go through exp2.
+    pub scale_log2: f32,
+    /// Dropout of weights. Read if the constant `dropout` is on.
+    pub dropout: DropoutArgs,
+}
+
+/// Dropout of attention weights, by Philox 4x32-10 (see `dropout.rs`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct DropoutArgs {
+    /// Key of the generator.
+    pub seed: u64,
+    /// An entry is dropped when its 32-bit draw is below this; 0 drops nothing.
+    pub threshold: u32,
+    /// What kept weights are multiplied by: `1 / (1 - p)`.
+    pub rescale: f32,
+}
+
+/// Extents of the tensors.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Shape {
+    /// Batch entries, B.
+    pub batch: u32,
+    /// Heads, H.
+    pub heads: u32,
+    /// Query rows of a head, Nq.
+    pub seq_q: u32,
+    /// Key and value rows of a head, Nk.
+    pub seq_k: u32,
+    /// Columns of a head, D: for kernels that are not made for one head dim.
+    pub head_dim: u32,
+}

@@ -1,0 +1,125 @@
+//! The producer of a block.
+
+use simt::{
+    mbarrier::Mbarrier,
+    tma,
+    wgmma::{CHUNK_COLUMNS, CHUNK_ROW_BYTES},
+};
+
+use super::{
+    HopperMaps,
+    queue::Tasks,
+    task::{Rings, Task},
+    tiles::{CONSUMER_ROWS, Tiles, tile_bytes},
+};
+use crate::{
+    args::AttentionArgs,
+    parts::pipeline::{Ring, Stage},
+};
+
+/// The producer: one thread that takes tasks and starts every copy of the block, as far ahead
+/// as the rings have room.
+///
+/// # Safety
+/// As for [`flash_hopper`](super::flash_hopper()).
+#[inline(always)]
+pub(super) unsafe fn produce<
+    const D: u32,
+    const CONSUMERS: u32,
+    const Q_STAGES: u32,
+    const STAGES: u32,
+>(
+    args: &AttentionArgs,
+    maps: HopperMaps,
+    smem: u32,
+    rings: Rings<Q_STAGES, STAGES>,
+) {
+    let tiles = const { Tiles::of(D, CONSUMERS) };
+    maps.prefetch();
+    // All chunks of a tile: rows from `row` on.
+    let copy =
+        |head: (u32, u32), destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
+            for chunk in 0..D.div_ceil(CHUNK_COLUMNS) {
+                let to = destination + chunk * rows * CHUNK_ROW_BYTES;
+                let from = [chunk * CHUNK_COLUMNS, row, head.0, head.1];
+                // SAFETY: the parameter holds the maps; the ring keeps readers away.
+                unsafe { tma::load_4d(to, map, from, full) };
+            }
+        };
+    let copy_q = |stage: Stage<Q_STAGES>, task: Task| {
+        for consumer in 0..CONSUMERS {
+            let (row, head) = (task.first_row() + consumer * CONSUMER_ROWS, task.tile.head(args));
+            // A consumer past the last row has no Q, and none has without keys.
+            let any = task.num_kv_tiles > 0 && row < head.seq_q;
+            let bytes = if any { const { tile_bytes(CONSUMER_ROWS, D) } } else { 0 };
+            let full = rings.of(consumer).announce(stage, Some(task), bytes);
+            if any {
+                let to = smem
+                    + stage.index() * const { Tiles::of(D, CONSUMERS).q_bytes() }
+                    + consumer * const { tile_bytes(CONSUMER_ROWS, D) };
+                copy((head.h, head.b), to, maps.address::<0>(), CONSUMER_ROWS, row, full);
+            }
+        }
+    };
+    let copy_keys =
+        |ring: Ring<STAGES>, to: u32, map: u64, stage: Stage<STAGES>, task: Task, tile| {
+            let head = task.tile.head(args);
+            let to = to + stage.index() * const { Tiles::of(D, CONSUMERS).kv_bytes() };
+            let full = ring.acquire(stage, const { Tiles::of(D, CONSUMERS).kv_bytes() });
+            copy((head.h_kv, head.b), smem + to, map, tiles.keys, tile * tiles.keys, full);
+        };
+    let copy_k =
+        |stage, task, tile| copy_keys(rings.k, tiles.k(), maps.address::<1>(), stage, task, tile);
+    let copy_v =
+        |stage, task, tile| copy_keys(rings.v, tiles.v(), maps.address::<2>(), stage, task, tile);
+    // Stages of Q, and of K; V, which is needed and has its stage free a tile later, is one
+    // behind.
+    let (mut q_stage, mut stage) = (Stage::FIRST, Stage::FIRST);
+    // The task before, whose last V is still to come.
+    let mut before: Option<Task> = None;
+    // SAFETY: the queue holds zeros before the launch, as `AttentionArgs::queue` says.
+    let (mut queue, mut next) = unsafe { Tasks::begin(args, tiles) };
+    while let Some(work) = next {
+        // SAFETY: the mask has the shape that `args` says.
+        let task = unsafe { Task::of(args, tiles, work) };
+        // Asked for late: whoever asks early may keep a task that another block has time for.
+        // Before the last tile, so that the answer is there after it.
+        let mut answer = 0;
+        if task.num_kv_tiles <= 1 {
+            answer = queue.ask();
+        }
+        // One stage of Q is free only when all else of the task before is under way.
+        if Q_STAGES > 1 && task.num_kv_tiles > 0 {
+            copy_q(q_stage, task);
+        }
+        if task.num_kv_tiles > 0 {
+            copy_k(stage, task, task.num_kv_tiles - 1);
+        }
+        if let Some(before) = before.take() {
+            copy_v(stage.before(), before, 0);
+        }
+        if Q_STAGES == 1 || task.num_kv_tiles == 0 {
+            copy_q(q_stage, task);
+        }
+        q_stage.advance();
+        if task.num_kv_tiles > 0 {
+            stage.advance();
+            for tile in (1..task.num_kv_tiles).rev() {
+                if tile == 1 {
+                    answer = queue.ask();
+                }
+                copy_k(stage, task, tile - 1);
+                copy_v(stage.before(), task, tile);
+                stage.advance();
+            }
+            before = Some(task);
+        }
+        next = queue.work(answer);
+    }
+    if let Some(before) = before {
+        copy_v(stage.before(), before, 0);
+    }
+    for consumer in 0..CONSUMERS {
+        rings.of(consumer).announce(q_stage, None, 0);
+    }
+}

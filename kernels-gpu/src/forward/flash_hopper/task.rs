@@ -1,0 +1,107 @@
+//! Tasks, and how the producer hands them to the consumers.
+
+use simt::{mbarrier::Mbarrier, shared::Shared, warp};
+
+use super::tiles::Tiles;
+use crate::{
+    args::AttentionArgs,
+    parts::{
+        pipeline::{Ring, Stage},
+        policy::Policy,
+        schedule::{QueryTile, Work},
+    },
+};
+
+/// A tile of query rows, and what it sees.
+#[derive(Clone, Copy)]
+pub(super) struct Task {
+    pub tile: QueryTile,
+    /// Tiles of keys that any of its rows sees.
+    pub num_kv_tiles: u32,
+}
+
+impl Task {
+    /// The task that a piece of work is.
+    ///
+    /// # Safety
+    /// As for [`Policy::new`].
+    #[inline(always)]
+    pub unsafe fn of(args: &AttentionArgs, tiles: Tiles, work: Work) -> Self {
+        let tile = QueryTile::of(args, work, tiles.rows());
+        // SAFETY: passed on to the caller.
+        let policy = unsafe { Policy::new(args, tile.head(args)) };
+        let end = policy.end_of_tile(tile.first_row + tiles.rows());
+        Self { tile, num_kv_tiles: end.div_ceil(tiles.keys) }
+    }
+
+    /// Its first row.
+    #[inline(always)]
+    pub const fn first_row(&self) -> u32 {
+        self.tile.first_row
+    }
+}
+
+/// What goes between producer and consumers: rings of tiles of K and V, and for each consumer
+/// its tasks with their Q.
+#[derive(Clone, Copy)]
+pub(super) struct Rings<const Q_STAGES: u32, const STAGES: u32> {
+    pub k: Ring<STAGES>,
+    pub v: Ring<STAGES>,
+    /// The barriers of each consumer's Q, one ring after the other.
+    pub q: Shared<u64>,
+    /// The tasks of each consumer, likewise: [`TASK_WORDS`] for each stage of Q.
+    pub tasks: Shared<u32>,
+}
+
+impl<const Q_STAGES: u32, const STAGES: u32> Rings<Q_STAGES, STAGES> {
+    /// The tasks of a consumer.
+    #[inline(always)]
+    pub fn of(&self, consumer: u32) -> Inbox<Q_STAGES> {
+        let words = const { Q_STAGES * TASK_WORDS };
+        Inbox {
+            ring: Ring::new(self.q, consumer * Ring::<Q_STAGES>::BARRIERS),
+            words: self.tasks.slice(consumer * words, words),
+        }
+    }
+}
+
+/// A consumer's tasks: its rows of Q, and with them what task they belong to.
+#[derive(Clone, Copy)]
+pub(super) struct Inbox<const Q_STAGES: u32> {
+    pub ring: Ring<Q_STAGES>,
+    words: Shared<u32>,
+}
+
+/// A task in shared memory: its fields in their order.
+pub(super) const TASK_WORDS: u32 = 4;
+/// In place of `num_kv_tiles`: there is no further task.
+const END: u32 = u32::MAX;
+
+impl<const Q_STAGES: u32> Inbox<Q_STAGES> {
+    /// Producer: waits for a free stage of Q, and announces a task (or that there is none) and
+    /// so many bytes of Q. Returns the barrier that they count at.
+    #[inline(always)]
+    pub fn announce(&self, stage: Stage<Q_STAGES>, task: Option<Task>, bytes: u32) -> Mbarrier {
+        self.ring.wait_empty(stage);
+        let end = Task { tile: QueryTile { b: 0, h: 0, first_row: 0 }, num_kv_tiles: END };
+        let Task { tile: QueryTile { b, h, first_row }, num_kv_tiles } = task.unwrap_or(end);
+        let first = stage.index() * TASK_WORDS;
+        self.words.write(first, b);
+        self.words.write(first + 1, h);
+        self.words.write(first + 2, first_row);
+        self.words.write(first + 3, num_kv_tiles);
+        // Hazard: the consumer reads the task; announcing comes after the writes.
+        self.ring.announce(stage, bytes)
+    }
+
+    /// Consumer: waits for Q and its task; `None` when there is no further one.
+    #[inline(always)]
+    pub fn receive(&self, stage: Stage<Q_STAGES>) -> Option<Task> {
+        self.ring.wait(stage);
+        let first = stage.index() * TASK_WORDS;
+        let word = |index: u32| warp::uniform(self.words.read(first + index));
+        let tile = QueryTile { b: word(0), h: word(1), first_row: word(2) };
+        let task = Task { tile, num_kv_tiles: word(3) };
+        (task.num_kv_tiles != END).then_some(task)
+    }
+}

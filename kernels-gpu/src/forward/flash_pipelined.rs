@@ -1,0 +1,394 @@
+//! flash_pipelined: what `mma.sync` can do, from sm_80 on.
+//!
+//! The idea: on the tensor cores' way stands everything that is not a product. So operands
+//! are in shared memory before they are needed, serve two products when they come to
+//! registers, and what need not be done is not done.
+//!
+//! ```text
+//! start to copy Q, and K, V of the first tile, of the block's first task
+//! for each task (head, query tile), while there is one:
+//!     for each tile of BC keys:
+//!         wait for the copies; barrier            one a tile
+//!         start to copy K, V of the next tile     into the other stage
+//!         last tile: ask the queue for a task     one thread
+//!         S = Q Kᵀ                                32 rows a warp
+//!         hide, in tiles that the diagonal, the last key or padding cuts
+//!         if some row's maximum has grown a lot: raise m; O, l *= alpha
+//!         for each 16 keys: P = exp2(S * scale - m); l += rowsum(P); O += P V
+//!     barrier; start to copy Q, and K, V of the first tile, of the next task
+//!     O / l, LSE = m + log(l)
+//! ```
+//!
+//! ```text
+//!              BC keys
+//!            +---------+     A warp has two fragments of 16 rows: K and V that it loads
+//!    warp 0  | 16 x BC |     serve both. S, P and O stay in registers; Q does where
+//!            | 16 x BC |     there is room, and passes through the stage that is still empty.
+//!    warp 1  |   ...   |
+//! ```
+//!
+//! | D | warps x fragments | BC | Q in | registers of Q, S, O a thread | shared bytes |
+//! |---|---|---|---|---|---|
+//! | 32 | 4 x 2 | 64 | registers | 16, 64, 32 | 16,400 |
+//! | 64 | 4 x 2 | 64 | registers | 32, 64, 64 | 32,784 |
+//! | 96 | 4 x 2 | 64 | shared memory | -, 64, 96 | 73,744 |
+//! | 128 | 4 x 2 | 48 | shared memory | -, 48, 128 | 81,936 |
+//! | 160 | 8 x 1 | 64 | registers | 40, 32, 80 | 81,936 |
+//! | 192 | 8 x 1 | 64 | registers | 48, 32, 96 | 98,320 |
+//! | 224 | 4 x 1 | 32 | shared memory | -, 16, 112 | 86,032 |
+//! | 256 | 8 x 1 | 32 | shared memory | -, 16, 128 | 131,088 |
+//!
+//! Where the time goes, by counting: with two fragments a B of 512 bytes serves four products
+//! of 4096 FLOP, 32 FLOP a byte of shared memory, twice what 16 rows give. Q that is loaded
+//! again for each tile of keys lowers that: 24 at D = 128. A tile's exponentials, BR BC of
+//! them, stand between the two products; those of the next 16 keys go beside the products of
+//! these.
+//!
+//! What is not done: the scale is part of the fma before exp2; maxima are exchanged, and O is
+//! rescaled, only when a maximum has grown by more than 2^8 (one vote of the warp decides);
+//! tiles that no row of a warp sees are skipped.
+//!
+//! Blocks stay: as many as the GPU holds at once, and whichever is done takes the next task from
+//! a queue. Its copies run while the block stores the outputs of the task before. Causal launches
+//! take the longest query tiles first (`schedule.rs`), so that the short ones fill up the end.
+//!
+//! Measured, with a block for each task: 0.156 ms (H100; f16, batch 4, 12 heads, N 2048, D 64).
+//! Limits: f16 and bf16, a positive scale; head dims in steps of 32.
+//!
+//! Source: Dao, "FlashAttention-2", 2023, sections 3.1 to 3.3; the rescaling rule as in
+//! "FlashAttention-4".
+
+use half::{bf16, f16};
+use simt::{
+    async_copy,
+    compiler::opaque,
+    layout::Swizzled,
+    memory::Memory,
+    mma::{Ampere, TensorCore},
+    scalar::Scalar,
+    shared::Shared,
+    thread, unroll, warp,
+};
+
+use crate::{
+    args::AttentionArgs,
+    entries,
+    parts::{
+        fragment::{self, RegisterQueries, SharedQueries},
+        online,
+        policy::Policy,
+        queue::Queue,
+        schedule::{self, Extent, QueryTile},
+        tile::{self, KvStages},
+        warp_rows::{WarpRows, warp_row},
+    },
+};
+
+/// How a block works on its tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PipelinedShape {
+    /// Warps of a block.
+    pub warps: u32,
+    /// Fragments of 16 rows that a warp keeps.
+    pub fragments: u32,
+    /// Keys of a tile.
+    pub keys: u32,
+    /// Whether Q is held in registers.
+    pub q_in_registers: bool,
+}
+
+/// The shape for head dim `d`. The wider O is, the less is left for S, for Q, and for a second
+/// fragment.
+#[must_use]
+pub const fn shape(d: usize) -> PipelinedShape {
+    let (warps, fragments, keys, q_in_registers) = match d {
+        0..=64 => (4, 2, 64, true),
+        65..=96 => (4, 2, 64, false),
+        97..=128 => (4, 2, 48, false),
+        129..=192 => (8, 1, 64, true),
+        193..=224 => (4, 1, 32, false),
+        _ => (8, 1, 32, false),
+    };
+    PipelinedShape { warps, fragments, keys, q_in_registers }
+}
+
+impl PipelinedShape {
+    /// Threads of a block.
+    #[must_use]
+    pub const fn threads(&self) -> u32 {
+        self.warps * warp::LANES
+    }
+
+    /// Query rows of a block.
+    #[must_use]
+    pub const fn rows(&self) -> u32 {
+        self.warps * self.fragments * fragment::ROWS
+    }
+
+    /// Rows of Q that have shared memory of their own.
+    const fn shared_q_rows(&self) -> u32 {
+        if self.q_in_registers { 0 } else { self.rows() }
+    }
+}
+
+/// Dynamic shared memory of a block in bytes.
+#[must_use]
+pub const fn shared_bytes(d: usize) -> u32 {
+    tile_bytes(d) + TASK_WORDS * u32::BYTES
+}
+
+/// Bytes of the tiles of K, V and Q in shared memory.
+const fn tile_bytes(d: usize) -> u32 {
+    let shape = shape(d);
+    (shape.shared_q_rows() + tile::STAGES * 2 * shape.keys) * d as u32 * 2
+}
+
+/// Flash attention forward, copies ahead of the products.
+///
+/// # Layout
+/// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`.
+///
+/// # Thread mapping
+/// Blocks along x, [`PipelinedShape::threads`] each: no more than the `B * H * ceil(Nq / BR)` tasks that
+/// they share, at best as many as the GPU holds at once. A warp has FRAGMENTS fragments of 16
+/// rows below each other.
+///
+/// # Shared memory
+/// [`shared_bytes`], dynamic: two stages of K and V, then Q if it is not in registers, then the
+/// next task.
+///
+/// # Safety
+/// The buffers of `args` must have these shapes, with addresses and strides that are
+/// multiples of 16 bytes, and the launch the threads and shared memory stated here.
+#[inline(always)]
+pub unsafe fn flash_pipelined<
+    T: Scalar,
+    const D: usize,
+    const D_STEPS: usize,
+    const COLUMN_TILES: usize,
+    const FRAGMENTS: usize,
+    const THREADS: u32,
+    const BR: u32,
+    const BC: u32,
+    const KEY_TILES: usize,
+>(
+    args: &AttentionArgs,
+) where
+    Ampere: TensorCore<T>,
+{
+    const {
+        let shape = shape(D);
+        assert!(D == 8 * COLUMN_TILES && D == 16 * D_STEPS, "whole products over D");
+        assert!(THREADS == shape.threads() && BR == shape.rows());
+        assert!(FRAGMENTS as u32 == shape.fragments);
+        assert!(BC == shape.keys && BC as usize == 8 * KEY_TILES);
+        assert!(!shape.q_in_registers || BR <= 2 * BC, "Q fits a stage of K and V");
+    }
+    let q_in_registers = const { shape(D).q_in_registers };
+
+    // Who am I.
+    let row_bytes = 2 * D as u64 * T::BYTES as u64;
+    let mut task = schedule::query_tile(args, opaque(thread::block_idx_x()), BR, row_bytes);
+    // SAFETY: the caller gives the shared memory.
+    let next_task = unsafe { NextTask::new(const { tile_bytes(D) }) };
+    // Load Q, and the first tile of K and V.
+    let start = |task: QueryTile| {
+        let head = task.head(args);
+        // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
+        let (q, kv, q_smem) = unsafe {
+            let kv = KvStages::<T, D, BC, THREADS>::new(
+                head.keys(&args.tensors.k),
+                head.keys(&args.tensors.v),
+            );
+            let q_smem = if q_in_registers {
+                // Where the second tile of keys will go.
+                kv.stage(1)
+            } else {
+                Shared::dynamic(KvStages::<T, D, BC, THREADS>::BYTES, const { BR * D as u32 })
+            };
+            (head.queries::<T>(&args.tensors.q).anew(), kv, q_smem)
+        };
+        tile::load_async::<T, Swizzled<D>, D, BR, THREADS>(&q, task.first_row, q_smem);
+        kv.start(0, 0);
+        async_copy::commit();
+        (kv, q_smem)
+    };
+    let (mut kv, q_smem) = start(task);
+    let shared = || SharedQueries::<T, Swizzled<D>>::new(q_smem, warp_row::<FRAGMENTS>());
+
+    loop {
+        // SAFETY: the mask is empty or `[B, Nk]`.
+        let policy = unsafe { Policy::new(args, task.head(args)) };
+        let mut state = WarpRows::<T, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(
+            policy,
+            args.scores.scale_log2,
+            task.first_row + warp_row::<FRAGMENTS>(),
+        );
+        // At least one, though no row may see it: the last one asks for the next task.
+        let num_kv_tiles = policy.end_of_tile(task.first_row + BR).div_ceil(BC).max(1);
+        let queries = if q_in_registers {
+            async_copy::wait::<0>();
+            // Hazard: Q is read by threads that did not copy it.
+            thread::sync_threads();
+            RegisterQueries::<FRAGMENTS, D_STEPS>::load(shared())
+        } else {
+            RegisterQueries::none()
+        };
+
+        let mut stage = 0;
+        for kv_tile in 0..num_kv_tiles {
+            async_copy::wait::<0>();
+            // Hazards: K and V (and Q) are read by threads that did not copy them; and the
+            // other stage, which is overwritten next, may still be read for the tile before
+            // (or Q in it).
+            thread::sync_threads();
+            let mut taken = NOT_ASKED;
+            if kv_tile + 1 < num_kv_tiles {
+                kv.start(kv_tile + 1, stage ^ 1);
+            } else if opaque(thread::thread_idx_x()) == 0 {
+                // Asked for late: whoever asks early may keep a task that another block has
+                // time for. The answer comes while this tile is computed with.
+                // SAFETY: the queue holds zeros before the launch, as `args.scratch.queue` says.
+                taken = unsafe { queue::<BR>(args) }.ask();
+            }
+            async_copy::commit();
+            // Opaque: the compiler would make two of all that follows, asked and not asked.
+            let taken = opaque(taken);
+            let (k_smem, v_smem) = kv.tiles(stage);
+            if q_in_registers {
+                state.attend::<Swizzled<D>, D>(queries, k_smem, v_smem, kv_tile * BC);
+            } else {
+                state.attend::<Swizzled<D>, D>(shared(), k_smem, v_smem, kv_tile * BC);
+            }
+            if taken != NOT_ASKED {
+                // SAFETY: as above.
+                let place = unsafe { queue::<BR>(args) }.place(taken);
+                let next = place.map(|place| schedule::query_tile(args, place, BR, row_bytes));
+                // Since this task began, a barrier: all have read what is overwritten.
+                next_task.write(next);
+            }
+            stage ^= 1;
+        }
+        // Hazards: the next task is read by threads that did not write it; and Q and the last
+        // tile, where its Q, K and V go, may still be read.
+        thread::sync_threads();
+        if let Some(next) = next_task.read() {
+            (kv, _) = start(next);
+        }
+
+        // Normalise, store O and LSE.
+        unroll!(for FRAGMENT in 0..2 {
+            if FRAGMENT < FRAGMENTS {
+                let first_row = state.first_row + FRAGMENT as u32 * fragment::ROWS;
+                let (acc_o, rows) = (state.acc_o[FRAGMENT], &state.rows[FRAGMENT]);
+                // SAFETY: the buffers have the shapes that `args` says.
+                unsafe {
+                    online::store::<T, Ampere, COLUMN_TILES>(args, &policy, first_row, acc_o, rows);
+                }
+            }
+        });
+        // Read again: kept, it would take registers, and the compiler make two of all above.
+        match next_task.read() {
+            Some(next) => task = next,
+            None => break,
+        }
+    }
+}
+
+/// The queue of all blocks: each begins with a task.
+///
+/// # Safety
+/// `args.scratch.queue` must hold zeros before the launch.
+#[inline(always)]
+unsafe fn queue<const BR: u32>(args: &AttentionArgs) -> Queue {
+    let (tasks, blocks) = (Extent::anew(args, BR).tasks(), thread::grid_dim_x());
+    // SAFETY: passed on to the caller.
+    Queue {
+        words: unsafe { args.scratch.queue.view_mut() },
+        index: 0,
+        tasks,
+        given: blocks,
+        blocks,
+    }
+}
+
+/// The task that a block does next, in shared memory: thread 0 writes it, all threads read it.
+#[derive(Clone, Copy)]
+struct NextTask(Shared<u32>);
+
+/// Words of a task: its fields in their order, padded to 16 bytes.
+const TASK_WORDS: u32 = 4;
+/// In place of `first_row`: there is no further task.
+const END: u32 = u32::MAX;
+/// In place of the queue's answer.
+const NOT_ASKED: u32 = u32::MAX;
+
+impl NextTask {
+    /// That `byte_offset` bytes into dynamic shared memory.
+    ///
+    /// # Safety
+    /// As for [`Shared::dynamic`].
+    #[inline(always)]
+    unsafe fn new(byte_offset: u32) -> Self {
+        // SAFETY: passed on to the caller.
+        Self(unsafe { Shared::dynamic(byte_offset, TASK_WORDS) })
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn write(&self, task: Option<QueryTile>) {
+        let end = QueryTile { b: 0, h: 0, first_row: END };
+        let QueryTile { b, h, first_row } = task.unwrap_or(end);
+        self.0.write_as(0, [b, h, first_row, 0]);
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn read(&self) -> Option<QueryTile> {
+        let words = self.0.read_as::<[u32; 4]>(0);
+        let [b, h, first_row] = [words[0], words[1], words[2]].map(warp::uniform);
+        (first_row != END).then_some(QueryTile { b, h, first_row })
+    }
+}
+
+/// The kernel for a type and head dim.
+macro_rules! kernel {
+    ($type:ty, $d:literal) => {
+        flash_pipelined::<
+            $type,
+            $d,
+            { $d / 16 },
+            { $d / 8 },
+            { shape($d).fragments as usize },
+            { shape($d).threads() },
+            { shape($d).rows() },
+            { shape($d).keys },
+            { shape($d).keys as usize / 8 },
+        >
+    };
+}
+
+entries! {
+    /// Instances of [`flash_pipelined`] with four warps.
+    pub static FOUR_WARPS: AttentionArgs => "sm_80", threads tile::FOUR_WARPS, min_blocks 2;
+    flash_pipelined_f16_d32 = kernel!(f16, 32);
+    flash_pipelined_f16_d64 = kernel!(f16, 64);
+    flash_pipelined_f16_d96 = kernel!(f16, 96);
+    flash_pipelined_f16_d128 = kernel!(f16, 128);
+    flash_pipelined_f16_d224 = kernel!(f16, 224);
+    flash_pipelined_bf16_d32 = kernel!(bf16, 32);
+    flash_pipelined_bf16_d64 = kernel!(bf16, 64);
+    flash_pipelined_bf16_d96 = kernel!(bf16, 96);
+    flash_pipelined_bf16_d128 = kernel!(bf16, 128);
+    flash_pipelined_bf16_d224 = kernel!(bf16, 224);
+}
+entries! {
+    /// Instances of [`flash_pipelined`] with eight warps.
+    pub static EIGHT_WARPS: AttentionArgs => "sm_80", threads 2 * tile::FOUR_WARPS, min_blocks 1;
+    flash_pipelined_f16_d160 = kernel!(f16, 160);
+    flash_pipelined_f16_d192 = kernel!(f16, 192);
+    flash_pipelined_f16_d256 = kernel!(f16, 256);
+    flash_pipelined_bf16_d160 = kernel!(bf16, 160);
+    flash_pipelined_bf16_d192 = kernel!(bf16, 192);
+    flash_pipelined_bf16_d256 = kernel!(bf16, 256);
+}

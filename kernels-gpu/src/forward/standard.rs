@@ -1,0 +1,259 @@
+//! standard: attention in three kernels, none of them naive.
+//!
+//! The idea: what a framework does without a fused kernel, done well. Two matrix products
+//! by the best tiles there are, and between them a softmax that reads a row once and
+//! writes it once. It is the baseline that a flash kernel has to beat.
+//!
+//! What changed from naive: the products run on tensor cores, over tiles
+//! ([`gemm::mma`](crate::parts::gemm::mma), which the projections share); rows of the softmax stand
+//! in shared memory and move 16 bytes at a time; tiles above the diagonal of a causal mask
+//! are left out of both products. What did not: the N x N matrix goes through memory.
+//!
+//! ```text
+//! scores:  S = Q Kᵀ * scale                one block per 128 x 128 of S; hidden tiles skipped
+//! softmax: P[i, :] = exp(S[i, :] - max) / sum; LSE[i]       one warp or one block per row
+//! output:  O = P V                         one block per 128 rows; only keys that are seen
+//! ```
+//!
+//! Memory: S is written, read, and replaced by P, which is read again: four times B*H*Nq*Nk
+//! elements of the storage type, next to which Q, K, V and O are small. Each element stands
+//! for 4 D FLOP: D = 64 and f16 make 32 FLOP a byte, where tensor cores need hundreds.
+//!
+//! S and P are stored in the type of the tensors. The 2x rule decides: the plain algorithm
+//! that it measures with rounds both, so that f32 in memory would be twice the traffic for
+//! an exactness that is not asked for; and the weights can be returned as they stand. Scores
+//! are in natural units, not in the log2(e) of naive, and stored in units of 16
+//! ([`STORED_UNIT`]): f16 ends at 65,504, which is then a score of 2^20.
+//!
+//! Measured: 0.657 ms (H100; f16, batch 4, 12 heads, N 2048, D 64). Limits: memory grows with
+//! N². f32 has scalar products (see `linear_mma.rs` for why).
+//!
+//! Source: Dao et al., "FlashAttention", 2022, algorithm 0.
+
+use half::{bf16, f16};
+use simt::{
+    mma::{Ampere, TensorCore},
+    scalar::Scalar,
+    thread,
+};
+
+use crate::{
+    args::AttentionArgs,
+    entries,
+    parts::{
+        gemm::{AsStored, MatrixMut, Plain, Product, Scaled, Transposed, mma, tiled},
+        head::Head,
+        policy::Policy,
+        softmax::STORED_UNIT,
+    },
+};
+
+pub mod softmax;
+
+/// Rows and keys of a tile of the scores on tensor cores; rows of a tile of the output.
+pub const MMA_TILE: u32 = mma::BM;
+/// Threads of their blocks.
+pub const MMA_THREADS: u32 = mma::THREADS;
+/// Dynamic shared memory of a block of [`scores`] in bytes.
+pub const SCORES_SHARED_BYTES: u32 = mma::shared_bytes(MMA_TILE);
+/// Columns of a tile of the output on tensor cores, widest first.
+pub const OUTPUT_COLUMNS: [u32; 3] = [128, 96, 64];
+/// Rows and columns of the tiles of f32.
+pub const TILED_TILE: u32 = tiled::TILE;
+/// Threads of their blocks.
+pub const TILED_THREADS: u32 = tiled::THREADS;
+
+/// Columns of a tile of the output for a head dim: those that compute least beside it.
+#[must_use]
+pub const fn output_columns(d: u32) -> u32 {
+    let [mut best, ..] = OUTPUT_COLUMNS;
+    let mut i = 1;
+    while i < OUTPUT_COLUMNS.len() {
+        let columns = OUTPUT_COLUMNS[i];
+        if d.next_multiple_of(columns) < d.next_multiple_of(best) {
+            best = columns;
+        }
+        i += 1;
+    }
+    best
+}
+
+/// Dynamic shared memory of a block of [`output`] in bytes.
+#[must_use]
+pub const fn output_shared_bytes(columns: u32) -> u32 {
+    mma::shared_bytes(columns)
+}
+
+/// The product of a block of scores: `S = Q Kᵀ * scale`. `None` for a tile of `tile` rows and
+/// keys that is hidden: its scores are never read.
+///
+/// # Safety
+/// As for [`scores`].
+#[inline(always)]
+unsafe fn scores_product<T: Scalar>(
+    args: &AttentionArgs,
+    (first_row, first_key): (u32, u32),
+    tile: u32,
+) -> Option<Product<T, Scaled>> {
+    let head = Head::of_block_z(args);
+    // SAFETY: the buffers have the shapes that `args` says.
+    unsafe {
+        let policy = Policy::new(args, head);
+        if first_key >= policy.end_of_tile(first_row + tile) {
+            return None;
+        }
+        Some(Product {
+            a: head.query_matrix(&args.tensors.q, args.shape.head_dim),
+            b: head.key_matrix(&args.tensors.k, args.shape.head_dim),
+            c: MatrixMut::new(head.weight_matrix(args), &args.scratch.weights),
+            depth: args.shape.head_dim,
+            epilogue: Scaled(args.scores.scale / STORED_UNIT),
+        })
+    }
+}
+
+/// The product of a block of output: `O = P V`, over the keys that its `tile` rows see.
+///
+/// # Safety
+/// As for [`output`].
+#[inline(always)]
+unsafe fn output_product<T: Scalar>(
+    args: &AttentionArgs,
+    first_row: u32,
+    tile: u32,
+) -> Product<T, Plain> {
+    let head = Head::of_block_z(args);
+    // SAFETY: the buffers have the shapes that `args` says.
+    unsafe {
+        let policy = Policy::new(args, head);
+        let o = head.query_matrix(&args.tensors.o, args.shape.head_dim);
+        Product {
+            a: head.weight_matrix(args),
+            b: head.key_matrix(&args.tensors.v, args.shape.head_dim),
+            c: MatrixMut::new(o, &args.tensors.o.buffer),
+            depth: policy.end_of_tile(first_row + tile),
+            epilogue: Plain,
+        }
+    }
+}
+
+/// `S = Q Kᵀ * scale`, in natural units, of which the storage type holds one for [`STORED_UNIT`];
+/// nothing is hidden yet.
+///
+/// # Layout
+/// `q: [B, H, Nq, D]`, `k: [B, H, Nk, D]`, `weights: [B, H, Nq, Nk]`.
+///
+/// # Thread mapping
+/// A block per tile of 128 x 128; `x` counts tiles of keys, `y` of rows, `z` heads. Within it
+/// as in [`mma::tile`].
+///
+/// # Shared memory
+/// Dynamic, [`SCORES_SHARED_BYTES`].
+///
+/// # Safety
+/// The buffers of `args` must have these shapes, and the launch the threads and shared memory
+/// stated here.
+#[inline(always)]
+pub unsafe fn scores<T: Scalar, C: TensorCore<T>>(args: &AttentionArgs) {
+    let first = (thread::block_idx_y() * MMA_TILE, thread::block_idx_x() * MMA_TILE);
+    // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
+    unsafe {
+        if let Some(product) = scores_product::<T>(args, first, MMA_TILE) {
+            mma::tile::<T, C, Transposed, Scaled, { MMA_TILE as usize }, 4, 8>(
+                &product, first.0, first.1,
+            );
+        }
+    }
+}
+
+/// As [`scores`], in scalar arithmetic: tiles of 64 x 64, static shared memory.
+///
+/// # Safety
+/// As for [`scores`].
+#[inline(always)]
+pub unsafe fn scores_tiled<T: Scalar>(args: &AttentionArgs) {
+    let first = (thread::block_idx_y() * TILED_TILE, thread::block_idx_x() * TILED_TILE);
+    // SAFETY: the buffers have the shapes that `args` says.
+    if let Some(product) = unsafe { scores_product::<T>(args, first, TILED_TILE) } {
+        tiled::tile::<T, Transposed, Scaled>(&product, first.0, first.1);
+    }
+}
+
+/// `O = P V`, in tiles of `COLUMNS` columns of the head; a warp has M_TILES x N_TILES products.
+///
+/// # Layout
+/// `weights: [B, H, Nq, Nk]`, `v: [B, H, Nk, D]`, `o: [B, H, Nq, D]`.
+///
+/// # Thread mapping
+/// A block per 128 rows (`x`), COLUMNS columns (`y`) and head (`z`). Within it as in
+/// [`mma::tile`].
+///
+/// # Shared memory
+/// Dynamic, [`output_shared_bytes`]`(COLUMNS)`.
+///
+/// # Safety
+/// As for [`scores`]; [`softmax::softmax_rows`] must have run.
+#[inline(always)]
+pub unsafe fn output<
+    T: Scalar,
+    C: TensorCore<T>,
+    const COLUMNS: usize,
+    const M_TILES: usize,
+    const N_TILES: usize,
+>(
+    args: &AttentionArgs,
+) {
+    let first_row = thread::block_idx_x() * MMA_TILE;
+    let first_column = thread::block_idx_y() * COLUMNS as u32;
+    // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
+    unsafe {
+        mma::tile::<T, C, AsStored, Plain, COLUMNS, M_TILES, N_TILES>(
+            &output_product(args, first_row, MMA_TILE),
+            first_row,
+            first_column,
+        );
+    }
+}
+
+/// As [`output`], in scalar arithmetic: tiles of 64 x 64, static shared memory.
+///
+/// # Safety
+/// As for [`output`].
+#[inline(always)]
+pub unsafe fn output_tiled<T: Scalar>(args: &AttentionArgs) {
+    let first_row = thread::block_idx_x() * TILED_TILE;
+    let first_column = thread::block_idx_y() * TILED_TILE;
+    // SAFETY: the buffers have the shapes that `args` says.
+    let product = unsafe { output_product::<T>(args, first_row, TILED_TILE) };
+    tiled::tile::<T, AsStored, Plain>(&product, first_row, first_column);
+}
+
+entries! {
+    /// Instances of [`scores`] and [`output`].
+    pub static PRODUCTS: AttentionArgs => "sm_80", threads MMA_THREADS, min_blocks 2;
+    standard_scores_f16 = scores::<f16, Ampere>;
+    standard_scores_bf16 = scores::<bf16, Ampere>;
+    standard_output_f16_x64 = output::<f16, Ampere, 64, 2, 8>;
+    standard_output_f16_x96 = output::<f16, Ampere, 96, 2, 12>;
+    standard_output_f16_x128 = output::<f16, Ampere, 128, 4, 8>;
+    standard_output_bf16_x64 = output::<bf16, Ampere, 64, 2, 8>;
+    standard_output_bf16_x96 = output::<bf16, Ampere, 96, 2, 12>;
+    standard_output_bf16_x128 = output::<bf16, Ampere, 128, 4, 8>;
+}
+entries! {
+    /// Instances of [`scores_tiled`] and [`output_tiled`].
+    pub static TILED_PRODUCTS: AttentionArgs => "sm_75", threads TILED_THREADS, min_blocks 2;
+    standard_scores_f32 = scores_tiled::<f32>;
+    standard_output_f32 = output_tiled::<f32>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_tiles_waste_as_little_as_can_be() {
+        let columns = [32, 64, 96, 128, 160, 192, 224, 256].map(output_columns);
+        assert_eq!(columns, [64, 64, 96, 128, 96, 96, 128, 128]);
+    }
+}

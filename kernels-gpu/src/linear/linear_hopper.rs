@@ -1,0 +1,454 @@
+//! Linear projections `y = x wᵀ + bias`, fourth rung: Hopper's copies and products (sm_90a).
+//!
+//! The idea: two neighbouring blocks, a *cluster*, multiply different rows of `x` with the same
+//! rows of `w`. Each fetches half of them, and the copy engine puts that half into the shared
+//! memory of both: with tiles of 256 columns, what comes from the L2 cache shrinks by a third.
+//!
+//! What changed from linear_mma: a producer and two consumer warpgroups in place of four warps
+//! that do everything, wgmma in place of mma.sync, TMA in place of cp.async, tiles of
+//! 128 x 256 in place of 128 x 128; blocks stay, and while one tile is stored the slices of the
+//! next arrive. From flash_hopper it has the roles and the ring of stages.
+//!
+//! ```text
+//! producer:   for each tile of the cluster, for each slice of 64 input features:
+//!                 own 128 rows of x                            to this block
+//!                 half of the rows of w                        to both blocks
+//!
+//! consumer:   for each tile:
+//!                 for each slice: acc += x wᵀ                  64 x BN, in registers
+//!                 y = acc + bias, through shared memory
+//! ```
+//!
+//! ```text
+//!                   BN columns of y = rows of w
+//!                +--------------+--------------+
+//! block 0   64   | consumer 0                  |      of w, block 0 fetches the left half and
+//!           64   | consumer 1                  |      block 1 the right one, for both
+//!                +--------------+--------------+
+//! block 1   64   | consumer 0                  |
+//!           64   | consumer 1                  |
+//!                +--------------+--------------+
+//! ```
+//!
+//! Whose stage it is: a stage is full when a block's own `x` and both halves of `w` have landed,
+//! which its own barrier counts; it is empty when the consumers of *both* blocks are done with
+//! theirs, since either producer writes to both. So consumers arrive at two barriers, one of them
+//! in the other block.
+//!
+//! | BN | shared bytes | registers of acc a thread | FLOP a byte from L2 |
+//! |---|---|---|---|
+//! | 256 | 229,440 | 128 of 232 | 128 (85 without clusters) |
+//! | 192 | 196,672 | 96 of 232 | 110 (77 without clusters) |
+//! | 128 | 163,904 | 64 of 232 | 85 (64 without clusters) |
+//!
+//! Which BN depends on how many tiles there are for how many multiprocessors ([`Tile::best`]).
+//!
+//! One slice at a time: a consumer waits for its product before it asks for the next. The tensor
+//! cores do not wait, since the other consumer's product is behind it.
+//!
+//! Measured: 0.197 ms, 696 TFLOP/s, where linear_mma took 0.355 ms (16,384 rows, 2048 features in
+//! and out, f16, one H100 80GB HBM3); multicast buys 2 to 3 % of that. Limits: f16 and bf16;
+//! rows of `x`, `w` and `y` that are multiples of 16 bytes (TMA's rule).
+//!
+//! Source: PTX ISA, "Cluster of Cooperative Thread Arrays" and "cp.async.bulk.tensor"
+//! (multicast); NVIDIA, "CUTLASS: Efficient GEMM in CUDA", section on Hopper warp
+//! specialisation.
+
+use half::{bf16, f16};
+use simt::{
+    cluster,
+    layout::{Layout, Swizzled},
+    matrix,
+    mbarrier::{self, Mbarrier},
+    shared::Shared,
+    thread, tma, unroll, warp, warpgroup,
+    wgmma::{
+        Accumulator, CHUNK_COLUMNS, CHUNK_ROW_BYTES, Descriptor, Operand, SharedProduct, WaitGroup,
+    },
+};
+
+use crate::{
+    args::{LinearArgs, Maps, WithMaps},
+    entries,
+    parts::{
+        gemm::{Matrix, MatrixMut},
+        pipeline::{Ring, Stage},
+        schedule,
+    },
+};
+
+/// Consumer warpgroups of a block.
+const CONSUMERS: u32 = 2;
+/// Rows of `y` that a consumer computes.
+const CONSUMER_ROWS: u32 = 64;
+/// Rows of `y` that a block computes at a time.
+pub const ROWS: u32 = CONSUMERS * CONSUMER_ROWS;
+/// Blocks of a cluster.
+pub const CLUSTER: u32 = 2;
+/// Threads of a block.
+pub const THREADS: u32 = (1 + CONSUMERS) * warpgroup::THREADS;
+/// Registers of a thread of each warpgroup, the producer's first.
+const REGISTERS: [u32; 1 + CONSUMERS as usize] = [40, 232, 232];
+const _: () = assert!(
+    warpgroup::registers_suffice(&REGISTERS),
+    "consumers would wait for registers that nobody gives back"
+);
+/// Stages of the ring.
+const STAGES: u32 = 4;
+/// Input features of a slice: a row of a chunk.
+const SLICE: u32 = CHUNK_COLUMNS;
+/// Bytes of a slice of `x`.
+const X_BYTES: u32 = ROWS * CHUNK_ROW_BYTES;
+/// Rows of `y` that a warp stores.
+const OUTPUT_ROWS: u32 = 16;
+/// Elements of the buffer through which a warp stores 64 columns; it has two.
+const OUTPUT_CHUNK: u32 = OUTPUT_ROWS * CHUNK_COLUMNS;
+/// Tiles of columns that a band has. Tiles are worked through band by band, so that those at
+/// work at the same time share what they read of both operands.
+const BAND: u32 = 8;
+
+/// What a block works with, for tiles of so many columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// Columns of `y`, rows of `w`.
+    pub columns: u32,
+}
+
+impl Tile {
+    /// Bytes of a slice of `w`.
+    const fn w_bytes(self) -> u32 {
+        self.columns * CHUNK_ROW_BYTES
+    }
+
+    /// Rows of `w` that each block of the cluster fetches.
+    const fn share(self) -> u32 {
+        self.columns / CLUSTER
+    }
+
+    /// Offset of the stages of `w`; those of `x` come first.
+    const fn w(self) -> u32 {
+        STAGES * X_BYTES
+    }
+
+    /// Offset of the buffers through which `y` is stored.
+    const fn outputs(self) -> u32 {
+        self.w() + STAGES * self.w_bytes()
+    }
+
+    const fn barriers(self) -> u32 {
+        let warps = ROWS / OUTPUT_ROWS;
+        self.outputs() + warps * 2 * OUTPUT_CHUNK * size_of::<f16>() as u32
+    }
+
+    /// Dynamic shared memory of a block in bytes.
+    #[must_use]
+    pub const fn shared_bytes(self) -> u32 {
+        self.barriers() + Ring::<STAGES>::BARRIERS * Mbarrier::BYTES
+    }
+
+    /// Tiles of clusters: along the rows, along the columns.
+    #[inline(always)]
+    #[must_use]
+    pub const fn grid(self, rows: u32, out_features: u32) -> (u32, u32) {
+        (rows.div_ceil(CLUSTER * ROWS), out_features.div_ceil(self.columns))
+    }
+
+    /// The tiles that there are kernels for, and what each takes of a cluster's time, by
+    /// measuring: narrow ones fetch more for what they compute.
+    const COSTS: [(Self, u64); 3] =
+        [(Self { columns: 256 }, 100), (Self { columns: 192 }, 78), (Self { columns: 128 }, 57)];
+
+    /// The tile for a product on so many multiprocessors: the one with which the last cluster is
+    /// done first.
+    #[must_use]
+    pub fn best(rows: u32, out_features: u32, multiprocessors: u32) -> Self {
+        let clusters = u64::from((multiprocessors / CLUSTER).max(1));
+        let time = |(tile, cost): (Self, u64)| {
+            let (row_tiles, column_tiles) = tile.grid(rows, out_features);
+            (u64::from(row_tiles) * u64::from(column_tiles)).div_ceil(clusters) * cost
+        };
+        let [wide, others @ ..] = Self::COSTS;
+        others.into_iter().fold(wide, |best, t| if time(t) < time(best) { t } else { best }).0
+    }
+
+    /// Extents of the boxes of the tensor maps of x and w over `[features, rows, 1, 1]`.
+    /// Swizzle: 128 bytes.
+    #[must_use]
+    pub const fn boxes(self) -> [[u32; 4]; 2] {
+        [[SLICE, ROWS, 1, 1], [SLICE, self.share(), 1, 1]]
+    }
+}
+
+/// The tiles of a cluster, one after another: tile `index` of the whole, and how many clusters
+/// on the next one is.
+#[derive(Clone, Copy)]
+struct Tiles {
+    row_tiles: u32,
+    column_tiles: u32,
+    columns: u32,
+    index: u32,
+    clusters: u32,
+}
+
+impl Tiles {
+    #[inline(always)]
+    fn of_this_cluster(args: &LinearArgs, tile: Tile) -> Self {
+        let (row_tiles, column_tiles) = tile.grid(args.rows, args.out_features);
+        Self {
+            row_tiles,
+            column_tiles,
+            columns: tile.columns,
+            index: thread::block_idx_x() / CLUSTER,
+            clusters: thread::grid_dim_x() / CLUSTER,
+        }
+    }
+
+    /// First row, of this block, and first column of the next tile.
+    #[inline(always)]
+    fn next(&mut self) -> Option<(u32, u32)> {
+        if self.index >= self.row_tiles * self.column_tiles {
+            return None;
+        }
+        let (band, in_band) = schedule::divide(self.index, self.row_tiles * BAND);
+        // The last band may be narrower.
+        let width = BAND.min(self.column_tiles - band * BAND);
+        let (row_tile, column_tile) = schedule::divide(in_band, width);
+        self.index += self.clusters;
+        let row = (row_tile * CLUSTER + cluster::block_rank()) * ROWS;
+        Some((row, (band * BAND + column_tile) * self.columns))
+    }
+}
+
+/// The tensor maps of x and w, and what every linear kernel is given.
+pub type LinearHopperArgs = WithMaps<LinearArgs, 2>;
+type LinearMaps = Maps<2>;
+
+/// `y = x wᵀ + bias` by clusters of two blocks.
+///
+/// # Layout
+/// `x: [rows, in]`, `w: [out, in]`, `bias: [out]` or empty, `y: [rows, out]`; maps of x and w,
+/// in this order, boxes as [`Tile::boxes`] says. The bias is aligned to 4 bytes.
+///
+/// # Thread mapping
+/// At most as many clusters along x as there are tiles ([`Tile::grid`]), which they share; at
+/// best one block a multiprocessor. [`THREADS`] each. Warpgroup 0 is the producer.
+///
+/// # Shared memory
+/// [`Tile::shared_bytes`] of it, dynamic: the stages of x, those of w, what y is stored
+/// through, the mbarriers.
+///
+/// # Safety
+/// `args` must be the parameter of the running entry, its buffers and maps must have these
+/// shapes, and the launch the threads, the clusters and the shared memory stated here.
+#[inline(always)]
+pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const GROUPS: usize>(
+    args: &LinearHopperArgs,
+) where
+    Accumulator<GROUPS>: SharedProduct<{ SLICE as usize / 16 }>,
+{
+    let tile = const { Tile { columns: BN } };
+    const { assert!(GROUPS as u32 * 8 == BN && W_BYTES == Tile { columns: BN }.w_bytes()) };
+
+    // SAFETY: the caller passes the entry's parameter.
+    let (maps, args) = unsafe { args.split() };
+
+    // Who am I.
+    let warpgroup = warpgroup::id();
+    // SAFETY: the caller gives the shared memory.
+    let (smem, ring) = unsafe {
+        let barriers = Shared::<u64>::dynamic(tile.barriers(), Ring::<STAGES>::BARRIERS);
+        (Shared::<u8>::dynamic(0, 0).address(), Ring::<STAGES>::new(barriers, 0))
+    };
+    if thread::thread_idx_x() == 0 {
+        // The consumers of both blocks.
+        ring.init(CLUSTER * CONSUMERS);
+        mbarrier::fence_init();
+    }
+    // Hazard: the barriers are used by threads and copies of the other block, too.
+    cluster::sync();
+
+    let tiles = Tiles::of_this_cluster(args, tile);
+    if warpgroup == 0 {
+        warpgroup::decrease_registers::<{ REGISTERS[0] }>();
+        if thread::thread_idx_x() == 0 {
+            // SAFETY: the maps have the shapes stated above.
+            unsafe { produce(args, maps, tile, tiles, smem, ring) };
+        }
+        return;
+    }
+    warpgroup::increase_registers::<{ REGISTERS[1] }>();
+    let own_rows = (warpgroup - 1) * CONSUMER_ROWS;
+    let x = Descriptor::k_major(smem + own_rows * CHUNK_ROW_BYTES);
+    let w = Descriptor::k_major(smem + tile.w());
+    let warp_rows = own_rows + warpgroup::thread_id() / warp::LANES * OUTPUT_ROWS;
+    // SAFETY: the caller gives the shared memory.
+    let output = unsafe {
+        let first = tile.outputs() + warp_rows / OUTPUT_ROWS * 2 * OUTPUT_CHUNK * T::BYTES;
+        Shared::<T>::dynamic(first, 2 * OUTPUT_CHUNK)
+    };
+
+    let slices = args.in_features.div_ceil(SLICE);
+    let mut stage = Stage::FIRST;
+    let mut tiles = tiles;
+    while let Some((row, column)) = tiles.next() {
+        // SAFETY: the bias is empty or `[out]`. It is there long before it is needed.
+        let bias = unsafe { bias_of::<GROUPS>(args, column) };
+        let mut acc = Accumulator::<GROUPS>::zero();
+        for _ in 0..slices {
+            ring.wait(stage);
+            let (x, w) = (x.offset(stage.index() * X_BYTES), w.offset(stage.index() * W_BYTES));
+            // SAFETY: the whole warpgroup is here, and the ring keeps what is multiplied.
+            unsafe { acc.accumulate_shared::<T, X_BYTES, W_BYTES>(x, w) };
+            // The other consumer's products run while this one's end is waited for.
+            acc.wait_group::<0>();
+            if warpgroup::thread_id() < CLUSTER {
+                ring.release_at(stage, warpgroup::thread_id());
+            }
+            stage.advance();
+        }
+        // SAFETY: `y` is `[rows, out]`.
+        unsafe { store(args, output, acc.values(), &bias, row + warp_rows, column) };
+    }
+}
+
+/// The producer of a block: one thread that starts every copy, as far ahead as the ring has
+/// room.
+///
+/// # Safety
+/// As for [`linear_hopper`].
+#[inline(always)]
+unsafe fn produce(
+    args: &LinearArgs,
+    maps: LinearMaps,
+    tile: Tile,
+    mut tiles: Tiles,
+    smem: u32,
+    ring: Ring<STAGES>,
+) {
+    const ALL_BLOCKS: u16 = (1 << CLUSTER) - 1;
+    let (map_x, map_w) = (maps.address::<0>(), maps.address::<1>());
+    maps.prefetch();
+    let own_share = cluster::block_rank() * tile.share();
+    let slices = args.in_features.div_ceil(SLICE);
+    let mut stage = Stage::FIRST;
+    while let Some((row, column)) = tiles.next() {
+        for slice in 0..slices {
+            let full = ring.acquire(stage, X_BYTES + tile.w_bytes());
+            let to_x = smem + stage.index() * X_BYTES;
+            let to_w =
+                smem + tile.w() + stage.index() * tile.w_bytes() + own_share * CHUNK_ROW_BYTES;
+            let from_x = [slice * SLICE, row, 0, 0];
+            let from_w = [slice * SLICE, column + own_share, 0, 0];
+            // SAFETY: the parameter holds the maps; the ring keeps readers away.
+            unsafe {
+                tma::load_4d(to_x, map_x, from_x, full);
+                tma::load_4d_multicast(to_w, map_w, from_w, full, ALL_BLOCKS);
+            }
+            stage.advance();
+        }
+    }
+    // Hazard: consumers of the other block arrive at this block's barriers until they are done,
+    // and the block must not end before.
+    for _ in 0..STAGES {
+        ring.wait_empty(stage);
+        stage.advance();
+    }
+}
+
+/// The bias of the columns that this thread has, pairs packed, from column `column` of the
+/// tile on; 0 without a bias.
+///
+/// # Safety
+/// As for [`linear_hopper`].
+#[inline(always)]
+unsafe fn bias_of<const GROUPS: usize>(args: &LinearArgs, column: u32) -> [u32; GROUPS] {
+    let mut pairs = [0; GROUPS];
+    if !args.bias.is_empty() {
+        // SAFETY: the bias is `[out]`, aligned to 4 bytes.
+        let bias = unsafe { args.bias.view::<u32>() };
+        // Columns past the last are not stored: any value does.
+        let last = args.out_features / 2 - 1;
+        let first = column / 2 + warp::lane_id() % 4;
+        unroll!(for GROUP in 0..32 {
+            if GROUP < GROUPS {
+                pairs[GROUP] = bias.read((first + 4 * GROUP as u32).min(last).into());
+            }
+        });
+    }
+    pairs
+}
+
+/// Stores a warp's 16 rows of a tile, from row `row` and column `column` on: through shared
+/// memory, so that neighbouring lanes write neighbouring bytes, 64 columns at a time.
+///
+/// # Safety
+/// As for [`linear_hopper`].
+#[inline(always)]
+unsafe fn store<T: Operand, const GROUPS: usize>(
+    args: &LinearArgs,
+    output: Shared<T>,
+    values: &[[f32; 4]; GROUPS],
+    bias: &[u32; GROUPS],
+    row: u32,
+    column: u32,
+) {
+    type Tile = Swizzled<{ CHUNK_COLUMNS as usize }>;
+    // SAFETY: `y` is `[rows, out]`.
+    let y = unsafe {
+        let columns = args.out_features;
+        let place = Matrix::<T>::new(&args.y, 0, columns.into(), args.rows, columns);
+        MatrixMut::new(place, &args.y)
+    };
+    let lane = warp::lane_id();
+    // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the first, the
+    // others to their right.
+    let place = Tile::index(lane % 16, lane / 16 * 8);
+    // Hazard: of an odd number of chunks, the last of the tile before was read from where the
+    // first of this one is written.
+    warp::sync_warp(warp::FULL_MASK);
+    unroll!(for CHUNK in 0..4 {
+        if 8 * CHUNK < GROUPS {
+            // Two buffers in turn: what is overwritten was read before the last warp barrier.
+            let buffer = output.slice(CHUNK as u32 % 2 * OUTPUT_CHUNK, OUTPUT_CHUNK);
+            unroll!(for PAIR in 0..4 {
+                let pack = |group: usize, row: usize| {
+                    let group = 8 * CHUNK + 2 * PAIR + group;
+                    let (left, right) = T::unpack(bias[group]);
+                    T::pack(values[group][2 * row] + left, values[group][2 * row + 1] + right)
+                };
+                let packed = [pack(0, 0), pack(0, 1), pack(1, 0), pack(1, 1)];
+                matrix::store_x4(buffer, Tile::right(place, 16 * PAIR as u32), packed);
+            });
+            // Hazard: lanes store what others have written.
+            warp::sync_warp(warp::FULL_MASK);
+            unroll!(for QUARTER in 0..4 {
+                let (r, c) = (4 * QUARTER as u32 + lane / 8, lane % 8 * 8);
+                let chunk = buffer.read_as::<[u32; 4]>(Tile::index(r, c));
+                y.write_chunk_if_inside(row + r, column + CHUNK as u32 * CHUNK_COLUMNS + c, chunk);
+            });
+        }
+    });
+}
+
+/// The kernel for a type and a width of tiles.
+macro_rules! kernel {
+    ($type:ty, $columns:literal) => {
+        linear_hopper::<
+            $type,
+            $columns,
+            { Tile { columns: $columns }.w_bytes() },
+            { $columns as usize / 8 },
+        >
+    };
+}
+
+entries! {
+    /// Instances of [`linear_hopper`].
+    pub static ENTRIES: LinearHopperArgs => "sm_90a", threads THREADS, min_blocks 1, cluster CLUSTER;
+    linear_hopper_f16_n256 = kernel!(f16, 256);
+    linear_hopper_f16_n192 = kernel!(f16, 192);
+    linear_hopper_f16_n128 = kernel!(f16, 128);
+    linear_hopper_bf16_n256 = kernel!(bf16, 256);
+    linear_hopper_bf16_n192 = kernel!(bf16, 192);
+    linear_hopper_bf16_n128 = kernel!(bf16, 128);
+}

@@ -1,0 +1,39 @@
+//! What several rungs share.
+//!
+//! | what a block works on | |
+//! |---|---|
+//! | [`head`] | which head of which sequence, and where its rows lie |
+//! | [`policy`] | which keys a row sees, which weights are kept |
+//! | [`schedule`], [`queue`] | which tile of queries a block takes, and the next one |
+//!
+//! | arithmetic | |
+//! |---|---|
+//! | [`softmax`] | the online softmax, one row at a time |
+//! | [`online`] | the same on a warp's fragments, and the epilogue |
+//! | [`dropout`] | Philox |
+//! | [`score`] | one score at a time |
+//! | [`fragment`] | the two products of attention on a warp's fragments |
+//! | [`attend`], [`warp_rows`] | what a warp does with a tile of keys: the first tensor core rungs, the later ones |
+//! | [`gemm`] | matrix products: the projections and standard attention are made of these |
+//!
+//! | memory | |
+//! |---|---|
+//! | [`tile`] | tiles between global and shared memory |
+//! | [`chunk`] | sixteen bytes as values |
+//! | [`pipeline`] | a ring of stages between a producer and consumers |
+
+pub mod attend;
+pub mod chunk;
+pub mod dropout;
+pub mod fragment;
+pub mod gemm;
+pub mod head;
+pub mod online;
+pub mod pipeline;
+pub mod policy;
+pub mod queue;
+pub mod schedule;
+pub mod score;
+pub mod softmax;
+pub mod tile;
+pub mod warp_rows;

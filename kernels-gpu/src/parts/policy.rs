@@ -1,0 +1,367 @@
+//! Which keys a row sees, which tiles that makes it visit, and which weights dropout keeps:
+//! written once, asked by every rung.
+//!
+//! What a launch asks for are [specialisation constants](crate::constants): on a GPU a question
+//! about a feature is answered when the entry is compiled, and what is off is gone. A new kind of
+//! mask is a constant and an answer here, not a change of a main loop.
+//!
+//! Scalar rungs ask for one weight at a time ([`Policy::sees`]). The tensor core rungs ask for a
+//! lane's part of a tile, laid out as [`simt::mma`] has it: lane `4 g + t` holds rows `g`
+//! and `g + 8` of 16, and of every 8 columns those at `2 t` and `2 t + 1`. Sets of a lane's
+//! columns are bits: bit `2 n + e` is column `8 n + 2 t + e`.
+
+use simt::{compiler::opaque, global::Global, unroll, warp};
+
+use crate::{
+    args::{AttentionArgs, DropoutArgs},
+    constants::Constants,
+    parts::{dropout, fragment, head::Head, softmax},
+};
+
+/// What the rows of one head see, and which of their weights are kept.
+#[derive(Clone, Copy)]
+pub struct Policy {
+    /// The head.
+    pub head: Head,
+    padding: Global<u8>,
+    dropout: DropoutArgs,
+}
+
+/// Positions.
+impl Policy {
+    /// The policy for a head.
+    ///
+    /// # Safety
+    /// `args.keys.padding` must hold `[B, Nk]` bytes if the launch has a padding mask.
+    #[inline(always)]
+    #[must_use]
+    pub unsafe fn new(args: &AttentionArgs, head: Head) -> Self {
+        // SAFETY: the mask is read only if there is one.
+        Self {
+            head,
+            padding: unsafe { args.keys.padding.view::<u8>() },
+            dropout: args.scores.dropout,
+        }
+    }
+
+    /// Whether later rows see more keys than earlier ones.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_causal() -> bool {
+        Constants::causal() != 0
+    }
+
+    /// The first key that row `i` does not see by its position. Causal is aligned to the bottom
+    /// right: the last row sees the last key, whatever the two lengths.
+    #[inline(always)]
+    #[must_use]
+    pub fn end_of_row(&self, i: u32) -> u32 {
+        let Head { seq_q, seq_k, .. } = self.head;
+        if Self::is_causal() { (i + 1 + seq_k).saturating_sub(seq_q).min(seq_k) } else { seq_k }
+    }
+
+    /// The first key that no row before `end_i` sees by its position: tiles of keys from there
+    /// on need not be visited.
+    #[inline(always)]
+    #[must_use]
+    pub fn end_of_tile(&self, end_i: u32) -> u32 {
+        self.end_of_row(end_i.min(self.head.seq_q) - 1)
+    }
+
+    /// Keys that the rows from `first_i` on all see: tiles below are whole. None where padding
+    /// may hide any.
+    #[inline(always)]
+    #[must_use]
+    pub fn whole_keys(&self, first_i: u32) -> u32 {
+        // The rows' ends ascend, so that the first row sees least.
+        if Self::is_padded() { 0 } else { self.end_of_row(first_i) }
+    }
+}
+
+/// Padding.
+impl Policy {
+    /// Whether there is a padding mask.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_padded() -> bool {
+        Constants::padding() != 0
+    }
+
+    #[inline(always)]
+    fn is_no_padding(&self, padding_row: u64, key: u32) -> bool {
+        key < self.head.seq_k && self.padding.read(padding_row + key as u64) != 0
+    }
+
+    /// Whether row `i` sees key `j`.
+    #[inline(always)]
+    #[must_use]
+    pub fn sees(&self, i: u32, j: u32) -> bool {
+        j < self.end_of_row(i)
+            && (!Self::is_padded() || self.is_no_padding(self.head.padding_row(), j))
+    }
+
+    /// Whether row `i` sees any key.
+    #[inline(always)]
+    #[must_use]
+    pub fn sees_any(&self, i: u32) -> bool {
+        (0..self.end_of_row(i)).any(|j| self.sees(i, j))
+    }
+
+    /// Bit `e`: whether key `j + e` of `count` is not padding. Each lane for itself.
+    #[inline(always)]
+    #[must_use]
+    pub fn not_padding(&self, j: u32, count: u32) -> u32 {
+        if !Self::is_padded() {
+            return u32::MAX;
+        }
+        let row = self.head.padding_row();
+        let mut visible = 0;
+        for e in 0..count {
+            visible |= u32::from(self.is_no_padding(row, j + e)) << e;
+        }
+        visible
+    }
+
+    /// Of the keys `j + 8 n + e` with `n < N` and `e < 2`, those that are not padding; `j` is
+    /// the lane's first key, and all lanes of the warp ask.
+    #[inline(always)]
+    #[must_use]
+    fn visible_keys<const N: usize>(&self, j: u32) -> u32 {
+        if !Self::is_padded() {
+            return u32::MAX;
+        }
+        let row = self.head.padding_row();
+        // Each lane looks at other keys, a byte each, and tells the others: 32 a vote.
+        let (lane, column) = (warp::lane_id(), fragment::row_and_column().1);
+        let mut visible = 0;
+        unroll!(for WORD in 0..4 {
+            if WORD < N.div_ceil(4) {
+                let key = j - column + 32 * WORD as u32 + lane;
+                let word = warp::ballot(self.is_no_padding(row, key)) >> column;
+                unroll!(for TILE in 0..4 {
+                    visible |= (word >> (8 * TILE) & 3) << (2 * (4 * WORD + TILE));
+                });
+            }
+        });
+        visible
+    }
+
+    /// The first key that is not padding, Nk if there is none; all lanes of the warp ask.
+    #[inline(always)]
+    #[must_use]
+    fn first_key(&self) -> u32 {
+        if !Self::is_padded() {
+            return 0;
+        }
+        let (row, lane) = (self.head.padding_row(), warp::lane_id());
+        let mut key = 0;
+        while key < self.head.seq_k {
+            let found = warp::ballot(self.is_no_padding(row, key + lane));
+            if found != 0 {
+                return key + found.trailing_zeros();
+            }
+            key += warp::LANES;
+        }
+        key
+    }
+
+    /// Sets hidden scores to -inf. `i` is the row of the lane's first score, `j` its key; the
+    /// fragments are 16 rows each.
+    #[inline(always)]
+    pub fn hide<const N: usize, const F: usize>(&self, s: &mut [[[f32; 4]; N]; F], i: u32, j: u32) {
+        let visible = self.visible_keys::<N>(j);
+        unroll!(for FRAGMENT in 0..2 {
+            if FRAGMENT < F {
+                let i = i + FRAGMENT as u32 * fragment::ROWS;
+                let ends = [self.end_of_row(i), self.end_of_row(i + 8)];
+                let ends = ends.map(|end| end.saturating_sub(j));
+                unroll!(for TILE in 0..16 {
+                    if TILE < N {
+                        unroll!(for E in 0..4 {
+                            let column = (8 * TILE + E % 2) as u32;
+                            let padding = visible >> (2 * TILE + E % 2) & 1 == 0;
+                            if column >= ends[E / 2] || padding {
+                                s[FRAGMENT][TILE][E] = f32::NEG_INFINITY;
+                            }
+                        });
+                    }
+                });
+            }
+        });
+    }
+
+    /// The sums of a lane's rows `i` and `i + 8` as [`softmax::checked_fused_sum`] says; all lanes
+    /// of the warp ask.
+    #[inline(always)]
+    #[must_use]
+    pub fn checked_sums(&self, i: u32, m_i: [f32; 2], l_i: [f32; 2]) -> [f32; 2] {
+        // What takes a search is searched for only where the answer matters.
+        let search = Self::is_padded() && warp::any(l_i[0] == 0.0 || l_i[1] == 0.0);
+        let first_key = if search { self.first_key() } else { 0 };
+        [0, 1].map(|r: usize| {
+            // Not a closure that only a lost row asks: a comparison costs less than a branch.
+            let sees_a_key = first_key < self.end_of_row(i + 8 * r as u32);
+            softmax::checked_fused_sum(m_i[r], l_i[r], || sees_a_key)
+        })
+    }
+}
+
+/// Dropout.
+impl Policy {
+    /// Whether weights are dropped.
+    #[inline(always)]
+    #[must_use]
+    pub fn drops() -> bool {
+        Constants::dropout() != 0
+    }
+
+    /// The weight `p` of row `i` and key `j` after dropout: 0, or scaled up.
+    #[inline(always)]
+    #[must_use]
+    pub fn kept(&self, i: u32, j: u32, p: f32) -> f32 {
+        if !Self::drops() {
+            return p;
+        }
+        dropout::apply(&self.dropout, (self.head.b, self.head.h, i, j), p)
+    }
+
+    /// What kept weights are multiplied by. Where they were not, the normaliser is.
+    #[inline(always)]
+    #[must_use]
+    pub fn rescale(&self) -> f32 {
+        if Self::drops() { self.dropout.rescale } else { 1.0 }
+    }
+
+    /// The draws for the weights of row `i` at the four keys from `4 * j4` on.
+    #[inline(always)]
+    fn draws(&self, i: u32, j4: u32) -> [u32; 4] {
+        // Opaque: the round keys of Philox are made where they are used, and not kept.
+        let [low, high] = [self.dropout.seed as u32, (self.dropout.seed >> 32) as u32];
+        let seed = opaque(low) as u64 | (opaque(high) as u64) << 32;
+        dropout::draws(seed, opaque(self.head.b), opaque(self.head.h), i, j4)
+    }
+
+    /// As [`Policy::kept`] for the four keys from `j` on, a multiple of four.
+    #[inline(always)]
+    #[must_use]
+    pub fn kept_four(&self, i: u32, j: u32, p: [f32; 4]) -> [f32; 4] {
+        if !Self::drops() {
+            return p;
+        }
+        let draws = self.draws(i, j / 4);
+        let kept = |e: usize| draws[e] >= self.dropout.threshold;
+        [0, 1, 2, 3].map(|e: usize| if kept(e) { p[e] * self.dropout.rescale } else { 0.0 })
+    }
+
+    /// Of a lane's weights in the rows `i` and `i + 8`, those that dropout keeps; `i` and `j` as
+    /// for [`hide`](Self::hide).
+    #[inline(always)]
+    #[must_use]
+    pub fn kept_weights<const N: usize>(&self, i: u32, j: u32) -> [u32; 2] {
+        if !Self::drops() {
+            return [u32::MAX; 2];
+        }
+        [self.kept_in_row::<N>(i, j), self.kept_in_row::<N>(i + 8, j)]
+    }
+
+    /// Of the weights of row `i` at the keys `j + 8 n + e`, those that dropout keeps. `j` is
+    /// even.
+    #[inline(always)]
+    fn kept_in_row<const N: usize>(&self, i: u32, j: u32) -> u32 {
+        let mut kept = 0;
+        // A loop that stays one: ten rounds of Philox for each tile are not to be unrolled.
+        for tile in 0..N as u32 {
+            let key = j + 8 * tile;
+            let draws = self.draws(i, key / 4);
+            let (first, second) =
+                if key % 4 == 0 { (draws[0], draws[1]) } else { (draws[2], draws[3]) };
+            kept |= u32::from(first >= self.dropout.threshold) << (2 * tile);
+            kept |= u32::from(second >= self.dropout.threshold) << (2 * tile + 1);
+        }
+        kept
+    }
+
+    /// Sets dropped weights of the `tile`-th 8 keys to 0. The others are not scaled up here but
+    /// all at once, with the normaliser.
+    #[inline(always)]
+    pub fn drop_weights(p: &mut [f32; 4], kept: [u32; 2], tile: usize) {
+        if !Self::drops() {
+            return;
+        }
+        unroll!(for E in 0..4 {
+            if kept[E / 2] >> (2 * tile + E % 2) & 1 == 0 {
+                p[E] = 0.0;
+            }
+        });
+    }
+}
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use simt::emulator::{self, Launch, Options};
+
+    use super::*;
+    use crate::args::{Scores, Shape};
+
+    /// Asks the policy of a problem, as one thread of a launch.
+    fn ask(constants: Constants, args: AttentionArgs, question: impl Fn(Policy) + Sync) {
+        let options = Options { constants: constants.values(), ..Options::default() };
+        let launch = Launch { grid: 1.into(), block: 1.into(), cluster: 1, shared_bytes: 0 };
+        let kernel = || {
+            // SAFETY: there is no padding mask.
+            question(unsafe { Policy::new(&args, Head::new(&args, 3, 2)) });
+        };
+        emulator::launch_with(launch, &options, &kernel).unwrap_or_else(|fault| panic!("{fault}"));
+    }
+
+    fn args(seq_q: u32, seq_k: u32) -> AttentionArgs {
+        let shape = Shape { seq_q, seq_k, ..Shape::default() };
+        AttentionArgs { shape, ..AttentionArgs::default() }
+    }
+
+    const CAUSAL: Constants = Constants { causal: 1, padding: 0, dropout: 0 };
+
+    #[test]
+    fn a_row_sees_up_to_the_diagonal_at_the_bottom_right() {
+        ask(CAUSAL, args(4, 6), |policy| {
+            assert_eq!([0, 1, 3, 9].map(|i| policy.end_of_row(i)), [3, 4, 6, 6]);
+            assert!(policy.sees(1, 3) && !policy.sees(1, 4));
+        });
+        // More rows than keys: the first see nothing.
+        ask(CAUSAL, args(5, 2), |policy| {
+            assert_eq!([0, 2, 3, 4].map(|i| policy.end_of_row(i)), [0, 0, 1, 2]);
+            assert_eq!(policy.end_of_tile(64), 2);
+            assert_eq!([0, 4].map(|i| policy.whole_keys(i)), [0, 2]);
+            assert_eq!([2, 3].map(|i| policy.sees_any(i)), [false, true]);
+        });
+    }
+
+    #[test]
+    fn without_causal_every_row_sees_every_key() {
+        ask(Constants::default(), args(5, 2), |policy| {
+            assert_eq!([0, 9].map(|i| policy.end_of_row(i)), [2, 2]);
+            assert_eq!(policy.whole_keys(0), 2);
+        });
+    }
+
+    #[test]
+    fn bits_stand_for_a_lanes_columns() {
+        let dropout = DropoutArgs { seed: 5, threshold: dropout::threshold(0.4), rescale: 1.0 };
+        let constants = Constants { dropout: 1, ..Constants::default() };
+        let scores = Scores { dropout, ..Scores::default() };
+        ask(constants, AttentionArgs { scores, ..args(9, 70) }, |policy| {
+            for t in 0..4 {
+                let kept = policy.kept_weights::<8>(6, 16 + 2 * t);
+                for (row, kept) in [6, 14].into_iter().zip(kept) {
+                    for n in 0..8 {
+                        for e in 0..2 {
+                            let key = 16 + 8 * n + 2 * t + e;
+                            let expected = dropout::keeps(&dropout, 3, 2, row, key);
+                            assert_eq!(kept >> (2 * n + e) & 1 == 1, expected, "key {key}");
+                        }
+                    }
+                }
+            }
+        });
+    }
+}

@@ -1,0 +1,169 @@
+//! What a warp of flash_pipelined and flash_tf32 has in registers, and how it takes in a tile of
+//! keys: up to 32 rows, scores hidden only where something cuts the tile, O rescaled only where a
+//! maximum has moved far.
+
+use core::marker::PhantomData;
+
+use simt::{
+    compiler::opaque,
+    layout::Layout,
+    mma::{Ampere, Multiply, TensorCore},
+    scalar::Scalar,
+    shared::Shared,
+    thread, unroll, warp,
+};
+
+use crate::parts::{
+    fragment::{self, Queries},
+    online::{self, RowState},
+    policy::Policy,
+};
+
+/// This warp's first row, counted from the block's; the same for the whole warp.
+#[inline(always)]
+pub fn warp_row<const FRAGMENTS: usize>() -> u32 {
+    warp::uniform(opaque(thread::thread_idx_x()) / warp::LANES)
+        * const { FRAGMENTS as u32 * fragment::ROWS }
+}
+
+/// What a warp has in registers: N tiles of 8 keys, O tiles of 8 columns, F fragments of
+/// 16 rows.
+pub struct WarpRows<T, const N: usize, const O: usize, const F: usize> {
+    policy: Policy,
+    scale_log2: f32,
+    /// The warp's first row.
+    pub first_row: u32,
+    /// Maxima and sums.
+    pub rows: [RowState; F],
+    /// O, not normalised yet.
+    pub acc_o: [[[f32; 4]; O]; F],
+    element: PhantomData<T>,
+}
+
+impl<T: Scalar, const N: usize, const O: usize, const F: usize> WarpRows<T, N, O, F>
+where
+    Ampere: Multiply<T>,
+{
+    /// The rows from `first_row` on, before any key.
+    #[inline(always)]
+    pub fn new(policy: Policy, scale_log2: f32, first_row: u32) -> Self {
+        Self {
+            policy,
+            scale_log2,
+            first_row,
+            rows: [RowState::EMPTY; F],
+            acc_o: [[[0.0; 4]; O]; F],
+            element: PhantomData,
+        }
+    }
+
+    /// Whether no row sees the keys from this one on.
+    #[inline(always)]
+    pub fn is_above_the_diagonal(&self, first_key: u32) -> bool {
+        // Opaque: computed for each tile, and not kept.
+        let last_row = opaque(self.first_row) + const { F as u32 * fragment::ROWS - 1 };
+        first_key >= self.policy.end_of_row(last_row)
+    }
+
+    /// Sets hidden scores of a tile of keys to -inf.
+    #[inline(always)]
+    pub fn hide(&self, s: &mut [[[f32; 4]; N]; F], first_key: u32) {
+        if first_key + 8 * N as u32 > self.policy.whole_keys(self.first_row) {
+            let (row, column) = fragment::row_and_column();
+            self.policy.hide(s, self.first_row + row, first_key + column);
+        }
+    }
+
+    /// Online softmax: O and the sums are rescaled only where a maximum has moved far.
+    #[inline(always)]
+    pub fn raise(&mut self, s: &[[[f32; 4]; N]; F]) {
+        let mut maxima = [[0.0; 2]; F];
+        let mut outgrown = false;
+        unroll!(for FRAGMENT in 0..2 {
+            if FRAGMENT < F {
+                maxima[FRAGMENT] = online::maxima(&s[FRAGMENT], self.scale_log2);
+                outgrown |= self.rows[FRAGMENT].outgrown(maxima[FRAGMENT]);
+            }
+        });
+        if warp::any(outgrown) {
+            unroll!(for FRAGMENT in 0..2 {
+                if FRAGMENT < F {
+                    let alpha = self.rows[FRAGMENT].raise(maxima[FRAGMENT]);
+                    fragment::scale_rows(&mut self.acc_o[FRAGMENT], alpha);
+                }
+            });
+        }
+    }
+
+    /// Of this lane's weights of a tile, those that dropout keeps.
+    #[inline(always)]
+    pub fn kept_weights(&self, first_key: u32) -> [[u32; 2]; F] {
+        let (row, column) = fragment::row_and_column();
+        let mut kept = [[0; 2]; F];
+        unroll!(for FRAGMENT in 0..2 {
+            if FRAGMENT < F {
+                let i = self.first_row + row + FRAGMENT as u32 * fragment::ROWS;
+                let j = first_key + column;
+                kept[FRAGMENT] = self.policy.kept_weights::<N>(i, j);
+            }
+        });
+        kept
+    }
+
+    /// The weights of the scores `s` of a fragment for the `tile`-th 8 keys; they join the
+    /// sum, and those that are dropped are 0 after that.
+    #[inline(always)]
+    pub fn weigh(&mut self, fragment: usize, s: [f32; 4], kept: [u32; 2], tile: usize) -> [f32; 4] {
+        let mut p = self.rows[fragment].weigh(s, self.scale_log2);
+        Policy::drop_weights(&mut p, kept, tile);
+        p
+    }
+}
+
+impl<T: Scalar, const N: usize, const O: usize, const F: usize> WarpRows<T, N, O, F>
+where
+    Ampere: TensorCore<T>,
+{
+    /// Takes in a tile of keys.
+    #[inline(always)]
+    pub fn attend<L: Layout, const D: usize>(
+        &mut self,
+        queries: impl Queries<F>,
+        k_smem: Shared<T>,
+        v_smem: Shared<T>,
+        first_key: u32,
+    ) {
+        if self.is_above_the_diagonal(first_key) {
+            return;
+        }
+        // S = Q Kᵀ.
+        let mut s = [[[0.0f32; 4]; N]; F];
+        let k = (k_smem, fragment::b_origin::<L>(0));
+        fragment::add_scores::<T, Ampere, L, D, N, F>(&mut s, queries, k);
+        // Opaque: where the rows end is computed for each tile, and not kept.
+        self.first_row = opaque(self.first_row);
+        self.hide(&mut s, first_key);
+        self.raise(&s);
+        let v = (v_smem, fragment::a_origin::<L>(0));
+        let kept = self.kept_weights(first_key);
+
+        // P, and O += P V, 16 keys at a time: exponentials of the next keys go beside the
+        // products of these.
+        unroll!(for STEP in 0..8 {
+            if STEP < N / 2 {
+                let mut p = [[0; 4]; F];
+                unroll!(for FRAGMENT in 0..2 {
+                    if FRAGMENT < F {
+                        let mut weigh = |tile: usize| {
+                            self.weigh(FRAGMENT, s[FRAGMENT][tile], kept[FRAGMENT], tile)
+                        };
+                        let (left, right) = (weigh(2 * STEP), weigh(2 * STEP + 1));
+                        p[FRAGMENT] = fragment::pack_a::<T, Ampere>(left, right);
+                    }
+                });
+                let key = 16 * STEP as u32;
+                fragment::add_output_step::<T, Ampere, L, O, F>(&mut self.acc_o, p, v, key);
+            }
+        });
+    }
+}
