@@ -74,7 +74,7 @@ const MAY_PASS: &[Passes] = &[
     Passes {
         subject: "flash_hopper_turns",
         kind: SyncKind::WarpBarrier,
-        file: "flash_hopper/consumer.rs",
+        file: "flash_hopper/products.rs",
         text: "must have read this one.\n        warp::sync_warp(warp::FULL_MASK);",
         reason: "in turns, the barrier before the scores orders what was read before it",
     },

@@ -81,7 +81,7 @@ use simt::{
     mbarrier,
     shared::Shared,
     thread, warp, warpgroup,
-    wgmma::{Accumulator, CHUNK_ROW_BYTES, Descriptor, Operand, RegisterProduct, SharedProduct},
+    wgmma::{CHUNK_ROW_BYTES, Descriptor, Operand},
 };
 
 use crate::{
@@ -91,15 +91,22 @@ use crate::{
 };
 
 mod consumer;
+mod geometry;
+mod online;
 mod output;
 mod producer;
+mod products;
 mod queue;
+mod score_tile;
 mod task;
 mod tiles;
 mod turn;
 
-use consumer::{Consumer, ROWS};
+use consumer::Consumer;
+use geometry::OutputTile;
+pub use geometry::{Geometry, Hopper};
 use producer::produce;
+use score_tile::{ROWS, ScoreTile};
 use task::{Inbox, Rings, TASK_WORDS, Task};
 pub use tiles::{CONSUMER_ROWS, Tiles, max_consumers};
 use tiles::{OUTPUT_ROWS, output_bytes, tile_bytes};
@@ -135,34 +142,11 @@ const _: () = assert!(
 /// `args` must be the parameter of the running entry, its buffers and maps must have these
 /// shapes, and the launch the threads and shared memory stated here.
 #[inline(always)]
-pub unsafe fn flash_hopper<
-    T: Operand,
-    const D: u32,
-    const CONSUMERS: u32,
-    const BR: u32,
-    const BC: u32,
-    const Q_STAGES: u32,
-    const STAGES: u32,
-    const K_CHUNK: u32,
-    const S_GROUPS: usize,
-    const O_GROUPS: usize,
-    const D_STEPS: usize,
-    const KEY_STEPS: usize,
-    const TURNS: bool,
->(
-    args: &HopperArgs,
-) where
-    Accumulator<S_GROUPS>: SharedProduct<D_STEPS>,
-    Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,
-{
-    let tiles = const { Tiles::of(D, CONSUMERS) };
+pub unsafe fn flash_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
+    let tiles = const { G::TILES };
     const {
-        let tiles = Tiles::of(D, CONSUMERS);
-        assert!(2 <= CONSUMERS && CONSUMERS <= max_consumers(D), "registers suffice");
-        assert!(BR == tiles.rows() && BC == tiles.keys && K_CHUNK == BC * CHUNK_ROW_BYTES);
-        assert!(Q_STAGES == tiles.q_stages && STAGES == tiles.kv_stages);
-        assert!(S_GROUPS as u32 * 8 == BC && O_GROUPS as u32 * 8 == D);
-        assert!(D_STEPS as u32 * 16 == D && KEY_STEPS as u32 * 16 == BC);
+        let most = max_consumers(G::TILES.d);
+        assert!(2 <= G::CONSUMERS && G::CONSUMERS <= most, "registers suffice");
     }
 
     // SAFETY: the caller passes the entry's parameter.
@@ -176,16 +160,17 @@ pub unsafe fn flash_hopper<
         let slots = Shared::<u32>::dynamic(tiles.tasks(), tiles.task_words());
         (Shared::<u8>::dynamic(0, 0).address(), barriers, slots)
     };
-    let rings = Rings::<Q_STAGES, STAGES> {
+    let rings = Rings::<G> {
         k: Ring::new(barriers, 0),
-        v: Ring::new(barriers, Ring::<STAGES>::BARRIERS),
-        q: barriers.slice(2 * Ring::<STAGES>::BARRIERS, CONSUMERS * Ring::<Q_STAGES>::BARRIERS),
+        v: Ring::new(barriers, Ring::<G::KvStages>::BARRIERS),
+        q: barriers
+            .slice(2 * Ring::<G::KvStages>::BARRIERS, G::CONSUMERS * Ring::<G::QStages>::BARRIERS),
         tasks: slots,
     };
     if thread::thread_idx_x() == 0 {
-        rings.k.init(CONSUMERS);
-        rings.v.init(CONSUMERS);
-        for consumer in 0..CONSUMERS {
+        rings.k.init(G::CONSUMERS);
+        rings.v.init(G::CONSUMERS);
+        for consumer in 0..G::CONSUMERS {
             rings.of(consumer).ring.init(const { warpgroup::THREADS / warp::LANES });
         }
         mbarrier::fence_init();
@@ -194,100 +179,78 @@ pub unsafe fn flash_hopper<
     thread::sync_threads();
 
     if warpgroup == 0 {
-        if CONSUMERS == 3 {
+        if G::CONSUMERS == 3 {
             warpgroup::decrease_registers::<{ OF_THREE[0] }>();
         } else {
             warpgroup::decrease_registers::<{ OF_TWO[0] }>();
         }
         if thread::thread_idx_x() == 0 {
             // SAFETY: the maps and the buffers have the shapes stated above.
-            unsafe { produce::<D, CONSUMERS, Q_STAGES, STAGES>(args, maps, smem, rings) };
+            unsafe { produce(args, maps, smem, rings) };
         }
         return;
     }
 
-    if CONSUMERS == 3 {
+    if G::CONSUMERS == 3 {
         warpgroup::increase_registers::<{ OF_THREE[1] }>();
     } else {
         warpgroup::increase_registers::<{ OF_TWO[1] }>();
     }
     let own_rows = (warpgroup - 1) * CONSUMER_ROWS;
     let warp_rows = own_rows + warpgroup::thread_id() / warp::LANES * OUTPUT_ROWS;
-    let mut consumer =
-        Consumer::<T, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS> {
-            args,
-            maps,
-            own_rows,
-            own_row: warp_rows + warp::lane_id() / 4,
-            column: warp::lane_id() % 4 * 2,
-            elected: warpgroup::thread_id() == 0,
-            // SAFETY: the caller gives the shared memory.
-            output: unsafe {
-                let bytes = const { output_bytes(D) };
-                let first = tiles.outputs() + warp_rows / OUTPUT_ROWS * bytes;
-                Shared::dynamic(first, bytes / T::BYTES)
-            },
-            q: Descriptor::k_major(smem + (warpgroup - 1) * const { tile_bytes(CONSUMER_ROWS, D) }),
-            k: Descriptor::k_major(smem + tiles.k()),
-            v: Descriptor::n_major(smem + tiles.v(), K_CHUNK),
-            q_bytes: const { Tiles::of(D, CONSUMERS).q_bytes() },
-            tile_bytes: const { Tiles::of(D, CONSUMERS).kv_bytes() },
-            inbox: rings.of(warpgroup - 1),
-            k_ring: rings.k,
-            v_ring: rings.v,
-            q_stage: Stage::FIRST,
-            k_stage: Stage::FIRST,
-            v_stage: Stage::FIRST,
-            m_i: [f32::NEG_INFINITY; ROWS],
-            l_i: [0.0; ROWS],
-            s: Accumulator::zero(),
-            p: [[0; 4]; KEY_STEPS],
-            acc_o: Accumulator::zero(),
-            element: core::marker::PhantomData,
-        };
+    let mut consumer = Consumer::<T, G> {
+        args,
+        maps,
+        own_rows,
+        own_row: warp_rows + warp::lane_id() / 4,
+        column: warp::lane_id() % 4 * 2,
+        elected: warpgroup::thread_id() == 0,
+        // SAFETY: the caller gives the shared memory.
+        output: unsafe {
+            let bytes = const { output_bytes(G::TILES.d) };
+            let first = tiles.outputs() + warp_rows / OUTPUT_ROWS * bytes;
+            Shared::dynamic(first, bytes / T::BYTES)
+        },
+        q: Descriptor::k_major(
+            smem + (warpgroup - 1) * const { tile_bytes(CONSUMER_ROWS, G::TILES.d) },
+        ),
+        k: Descriptor::k_major(smem + tiles.k()),
+        v: Descriptor::n_major(smem + tiles.v(), tiles.keys * CHUNK_ROW_BYTES),
+        inbox: rings.of(warpgroup - 1),
+        k_ring: rings.k,
+        v_ring: rings.v,
+        q_stage: Stage::FIRST,
+        k_stage: Stage::FIRST,
+        v_stage: Stage::FIRST,
+        m_i: [f32::NEG_INFINITY; ROWS],
+        l_i: [0.0; ROWS],
+        s: ScoreTile::zero(),
+        p: G::NO_WEIGHTS,
+        acc_o: OutputTile::zero(),
+        element: core::marker::PhantomData,
+    };
     // SAFETY: the whole warpgroup is here, the rings bring what is multiplied, and the buffers
     // have the shapes stated above.
-    unsafe { consumer.work::<D_STEPS>() };
-}
-
-/// The kernel for a type, head dim and number of consumers.
-macro_rules! kernel {
-    ($type:ty, $d:literal, $consumers:literal) => {
-        flash_hopper::<
-            $type,
-            $d,
-            $consumers,
-            { Tiles::of($d, $consumers).rows() },
-            { Tiles::of($d, $consumers).keys },
-            { Tiles::of($d, $consumers).q_stages },
-            { Tiles::of($d, $consumers).kv_stages },
-            { Tiles::of($d, $consumers).keys * CHUNK_ROW_BYTES },
-            { Tiles::of($d, $consumers).keys as usize / 8 },
-            { $d / 8 },
-            { $d / 16 },
-            { Tiles::of($d, $consumers).keys as usize / 16 },
-            { $consumers == 2 },
-        >
-    };
+    unsafe { consumer.work() };
 }
 
 entries! {
     /// Instances of [`flash_hopper`] with three consumers, for launches without padding and dropout.
     pub static THREE_CONSUMERS: HopperArgs => "sm_90a", threads Tiles::of(64, 3).threads(), min_blocks 1;
-    flash_hopper_f16_d64_x3 = kernel!(f16, 64, 3);
-    flash_hopper_bf16_d64_x3 = kernel!(bf16, 64, 3);
+    flash_hopper_f16_d64_x3 = flash_hopper::<f16, Hopper<64, 3>>;
+    flash_hopper_bf16_d64_x3 = flash_hopper::<bf16, Hopper<64, 3>>;
 }
 entries! {
     /// Instances of [`flash_hopper`] with two consumers.
     pub static TWO_CONSUMERS: HopperArgs => "sm_90a", threads Tiles::of(64, 2).threads(), min_blocks 1;
-    flash_hopper_f16_d64 = kernel!(f16, 64, 2);
-    flash_hopper_f16_d96 = kernel!(f16, 96, 2);
-    flash_hopper_f16_d128 = kernel!(f16, 128, 2);
-    flash_hopper_f16_d192 = kernel!(f16, 192, 2);
-    flash_hopper_f16_d256 = kernel!(f16, 256, 2);
-    flash_hopper_bf16_d64 = kernel!(bf16, 64, 2);
-    flash_hopper_bf16_d96 = kernel!(bf16, 96, 2);
-    flash_hopper_bf16_d128 = kernel!(bf16, 128, 2);
-    flash_hopper_bf16_d192 = kernel!(bf16, 192, 2);
-    flash_hopper_bf16_d256 = kernel!(bf16, 256, 2);
+    flash_hopper_f16_d64 = flash_hopper::<f16, Hopper<64, 2>>;
+    flash_hopper_f16_d96 = flash_hopper::<f16, Hopper<96, 2>>;
+    flash_hopper_f16_d128 = flash_hopper::<f16, Hopper<128, 2>>;
+    flash_hopper_f16_d192 = flash_hopper::<f16, Hopper<192, 2>>;
+    flash_hopper_f16_d256 = flash_hopper::<f16, Hopper<256, 2>>;
+    flash_hopper_bf16_d64 = flash_hopper::<bf16, Hopper<64, 2>>;
+    flash_hopper_bf16_d96 = flash_hopper::<bf16, Hopper<96, 2>>;
+    flash_hopper_bf16_d128 = flash_hopper::<bf16, Hopper<128, 2>>;
+    flash_hopper_bf16_d192 = flash_hopper::<bf16, Hopper<192, 2>>;
+    flash_hopper_bf16_d256 = flash_hopper::<bf16, Hopper<256, 2>>;
 }

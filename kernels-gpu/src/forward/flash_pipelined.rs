@@ -303,13 +303,8 @@ pub unsafe fn flash_pipelined<
 unsafe fn queue<const BR: u32>(args: &AttentionArgs) -> Queue {
     let (tasks, blocks) = (Extent::anew(args, BR).tasks(), thread::grid_dim_x());
     // SAFETY: passed on to the caller.
-    Queue {
-        words: unsafe { args.scratch.queue.view_mut() },
-        index: 0,
-        tasks,
-        given: blocks,
-        blocks,
-    }
+    let words = unsafe { args.scratch.queue.view_mut() };
+    Queue { words, index: 0, tasks, given: blocks, blocks }
 }
 
 /// The task that a block does next, in shared memory: thread 0 writes it, all threads read it.

@@ -72,7 +72,7 @@ use crate::{
     entries,
     parts::{
         gemm::{Matrix, MatrixMut},
-        pipeline::{Ring, Stage},
+        pipeline::{Ring, Stage, Stages},
         schedule,
     },
 };
@@ -143,7 +143,7 @@ impl Tile {
     /// Dynamic shared memory of a block in bytes.
     #[must_use]
     pub const fn shared_bytes(self) -> u32 {
-        self.barriers() + Ring::<STAGES>::BARRIERS * Mbarrier::BYTES
+        self.barriers() + Ring::<Stages<STAGES>>::BARRIERS * Mbarrier::BYTES
     }
 
     /// Tiles of clusters: along the rows, along the columns.
@@ -256,8 +256,8 @@ pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const
     let warpgroup = warpgroup::id();
     // SAFETY: the caller gives the shared memory.
     let (smem, ring) = unsafe {
-        let barriers = Shared::<u64>::dynamic(tile.barriers(), Ring::<STAGES>::BARRIERS);
-        (Shared::<u8>::dynamic(0, 0).address(), Ring::<STAGES>::new(barriers, 0))
+        let barriers = Shared::<u64>::dynamic(tile.barriers(), Ring::<Stages<STAGES>>::BARRIERS);
+        (Shared::<u8>::dynamic(0, 0).address(), Ring::<Stages<STAGES>>::new(barriers, 0))
     };
     if thread::thread_idx_x() == 0 {
         // The consumers of both blocks.
@@ -323,7 +323,7 @@ unsafe fn produce(
     tile: Tile,
     mut tiles: Tiles,
     smem: u32,
-    ring: Ring<STAGES>,
+    ring: Ring<Stages<STAGES>>,
 ) {
     const ALL_BLOCKS: u16 = (1 << CLUSTER) - 1;
     let (map_x, map_w) = (maps.address::<0>(), maps.address::<1>());

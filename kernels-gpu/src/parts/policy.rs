@@ -37,11 +37,8 @@ impl Policy {
     #[must_use]
     pub unsafe fn new(args: &AttentionArgs, head: Head) -> Self {
         // SAFETY: the mask is read only if there is one.
-        Self {
-            head,
-            padding: unsafe { args.keys.padding.view::<u8>() },
-            dropout: args.scores.dropout,
-        }
+        let padding = unsafe { args.keys.padding.view::<u8>() };
+        Self { head, padding, dropout: args.scores.dropout }
     }
 
     /// Whether later rows see more keys than earlier ones.

@@ -3,30 +3,19 @@
 use simt::{
     layout::{Layout, Swizzled},
     matrix, mbarrier, tma, unroll, warp,
-    wgmma::{Accumulator, CHUNK_COLUMNS, Operand, RegisterProduct, WaitGroup},
+    wgmma::{CHUNK_COLUMNS, Operand},
 };
 
 use super::{
     Task,
-    consumer::{Consumer, ROWS},
+    consumer::Consumer,
+    geometry::{Geometry, OutputTile},
+    score_tile::ROWS,
     tiles::OUTPUT_CHUNK,
 };
 use crate::parts::softmax;
 
-impl<
-    T: Operand,
-    const Q_STAGES: u32,
-    const STAGES: u32,
-    const S_GROUPS: usize,
-    const O_GROUPS: usize,
-    const KEY_STEPS: usize,
-    const K_CHUNK: u32,
-    const TURNS: bool,
-> Consumer<'_, T, Q_STAGES, STAGES, S_GROUPS, O_GROUPS, KEY_STEPS, K_CHUNK, TURNS>
-where
-    Accumulator<S_GROUPS>: WaitGroup,
-    Accumulator<O_GROUPS>: RegisterProduct<KEY_STEPS>,
-{
+impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// Stores LSE of a task whose sums are complete. Returns what its O is to be multiplied
     /// by.
     ///
@@ -48,7 +37,7 @@ where
         let l_i = [warp::reduce_add::<4>(l_i[0]), warp::reduce_add::<4>(l_i[1])];
         // Three consumers have no registers left for the check: it costs 3 to 7 % at D 64, full
         // (H200, N 2048). Their rows are lost as rows without keys from scores of 2^28 on.
-        let l_i = if TURNS {
+        let l_i = if G::TURNS {
             policy.checked_sums(task.first_row() + self.own_row, m_i, l_i)
         } else {
             l_i
@@ -81,12 +70,12 @@ where
         let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(lane % 16, lane / 16 * 8);
         // Two chunks at a time, which is what there are buffers for.
         unroll!(for HALF in 0..2 {
-            if 16 * HALF < O_GROUPS {
+            if 16 * HALF < G::Output::GROUPS {
                 // Hazard: what is written here may not have been stored yet.
                 tma::wait_group_read::<0>();
                 warp::sync_warp(warp::FULL_MASK);
                 unroll!(for PAIR in 0..8 {
-                    if 16 * HALF + 2 * PAIR < O_GROUPS {
+                    if 16 * HALF + 2 * PAIR < G::Output::GROUPS {
                         let buffer =
                             self.output.slice(PAIR as u32 / 4 * OUTPUT_CHUNK, OUTPUT_CHUNK);
                         let pack = |group: usize, row: usize| {
@@ -108,7 +97,7 @@ where
                 mbarrier::fence_proxy_async();
                 warp::sync_warp(warp::FULL_MASK);
                 unroll!(for CHUNK in 0..2 {
-                    if 16 * HALF + 8 * CHUNK < O_GROUPS {
+                    if 16 * HALF + 8 * CHUNK < G::Output::GROUPS {
                         let buffer = self.output.slice(CHUNK as u32 * OUTPUT_CHUNK, OUTPUT_CHUNK);
                         let column = (2 * HALF + CHUNK) as u32 * CHUNK_COLUMNS;
                         let to = [column, first_row, task.tile.h, task.tile.b];
@@ -130,7 +119,7 @@ where
     pub(super) unsafe fn store_nothing(&mut self, task: Task) {
         self.m_i = [f32::NEG_INFINITY; ROWS];
         self.l_i = [0.0; ROWS];
-        self.acc_o = Accumulator::zero();
+        self.acc_o = OutputTile::zero();
         // SAFETY: passed on to the caller.
         unsafe {
             let factors = self.store_lse(task, self.m_i, self.l_i);

@@ -8,9 +8,10 @@ use simt::{
 
 use super::{
     HopperMaps,
+    geometry::Geometry,
     queue::Tasks,
     task::{Rings, Task},
-    tiles::{CONSUMER_ROWS, Tiles, tile_bytes},
+    tiles::{CONSUMER_ROWS, tile_bytes},
 };
 use crate::{
     args::AttentionArgs,
@@ -23,51 +24,50 @@ use crate::{
 /// # Safety
 /// As for [`flash_hopper`](super::flash_hopper()).
 #[inline(always)]
-pub(super) unsafe fn produce<
-    const D: u32,
-    const CONSUMERS: u32,
-    const Q_STAGES: u32,
-    const STAGES: u32,
->(
+pub(super) unsafe fn produce<G: Geometry>(
     args: &AttentionArgs,
     maps: HopperMaps,
     smem: u32,
-    rings: Rings<Q_STAGES, STAGES>,
+    rings: Rings<G>,
 ) {
-    let tiles = const { Tiles::of(D, CONSUMERS) };
+    let tiles = const { G::TILES };
     maps.prefetch();
     // All chunks of a tile: rows from `row` on.
     let copy =
         |head: (u32, u32), destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
-            for chunk in 0..D.div_ceil(CHUNK_COLUMNS) {
+            for chunk in 0..const { G::TILES.d.div_ceil(CHUNK_COLUMNS) } {
                 let to = destination + chunk * rows * CHUNK_ROW_BYTES;
                 let from = [chunk * CHUNK_COLUMNS, row, head.0, head.1];
                 // SAFETY: the parameter holds the maps; the ring keeps readers away.
                 unsafe { tma::load_4d(to, map, from, full) };
             }
         };
-    let copy_q = |stage: Stage<Q_STAGES>, task: Task| {
-        for consumer in 0..CONSUMERS {
+    let copy_q = |stage: Stage<G::QStages>, task: Task| {
+        for consumer in 0..G::CONSUMERS {
             let (row, head) = (task.first_row() + consumer * CONSUMER_ROWS, task.tile.head(args));
             // A consumer past the last row has no Q, and none has without keys.
             let any = task.num_kv_tiles > 0 && row < head.seq_q;
-            let bytes = if any { const { tile_bytes(CONSUMER_ROWS, D) } } else { 0 };
+            let bytes = if any { const { tile_bytes(CONSUMER_ROWS, G::TILES.d) } } else { 0 };
             let full = rings.of(consumer).announce(stage, Some(task), bytes);
             if any {
                 let to = smem
-                    + stage.index() * const { Tiles::of(D, CONSUMERS).q_bytes() }
-                    + consumer * const { tile_bytes(CONSUMER_ROWS, D) };
+                    + stage.index() * const { G::TILES.q_bytes() }
+                    + consumer * const { tile_bytes(CONSUMER_ROWS, G::TILES.d) };
                 copy((head.h, head.b), to, maps.address::<0>(), CONSUMER_ROWS, row, full);
             }
         }
     };
-    let copy_keys =
-        |ring: Ring<STAGES>, to: u32, map: u64, stage: Stage<STAGES>, task: Task, tile| {
-            let head = task.tile.head(args);
-            let to = to + stage.index() * const { Tiles::of(D, CONSUMERS).kv_bytes() };
-            let full = ring.acquire(stage, const { Tiles::of(D, CONSUMERS).kv_bytes() });
-            copy((head.h_kv, head.b), smem + to, map, tiles.keys, tile * tiles.keys, full);
-        };
+    let copy_keys = |ring: Ring<G::KvStages>,
+                     to: u32,
+                     map: u64,
+                     stage: Stage<G::KvStages>,
+                     task: Task,
+                     tile| {
+        let head = task.tile.head(args);
+        let to = to + stage.index() * const { G::TILES.kv_bytes() };
+        let full = ring.acquire(stage, const { G::TILES.kv_bytes() });
+        copy((head.h_kv, head.b), smem + to, map, tiles.keys, tile * tiles.keys, full);
+    };
     let copy_k =
         |stage, task, tile| copy_keys(rings.k, tiles.k(), maps.address::<1>(), stage, task, tile);
     let copy_v =
@@ -89,7 +89,7 @@ pub(super) unsafe fn produce<
             answer = queue.ask();
         }
         // One stage of Q is free only when all else of the task before is under way.
-        if Q_STAGES > 1 && task.num_kv_tiles > 0 {
+        if G::TILES.q_stages > 1 && task.num_kv_tiles > 0 {
             copy_q(q_stage, task);
         }
         if task.num_kv_tiles > 0 {
@@ -98,7 +98,7 @@ pub(super) unsafe fn produce<
         if let Some(before) = before.take() {
             copy_v(stage.before(), before, 0);
         }
-        if Q_STAGES == 1 || task.num_kv_tiles == 0 {
+        if G::TILES.q_stages == 1 || task.num_kv_tiles == 0 {
             copy_q(q_stage, task);
         }
         q_stage.advance();
@@ -119,7 +119,7 @@ pub(super) unsafe fn produce<
     if let Some(before) = before {
         copy_v(stage.before(), before, 0);
     }
-    for consumer in 0..CONSUMERS {
+    for consumer in 0..G::CONSUMERS {
         rings.of(consumer).announce(q_stage, None, 0);
     }
 }

@@ -2,11 +2,11 @@
 
 use simt::{mbarrier::Mbarrier, shared::Shared, warp};
 
-use super::tiles::Tiles;
+use super::{geometry::Geometry, tiles::Tiles};
 use crate::{
     args::AttentionArgs,
     parts::{
-        pipeline::{Ring, Stage},
+        pipeline::{Depth, Ring, Stage},
         policy::Policy,
         schedule::{QueryTile, Work},
     },
@@ -43,23 +43,22 @@ impl Task {
 
 /// What goes between producer and consumers: rings of tiles of K and V, and for each consumer
 /// its tasks with their Q.
-#[derive(Clone, Copy)]
-pub(super) struct Rings<const Q_STAGES: u32, const STAGES: u32> {
-    pub k: Ring<STAGES>,
-    pub v: Ring<STAGES>,
+pub(super) struct Rings<G: Geometry> {
+    pub k: Ring<G::KvStages>,
+    pub v: Ring<G::KvStages>,
     /// The barriers of each consumer's Q, one ring after the other.
     pub q: Shared<u64>,
     /// The tasks of each consumer, likewise: [`TASK_WORDS`] for each stage of Q.
     pub tasks: Shared<u32>,
 }
 
-impl<const Q_STAGES: u32, const STAGES: u32> Rings<Q_STAGES, STAGES> {
+impl<G: Geometry> Rings<G> {
     /// The tasks of a consumer.
     #[inline(always)]
-    pub fn of(&self, consumer: u32) -> Inbox<Q_STAGES> {
-        let words = const { Q_STAGES * TASK_WORDS };
+    pub fn of(&self, consumer: u32) -> Inbox<G::QStages> {
+        let words = const { G::TILES.q_stages * TASK_WORDS };
         Inbox {
-            ring: Ring::new(self.q, consumer * Ring::<Q_STAGES>::BARRIERS),
+            ring: Ring::new(self.q, consumer * Ring::<G::QStages>::BARRIERS),
             words: self.tasks.slice(consumer * words, words),
         }
     }
@@ -67,8 +66,8 @@ impl<const Q_STAGES: u32, const STAGES: u32> Rings<Q_STAGES, STAGES> {
 
 /// A consumer's tasks: its rows of Q, and with them what task they belong to.
 #[derive(Clone, Copy)]
-pub(super) struct Inbox<const Q_STAGES: u32> {
-    pub ring: Ring<Q_STAGES>,
+pub(super) struct Inbox<S> {
+    pub ring: Ring<S>,
     words: Shared<u32>,
 }
 
@@ -77,11 +76,11 @@ pub(super) const TASK_WORDS: u32 = 4;
 /// In place of `num_kv_tiles`: there is no further task.
 const END: u32 = u32::MAX;
 
-impl<const Q_STAGES: u32> Inbox<Q_STAGES> {
+impl<S: Depth> Inbox<S> {
     /// Producer: waits for a free stage of Q, and announces a task (or that there is none) and
     /// so many bytes of Q. Returns the barrier that they count at.
     #[inline(always)]
-    pub fn announce(&self, stage: Stage<Q_STAGES>, task: Option<Task>, bytes: u32) -> Mbarrier {
+    pub fn announce(&self, stage: Stage<S>, task: Option<Task>, bytes: u32) -> Mbarrier {
         self.ring.wait_empty(stage);
         let end = Task { tile: QueryTile { b: 0, h: 0, first_row: 0 }, num_kv_tiles: END };
         let Task { tile: QueryTile { b, h, first_row }, num_kv_tiles } = task.unwrap_or(end);
@@ -96,7 +95,7 @@ impl<const Q_STAGES: u32> Inbox<Q_STAGES> {
 
     /// Consumer: waits for Q and its task; `None` when there is no further one.
     #[inline(always)]
-    pub fn receive(&self, stage: Stage<Q_STAGES>) -> Option<Task> {
+    pub fn receive(&self, stage: Stage<S>) -> Option<Task> {
         self.ring.wait(stage);
         let first = stage.index() * TASK_WORDS;
         let word = |index: u32| warp::uniform(self.words.read(first + index));
