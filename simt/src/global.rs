@@ -117,20 +117,19 @@ impl<T: Memory> Global<T> {
         kind: GlobalAccess,
         at: &'static Location<'static>,
     ) -> u64 {
-        let what = kind.name();
         let (size, bytes) = (u64::from(T::BYTES), u64::from(V::BYTES));
         let address = self.address_of(index);
         // In units of the access, so that nothing can overflow.
         if index >= self.len || (self.len - index) * size < bytes {
             let this = current::with(|b| b.site(at));
-            let (space, len) = ("global", self.len);
+            let (space, what, len) = ("global", kind.name(), self.len);
             current::fail(FaultKind::OutOfBounds { space, what, index, len, this });
         }
         if address % bytes != 0 {
             let this = current::with(|b| b.site(at));
             current::fail(FaultKind::Misaligned {
                 space: "global",
-                what,
+                what: kind.name(),
                 address,
                 bytes: V::BYTES,
                 this,

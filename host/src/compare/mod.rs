@@ -46,10 +46,10 @@ pub const ON_GPU: Defaults = Defaults {
 };
 /// How often a GPU runs a kernel.
 pub const REPEATS_ON_GPU: Repeats = Repeats { warmup: 5, iters: 30, sustained: None };
-/// Small enough that every kernel is through in 20 seconds on two cores.
+/// Small enough that every kernel is through in 10 seconds on two cores.
 pub const EMULATED: Defaults = Defaults { seq: &[64, 128, 256], batch: 1, heads: 2, ..ON_GPU };
 /// How often the emulator does.
-pub const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 3, sustained: None };
+pub const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 2, sustained: None };
 
 /// Runs the command.
 ///
