@@ -3,6 +3,8 @@
 //! A launch may ask for any combination; the driver then compiles it. Checked ahead are those
 //! that a launch names most, and the one with everything on, which needs the most registers.
 
+use std::collections::BTreeSet;
+
 /// Names and values of constants; what is not named is 0.
 pub type Combination = &'static [(&'static str, u32)];
 
@@ -39,18 +41,41 @@ pub const PREFIX: &str = "simt_constant_";
 
 /// A text with a combination's numbers in place of the constants' symbols.
 #[must_use]
-pub fn specialise(text: &str, combination: Combination) -> String {
-    let mut out = String::with_capacity(text.len());
+pub fn specialise(text: &str, combination: &[(&str, u32)]) -> String {
     let mut parts = text.split(PREFIX);
-    out.push_str(parts.next().unwrap_or(""));
+    let mut out = parts.next().unwrap_or("").to_owned();
     for part in parts {
-        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        let (name, rest) = part.split_at(part.find(|c| !is_name(c)).unwrap_or(part.len()));
+        let (name, rest) = split_name(part);
         let value = combination.iter().find(|(of, _)| *of == name).map_or(0, |(_, value)| *value);
         out.push_str(&value.to_string());
         out.push_str(rest);
     }
     out
+}
+
+/// The name of the constant whose symbol a text begins with, after [`PREFIX`], and the rest.
+fn split_name(text: &str) -> (&str, &str) {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    text.split_at(text.find(|c| !is_name(c)).unwrap_or(text.len()))
+}
+
+/// The combination of that [`name`] for an entry with that text: `full`, `causal+padding`.
+///
+/// # Errors
+/// When the entry reads no constant of a name; the message says which it reads.
+pub fn parse<'a>(combination: &'a str, text: &str) -> Result<Vec<(&'a str, u32)>, String> {
+    let read: BTreeSet<&str> = text.split(PREFIX).skip(1).map(|part| split_name(part).0).collect();
+    let names = combination.split('+').filter(|name| *name != "full");
+    names
+        .map(|name| match read.contains(name) {
+            true => Ok((name, 1)),
+            false if read.is_empty() => Err(format!("the entry reads no constant, not {name}")),
+            false => {
+                let read: Vec<&str> = read.iter().copied().collect();
+                Err(format!("the entry reads {}, not {name}", read.join(", ")))
+            }
+        })
+        .collect()
 }
 
 /// A combination in words, as file names and tables have it.
@@ -72,5 +97,17 @@ mod tests {
         assert_eq!(of_entry("flash_hopper_f16_d64", text).len(), 5);
         assert_eq!(of_entry("linear_naive_f16", "ret;"), [FULL]);
         assert_eq!((name(FULL), name(ALL)), ("full".into(), "causal+padding+dropout".into()));
+    }
+
+    #[test]
+    fn a_combination_is_had_by_its_name() {
+        let text = "mov.b32 %r1, simt_constant_causal; mov.b32 %r2, simt_constant_padding;";
+        assert_eq!(parse("full", text), Ok(vec![]));
+        assert_eq!(parse("causal+padding", text), Ok(vec![("causal", 1), ("padding", 1)]));
+        assert_eq!(
+            parse("casual", text),
+            Err("the entry reads causal, padding, not casual".into())
+        );
+        assert_eq!(parse("causal", "ret;"), Err("the entry reads no constant, not causal".into()));
     }
 }

@@ -5,9 +5,11 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::{env, fs};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use ptx_builder::manifest::{self, Manifest};
-use ptx_builder::{MODULES, Module, Workspace, compile, overlap, pack, ptxas, sources};
+use ptx_builder::{
+    MODULES, Module, Workspace, combinations, compile, overlap, pack, ptxas, sources,
+};
 
 const USAGE: &str = "\
 ptx-builder: from the kernels' Rust to checked-in PTX
@@ -22,7 +24,9 @@ usage: cargo run -p ptx-builder -- COMMAND
   ptxas [--dir DIR]       assemble every entry for every architecture that loads it;
                           fail on a spill, a stack frame, local memory, a warning,
                           or products that are waited for before the softmax beside them
-  disassemble ENTRY ARCH  print the machine code of one entry, for example sm_90
+  disassemble ENTRY ARCH [CONSTANTS]
+                          print the machine code of one entry, for example for sm_90 and
+                          with causal or causal+padding on; full, all off, unless given
 ";
 
 fn main() -> ExitCode {
@@ -38,7 +42,8 @@ fn main() -> ExitCode {
         ["text", entry] => text_of(&workspace, entry),
         ["ptxas"] => assemble(&workspace, &workspace.checked_in()),
         ["ptxas", "--dir", folder] => assemble(&workspace, Path::new(folder)),
-        ["disassemble", entry, arch] => disassemble(&workspace, entry, arch),
+        ["disassemble", entry, arch] => disassemble(&workspace, entry, arch, "full"),
+        ["disassemble", entry, arch, constants] => disassemble(&workspace, entry, arch, constants),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
             return ExitCode::SUCCESS;
@@ -169,11 +174,13 @@ fn assemble(workspace: &Workspace, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn disassemble(workspace: &Workspace, entry: &str, arch: &str) -> Result<()> {
-    let (ptxas, nvdisasm) = (ptxas::find_tool("ptxas")?, ptxas::find_tool("nvdisasm")?);
+fn disassemble(workspace: &Workspace, entry: &str, arch: &str, constants: &str) -> Result<()> {
     let (_, text) = find(workspace, entry)?;
-    let ptx = workspace.target().join(format!("{entry}.ptx"));
-    let cubin = workspace.target().join(format!("{entry}.{arch}.cubin"));
+    let combination = combinations::parse(constants, &text).map_err(|what| anyhow!(what))?;
+    let text = combinations::specialise(&text, &combination);
+    let (ptxas, nvdisasm) = (ptxas::find_tool("ptxas")?, ptxas::find_tool("nvdisasm")?);
+    let ptx = workspace.target().join(format!("{entry}.{constants}.ptx"));
+    let cubin = workspace.target().join(format!("{entry}.{constants}.{arch}.cubin"));
     fs::create_dir_all(workspace.target())
         .and_then(|()| fs::write(&ptx, text))
         .with_context(|| format!("cannot write {}", ptx.display()))?;
