@@ -67,7 +67,7 @@ pub fn reference(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows
     reference_of(problem, values, inputs.mask, rows)
 }
 
-/// [`reference`] of q, k and v that no storage type holds: the projections of a module.
+/// [`reference()`] of q, k and v that no storage type holds: the projections of a module.
 pub(crate) fn reference_of<T: Copy + Into<f64> + Sync>(
     problem: &Problem,
     qkv: [Vec<T>; 3],
@@ -110,7 +110,7 @@ pub(crate) fn plain_of(
 
 /// What each row's scores are made of: `scale * sum over d of |q_d k_jd|`, the mean over the keys
 /// `j` as attention weighs them. Where products cancel it is larger than any score. `lse`: of the
-/// same rows, from [`reference`].
+/// same rows, from [`reference()`].
 #[must_use]
 pub fn absolute_scores(
     problem: &Problem,
