@@ -18,12 +18,12 @@ use crate::{
 #[derive(Debug, Parser)]
 #[command(name = "flash-attention", version, max_term_width = 100, after_long_help = help::PROGRAM)]
 pub struct Cli {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Show the driver, the GPUs and which kernels each can run

@@ -1,4 +1,4 @@
-//! What help shows below the options: examples, and the defaults that depend on the device.
+//! The text that help shows below the options: examples, and the defaults of each device.
 
 use crate::{compare, results::Repeats, verify};
 

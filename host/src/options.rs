@@ -1,4 +1,4 @@
-//! What `compare` and `verify` are asked for alike, and the defaults that depend on the device.
+//! The options that `compare` and `verify` share, and the defaults of each device.
 
 use std::fmt;
 

@@ -5,6 +5,12 @@
 
 use std::collections::BTreeSet;
 
+// Not through the crate, which would have the emulator's dependencies.
+#[path = "../../simt/src/specialise/text.rs"]
+mod text;
+
+pub use text::PREFIX;
+
 /// Names and values of constants; what is not named is 0.
 pub type Combination = &'static [(&'static str, u32)];
 
@@ -27,7 +33,7 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
 /// The combinations of an entry, by its name and text: one if it reads no constant.
 #[must_use]
 pub fn of_entry(name: &str, text: &str) -> &'static [Combination] {
-    if !text.contains(PREFIX) {
+    if text::names(text).next().is_none() {
         return &[FULL];
     }
     OF_ENTRIES
@@ -36,27 +42,13 @@ pub fn of_entry(name: &str, text: &str) -> &'static [Combination] {
         .map_or(&[], |(_, _, combinations)| *combinations)
 }
 
-/// How the symbol of a constant begins in PTX; its name follows (`simt::specialise`).
-pub const PREFIX: &str = "simt_constant_";
-
 /// A text with a combination's numbers in place of the constants' symbols.
 #[must_use]
 pub fn specialise(text: &str, combination: &[(&str, u32)]) -> String {
-    let mut parts = text.split(PREFIX);
-    let mut out = parts.next().unwrap_or("").to_owned();
-    for part in parts {
-        let (name, rest) = split_name(part);
-        let value = combination.iter().find(|(of, _)| *of == name).map_or(0, |(_, value)| *value);
-        out.push_str(&value.to_string());
-        out.push_str(rest);
-    }
-    out
-}
-
-/// The name of the constant whose symbol a text begins with, after [`PREFIX`], and the rest.
-fn split_name(text: &str) -> (&str, &str) {
-    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    text.split_at(text.find(|c| !is_name(c)).unwrap_or(text.len()))
+    let value = |name: &str| {
+        Some(combination.iter().find(|(of, _)| *of == name).map_or(0, |(_, value)| *value))
+    };
+    text::replace(text, value).expect("every name has a number")
 }
 
 /// The combination of that [`name`] for an entry with that text: `full`, `causal+padding`.
@@ -64,7 +56,7 @@ fn split_name(text: &str) -> (&str, &str) {
 /// # Errors
 /// When the entry reads no constant of a name; the message says which it reads.
 pub fn parse<'a>(combination: &'a str, text: &str) -> Result<Vec<(&'a str, u32)>, String> {
-    let read: BTreeSet<&str> = text.split(PREFIX).skip(1).map(|part| split_name(part).0).collect();
+    let read: BTreeSet<&str> = text::names(text).collect();
     let names = combination.split('+').filter(|name| *name != "full");
     names
         .map(|name| match read.contains(name) {

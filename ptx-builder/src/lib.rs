@@ -9,8 +9,8 @@
 //!    functions and comments gone, no name that depends on the machine;
 //! 3. [`pack`] compresses it, and [`manifest`] records which sources it was made from, so
 //!    that a build without a kernel edit compiles no kernel at all;
-//! 4. [`ptxas`] assembles every entry in its [`combinations`] of constants and reports registers, spills and warnings, and
-//!    [`overlap`] sees to it that softmax stays beside the products.
+//! 4. [`ptxas`] assembles every entry in its [`combinations`] of constants and reports registers,
+//!    spills and warnings, and [`overlap`] checks that softmax stays beside the products.
 //!
 //! `docs/rust-to-ptx.md` tells the story with its reasons.
 

@@ -18,32 +18,17 @@
 #[cfg(not(target_arch = "nvptx64"))]
 pub const MAX_CONSTANTS: usize = 16;
 
-/// How the symbol of a constant begins; its name follows.
-pub const PREFIX: &str = "simt_constant_";
+#[cfg(not(target_arch = "nvptx64"))]
+mod text;
+
+#[cfg(not(target_arch = "nvptx64"))]
+pub use text::{PREFIX, names, replace};
 
 /// The constant at place `index` of the launch that runs.
 #[cfg(not(target_arch = "nvptx64"))]
 #[must_use]
 pub fn of_launch(index: usize) -> u32 {
     crate::emulator::current::with(|block| block.options.constants[index])
-}
-
-/// The text of an entry with numbers in place of the constants' symbols.
-///
-/// # Errors
-/// The name of a constant that `value` has no number for.
-#[cfg(not(target_arch = "nvptx64"))]
-pub fn replace(text: &str, value: impl Fn(&str) -> Option<u32>) -> Result<String, String> {
-    let mut out = String::with_capacity(text.len());
-    let mut parts = text.split(PREFIX);
-    out.push_str(parts.next().unwrap_or(""));
-    for part in parts {
-        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        let (name, rest) = part.split_at(part.find(|c| !is_name(c)).unwrap_or(part.len()));
-        out.push_str(&value(name).ok_or_else(|| name.to_owned())?.to_string());
-        out.push_str(rest);
-    }
-    Ok(out)
 }
 
 /// Declares the specialisation constants of a crate of kernels: a struct of their values for
@@ -118,6 +103,13 @@ macro_rules! specialisation_constants {
                     [$( (stringify!($name), self.$name), )*].into_iter()
                 }
 
+                /// The constants whose values `value` gives by their names.
+                #[cfg(not(target_arch = "nvptx64"))]
+                #[must_use]
+                pub fn by_name(value: impl Fn(&str) -> u32) -> Self {
+                    Self { $( $name: value(stringify!($name)), )* }
+                }
+
                 /// The values as the emulator's launches take them.
                 #[cfg(not(target_arch = "nvptx64"))]
                 #[must_use]
@@ -140,23 +132,4 @@ macro_rules! specialisation_constants {
             }
         };
     };
-}
-
-#[cfg(test)]
-mod tests {
-    use super::replace;
-
-    #[test]
-    fn whole_names_are_replaced_wherever_they_stand() {
-        let text = "mov.b32 %r1, simt_constant_a;\nadd.s32 %r2, simt_constant_a_b, simt_constant_a";
-        let value = |name: &str| match name {
-            "a" => Some(7),
-            "a_b" => Some(u32::MAX),
-            _ => None,
-        };
-        let replaced = "mov.b32 %r1, 7;\nadd.s32 %r2, 4294967295, 7";
-        assert_eq!(replace(text, value).as_deref(), Ok(replaced));
-        assert_eq!(replace("simt_constant_typo", value), Err("typo".into()));
-        assert_eq!(replace("ret;", value).as_deref(), Ok("ret;"));
-    }
 }

@@ -76,11 +76,10 @@ fn compile(text: &str, capability: (i32, i32)) -> Result<Module, String> {
 /// The constants that `// constants: causal=1 padding=0` names.
 fn constants(text: &str) -> Constants {
     let line = text.lines().find_map(|line| line.strip_prefix("// constants: ")).unwrap_or("");
-    let value = |name| {
-        let pairs = line.split(' ').filter_map(|pair| pair.split_once('='));
-        pairs.filter(|(of, _)| *of == name).find_map(|(_, n)| n.parse().ok()).unwrap_or(0)
-    };
-    Constants { causal: value("causal"), padding: value("padding"), dropout: value("dropout") }
+    Constants::by_name(|name| {
+        let mut pairs = line.split(' ').filter_map(|pair| pair.split_once('='));
+        pairs.find(|(of, _)| *of == name).map_or(0, |(_, n)| n.parse().unwrap_or(0))
+    })
 }
 
 /// The arrays in shared memory that an entry's text declares: `.shared .align 16 .b8 name[64];`.

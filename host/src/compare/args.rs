@@ -13,7 +13,7 @@ pub struct CompareArgs {
     /// The problem.
     #[command(flatten)]
     pub problem: ProblemArgs,
-    /// What to run: attention alone, the multi-head attention module with its projections, or
+    /// Run attention alone, the multi-head attention module with its projections, or
     /// both
     #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
     pub level: LevelChoice,

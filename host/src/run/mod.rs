@@ -179,7 +179,7 @@ pub fn run(args: &RunArgs) -> Result<Outcome> {
     Ok(if good { Outcome::Good } else { Outcome::Bad })
 }
 
-/// What the kernel that was asked for does, or the best one that can do what is asked.
+/// The plan of the kernel that `--kernel` names, or of the best one that can do the problem.
 fn plan(args: &RunArgs, problem: &Problem, session: &Session) -> Result<Plan> {
     let target = session.target();
     if args.kernel == "best" {

@@ -1,5 +1,5 @@
-//! What is measured and verified on one problem, with its tensors and the right answer. A level
-//! joins with one file here: a [`Kind`], which says what is known before tensors are drawn, and the
+//! The levels that `compare` measures and `verify` checks, on one problem with its tensors and the
+//! right answer. A level joins with one file here: a [`Kind`], which needs no tensors, and the
 //! [`Subject`] that it draws.
 
 mod attention;
@@ -22,7 +22,7 @@ use crate::{
 /// How much of the right answer is computed.
 #[derive(Clone, Copy, Debug)]
 pub enum Effort {
-    /// So many rows of O, or tokens of y.
+    /// This number of rows of O, or of tokens of y.
     Rows(usize),
     /// As many as are done while a kernel is timed.
     Quick,
@@ -50,7 +50,7 @@ pub trait Kind: Sync {
     /// Device memory that a run will need, everything included.
     ///
     /// # Errors
-    /// What else of the level the device cannot do.
+    /// A part of the level besides the kernel that the device cannot do.
     fn needed_bytes(&self, plan: &Plan, target: &Target) -> Result<u64, Error>;
 
     /// Draws the tensors of a posed problem and computes the right answer.
@@ -113,7 +113,7 @@ pub trait Subject {
 
 /// A kernel that has run once.
 pub struct Ran<'a> {
-    /// What ran, to be run again.
+    /// The prepared kernel, ready to run again.
     pub work: Box<dyn Work + 'a>,
     /// Its outputs against the right answer.
     pub checks: Vec<Check>,
@@ -121,7 +121,7 @@ pub struct Ran<'a> {
     pub peak_bytes: u64,
     /// Device memory beyond parameters, inputs and outputs, in bytes.
     pub workspace_bytes: u64,
-    /// What the emulator counted.
+    /// The emulator's counts.
     pub counters: Option<Counters>,
 }
 
@@ -136,7 +136,7 @@ impl Ran<'_> {
     }
 }
 
-/// Runs `work` by `launch`; what the emulator counted meanwhile.
+/// Runs `work` by `launch` and returns the emulator's counts of that run.
 fn counted(
     work: &mut dyn Work,
     launch: &dyn Fn(&mut dyn Work) -> Result<(), Error>,
@@ -166,8 +166,8 @@ pub fn row(session: &Session, level: Level, kernel: &str, problem: &Problem) -> 
     }
 }
 
-/// What can be said of a kernel on a posed problem without running it: a row, and the plan to run;
-/// none where the row ends here, because the kernel cannot do the problem or its memory is not free.
+/// Foresees a kernel on a posed problem without running it: its row, and the plan to run. There is no
+/// plan where the kernel cannot do the problem or its memory is not free.
 ///
 /// # Errors
 /// When the device does not answer.

@@ -38,7 +38,7 @@ pub struct VerifyArgs {
     /// The problem.
     #[command(flatten)]
     pub problem: ProblemArgs,
-    /// What to verify: attention alone, the multi-head attention module with its projections, or
+    /// Verify attention alone, the multi-head attention module with its projections, or
     /// both
     #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
     pub level: LevelChoice,

@@ -1,5 +1,5 @@
-//! Which head of which sequence a block works on, and where its rows lie: the only reader of
-//! lengths and head numbers. How heads are grouped and sequences packed is decided here.
+//! Which head of which sequence a block works on, and where its rows lie. Rungs read lengths and
+//! head numbers here. (To count tasks, `schedule.rs` and the queue of flash_hopper read extents.)
 
 use simt::{compiler::opaque, memory::Memory, thread};
 

@@ -143,13 +143,11 @@ impl Policy {
         visible
     }
 
-    /// The first key that is not padding, Nk if there is none; all lanes of the warp ask.
+    /// The first key that is not padding, Nk if there is none; all lanes of the warp ask, where
+    /// there is a padding mask.
     #[inline(always)]
     #[must_use]
     fn first_key(&self) -> u32 {
-        if !Self::is_padded() {
-            return 0;
-        }
         let (row, lane) = (self.head.padding_row(), warp::lane_id());
         let mut key = 0;
         while key < self.head.seq_k {

@@ -10,7 +10,7 @@ use super::{
     CONSUMER_ROWS, HopperMaps, Inbox, Task,
     geometry::{Geometry, OutputTile},
     score_tile::ROWS,
-    turn::Own,
+    turn::NamedBarrier,
 };
 use crate::{
     args::AttentionArgs,
@@ -65,7 +65,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     pub unsafe fn work(&mut self) {
         if G::TURNS && self.own_rows > 0 {
             // The other one begins.
-            Own::of(self.own_rows).pass();
+            NamedBarrier::of(self.own_rows).pass();
         }
         let mut next = self.inbox.receive(self.q_stage);
         // SAFETY: passed on to the caller.
@@ -128,7 +128,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         tma::wait_group_read::<0>();
         if G::TURNS && self.own_rows == 0 {
             // The turn that nobody takes any more.
-            Own::of(self.own_rows).await_other();
+            NamedBarrier::of(self.own_rows).await_other();
         }
     }
 
@@ -160,7 +160,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
             if G::TURNS {
                 self.in_turn(|_| {});
             } else {
-                Own::of(self.own_rows).gather();
+                NamedBarrier::of(self.own_rows).gather();
             }
             self.release_k();
             self.release_v();

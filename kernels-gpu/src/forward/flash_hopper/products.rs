@@ -2,7 +2,7 @@
 
 use simt::{warp, wgmma::Operand};
 
-use super::{consumer::Consumer, geometry::Geometry, turn::Own};
+use super::{consumer::Consumer, geometry::Geometry, turn::NamedBarrier};
 
 impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// Gives Q back with its task, once all scores are complete: by one thread of each warp,
@@ -70,11 +70,11 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         // beside the softmax. In turn, each one's runs beside the other's products. The barrier
         // also gathers this consumer's warps, which `pass_tiles` relies on.
         if G::TURNS {
-            Own::of(self.own_rows).await_other();
+            NamedBarrier::of(self.own_rows).await_other();
         }
         start(self);
         if G::TURNS {
-            Own::of(self.own_rows).pass();
+            NamedBarrier::of(self.own_rows).pass();
         }
     }
 

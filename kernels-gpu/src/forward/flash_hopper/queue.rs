@@ -33,7 +33,8 @@ impl Tasks {
     /// The tasks of a block, and the first of them, which it need not ask for.
     ///
     /// # Safety
-    /// `args.scratch.queue` must hold [`QUEUE_WORDS`](crate::parts::queue::QUEUE_WORDS) zeros before the launch.
+    /// `args.scratch.queue` must hold [`QUEUE_WORDS`](crate::parts::queue::QUEUE_WORDS) zeros
+    /// before the launch.
     #[inline(always)]
     pub unsafe fn begin(args: &AttentionArgs, tiles: Tiles) -> (Self, Option<Work>) {
         let (block, blocks) = (thread::block_idx_x(), thread::grid_dim_x());
