@@ -137,7 +137,7 @@ fn run_probe(device: Arc<dyn Device>) {
     let map = TensorMap(device.encode_tensor_map(&map).unwrap());
     let args = ProbeArgs { maps: [map], args: () };
     let launch = |blocks: u32| Launch {
-        entry: kernels_gpu::find("cluster_probe").unwrap(),
+        entry: kernels_gpu::find("cluster_probe_f32").unwrap(),
         constants: Constants::default(),
         grid: blocks.into(),
         block: probe::THREADS.into(),

@@ -46,20 +46,22 @@ use {
 
 /// The tables of all rungs.
 #[cfg(not(target_arch = "nvptx64"))]
-const TABLES: &[&[entry::Entry]] = &[
+const TABLES: &[entry::Instances] = &[
     naive::SCORES,
     naive::SOFTMAX,
     naive::OUTPUT,
-    standard::PRODUCTS,
-    standard::TILED_PRODUCTS,
-    standard::softmax::ENTRIES,
+    standard::SCORES,
+    standard::OUTPUT,
+    standard::TILED_SCORES,
+    standard::TILED_OUTPUT,
+    standard::softmax::OF_WARP,
+    standard::softmax::OF_BLOCK,
     flash_tiled::ENTRIES,
     flash_mma::ENTRIES,
     flash_swizzled::ENTRIES,
     flash_swizzled::TURING,
     flash_async::ENTRIES,
-    flash_pipelined::FOUR_WARPS,
-    flash_pipelined::EIGHT_WARPS,
+    flash_pipelined::ENTRIES,
     flash_tf32::ENTRIES,
     linear_naive::ENTRIES,
     linear_tiled::ENTRIES,
@@ -74,7 +76,7 @@ const TABLES: &[&[entry::Entry]] = &[
 /// Every entry that can be launched.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn entries() -> impl Iterator<Item = &'static entry::Entry> {
-    TABLES.iter().copied().flatten()
+    TABLES.iter().flat_map(|table| table.iter())
 }
 
 /// The entry of that name.

@@ -84,5 +84,5 @@ pub unsafe fn probe(args: &ProbeArgs) {
 entries! {
     /// [`probe`].
     pub static ENTRIES: ProbeArgs => "sm_90a", threads THREADS, min_blocks 1, cluster CLUSTER;
-    cluster_probe = probe;
+    cluster_probe: T in [f32] = probe;
 }

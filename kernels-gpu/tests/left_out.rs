@@ -128,7 +128,7 @@ const MAY_PASS: &[Passes] = &[
         reason: "a thread reads the chunks that it copied itself",
     },
     Passes {
-        subject: "cluster_probe",
+        subject: "cluster_probe_f32",
         kind: SyncKind::FenceInit,
         file: "probe.rs",
         text: "mbarrier::fence_init();",
@@ -401,7 +401,7 @@ fn linear_hopper_needs_its_barriers_and_waits() {
 
 #[test]
 fn the_probe_needs_its_barriers_and_waits() {
-    change_all("cluster_probe", || {
+    change_all("cluster_probe_f32", || {
         let mut sums = vec![0.0f32; probe::THREADS as usize];
         let row = u64::from(probe::THREADS) * 4;
         let spec = TensorMapSpec {
@@ -414,7 +414,7 @@ fn the_probe_needs_its_barriers_and_waits() {
         };
         let maps = [spec.encode().expect("a map that the driver would take")];
         let args = ProbeArgs { maps, args: () };
-        try_run("cluster_probe", 2.into(), probe::THREADS.into(), probe::SHARED_BYTES, &args)?;
+        try_run("cluster_probe_f32", 2.into(), probe::THREADS.into(), probe::SHARED_BYTES, &args)?;
         Ok(bits(&sums))
     });
 }

@@ -100,7 +100,7 @@ const REQUIRED: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "cluster_probe",
+        "cluster_probe_f32",
         &[
             ".reqnctapercluster",
             "barrier.cluster.arrive.release.aligned;",

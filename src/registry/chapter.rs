@@ -1,25 +1,18 @@
 //! The registry entry of docs/adding-a-kernel.md, compiled as the table's entries are.
 
-use kernels_gpu::entry::Entry;
 use simt::Dim3;
 
 use super::{
     AttentionLimits, KernelSpec, Sizes, Step, Target,
-    attention::args,
-    table::{ALL_FEATURES, grid, symbol},
+    table::{ALL_FEATURES, grid, step},
 };
 use crate::{dtype::DType, problem::Problem};
 
-/// What the chapter's kernel states, which `kernels-gpu/tests/chapter.rs` compiles.
+/// What the chapter's kernel states, which `kernels-gpu/tests/chapter.rs` compiles. Entries with
+/// the same arguments stand in for its own, which kernels-gpu does not have.
 mod flash_rows {
+    pub use kernels_gpu::forward::flash_tiled::ENTRIES;
     pub const BR: u32 = 4;
-}
-
-/// As the table's, with the chapter's entry, which kernels-gpu does not have.
-fn step(_: &Problem, symbol: &str) -> Result<Step<Problem>, String> {
-    let like = kernels_gpu::find("flash_tiled_bf16_d64").expect("an entry with the same arguments");
-    let entry = Entry { symbol: symbol.to_owned().leak(), threads: 128, ..*like };
-    Ok(Step::of(Box::leak(Box::new(entry)), args))
 }
 
 const FLASH_ROWS: KernelSpec = KernelSpec {
@@ -37,7 +30,8 @@ const FLASH_ROWS: KernelSpec = KernelSpec {
         sizes: |_, _| Sizes { rows: vec![flash_rows::BR], keys: vec![2] },
     },
     draft: |p, _| {
-        let step = Step { grid: grid(p, flash_rows::BR), ..step(p, &symbol("flash_rows", p))? };
+        let step =
+            Step { grid: grid(p, flash_rows::BR), ..step(p, flash_rows::ENTRIES, p.head_dim())? };
         Ok(step.into())
     },
 };
@@ -57,7 +51,7 @@ fn the_chapter_shows_this_entry_and_its_plan_covers_the_rows() {
     let draft = (FLASH_ROWS.draft)(&problem, &target).expect("within its limits");
     let [step] = &draft.steps[..] else { panic!("{draft:?}") };
     assert!(draft.sections.is_empty());
-    assert_eq!(step.entry.symbol, "flash_rows_bf16_d64");
+    assert_eq!(step.entry.symbol, "flash_tiled_bf16_d64");
     assert_eq!(step.grid, Dim3::new(3, 3, 2));
-    assert_eq!(step.block, Dim3::new(128, 1, 1));
+    assert_eq!(step.block, Dim3::from(step.entry.threads));
 }

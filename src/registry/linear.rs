@@ -105,7 +105,7 @@ const LINEAR_NAIVE: LinearSpec = LinearSpec {
         let step = Step {
             grid: grid(p, linear_naive::TILE),
             block: Dim3::new(linear_naive::TILE, linear_naive::TILE, 1),
-            ..Step::new(&format!("linear_naive_{}", p.dtype), args)?
+            ..Step::new(linear_naive::ENTRIES, p.dtype, 0, args)?
         };
         Ok(step.into())
     },
@@ -122,7 +122,7 @@ const LINEAR_TILED: LinearSpec = LinearSpec {
     draft: |p, _| {
         let step = Step {
             grid: grid(p, linear_tiled::TILE),
-            ..Step::new(&format!("linear_tiled_{}", p.dtype), args)?
+            ..Step::new(linear_tiled::ENTRIES, p.dtype, 0, args)?
         };
         Ok(step.into())
     },
@@ -140,7 +140,7 @@ const LINEAR_MMA: LinearSpec = LinearSpec {
         let step = Step {
             grid: grid(p, linear_mma::TILE),
             shared_bytes: linear_mma::SHARED_BYTES,
-            ..Step::new(&format!("linear_mma_{}", p.dtype), args)?
+            ..Step::new(linear_mma::ENTRIES, p.dtype, 0, args)?
         };
         Ok(step.into())
     },
@@ -172,7 +172,7 @@ const LINEAR_HOPPER: LinearSpec = LinearSpec {
                     spec: |c, b| map(c.problem, c.args.w, c.problem.out_features, b),
                 },
             ],
-            ..Step::new(&format!("linear_hopper_{}_n{}", p.dtype, tile.columns), args)?
+            ..Step::new(linear_hopper::ENTRIES, p.dtype, tile.columns as usize, args)?
         };
         Ok(step.into())
     },

@@ -2,12 +2,16 @@
 
 use std::fmt;
 
-use kernels_gpu::{entry::Entry, parts::queue::QUEUE_WORDS};
+use kernels_gpu::{
+    entry::{Entry, Instances},
+    parts::queue::QUEUE_WORDS,
+};
 use simt::{Dim3, tma::TensorMap};
 
 use super::{ALIGNMENT, Operation, Region, Spec, Target};
 use crate::{
     backend::{Constants, Device, Launch, Specialised, TensorMapSpec},
+    dtype::DType,
     error::{Error, Unsupported},
     problem::Problem,
 };
@@ -86,20 +90,20 @@ pub struct Step<P: Operation> {
 }
 
 impl<P: Operation> Step<P> {
-    /// One block of the entry's threads, in a row, without shared memory, all constants 0.
+    /// One block of the threads of a kernel's entry for a type and a size (0 where it has none),
+    /// in a row, without shared memory, all constants 0.
     ///
     /// # Errors
-    /// There is no entry of that name.
-    pub fn new(symbol: &str, args: fn(&Call<'_, P>) -> Vec<u8>) -> Result<Self, String> {
-        match kernels_gpu::find(symbol) {
-            Some(entry) => Ok(Self::of(entry, args)),
-            None => Err(format!("has no entry {symbol}: the registry and kernels-gpu disagree")),
-        }
-    }
-
-    /// As [`Step::new`], of an entry at hand.
-    pub fn of(entry: &'static Entry, args: fn(&Call<'_, P>) -> Vec<u8>) -> Self {
-        Self {
+    /// The kernel has no such entry.
+    pub fn new(
+        entries: Instances,
+        dtype: DType,
+        size: usize,
+        args: fn(&Call<'_, P>) -> Vec<u8>,
+    ) -> Result<Self, String> {
+        let entry = entries.find(dtype.name(), size);
+        let entry = entry.ok_or_else(|| format!("has no entry for {dtype} and size {size}"))?;
+        Ok(Self {
             entry,
             constants: Constants::default(),
             grid: 1.into(),
@@ -107,7 +111,7 @@ impl<P: Operation> Step<P> {
             shared_bytes: 0,
             maps: Vec::new(),
             args,
-        }
+        })
     }
 
     fn launch(&self, call: &Call<'_, P>, encode: Encode<'_>) -> Result<Launch, Error> {

@@ -1,6 +1,7 @@
 //! The entries of the table, in the order of the ladder.
 
 use kernels_gpu::{
+    entry::Instances,
     forward::{
         flash_async,
         flash_hopper::{self, Tiles},
@@ -55,15 +56,15 @@ const NAIVE: KernelSpec = KernelSpec {
         let scores = Step {
             grid: Dim3::new(tiles(p.seq_k(), tile), tiles(p.seq_q(), tile), heads),
             block: Dim3::new(tile, tile, 1),
-            ..step(p, &symbol("naive_scores", p))?
+            ..step(p, naive::SCORES, p.head_dim())?
         };
         let softmax = Step {
             grid: Dim3::new(tiles(p.seq_q(), naive::SOFTMAX_ROWS), 1, heads),
-            ..step(p, &format!("naive_softmax_{}", p.dtype()))?
+            ..step(p, naive::SOFTMAX, 0)?
         };
         let output = Step {
             grid: Dim3::new(tiles(p.seq_q() * p.head_dim(), naive::OUTPUT_THREADS), 1, heads),
-            ..step(p, &symbol("naive_output", p))?
+            ..step(p, naive::OUTPUT, p.head_dim())?
         };
         Ok(Draft { sections: vec![kept_weights(p)], steps: vec![scores, softmax, output] })
     },
@@ -100,12 +101,11 @@ fn standard_products(p: &Problem) -> Result<[Step<Problem>; 2], String> {
     let scores_grid = |tile| Dim3::new(tiles(p.seq_k(), tile), tiles(p.seq_q(), tile), heads(p));
     let output_grid =
         |rows, columns| Dim3::new(tiles(p.seq_q(), rows), tiles(p.head_dim(), columns), heads(p));
-    let (scores, output) = (format!("standard_scores_{dtype}"), format!("standard_output_{dtype}"));
     if dtype == DType::F32 {
         let tile = standard::TILED_TILE;
         return Ok([
-            Step { grid: scores_grid(tile), ..step(p, &scores)? },
-            Step { grid: output_grid(tile, tile), ..step(p, &output)? },
+            Step { grid: scores_grid(tile), ..step(p, standard::TILED_SCORES, 0)? },
+            Step { grid: output_grid(tile, tile), ..step(p, standard::TILED_OUTPUT, 0)? },
         ]);
     }
     let (tile, columns) = (standard::MMA_TILE, standard::output_columns(d));
@@ -113,12 +113,12 @@ fn standard_products(p: &Problem) -> Result<[Step<Problem>; 2], String> {
         Step {
             grid: scores_grid(tile),
             shared_bytes: standard::SCORES_SHARED_BYTES,
-            ..step(p, &scores)?
+            ..step(p, standard::SCORES, 0)?
         },
         Step {
             grid: output_grid(tile, columns),
             shared_bytes: standard::output_shared_bytes(columns),
-            ..step(p, &format!("{output}_x{columns}"))?
+            ..step(p, standard::OUTPUT, columns as usize)?
         },
     ])
 }
@@ -127,12 +127,15 @@ fn standard_products(p: &Problem) -> Result<[Step<Problem>; 2], String> {
 fn standard_softmax(p: &Problem) -> Result<Step<Problem>, String> {
     let (seq_k, bytes) = (p.seq_k() as u32, p.dtype().size() as u32);
     let row_threads = standard::softmax::row_threads(seq_k, bytes);
-    let of_row = if row_threads == standard::softmax::THREADS { "block" } else { "warp" };
+    let entries = match row_threads {
+        standard::softmax::THREADS => standard::softmax::OF_BLOCK,
+        _ => standard::softmax::OF_WARP,
+    };
     let rows = standard::softmax::THREADS / row_threads;
     Ok(Step {
         grid: Dim3::new(tiles(p.seq_q(), rows), 1, heads(p)),
         shared_bytes: standard::softmax::shared_bytes(seq_k, bytes, row_threads),
-        ..step(p, &format!("standard_softmax_{}_{of_row}", p.dtype()))?
+        ..step(p, entries, 0)?
     })
 }
 
@@ -152,7 +155,7 @@ const FLASH_TILED: KernelSpec = KernelSpec {
         let step = Step {
             grid: grid(p, flash_tiled::BR),
             shared_bytes: flash_tiled::shared_bytes(p.head_dim()),
-            ..step(p, &symbol("flash_tiled", p))?
+            ..step(p, flash_tiled::ENTRIES, p.head_dim())?
         };
         Ok(step.into())
     },
@@ -174,7 +177,7 @@ const FLASH_MMA: KernelSpec = KernelSpec {
             keys: vec![flash_mma::BC],
         },
     },
-    draft: |p, _| mma_draft("flash_mma", flash_mma::shared_bytes, p),
+    draft: |p, _| mma_draft(flash_mma::ENTRIES, flash_mma::shared_bytes, p),
 };
 
 const FLASH_SWIZZLED: KernelSpec = KernelSpec {
@@ -182,7 +185,7 @@ const FLASH_SWIZZLED: KernelSpec = KernelSpec {
     summary: "flash_mma on swizzled tiles: no bank conflicts, no padding",
     idea: "exchange the chunks of each row by its number, and eight rows below each other are \
            in eight groups of banks",
-    draft: |p, _| mma_draft("flash_swizzled", flash_swizzled::shared_bytes, p),
+    draft: |p, _| mma_draft(flash_swizzled::ENTRIES, flash_swizzled::shared_bytes, p),
     ..FLASH_MMA
 };
 
@@ -192,7 +195,7 @@ const FLASH_TURING: KernelSpec = KernelSpec {
     idea: "the same source for GPUs before Ampere: half of the instruction's depth, f16 only",
     dtypes: &[DType::F16],
     capability: (7, 5),
-    draft: |p, _| mma_draft("flash_turing", flash_swizzled::shared_bytes, p),
+    draft: |p, _| mma_draft(flash_swizzled::TURING, flash_swizzled::shared_bytes, p),
     ..FLASH_SWIZZLED
 };
 
@@ -200,20 +203,20 @@ const FLASH_ASYNC: KernelSpec = KernelSpec {
     name: "flash_async",
     summary: "flash_swizzled with asynchronous copies into two stages",
     idea: "the next tile arrives while this one is computed with",
-    draft: |p, _| mma_draft("flash_async", flash_async::shared_bytes, p),
+    draft: |p, _| mma_draft(flash_async::ENTRIES, flash_async::shared_bytes, p),
     ..FLASH_SWIZZLED
 };
 
 /// The launch of the rungs that share the tile of flash_mma.
 fn mma_draft(
-    kernel: &str,
+    entries: Instances,
     shared_bytes: fn(usize) -> u32,
     p: &Problem,
 ) -> Result<Draft<Problem>, String> {
     let step = Step {
         grid: grid(p, flash_mma::BR),
         shared_bytes: shared_bytes(p.head_dim()),
-        ..step(p, &symbol(kernel, p))?
+        ..step(p, entries, p.head_dim())?
     };
     Ok(step.into())
 }
@@ -237,7 +240,7 @@ const FLASH_PIPELINED: KernelSpec = KernelSpec {
     draft: |p, target| {
         let shape = flash_pipelined::shape(p.head_dim());
         let tasks = tiles(p.seq_q(), shape.rows()).saturating_mul(heads(p));
-        let step = step(p, &symbol("flash_pipelined", p))?;
+        let step = step(p, flash_pipelined::ENTRIES, p.head_dim())?;
         let shared_bytes = flash_pipelined::shared_bytes(p.head_dim());
         let blocks = target.blocks_at_once(step.entry, shared_bytes);
         let step = Step { grid: tasks.min(blocks).into(), shared_bytes, ..step };
@@ -267,7 +270,7 @@ const FLASH_TF32: KernelSpec = KernelSpec {
             // Too many blocks for a grid: the launch is refused.
             grid: tiles(p.seq_q(), rows).saturating_mul(heads(p)).into(),
             shared_bytes: flash_tf32::shared_bytes(p.head_dim()),
-            ..step(p, &symbol("flash_tf32", p))?
+            ..step(p, flash_tf32::ENTRIES, p.head_dim())?
         };
         Ok(step.into())
     },
@@ -297,7 +300,10 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
         let (d, seq_q) = (p.head_dim() as u32, p.seq_q() as u64);
         let multiprocessors = target.multiprocessors;
         let hopper = Tiles::best(d, constants(p), seq_q, heads(p).into(), multiprocessors);
-        let size = if hopper.consumers == 3 { "_x3" } else { "" };
+        let entries = match hopper.consumers {
+            3 => flash_hopper::THREE_CONSUMERS,
+            _ => flash_hopper::TWO_CONSUMERS,
+        };
         let tasks = tiles(p.seq_q(), hopper.rows()).saturating_mul(heads(p));
         let [q, k, v, o] = hopper.boxes();
         let step = Step {
@@ -310,7 +316,7 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
                 Map { box_dims: v, spec: |c, b| map(c.problem, &c.args.v, c.problem.seq_k(), b) },
                 Map { box_dims: o, spec: |c, b| map(c.problem, &c.args.o, c.problem.seq_q(), b) },
             ],
-            ..step(p, &format!("{}{size}", symbol("flash_hopper", p)))?
+            ..step(p, entries, p.head_dim())?
         };
         Ok(Draft { sections: vec![Section::QUEUE], ..step.into() })
     },
@@ -343,7 +349,7 @@ pub(crate) static WEIGHTS: KernelSpec = KernelSpec {
         let step = Step {
             grid: Dim3::new(tiles(p.seq_q(), weights::TILE), 1, heads(p)),
             block: Dim3::new(weights::TILE, weights::TILE, 1),
-            ..step(p, &symbol("weights", p))?
+            ..step(p, weights::ENTRIES, p.head_dim())?
         };
         Ok(Draft { sections: vec![kept_weights(p)], ..step.into() })
     },
@@ -354,19 +360,14 @@ fn kept_weights(p: &Problem) -> Section {
     Section::new(Usage::Weights, p.weights_bytes())
 }
 
-/// A launch of that entry for a problem, with the arguments of attention.
-pub(super) fn step(p: &Problem, symbol: &str) -> Result<Step<Problem>, String> {
-    Ok(Step { constants: constants(p), ..Step::new(symbol, args)? })
+/// A launch of a kernel's entry of that size for a problem, with the arguments of attention.
+pub(super) fn step(p: &Problem, entries: Instances, size: usize) -> Result<Step<Problem>, String> {
+    Ok(Step { constants: constants(p), ..Step::new(entries, p.dtype(), size, args)? })
 }
 
 /// A block per tile of `rows` query rows: `x` counts tiles, `y` heads, `z` batch entries.
 pub(super) fn grid(p: &Problem, rows: u32) -> Dim3 {
     Dim3::new(tiles(p.seq_q(), rows), tiles(p.heads(), 1), tiles(p.batch(), 1))
-}
-
-/// The entry of a kernel for a problem's storage type and head dim.
-pub(super) fn symbol(kernel: &str, p: &Problem) -> String {
-    format!("{kernel}_{}_d{}", p.dtype(), p.head_dim())
 }
 
 /// How many tiles of `tile` cover `n`; more than a grid can have where it overflows, so

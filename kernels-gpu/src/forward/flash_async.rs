@@ -133,8 +133,5 @@ pub unsafe fn flash_async<T: Scalar, const D: usize, const COLUMN_TILES: usize>(
 entries! {
     /// Instances of [`flash_async`].
     pub static ENTRIES: AttentionArgs => "sm_80", threads THREADS, min_blocks 2;
-    flash_async_f16_d64 = flash_async::<f16, 64, 8>;
-    flash_async_f16_d128 = flash_async::<f16, 128, 16>;
-    flash_async_bf16_d64 = flash_async::<bf16, 64, 8>;
-    flash_async_bf16_d128 = flash_async::<bf16, 128, 16>;
+    flash_async: T in [f16, bf16], d D in [64, 128] = flash_async::<T, D, { D / 8 }>;
 }

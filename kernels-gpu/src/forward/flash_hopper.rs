@@ -237,20 +237,11 @@ pub unsafe fn flash_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
 entries! {
     /// Instances of [`flash_hopper`] with three consumers, for launches without padding and dropout.
     pub static THREE_CONSUMERS: HopperArgs => "sm_90a", threads Tiles::of(64, 3).threads(), min_blocks 1;
-    flash_hopper_f16_d64_x3 = flash_hopper::<f16, Hopper<64, 3>>;
-    flash_hopper_bf16_d64_x3 = flash_hopper::<bf16, Hopper<64, 3>>;
+    flash_hopper: T in [f16, bf16], d D in [64], "_x3" = flash_hopper::<T, Hopper<{ D as u32 }, 3>>;
 }
 entries! {
     /// Instances of [`flash_hopper`] with two consumers.
     pub static TWO_CONSUMERS: HopperArgs => "sm_90a", threads Tiles::of(64, 2).threads(), min_blocks 1;
-    flash_hopper_f16_d64 = flash_hopper::<f16, Hopper<64, 2>>;
-    flash_hopper_f16_d96 = flash_hopper::<f16, Hopper<96, 2>>;
-    flash_hopper_f16_d128 = flash_hopper::<f16, Hopper<128, 2>>;
-    flash_hopper_f16_d192 = flash_hopper::<f16, Hopper<192, 2>>;
-    flash_hopper_f16_d256 = flash_hopper::<f16, Hopper<256, 2>>;
-    flash_hopper_bf16_d64 = flash_hopper::<bf16, Hopper<64, 2>>;
-    flash_hopper_bf16_d96 = flash_hopper::<bf16, Hopper<96, 2>>;
-    flash_hopper_bf16_d128 = flash_hopper::<bf16, Hopper<128, 2>>;
-    flash_hopper_bf16_d192 = flash_hopper::<bf16, Hopper<192, 2>>;
-    flash_hopper_bf16_d256 = flash_hopper::<bf16, Hopper<256, 2>>;
+    flash_hopper: T in [f16, bf16], d D in [64, 96, 128, 192, 256] =
+        flash_hopper::<T, Hopper<{ D as u32 }, 2>>;
 }

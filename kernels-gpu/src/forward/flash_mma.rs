@@ -143,8 +143,6 @@ pub unsafe fn flash_mma<
 entries! {
     /// Instances of [`flash_mma`] for sm_80 and later.
     pub static ENTRIES: AttentionArgs => "sm_80", threads THREADS, min_blocks 2;
-    flash_mma_f16_d64 = flash_mma::<f16, Ampere, Padded<64>, 64, 8>;
-    flash_mma_f16_d128 = flash_mma::<f16, Ampere, Padded<128>, 128, 16>;
-    flash_mma_bf16_d64 = flash_mma::<bf16, Ampere, Padded<64>, 64, 8>;
-    flash_mma_bf16_d128 = flash_mma::<bf16, Ampere, Padded<128>, 128, 16>;
+    flash_mma: T in [f16, bf16], d D in [64, 128] =
+        flash_mma::<T, Ampere, Padded<D>, D, { D / 8 }>;
 }

@@ -119,6 +119,11 @@ impl PipelinedShape {
         self.warps * warp::LANES
     }
 
+    /// Blocks that fit on a multiprocessor at once.
+    const fn blocks(&self) -> u32 {
+        8 / self.warps
+    }
+
     /// Query rows of a block.
     #[must_use]
     pub const fn rows(&self) -> u32 {
@@ -346,44 +351,18 @@ impl NextTask {
     }
 }
 
-/// The kernel for a type and head dim.
-macro_rules! kernel {
-    ($type:ty, $d:literal) => {
-        flash_pipelined::<
-            $type,
-            $d,
-            { $d / 16 },
-            { $d / 8 },
-            { shape($d).fragments as usize },
-            { shape($d).threads() },
-            { shape($d).rows() },
-            { shape($d).keys },
-            { shape($d).keys as usize / 8 },
-        >
-    };
-}
-
 entries! {
-    /// Instances of [`flash_pipelined`] with four warps.
-    pub static FOUR_WARPS: AttentionArgs => "sm_80", threads tile::FOUR_WARPS, min_blocks 2;
-    flash_pipelined_f16_d32 = kernel!(f16, 32);
-    flash_pipelined_f16_d64 = kernel!(f16, 64);
-    flash_pipelined_f16_d96 = kernel!(f16, 96);
-    flash_pipelined_f16_d128 = kernel!(f16, 128);
-    flash_pipelined_f16_d224 = kernel!(f16, 224);
-    flash_pipelined_bf16_d32 = kernel!(bf16, 32);
-    flash_pipelined_bf16_d64 = kernel!(bf16, 64);
-    flash_pipelined_bf16_d96 = kernel!(bf16, 96);
-    flash_pipelined_bf16_d128 = kernel!(bf16, 128);
-    flash_pipelined_bf16_d224 = kernel!(bf16, 224);
-}
-entries! {
-    /// Instances of [`flash_pipelined`] with eight warps.
-    pub static EIGHT_WARPS: AttentionArgs => "sm_80", threads 2 * tile::FOUR_WARPS, min_blocks 1;
-    flash_pipelined_f16_d160 = kernel!(f16, 160);
-    flash_pipelined_f16_d192 = kernel!(f16, 192);
-    flash_pipelined_f16_d256 = kernel!(f16, 256);
-    flash_pipelined_bf16_d160 = kernel!(bf16, 160);
-    flash_pipelined_bf16_d192 = kernel!(bf16, 192);
-    flash_pipelined_bf16_d256 = kernel!(bf16, 256);
+    /// Instances of [`flash_pipelined`].
+    pub static ENTRIES: AttentionArgs => "sm_80", threads shape(D).threads(), min_blocks shape(D).blocks();
+    flash_pipelined: T in [f16, bf16], d D in [32, 64, 96, 128, 160, 192, 224, 256] = flash_pipelined::<
+        T,
+        D,
+        { D / 16 },
+        { D / 8 },
+        { shape(D).fragments as usize },
+        { shape(D).threads() },
+        { shape(D).rows() },
+        { shape(D).keys },
+        { shape(D).keys as usize / 8 },
+    >;
 }

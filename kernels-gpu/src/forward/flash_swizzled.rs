@@ -52,24 +52,15 @@ pub const fn shared_bytes(d: usize) -> u32 {
     (BR + 2 * BC) * d as u32 * 2
 }
 
-/// The kernel for a type, tensor core and head dim.
-macro_rules! kernel {
-    ($type:ty, $core:ty, $d:literal) => {
-        flash_mma::flash_mma::<$type, $core, Swizzled<$d>, $d, { $d / 8 }>
-    };
-}
-
 entries! {
     /// Instances for sm_80 and later.
     pub static ENTRIES: AttentionArgs => "sm_80", threads THREADS, min_blocks 2;
-    flash_swizzled_f16_d64 = kernel!(f16, Ampere, 64);
-    flash_swizzled_f16_d128 = kernel!(f16, Ampere, 128);
-    flash_swizzled_bf16_d64 = kernel!(bf16, Ampere, 64);
-    flash_swizzled_bf16_d128 = kernel!(bf16, Ampere, 128);
+    flash_swizzled: T in [f16, bf16], d D in [64, 128] =
+        flash_mma::flash_mma::<T, Ampere, Swizzled<D>, D, { D / 8 }>;
 }
 entries! {
     /// Instances for sm_75.
     pub static TURING: AttentionArgs => "sm_75", threads THREADS, min_blocks 2;
-    flash_turing_f16_d64 = kernel!(f16, Turing, 64);
-    flash_turing_f16_d128 = kernel!(f16, Turing, 128);
+    flash_turing: T in [f16], d D in [64, 128] =
+        flash_mma::flash_mma::<T, Turing, Swizzled<D>, D, { D / 8 }>;
 }

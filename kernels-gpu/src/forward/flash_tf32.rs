@@ -412,30 +412,16 @@ unsafe fn store<const HALVES: usize, const O: usize>(
     });
 }
 
-/// The kernel for a head dim.
-macro_rules! kernel {
-    ($d:literal) => {
-        flash_tf32::<
-            { 2 * $d },
-            { shape($d).columns as usize / 8 },
-            { shape($d).fragments as usize },
-            { shape($d).rows($d) },
-            { shape($d).keys },
-            { shape($d).keys as usize / 8 },
-        >
-    };
-}
-
 entries! {
     /// Instances of [`flash_tf32`]. No number of blocks is asked for: two have room, but told
     /// so ptxas spends all 255 registers on loads ahead, and then spills.
     pub static ENTRIES: AttentionArgs => "sm_80", threads THREADS, min_blocks 0;
-    flash_tf32_f32_d32 = kernel!(32);
-    flash_tf32_f32_d64 = kernel!(64);
-    flash_tf32_f32_d96 = kernel!(96);
-    flash_tf32_f32_d128 = kernel!(128);
-    flash_tf32_f32_d160 = kernel!(160);
-    flash_tf32_f32_d192 = kernel!(192);
-    flash_tf32_f32_d224 = kernel!(224);
-    flash_tf32_f32_d256 = kernel!(256);
+    flash_tf32: T in [f32], d D in [32, 64, 96, 128, 160, 192, 224, 256] = flash_tf32::<
+        { 2 * D },
+        { shape(D).columns as usize / 8 },
+        { shape(D).fragments as usize },
+        { shape(D).rows(D) },
+        { shape(D).keys },
+        { shape(D).keys as usize / 8 },
+    >;
 }

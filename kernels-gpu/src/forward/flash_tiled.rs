@@ -343,16 +343,5 @@ fn read_vector(tile: Shared<f32>, index: u32) -> [f32; VECTOR] {
 entries! {
     /// Instances of [`flash_tiled`].
     pub static ENTRIES: AttentionArgs => "sm_75", threads THREADS, min_blocks 1;
-    flash_tiled_f32_d32 = flash_tiled::<f32, 32>;
-    flash_tiled_f32_d64 = flash_tiled::<f32, 64>;
-    flash_tiled_f32_d96 = flash_tiled::<f32, 96>;
-    flash_tiled_f32_d128 = flash_tiled::<f32, 128>;
-    flash_tiled_f16_d32 = flash_tiled::<f16, 32>;
-    flash_tiled_f16_d64 = flash_tiled::<f16, 64>;
-    flash_tiled_f16_d96 = flash_tiled::<f16, 96>;
-    flash_tiled_f16_d128 = flash_tiled::<f16, 128>;
-    flash_tiled_bf16_d32 = flash_tiled::<bf16, 32>;
-    flash_tiled_bf16_d64 = flash_tiled::<bf16, 64>;
-    flash_tiled_bf16_d96 = flash_tiled::<bf16, 96>;
-    flash_tiled_bf16_d128 = flash_tiled::<bf16, 128>;
+    flash_tiled: T in [f32, f16, bf16], d D in [32, 64, 96, 128] = flash_tiled::<T, D>;
 }

@@ -158,39 +158,15 @@ pub unsafe fn output<T: Scalar, const D: usize>(args: &AttentionArgs) {
 entries! {
     /// Instances of [`scores`].
     pub static SCORES: AttentionArgs => "sm_75", threads SCORES_TILE * SCORES_TILE, min_blocks 1;
-    naive_scores_f32_d32 = scores::<f32, 32>;
-    naive_scores_f32_d64 = scores::<f32, 64>;
-    naive_scores_f32_d96 = scores::<f32, 96>;
-    naive_scores_f32_d128 = scores::<f32, 128>;
-    naive_scores_f16_d32 = scores::<f16, 32>;
-    naive_scores_f16_d64 = scores::<f16, 64>;
-    naive_scores_f16_d96 = scores::<f16, 96>;
-    naive_scores_f16_d128 = scores::<f16, 128>;
-    naive_scores_bf16_d32 = scores::<bf16, 32>;
-    naive_scores_bf16_d64 = scores::<bf16, 64>;
-    naive_scores_bf16_d96 = scores::<bf16, 96>;
-    naive_scores_bf16_d128 = scores::<bf16, 128>;
+    naive_scores: T in [f32, f16, bf16], d D in [32, 64, 96, 128] = scores::<T, D>;
 }
 entries! {
     /// Instances of [`softmax_rows`].
     pub static SOFTMAX: AttentionArgs => "sm_75", threads SOFTMAX_THREADS, min_blocks 1;
-    naive_softmax_f32 = softmax_rows::<f32>;
-    naive_softmax_f16 = softmax_rows::<f16>;
-    naive_softmax_bf16 = softmax_rows::<bf16>;
+    naive_softmax: T in [f32, f16, bf16] = softmax_rows::<T>;
 }
 entries! {
     /// Instances of [`output`].
     pub static OUTPUT: AttentionArgs => "sm_75", threads OUTPUT_THREADS, min_blocks 1;
-    naive_output_f32_d32 = output::<f32, 32>;
-    naive_output_f32_d64 = output::<f32, 64>;
-    naive_output_f32_d96 = output::<f32, 96>;
-    naive_output_f32_d128 = output::<f32, 128>;
-    naive_output_f16_d32 = output::<f16, 32>;
-    naive_output_f16_d64 = output::<f16, 64>;
-    naive_output_f16_d96 = output::<f16, 96>;
-    naive_output_f16_d128 = output::<f16, 128>;
-    naive_output_bf16_d32 = output::<bf16, 32>;
-    naive_output_bf16_d64 = output::<bf16, 64>;
-    naive_output_bf16_d96 = output::<bf16, 96>;
-    naive_output_bf16_d128 = output::<bf16, 128>;
+    naive_output: T in [f32, f16, bf16], d D in [32, 64, 96, 128] = output::<T, D>;
 }

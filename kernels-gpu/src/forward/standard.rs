@@ -78,6 +78,14 @@ pub const fn output_columns(d: u32) -> u32 {
     best
 }
 
+/// The products of a warp of [`output`] for so many columns: along the rows, along the columns.
+const fn output_tiles(columns: usize) -> (usize, usize) {
+    match columns {
+        128 => (4, 8),
+        _ => (2, columns / 8),
+    }
+}
+
 /// Dynamic shared memory of a block of [`output`] in bytes.
 #[must_use]
 pub const fn output_shared_bytes(columns: u32) -> u32 {
@@ -229,22 +237,30 @@ pub unsafe fn output_tiled<T: Scalar>(args: &AttentionArgs) {
 }
 
 entries! {
-    /// Instances of [`scores`] and [`output`].
-    pub static PRODUCTS: AttentionArgs => "sm_80", threads MMA_THREADS, min_blocks 2;
-    standard_scores_f16 = scores::<f16, Ampere>;
-    standard_scores_bf16 = scores::<bf16, Ampere>;
-    standard_output_f16_x64 = output::<f16, Ampere, 64, 2, 8>;
-    standard_output_f16_x96 = output::<f16, Ampere, 96, 2, 12>;
-    standard_output_f16_x128 = output::<f16, Ampere, 128, 4, 8>;
-    standard_output_bf16_x64 = output::<bf16, Ampere, 64, 2, 8>;
-    standard_output_bf16_x96 = output::<bf16, Ampere, 96, 2, 12>;
-    standard_output_bf16_x128 = output::<bf16, Ampere, 128, 4, 8>;
+    /// Instances of [`scores`].
+    pub static SCORES: AttentionArgs => "sm_80", threads MMA_THREADS, min_blocks 2;
+    standard_scores: T in [f16, bf16] = scores::<T, Ampere>;
 }
 entries! {
-    /// Instances of [`scores_tiled`] and [`output_tiled`].
-    pub static TILED_PRODUCTS: AttentionArgs => "sm_75", threads TILED_THREADS, min_blocks 2;
-    standard_scores_f32 = scores_tiled::<f32>;
-    standard_output_f32 = output_tiled::<f32>;
+    /// Instances of [`output`], by the columns of a tile.
+    pub static OUTPUT: AttentionArgs => "sm_80", threads MMA_THREADS, min_blocks 2;
+    standard_output: T in [f16, bf16], x COLUMNS in [64, 96, 128] = output::<
+        T,
+        Ampere,
+        COLUMNS,
+        { output_tiles(COLUMNS).0 },
+        { output_tiles(COLUMNS).1 },
+    >;
+}
+entries! {
+    /// Instances of [`scores_tiled`].
+    pub static TILED_SCORES: AttentionArgs => "sm_75", threads TILED_THREADS, min_blocks 2;
+    standard_scores: T in [f32] = scores_tiled::<T>;
+}
+entries! {
+    /// Instances of [`output_tiled`].
+    pub static TILED_OUTPUT: AttentionArgs => "sm_75", threads TILED_THREADS, min_blocks 2;
+    standard_output: T in [f32] = output_tiled::<T>;
 }
 
 #[cfg(test)]

@@ -84,28 +84,5 @@ pub unsafe fn weights<T: Scalar, const D: usize>(args: &AttentionArgs) {
 entries! {
     /// Instances of [`weights()`].
     pub static ENTRIES: AttentionArgs => "sm_75", threads TILE * TILE, min_blocks 1;
-    weights_f32_d32 = weights::<f32, 32>;
-    weights_f32_d64 = weights::<f32, 64>;
-    weights_f32_d96 = weights::<f32, 96>;
-    weights_f32_d128 = weights::<f32, 128>;
-    weights_f32_d160 = weights::<f32, 160>;
-    weights_f32_d192 = weights::<f32, 192>;
-    weights_f32_d224 = weights::<f32, 224>;
-    weights_f32_d256 = weights::<f32, 256>;
-    weights_f16_d32 = weights::<f16, 32>;
-    weights_f16_d64 = weights::<f16, 64>;
-    weights_f16_d96 = weights::<f16, 96>;
-    weights_f16_d128 = weights::<f16, 128>;
-    weights_f16_d160 = weights::<f16, 160>;
-    weights_f16_d192 = weights::<f16, 192>;
-    weights_f16_d224 = weights::<f16, 224>;
-    weights_f16_d256 = weights::<f16, 256>;
-    weights_bf16_d32 = weights::<bf16, 32>;
-    weights_bf16_d64 = weights::<bf16, 64>;
-    weights_bf16_d96 = weights::<bf16, 96>;
-    weights_bf16_d128 = weights::<bf16, 128>;
-    weights_bf16_d160 = weights::<bf16, 160>;
-    weights_bf16_d192 = weights::<bf16, 192>;
-    weights_bf16_d224 = weights::<bf16, 224>;
-    weights_bf16_d256 = weights::<bf16, 256>;
+    weights: T in [f32, f16, bf16], d D in [32, 64, 96, 128, 160, 192, 224, 256] = weights::<T, D>;
 }

@@ -430,25 +430,13 @@ unsafe fn store<T: Operand, const GROUPS: usize>(
     });
 }
 
-/// The kernel for a type and a width of tiles.
-macro_rules! kernel {
-    ($type:ty, $columns:literal) => {
-        linear_hopper::<
-            $type,
-            $columns,
-            { Tile { columns: $columns }.w_bytes() },
-            { $columns as usize / 8 },
-        >
-    };
-}
-
 entries! {
-    /// Instances of [`linear_hopper`].
+    /// Instances of [`linear_hopper`], by the columns of a tile.
     pub static ENTRIES: LinearHopperArgs => "sm_90a", threads THREADS, min_blocks 1, cluster CLUSTER;
-    linear_hopper_f16_n256 = kernel!(f16, 256);
-    linear_hopper_f16_n192 = kernel!(f16, 192);
-    linear_hopper_f16_n128 = kernel!(f16, 128);
-    linear_hopper_bf16_n256 = kernel!(bf16, 256);
-    linear_hopper_bf16_n192 = kernel!(bf16, 192);
-    linear_hopper_bf16_n128 = kernel!(bf16, 128);
+    linear_hopper: T in [f16, bf16], n BN in [256, 192, 128] = linear_hopper::<
+        T,
+        { BN as u32 },
+        { Tile { columns: BN as u32 }.w_bytes() },
+        { BN / 8 },
+    >;
 }

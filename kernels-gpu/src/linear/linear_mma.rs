@@ -86,6 +86,5 @@ pub unsafe fn linear_mma<T: Scalar, C: TensorCore<T>>(args: &LinearArgs) {
 entries! {
     /// Instances of [`linear_mma`].
     pub static ENTRIES: LinearArgs => "sm_80", threads THREADS, min_blocks 2;
-    linear_mma_f16 = linear_mma::<f16, Ampere>;
-    linear_mma_bf16 = linear_mma::<bf16, Ampere>;
+    linear_mma: T in [f16, bf16] = linear_mma::<T, Ampere>;
 }

@@ -60,7 +60,5 @@ pub unsafe fn linear_naive<T: Scalar>(args: &LinearArgs) {
 entries! {
     /// Instances of [`linear_naive`].
     pub static ENTRIES: LinearArgs => "sm_75", threads TILE * TILE, min_blocks 1;
-    linear_naive_f32 = linear_naive::<f32>;
-    linear_naive_f16 = linear_naive::<f16>;
-    linear_naive_bf16 = linear_naive::<bf16>;
+    linear_naive: T in [f32, f16, bf16] = linear_naive::<T>;
 }

@@ -63,7 +63,5 @@ pub unsafe fn linear_tiled<T: Scalar>(args: &LinearArgs) {
 entries! {
     /// Instances of [`linear_tiled`].
     pub static ENTRIES: LinearArgs => "sm_75", threads THREADS, min_blocks 2;
-    linear_tiled_f32 = linear_tiled::<f32>;
-    linear_tiled_f16 = linear_tiled::<f16>;
-    linear_tiled_bf16 = linear_tiled::<bf16>;
+    linear_tiled: T in [f32, f16, bf16] = linear_tiled::<T>;
 }

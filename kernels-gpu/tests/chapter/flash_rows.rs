@@ -86,7 +86,5 @@ pub unsafe fn flash_rows<T: Scalar, const D: usize, const COLUMNS: usize>(args: 
 entries! {
     /// Instances of [`flash_rows`].
     pub static ENTRIES: AttentionArgs => "sm_75", threads THREADS, min_blocks 1;
-    flash_rows_f32_d64 = flash_rows::<f32, 64, 2>;
-    flash_rows_f16_d64 = flash_rows::<f16, 64, 2>;
-    flash_rows_bf16_d64 = flash_rows::<bf16, 64, 2>;
+    flash_rows: T in [f32, f16, bf16], d D in [64] = flash_rows::<T, D, { D / 32 }>;
 }

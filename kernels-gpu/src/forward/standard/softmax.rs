@@ -324,12 +324,12 @@ fn drop_weights<T: Chunk>(policy: &Policy, i: u32, key: u32, p: &mut [f32; MAX_E
 }
 
 entries! {
-    /// Instances of [`softmax_rows`].
-    pub static ENTRIES: AttentionArgs => "sm_80", threads THREADS, min_blocks 6;
-    standard_softmax_f32_warp = softmax_rows::<f32, { warp::LANES }>;
-    standard_softmax_f16_warp = softmax_rows::<f16, { warp::LANES }>;
-    standard_softmax_bf16_warp = softmax_rows::<bf16, { warp::LANES }>;
-    standard_softmax_f32_block = softmax_rows::<f32, THREADS>;
-    standard_softmax_f16_block = softmax_rows::<f16, THREADS>;
-    standard_softmax_bf16_block = softmax_rows::<bf16, THREADS>;
+    /// Instances of [`softmax_rows`] with one warp per row.
+    pub static OF_WARP: AttentionArgs => "sm_80", threads THREADS, min_blocks 6;
+    standard_softmax: T in [f32, f16, bf16], "_warp" = softmax_rows::<T, { warp::LANES }>;
+}
+entries! {
+    /// Instances of [`softmax_rows`] with one block per row.
+    pub static OF_BLOCK: AttentionArgs => "sm_80", threads THREADS, min_blocks 6;
+    standard_softmax: T in [f32, f16, bf16], "_block" = softmax_rows::<T, THREADS>;
 }
