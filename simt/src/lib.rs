@@ -62,6 +62,7 @@ pub mod dim;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod emulator;
 pub mod global;
+mod hardware;
 pub mod layout;
 pub mod math;
 pub mod matrix;

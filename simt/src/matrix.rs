@@ -21,7 +21,6 @@ use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::emulator::{
-    FaultKind,
     collectives::{self, WarpCall},
     current,
 };
@@ -87,7 +86,7 @@ pub fn load_chunk<T: Memory>(tile: Shared<T>, index: u32) -> [u32; 4] {
         check_row(tile, index, "read", at);
         let address = [tile.address_of(index)];
         collectives::collective("load_chunk", FULL_MASK, address, at, |call: WarpCall<'_>| {
-            whole_warp(&call, "load_chunk", at)?;
+            call.whole_warp("load_chunk", at)?;
             let base = call.warp * 32;
             let offsets: [u32; 32] = std::array::from_fn(|lane| call.input[lane][0]);
             for (lane, &offset) in offsets.iter().enumerate() {
@@ -122,7 +121,7 @@ pub fn store_x4<T: Memory>(tile: Shared<T>, row: u32, v: [u32; 4]) {
         let input = [tile.address_of(row), v[0], v[1], v[2], v[3]];
         let _: [u32; 0] =
             collectives::collective("store_x4", FULL_MASK, input, at, |call: WarpCall<'_>| {
-                whole_warp(&call, "store_x4", at)?;
+                call.whole_warp("store_x4", at)?;
                 let base = call.warp * 32;
                 for lane in 0..32 {
                     let (matrix, r) = (lane / 8, lane % 8);
@@ -152,22 +151,6 @@ fn check_row<T: Memory>(
     current::checked(|b| tile.check::<[u32; 4]>(b, row, what, at));
 }
 
-/// These instructions are for whole warps.
-#[cfg(not(target_arch = "nvptx64"))]
-pub(crate) fn whole_warp(
-    call: &WarpCall<'_>,
-    name: &str,
-    at: &'static Location<'static>,
-) -> Result<(), FaultKind> {
-    if call.mask == FULL_MASK {
-        return Ok(());
-    }
-    Err(FaultKind::Misuse {
-        message: format!("{name} in a warp of {} lanes: it needs all 32", call.mask.count_ones()),
-        this: call.block.site(at),
-    })
-}
-
 #[cfg(not(target_arch = "nvptx64"))]
 fn load<T: Memory, const N: usize>(
     name: &'static str,
@@ -181,7 +164,7 @@ fn load<T: Memory, const N: usize>(
         check_row(tile, row, "read", at);
     }
     collectives::collective(name, FULL_MASK, [tile.address_of(row)], at, |call: WarpCall<'_>| {
-        whole_warp(&call, name, at)?;
+        call.whole_warp(name, at)?;
         let base = call.warp * 32;
         let mut offsets = [0; 32];
         for matrix in 0..N {

@@ -21,7 +21,7 @@ use crate::emulator::{
     SyncKind,
     mbarriers::{self, Scope},
 };
-use crate::shared::Shared;
+use crate::{hardware::MBARRIER_BYTES, shared::Shared};
 
 /// Asks with `$instruction` until the phase of that parity has completed.
 #[cfg(target_arch = "nvptx64")]
@@ -53,7 +53,7 @@ pub struct Mbarrier {
 
 impl Mbarrier {
     /// Bytes of one barrier.
-    pub const BYTES: u32 = 8;
+    pub const BYTES: u32 = MBARRIER_BYTES;
 
     /// The barrier that is element `index` of `view`.
     #[inline(always)]

@@ -28,7 +28,6 @@ use crate::scalar::Scalar;
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::{
     emulator::collectives::{self, WarpCall},
-    matrix::whole_warp,
     warp::FULL_MASK,
 };
 
@@ -337,7 +336,7 @@ fn product<const K: usize, const A: usize, const B: usize>(
     input[8..8 + B].copy_from_slice(&b);
     let output: [u32; 4] =
         collectives::collective(name, FULL_MASK, input, at, |call: WarpCall<'_>| {
-            whole_warp(&call, name, at)?;
+            call.whole_warp(name, at)?;
             let (mut a, mut b, mut c) = ([[0.0; K]; 16], [[0.0; 8]; K], [[0.0; 8]; 16]);
             for lane in 0..32 {
                 let (g, t) = (lane / 4, lane % 4);

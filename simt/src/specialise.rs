@@ -14,9 +14,8 @@
 //!
 //! [`Options::constants`]: crate::emulator::Options::constants
 
-/// The most constants of a crate of kernels.
 #[cfg(not(target_arch = "nvptx64"))]
-pub const MAX_CONSTANTS: usize = 16;
+pub use crate::hardware::MAX_CONSTANTS;
 
 #[cfg(not(target_arch = "nvptx64"))]
 mod text;

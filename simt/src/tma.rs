@@ -13,25 +13,11 @@ use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::emulator::bulk;
+pub use crate::hardware::TensorMap;
 use crate::mbarrier::Mbarrier;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use crate::emulator::tensor_map::{Element, TensorMapError, TensorMapSpec};
-
-/// A tensor map: 128 bytes that the CUDA driver encodes for a GPU, and
-/// [`TensorMapSpec::encode`] for the emulator. Copies are given its address, which may lie in
-/// an entry's parameter ([`parameter`](crate::parameter)) or in global memory. What the host
-/// wrote before the launch needs no fence. Aligned to 64 bytes; rustc compiles no entry for a
-/// GPU whose parameter is aligned to more than 16, so that there the PTX builder says so.
-#[cfg_attr(not(target_arch = "nvptx64"), repr(C, align(64)))]
-#[cfg_attr(target_arch = "nvptx64", repr(C))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TensorMap(pub [u8; TensorMap::BYTES]);
-
-impl TensorMap {
-    /// Size of a tensor map.
-    pub const BYTES: usize = 128;
-}
 
 /// Starts to fetch the map at `map` into the cache for descriptors.
 ///

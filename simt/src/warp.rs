@@ -12,13 +12,8 @@ use crate::emulator::{
     collectives::{self, WarpCall},
     current,
 };
+pub use crate::hardware::{FULL_MASK, LANES};
 use crate::thread;
-
-/// All lanes of a warp.
-pub const FULL_MASK: u32 = u32::MAX;
-
-/// Lanes of a warp.
-pub const LANES: u32 = 32;
 
 /// Index of this lane in its warp, 0 to 31.
 #[inline(always)]

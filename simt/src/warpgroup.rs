@@ -5,10 +5,8 @@ use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::emulator::registers::{self, Direction};
+pub use crate::hardware::{WARPGROUP_THREADS as THREADS, registers_at_launch};
 use crate::{thread, warp};
-
-/// Threads of a warpgroup.
-pub const THREADS: u32 = 128;
 
 /// Index of this warpgroup in its block, as a value that the compiler knows to be the
 /// same in all lanes, so that branches on it are uniform.
@@ -24,19 +22,6 @@ pub fn id() -> u32 {
 #[must_use]
 pub fn thread_id() -> u32 {
     thread::index_in_block() % THREADS
-}
-
-/// Registers of a multiprocessor.
-const REGISTERS: u32 = 1 << 16;
-
-/// Registers that each thread of a block of `threads` threads has when it begins, with a
-/// multiprocessor to itself: what [`increase_registers`] takes must have been given back, so
-/// that the sum over all threads stays within `threads` times that. A multiple of 8.
-#[must_use]
-pub const fn registers_at_launch(threads: u32) -> u32 {
-    let fair = REGISTERS / threads;
-    let most = 255;
-    (if fair < most { fair } else { most }) / 8 * 8
 }
 
 /// Whether the registers of a block, with a multiprocessor to itself, suffice for so many a thread

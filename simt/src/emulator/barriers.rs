@@ -10,7 +10,7 @@ use super::{
     fault::{FaultKind, Place, Site},
     options::SyncKind,
 };
-use crate::warp::LANES;
+use crate::hardware::LANES;
 
 /// Named barriers of a block.
 const NAMED_BARRIERS: usize = 16;

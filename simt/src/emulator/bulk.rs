@@ -15,7 +15,7 @@ use super::{
     shadow::{Access, window},
     tensor_map::{Element, TensorMapSpec},
 };
-use crate::tma::TensorMap;
+use crate::hardware::TensorMap;
 
 struct Load {
     map: TensorMapSpec,

@@ -14,7 +14,7 @@
 //! [`Agent`], counted on after the warps; the floor says nothing of them, since no
 //! barrier of the block waits for them.
 
-use crate::warpgroup;
+use crate::hardware::WARPGROUP_THREADS;
 
 /// Time in synchronisations; 0 is before everything.
 pub(crate) type Time = u32;
@@ -24,7 +24,7 @@ pub(crate) const MAX_WARPS: usize = 32;
 
 /// The warpgroup of a lane.
 pub(crate) fn warpgroup_of(lane: u16) -> usize {
-    usize::from(lane) / warpgroup::THREADS as usize
+    usize::from(lane) / WARPGROUP_THREADS as usize
 }
 
 /// Who accesses shared memory without being a lane.

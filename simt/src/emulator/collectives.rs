@@ -5,6 +5,7 @@ use super::{
     current::{checked, suspend, with},
     fault::{FaultKind, Place},
 };
+use crate::hardware::FULL_MASK;
 
 /// Registers that a lane hands to a collective, at most.
 pub(crate) const COLLECTIVE_REGISTERS: usize = 16;
@@ -42,6 +43,20 @@ pub(crate) struct WarpCall<'a> {
     pub input: &'a WarpRegisters,
     /// What each lane gets.
     pub output: &'a mut WarpRegisters,
+}
+
+impl WarpCall<'_> {
+    /// Refuses what only a whole warp can do.
+    pub fn whole_warp(&self, name: &str, at: Place) -> Result<(), FaultKind> {
+        if self.mask == FULL_MASK {
+            return Ok(());
+        }
+        let lanes = self.mask.count_ones();
+        Err(FaultKind::Misuse {
+            message: format!("{name} in a warp of {lanes} lanes: it needs all 32"),
+            this: self.block.site(at),
+        })
+    }
 }
 
 /// A collective of the lanes of `mask` in the current warp: each brings registers, the

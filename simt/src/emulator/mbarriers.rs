@@ -7,7 +7,7 @@ use super::{
     fault::{FaultKind, Place, Site},
     options::{Alteration, SyncKind},
 };
-use crate::mbarrier;
+use crate::hardware::MBARRIER_BYTES;
 
 /// Mbarriers that the blocks of a cluster may have together under the emulator: each is an
 /// agent of its own.
@@ -76,7 +76,7 @@ struct Seen {
 }
 
 impl Mbarrier {
-    const BYTES: u32 = mbarrier::Mbarrier::BYTES;
+    const BYTES: u32 = MBARRIER_BYTES;
 
     /// A lane for which the phase that the arrivals complete can be over before it looks for the
     /// phase before: parities are all it has to go by, so that it would wait for ever. The

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::fault::Place;
-use crate::specialise::MAX_CONSTANTS;
+use crate::hardware::MAX_CONSTANTS;
 
 /// How a launch runs and what it checks.
 #[derive(Clone, Debug)]

@@ -7,10 +7,7 @@ use super::{
     fault::{FaultKind, Place, Site},
     options::SyncKind,
 };
-use crate::{
-    warp::{self, FULL_MASK},
-    warpgroup,
-};
+use crate::hardware::{FULL_MASK, LANES, WARPGROUP_THREADS, registers_at_launch};
 
 /// Which way a warp's registers change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,8 +46,8 @@ pub(crate) struct Registers {
 
 impl Registers {
     pub fn reset(&mut self, blocks: usize, threads: usize) {
-        let warps = blocks * threads.div_ceil(warp::LANES as usize);
-        let at_launch = warpgroup::registers_at_launch(threads as u32);
+        let warps = blocks * threads.div_ceil(LANES as usize);
+        let at_launch = registers_at_launch(threads as u32);
         self.of_warp.clear();
         self.of_warp.resize(warps, at_launch);
         self.free.clear();
@@ -60,7 +57,7 @@ impl Registers {
     }
 }
 
-const WARPS: usize = (warpgroup::THREADS / warp::LANES) as usize;
+const WARPS: usize = (WARPGROUP_THREADS / LANES) as usize;
 
 impl Block {
     /// Notes that the current warp comes to a change.
@@ -113,7 +110,7 @@ impl Block {
         let (warp, rank) = (self.warp(), self.rank());
         let has = &mut self.registers.of_warp[warp];
         let free = &mut self.registers.free[rank];
-        *free = *free + *has * warp::LANES - count * warp::LANES;
+        *free = *free + *has * LANES - count * LANES;
         *has = count;
     }
 
@@ -132,7 +129,7 @@ impl Block {
             return Err(FaultKind::Misuse {
                 message: "a change of registers that not all warps of the warpgroup came to"
                     .to_owned(),
-                this: Site { lane: warp as u32 * warp::LANES, location: Some(at) },
+                this: Site { lane: warp as u32 * LANES, location: Some(at) },
             });
         }
         Ok(())
@@ -153,7 +150,7 @@ pub(crate) fn change(direction: Direction, count: u32, at: Place) {
     }
     loop {
         let waits = current::with(|b| {
-            let need = (count - b.registers.of_warp[b.warp()]) * warp::LANES;
+            let need = (count - b.registers.of_warp[b.warp()]) * LANES;
             if need > b.registers.free[b.rank()] {
                 b.set_state(b.current, LaneState::AtRegisters { need, at });
                 return true;

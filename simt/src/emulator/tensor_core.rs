@@ -15,7 +15,7 @@ use super::{
     shadow::{Access, window},
     tensor_map::swizzle,
 };
-use crate::{matrix::whole_warp, warp::FULL_MASK};
+use crate::hardware::FULL_MASK;
 
 /// Lanes of a warpgroup.
 const LANES: usize = 128;
@@ -199,7 +199,7 @@ pub(crate) fn start(
 pub(crate) fn wait_group(pending: u32, in_flight: &mut Option<u64>, values: &mut [f32], at: Place) {
     let Some(pending) = current::pending(SyncKind::WgmmaWait, pending, at) else { return };
     let _: [u32; 0] = collective("wait_group", FULL_MASK, [pending], at, |call| {
-        whole_warp(&call, "wait_group", at)
+        call.whole_warp("wait_group", at)
     });
     loop {
         let suspended = current::with(|b| {

@@ -1,6 +1,6 @@
 //! Tensor maps as the emulator encodes them, with the rules that the CUDA driver has.
 
-use crate::tma::TensorMap;
+use crate::hardware::TensorMap;
 
 /// Dimensions of a tensor map, at most.
 const MAX_RANK: usize = 5;
