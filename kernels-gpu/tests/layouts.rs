@@ -13,12 +13,12 @@ use kernels_gpu::{
 use simt::{
     Dim3,
     emulator::{self, Launch, Stats},
-    layout::{CHUNK, Layout, Padded, Plain, Swizzled},
+    layout::{CHUNK, Padded, Plain, Swizzled, TileLayout},
     mma::Ampere,
 };
 
 /// Runs flash_mma on tiles of layout L; the outputs are checked as well.
-fn run<L: Layout, const D: usize, const COLUMN_TILES: usize>(case: Case) -> Stats {
+fn run<L: TileLayout, const D: usize, const COLUMN_TILES: usize>(case: Case) -> Stats {
     case.check::<f16>(|args| {
         let address = ptr::from_ref(args) as usize;
         // SAFETY: the arguments describe buffers that outlive the launch.

@@ -18,7 +18,7 @@ use kernels_gpu::{
         standard::{self, softmax},
     },
     linear::{
-        linear_hopper::{self, LinearHopperArgs, Tile},
+        linear_hopper::{self, LinearHopperArgs, TileShape},
         linear_mma, linear_tiled,
     },
     parts::queue::QUEUE_WORDS,
@@ -378,7 +378,7 @@ fn projections_need_their_barriers_and_waits() {
 #[test]
 fn linear_hopper_needs_its_barriers_and_waits() {
     // An odd number of chunks to store; more slices than stages, several tiles a cluster.
-    let tile = Tile { columns: 192 };
+    let tile = TileShape { columns: 192 };
     change_all("linear_hopper", || {
         projection::<f16>((257, 328, 200), |args| {
             let [x, w] = tile.boxes();

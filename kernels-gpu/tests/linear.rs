@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use kernels_gpu::{
     args::{Buffer, LinearArgs},
     linear::{
-        linear_hopper::{self, LinearHopperArgs, Tile},
+        linear_hopper::{self, LinearHopperArgs, TileShape},
         linear_mma, linear_naive, linear_tiled,
     },
 };
@@ -44,7 +44,7 @@ fn mma<T: Scalar>(symbol: &str, shape: (u32, u32, u32), bias: bool) {
 }
 
 /// The tensor maps of x and w.
-fn maps(args: &LinearArgs, tile: Tile) -> [TensorMap; 2] {
+fn maps(args: &LinearArgs, tile: TileShape) -> [TensorMap; 2] {
     let map = |at: Buffer, columns: u32, rows: u32, box_dims: [u32; 4]| {
         let row = u64::from(columns) * 2;
         let spec = TensorMapSpec {
@@ -65,7 +65,7 @@ fn maps(args: &LinearArgs, tile: Tile) -> [TensorMap; 2] {
 }
 
 fn hopper<T: Scalar>(dtype: &str, columns: u32, clusters: u32, shape: (u32, u32, u32), bias: bool) {
-    let tile = Tile { columns };
+    let tile = TileShape { columns };
     let (row_tiles, column_tiles) = tile.grid(shape.0, shape.2);
     let blocks = linear_hopper::CLUSTER * clusters.min(row_tiles * column_tiles);
     let symbol = format!("linear_hopper_{dtype}_n{columns}");

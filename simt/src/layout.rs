@@ -26,7 +26,7 @@
 pub const CHUNK: u32 = 8;
 
 /// Where the elements of a tile are.
-pub trait Layout: 'static {
+pub trait TileLayout: 'static {
     /// Elements that `rows` rows take.
     fn len(rows: u32) -> u32;
 
@@ -46,7 +46,7 @@ pub trait Layout: 'static {
 #[derive(Clone, Copy, Debug)]
 pub struct Plain<const COLUMNS: usize>;
 
-impl<const COLUMNS: usize> Layout for Plain<COLUMNS> {
+impl<const COLUMNS: usize> TileLayout for Plain<COLUMNS> {
     #[inline(always)]
     fn len(rows: u32) -> u32 {
         rows * COLUMNS as u32
@@ -77,7 +77,7 @@ impl<const COLUMNS: usize> Padded<COLUMNS> {
     };
 }
 
-impl<const COLUMNS: usize> Layout for Padded<COLUMNS> {
+impl<const COLUMNS: usize> TileLayout for Padded<COLUMNS> {
     #[inline(always)]
     fn len(rows: u32) -> u32 {
         rows * Self::PITCH
@@ -112,7 +112,7 @@ impl<const COLUMNS: usize> Swizzled<COLUMNS> {
     const ROWS_ALIKE: u32 = 8 / Self::SPAN;
 }
 
-impl<const COLUMNS: usize> Layout for Swizzled<COLUMNS> {
+impl<const COLUMNS: usize> TileLayout for Swizzled<COLUMNS> {
     #[inline(always)]
     fn len(rows: u32) -> u32 {
         rows * Self::PITCH
@@ -139,7 +139,7 @@ impl<const COLUMNS: usize> Layout for Swizzled<COLUMNS> {
 mod tests {
     use super::*;
 
-    fn check<L: Layout>(columns: u32) {
+    fn check<L: TileLayout>(columns: u32) {
         let chunks = columns / CHUNK;
         let mut seen = vec![false; (L::len(32) / CHUNK) as usize];
         for row in 0..32 {

@@ -9,7 +9,7 @@ use simt::{
     async_copy,
     barrier::{self, Named},
     emulator::FaultKind,
-    layout::{Layout, Padded, Swizzled},
+    layout::{Padded, Swizzled, TileLayout},
     matrix,
     mma::{self, Ampere, Multiply, TensorCore, Turing},
     shared::Shared,
@@ -151,7 +151,7 @@ fn packing_puts_the_first_value_low_and_rounds_to_even() {
 }
 
 /// Fills a 32 x 32 tile of layout `L` with `row * 32 + column`, and waits.
-fn fill<L: Layout>(tile: Shared<u16>) {
+fn fill<L: TileLayout>(tile: Shared<u16>) {
     let row = warp::lane_id();
     for column in 0..32 {
         let index = L::index(row, column / 8 * 8) + column % 8;
@@ -207,7 +207,7 @@ fn matrix_stores_undo_matrix_loads() {
 
 #[test]
 fn bank_conflicts_of_matrix_loads_are_counted() {
-    fn conflicts<L: Layout>() -> u64 {
+    fn conflicts<L: TileLayout>() -> u64 {
         launch(1, 32, || {
             let tile = smem(L::len(32));
             fill::<L>(tile);
@@ -218,7 +218,7 @@ fn bank_conflicts_of_matrix_loads_are_counted() {
     }
     /// Rows of 32 elements one after another: four chunks of eight rows in two groups.
     struct Plain;
-    impl Layout for Plain {
+    impl TileLayout for Plain {
         fn len(rows: u32) -> u32 {
             rows * 32
         }

@@ -5,7 +5,7 @@
 use kernels_gpu::{
     args,
     linear::{
-        linear_hopper::{self, Tile},
+        linear_hopper::{self, TileShape},
         linear_mma, linear_naive, linear_tiled,
     },
 };
@@ -156,7 +156,7 @@ const LINEAR_HOPPER: LinearSpec = LinearSpec {
     limits: (),
     draft: |p, target| {
         copied_in_units(p)?;
-        let tile = Tile::best(p.rows as u32, p.out_features as u32, target.multiprocessors);
+        let tile = TileShape::best(p.rows as u32, p.out_features as u32, target.multiprocessors);
         let (row_tiles, column_tiles) = tile.grid(p.rows as u32, p.out_features as u32);
         let clusters = target.multiprocessors / linear_hopper::CLUSTER;
         let clusters = row_tiles.saturating_mul(column_tiles).min(clusters.max(1));

@@ -33,7 +33,7 @@
 use half::{bf16, f16};
 use simt::{
     async_copy,
-    layout::{Layout, Swizzled},
+    layout::{Swizzled, TileLayout},
     mma::{Ampere, TensorCore},
     scalar::Scalar,
     shared::Shared,

@@ -42,7 +42,7 @@
 
 use half::{bf16, f16};
 use simt::{
-    layout::{Layout, Padded},
+    layout::{Padded, TileLayout},
     mma::{Ampere, TensorCore},
     scalar::Scalar,
     shared::Shared,
@@ -89,7 +89,7 @@ pub const fn shared_bytes(d: usize) -> u32 {
 pub unsafe fn flash_mma<
     T: Scalar,
     C: TensorCore<T>,
-    L: Layout,
+    L: TileLayout,
     const D: usize,
     const COLUMN_TILES: usize,
 >(

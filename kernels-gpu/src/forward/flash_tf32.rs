@@ -68,7 +68,7 @@
 use simt::{
     async_copy,
     compiler::opaque,
-    layout::{CHUNK, Layout, Swizzled},
+    layout::{CHUNK, Swizzled, TileLayout},
     matrix,
     mma::{Ampere, Multiply},
     shared::Shared,
@@ -280,7 +280,7 @@ const fn right_part<const HALVES: usize, const O: usize>() -> u32 {
 
 /// Takes in a tile of keys.
 #[inline(always)]
-fn attend<L: Layout, const HALVES: usize, const N: usize, const O: usize, const F: usize>(
+fn attend<L: TileLayout, const HALVES: usize, const N: usize, const O: usize, const F: usize>(
     state: &mut WarpRows<f32, N, O, F>,
     queries: impl Queries<F>,
     (k_smem, v_smem): (Shared<Half>, Shared<Half>),
@@ -334,7 +334,7 @@ fn split<C: Multiply<f32>>(p: [f32; 4]) -> [C::Operand; 4] {
 /// the bits that the swizzle exchanges: eight groups of banks. All that from `first` halves
 /// of a row on, a multiple of 64.
 #[inline(always)]
-fn v_origins<L: Layout>(first: u32) -> [u32; 2] {
+fn v_origins<L: TileLayout>(first: u32) -> [u32; 2] {
     let (g, key) = fragment::row_and_column();
     [L::index(key, g * CHUNK) + first, L::index(key + 1, g * CHUNK) + first]
 }
@@ -342,7 +342,7 @@ fn v_origins<L: Layout>(first: u32) -> [u32; 2] {
 /// `O += P V` for the 8 keys from `key` of the tile on. Of each 32 columns, product `e` of
 /// four has the columns `4 g + e`.
 #[inline(always)]
-fn add_output<C: Multiply<f32>, L: Layout, const O: usize, const F: usize>(
+fn add_output<C: Multiply<f32>, L: TileLayout, const O: usize, const F: usize>(
     acc_o: &mut [[[f32; 4]; O]; F],
     p: [[C::Operand; 4]; F],
     (v_smem, v): (Shared<Half>, [u32; 2]),

@@ -41,7 +41,7 @@
 //! | 192 | 196,672 | 96 of 232 | 110 (77 without clusters) |
 //! | 128 | 163,904 | 64 of 232 | 85 (64 without clusters) |
 //!
-//! Which BN depends on how many tiles there are for how many multiprocessors ([`Tile::best`]).
+//! Which BN depends on how many tiles there are for how many multiprocessors ([`TileShape::best`]).
 //!
 //! One slice at a time: a consumer waits for its product before it asks for the next. The tensor
 //! cores do not wait, since the other consumer's product is behind it.
@@ -57,7 +57,7 @@
 use half::{bf16, f16};
 use simt::{
     cluster,
-    layout::{Layout, Swizzled},
+    layout::{Swizzled, TileLayout},
     matrix,
     mbarrier::{self, Mbarrier},
     shared::Shared,
@@ -109,12 +109,12 @@ const BAND: u32 = 8;
 
 /// What a block works with, for tiles of so many columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tile {
+pub struct TileShape {
     /// Columns of `y`, rows of `w`.
     pub columns: u32,
 }
 
-impl Tile {
+impl TileShape {
     /// Bytes of a slice of `w`.
     const fn w_bytes(self) -> u32 {
         self.columns * CHUNK_ROW_BYTES
@@ -182,7 +182,7 @@ impl Tile {
 /// The tiles of a cluster, one after another: tile `index` of the whole, and how many clusters
 /// on the next one is.
 #[derive(Clone, Copy)]
-struct Tiles {
+struct ClusterTiles {
     row_tiles: u32,
     column_tiles: u32,
     columns: u32,
@@ -190,9 +190,9 @@ struct Tiles {
     clusters: u32,
 }
 
-impl Tiles {
+impl ClusterTiles {
     #[inline(always)]
-    fn of_this_cluster(args: &LinearArgs, tile: Tile) -> Self {
+    fn of_this_cluster(args: &LinearArgs, tile: TileShape) -> Self {
         let (row_tiles, column_tiles) = tile.grid(args.rows, args.out_features);
         Self {
             row_tiles,
@@ -227,14 +227,14 @@ type LinearMaps = Maps<2>;
 ///
 /// # Layout
 /// `x: [rows, in]`, `w: [out, in]`, `bias: [out]` or empty, `y: [rows, out]`; maps of x and w,
-/// in this order, boxes as [`Tile::boxes`] says. The bias is aligned to 4 bytes.
+/// in this order, boxes as [`TileShape::boxes`] says. The bias is aligned to 4 bytes.
 ///
 /// # Thread mapping
-/// At most as many clusters along x as there are tiles ([`Tile::grid`]), which they share; at
+/// At most as many clusters along x as there are tiles ([`TileShape::grid`]), which they share; at
 /// best one block a multiprocessor. [`THREADS`] each. Warpgroup 0 is the producer.
 ///
 /// # Shared memory
-/// [`Tile::shared_bytes`] of it, dynamic: the stages of x, those of w, what y is stored
+/// [`TileShape::shared_bytes`] of it, dynamic: the stages of x, those of w, what y is stored
 /// through, the mbarriers.
 ///
 /// # Safety
@@ -246,8 +246,8 @@ pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const
 ) where
     Accumulator<GROUPS>: SharedProduct<{ SLICE as usize / 16 }>,
 {
-    let tile = const { Tile { columns: BN } };
-    const { assert!(GROUPS as u32 * 8 == BN && W_BYTES == Tile { columns: BN }.w_bytes()) };
+    let tile = const { TileShape { columns: BN } };
+    const { assert!(GROUPS as u32 * 8 == BN && W_BYTES == TileShape { columns: BN }.w_bytes()) };
 
     // SAFETY: the caller passes the entry's parameter.
     let (maps, args) = unsafe { args.split() };
@@ -267,7 +267,7 @@ pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const
     // Hazard: the barriers are used by threads and copies of the other block, too.
     cluster::sync();
 
-    let tiles = Tiles::of_this_cluster(args, tile);
+    let tiles = ClusterTiles::of_this_cluster(args, tile);
     if warpgroup == 0 {
         warpgroup::decrease_registers::<{ REGISTERS[0] }>();
         if thread::thread_idx_x() == 0 {
@@ -320,8 +320,8 @@ pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const
 unsafe fn produce(
     args: &LinearArgs,
     maps: LinearMaps,
-    tile: Tile,
-    mut tiles: Tiles,
+    tile: TileShape,
+    mut tiles: ClusterTiles,
     smem: u32,
     ring: Ring<Stages<STAGES>>,
 ) {
@@ -392,7 +392,7 @@ unsafe fn store<T: Operand, const GROUPS: usize>(
     row: u32,
     column: u32,
 ) {
-    type Tile = Swizzled<{ CHUNK_COLUMNS as usize }>;
+    type Buffer = Swizzled<{ CHUNK_COLUMNS as usize }>;
     // SAFETY: `y` is `[rows, out]`.
     let y = unsafe {
         let columns = args.out_features;
@@ -402,7 +402,7 @@ unsafe fn store<T: Operand, const GROUPS: usize>(
     let lane = warp::lane_id();
     // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the first, the
     // others to their right.
-    let place = Tile::index(lane % 16, lane / 16 * 8);
+    let place = Buffer::index(lane % 16, lane / 16 * 8);
     // Hazard: of an odd number of chunks, the last of the tile before was read from where the
     // first of this one is written.
     warp::sync_warp(warp::FULL_MASK);
@@ -417,13 +417,13 @@ unsafe fn store<T: Operand, const GROUPS: usize>(
                     T::pack(values[group][2 * row] + left, values[group][2 * row + 1] + right)
                 };
                 let packed = [pack(0, 0), pack(0, 1), pack(1, 0), pack(1, 1)];
-                matrix::store_x4(buffer, Tile::right(place, 16 * PAIR as u32), packed);
+                matrix::store_x4(buffer, Buffer::right(place, 16 * PAIR as u32), packed);
             });
             // Hazard: lanes store what others have written.
             warp::sync_warp(warp::FULL_MASK);
             unroll!(for QUARTER in 0..4 {
                 let (r, c) = (4 * QUARTER as u32 + lane / 8, lane % 8 * 8);
-                let chunk = buffer.read_as::<[u32; 4]>(Tile::index(r, c));
+                let chunk = buffer.read_as::<[u32; 4]>(Buffer::index(r, c));
                 y.write_chunk_if_inside(row + r, column + CHUNK as u32 * CHUNK_COLUMNS + c, chunk);
             });
         }
@@ -436,7 +436,7 @@ entries! {
     linear_hopper: T in [f16, bf16], n BN in [256, 192, 128] = linear_hopper::<
         T,
         { BN as u32 },
-        { Tile { columns: BN as u32 }.w_bytes() },
+        { TileShape { columns: BN as u32 }.w_bytes() },
         { BN / 8 },
     >;
 }

@@ -1,7 +1,7 @@
 //! What a warp of the rungs from flash_mma to flash_async does with a tile of keys: 16 rows,
 //! every score through the mask, O rescaled each time.
 
-use simt::{layout::Layout, mma::TensorCore, scalar::Scalar, shared::Shared, unroll, warp};
+use simt::{layout::TileLayout, mma::TensorCore, scalar::Scalar, shared::Shared, unroll, warp};
 
 use crate::parts::{
     fragment::{self, SharedQueries},
@@ -53,7 +53,7 @@ impl<const O: usize> FragmentRows<O> {
 
     /// Takes in a tile of BC keys.
     #[inline(always)]
-    pub fn attend<T: Scalar, C: TensorCore<T>, L: Layout, const D: usize>(
+    pub fn attend<T: Scalar, C: TensorCore<T>, L: TileLayout, const D: usize>(
         &mut self,
         policy: &Policy,
         scale_log2: f32,

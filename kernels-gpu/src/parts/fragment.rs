@@ -23,7 +23,7 @@ use core::marker::PhantomData;
 
 use simt::{
     compiler::opaque,
-    layout::{CHUNK, Layout},
+    layout::{CHUNK, TileLayout},
     matrix,
     memory::Memory,
     mma::{Multiply, TensorCore},
@@ -48,7 +48,7 @@ pub fn row_and_column() -> (u32, u32) {
 /// order of matrices in A, and in B when it is transposed as it is loaded.
 #[inline(always)]
 #[must_use]
-pub fn a_origin<L: Layout>(row: u32) -> u32 {
+pub fn a_origin<L: TileLayout>(row: u32) -> u32 {
     let lane = opaque(warp::lane_id());
     L::index(row + lane % 16, lane / 16 * CHUNK)
 }
@@ -58,7 +58,7 @@ pub fn a_origin<L: Layout>(row: u32) -> u32 {
 /// and the compiler would move them.)
 #[inline(always)]
 #[must_use]
-pub fn b_origin<L: Layout>(row: u32) -> u32 {
+pub fn b_origin<L: TileLayout>(row: u32) -> u32 {
     let lane = opaque(warp::lane_id());
     L::index(row + lane % 8 + lane / 16 * 8, lane / 8 % 2 * CHUNK)
 }
@@ -84,7 +84,7 @@ impl<T, L> Clone for SharedQueries<T, L> {
 }
 impl<T, L> Copy for SharedQueries<T, L> {}
 
-impl<T: Memory, L: Layout> SharedQueries<T, L> {
+impl<T: Memory, L: TileLayout> SharedQueries<T, L> {
     /// The rows of `tile` from `row` on.
     #[inline(always)]
     #[must_use]
@@ -93,7 +93,7 @@ impl<T: Memory, L: Layout> SharedQueries<T, L> {
     }
 }
 
-impl<T: Memory, L: Layout, const F: usize> Queries<F> for SharedQueries<T, L> {
+impl<T: Memory, L: TileLayout, const F: usize> Queries<F> for SharedQueries<T, L> {
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn step(&self, step: usize) -> [[u32; 4]; F] {
@@ -117,7 +117,7 @@ impl<const F: usize, const STEPS: usize> RegisterQueries<F, STEPS> {
     #[inline(always)]
     #[must_use]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    pub fn load<T: Scalar, L: Layout>(shared: SharedQueries<T, L>) -> Self {
+    pub fn load<T: Scalar, L: TileLayout>(shared: SharedQueries<T, L>) -> Self {
         let mut a = [[[0; 4]; F]; STEPS];
         unroll!(for STEP in 0..16 {
             if STEP < STEPS {
@@ -151,7 +151,7 @@ pub fn add_scores<T, C, L, const D: usize, const N: usize, const F: usize>(
 ) where
     T: Scalar,
     C: Multiply<T>,
-    L: Layout,
+    L: TileLayout,
 {
     unroll!(for STEP in 0..16 {
         if STEP < D / 16 {
@@ -170,7 +170,7 @@ pub fn add_scores_step<T, C, L, const N: usize, const F: usize>(
 ) where
     T: Scalar,
     C: Multiply<T>,
-    L: Layout,
+    L: TileLayout,
 {
     let mut a = [operands::<T, C>([0; 4]); F];
     unroll!(for FRAGMENT in 0..2 {
@@ -200,7 +200,7 @@ pub fn operands<T: Scalar, C: Multiply<T>>(v: [u32; 4]) -> [C::Operand; 4] {
 
 /// `O += P V` over 8 O columns, with V in shared memory; `v` from [`a_origin`].
 #[inline(always)]
-pub fn add_output<T: Scalar, C: TensorCore<T>, L: Layout, const N: usize, const O: usize>(
+pub fn add_output<T: Scalar, C: TensorCore<T>, L: TileLayout, const N: usize, const O: usize>(
     acc_o: &mut [[f32; 4]; O],
     p: &[[f32; 4]; N],
     (v_smem, v): (Shared<T>, u32),
@@ -224,7 +224,7 @@ pub fn add_output_step<T, C, L, const O: usize, const F: usize>(
 ) where
     T: Scalar,
     C: TensorCore<T>,
-    L: Layout,
+    L: TileLayout,
 {
     unroll!(for PAIR in 0..16 {
         if PAIR < O / 2 {

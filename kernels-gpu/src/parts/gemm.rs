@@ -13,7 +13,7 @@
 
 use simt::{
     global::{Global, GlobalMut},
-    layout::{Layout, Swizzled},
+    layout::{Swizzled, TileLayout},
     matrix,
     memory::Memory,
     scalar::Scalar,
@@ -202,7 +202,7 @@ impl<T: Scalar> Epilogue for Biased<T> {
 /// How the right operand of a product is stored.
 pub trait Right: 'static {
     /// Shared tile of [`mma::DEPTH`] terms and `COLUMNS` columns of B.
-    type Tile<const COLUMNS: usize>: Layout;
+    type Tile<const COLUMNS: usize>: TileLayout;
 
     /// Row and column of the stored matrix at which B has column `column` of term `term`.
     fn place(term: u32, column: u32) -> (u32, u32);

@@ -13,7 +13,7 @@ use simt::{
     async_copy,
     compiler::opaque,
     global::Global,
-    layout::{Layout, Swizzled},
+    layout::{Swizzled, TileLayout},
     memory::Memory,
     shared::Shared,
     thread, warp,
@@ -101,7 +101,7 @@ pub(crate) use for_each_chunk;
 /// 0, so that what is computed from them and hidden later is finite.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub fn load<T: Memory, L: Layout, const D: usize, const ROWS: u32, const THREADS: u32>(
+pub fn load<T: Memory, L: TileLayout, const D: usize, const ROWS: u32, const THREADS: u32>(
     rows: &Rows<T>,
     first: u32,
     tile: Shared<T>,
@@ -118,7 +118,7 @@ pub fn load<T: Memory, L: Layout, const D: usize, const ROWS: u32, const THREADS
 /// caller commits and waits.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub fn load_async<T: Memory, L: Layout, const D: usize, const ROWS: u32, const THREADS: u32>(
+pub fn load_async<T: Memory, L: TileLayout, const D: usize, const ROWS: u32, const THREADS: u32>(
     rows: &Rows<T>,
     first: u32,
     tile: Shared<T>,

@@ -6,7 +6,7 @@ use core::marker::PhantomData;
 
 use simt::{
     compiler::opaque,
-    layout::Layout,
+    layout::TileLayout,
     mma::{Ampere, Multiply, TensorCore},
     scalar::Scalar,
     shared::Shared,
@@ -126,7 +126,7 @@ where
 {
     /// Takes in a tile of keys.
     #[inline(always)]
-    pub fn attend<L: Layout, const D: usize>(
+    pub fn attend<L: TileLayout, const D: usize>(
         &mut self,
         queries: impl Queries<F>,
         k_smem: Shared<T>,

@@ -1,7 +1,7 @@
 //! How a consumer stores O and LSE.
 
 use simt::{
-    layout::{Layout, Swizzled},
+    layout::{Swizzled, TileLayout},
     matrix, mbarrier, tma, unroll, warp,
     wgmma::{CHUNK_COLUMNS, Operand},
 };

@@ -24,7 +24,7 @@
 
 use simt::{
     async_copy,
-    layout::{CHUNK, Layout, Swizzled},
+    layout::{CHUNK, Swizzled, TileLayout},
     matrix,
     mma::TensorCore,
     scalar::Scalar,
@@ -63,7 +63,7 @@ pub const fn shared_bytes(columns: u32) -> u32 {
 /// time. What is outside of the matrix is 0. The caller commits, waits, and then has a
 /// barrier.
 #[inline(always)]
-pub fn load<T: Scalar, L: Layout, const COLUMNS: usize, const ROWS: usize>(
+pub fn load<T: Scalar, L: TileLayout, const COLUMNS: usize, const ROWS: usize>(
     matrix: &Matrix<T>,
     row: u32,
     column: u32,
@@ -249,6 +249,6 @@ pub unsafe fn tile<
 
 /// Index of any element of a tile.
 #[inline(always)]
-fn element_index<L: Layout>(row: u32, column: u32) -> u32 {
+fn element_index<L: TileLayout>(row: u32, column: u32) -> u32 {
     L::index(row, column / CHUNK * CHUNK) + column % CHUNK
 }
