@@ -21,6 +21,12 @@ use simt::{
 
 simt::declare_dynamic_shared!();
 
+simt::specialisation_constants! {
+    pub struct Constants {
+        chosen,
+    }
+}
+
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
     // SAFETY: stops the launch with an error.
@@ -167,6 +173,7 @@ entries! {
         s.wait_group_in::<0, 2>();
         one(out).write(0, s.values()[3][1]);
     }
+    specialise_constant(out: u64) { one(out).write(0, Constants::chosen()) }
     shared_dynamic(value: u32) { tile::<u32>().write(3, value) }
     shared_static(out: u64, value: u32) {
         let array = shared_array!(u32; 8);
