@@ -174,6 +174,9 @@ pub enum Error {
         /// What it did, with the place in the kernel source under the emulator.
         fault: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A launch was stopped before its end; its outputs are of no use.
+    #[error("the launch was stopped on request")]
+    Stopped,
     /// A file could not be read or written.
     #[error("{}: {source}", path.display())]
     Io {
@@ -217,7 +220,8 @@ impl Error {
             | Self::Module { .. }
             | Self::BadLaunch { .. }
             | Self::BadAddress { .. }
-            | Self::Kernel { .. } => false,
+            | Self::Kernel { .. }
+            | Self::Stopped => false,
         }
     }
 

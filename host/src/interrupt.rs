@@ -1,11 +1,11 @@
-//! Ctrl-C, SIGTERM and SIGHUP: the first asks the run to stop after what it is doing, and the
-//! second ends the program.
+//! Ctrl-C, SIGTERM and SIGHUP: the first asks the run to stop, which the emulator does at once and a
+//! GPU after its launch, and the second ends the program.
 
 use std::{
     process::exit,
     sync::{
-        OnceLock,
-        atomic::{AtomicU8, Ordering},
+        Arc, LazyLock, OnceLock,
+        atomic::{AtomicBool, AtomicU8, Ordering},
     },
 };
 
@@ -13,6 +13,7 @@ use crate::progress::warn;
 
 /// Number of the first signal; 0 while there was none.
 static SIGNAL: AtomicU8 = AtomicU8::new(0);
+static STOP: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 static HANDLER: OnceLock<()> = OnceLock::new();
 
 /// Starts listening. Where that fails, a signal ends the program as usual.
@@ -30,6 +31,12 @@ pub fn requested() -> bool {
     SIGNAL.load(Ordering::Relaxed) != 0
 }
 
+/// True once the run should stop.
+#[must_use]
+pub fn stop() -> Arc<AtomicBool> {
+    STOP.clone()
+}
+
 /// The exit code of a stopped run, as shells report it: 128 and the signal.
 #[must_use]
 pub fn exit_code() -> u8 {
@@ -41,7 +48,8 @@ fn received(signal: u8) {
         exit(i32::from(128 + signal));
     }
     SIGNAL.store(signal, Ordering::Relaxed);
-    warn("stopping after this run; a second signal (Ctrl-C) ends at once");
+    STOP.store(true, Ordering::Relaxed);
+    warn("stopping; a second signal (Ctrl-C) ends at once");
 }
 
 #[cfg(unix)]

@@ -13,7 +13,7 @@ use flash_attention::{CpuDevice, Device, backend::gpu::GpuDescription};
 
 use crate::{
     failure::Usage,
-    format,
+    format, interrupt,
     results::{DeviceInfo, Driver, Machine, Options, Results, SCHEMA},
 };
 
@@ -121,6 +121,7 @@ fn emulator(limit: Option<u64>, why_emulated: Option<String>) -> Opened {
     // and the oracle widens them once more.
     let limit = limit.or_else(|| available_bytes().map(|bytes| bytes / 2));
     let device = limit.map_or_else(CpuDevice::new, CpuDevice::with_memory_limit);
+    let device = device.stopped_by(interrupt::stop());
     let info = DeviceInfo {
         name: device.name(),
         emulated: true,

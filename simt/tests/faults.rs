@@ -2,7 +2,13 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use common::{fault, launch, view, view_mut};
 use simt::{
@@ -398,4 +404,35 @@ fn atomics_do_not_race_with_each_other_but_with_plain_accesses() {
     launch(3, 64, kernel(true));
     let kind = fault(64, kernel(false));
     assert!(matches!(kind, FaultKind::Race { .. }), "{kind}");
+}
+
+#[test]
+fn a_launch_ends_soon_after_it_is_asked_to() {
+    let run = |blocks: u32, seed, barriers: u32| {
+        let stop = Arc::new(AtomicBool::new(false));
+        let options = Options { seed, stop: Some(stop.clone()), ..Options::default() };
+        let launch = Launch { grid: blocks.into(), block: 64.into(), cluster: 1, shared_bytes: 0 };
+        let ended = AtomicU32::new(0);
+        let asked = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            stop.store(true, Ordering::Relaxed);
+        });
+        let fault = emulator::launch_with(launch, &options, &|| {
+            for _ in 0..barriers {
+                // For no hazard: a place where the launch can end.
+                thread::sync_threads();
+            }
+            ended.fetch_add(1, Ordering::Relaxed);
+        });
+        asked.join().unwrap();
+        assert_eq!(fault.unwrap_err().kind, FaultKind::Stopped);
+        ended.into_inner()
+    };
+    for seed in [0, 1] {
+        // One block without an end, and as many short ones as never end either.
+        assert_eq!(run(1, seed, u32::MAX), 0);
+        assert!(run(1 << 20, seed, 100) < 64 << 20);
+    }
+    // What has been stopped leaves nothing behind.
+    launch(2, 64, || thread::sync_threads());
 }

@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     ptr::NonNull,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Instant,
@@ -36,31 +36,35 @@ struct State {
 }
 
 /// The emulator.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct CpuDevice {
     limit: Option<u64>,
     /// While launches are timed they do without the check of races on global memory.
     timing: AtomicBool,
+    stop: Arc<AtomicBool>,
     state: Mutex<State>,
-}
-
-impl Default for CpuDevice {
-    fn default() -> Self {
-        Self::new()
-    }
 }
 
 impl CpuDevice {
     /// An emulator with as much memory as the machine gives.
     #[must_use]
     pub fn new() -> Self {
-        Self { limit: None, timing: AtomicBool::new(false), state: Mutex::default() }
+        Self::default()
     }
 
     /// An emulator that is out of memory beyond `bytes`.
     #[must_use]
     pub fn with_memory_limit(bytes: u64) -> Self {
-        Self { limit: Some(bytes), timing: AtomicBool::new(false), state: Mutex::default() }
+        let mut device = Self::new();
+        device.limit = Some(bytes);
+        device
+    }
+
+    /// The same emulator, whose launches end soon with [`Error::Stopped`] once `stop` is true.
+    #[must_use]
+    pub fn stopped_by(mut self, stop: Arc<AtomicBool>) -> Self {
+        self.stop = stop;
+        self
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -212,11 +216,15 @@ unsafe impl Device for CpuDevice {
             shared_bytes: launch.shared_bytes,
         };
         let constants = launch.constants.values();
-        let mut options = emulator::Options { constants, ..emulator::Options::default() };
+        let stop = Some(self.stop.clone());
+        let mut options = emulator::Options { constants, stop, ..emulator::Options::default() };
         // The record of global memory doubles the time, and tells nothing of a repeated run.
         options.checks.global_races = !self.timing.load(Ordering::Relaxed);
-        let stats = emulator::launch_with(extent, &options, &kernel)
-            .map_err(|fault| Error::Kernel { symbol: symbol(), fault: Box::new(fault) })?;
+        let stats =
+            emulator::launch_with(extent, &options, &kernel).map_err(|fault| match fault.kind {
+                emulator::FaultKind::Stopped => Error::Stopped,
+                _ => Error::Kernel { symbol: symbol(), fault: Box::new(fault) },
+            })?;
         let counters = &mut self.state().counters;
         counters.global_bytes_read += stats.global_bytes_read;
         counters.global_bytes_written += stats.global_bytes_written;

@@ -31,11 +31,19 @@ pub struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Verifies and times a kernel. What goes wrong on the way ends in the row.
-    pub fn measure(&self, plan: Plan, mut row: Row, progress: &Progress) -> (Row, Vec<Check>) {
+    /// Verifies and times a kernel. What goes wrong on the way ends in the row; there is none if
+    /// a signal came before the kernel was verified.
+    pub fn measure(
+        &self,
+        plan: Plan,
+        mut row: Row,
+        progress: &Progress,
+    ) -> Option<(Row, Vec<Check>)> {
         let mut checks = Vec::new();
         if let Err(error) = self.try_measure(plan, &mut row, &mut checks, progress) {
-            if error.is_out_of_memory() {
+            if matches!(error, Error::Stopped) {
+                return None;
+            } else if error.is_out_of_memory() {
                 row.status = Status::Oom;
                 let memory = self.subject.session().device().memory_info();
                 row.free_bytes = memory.ok().map(|m| m.free);
@@ -45,7 +53,7 @@ impl Bench<'_> {
                 row.reason = error.to_string();
             }
         }
-        (row, checks)
+        Some((row, checks))
     }
 
     fn try_measure(
@@ -83,7 +91,9 @@ impl Bench<'_> {
             if interrupt::requested() {
                 break;
             }
-            self.watch.launch(Duration::ZERO, || work.launch())?;
+            if unless_stopped(self.watch.launch(Duration::ZERO, || work.launch()))?.is_none() {
+                break;
+            }
             progress.step();
         }
         let mut times = Vec::with_capacity(self.repeats.iters);
@@ -93,7 +103,10 @@ impl Bench<'_> {
             }
             progress.doing(format!("{title}: run {} of {}", run + 1, self.repeats.iters));
             let timed = || work::time_ms(device, work, 0, 1);
-            times.extend(self.watch.launch(Duration::ZERO, timed)?);
+            match unless_stopped(self.watch.launch(Duration::ZERO, timed))? {
+                Some(more) => times.extend(more),
+                None => break,
+            }
             progress.step();
         }
         match Times::of(&times) {
@@ -105,9 +118,19 @@ impl Bench<'_> {
             let runs = runs_in(seconds, row);
             // A GPU may be slower at its power limit than it was in a burst.
             let together = Duration::from_secs_f64(4.0 * seconds);
-            let ms = self.watch.launch(together, || work::sustained_ms(device, work, runs))?;
-            write_sustained(row, ms);
+            let sustained = || work::sustained_ms(device, work, runs);
+            if let Some(ms) = unless_stopped(self.watch.launch(together, sustained))? {
+                write_sustained(row, ms);
+            }
         }
         Ok(())
+    }
+}
+
+/// The result of launches, if no signal stopped them.
+fn unless_stopped<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
+    match result {
+        Err(Error::Stopped) => Ok(None),
+        other => other.map(Some),
     }
 }

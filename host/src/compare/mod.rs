@@ -185,7 +185,7 @@ impl Run<'_> {
                 continue;
             };
             watch.expect(results, &row);
-            let (row, checks) = bench.measure(plan, row, progress);
+            let Some((row, checks)) = bench.measure(plan, row, progress) else { break };
             results.rows.push(row);
             results.checks.extend(checks);
         }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use flash_attention::{DType, Problem, registry::KernelSpec, session::Session};
+use flash_attention::{DType, Error, Problem, registry::KernelSpec, session::Session};
 
 use crate::{
     accuracy::complaint,
@@ -203,6 +203,7 @@ impl Run<'_> {
                     }
                     results.checks.extend(ran.checks);
                 }
+                Err(Error::Stopped) => break,
                 Err(error) => {
                     let oom = error.is_out_of_memory();
                     row.status = if oom { Status::Oom } else { Status::Failed };

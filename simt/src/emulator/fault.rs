@@ -234,6 +234,9 @@ pub enum FaultKind {
     /// A launch that no GPU accepts.
     #[error("launch refused: {0}")]
     Launch(String),
+    /// [`Options::stop`](super::Options::stop) became true.
+    #[error("stopped on request")]
+    Stopped,
 }
 
 /// A fault and the block it happened in.
@@ -248,8 +251,9 @@ pub struct Fault {
 }
 
 impl Fault {
-    pub(super) fn launch(message: String) -> Self {
-        Self { kind: FaultKind::Launch(message), block: None, seed: 0 }
+    /// Of no block.
+    pub(super) fn of_launch(kind: FaultKind) -> Self {
+        Self { kind, block: None, seed: 0 }
     }
 }
 

@@ -88,7 +88,8 @@ impl Engine {
     /// One choice of the schedule. True when the cluster has ended; its stats are then there.
     pub fn step(&mut self, run: &Run<'_>) -> Result<bool, Box<Fault>> {
         let entered = current::Entered::new(&mut self.block);
-        let mut result = self.take_step();
+        let stopped = run.options.stopped();
+        let mut result = if stopped { Err(FaultKind::Stopped) } else { self.take_step() };
         drop(entered);
         if let Ok(true) = result
             && run.options.checks.global_races

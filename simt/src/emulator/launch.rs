@@ -9,7 +9,8 @@ use std::{
 use rayon::prelude::*;
 
 use super::{
-    Fault, Launch, Options, Stats, global_memory::BetweenBlocks, lanes::Engine, schedule::Random,
+    Fault, FaultKind, Launch, Options, Stats, global_memory::BetweenBlocks, lanes::Engine,
+    schedule::Random,
 };
 
 thread_local! {
@@ -50,7 +51,7 @@ pub fn launch_with(
     kernel: &(dyn Fn() + Sync),
 ) -> Result<Stats, Fault> {
     if let Some(reason) = launch.obstacle() {
-        return Err(Fault::launch(reason));
+        return Err(Fault::of_launch(FaultKind::Launch(reason)));
     }
     let clusters = launch.grid.count() / u64::from(launch.cluster);
     let run = &Run { launch, options, between: &BetweenBlocks::default(), kernel };
@@ -68,6 +69,11 @@ fn side_by_side(run: &Run<'_>, clusters: u64) -> Result<Stats, Box<Fault>> {
         .map(|index| {
             if index > failed.load(Ordering::Relaxed) {
                 return (Stats::default(), None);
+            }
+            if run.options.stopped() {
+                failed.fetch_min(index, Ordering::Relaxed);
+                let fault = Box::new(Fault::of_launch(FaultKind::Stopped));
+                return (Stats::default(), Some((index, fault)));
             }
             let result = ENGINES.with(|engines| {
                 let mut engines = engines.borrow_mut();

@@ -3,7 +3,10 @@
 use std::{
     collections::BTreeSet,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use super::fault::Place;
@@ -29,6 +32,9 @@ pub struct Options {
     pub change: Option<Change>,
     /// Where to note every synchronisation that the launch passes.
     pub sites: Option<Arc<Sites>>,
+    /// Once this is true the launch ends, with [`FaultKind::Stopped`](super::FaultKind::Stopped),
+    /// when lanes next wait.
+    pub stop: Option<Arc<AtomicBool>>,
 }
 
 impl Options {
@@ -39,6 +45,11 @@ impl Options {
     #[must_use]
     pub fn seeded(seed: u64) -> Self {
         Self { seed, ..Self::default() }
+    }
+
+    /// Whether the launch is to end.
+    pub(super) fn stopped(&self) -> bool {
+        self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed))
     }
 }
 
@@ -51,6 +62,7 @@ impl Default for Options {
             budget: Self::BUDGET,
             change: None,
             sites: None,
+            stop: None,
         }
     }
 }
