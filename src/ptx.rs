@@ -72,31 +72,10 @@ impl PtxModule {
     /// in front names the constants. `None` if the module has no such entry.
     #[must_use]
     pub fn specialised(&self, symbol: &str, constants: &Constants) -> Option<String> {
-        let text = self.with_entry_only(symbol)?;
+        let text = simt::specialise::entry(self.text, symbol)?;
         let text = constants.specialise(&text).ok()?;
         let values: Vec<_> = constants.iter().map(|(name, n)| format!("{name}={n}")).collect();
         Some(format!("{CONSTANTS}{}\n{text}", values.join(" ")))
-    }
-
-    /// The module with one of its entries only, so that the driver compiles what is
-    /// launched and not every instance of every kernel. `None` if it has no such entry.
-    fn with_entry_only(&self, symbol: &str) -> Option<String> {
-        let wanted = format!(".visible .entry {symbol}(");
-        let mut text = String::new();
-        let (mut found, mut skipping) = (false, false);
-        for line in self.text.lines() {
-            if line.starts_with(".visible .entry ") {
-                skipping = !line.starts_with(&wanted);
-                found |= !skipping;
-            }
-            if !skipping {
-                text.push_str(line);
-                text.push('\n');
-            }
-            // Braces within an entry are indented.
-            skipping &= line != "}";
-        }
-        found.then_some(text)
     }
 }
 
@@ -184,17 +163,6 @@ mod tests {
             let parameter = format!("_param_0[{}]", entry.args_bytes);
             assert!(header.contains(&parameter), "{}: {header}", entry.symbol);
         }
-    }
-
-    #[test]
-    fn one_entry_can_be_had_without_the_others() {
-        let text = ".version 7.0\n.visible .entry a(\n)\n{\n\t{\n\t}\n\tret;\n}\n.global .u32 g;\n\
-                    .visible .entry a2(\n)\n{\n\tret;\n}\n";
-        let module = PtxModule { text, ..ORDINARY };
-        let only = ".version 7.0\n.global .u32 g;\n.visible .entry a2(\n)\n{\n\tret;\n}\n";
-        assert_eq!(module.with_entry_only("a2").as_deref(), Some(only));
-        assert!(module.with_entry_only("a").unwrap().contains("\t}\n\tret;\n}\n.global"));
-        assert_eq!(module.with_entry_only("b"), None);
     }
 
     #[test]

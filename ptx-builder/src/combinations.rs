@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 // Not through the crate, which would have the emulator's dependencies.
 #[path = "../../simt/src/specialise/text.rs"]
-mod text;
+pub mod text;
 
 pub use text::PREFIX;
 

@@ -67,14 +67,6 @@ pub fn entries(text: &str) -> impl Iterator<Item = (&str, &str)> {
     text.split(".entry ").skip(1).map(|entry| (entry.split('(').next().unwrap_or(""), entry))
 }
 
-/// One entry as its module has it, with what precedes the module's entries. `None` if the
-/// module has no such entry.
-#[must_use]
-pub fn entry(text: &str, name: &str) -> Option<String> {
-    let (head, _) = text.split_once(START)?;
-    Some(format!("{head}{}", body(text, name)?))
-}
-
 /// How an entry begins.
 pub const START: &str = ".visible .entry ";
 
@@ -115,14 +107,5 @@ mod tests {
             let error = split(text).unwrap_err().to_string();
             assert!(error.contains(what), "{text}: {error}");
         }
-    }
-
-    #[test]
-    fn one_entry_comes_with_the_head_of_its_module() {
-        let a = ".version 7.0\n\n.visible .entry a(\n)\n{\n\tret;\n}\n";
-        assert_eq!(entry(TEXT, "a").as_deref(), Some(a));
-        let ab = ".version 7.0\n\n.visible .entry ab(\n)\n{\n\ttrap;\n}\n";
-        assert_eq!(entry(TEXT, "ab").as_deref(), Some(ab));
-        assert_eq!(entry(TEXT, "b"), None);
     }
 }

@@ -115,11 +115,11 @@ impl<P: Operation> Step<P> {
     }
 
     fn launch(&self, call: &Call<'_, P>, encode: Encode<'_>) -> Result<Launch, Error> {
-        let mut args = Vec::with_capacity(self.entry.args_bytes);
-        for map in &self.maps {
-            args.extend(encode(&(map.spec)(call, map.box_dims))?);
+        let mut args = (self.args)(call);
+        for (index, map) in self.maps.iter().enumerate() {
+            let at = index * TensorMap::BYTES;
+            args.splice(at..at, encode(&(map.spec)(call, map.box_dims))?);
         }
-        args.extend((self.args)(call));
         if !self.maps.is_empty() {
             // The struct is aligned as its maps are.
             args.resize(args.len().next_multiple_of(align_of::<TensorMap>()), 0);
