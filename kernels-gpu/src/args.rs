@@ -14,7 +14,9 @@ use simt::{
     tma::{self, TensorMap},
 };
 
-pub use attention::{AttentionArgs, DropoutArgs, Keys, Scores, Scratch, Shape, Tensors};
+pub use attention::{
+    AttentionArgs, Bias, DropoutArgs, Keys, Scores, Scratch, Shape, Slopes, Tensors,
+};
 pub use linear::LinearArgs;
 
 mod attention;

@@ -6,12 +6,24 @@
 simt::specialisation_constants! {
     /// What a launch asks for beyond plain attention.
     pub struct Constants {
-        /// 1: row `i` sees keys `j <= i + Nk - Nq` only. 0: every key.
+        /// Row `i` sees keys `j <= i + Nk - Nq` if 1, and `args.keys.right` more if 2. 0: every key.
         causal,
+        /// 1: row `i` sees keys `j >= i + Nk - Nq - args.keys.left` only.
+        left,
         /// 1: there is a padding mask.
         padding,
         /// 1: weights are dropped.
         dropout,
+        /// Heads of Q that share one of K and V, if more than one.
+        group,
+        /// 1: scores are capped; 2: with all digits of f32.
+        softcap,
+        /// 1: scores fall with the distance of row and key.
+        alibi,
+        /// 1: a matrix joins the scores.
+        bias,
+        /// 1: each head has a score without a key.
+        sinks,
     }
 }
 

@@ -143,7 +143,7 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
             o: case.tensor(&mut o, seq_q),
             lse: buffer(&mut lse),
         },
-        keys: Keys { padding: buffer(&mut mask) },
+        keys: Keys { padding: buffer(&mut mask), ..Keys::default() },
         shape: Shape { batch, heads, seq_q, seq_k, ..Shape::default() },
         scores: Scores {
             scale_log2: std::f32::consts::LOG2_E / (d as f32).sqrt(),

@@ -68,6 +68,9 @@ macro_rules! specialisation_constants {
             enum Place { $( $name, )* }
 
             impl $constants {
+                /// All of them 0.
+                pub const NONE: Self = Self { $( $name: 0, )* };
+
                 $(
                     $(#[$doc])*
                     ///

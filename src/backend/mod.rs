@@ -205,9 +205,11 @@ pub unsafe trait KernelArgs: Copy {
     }
 }
 
-// Four tensors of 40 bytes, four buffers of 16, four 32-bit numbers and one of 64, five 32-bit
-// numbers; four bytes of padding at the end.
-const _: () = assert!(std::mem::offset_of!(AttentionArgs, shape.head_dim) == 160 + 64 + 24 + 16);
+// Four tensors of 40 bytes, seven buffers of 16, six 64-bit numbers, eight of 32, and four more
+// before the last; four bytes of padding at the end.
+const _: () = assert!(
+    std::mem::offset_of!(AttentionArgs, shape.head_dim) == 4 * 40 + 7 * 16 + 6 * 8 + 8 * 4 + 4 * 4
+);
 // SAFETY: the assertion above leaves no room for padding before the last field.
 unsafe impl KernelArgs for AttentionArgs {
     const FIELD_BYTES: usize = std::mem::offset_of!(AttentionArgs, shape.head_dim) + 4;

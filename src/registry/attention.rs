@@ -136,7 +136,7 @@ pub(super) fn args(call: &Call<'_, Problem>) -> Vec<u8> {
             o: tensors.o.arg(),
             lse: region(Usage::Lse),
         },
-        keys: Keys { padding: tensors.mask.unwrap_or_default().arg() },
+        keys: Keys { padding: tensors.mask.unwrap_or_default().arg(), ..Keys::default() },
         scratch: Scratch { weights: region(Usage::Weights), queue: region(Usage::Queue) },
         shape: Shape {
             batch: p.batch() as u32,
@@ -149,6 +149,7 @@ pub(super) fn args(call: &Call<'_, Problem>) -> Vec<u8> {
             scale_log2: (f64::from(p.scale()) * std::f64::consts::LOG2_E) as f32,
             dropout: p.dropout_args(),
             scale: p.scale(),
+            ..Scores::default()
         },
     }
     .to_launch_bytes()

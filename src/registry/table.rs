@@ -328,6 +328,7 @@ fn constants(p: &Problem) -> Constants {
         causal: p.causal().into(),
         padding: p.has_mask().into(),
         dropout: p.dropout().is_some().into(),
+        ..Constants::default()
     }
 }
 

@@ -24,9 +24,9 @@ pub struct AttentionArgs {
 pub struct Tensors {
     /// Queries, `[B, H, Nq, D]`.
     pub q: Tensor,
-    /// Keys, `[B, H, Nk, D]`.
+    /// Keys, `[B, Hkv, Nk, D]`.
     pub k: Tensor,
-    /// Values, `[B, H, Nk, D]`.
+    /// Values, `[B, Hkv, Nk, D]`.
     pub v: Tensor,
     /// Output, `[B, H, Nq, D]`.
     pub o: Tensor,
@@ -40,6 +40,10 @@ pub struct Tensors {
 pub struct Keys {
     /// Padding mask, u8 `[B, Nk]`, 0 = hidden. Read if the constant `padding` is on.
     pub padding: Buffer,
+    /// Keys before its own position that a row sees. Read if the constant `left` is on.
+    pub left: u32,
+    /// Keys after its own position that a row sees. Read if the constant `causal` is 2.
+    pub right: u32,
 }
 
 /// Memory beside inputs and outputs.
@@ -62,8 +66,48 @@ pub struct Scores {
     pub scale: f32,
     /// The softmax scale times log2(e): scores go through exp2.
     pub scale_log2: f32,
+    /// The cap of scores: `s` becomes `cap * tanh(s / cap)`. Read if the constant `softcap` is on.
+    pub softcap: f32,
+    /// `1 / softcap`.
+    pub inverse_softcap: f32,
+    /// Slopes of ALiBi, f32 `[B or 1, H]`: `-slope * |i + Nk - Nq - j|` joins a score. Read if the
+    /// constant `alibi` is on.
+    pub alibi: Slopes,
+    /// What joins a score, `[B or 1, H or 1, Nq, Nk]` in the storage type. Read if the constant
+    /// `bias` is on.
+    pub bias: Bias,
+    /// A score for each head that joins a row's sum and has no value, f32 `[H]`. Read if the
+    /// constant `sinks` is on.
+    pub sinks: Buffer,
     /// Dropout of weights. Read if the constant `dropout` is on.
     pub dropout: DropoutArgs,
+}
+
+/// A number for each head.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Slopes {
+    /// The memory, f32; the heads of a batch entry are neighbours.
+    pub buffer: Buffer,
+    /// Elements from one batch entry to the next; 0 if all have the same.
+    pub stride_b: u64,
+}
+
+/// A matrix `[Nq, Nk]` for each head, seen through strides in elements; a stride of 0 repeats what is
+/// there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bias {
+    /// The memory behind it.
+    pub buffer: Buffer,
+    /// From one batch entry to the next.
+    pub stride_b: u64,
+    /// From one head to the next.
+    pub stride_h: u64,
+    /// From one row to the next.
+    pub stride_q: u64,
+    /// From one key to the next.
+    pub stride_k: u64,
 }
 
 /// Dropout of attention weights, by Philox 4x32-10 (see `dropout.rs`).

@@ -314,7 +314,7 @@ mod tests {
         AttentionArgs { shape, ..AttentionArgs::default() }
     }
 
-    const CAUSAL: Constants = Constants { causal: 1, padding: 0, dropout: 0 };
+    const CAUSAL: Constants = Constants { causal: 1, ..Constants::NONE };
 
     #[test]
     fn a_row_sees_up_to_the_diagonal_at_the_bottom_right() {

@@ -25,9 +25,7 @@ use simt::{
 
 thread_local! {
     static OPTIONS: RefCell<Option<Options>> = const { RefCell::new(None) };
-    static CONSTANTS: Cell<Constants> = const {
-        Cell::new(Constants { causal: 0, padding: 0, dropout: 0 })
-    };
+    static CONSTANTS: Cell<Constants> = const { Cell::new(Constants::NONE) };
 }
 
 /// Seeds of the tests that go through several; in CI, which sets `SIMT_SEEDS`, more.
@@ -220,6 +218,7 @@ impl Case {
             causal: self.causal.into(),
             padding: self.padding.into(),
             dropout: u32::from(self.dropout > 0.0),
+            ..Constants::default()
         }
     }
 
@@ -297,7 +296,7 @@ impl Case {
                 o: self.tensor(&problem.o, self.seq_q),
                 lse: buffer_mut(&mut problem.lse),
             },
-            keys: Keys { padding: buffer(&problem.mask) },
+            keys: Keys { padding: buffer(&problem.mask), ..Keys::default() },
             scratch: Scratch { weights: buffer_mut(&mut problem.weights), ..Scratch::default() },
             shape: Shape {
                 batch: self.batch(),
@@ -310,6 +309,7 @@ impl Case {
                 scale_log2: std::f32::consts::LOG2_E / (self.d as f32).sqrt(),
                 dropout: problem.drops,
                 scale: 1.0 / (self.d as f32).sqrt(),
+                ..Scores::default()
             },
         }
     }
