@@ -1,7 +1,7 @@
 //! What a launch of an attention kernel fixes before the driver compiles its entry.
 //!
-//! [`Policy`](crate::parts::policy::Policy) reads these, and nothing else does: a kernel asks the
-//! policy. What is off costs nothing, neither an instruction nor a register.
+//! [`Policy`](crate::parts::policy::Policy) reads these, and [`Head`](crate::parts::head::Head) the
+//! group: a kernel asks them. What is off costs nothing, neither an instruction nor a register.
 
 simt::specialisation_constants! {
     /// What a launch asks for beyond plain attention.
@@ -16,7 +16,7 @@ simt::specialisation_constants! {
         dropout,
         /// Heads of Q that share one of K and V, if more than one.
         group,
-        /// 1: scores are capped; 2: with all digits of f32.
+        /// 1: scores are capped.
         softcap,
         /// 1: scores fall with the distance of row and key.
         alibi,

@@ -181,6 +181,7 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
         causal: case.causal.into(),
         padding: case.hidden_batch.is_some().into(),
         dropout: u32::from(case.dropout > 0.0),
+        ..Constants::NONE
     };
     let options = common::with_constants(constants, common::options);
     emulator::launch_with(launch, &options, &kernel)

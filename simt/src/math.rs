@@ -50,6 +50,24 @@ unary! {
     rcp, "rcp.approx.ftz.f32 {0}, {1};", |x: f32| 1.0 / x;
     /// `1 / sqrt(x)`; 2 ulp on a GPU.
     rsqrt, "rsqrt.approx.ftz.f32 {0}, {1};", |x: f32| 1.0 / x.sqrt();
+    /// Hyperbolic tangent; relative error 2^-11 on a GPU, as much as f16 rounds. From sm_75 on.
+    tanh_approx, "tanh.approx.f32 {0}, {1};", f32::tanh;
+}
+
+/// Hyperbolic tangent with the digits of f32: 3 ulp.
+#[inline(always)]
+#[must_use]
+pub fn tanh(x: f32) -> f32 {
+    // tanh(x) = x + x^3 p(x^2): interpolated at the Chebyshev nodes of x^2 in [0, 0.36].
+    const P: [f32; 5] = [-0.333_333_31, 0.133_329_15, -0.053_873_95, 0.021_110_96, -0.006_269_12];
+    const SMALL: f32 = 0.6;
+    let (magnitude, square) = (x.abs(), x * x);
+    let p = fma(fma(fma(fma(P[4], square, P[3]), square, P[2]), square, P[1]), square, P[0]);
+    let near = fma(x * square, p, x);
+    // Where the exponential overflows, 1 is left.
+    let e = exp2(magnitude * const { 2.0 * core::f32::consts::LOG2_E });
+    let far = fma(-2.0, rcp(e + 1.0), 1.0).copysign(x);
+    if magnitude < SMALL { near } else { far }
 }
 
 /// The larger of two values; the other one if one is NaN.

@@ -101,25 +101,25 @@ pub unsafe fn flash_async<T: Scalar, const D: usize, const COLUMN_TILES: usize>(
     let queries = SharedQueries::<T, Swizzled<D>>::new(q_smem, warp_row);
 
     let mut warp = FragmentRows::<COLUMN_TILES>::new(first_row + warp_row);
-    let num_kv_tiles = policy.end_of_tile(first_row + BR).div_ceil(BC);
-    if num_kv_tiles > 0 {
+    let kv_tiles = policy.key_tiles(first_row, first_row + BR, BC);
+    if !kv_tiles.is_empty() {
         tile::load_async::<T, Swizzled<D>, D, BR, THREADS>(&q, first_row, q_smem);
-        kv.start(0, 0);
+        kv.start(kv_tiles.start, kv_tiles.start % tile::STAGES);
         async_copy::commit();
     }
-    for kv_tile in 0..num_kv_tiles {
+    for kv_tile in kv_tiles.clone() {
         let stage = kv_tile % tile::STAGES;
         async_copy::wait::<0>();
         // Hazards: tiles are read by threads that did not copy them; and the other stage,
         // which is overwritten next, may still be read for the tile before.
         thread::sync_threads();
-        if kv_tile + 1 < num_kv_tiles {
+        if kv_tile + 1 < kv_tiles.end {
             kv.start(kv_tile + 1, stage ^ 1);
             async_copy::commit();
         }
         let (k, v) = kv.tiles(stage);
         let tiles = SharedTiles { q: queries, k, v, first_key: kv_tile * BC };
-        warp.attend::<T, Ampere, Swizzled<D>, D>(&policy, args.scores.scale_log2, tiles);
+        warp.attend::<T, Ampere, Swizzled<D>, D>(&policy, tiles);
     }
 
     // Normalise, store O and LSE.

@@ -119,8 +119,7 @@ pub unsafe fn flash_mma<
     tile::load::<T, L, D, BR, THREADS>(&q, first_row, q_smem);
 
     let mut warp = FragmentRows::<COLUMN_TILES>::new(first_row + warp_row);
-    let num_kv_tiles = policy.end_of_tile(first_row + BR).div_ceil(BC);
-    for kv_tile in 0..num_kv_tiles {
+    for kv_tile in policy.key_tiles(first_row, first_row + BR, BC) {
         let first_key = kv_tile * BC;
         // Hazard: the tile before may still be read while this one is written.
         thread::sync_threads();
@@ -129,7 +128,7 @@ pub unsafe fn flash_mma<
         // Hazard: tiles are read by threads that did not write them (Q too, at first).
         thread::sync_threads();
         let tiles = SharedTiles { q: queries, k: k_smem, v: v_smem, first_key };
-        warp.attend::<T, C, L, D>(&policy, args.scores.scale_log2, tiles);
+        warp.attend::<T, C, L, D>(&policy, tiles);
     }
 
     // Normalise, store O and LSE.

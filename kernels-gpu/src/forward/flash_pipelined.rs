@@ -214,7 +214,9 @@ pub unsafe fn flash_pipelined<
             (head.queries::<T>(&args.tensors.q).anew(), kv, q_smem)
         };
         tile::load_async::<T, Swizzled<D>, D, BR, THREADS>(&q, task.first_row, q_smem);
-        kv.start(0, 0);
+        // SAFETY: the mask is empty or `[B, Nk]`.
+        let policy = unsafe { Policy::new(args, head) };
+        kv.start(policy.key_tiles(task.first_row, task.first_row + BR, BC).start, 0);
         async_copy::commit();
         (kv, q_smem)
     };
@@ -226,11 +228,11 @@ pub unsafe fn flash_pipelined<
         let policy = unsafe { Policy::new(args, task.head(args)) };
         let mut state = WarpRows::<T, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(
             policy,
-            args.scores.scale_log2,
             task.first_row + warp_row::<FRAGMENTS>(),
         );
         // At least one, though no row may see it: the last one asks for the next task.
-        let num_kv_tiles = policy.end_of_tile(task.first_row + BR).div_ceil(BC).max(1);
+        let kv_tiles = policy.key_tiles(task.first_row, task.first_row + BR, BC);
+        let kv_tiles = kv_tiles.start..kv_tiles.end.max(kv_tiles.start + 1);
         let queries = if q_in_registers {
             async_copy::wait::<0>();
             // Hazard: Q is read by threads that did not copy it.
@@ -241,14 +243,14 @@ pub unsafe fn flash_pipelined<
         };
 
         let mut stage = 0;
-        for kv_tile in 0..num_kv_tiles {
+        for kv_tile in kv_tiles.clone() {
             async_copy::wait::<0>();
             // Hazards: K and V (and Q) are read by threads that did not copy them; and the
             // other stage, which is overwritten next, may still be read for the tile before
             // (or Q in it).
             thread::sync_threads();
             let mut taken = NOT_ASKED;
-            if kv_tile + 1 < num_kv_tiles {
+            if kv_tile + 1 < kv_tiles.end {
                 kv.start(kv_tile + 1, stage ^ 1);
             } else if opaque(thread::thread_idx_x()) == 0 {
                 // Asked for late: whoever asks early may keep a task that another block has

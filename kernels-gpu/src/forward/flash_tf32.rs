@@ -191,25 +191,22 @@ pub unsafe fn flash_tf32<
     };
     let queries = || SharedQueries::<Half, Swizzled<HALVES>>::new(q_smem, warp_row);
 
-    let mut state = WarpRows::<f32, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(
-        policy,
-        args.scores.scale_log2,
-        first_row + warp_row,
-    );
-    let num_kv_tiles = policy.end_of_tile(first_row + BR).div_ceil(BC);
-    if num_kv_tiles > 0 {
+    let mut state =
+        WarpRows::<f32, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(policy, first_row + warp_row);
+    let kv_tiles = policy.key_tiles(first_row, first_row + BR, BC);
+    if !kv_tiles.is_empty() {
         // Load Q, and the first tile of K and V.
         tile::load_async::<Half, Swizzled<HALVES>, HALVES, BR, THREADS>(&q, first_row, q_smem);
-        kv.start(0, 0);
+        kv.start(kv_tiles.start, 0);
         async_copy::commit();
     }
     let mut stage = 0;
-    for kv_tile in 0..num_kv_tiles {
+    for kv_tile in kv_tiles.clone() {
         async_copy::wait::<0>();
         // Hazards: tiles (Q too, at first) are read by threads that did not copy them; and
         // the other stage, which is overwritten next, may still be read for the tile before.
         thread::sync_threads();
-        if kv_tile + 1 < num_kv_tiles {
+        if kv_tile + 1 < kv_tiles.end {
             kv.start(kv_tile + 1, stage ^ 1);
         }
         async_copy::commit();
@@ -287,7 +284,7 @@ fn attend<L: TileLayout, const HALVES: usize, const N: usize, const O: usize, co
     first_key: u32,
     part: u32,
 ) {
-    if state.is_above_the_diagonal(first_key) {
+    if state.sees_nothing(first_key) {
         return;
     }
     // S = Q Kᵀ. A loop: unrolled it would be most of the code, and ptxas would load so far
@@ -301,7 +298,7 @@ fn attend<L: TileLayout, const HALVES: usize, const N: usize, const O: usize, co
             fragment::add_scores_step::<f32, Ampere, L, N, F>(&mut s, queries.step(step), k);
         });
     }
-    state.hide(&mut s, first_key);
+    state.shape_and_hide(&mut s, first_key);
     state.raise(&s);
     let kept = state.kept_weights(first_key);
     let v = v_origins::<L>(part * const { 2 * right_part::<HALVES, O>() });
@@ -387,7 +384,7 @@ unsafe fn store<const HALVES: usize, const O: usize>(
     let (o, lse) =
         unsafe { (args.tensors.o.buffer.view_mut::<f32>(), args.tensors.lse.view_mut::<f32>()) };
     let (g, column) = fragment::row_and_column();
-    let l_i = online::normalise(&mut acc_o, rows, policy, first_row + g);
+    let (m_i, l_i) = online::normalise(&mut acc_o, rows, policy, first_row + g);
     unroll!(for R in 0..2 {
         let i = first_row + g + 8 * R as u32;
         if i < head.seq_q {
@@ -405,7 +402,7 @@ unsafe fn store<const HALVES: usize, const O: usize>(
                 }
             });
             if column == 0 && part == 0 {
-                let value = softmax::log_sum_exp(rows.m_i[R], l_i[R]);
+                let value = softmax::log_sum_exp(m_i[R], l_i[R]);
                 lse.write(head.row(i), value);
             }
         }

@@ -147,8 +147,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
     let mut l_i = [0.0f32; ROWS];
     let mut acc_o = [[[0.0f32; VECTOR]; MAX_COLUMN_GROUPS]; ROWS];
 
-    let num_kv_tiles = policy.end_of_tile(first_row + BR).div_ceil(BC);
-    for tile in 0..num_kv_tiles {
+    for tile in policy.key_tiles(first_row, first_row + BR, BC) {
         let first_key = tile * BC;
         // Hazard: the tile before may still be read while this one is written.
         thread::sync_threads();
@@ -177,12 +176,16 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
         // S = Q Kᵀ [ROWS, KEYS] of this thread.
         let mut s = scores::<D>(q_smem, k_smem, ty, tx);
 
-        // Mask.
+        // Shape and mask.
         unroll!(for R in 0..2 {
             let i = first_row + ty * ROWS as u32 + R as u32;
             unroll!(for KEY in 0..4 {
                 let j = first_key + tx + KEY as u32 * COLUMN_THREADS;
-                s[R][KEY] = if policy.sees(i, j) { s[R][KEY] } else { f32::NEG_INFINITY };
+                s[R][KEY] = if policy.sees(i, j) {
+                    policy.shape_score::<T>(s[R][KEY], args.scores.scale, i, j)
+                } else {
+                    f32::NEG_INFINITY
+                };
             });
         });
 
@@ -190,7 +193,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
         unroll!(for R in 0..2 {
             let row = ty * ROWS as u32 + R as u32;
             let tile_max = s[R].iter().fold(f32::NEG_INFINITY, |m, &x| math::max(m, x));
-            let tile_max = warp::reduce_max::<COLUMN_THREADS>(tile_max) * args.scores.scale_log2;
+            let tile_max = warp::reduce_max::<COLUMN_THREADS>(tile_max) * policy.scale_log2();
             let m_new = math::max(m_i[R], tile_max);
             let m_used = softmax::safe_max(m_new);
             let alpha = math::exp2(m_i[R] - m_used);
@@ -199,7 +202,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
             unroll!(for KEY in 0..4 {
                 let column = tx + KEY as u32 * COLUMN_THREADS;
                 // One rounding for the scale and the difference.
-                let p = math::exp2(math::fma(s[R][KEY], args.scores.scale_log2, -m_used));
+                let p = math::exp2(math::fma(s[R][KEY], policy.scale_log2(), -m_used));
                 row_sum += p;
                 p_smem.write(row * pitch(BC as usize) + column, p);
             });
@@ -254,7 +257,8 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
         let i = first_row + ty * ROWS as u32 + R as u32;
         if i < head.seq_q {
             let l_row = softmax::checked_fused_sum(m_i[R], l_row, || policy.sees_any(i));
-            let normaliser = softmax::normaliser(l_row);
+            let (m_row, l_row, factor) = policy.with_sink(m_i[R], l_row);
+            let normaliser = softmax::normaliser(l_row) * factor;
             let o_row = head.query(&args.tensors.o, i);
             unroll!(for GROUP in 0..4 {
                 if GROUP < D / COLUMN_STEP {
@@ -266,7 +270,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
                 }
             });
             if tx == 0 {
-                lse.write(head.row(i), softmax::log_sum_exp(m_i[R], l_row));
+                lse.write(head.row(i), softmax::log_sum_exp(m_row, l_row));
             }
         }
     });

@@ -63,7 +63,11 @@ pub unsafe fn scores<T: Scalar, const D: usize>(args: &AttentionArgs) {
         unsafe { (args.scratch.weights.view_mut::<T>(), Policy::new(args, head)) };
     // SAFETY: the buffers have the shapes that `args` says.
     let s = unsafe { dot::<T, D, D>(args, head, (i, j)) };
-    let s = if policy.sees(i, j) { s * args.scores.scale_log2 } else { f32::NEG_INFINITY };
+    let s = if policy.sees(i, j) {
+        policy.shape_score::<T>(s, args.scores.scale, i, j) * policy.scale_log2()
+    } else {
+        f32::NEG_INFINITY
+    };
     weights.write(head.weight(i, j), T::from_f32(s / softmax::STORED_UNIT));
 }
 
@@ -108,14 +112,15 @@ pub unsafe fn softmax_rows<T: Scalar>(args: &AttentionArgs) {
         l_i += math::exp2(score(j) - m_used);
     }
     let l_i = softmax::checked_sum(warp::reduce_add::<32>(l_i), || policy.sees_any(i));
-    let normaliser = softmax::normaliser(l_i);
+    let (m_lse, l_i, factor) = policy.with_sink(m_i, l_i);
+    let normaliser = softmax::normaliser(l_i) * factor;
 
     for j in (lane..head.seq_k).step_by(warp::LANES as usize) {
         let p = math::exp2(score(j) - m_used) * normaliser;
         weights.write(row + j as u64, T::from_f32(policy.kept(i, j, p)));
     }
     if lane == 0 {
-        lse.write(head.row(i), softmax::log_sum_exp(m_i, l_i));
+        lse.write(head.row(i), softmax::log_sum_exp(m_lse, l_i));
     }
 }
 

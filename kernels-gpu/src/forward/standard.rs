@@ -107,7 +107,8 @@ unsafe fn scores_product<T: Scalar>(
     // SAFETY: the buffers have the shapes that `args` says.
     unsafe {
         let policy = Policy::new(args, head);
-        if first_key >= policy.end_of_tile(first_row + tile) {
+        let kv_tiles = policy.key_tiles(first_row, first_row + tile, tile);
+        if !kv_tiles.contains(&(first_key / tile)) {
             return None;
         }
         Some(Product {

@@ -53,13 +53,15 @@ pub unsafe fn weights<T: Scalar, const D: usize>(args: &AttentionArgs) {
     let (weights, policy) =
         unsafe { (args.scratch.weights.view_mut::<T>(), Policy::new(args, head)) };
     // SAFETY: row and key exist.
-    let score = |j: u32| unsafe { dot::<T, D, { softmax::SPAN }>(args, head, (i, j)) };
+    let dot = |j: u32| unsafe { dot::<T, D, { softmax::SPAN }>(args, head, (i, j)) };
+    let score = |j: u32| policy.shape_score::<T>(dot(j), args.scores.scale, i, j);
     // The difference first: of scores of like size it is exact.
-    let weight = |s: f32, m: f32| math::exp2((s - m) * args.scores.scale_log2);
+    let weight = |s: f32, m: f32| math::exp2((s - m) * policy.scale_log2());
 
     // Maximum and sum, unscaled: the scale is positive.
     let (mut m_i, mut l_i) = (f32::NEG_INFINITY, 0.0);
-    for j in (tx..policy.end_of_row(i)).step_by(TILE as usize) {
+    let first = policy.begin_of_row(i);
+    for j in (first + tx..policy.end_of_row(i)).step_by(TILE as usize) {
         if policy.sees(i, j) {
             let s = score(j);
             let m_new = math::max(m_i, s);
@@ -68,9 +70,12 @@ pub unsafe fn weights<T: Scalar, const D: usize>(args: &AttentionArgs) {
             m_i = m_new;
         }
     }
-    let m_used = softmax::safe_max(warp::reduce_max::<TILE>(m_i));
+    let m_row = warp::reduce_max::<TILE>(m_i);
+    let m_used = softmax::safe_max(m_row);
     let l_i = warp::reduce_add::<TILE>(l_i * weight(m_i, m_used));
-    let normaliser = softmax::normaliser(softmax::checked_sum(l_i, || policy.sees_any(i)));
+    let l_i = softmax::checked_sum(l_i, || policy.sees_any(i));
+    let (_, l_i, factor) = policy.with_sink(m_row * policy.scale_log2(), l_i);
+    let normaliser = softmax::normaliser(l_i) * factor;
 
     if !inside {
         return;

@@ -56,7 +56,6 @@ impl<const O: usize> FragmentRows<O> {
     pub fn attend<T: Scalar, C: TensorCore<T>, L: TileLayout, const D: usize>(
         &mut self,
         policy: &Policy,
-        scale_log2: f32,
         tiles: SharedTiles<T, L>,
     ) {
         let (row, column) = fragment::row_and_column();
@@ -67,8 +66,9 @@ impl<const O: usize> FragmentRows<O> {
         let k = (tiles.k, fragment::b_origin::<L>(0));
         fragment::add_scores::<T, C, L, D, KEY_TILES, 1>(&mut s, tiles.q, k);
 
-        // Scale and mask.
-        fragment::scale_rows(&mut s[0], [scale_log2; 2]);
+        // Shape, scale and mask.
+        policy.shape_scores::<T, KEY_TILES, 1>(&mut s, i, j);
+        fragment::scale_rows(&mut s[0], [policy.scale_log2(); 2]);
         policy.hide(&mut s, i, j);
 
         // Online softmax: P replaces S.

@@ -5,6 +5,7 @@ use simt::{compiler::opaque, memory::Memory, thread};
 
 use crate::{
     args::{AttentionArgs, Tensor},
+    constants::Constants,
     parts::{gemm::Matrix, schedule, tile::Rows},
 };
 
@@ -29,11 +30,11 @@ impl Head {
     /// Head `h` of batch entry `b`.
     #[inline(always)]
     #[must_use]
-    pub const fn new(args: &AttentionArgs, b: u32, h: u32) -> Self {
+    pub fn new(args: &AttentionArgs, b: u32, h: u32) -> Self {
         Self {
             b,
             h,
-            h_kv: h,
+            h_kv: h / Constants::group().max(1),
             seq_q: args.shape.seq_q,
             seq_k: args.shape.seq_k,
             heads: args.shape.heads,

@@ -124,7 +124,7 @@ pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
     let (o, lse) =
         unsafe { (args.tensors.o.buffer.view_mut::<T>(), args.tensors.lse.view_mut::<f32>()) };
     let (g, column) = fragment::row_and_column();
-    let l_i = normalise(&mut acc_o, rows, policy, first_row + g);
+    let (m_i, l_i) = normalise(&mut acc_o, rows, policy, first_row + g);
     unroll!(for R in 0..2 {
         let i = first_row + g + 8 * R as u32;
         let inside = i < head.seq_q;
@@ -144,26 +144,29 @@ pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
             }
         });
         if inside && column == 0 {
-            let value = softmax::log_sum_exp(rows.m_i[R], l_i[R]);
+            let value = softmax::log_sum_exp(m_i[R], l_i[R]);
             lse.write(head.row(i), value);
         }
     });
 }
 
-/// Divides O by the sums of its rows; returns these, of which each lane had its own part. `i` is
-/// the lane's first row; all lanes of the warp ask.
+/// Divides O by the sums of its rows; returns maxima and sums, of which each lane had its own part.
+/// `i` is the lane's first row; all lanes of the warp ask.
 #[inline(always)]
 pub fn normalise<const O: usize>(
     acc_o: &mut [[f32; 4]; O],
     rows: &RowState,
     policy: &Policy,
     i: u32,
-) -> [f32; 2] {
+) -> ([f32; 2], [f32; 2]) {
     let l_i = [warp::reduce_add::<4>(rows.l_i[0]), warp::reduce_add::<4>(rows.l_i[1])];
     let l_i = policy.checked_sums(i, rows.m_i, l_i);
+    let (m_0, l_0, factor_0) = policy.with_sink(rows.m_i[0], l_i[0]);
+    let (m_1, l_1, factor_1) = policy.with_sink(rows.m_i[1], l_i[1]);
     // Kept weights are scaled up here, all at once.
-    fragment::scale_rows(acc_o, l_i.map(|l| softmax::normaliser(l) * policy.rescale()));
-    l_i
+    let of_row = |l, factor| softmax::normaliser(l) * (factor * policy.rescale());
+    fragment::scale_rows(acc_o, [of_row(l_0, factor_0), of_row(l_1, factor_1)]);
+    ([m_0, m_1], [l_0, l_1])
 }
 
 #[inline(always)]

@@ -13,18 +13,21 @@
 use simt::{compiler::opaque, global::Global, unroll, warp};
 
 use crate::{
-    args::{AttentionArgs, DropoutArgs},
+    args::{AttentionArgs, Keys, Scores},
     constants::Constants,
     parts::{dropout, fragment, head::Head, softmax},
 };
 
-/// What the rows of one head see, and which of their weights are kept.
+mod scores;
+
+/// What the rows of one head see, what becomes of their scores, and which of their weights are
+/// kept.
 #[derive(Clone, Copy)]
 pub struct Policy {
     /// The head.
     pub head: Head,
-    padding: Global<u8>,
-    dropout: DropoutArgs,
+    keys: Keys,
+    scores: Scores,
 }
 
 /// Positions.
@@ -32,29 +35,66 @@ impl Policy {
     /// The policy for a head.
     ///
     /// # Safety
-    /// `args.keys.padding` must hold `[B, Nk]` bytes if the launch has a padding mask.
+    /// Of what the launch has: `args.keys.padding` must hold `[B, Nk]` bytes; `args.scores.alibi`,
+    /// `bias` and `sinks` must have the shapes that they state.
     #[inline(always)]
     #[must_use]
-    pub unsafe fn new(args: &AttentionArgs, head: Head) -> Self {
-        // SAFETY: the mask is read only if there is one.
-        let padding = unsafe { args.keys.padding.view::<u8>() };
-        Self { head, padding, dropout: args.scores.dropout }
+    pub const unsafe fn new(args: &AttentionArgs, head: Head) -> Self {
+        Self { head, keys: args.keys, scores: args.scores }
     }
 
-    /// Whether later rows see more keys than earlier ones.
+    /// Whether rows see keys up to their own position, or some further: later rows see later keys.
     #[inline(always)]
     #[must_use]
     pub fn is_causal() -> bool {
         Constants::causal() != 0
     }
 
-    /// The first key that row `i` does not see by its position. Causal is aligned to the bottom
-    /// right: the last row sees the last key, whatever the two lengths.
+    /// Whether a window ends to the left: later rows do not see the first keys.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_left_bounded() -> bool {
+        Constants::left() != 0
+    }
+
+    /// The first key that row `i` sees by its position, and may be beyond its last one. Positions
+    /// are aligned to the bottom right: the last row is at the last key, whatever the two lengths.
+    #[inline(always)]
+    #[must_use]
+    pub fn begin_of_row(&self, i: u32) -> u32 {
+        if !Self::is_left_bounded() {
+            return 0;
+        }
+        let Head { seq_q, seq_k, .. } = self.head;
+        (i + seq_k).saturating_sub(seq_q.saturating_add(self.keys.left))
+    }
+
+    /// The first key that row `i` does not see by its position.
     #[inline(always)]
     #[must_use]
     pub fn end_of_row(&self, i: u32) -> u32 {
         let Head { seq_q, seq_k, .. } = self.head;
-        if Self::is_causal() { (i + 1 + seq_k).saturating_sub(seq_q).min(seq_k) } else { seq_k }
+        if !Self::is_causal() {
+            return seq_k;
+        }
+        let mut end = i + 1 + seq_k;
+        if Constants::causal() == 2 {
+            end = end.saturating_add(self.keys.right);
+        }
+        end.saturating_sub(seq_q).min(seq_k)
+    }
+
+    /// Tiles of `tile` keys that the rows from `first_i` to before `end_i` see any key of by their
+    /// positions: the others need not be visited.
+    #[inline(always)]
+    #[must_use]
+    pub fn key_tiles(&self, first_i: u32, end_i: u32, tile: u32) -> core::ops::Range<u32> {
+        let end = self.end_of_tile(end_i).div_ceil(tile);
+        if Self::is_left_bounded() {
+            (self.begin_of_row(first_i) / tile).min(end)..end
+        } else {
+            0..end
+        }
     }
 
     /// The first key that no row before `end_i` sees by its position: tiles of keys from there
@@ -65,13 +105,21 @@ impl Policy {
         self.end_of_row(end_i.min(self.head.seq_q) - 1)
     }
 
-    /// Keys that the rows from `first_i` on all see: tiles below are whole. None where padding
-    /// may hide any.
+    /// The end of the keys that the rows from `first_i` on all see: tiles below are whole, but for
+    /// those before [`whole_from`](Self::whole_from). 0 where padding or a bias may hide any.
     #[inline(always)]
     #[must_use]
     pub fn whole_keys(&self, first_i: u32) -> u32 {
         // The rows' ends ascend, so that the first row sees least.
-        if Self::is_padded() { 0 } else { self.end_of_row(first_i) }
+        if Self::is_padded() || Self::is_biased() { 0 } else { self.end_of_row(first_i) }
+    }
+
+    /// The first key that all rows up to `last_i` see, if they see it at all.
+    #[inline(always)]
+    #[must_use]
+    pub fn whole_from(&self, last_i: u32) -> u32 {
+        // The rows' beginnings ascend too.
+        self.begin_of_row(last_i)
     }
 }
 
@@ -86,22 +134,25 @@ impl Policy {
 
     #[inline(always)]
     fn is_no_padding(&self, padding_row: u64, key: u32) -> bool {
-        key < self.head.seq_k && self.padding.read(padding_row + key as u64) != 0
+        // SAFETY: whoever made the policy states the mask, if there is one.
+        let padding: Global<u8> = unsafe { self.keys.padding.view() };
+        key < self.head.seq_k && padding.read(padding_row + key as u64) != 0
     }
 
     /// Whether row `i` sees key `j`.
     #[inline(always)]
     #[must_use]
     pub fn sees(&self, i: u32, j: u32) -> bool {
-        j < self.end_of_row(i)
+        self.begin_of_row(i) <= j
+            && j < self.end_of_row(i)
             && (!Self::is_padded() || self.is_no_padding(self.head.padding_row(), j))
     }
 
-    /// Whether row `i` sees any key.
+    /// Whether row `i` surely sees a key: not where a bias may hide all.
     #[inline(always)]
     #[must_use]
     pub fn sees_any(&self, i: u32) -> bool {
-        (0..self.end_of_row(i)).any(|j| self.sees(i, j))
+        !Self::is_biased() && (self.begin_of_row(i)..self.end_of_row(i)).any(|j| self.sees(i, j))
     }
 
     /// Bit `e`: whether key `j + e` of `count` is not padding. Each lane for itself.
@@ -170,12 +221,14 @@ impl Policy {
                 let i = i + FRAGMENT as u32 * fragment::ROWS;
                 let ends = [self.end_of_row(i), self.end_of_row(i + 8)];
                 let ends = ends.map(|end| end.saturating_sub(j));
+                let begins = [self.begin_of_row(i), self.begin_of_row(i + 8)];
+                let begins = begins.map(|begin| begin.saturating_sub(j));
                 unroll!(for TILE in 0..16 {
                     if TILE < N {
                         unroll!(for E in 0..4 {
                             let column = (8 * TILE + E % 2) as u32;
                             let padding = visible >> (2 * TILE + E % 2) & 1 == 0;
-                            if column >= ends[E / 2] || padding {
+                            if column < begins[E / 2] || column >= ends[E / 2] || padding {
                                 s[FRAGMENT][TILE][E] = f32::NEG_INFINITY;
                             }
                         });
@@ -190,13 +243,22 @@ impl Policy {
     #[inline(always)]
     #[must_use]
     pub fn checked_sums(&self, i: u32, m_i: [f32; 2], l_i: [f32; 2]) -> [f32; 2] {
+        if Self::is_padded() && Self::is_left_bounded() {
+            let check = |r: usize| {
+                let i = i + 8 * r as u32;
+                softmax::checked_fused_sum(m_i[r], l_i[r], || self.sees_any(i))
+            };
+            return [check(0), check(1)];
+        }
         // What takes a search is searched for only where the answer matters.
         let search = Self::is_padded() && warp::any(l_i[0] == 0.0 || l_i[1] == 0.0);
         let first_key = if search { self.first_key() } else { 0 };
         [0, 1].map(|r: usize| {
+            let i = i + 8 * r as u32;
             // Not a closure that only a lost row asks: a comparison costs less than a branch.
-            let sees_a_key = first_key < self.end_of_row(i + 8 * r as u32);
-            softmax::checked_fused_sum(m_i[r], l_i[r], || sees_a_key)
+            // A bias may have hidden all keys.
+            let sees_a_key = first_key.max(self.begin_of_row(i)) < self.end_of_row(i);
+            softmax::checked_fused_sum(m_i[r], l_i[r], || sees_a_key && !Self::is_biased())
         })
     }
 }
@@ -217,21 +279,22 @@ impl Policy {
         if !Self::drops() {
             return p;
         }
-        dropout::apply(&self.dropout, (self.head.b, self.head.h, i, j), p)
+        dropout::apply(&self.scores.dropout, (self.head.b, self.head.h, i, j), p)
     }
 
     /// What kept weights are multiplied by. Where they were not, the normaliser is.
     #[inline(always)]
     #[must_use]
     pub fn rescale(&self) -> f32 {
-        if Self::drops() { self.dropout.rescale } else { 1.0 }
+        if Self::drops() { self.scores.dropout.rescale } else { 1.0 }
     }
 
     /// The draws for the weights of row `i` at the four keys from `4 * j4` on.
     #[inline(always)]
     fn draws(&self, i: u32, j4: u32) -> [u32; 4] {
         // Opaque: the round keys of Philox are made where they are used, and not kept.
-        let [low, high] = [self.dropout.seed as u32, (self.dropout.seed >> 32) as u32];
+        let [low, high] =
+            [self.scores.dropout.seed as u32, (self.scores.dropout.seed >> 32) as u32];
         let seed = opaque(low) as u64 | (opaque(high) as u64) << 32;
         dropout::draws(seed, opaque(self.head.b), opaque(self.head.h), i, j4)
     }
@@ -244,8 +307,8 @@ impl Policy {
             return p;
         }
         let draws = self.draws(i, j / 4);
-        let kept = |e: usize| draws[e] >= self.dropout.threshold;
-        [0, 1, 2, 3].map(|e: usize| if kept(e) { p[e] * self.dropout.rescale } else { 0.0 })
+        let kept = |e: usize| draws[e] >= self.scores.dropout.threshold;
+        [0, 1, 2, 3].map(|e: usize| if kept(e) { p[e] * self.scores.dropout.rescale } else { 0.0 })
     }
 
     /// Of a lane's weights in the rows `i` and `i + 8`, those that dropout keeps; `i` and `j` as
@@ -270,8 +333,8 @@ impl Policy {
             let draws = self.draws(i, key / 4);
             let (first, second) =
                 if key % 4 == 0 { (draws[0], draws[1]) } else { (draws[2], draws[3]) };
-            kept |= u32::from(first >= self.dropout.threshold) << (2 * tile);
-            kept |= u32::from(second >= self.dropout.threshold) << (2 * tile + 1);
+            kept |= u32::from(first >= self.scores.dropout.threshold) << (2 * tile);
+            kept |= u32::from(second >= self.scores.dropout.threshold) << (2 * tile + 1);
         }
         kept
     }

@@ -52,7 +52,7 @@ impl QueryTile {
     /// Its head.
     #[inline(always)]
     #[must_use]
-    pub const fn head(&self, args: &AttentionArgs) -> Head {
+    pub fn head(&self, args: &AttentionArgs) -> Head {
         Head::new(args, self.b, self.h)
     }
 }

@@ -30,7 +30,6 @@ pub fn warp_row<const FRAGMENTS: usize>() -> u32 {
 /// 16 rows.
 pub struct WarpRows<T, const N: usize, const O: usize, const F: usize> {
     policy: Policy,
-    scale_log2: f32,
     /// The warp's first row.
     pub first_row: u32,
     /// Maxima and sums.
@@ -46,10 +45,9 @@ where
 {
     /// The rows from `first_row` on, before any key.
     #[inline(always)]
-    pub fn new(policy: Policy, scale_log2: f32, first_row: u32) -> Self {
+    pub fn new(policy: Policy, first_row: u32) -> Self {
         Self {
             policy,
-            scale_log2,
             first_row,
             rows: [RowState::EMPTY; F],
             acc_o: [[[0.0; 4]; O]; F],
@@ -57,18 +55,33 @@ where
         }
     }
 
-    /// Whether no row sees the keys from this one on.
+    const LAST_ROW: u32 = F as u32 * fragment::ROWS - 1;
+    const KEYS: u32 = 8 * N as u32;
+
+    /// Whether no row sees any key of the tile from this one on.
     #[inline(always)]
-    pub fn is_above_the_diagonal(&self, first_key: u32) -> bool {
+    pub fn sees_nothing(&self, first_key: u32) -> bool {
         // Opaque: computed for each tile, and not kept.
-        let last_row = opaque(self.first_row) + const { F as u32 * fragment::ROWS - 1 };
-        first_key >= self.policy.end_of_row(last_row)
+        let first_row = opaque(self.first_row);
+        let end = self.policy.end_of_row(first_row + Self::LAST_ROW);
+        first_key >= end
+            || Policy::is_left_bounded()
+                && first_key + Self::KEYS <= self.policy.begin_of_row(first_row)
     }
 
-    /// Sets hidden scores of a tile of keys to -inf.
+    /// Shapes the scores of a tile of keys, and sets hidden ones to -inf.
     #[inline(always)]
-    pub fn hide(&self, s: &mut [[[f32; 4]; N]; F], first_key: u32) {
-        if first_key + 8 * N as u32 > self.policy.whole_keys(self.first_row) {
+    pub fn shape_and_hide(&self, s: &mut [[[f32; 4]; N]; F], first_key: u32) {
+        if Policy::shapes_scores() {
+            let (row, column) = fragment::row_and_column();
+            let (i, j) = (self.first_row + row, first_key + column);
+            self.policy.shape_scores::<T, N, F>(s, i, j);
+        }
+        let (from, end) = (
+            self.policy.whole_from(self.first_row + Self::LAST_ROW),
+            self.policy.whole_keys(self.first_row),
+        );
+        if first_key + Self::KEYS > end || Policy::is_left_bounded() && first_key < from {
             let (row, column) = fragment::row_and_column();
             self.policy.hide(s, self.first_row + row, first_key + column);
         }
@@ -81,7 +94,7 @@ where
         let mut outgrown = false;
         unroll!(for FRAGMENT in 0..2 {
             if FRAGMENT < F {
-                maxima[FRAGMENT] = online::maxima(&s[FRAGMENT], self.scale_log2);
+                maxima[FRAGMENT] = online::maxima(&s[FRAGMENT], self.policy.scale_log2());
                 outgrown |= self.rows[FRAGMENT].outgrown(maxima[FRAGMENT]);
             }
         });
@@ -114,7 +127,7 @@ where
     /// sum, and those that are dropped are 0 after that.
     #[inline(always)]
     pub fn weigh(&mut self, fragment: usize, s: [f32; 4], kept: [u32; 2], tile: usize) -> [f32; 4] {
-        let mut p = self.rows[fragment].weigh(s, self.scale_log2);
+        let mut p = self.rows[fragment].weigh(s, self.policy.scale_log2());
         Policy::drop_weights(&mut p, kept, tile);
         p
     }
@@ -133,7 +146,7 @@ where
         v_smem: Shared<T>,
         first_key: u32,
     ) {
-        if self.is_above_the_diagonal(first_key) {
+        if self.sees_nothing(first_key) {
             return;
         }
         // S = Q Kᵀ.
@@ -142,7 +155,7 @@ where
         fragment::add_scores::<T, Ampere, L, D, N, F>(&mut s, queries, k);
         // Opaque: where the rows end is computed for each tile, and not kept.
         self.first_row = opaque(self.first_row);
-        self.hide(&mut s, first_key);
+        self.shape_and_hide(&mut s, first_key);
         self.raise(&s);
         let v = (v_smem, fragment::a_origin::<L>(0));
         let kept = self.kept_weights(first_key);

@@ -71,19 +71,19 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         // SAFETY: passed on to the caller.
         unsafe {
             while let Some(mut task) = next {
-                let own_tiles = self.own_tiles(task);
-                if own_tiles == 0 {
+                let own_end = self.own_end(task);
+                if own_end == 0 {
                     self.store_nothing(task);
                     // First, so that the next task's Q may come while the tiles pass.
                     self.release_q();
                     self.q_stage.advance();
-                    self.pass_tiles(task.num_kv_tiles);
+                    self.pass_tiles(task.num_tiles());
                     next = self.inbox.receive(self.q_stage);
                     continue;
                 }
                 if !G::TURNS {
-                    self.pass_tiles(task.num_kv_tiles - own_tiles);
-                    task.num_kv_tiles = own_tiles;
+                    self.pass_tiles(task.end_tile - own_end);
+                    task.end_tile = own_end;
                 }
                 self.first_tile(task);
                 loop {
@@ -94,7 +94,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
                     if G::TURNS && G::TILES.q_stages > 1 {
                         next = self.inbox.receive(self.q_stage);
                         if let Some(following) = next
-                            && self.own_tiles(following) > 0
+                            && self.own_end(following) > 0
                         {
                             self.change_task(task, following);
                             task = following;
@@ -109,7 +109,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
                         // The next task's Q comes only now.
                         next = self.inbox.receive(self.q_stage);
                         if let Some(following) = next
-                            && self.own_tiles(following) > 0
+                            && self.own_end(following) > 0
                         {
                             self.store_and_begin(task, factors, following);
                             task = following;
@@ -132,16 +132,16 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         }
     }
 
-    /// Tiles of a task, from the first key on, that this consumer's rows see any key of.
+    /// The end of a task's tiles that this consumer's rows see any key of; 0 if there are none.
     #[inline(always)]
-    fn own_tiles(&self, task: Task) -> u32 {
+    fn own_end(&self, task: Task) -> u32 {
         let first_row = task.first_row() + self.own_rows;
         let policy = self.policy(task);
         if first_row >= policy.head.seq_q {
             0
         } else if G::TURNS {
             // Both go through the same tiles in turn.
-            task.num_kv_tiles
+            task.end_tile
         } else {
             policy.end_of_tile(first_row + CONSUMER_ROWS).div_ceil(G::TILES.keys)
         }
@@ -167,10 +167,17 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         }
     }
 
-    /// Keys that each of this warpgroup's rows sees.
+    /// The tiles of a task that each of this warpgroup's rows sees whole: the first and the end.
     #[inline(always)]
-    pub(super) fn whole_keys(&self, task: Task) -> u32 {
-        self.policy(task).whole_keys(task.first_row() + self.own_rows)
+    pub(super) fn whole_tiles(&self, task: Task) -> [u32; 2] {
+        let policy = self.policy(task);
+        let first_row = task.first_row() + self.own_rows;
+        let whole_end = policy.whole_keys(first_row) / G::TILES.keys;
+        if !Policy::is_left_bounded() {
+            return [0, whole_end];
+        }
+        let from = policy.whole_from(first_row + CONSUMER_ROWS - 1).div_ceil(G::TILES.keys);
+        [from, whole_end].map(|tile| tile.max(task.first_tile))
     }
 
     /// S = Q Kᵀ and P of the first tile visited, which is the last one in the order of keys,
@@ -206,9 +213,9 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     #[inline(always)]
     fn first_softmax(&mut self, task: Task) {
         self.s.wait_group::<0>();
-        self.scores_done(task.num_kv_tiles - 1);
+        self.scores_done(task, task.end_tile - 1);
         self.first_weights(task);
-        self.pack(task, task.num_kv_tiles - 1);
+        self.pack(task, task.end_tile - 1);
     }
 
     /// The first tile of the next task over the last product of the one before, whose
@@ -224,7 +231,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
             self.start_products();
             let (m_i, l_i) = (self.m_i, self.l_i);
             self.s.wait_group::<1>();
-            self.scores_done(task.num_kv_tiles - 1);
+            self.scores_done(task, task.end_tile - 1);
             // A branch again, so that the exponentials come before the wait.
             if self.first_weights(task) {
                 self.acc_o.wait_group_in::<0, 1>();
@@ -233,7 +240,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
             }
             let factors = self.store_lse(before, m_i, l_i);
             self.release_v();
-            self.pack(task, task.num_kv_tiles - 1);
+            self.pack(task, task.end_tile - 1);
             self.store_output(before, factors);
         }
         self.acc_o = OutputTile::zero();
@@ -245,20 +252,27 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// The whole warpgroup calls it, after the first tile.
     #[inline(always)]
     unsafe fn further_tiles(&mut self, task: Task) {
-        let mut tile = task.num_kv_tiles - 1;
-        // Tiles below this one are seen whole by every row of this consumer.
-        let whole_tiles = self.whole_keys(task) / G::TILES.keys;
-        if Policy::is_padded() || Policy::is_causal() {
-            while tile > whole_tiles {
+        let mut tile = task.end_tile - 1;
+        // Tiles from the one to before the other are seen whole by every row of this consumer.
+        let [whole_from, whole_end] = self.whole_tiles(task);
+        if Policy::is_padded() || Policy::is_biased() || Policy::is_causal() {
+            while tile > whole_end {
                 tile -= 1;
                 // SAFETY: passed on to the caller.
                 unsafe { self.next_tile::<true>(task, tile) };
             }
         }
-        while tile > 0 {
+        while tile > whole_from {
             tile -= 1;
             // SAFETY: passed on to the caller.
             unsafe { self.next_tile::<false>(task, tile) };
+        }
+        if Policy::is_left_bounded() {
+            while tile > task.first_tile {
+                tile -= 1;
+                // SAFETY: passed on to the caller.
+                unsafe { self.next_tile::<true>(task, tile) };
+            }
         }
         if G::TILES.q_stages > 1 {
             self.release_q();

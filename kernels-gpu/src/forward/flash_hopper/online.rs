@@ -12,21 +12,26 @@ use super::{
     geometry::{Geometry, OutputTile},
     score_tile::{ROWS, ScoreTile},
 };
-use crate::parts::softmax::{self, SLACK};
+use crate::parts::{
+    policy::Policy,
+    softmax::{self, SLACK},
+};
 
 impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// P of the first tile of a task from its scores. Whether any row of the warp sees a key.
     #[inline(always)]
     pub(super) fn first_weights(&mut self, task: Task) -> bool {
-        let tile = task.num_kv_tiles - 1;
+        let tile = task.end_tile - 1;
+        self.shape(task, tile);
         // The first tile visited may hang over the last key, or lie on the diagonal.
-        if (tile + 1) * G::TILES.keys > self.whole_keys(task) {
+        let [whole_from, whole_end] = self.whole_tiles(task);
+        if tile >= whole_end || Policy::is_left_bounded() && tile < whole_from {
             self.mask(task, tile);
         }
         // Nothing came before: no O to rescale.
-        let maxima = self.s.maxima(self.args.scores.scale_log2);
+        let maxima = self.s.maxima(self.scale_log2());
         self.m_i = maxima.map(|m| math::max(f32::NEG_INFINITY, m));
-        self.l_i = self.s.weigh(self.args.scores.scale_log2, self.m_i.map(softmax::safe_max));
+        self.l_i = self.s.weigh(self.scale_log2(), self.m_i.map(softmax::safe_max));
         warp::any(maxima.iter().any(|&m| m != f32::NEG_INFINITY))
     }
 
@@ -40,7 +45,8 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         unsafe { self.start_products() };
         // S is complete; O += P V may still run.
         self.s.wait_group::<1>();
-        self.scores_done(tile);
+        self.scores_done(task, tile);
+        self.shape(task, tile);
         if CUT {
             self.mask(task, tile);
         }
@@ -67,6 +73,22 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         (task.first_row() + self.own_row, tile * G::TILES.keys + self.column)
     }
 
+    /// What makes log2 units of a score.
+    #[inline(always)]
+    fn scale_log2(&self) -> f32 {
+        Policy::scale_log2_of(&self.args.scores)
+    }
+
+    /// Softcap, ALiBi and bias of this thread's scores.
+    #[inline(always)]
+    fn shape(&mut self, task: Task, tile: u32) {
+        if Policy::shapes_scores() {
+            let (i, j) = self.first_score(task, tile);
+            let policy = self.policy(task);
+            self.s.shape::<T>(&policy, i, j);
+        }
+    }
+
     /// Hides what this thread's rows do not see: scores become -inf.
     #[inline(always)]
     fn mask(&mut self, task: Task, tile: u32) {
@@ -79,14 +101,14 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// be multiplied by, if anything, and the sums of this thread's weights.
     #[inline(always)]
     fn softmax(&mut self, masked: bool) -> (Option<[f32; ROWS]>, [f32; ROWS]) {
-        let (before, maxima) = (self.m_i, self.s.maxima(self.args.scores.scale_log2));
+        let (before, maxima) = (self.m_i, self.s.maxima(self.scale_log2()));
         let grown = warp::any(maxima[0] > before[0] + SLACK || maxima[1] > before[1] + SLACK);
         let mut used = before;
         unroll!(for R in 0..2 {
             self.m_i[R] = if grown { math::max(before[R], maxima[R]) } else { before[R] };
             used[R] = if masked { softmax::safe_max(self.m_i[R]) } else { self.m_i[R] };
         });
-        let sums = self.s.weigh(self.args.scores.scale_log2, used);
+        let sums = self.s.weigh(self.scale_log2(), used);
         let growth = if grown {
             Some([math::exp2(before[0] - used[0]), math::exp2(before[1] - used[1])])
         } else {

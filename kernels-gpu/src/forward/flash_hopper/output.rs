@@ -43,11 +43,11 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
             l_i
         };
         unroll!(for R in 0..2 {
-            let l_row = l_i[R];
-            factors[R] = softmax::normaliser(l_row) * policy.rescale();
+            let (m_row, l_row, factor) = policy.with_sink(m_i[R], l_i[R]);
+            factors[R] = softmax::normaliser(l_row) * (factor * policy.rescale());
             let i = task.first_row() + self.own_row + 8 * R as u32;
             if i < policy.head.seq_q && self.column == 0 {
-                let lse_row = softmax::log_sum_exp(m_i[R], l_row);
+                let lse_row = softmax::log_sum_exp(m_row, l_row);
                 lse.write(policy.head.row(i), lse_row);
             }
         });

@@ -46,7 +46,7 @@ pub(super) unsafe fn produce<G: Geometry>(
         for consumer in 0..G::CONSUMERS {
             let (row, head) = (task.first_row() + consumer * CONSUMER_ROWS, task.tile.head(args));
             // A consumer past the last row has no Q, and none has without keys.
-            let any = task.num_kv_tiles > 0 && row < head.seq_q;
+            let any = task.end_tile > 0 && row < head.seq_q;
             let bytes = if any { const { tile_bytes(CONSUMER_ROWS, G::TILES.d) } } else { 0 };
             let full = rings.of(consumer).announce(stage, Some(task), bytes);
             if any {
@@ -85,27 +85,27 @@ pub(super) unsafe fn produce<G: Geometry>(
         // Asked for late: whoever asks early may keep a task that another block has time for.
         // Before the last tile, so that the answer is there after it.
         let mut answer = 0;
-        if task.num_kv_tiles <= 1 {
+        if task.num_tiles() <= 1 {
             answer = queue.ask();
         }
         // One stage of Q is free only when all else of the task before is under way.
-        if G::TILES.q_stages > 1 && task.num_kv_tiles > 0 {
+        if G::TILES.q_stages > 1 && task.end_tile > 0 {
             copy_q(q_stage, task);
         }
-        if task.num_kv_tiles > 0 {
-            copy_k(stage, task, task.num_kv_tiles - 1);
+        if task.end_tile > 0 {
+            copy_k(stage, task, task.end_tile - 1);
         }
         if let Some(before) = before.take() {
-            copy_v(stage.before(), before, 0);
+            copy_v(stage.before(), before, before.first_tile);
         }
-        if G::TILES.q_stages == 1 || task.num_kv_tiles == 0 {
+        if G::TILES.q_stages == 1 || task.end_tile == 0 {
             copy_q(q_stage, task);
         }
         q_stage.advance();
-        if task.num_kv_tiles > 0 {
+        if task.end_tile > 0 {
             stage.advance();
-            for tile in (1..task.num_kv_tiles).rev() {
-                if tile == 1 {
+            for tile in (task.first_tile + 1..task.end_tile).rev() {
+                if tile == task.first_tile + 1 {
                     answer = queue.ask();
                 }
                 copy_k(stage, task, tile - 1);
@@ -117,7 +117,7 @@ pub(super) unsafe fn produce<G: Geometry>(
         next = queue.work(answer);
     }
     if let Some(before) = before {
-        copy_v(stage.before(), before, 0);
+        copy_v(stage.before(), before, before.first_tile);
     }
     for consumer in 0..G::CONSUMERS {
         rings.of(consumer).announce(q_stage, None, 0);

@@ -2,7 +2,7 @@
 
 use simt::{warp, wgmma::Operand};
 
-use super::{consumer::Consumer, geometry::Geometry, turn::NamedBarrier};
+use super::{Task, consumer::Consumer, geometry::Geometry, turn::NamedBarrier};
 
 impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// Gives Q back with its task, once all scores are complete: by one thread of each warp,
@@ -18,9 +18,9 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
 
     /// Gives back what a tile's scores were computed from: K, and after the last tile Q.
     #[inline(always)]
-    pub(super) fn scores_done(&mut self, tile: u32) {
+    pub(super) fn scores_done(&mut self, task: Task, tile: u32) {
         self.release_k();
-        if G::TILES.q_stages == 1 && tile == 0 {
+        if G::TILES.q_stages == 1 && tile == task.first_tile {
             self.release_q();
         }
     }

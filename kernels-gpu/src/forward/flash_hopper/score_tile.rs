@@ -16,6 +16,9 @@ pub trait ScoreTile<Weights>: WaitGroup {
     /// Scores before any product.
     fn zero() -> Self;
 
+    /// Softcap, ALiBi and bias.
+    fn shape<T: Operand>(&mut self, policy: &Policy, i: u32, j: u32);
+
     /// Hides what the rows do not see: scores become -inf.
     fn hide(&mut self, policy: &Policy, i: u32, j: u32);
 
@@ -37,6 +40,12 @@ where
     #[inline(always)]
     fn zero() -> Self {
         Self::zero()
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn shape<T: Operand>(&mut self, policy: &Policy, i: u32, j: u32) {
+        policy.shape_scores::<T, GROUPS, 1>(core::array::from_mut(self.values_mut()), i, j);
     }
 
     #[inline(always)]

@@ -16,8 +16,10 @@ use crate::{
 #[derive(Clone, Copy)]
 pub(super) struct Task {
     pub tile: QueryTile,
-    /// Tiles of keys that any of its rows sees.
-    pub num_kv_tiles: u32,
+    /// The first tile of keys that any of its rows sees.
+    pub first_tile: u32,
+    /// The end of these tiles; 0 if there are none.
+    pub end_tile: u32,
 }
 
 impl Task {
@@ -30,8 +32,15 @@ impl Task {
         let tile = QueryTile::of(args, work, tiles.rows());
         // SAFETY: passed on to the caller.
         let policy = unsafe { Policy::new(args, tile.head(args)) };
-        let end = policy.end_of_tile(tile.first_row + tiles.rows());
-        Self { tile, num_kv_tiles: end.div_ceil(tiles.keys) }
+        let seen = policy.key_tiles(tile.first_row, tile.first_row + tiles.rows(), tiles.keys);
+        let end_tile = if seen.is_empty() { 0 } else { seen.end };
+        Self { tile, first_tile: seen.start, end_tile }
+    }
+
+    /// Tiles of keys.
+    #[inline(always)]
+    pub const fn num_tiles(&self) -> u32 {
+        if self.end_tile == 0 { 0 } else { self.end_tile - self.first_tile }
     }
 
     /// Its first row.
@@ -72,8 +81,8 @@ pub(super) struct Inbox<S> {
 }
 
 /// A task in shared memory: its fields in their order.
-pub(super) const TASK_WORDS: u32 = 4;
-/// In place of `num_kv_tiles`: there is no further task.
+pub(super) const TASK_WORDS: u32 = 5;
+/// In place of `end_tile`: there is no further task.
 const END: u32 = u32::MAX;
 
 impl<S: Depth> Inbox<S> {
@@ -82,13 +91,18 @@ impl<S: Depth> Inbox<S> {
     #[inline(always)]
     pub fn announce(&self, stage: Stage<S>, task: Option<Task>, bytes: u32) -> Mbarrier {
         self.ring.wait_empty(stage);
-        let end = Task { tile: QueryTile { b: 0, h: 0, first_row: 0 }, num_kv_tiles: END };
-        let Task { tile: QueryTile { b, h, first_row }, num_kv_tiles } = task.unwrap_or(end);
+        let tile = QueryTile { b: 0, h: 0, first_row: 0 };
+        let end = Task { tile, first_tile: 0, end_tile: END };
+        let Task { tile: QueryTile { b, h, first_row }, first_tile, end_tile } =
+            task.unwrap_or(end);
         let first = stage.index() * TASK_WORDS;
         self.words.write(first, b);
         self.words.write(first + 1, h);
         self.words.write(first + 2, first_row);
-        self.words.write(first + 3, num_kv_tiles);
+        self.words.write(first + 3, end_tile);
+        if Policy::is_left_bounded() {
+            self.words.write(first + 4, first_tile);
+        }
         // Hazard: the consumer reads the task; announcing comes after the writes.
         self.ring.announce(stage, bytes)
     }
@@ -100,7 +114,8 @@ impl<S: Depth> Inbox<S> {
         let first = stage.index() * TASK_WORDS;
         let word = |index: u32| warp::uniform(self.words.read(first + index));
         let tile = QueryTile { b: word(0), h: word(1), first_row: word(2) };
-        let task = Task { tile, num_kv_tiles: word(3) };
-        (task.num_kv_tiles != END).then_some(task)
+        let first_tile = if Policy::is_left_bounded() { word(4) } else { 0 };
+        let task = Task { tile, first_tile, end_tile: word(3) };
+        (task.end_tile != END).then_some(task)
     }
 }

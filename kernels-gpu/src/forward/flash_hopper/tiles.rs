@@ -149,7 +149,8 @@ impl Tiles {
         const MANY: u64 = 4;
         let two = Self::of(d, 2);
         let tasks = seq_q.div_ceil(two.rows().into()).saturating_mul(heads);
-        let plain = constants.padding == 0 && constants.dropout == 0;
+        let plain = Constants { causal: 0, group: 0, ..constants } == Constants::NONE
+            && constants.causal < 2;
         if max_consumers(d) == 3 && plain && tasks >= MANY * u64::from(multiprocessors) {
             Self::of(d, 3)
         } else {

@@ -15,6 +15,8 @@
 //! A short row belongs to a warp, four to a block, and needs no barrier of the block; a long
 //! one belongs to a block. Its keys beyond the diagonal are not read.
 
+use core::f32::consts::LOG2_E;
+
 use half::{bf16, f16};
 use simt::{
     async_copy,
@@ -31,7 +33,9 @@ use crate::{
         chunk::{Chunk, MAX_ELEMENTS},
         head::Head,
         policy::Policy,
-        softmax::{STORED_UNIT, checked_sum, log_sum_exp_natural, normaliser, safe_max},
+        softmax::{
+            STORED_UNIT, checked_sum, log_sum_exp, log_sum_exp_natural, normaliser, safe_max,
+        },
     },
 };
 
@@ -61,7 +65,7 @@ pub const fn edge_keys(element_bytes: u32) -> [u32; 2] {
 /// `exp(x)` of a difference of stored scores.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
-    math::exp2(x * const { core::f32::consts::LOG2_E * STORED_UNIT })
+    math::exp2(x * const { LOG2_E * STORED_UNIT })
 }
 
 /// Dynamic shared memory of a block in bytes, where a row has `row_threads` threads.
@@ -90,7 +94,10 @@ struct Row<T, const ROW_THREADS: u32> {
     aligned: bool,
     /// This thread's place in the row.
     thread: u32,
-    /// How many of its keys the row may see, by its position.
+    /// The row's number.
+    i: u32,
+    /// The keys that the row may see, by its position.
+    begin: u32,
     end: u32,
 }
 
@@ -134,8 +141,9 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
     /// Bit `e`: whether the row sees key `key + e`. `key` is a multiple of the chunk.
     #[inline(always)]
     fn visible(&self, key: u32) -> u32 {
-        let by_position = (self.end - key).min(T::ELEMENTS);
-        ((1 << by_position) - 1) & self.policy.not_padding(key, T::ELEMENTS)
+        let first_keys = |count: u32| (1 << count.min(T::ELEMENTS)) - 1;
+        let by_position = first_keys(self.end - key) & !first_keys(self.begin.saturating_sub(key));
+        by_position & self.policy.not_padding(key, T::ELEMENTS)
     }
 
     /// Loads the segment of `keys` keys from `start` on, hides what the row does not see,
@@ -168,7 +176,16 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
             let mut s = T::unpack(self.segment.read_as(key));
             let visible = self.visible(start + key);
             seen |= visible;
-            if visible != const { (1 << T::ELEMENTS) - 1 } {
+            if Policy::shapes_scores() {
+                for e in 0..T::ELEMENTS {
+                    if visible >> e & 1 == 1 {
+                        let s = &mut s[e as usize];
+                        let j = start + key + e;
+                        *s = self.policy.shape_score::<T>(*s, STORED_UNIT, self.i, j) / STORED_UNIT;
+                    }
+                }
+            }
+            if Policy::shapes_scores() || visible != const { (1 << T::ELEMENTS) - 1 } {
                 unroll!(for E in 0..8 {
                     if visible >> E & 1 == 0 {
                         s[E] = f32::NEG_INFINITY;
@@ -242,6 +259,8 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
             segment: Shared::dynamic(row_in_block * segment * T::BYTES, segment),
             aligned: (args.scratch.weights.address | (head.seq_k * T::BYTES) as u64) % 16 == 0,
             thread: tid % ROW_THREADS,
+            i,
+            begin: policy.begin_of_row(i),
             end: policy.end_of_row(i),
         };
         (row, args.tensors.lse.view_mut::<f32>())
@@ -249,7 +268,9 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
 
     // Maximum and sum.
     let (mut m_i, mut l_i, mut seen) = (f32::NEG_INFINITY, 0.0, false);
-    let mut start = 0;
+    // The segment of the first key that the row sees.
+    let first = if Policy::is_left_bounded() { row.begin / segment * segment } else { 0 };
+    let mut start = first;
     while start < row.end {
         let keys = (row.end - start).min(segment);
         let (largest, seen_here) = row.load(start, keys);
@@ -277,16 +298,21 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
     });
 
     // Weights, in the place of the scores.
-    let (m_used, normaliser) = (safe_max(m_i), normaliser(l_i));
+    let m_used = safe_max(m_i);
+    let (m_lse, l_lse, factor) = row.policy.with_sink(m_i * const { STORED_UNIT * LOG2_E }, l_i);
+    let normaliser = normaliser(l_lse) * factor;
+    // The only segment is still there, unless those before it were written through its memory.
+    let again = row.end > first + segment || first > 0;
     let mut start = 0;
     while start < head.seq_k {
-        if row.end > segment && start < row.end {
+        let visible = first <= start && start < row.end;
+        if again && visible {
             let _ = row.load(start, (row.end - start).min(segment));
         }
         let keys = (head.seq_k - start).min(segment);
         for key in (row.thread * T::ELEMENTS..keys).step_by(Row::<T, ROW_THREADS>::STRIDE) {
             let mut p = [0.0; MAX_ELEMENTS];
-            if start + key < row.end {
+            if visible && start + key < row.end {
                 p = row.exponentials(key, m_used).map(|p| p * normaliser);
                 drop_weights::<T>(&row.policy, i, start + key, &mut p);
             }
@@ -305,7 +331,12 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
         start += segment;
     }
     if row.thread == 0 {
-        lse.write(head.row(i), log_sum_exp_natural(m_i * STORED_UNIT, l_i));
+        let value = if Policy::has_sink() {
+            log_sum_exp(m_lse, l_lse)
+        } else {
+            log_sum_exp_natural(m_i * STORED_UNIT, l_i)
+        };
+        lse.write(head.row(i), value);
     }
 }
 
