@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Case, run};
+use common::{Case, Features, feature_cases, run};
 use half::{bf16, f16};
 use kernels_gpu::{
     args::AttentionArgs,
@@ -59,7 +59,7 @@ fn launch<T: Scalar>(dtype: &str, args: &AttentionArgs) -> Steps {
 
 /// Every weight was written, and those past the diagonal are 0.
 fn check_weights<T: Scalar>(args: &AttentionArgs) {
-    let causal = common::constants().causal != 0;
+    let causal = common::constants().causal == 1;
     let len = (args.scratch.weights.bytes / u64::from(T::BYTES)) as usize;
     // SAFETY: the buffer is the test's, and the kernels are done.
     let weights =
@@ -110,6 +110,17 @@ fn standard_computes_attention() {
     check::<f32>("f32", &cases(64));
     check::<f16>("f16", &cases(64));
     check::<bf16>("bf16", &cases(64));
+}
+
+#[test]
+fn standard_has_the_features_of_models() {
+    check::<f32>("f32", &feature_cases(32, 64, 64));
+    check::<f16>("f16", &feature_cases(32, 128, 128));
+    // Windows that begin beyond the first segment of a long row; aligned and not.
+    for keys in [16_400, 16_407, 33_000] {
+        let features = Features { left: Some(40), right: Some(1), ..Features::NONE };
+        check::<f16>("f16", &[Case { features, ..Case::new(3, keys, 32) }]);
+    }
 }
 
 #[test]

@@ -139,6 +139,13 @@ impl Policy {
         key < self.head.seq_k && padding.read(padding_row + key as u64) != 0
     }
 
+    /// Whether tiles below the first one visited may have keys that a row does not see.
+    #[inline(always)]
+    #[must_use]
+    pub fn hides() -> bool {
+        Self::is_causal() || Self::is_left_bounded() || Self::is_padded() || Self::is_biased()
+    }
+
     /// Whether row `i` sees key `j`.
     #[inline(always)]
     #[must_use]
@@ -228,7 +235,8 @@ impl Policy {
                         unroll!(for E in 0..4 {
                             let column = (8 * TILE + E % 2) as u32;
                             let padding = visible >> (2 * TILE + E % 2) & 1 == 0;
-                            if column < begins[E / 2] || column >= ends[E / 2] || padding {
+                            let before = Self::is_left_bounded() && column < begins[E / 2];
+                            if before || column >= ends[E / 2] || padding {
                                 s[FRAGMENT][TILE][E] = f32::NEG_INFINITY;
                             }
                         });

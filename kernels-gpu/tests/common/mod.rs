@@ -9,8 +9,8 @@ use std::{
 use approx::abs_diff_eq;
 use kernels_gpu::{
     args::{
-        AttentionArgs, Buffer, DropoutArgs, Keys, LinearArgs, Scores, Scratch, Shape, Tensor,
-        Tensors,
+        AttentionArgs, Bias, Buffer, DropoutArgs, Keys, LinearArgs, Scores, Scratch, Shape, Slopes,
+        Tensor, Tensors,
     },
     constants::Constants,
     forward::flash_hopper::{HopperArgs, Tiles},
@@ -22,6 +22,9 @@ use simt::{
     scalar::Scalar,
     tma::{Element, TensorMap, TensorMapSpec},
 };
+
+mod features;
+pub use features::{Features, feature_cases};
 
 thread_local! {
     static OPTIONS: RefCell<Option<Options>> = const { RefCell::new(None) };
@@ -174,6 +177,10 @@ pub struct Problem<T> {
     pub lse: Vec<f32>,
     pub weights: Vec<T>,
     pub mask: Vec<u8>,
+    /// Slopes and sinks of the heads, the bias `[H, Nq, Nk]`.
+    pub slopes: Vec<f32>,
+    pub sinks: Vec<f32>,
+    pub bias: Vec<T>,
     pub drops: DropoutArgs,
 }
 
@@ -193,6 +200,7 @@ pub struct Case {
     pub size: f32,
     /// Whether scores pass through memory, rounded to the storage type.
     pub scores_stored: bool,
+    pub features: Features,
 }
 
 impl Case {
@@ -209,16 +217,18 @@ impl Case {
             interleaved: false,
             size: 1.0,
             scores_stored: false,
+            features: Features::NONE,
         }
     }
 
     /// What kernels are compiled for.
     pub fn constants(&self) -> Constants {
+        let of_features = self.features.constants();
         Constants {
-            causal: self.causal.into(),
+            causal: if self.causal { 1 } else { of_features.causal },
             padding: self.padding.into(),
             dropout: u32::from(self.dropout > 0.0),
-            ..Constants::default()
+            ..of_features
         }
     }
 
@@ -227,23 +237,35 @@ impl Case {
         if self.padding { 2 } else { 1 }
     }
 
-    fn strides(&self, seq: u32) -> (u64, u64, u64) {
-        let (h, n, d) = (u64::from(self.heads), u64::from(seq), u64::from(self.d));
+    /// Heads of K and V.
+    pub const fn kv_heads(&self) -> u32 {
+        self.heads / self.features.group
+    }
+
+    fn strides(&self, heads: u32, seq: u32) -> (u64, u64, u64) {
+        let (h, n, d) = (u64::from(heads), u64::from(seq), u64::from(self.d));
         if self.interleaved { (h * n * d, d, h * d) } else { (h * n * d, n * d, d) }
     }
 
-    fn tensor<T>(&self, data: &[T], seq: u32) -> Tensor {
-        let (stride_b, stride_h, stride_n) = self.strides(seq);
+    fn tensor<T>(&self, data: &[T], heads: u32, seq: u32) -> Tensor {
+        let (stride_b, stride_h, stride_n) = self.strides(heads, seq);
         Tensor { buffer: buffer(data), stride_b, stride_h, stride_n }
     }
 
-    fn elements(&self, seq: u32) -> u32 {
-        self.batch() * self.heads * seq * self.d
+    fn elements(&self, heads: u32, seq: u32) -> u32 {
+        self.batch() * heads * seq * self.d
     }
 
-    /// Row `i` of head `h` of batch entry `b`, as f64.
-    fn row<T: Scalar>(&self, data: &[T], seq: u32, b: u32, h: u32, i: u32) -> Vec<f64> {
-        let (sb, sh, sn) = self.strides(seq);
+    /// Row `i` of head `h`, of `heads`, of batch entry `b`, as f64.
+    fn row<T: Scalar>(
+        &self,
+        data: &[T],
+        (heads, seq): (u32, u32),
+        b: u32,
+        h: u32,
+        i: u32,
+    ) -> Vec<f64> {
+        let (sb, sh, sn) = self.strides(heads, seq);
         let first = (u64::from(b) * sb + u64::from(h) * sh + u64::from(i) * sn) as usize;
         data[first..first + self.d as usize].iter().map(|x| f64::from(x.to_f32())).collect()
     }
@@ -261,13 +283,14 @@ impl Case {
 
     /// The tensors of this problem, outputs of NaN.
     pub fn problem<T: Scalar>(&self) -> Problem<T> {
-        let scaled = |seq, seed| -> Vec<T> {
-            let values = values::<T>(self.elements(seq), seed);
+        let scaled = |heads, seq, seed| -> Vec<T> {
+            let values = values::<T>(self.elements(heads, seq), seed);
             values.iter().map(|x| T::from_f32(x.to_f32() * self.size)).collect()
         };
-        let (q, k) = (scaled(self.seq_q, 1), scaled(self.seq_k, 2));
+        let q = scaled(self.heads, self.seq_q, 1);
+        let k = scaled(self.kv_heads(), self.seq_k, 2);
         // A mean that is not zero, so that a lost or doubled weight shows.
-        let v = values::<T>(self.elements(self.seq_k), 3);
+        let v = values::<T>(self.elements(self.kv_heads(), self.seq_k), 3);
         let v: Vec<T> = v.iter().map(|x| T::from_f32(x.to_f32() + 0.5)).collect();
         let weights = (self.batch() * self.heads * self.seq_q * self.seq_k) as usize;
         Problem {
@@ -275,6 +298,9 @@ impl Case {
             lse: vec![f32::NAN; (self.batch() * self.heads * self.seq_q) as usize],
             weights: vec![T::from_f32(f32::NAN); weights],
             mask: self.padding_mask(),
+            slopes: self.features.slopes(self.heads),
+            sinks: self.features.sinks(self.heads),
+            bias: self.features.bias(self.heads * self.seq_q * self.seq_k),
             drops: DropoutArgs {
                 seed: 0x0123_4567_89ab_cdef,
                 threshold: dropout::threshold(self.dropout),
@@ -290,13 +316,13 @@ impl Case {
     pub fn args<T: Scalar>(&self, problem: &mut Problem<T>) -> AttentionArgs {
         AttentionArgs {
             tensors: Tensors {
-                q: self.tensor(&problem.q, self.seq_q),
-                k: self.tensor(&problem.k, self.seq_k),
-                v: self.tensor(&problem.v, self.seq_k),
-                o: self.tensor(&problem.o, self.seq_q),
+                q: self.tensor(&problem.q, self.heads, self.seq_q),
+                k: self.tensor(&problem.k, self.kv_heads(), self.seq_k),
+                v: self.tensor(&problem.v, self.kv_heads(), self.seq_k),
+                o: self.tensor(&problem.o, self.heads, self.seq_q),
                 lse: buffer_mut(&mut problem.lse),
             },
-            keys: Keys { padding: buffer(&problem.mask), ..Keys::default() },
+            keys: Keys { padding: buffer(&problem.mask), ..self.features.keys() },
             scratch: Scratch { weights: buffer_mut(&mut problem.weights), ..Scratch::default() },
             shape: Shape {
                 batch: self.batch(),
@@ -309,7 +335,17 @@ impl Case {
                 scale_log2: std::f32::consts::LOG2_E / (self.d as f32).sqrt(),
                 dropout: problem.drops,
                 scale: 1.0 / (self.d as f32).sqrt(),
-                ..Scores::default()
+                softcap: self.features.softcap,
+                inverse_softcap: 1.0 / self.features.softcap,
+                alibi: Slopes { buffer: buffer(&problem.slopes), stride_b: 0 },
+                bias: Bias {
+                    buffer: buffer(&problem.bias),
+                    stride_b: 0,
+                    stride_h: u64::from(self.seq_q * self.seq_k),
+                    stride_q: self.seq_k.into(),
+                    stride_k: 1,
+                },
+                sinks: buffer(&problem.sinks),
             },
         }
     }
@@ -319,24 +355,35 @@ impl Case {
         let mut problem = self.problem::<T>();
         let args = self.args(&mut problem);
         let stats = with_constants(self.constants(), || launch(&args));
-        let Problem { q, k, v, o, lse, mask, drops, .. } = &mut problem;
+        let Problem { q, k, v, o, lse, mask, drops, slopes, sinks, bias, .. } = &mut problem;
         // `o` is read again only now that the kernel has written it.
         let o = std::hint::black_box(o);
         for b in 0..self.batch() {
             for h in 0..self.heads {
                 for i in 0..self.seq_q {
-                    let q_row = self.row(q, self.seq_q, b, h, i);
-                    let o_row = self.row(o, self.seq_q, b, h, i);
+                    let (of_q, of_k) = ((self.heads, self.seq_q), (self.kv_heads(), self.seq_k));
+                    let h_kv = h / self.features.group;
+                    let q_row = self.row(q, of_q, b, h, i);
+                    let o_row = self.row(o, of_q, b, h, i);
                     let lse = lse[((b * self.heads + h) * self.seq_q + i) as usize];
                     let sees = |j: u32| {
                         (!self.causal || j + self.seq_q <= i + self.seq_k)
+                            && self.features.window_sees(i + self.seq_k, j + self.seq_q)
                             && (!self.padding || mask[(b * self.seq_k + j) as usize] != 0)
                     };
                     self.check_row::<T>(
                         &q_row,
-                        |j| self.row(k, self.seq_k, b, h, j),
-                        |j| self.row(v, self.seq_k, b, h, j),
+                        |j| self.row(k, of_k, b, h_kv, j),
+                        |j| self.row(v, of_k, b, h_kv, j),
                         sees,
+                        |s, j| {
+                            let distance = i64::from(i + self.seq_k) - i64::from(j + self.seq_q);
+                            let place = (h * self.seq_q + i) * self.seq_k + j;
+                            let bias = bias.get(place as usize).map_or(0.0, |b| b.to_f32().into());
+                            let slope = slopes.get(h as usize).map_or(0.0, |&s| f64::from(s));
+                            self.features.capped(s) - slope * distance.abs() as f64 + bias
+                        },
+                        sinks.get(h as usize).map_or(f64::NEG_INFINITY, |&s| s.into()),
                         |j| drops.threshold == 0 || dropout::keeps(drops, b, h, i, j),
                         &o_row,
                         f64::from(lse),
@@ -355,6 +402,8 @@ impl Case {
         k: impl Fn(u32) -> Vec<f64>,
         v: impl Fn(u32) -> Vec<f64>,
         sees: impl Fn(u32) -> bool,
+        shaped: impl Fn(f64, u32) -> f64,
+        sink: f64,
         keeps: impl Fn(u32) -> bool,
         o: &[f64],
         lse: f64,
@@ -363,20 +412,23 @@ impl Case {
         let keys: Vec<u32> = (0..self.seq_k).filter(|&j| sees(j)).collect();
         if keys.is_empty() {
             assert!(o.iter().all(|&x| x == 0.0), "{what}: O of a hidden row is {o:?}");
-            assert_eq!(lse, f64::NEG_INFINITY, "{what}: LSE of a hidden row");
+            assert_eq!(lse as f32, sink as f32, "{what}: LSE of a hidden row");
             return;
         }
         let scale = 1.0 / f64::from(self.d).sqrt();
         let dot = |k: &[f64]| q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>() * scale;
         let magnitude = |k: &[f64]| q.iter().zip(k).map(|(a, b)| (a * b).abs()).sum::<f64>();
-        let scores: Vec<f64> = keys.iter().map(|&j| dot(&k(j))).collect();
+        let scores: Vec<f64> = keys.iter().map(|&j| shaped(dot(&k(j)), j)).collect();
         // Scores are sums in f32: their error grows with the terms.
         let largest = keys.iter().map(|&j| magnitude(&k(j)) * scale).fold(0.0, f64::max);
-        let largest_score = scores.iter().copied().map(f64::abs).fold(0.0, f64::max);
-        let stored = if self.scores_stored { largest_score * epsilon::<T>() } else { 0.0 };
-        let score_error = (largest + 1.0) * 2f64.powi(-20) + stored;
-        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+        let max = scores.iter().copied().fold(sink, f64::max);
+        let sum = scores.iter().map(|s| (s - max).exp()).sum::<f64>() + (sink - max).exp();
+        // Stored: the products, and what they are shaped to where that has weight.
+        let products = keys.iter().map(|&j| dot(&k(j)).abs()).fold(0.0, f64::max);
+        let weighty = scores.iter().filter(|&s| (s - max).exp() / sum > 1e-3);
+        let shaped_size = weighty.map(|s| s.abs()).fold(0.0, f64::max);
+        let stored_size = if self.scores_stored { products + shaped_size } else { 0.0 };
+        let score_error = (largest + 1.0) * 2f64.powi(-20) + stored_size * epsilon::<T>();
         let expected_lse = max + sum.ln();
         let close = abs_diff_eq!(lse, expected_lse, epsilon = score_error);
         assert!(close, "{what}: LSE is {lse}, not {expected_lse} within {score_error}");
@@ -426,16 +478,16 @@ impl Hopper {
     pub fn run(&self, case: &Case, args: &AttentionArgs) -> Result<Stats, Fault> {
         let tiles = Tiles::of(case.d, self.consumers);
         let [q, k, v, o] = tiles.boxes();
-        let of = |tensor: &Tensor, seq: u32, box_dims| {
-            let dims = [case.d, seq, case.heads, args.shape.batch].map(u64::from);
+        let of = |tensor: &Tensor, heads: u32, seq: u32, box_dims| {
+            let dims = [case.d, seq, heads, args.shape.batch].map(u64::from);
             let strides = [tensor.stride_n, tensor.stride_h, tensor.stride_b];
             map(tensor.buffer.address, dims, strides, box_dims)
         };
         let maps = [
-            of(&args.tensors.q, args.shape.seq_q, q),
-            of(&args.tensors.k, args.shape.seq_k, k),
-            of(&args.tensors.v, args.shape.seq_k, v),
-            of(&args.tensors.o, args.shape.seq_q, o),
+            of(&args.tensors.q, case.heads, args.shape.seq_q, q),
+            of(&args.tensors.k, case.kv_heads(), args.shape.seq_k, k),
+            of(&args.tensors.v, case.kv_heads(), args.shape.seq_k, v),
+            of(&args.tensors.o, case.heads, args.shape.seq_q, o),
         ];
         let mut queue = [0u32; QUEUE_WORDS as usize];
         let args = with_queue(args, &mut queue);

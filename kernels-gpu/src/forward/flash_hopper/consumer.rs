@@ -169,15 +169,22 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
 
     /// The tiles of a task that each of this warpgroup's rows sees whole: the first and the end.
     #[inline(always)]
-    pub(super) fn whole_tiles(&self, task: Task) -> [u32; 2] {
+    fn whole_tiles(&self, task: Task) -> [u32; 2] {
         let policy = self.policy(task);
         let first_row = task.first_row() + self.own_rows;
         let whole_end = policy.whole_keys(first_row) / G::TILES.keys;
         if !Policy::is_left_bounded() {
             return [0, whole_end];
         }
-        let from = policy.whole_from(first_row + CONSUMER_ROWS - 1).div_ceil(G::TILES.keys);
-        [from, whole_end].map(|tile| tile.max(task.first_tile))
+        let last_row = first_row + const { CONSUMER_ROWS - 1 };
+        [policy.whole_from(last_row).div_ceil(G::TILES.keys), whole_end]
+    }
+
+    /// Whether some row of this warpgroup does not see all of a tile.
+    #[inline(always)]
+    pub(super) fn is_cut(&self, task: Task, tile: u32) -> bool {
+        let [whole_from, whole_end] = self.whole_tiles(task);
+        tile >= whole_end || Policy::is_left_bounded() && tile < whole_from
     }
 
     /// S = Q Kᵀ and P of the first tile visited, which is the last one in the order of keys,
@@ -253,25 +260,21 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     #[inline(always)]
     unsafe fn further_tiles(&mut self, task: Task) {
         let mut tile = task.end_tile - 1;
-        // Tiles from the one to before the other are seen whole by every row of this consumer.
-        let [whole_from, whole_end] = self.whole_tiles(task);
-        if Policy::is_padded() || Policy::is_biased() || Policy::is_causal() {
+        // Tiles below this one need no mask. In a window any may: it is asked for each.
+        let whole_end =
+            if Policy::is_left_bounded() { task.first_tile } else { self.whole_tiles(task)[1] };
+        if Policy::hides() {
             while tile > whole_end {
                 tile -= 1;
                 // SAFETY: passed on to the caller.
                 unsafe { self.next_tile::<true>(task, tile) };
             }
         }
-        while tile > whole_from {
-            tile -= 1;
-            // SAFETY: passed on to the caller.
-            unsafe { self.next_tile::<false>(task, tile) };
-        }
-        if Policy::is_left_bounded() {
-            while tile > task.first_tile {
+        if !Policy::is_left_bounded() {
+            while tile > 0 {
                 tile -= 1;
                 // SAFETY: passed on to the caller.
-                unsafe { self.next_tile::<true>(task, tile) };
+                unsafe { self.next_tile::<false>(task, tile) };
             }
         }
         if G::TILES.q_stages > 1 {

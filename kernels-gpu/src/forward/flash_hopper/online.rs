@@ -24,8 +24,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         let tile = task.end_tile - 1;
         self.shape(task, tile);
         // The first tile visited may hang over the last key, or lie on the diagonal.
-        let [whole_from, whole_end] = self.whole_tiles(task);
-        if tile >= whole_end || Policy::is_left_bounded() && tile < whole_from {
+        if self.is_cut(task, tile) {
             self.mask(task, tile);
         }
         // Nothing came before: no O to rescale.
@@ -47,7 +46,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         self.s.wait_group::<1>();
         self.scores_done(task, tile);
         self.shape(task, tile);
-        if CUT {
+        if CUT && (!Policy::is_left_bounded() || self.is_cut(task, tile)) {
             self.mask(task, tile);
         }
         let (growth, sums) = self.softmax(CUT);
@@ -82,7 +81,8 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// Softcap, ALiBi and bias of this thread's scores.
     #[inline(always)]
     fn shape(&mut self, task: Task, tile: u32) {
-        if Policy::shapes_scores() {
+        // Three consumers have no registers for it.
+        if G::TURNS && Policy::shapes_scores() {
             let (i, j) = self.first_score(task, tile);
             let policy = self.policy(task);
             self.s.shape::<T>(&policy, i, j);

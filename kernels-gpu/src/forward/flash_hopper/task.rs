@@ -80,8 +80,9 @@ pub(super) struct Inbox<S> {
     words: Shared<u32>,
 }
 
-/// A task in shared memory: its fields in their order.
-pub(super) const TASK_WORDS: u32 = 5;
+/// A task in shared memory: its fields in their order, padded to twice 16 bytes, so that the first
+/// four are one load.
+pub(super) const TASK_WORDS: u32 = 8;
 /// In place of `end_tile`: there is no further task.
 const END: u32 = u32::MAX;
 

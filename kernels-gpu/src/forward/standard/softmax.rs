@@ -33,6 +33,7 @@ use crate::{
         chunk::{Chunk, MAX_ELEMENTS},
         head::Head,
         policy::Policy,
+        schedule::divide,
         softmax::{
             STORED_UNIT, checked_sum, log_sum_exp, log_sum_exp_natural, normaliser, safe_max,
         },
@@ -177,13 +178,13 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
             let visible = self.visible(start + key);
             seen |= visible;
             if Policy::shapes_scores() {
-                for e in 0..T::ELEMENTS {
-                    if visible >> e & 1 == 1 {
-                        let s = &mut s[e as usize];
-                        let j = start + key + e;
-                        *s = self.policy.shape_score::<T>(*s, STORED_UNIT, self.i, j) / STORED_UNIT;
+                unroll!(for E in 0..8 {
+                    if E < T::ELEMENTS as usize {
+                        let j = start + key + E as u32;
+                        s[E] = self.policy.shape_score::<T>(s[E], STORED_UNIT, self.i, j)
+                            / STORED_UNIT;
                     }
-                }
+                });
             }
             if Policy::shapes_scores() || visible != const { (1 << T::ELEMENTS) - 1 } {
                 unroll!(for E in 0..8 {
@@ -269,7 +270,7 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
     // Maximum and sum.
     let (mut m_i, mut l_i, mut seen) = (f32::NEG_INFINITY, 0.0, false);
     // The segment of the first key that the row sees.
-    let first = if Policy::is_left_bounded() { row.begin / segment * segment } else { 0 };
+    let first = if Policy::is_left_bounded() { divide(row.begin, segment).0 * segment } else { 0 };
     let mut start = first;
     while start < row.end {
         let keys = (row.end - start).min(segment);
