@@ -367,7 +367,7 @@ mod tests {
     use simt::emulator::{self, Launch, Options};
 
     use super::*;
-    use crate::args::{Scores, Shape};
+    use crate::args::{DropoutArgs, Scores, Shape};
 
     /// Asks the policy of a problem, as one thread of a launch.
     fn ask(constants: Constants, args: AttentionArgs, question: impl Fn(Policy) + Sync) {
@@ -408,6 +408,43 @@ mod tests {
             assert_eq!([0, 9].map(|i| policy.end_of_row(i)), [2, 2]);
             assert_eq!(policy.whole_keys(0), 2);
         });
+    }
+
+    /// Every answer about positions, against the definition of a window.
+    #[test]
+    fn a_window_is_what_its_definition_says() {
+        const TILE: u32 = 3;
+        let bounds = [0, 1, 2, 5, 40, u32::MAX - 1, u32::MAX];
+        for (left, right) in bounds.into_iter().flat_map(|l| bounds.map(|r| (l, r))) {
+            for (seq_q, seq_k) in [(1, 1), (7, 7), (9, 4), (4, 11), (1, 10)] {
+                let constants = Constants { causal: 2, left: 1, ..Constants::NONE };
+                let keys = Keys { left, right, ..Keys::default() };
+                ask(constants, AttentionArgs { keys, ..args(seq_q, seq_k) }, |policy| {
+                    let sees = |i: u32, j: u32| {
+                        let ahead = i64::from(i) + i64::from(seq_k) - i64::from(seq_q);
+                        let from = ahead - i64::from(left);
+                        (from..=ahead + i64::from(right)).contains(&i64::from(j))
+                    };
+                    for i in 0..seq_q {
+                        for j in 0..seq_k {
+                            assert_eq!(policy.sees(i, j), sees(i, j), "{left} {right} {i} {j}");
+                        }
+                        assert_eq!(policy.sees_any(i), (0..seq_k).any(|j| sees(i, j)));
+                    }
+                    for first in 0..seq_q {
+                        let rows = first..(first + 4).min(seq_q);
+                        let tiles = policy.key_tiles(first, first + 4, TILE);
+                        let (from, end) = (policy.whole_from(first + 3), policy.whole_keys(first));
+                        for j in 0..seq_k {
+                            let seen = rows.clone().filter(|&i| sees(i, j)).count();
+                            assert!(seen == 0 || tiles.contains(&(j / TILE)), "a tile is missed");
+                            let whole = (from..end).contains(&j);
+                            assert!(!whole || seen == rows.len(), "{j} is not whole for {rows:?}");
+                        }
+                    }
+                });
+            }
+        }
     }
 
     #[test]
