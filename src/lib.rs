@@ -71,7 +71,7 @@ pub use backend::{Device, GpuDevice};
 pub use dtype::DType;
 pub use error::Error;
 pub use half;
-pub use problem::{Dropout, Layout, Problem, ProblemBuilder};
+pub use problem::{Alibi, Bias, Dropout, Layout, Problem, ProblemBuilder, Window};
 pub use tensor::Tensor;
 
 /// The README's examples, compiled as tests.

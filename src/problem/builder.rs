@@ -1,0 +1,290 @@
+//! Collects what a problem is made of, and checks it.
+
+use super::{
+    Alibi, Bias, Dropout, Layout, MAX_ELEMENTS, MAX_HEAD_DIM, MAX_SCALE, MAX_SCORE, MAX_SEQ,
+    Problem, Window,
+};
+use crate::{dtype::DType, error::Error};
+
+/// Collects what a [`Problem`] is made of.
+#[derive(Clone, Copy, Debug)]
+#[must_use]
+pub struct ProblemBuilder {
+    problem: Problem,
+    causal: bool,
+}
+
+impl Problem {
+    /// Starts a problem with as many keys as queries, in f32, without masks or dropout.
+    pub const fn builder(
+        batch: usize,
+        heads: usize,
+        seq: usize,
+        head_dim: usize,
+    ) -> ProblemBuilder {
+        let problem = Self {
+            batch,
+            heads,
+            kv_heads: heads,
+            seq_q: seq,
+            seq_k: seq,
+            head_dim,
+            dtype: DType::F32,
+            window: Window { left: None, right: None },
+            mask: false,
+            dropout: None,
+            scale: None,
+            softcap: None,
+            alibi: None,
+            bias: None,
+            sinks: false,
+            layout: Layout::HeadsFirst,
+        };
+        ProblemBuilder { problem, causal: false }
+    }
+
+    /// Goes back to the builder, to make a problem that differs in some values.
+    pub const fn to_builder(self) -> ProblemBuilder {
+        let causal = self.causal();
+        let mut problem = self;
+        if causal {
+            // The builder keeps it apart, so that it can be taken back.
+            problem.window.right = None;
+        }
+        ProblemBuilder { problem, causal }
+    }
+}
+
+impl ProblemBuilder {
+    /// Keys per head, where it is not the number of queries.
+    pub const fn seq_k(mut self, seq_k: usize) -> Self {
+        self.problem.seq_k = seq_k;
+        self
+    }
+
+    /// Heads of K and V, where there are fewer than of Q: the number of heads is a multiple of it.
+    pub const fn kv_heads(mut self, kv_heads: usize) -> Self {
+        self.problem.kv_heads = kv_heads;
+        self
+    }
+
+    /// Storage type of Q, K, V and O; f32 unless given.
+    pub const fn dtype(mut self, dtype: DType) -> Self {
+        self.problem.dtype = dtype;
+        self
+    }
+
+    /// Whether row `i` sees the keys `j <= i + Nk - Nq` only: a right bound of 0, whatever the
+    /// window's.
+    pub const fn causal(mut self, causal: bool) -> Self {
+        self.causal = causal;
+        self
+    }
+
+    /// How far before and after its own position a row sees keys.
+    pub const fn window(mut self, window: Window) -> Self {
+        self.problem.window = window;
+        self
+    }
+
+    /// Whether there is a padding mask, u8 `[B, Nk]`, 0 = hidden.
+    pub const fn mask(mut self, mask: bool) -> Self {
+        self.problem.mask = mask;
+        self
+    }
+
+    /// Dropout of weights; a probability of 0 is the same as none.
+    pub const fn dropout(mut self, dropout: Option<Dropout>) -> Self {
+        self.problem.dropout = dropout;
+        self
+    }
+
+    /// Softmax scale, where it is not `1 / sqrt(D)`: above 0, at most [`MAX_SCALE`]. One that is
+    /// subnormal in f32 makes all keys equal.
+    pub const fn scale(mut self, scale: Option<f32>) -> Self {
+        self.problem.scale = scale;
+        self
+    }
+
+    /// The cap `c` of scores: `c * tanh(s / c)` takes the place of `s`, before anything joins or
+    /// hides it. Above 0, at most [`MAX_SCORE`].
+    pub const fn softcap(mut self, softcap: Option<f32>) -> Self {
+        self.problem.softcap = softcap;
+        self
+    }
+
+    /// ALiBi: `-slope * |i + Nk - Nq - j|` joins the scaled and capped score.
+    pub const fn alibi(mut self, alibi: Option<Alibi>) -> Self {
+        self.problem.alibi = alibi;
+        self
+    }
+
+    /// A matrix that joins the scaled and capped scores.
+    pub const fn bias(mut self, bias: Option<Bias>) -> Self {
+        self.problem.bias = bias;
+        self
+    }
+
+    /// Whether each head has a sink, f32 `[H]`: a score that joins the sum of exponentials and the
+    /// LSE of every row, and has no value; -inf is none. A row that sees no key has O = 0 and the
+    /// sink as its LSE.
+    pub const fn sinks(mut self, sinks: bool) -> Self {
+        self.problem.sinks = sinks;
+        self
+    }
+
+    /// Order of the dimensions of Q, K, V and O.
+    pub const fn layout(mut self, layout: Layout) -> Self {
+        self.problem.layout = layout;
+        self
+    }
+
+    /// Checks everything.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] for a size of zero, a head dim beyond [`MAX_HEAD_DIM`], heads that
+    /// are no multiple of the heads of K and V, a probability outside `[0, 1)`, a scale outside
+    /// `(0, `[`MAX_SCALE`]`]` or a cap outside `(0, `[`MAX_SCORE`]`]`;
+    /// [`Error::TooLarge`] for tensors that cannot be addressed.
+    pub fn build(self) -> Result<Problem, Error> {
+        let mut p = self.problem;
+        if self.causal {
+            p.window.right = Some(0);
+        }
+        for (what, value) in [
+            ("batch", p.batch),
+            ("heads", p.heads),
+            ("heads of K and V", p.kv_heads),
+            ("sequence length of the queries", p.seq_q),
+            ("sequence length of the keys", p.seq_k),
+            ("head dim", p.head_dim),
+        ] {
+            let most = if what == "head dim" { MAX_HEAD_DIM } else { MAX_SEQ };
+            if value == 0 || value > most {
+                return Err(Error::InvalidValue {
+                    what,
+                    given: value.to_string(),
+                    remedy: format!("it must be from 1 to {most}"),
+                });
+            }
+        }
+        if !p.heads.is_multiple_of(p.kv_heads) {
+            return Err(Error::InvalidValue {
+                what: "heads of K and V",
+                given: p.kv_heads.to_string(),
+                remedy: format!("the number of heads, {}, must be a multiple of it", p.heads),
+            });
+        }
+        if let Some(Dropout { p: probability, .. }) = p.dropout
+            && !(0.0..1.0).contains(&probability)
+        {
+            return Err(Error::InvalidValue {
+                what: "dropout",
+                given: probability.to_string(),
+                remedy: "it must be at least 0 and below 1".into(),
+            });
+        }
+        if let Some(scale) = p.scale
+            && !(scale > 0.0 && scale <= MAX_SCALE)
+        {
+            return Err(Error::InvalidValue {
+                what: "scale",
+                given: scale.to_string(),
+                remedy: format!(
+                    "it must be above 0 and at most {MAX_SCALE}; 1/sqrt(head dim) is usual"
+                ),
+            });
+        }
+        if let Some(softcap) = p.softcap
+            && !(softcap.is_normal() && softcap > 0.0 && softcap <= MAX_SCORE)
+        {
+            return Err(Error::InvalidValue {
+                what: "softcap",
+                given: softcap.to_string(),
+                remedy: format!(
+                    "it must be above 0 and at most {MAX_SCORE}, which no score exceeds"
+                ),
+            });
+        }
+        for (what, shape) in [
+            ("q", p.q_shape().to_vec()),
+            ("k", p.k_shape().to_vec()),
+            ("the attention weights", vec![p.batch, p.heads, p.seq_q, p.seq_k]),
+        ] {
+            let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64));
+            if elements.is_none_or(|n| n > MAX_ELEMENTS) {
+                return Err(Error::TooLarge {
+                    what,
+                    shape: shape.as_slice().into(),
+                    limit: MAX_ELEMENTS,
+                });
+            }
+        }
+        Ok(p)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::head_dim_of, *};
+
+    fn message(builder: ProblemBuilder) -> String {
+        let error = builder.build().unwrap_err();
+        assert!(error.is_usage());
+        error.to_string()
+    }
+
+    #[test]
+    fn impossible_values_are_named() {
+        let good = Problem::builder(2, 3, 128, 64);
+        assert!(good.build().is_ok());
+        assert!(message(Problem::builder(2, 3, 0, 64)).contains("queries = 0"));
+        assert!(message(good.seq_k(0)).contains("keys = 0"));
+        assert!(message(Problem::builder(2, 3, 8, 257)).contains("head dim = 257"));
+        let dropout = |p| good.dropout(Some(Dropout { p, seed: 1 }));
+        assert!(message(dropout(1.0)).contains("dropout = 1"));
+        assert!(message(dropout(-0.1)).contains("dropout = -0.1"));
+        assert!(message(dropout(f32::NAN)).contains("dropout = NaN"));
+        let above = f32::from_bits(MAX_SCALE.to_bits() + 1);
+        for bad in [0.0, -0.125, -1e-40, f32::NAN, f32::INFINITY, 1e38, above] {
+            let message = message(good.scale(Some(bad)));
+            assert!(
+                message.contains("scale = ") && message.contains("at most 262144"),
+                "{message}"
+            );
+        }
+        for scale in [MAX_SCALE, 1.0, f32::MIN_POSITIVE, 1e-40] {
+            assert_eq!(good.scale(Some(scale)).build().unwrap().scale(), scale);
+        }
+        assert!(message(good.kv_heads(0)).contains("heads of K and V = 0"));
+        for kv_heads in [2, 4, 6] {
+            let message = message(good.kv_heads(kv_heads));
+            assert!(message.contains("the number of heads, 3, must be a multiple"), "{message}");
+        }
+        for bad in [0.0, -1.0, 1e-40, 1e9, f32::NAN, f32::INFINITY] {
+            let message = message(good.softcap(Some(bad)));
+            assert!(message.contains("softcap = "), "{message}");
+        }
+        let huge = Problem::builder(1 << 30, 1 << 30, 1 << 30, 64);
+        assert!(message(huge).contains("too many elements"));
+        assert!(message(Problem::builder(1, 8, 1 << 30, 64).seq_k(1 << 30)).contains("weights"));
+        assert!(matches!(
+            head_dim_of(770, 12),
+            Err(Error::HiddenNotDivisible { hidden: 770, heads: 12 })
+        ));
+        assert!(head_dim_of(768, 0).is_err());
+    }
+
+    #[test]
+    fn the_smaller_right_bound_wins_and_can_be_taken_back() {
+        let window = |left, right| Window { left, right };
+        let sliding = Problem::builder(1, 1, 9, 64).causal(true).window(window(Some(3), Some(5)));
+        let sliding = sliding.build().unwrap();
+        assert_eq!((sliding.causal(), sliding.window()), (true, window(Some(3), Some(0))));
+        let same = Problem::builder(1, 1, 9, 64).window(window(Some(3), Some(0))).build().unwrap();
+        assert_eq!(same, sliding);
+        assert_eq!(sliding.to_builder().build().unwrap(), sliding);
+        let wide = sliding.to_builder().causal(false).build().unwrap();
+        assert_eq!((wide.causal(), wide.window()), (false, window(Some(3), None)));
+    }
+}

@@ -1,0 +1,392 @@
+//! What is to be computed: shapes, storage type, what hides keys, what happens to scores. A
+//! [`Problem`] is valid once it exists; [`ProblemBuilder::build`] says what is wrong otherwise.
+
+mod builder;
+mod layout;
+mod scores;
+mod window;
+
+use kernels_gpu::{args, parts::dropout::threshold};
+
+use crate::{dtype::DType, error::Error};
+
+pub use builder::ProblemBuilder;
+pub use layout::Layout;
+pub use scores::{Alibi, Bias, Dropout};
+pub use window::Window;
+
+/// The largest head dim: a row of Q, K, V and O has to fit in the registers of a warp.
+pub const MAX_HEAD_DIM: usize = 256;
+/// The longest sequence: two lengths and a tile are added in 32 bits.
+pub const MAX_SEQ: usize = (1 << 31) - 1 - 4096;
+/// The most elements of a tensor or of the weights: sizes in bytes stay below 2^63.
+pub const MAX_ELEMENTS: u64 = 1 << 60;
+
+/// The largest score, `q · k * scale`, that every kernel but `naive` and `standard` in f16 computes
+/// with, 2^26: a row with a larger one may be NaN, O and LSE. Those two keep scores in f16, up to
+/// 2^19. f32 rounds a score of 2^26 by 2: to weights it says no more than which key is the first.
+pub const MAX_SCORE: f32 = (1 << 26) as f32;
+/// The largest softmax scale: elements of Q and K up to 1 have scores up to [`MAX_SCORE`] at
+/// [`MAX_HEAD_DIM`].
+pub const MAX_SCALE: f32 = MAX_SCORE / MAX_HEAD_DIM as f32;
+
+/// An attention problem that has been checked.
+///
+/// ```
+/// use flash_attention::{DType, Problem};
+///
+/// let problem = Problem::builder(4, 12, 512, 64).dtype(DType::F16).causal(true).build()?;
+/// assert_eq!(problem.q_shape(), [4, 12, 512, 64]);
+/// # Ok::<(), flash_attention::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Problem {
+    batch: usize,
+    heads: usize,
+    kv_heads: usize,
+    seq_q: usize,
+    seq_k: usize,
+    head_dim: usize,
+    dtype: DType,
+    /// A right bound of 0 is a causal mask, however it was asked for.
+    window: Window,
+    mask: bool,
+    dropout: Option<Dropout>,
+    scale: Option<f32>,
+    softcap: Option<f32>,
+    alibi: Option<Alibi>,
+    bias: Option<Bias>,
+    sinks: bool,
+    layout: Layout,
+}
+
+impl Problem {
+    /// Batch entries.
+    #[must_use]
+    pub const fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Heads of Q and O.
+    #[must_use]
+    pub const fn heads(&self) -> usize {
+        self.heads
+    }
+
+    /// Heads of K and V.
+    #[must_use]
+    pub const fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    /// Heads of Q that share one of K and V: head `h` of Q uses head `h / group`.
+    #[must_use]
+    pub const fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Query rows of a head.
+    #[must_use]
+    pub const fn seq_q(&self) -> usize {
+        self.seq_q
+    }
+
+    /// Key and value rows of a head.
+    #[must_use]
+    pub const fn seq_k(&self) -> usize {
+        self.seq_k
+    }
+
+    /// Elements of a row.
+    #[must_use]
+    pub const fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Storage type of Q, K, V and O.
+    #[must_use]
+    pub const fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Whether rows see no key after their own position: a causal mask, or a window whose right
+    /// bound is 0.
+    #[must_use]
+    pub const fn causal(&self) -> bool {
+        matches!(self.window.right, Some(0))
+    }
+
+    /// The window, with a right bound of 0 for a causal mask.
+    #[must_use]
+    pub const fn window(&self) -> Window {
+        self.window
+    }
+
+    /// The window without bounds that hide nothing at these lengths: what kernels are asked for.
+    #[must_use]
+    pub const fn bounds(&self) -> Window {
+        self.window.without_idle_bounds(self.seq_q, self.seq_k)
+    }
+
+    /// Whether there is a padding mask.
+    #[must_use]
+    pub const fn has_mask(&self) -> bool {
+        self.mask
+    }
+
+    /// Dropout that drops something: none for a probability of 0.
+    #[must_use]
+    pub fn dropout(&self) -> Option<Dropout> {
+        self.dropout.filter(|d| d.p > 0.0)
+    }
+
+    /// The softmax scale: `1 / sqrt(D)` unless another was given.
+    #[must_use]
+    pub fn scale(&self) -> f32 {
+        self.scale.unwrap_or_else(|| (1.0 / (self.head_dim as f64).sqrt()) as f32)
+    }
+
+    /// The cap of scores, if there is one.
+    #[must_use]
+    pub const fn softcap(&self) -> Option<f32> {
+        self.softcap
+    }
+
+    /// Which slopes of ALiBi there are.
+    #[must_use]
+    pub const fn alibi(&self) -> Option<Alibi> {
+        self.alibi
+    }
+
+    /// What the additive bias is given for, if there is one.
+    #[must_use]
+    pub const fn bias(&self) -> Option<Bias> {
+        self.bias
+    }
+
+    /// Whether each head has a sink.
+    #[must_use]
+    pub const fn has_sinks(&self) -> bool {
+        self.sinks
+    }
+
+    /// Order of the dimensions of Q, K, V and O.
+    #[must_use]
+    pub const fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Shape of Q and O.
+    #[must_use]
+    pub const fn q_shape(&self) -> [usize; 4] {
+        self.layout.shape(self.batch, self.heads, self.seq_q, self.head_dim)
+    }
+
+    /// Shape of K and V.
+    #[must_use]
+    pub const fn k_shape(&self) -> [usize; 4] {
+        self.layout.shape(self.batch, self.kv_heads, self.seq_k, self.head_dim)
+    }
+
+    /// Shape of the log-sum-exp: `[B, H, Nq]` in every layout.
+    #[must_use]
+    pub const fn lse_shape(&self) -> [usize; 3] {
+        [self.batch, self.heads, self.seq_q]
+    }
+
+    /// Shape of the attention weights: `[B, H, Nq, Nk]` in every layout.
+    #[must_use]
+    pub const fn weights_shape(&self) -> [usize; 4] {
+        [self.batch, self.heads, self.seq_q, self.seq_k]
+    }
+
+    /// Shape of the padding mask, u8 `[B, Nk]`, if there is one.
+    #[must_use]
+    pub fn mask_shape(&self) -> Option<Vec<usize>> {
+        self.mask.then(|| vec![self.batch, self.seq_k])
+    }
+
+    /// Shape of ALiBi's slopes, f32 `[H]` or `[B, H]`, if there are any.
+    #[must_use]
+    pub fn alibi_shape(&self) -> Option<Vec<usize>> {
+        self.alibi.map(|alibi| match alibi {
+            Alibi::PerHead => vec![self.heads],
+            Alibi::PerBatchAndHead => vec![self.batch, self.heads],
+        })
+    }
+
+    /// Shape of the additive bias, `[B or 1, H or 1, Nq, Nk]` in the storage type, if there is one.
+    #[must_use]
+    pub fn bias_shape(&self) -> Option<Vec<usize>> {
+        self.bias.map(|bias| {
+            let batch = if bias.per_batch { self.batch } else { 1 };
+            let heads = if bias.per_head { self.heads } else { 1 };
+            vec![batch, heads, self.seq_q, self.seq_k]
+        })
+    }
+
+    /// Shape of the sinks, f32 `[H]`, if there are any.
+    #[must_use]
+    pub fn sinks_shape(&self) -> Option<Vec<usize>> {
+        self.sinks.then(|| vec![self.heads])
+    }
+
+    /// Elements of Q or O.
+    #[must_use]
+    pub const fn q_elements(&self) -> usize {
+        self.batch * self.heads * self.seq_q * self.head_dim
+    }
+
+    /// Elements of K or V.
+    #[must_use]
+    pub const fn k_elements(&self) -> usize {
+        self.batch * self.kv_heads * self.seq_k * self.head_dim
+    }
+
+    /// Query rows over all heads: elements of the log-sum-exp.
+    #[must_use]
+    pub const fn rows(&self) -> usize {
+        self.batch * self.heads * self.seq_q
+    }
+
+    /// Floating-point operations, as attention kernels are rated by convention:
+    /// `4 * B * H * Nq * Nk * D` (a multiplication and an addition for each product of
+    /// `Q Kᵀ` and of `P V`; the softmax is not counted), and half of that when causal,
+    /// since half of a square matrix is hidden. The half is kept for `Nq != Nk` too. With any other
+    /// window that hides something: `4 * D` for each row and key that it sees, counted exactly.
+    /// The padding mask and -inf in a bias are not considered.
+    #[must_use]
+    pub fn flops(&self) -> f64 {
+        let bounds = self.bounds();
+        let pairs = match (bounds.left, self.causal()) {
+            (None, true) => self.seq_q as f64 * self.seq_k as f64 / 2.0,
+            _ => bounds.visible_pairs(self.seq_q, self.seq_k) as f64,
+        };
+        4.0 * (self.batch * self.heads) as f64 * pairs * self.head_dim as f64
+    }
+
+    /// Bytes of Q, K, V and what else the problem reads: padding mask, slopes, bias, sinks.
+    #[must_use]
+    pub fn input_bytes(&self) -> u64 {
+        let bytes = |shape: Option<Vec<usize>>, size: usize| {
+            shape.map_or(0, |shape| shape.iter().product::<usize>() as u64 * size as u64)
+        };
+        let elements = self.q_elements() as u64 + 2 * self.k_elements() as u64;
+        let f32_size = DType::F32.size();
+        elements * self.dtype.size() as u64
+            + bytes(self.mask_shape(), 1)
+            + bytes(self.alibi_shape(), f32_size)
+            + bytes(self.bias_shape(), self.dtype.size())
+            + bytes(self.sinks_shape(), f32_size)
+    }
+
+    /// Bytes of O and the log-sum-exp.
+    #[must_use]
+    pub const fn output_bytes(&self) -> u64 {
+        self.q_elements() as u64 * self.dtype.size() as u64 + self.rows() as u64 * 4
+    }
+
+    /// Bytes of the attention weights in the storage type: what the flash kernels do
+    /// without.
+    #[must_use]
+    pub const fn weights_bytes(&self) -> u64 {
+        self.rows() as u64 * self.seq_k as u64 * self.dtype.size() as u64
+    }
+
+    /// The least bytes that can move between the GPU and its memory: every input read
+    /// once, every output written once.
+    #[must_use]
+    pub fn ideal_io_bytes(&self) -> u64 {
+        self.input_bytes() + self.output_bytes()
+    }
+
+    /// Whether row `i` sees key `j` by position; the padding mask is not considered.
+    #[must_use]
+    pub const fn sees(&self, i: usize, j: usize) -> bool {
+        self.window.sees(i, j, self.seq_q, self.seq_k)
+    }
+
+    /// Dropout as kernels are given it; all zeros drop nothing.
+    #[must_use]
+    pub fn dropout_args(&self) -> args::DropoutArgs {
+        self.dropout().map_or_else(args::DropoutArgs::default, |d| args::DropoutArgs {
+            seed: d.seed,
+            threshold: threshold(d.p),
+            rescale: 1.0 / (1.0 - d.p),
+        })
+    }
+
+    /// Q or O in device memory, as kernels are given it.
+    #[must_use]
+    pub const fn q_arg(&self, buffer: args::Buffer) -> args::Tensor {
+        self.tensor_arg(buffer, self.heads, self.seq_q)
+    }
+
+    /// K or V in device memory, as kernels are given it.
+    #[must_use]
+    pub const fn k_arg(&self, buffer: args::Buffer) -> args::Tensor {
+        self.tensor_arg(buffer, self.kv_heads, self.seq_k)
+    }
+
+    const fn tensor_arg(&self, buffer: args::Buffer, heads: usize, seq: usize) -> args::Tensor {
+        let [b, h, n] = self.layout.strides(heads, seq, self.head_dim);
+        args::Tensor { buffer, stride_b: b as u64, stride_h: h as u64, stride_n: n as u64 }
+    }
+}
+
+/// The head dim of `heads` heads over `hidden` features.
+///
+/// # Errors
+/// [`Error::HiddenNotDivisible`], or [`Error::InvalidValue`] for no heads.
+pub fn head_dim_of(hidden: usize, heads: usize) -> Result<usize, Error> {
+    if heads == 0 || hidden == 0 {
+        let what = if heads == 0 { "heads" } else { "hidden" };
+        return Err(Error::InvalidValue {
+            what,
+            given: "0".into(),
+            remedy: "it must be at least 1".into(),
+        });
+    }
+    if !hidden.is_multiple_of(heads) {
+        return Err(Error::HiddenNotDivisible { hidden, heads });
+    }
+    Ok(hidden / heads)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_those_of_the_tensors() {
+        let p = Problem::builder(2, 6, 5, 32).seq_k(7).dtype(DType::F16).mask(true);
+        let p = p.causal(true).build().unwrap();
+        assert_eq!(p.input_bytes(), 2 * 6 * (5 + 7 + 7) * 32 * 2 + 2 * 7);
+        assert_eq!(p.output_bytes(), 2 * 6 * 5 * (32 * 2 + 4));
+        assert_eq!(p.weights_bytes(), 2 * 6 * 5 * 7 * 2);
+        assert_eq!(p.flops(), 2.0 * 2.0 * 6.0 * 5.0 * 7.0 * 32.0);
+        assert!(p.sees(0, 2) && !p.sees(0, 3) && p.sees(4, 6));
+        let p = p.to_builder().kv_heads(3).alibi(Some(Alibi::PerBatchAndHead)).sinks(true);
+        let bias = Bias { per_batch: false, per_head: true };
+        let p = p.bias(Some(bias)).window(Window { left: Some(1), right: None }).build().unwrap();
+        assert_eq!((p.group(), p.q_shape()[1], p.k_shape()[1]), (2, 6, 3));
+        assert_eq!(p.bias_shape().unwrap(), [1, 6, 5, 7]);
+        let beside = 2 * 7 + 2 * 6 * 4 + 6 * 5 * 7 * 2 + 6 * 4;
+        assert_eq!(p.input_bytes(), (2 * 6 * 5 + 2 * 3 * (7 + 7)) * 32 * 2 + beside);
+        // Rows at keys 2 to 6 see two keys each.
+        assert_eq!(p.flops(), 4.0 * 2.0 * 6.0 * 10.0 * 32.0);
+    }
+
+    #[test]
+    fn a_window_that_hides_nothing_counts_as_none() {
+        let p = Problem::builder(1, 1, 5, 32).seq_k(7);
+        let full = p.build().unwrap();
+        let idle = Window { left: Some(6), right: Some(4) };
+        let p = p.window(idle).build().unwrap();
+        assert_eq!((p.bounds(), p.window()), (Window::default(), idle));
+        assert_eq!(p.flops(), full.flops());
+        let causal = full.to_builder().causal(true).build().unwrap();
+        let with_left = causal.to_builder().window(Window { left: Some(6), right: None });
+        assert_eq!(with_left.build().unwrap().flops(), causal.flops());
+    }
+}
