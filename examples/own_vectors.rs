@@ -39,7 +39,7 @@ fn main() -> Result<(), Error> {
     };
     let session = Session::new(device);
     let kernel = registry::best_for(&problem, &session.target())?.kernel;
-    let inputs = Inputs { q: &q, k: &k, v: &v, mask: Some(&mask) };
+    let inputs = Inputs { mask: Some(&mask), ..Inputs::new(&q, &k, &v) };
     let (outputs, _) = session.run(kernel, &problem, &inputs)?;
 
     println!("{} on {}", kernel.name, session.device().name());

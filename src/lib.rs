@@ -23,7 +23,7 @@
 //!     let random = |seed| Tensor::random(DType::F16, &problem.q_shape(), seed, 0.0);
 //!     let (q, k, v) = (random(1), random(2), random(3));
 //!     let kernel = registry::best_for(&problem, &session.target())?.kernel;
-//!     let inputs = Inputs { q: &q, k: &k, v: &v, mask: None };
+//!     let inputs = Inputs::new(&q, &k, &v);
 //!     let (outputs, memory) = session.run(kernel, &problem, &inputs)?;
 //!     println!("{}: O {:?}, peak {} bytes", kernel.name, outputs.o.shape(), memory.peak);
 //!     Ok(())
@@ -71,7 +71,7 @@ pub use backend::{Device, GpuDevice};
 pub use dtype::DType;
 pub use error::Error;
 pub use half;
-pub use problem::{Alibi, Bias, Dropout, Layout, Problem, ProblemBuilder, Window};
+pub use problem::{Alibi, Bias, Dropout, Extras, Layout, Problem, ProblemBuilder, Window};
 pub use tensor::Tensor;
 
 /// The README's examples, compiled as tests.

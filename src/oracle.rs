@@ -3,14 +3,15 @@
 //! [`verify`](crate::verify)).
 //!
 //! Both follow the same rules as the kernels: hidden keys have weight 0, a row that sees
-//! no key has O = 0 and LSE = -inf, dropout draws by position.
+//! no key has O = 0 and LSE = -inf, or its sink; dropout draws by position. A score is scaled, then
+//! capped; ALiBi and the bias join it; a bias of -inf hides its key.
 
 use kernels_gpu::{args::DropoutArgs, parts::dropout};
 use rayon::prelude::*;
 
 use crate::{
     dtype::DType,
-    problem::Problem,
+    problem::{Alibi, Problem},
     session::{Inputs, Outputs},
     tensor::Tensor,
 };
@@ -48,7 +49,7 @@ pub fn sample_rows(problem: &Problem, count: usize) -> Vec<usize> {
 /// The rows of a kernel's outputs.
 #[must_use]
 pub fn rows_of(problem: &Problem, outputs: &Outputs, rows: &[usize]) -> Rows {
-    let o = View::new(problem, outputs.o.to_f32(), problem.seq_q());
+    let o = View::new(problem, outputs.o.to_f32(), problem.heads(), problem.seq_q());
     let lse = outputs.lse.to_f32();
     let mut result = Rows { o: Vec::new(), lse: Vec::new() };
     for &row in rows {
@@ -64,28 +65,29 @@ pub fn rows_of(problem: &Problem, outputs: &Outputs, rows: &[usize]) -> Rows {
 #[must_use]
 pub fn reference(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows {
     let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
-    reference_of(problem, values, inputs.mask, rows)
+    reference_of(problem, values, Beside::of(inputs), rows)
 }
 
 /// [`reference()`] of q, k and v that no storage type holds: the projections of a module.
 pub(crate) fn reference_of<T: Copy + Into<f64> + Sync>(
     problem: &Problem,
     qkv: [Vec<T>; 3],
-    mask: Option<&[u8]>,
+    beside: Beside<'_>,
     rows: &[usize],
 ) -> Rows {
-    let case = Case::new(problem, qkv, mask);
+    let case = Case::new(problem, qkv, beside);
     collect(rows, |row| case.reference_row(row))
 }
 
 /// The plain algorithm in the storage precision: `S = Q Kᵀ * scale` rounded to the
-/// storage type, `P = softmax(S)` computed in f32 and rounded, `O = P V` accumulated in f32
+/// storage type, as is every step that follows (quotient, tanh and product of a cap, the sum with
+/// ALiBi's term, the sum with the bias), `P = softmax(S)` computed in f32 and rounded, `O = P V` accumulated in f32
 /// and rounded. It is what a framework does without a fused kernel. LSE in f32, from the
 /// rounded S.
 #[must_use]
 pub fn plain(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows {
     let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
-    plain_of(problem, problem.dtype(), values, inputs.mask, rows)
+    plain_of(problem, problem.dtype(), values, Beside::of(inputs), rows)
 }
 
 /// [`plain`] with S in f32, for scores that the storage type cannot hold; P and O are rounded to
@@ -93,7 +95,7 @@ pub fn plain(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows {
 #[must_use]
 pub fn plain_with_f32_scores(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows {
     let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
-    plain_of(problem, DType::F32, values, inputs.mask, rows)
+    plain_of(problem, DType::F32, values, Beside::of(inputs), rows)
 }
 
 /// [`plain`] of values of the storage type, with S of type `scores`.
@@ -101,16 +103,17 @@ pub(crate) fn plain_of(
     problem: &Problem,
     scores: DType,
     qkv: [Vec<f32>; 3],
-    mask: Option<&[u8]>,
+    beside: Beside<'_>,
     rows: &[usize],
 ) -> Rows {
-    let case = Case::new(problem, qkv, mask);
+    let case = Case::new(problem, qkv, beside);
     collect(rows, |row| case.plain_row(row, scores))
 }
 
 /// What each row's scores are made of: `scale * sum over d of |q_d k_jd|`, the mean over the keys
-/// `j` as attention weighs them. Where products cancel it is larger than any score. `lse`: of the
-/// same rows, from [`reference()`].
+/// `j` as attention weighs them. Where products cancel it is larger than any score. A cap takes the
+/// share of it that gets through, and adds the capped score; ALiBi's term and the bias add their
+/// sizes. `lse`: of the same rows, from [`reference()`].
 #[must_use]
 pub fn absolute_scores(
     problem: &Problem,
@@ -119,7 +122,7 @@ pub fn absolute_scores(
     lse: &[f64],
 ) -> Vec<f64> {
     let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
-    let case = Case::new(problem, values, inputs.mask);
+    let case = Case::new(problem, values, Beside::of(inputs));
     let of_row = |(&row, &lse)| case.absolute_score(row, lse);
     rows.par_iter().zip(lse).map(of_row).collect()
 }
@@ -147,9 +150,9 @@ struct View<T> {
 }
 
 impl<T> View<T> {
-    fn new(problem: &Problem, values: Vec<T>, seq: usize) -> Self {
+    fn new(problem: &Problem, values: Vec<T>, heads: usize, seq: usize) -> Self {
         let head_dim = problem.head_dim();
-        let strides = problem.layout().strides(problem.heads(), seq, head_dim);
+        let strides = problem.layout().strides(heads, seq, head_dim);
         Self { values, strides, head_dim }
     }
 
@@ -159,9 +162,26 @@ impl<T> View<T> {
     }
 }
 
+/// What a problem has beside Q, K and V. f32 holds every storage type exactly.
+#[derive(Default)]
+pub(crate) struct Beside<'a> {
+    pub mask: Option<&'a [u8]>,
+    pub alibi_slopes: Option<Vec<f32>>,
+    pub bias: Option<Vec<f32>>,
+    pub sinks: Option<Vec<f32>>,
+}
+
+impl<'a> Beside<'a> {
+    fn of(inputs: &Inputs<'a>) -> Self {
+        let [alibi_slopes, bias, sinks] = [inputs.alibi_slopes, inputs.bias, inputs.sinks]
+            .map(|tensor| tensor.map(Tensor::to_f32));
+        Self { mask: inputs.mask, alibi_slopes, bias, sinks }
+    }
+}
+
 struct Case<'a, T> {
     problem: &'a Problem,
-    mask: Option<&'a [u8]>,
+    beside: Beside<'a>,
     q: View<T>,
     k: View<T>,
     v: View<T>,
@@ -169,24 +189,71 @@ struct Case<'a, T> {
 }
 
 impl<'a, T: Copy + Into<f64>> Case<'a, T> {
-    fn new(problem: &'a Problem, [q, k, v]: [Vec<T>; 3], mask: Option<&'a [u8]>) -> Self {
+    fn new(problem: &'a Problem, [q, k, v]: [Vec<T>; 3], beside: Beside<'a>) -> Self {
+        let kv_view = |values| View::new(problem, values, problem.kv_heads(), problem.seq_k());
         Self {
             problem,
-            mask,
-            q: View::new(problem, q, problem.seq_q()),
-            k: View::new(problem, k, problem.seq_k()),
-            v: View::new(problem, v, problem.seq_k()),
+            beside,
+            q: View::new(problem, q, problem.heads(), problem.seq_q()),
+            k: kv_view(k),
+            v: kv_view(v),
             dropout: problem.dropout_args(),
         }
     }
 
-    /// The keys that row `i` of batch entry `b` sees, ascending.
-    fn seen(&self, b: usize, i: usize) -> Vec<usize> {
+    /// The keys that row `i` sees, ascending.
+    fn seen(&self, b: usize, h: usize, i: usize) -> Vec<usize> {
         let seq_k = self.problem.seq_k();
         let visible = |&j: &usize| {
-            self.problem.sees(i, j) && self.mask.is_none_or(|mask| mask[b * seq_k + j] != 0)
+            self.problem.sees(i, j)
+                && self.beside.mask.is_none_or(|mask| mask[b * seq_k + j] != 0)
+                && self.bias(b, h, i, j) != f32::NEG_INFINITY
         };
         (0..seq_k).filter(visible).collect()
+    }
+
+    /// The row of K that head `h` of Q uses.
+    fn k(&self, b: usize, h: usize, j: usize) -> &[T] {
+        self.k.row(b, h / self.problem.group(), j)
+    }
+
+    /// The row of V that head `h` of Q uses.
+    fn v(&self, b: usize, h: usize, j: usize) -> &[T] {
+        self.v.row(b, h / self.problem.group(), j)
+    }
+
+    /// What ALiBi takes from a score: 0 without.
+    fn alibi(&self, b: usize, h: usize, i: usize, j: usize) -> f64 {
+        let Some(slopes) = &self.beside.alibi_slopes else { return 0.0 };
+        let p = self.problem;
+        let entry = if p.alibi() == Some(Alibi::PerBatchAndHead) { b * p.heads() } else { 0 };
+        let distance = (i + p.seq_k()).abs_diff(p.seq_q() + j);
+        f64::from(slopes[entry + h]) * distance as f64
+    }
+
+    /// What joins a score: 0 without a bias.
+    fn bias(&self, b: usize, h: usize, i: usize, j: usize) -> f32 {
+        let (Some(values), Some(bias)) = (&self.beside.bias, self.problem.bias()) else {
+            return 0.0;
+        };
+        let p = self.problem;
+        let (b, h) = (b * usize::from(bias.per_batch), h * usize::from(bias.per_head));
+        let heads = if bias.per_head { p.heads() } else { 1 };
+        values[((b * heads + h) * p.seq_q() + i) * p.seq_k() + j]
+    }
+
+    /// The sink of a head: -inf without.
+    fn sink(&self, h: usize) -> f32 {
+        self.beside.sinks.as_ref().map_or(f32::NEG_INFINITY, |sinks| sinks[h])
+    }
+
+    /// The score of a scaled product.
+    fn score(&self, s: f64, [b, h, i, j]: [usize; 4]) -> f64 {
+        let capped = self.problem.softcap().map_or(s, |cap| {
+            let cap = f64::from(cap);
+            cap * (s / cap).tanh()
+        });
+        capped - self.alibi(b, h, i, j) + f64::from(self.bias(b, h, i, j))
     }
 
     /// What weight `(b, h, i, j)` is multiplied by: 0 or the rescale; 1 without dropout.
@@ -201,20 +268,20 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
     fn reference_row(&self, row: usize) -> (Vec<f64>, f64) {
         let (b, h, i) = position(self.problem, row);
         let mut o = vec![0.0; self.problem.head_dim()];
-        let seen = self.seen(b, i);
+        let (seen, sink) = (self.seen(b, h, i), f64::from(self.sink(h)));
         if seen.is_empty() {
-            return (o, f64::NEG_INFINITY);
+            return (o, sink);
         }
         let scale = f64::from(self.problem.scale());
         let q: Vec<f64> = self.q.row(b, h, i).iter().map(|&x| x.into()).collect();
-        let scores: Vec<f64> =
-            seen.iter().map(|&j| scale * dot_f64(&q, self.k.row(b, h, j))).collect();
-        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let score = |&j: &usize| self.score(scale * dot_f64(&q, self.k(b, h, j)), [b, h, i, j]);
+        let scores: Vec<f64> = seen.iter().map(score).collect();
+        let max = scores.iter().copied().fold(sink, f64::max);
         let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
-        let sum: f64 = weights.iter().sum();
+        let sum = weights.iter().sum::<f64>() + (sink - max).exp();
         for (&j, weight) in seen.iter().zip(&weights) {
             let weight = weight / sum * f64::from(self.kept(b, h, i, j));
-            for (o, &v) in o.iter_mut().zip(self.v.row(b, h, j)) {
+            for (o, &v) in o.iter_mut().zip(self.v(b, h, j)) {
                 *o += weight * v.into();
             }
         }
@@ -230,20 +297,42 @@ impl Case<'_, f32> {
         let q: Vec<f64> = self.q.row(b, h, i).iter().map(|&x| x.into()).collect();
         let absolute_q: Vec<f64> = q.iter().map(|x| x.abs()).collect();
         let of_key = |j| {
-            let k = self.k.row(b, h, j);
+            let k = self.k(b, h, j);
             let absolute_k: Vec<f32> = k.iter().map(|x| x.abs()).collect();
-            let weight = (scale * dot_f64(&q, k) - lse).exp();
-            weight * scale.abs() * dot_f64(&absolute_q, &absolute_k)
+            let s = scale * dot_f64(&q, k);
+            let mut absolute = scale.abs() * dot_f64(&absolute_q, &absolute_k);
+            if let Some(cap) = self.problem.softcap().map(f64::from) {
+                let tanh = (s / cap).tanh();
+                absolute = absolute * (1.0 - tanh * tanh) + cap * tanh.abs();
+            }
+            absolute += self.alibi(b, h, i, j).abs() + f64::from(self.bias(b, h, i, j).abs());
+            (self.score(s, [b, h, i, j]) - lse).exp() * absolute
         };
-        self.seen(b, i).into_iter().map(of_key).sum()
+        self.seen(b, h, i).into_iter().map(of_key).sum()
+    }
+
+    /// [`Case::score`] with every step rounded, as a framework takes them.
+    fn plain_score(&self, dtype: DType, s: f32, [b, h, i, j]: [usize; 4]) -> f32 {
+        let rounded = |x| round(dtype, x);
+        let mut score = s;
+        if let Some(cap) = self.problem.softcap() {
+            score = rounded(rounded(rounded(s / cap).tanh()) * cap);
+        }
+        if self.beside.alibi_slopes.is_some() {
+            score = rounded(score - self.alibi(b, h, i, j) as f32);
+        }
+        if self.beside.bias.is_some() {
+            score = rounded(score + self.bias(b, h, i, j));
+        }
+        score
     }
 
     fn plain_row(&self, row: usize, score_type: DType) -> (Vec<f64>, f64) {
         let (b, h, i) = position(self.problem, row);
         let mut o = vec![0.0f32; self.problem.head_dim()];
-        let seen = self.seen(b, i);
+        let (seen, sink) = (self.seen(b, h, i), self.sink(h));
         if seen.is_empty() {
-            return (o.iter().map(|&x| f64::from(x)).collect(), f64::NEG_INFINITY);
+            return (o.iter().map(|&x| f64::from(x)).collect(), f64::from(sink));
         }
         let dtype = self.problem.dtype();
         let scale = self.problem.scale();
@@ -252,19 +341,21 @@ impl Case<'_, f32> {
         for keys in seen.chunks(CHAINS) {
             // Keys that are missing in the last chunk are computed and left out.
             let k: [&[f32]; CHAINS] =
-                std::array::from_fn(|c| self.k.row(b, h, keys[c.min(keys.len() - 1)]));
+                std::array::from_fn(|c| self.k(b, h, keys[c.min(keys.len() - 1)]));
             let sums = dots_f32(q, k);
-            scores.extend(sums[..keys.len()].iter().map(|s| round(score_type, s * scale)));
+            let scaled = sums.iter().map(|s| round(score_type, s * scale));
+            let joined = |(s, &j)| self.plain_score(score_type, s, [b, h, i, j]);
+            scores.extend(scaled.zip(keys).map(joined));
         }
-        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let max = scores.iter().copied().fold(sink, f32::max);
         let weights: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
-        let sum: f32 = weights.iter().sum();
+        let sum = weights.iter().sum::<f32>() + (sink - max).exp();
         for (&j, weight) in seen.iter().zip(&weights) {
             let mut p = round(dtype, weight / sum);
             if self.dropout.threshold != 0 {
                 p = round(dtype, p * self.kept(b, h, i, j));
             }
-            for (o, &v) in o.iter_mut().zip(self.v.row(b, h, j)) {
+            for (o, &v) in o.iter_mut().zip(self.v(b, h, j)) {
                 *o += p * v;
             }
         }
@@ -319,7 +410,7 @@ mod tests {
     fn one_key_gives_its_value() {
         let p = Problem::builder(1, 2, 3, 4).seq_k(1).build().unwrap();
         let [q, k, v] = &tensors(&p);
-        let rows = reference(&p, &Inputs { q, k, v, mask: None }, &all_rows(&p));
+        let rows = reference(&p, &Inputs::new(q, k, v), &all_rows(&p));
         for row in 0..p.rows() {
             for d in 0..4 {
                 assert_eq!(rows.o[row * 4 + d], v.get(row / 3 * 4 + d));
@@ -334,7 +425,7 @@ mod tests {
         let tensor =
             |values: [f64; 4]| Tensor::from_f64(DType::F32, &[1, 1, 2, 2], &values).unwrap();
         let (q, k) = (tensor([3.0, 4.0, 3.0, 4.0]), tensor([4.0, -3.0, -8.0, 6.0]));
-        let inputs = Inputs { q: &q, k: &k, v: &k, mask: None };
+        let inputs = Inputs::new(&q, &k, &k);
         let rows = [0, 1];
         let lse = reference(&p, &inputs, &rows).lse;
         // The scores are 0: products are 12 and -12, then -24 and 24, which weigh as much.
@@ -348,7 +439,7 @@ mod tests {
         let p = Problem::builder(1, 1, 4, 8).causal(true).mask(true).build().unwrap();
         let [_, k, v] = &tensors(&p);
         let q = Tensor::zeros(DType::F32, &p.q_shape());
-        let inputs = Inputs { q: &q, k, v, mask: Some(&[0, 1, 1, 0]) };
+        let inputs = Inputs { mask: Some(&[0, 1, 1, 0]), ..Inputs::new(&q, k, v) };
         for rows in [reference(&p, &inputs, &all_rows(&p)), plain(&p, &inputs, &all_rows(&p))] {
             assert_eq!(rows.lse[0], f64::NEG_INFINITY);
             assert_eq!(&rows.o[..8], &[0.0; 8]);
@@ -362,10 +453,10 @@ mod tests {
     fn the_layout_does_not_matter() {
         let p = Problem::builder(2, 3, 5, 4).build().unwrap();
         let [q, k, v] = &tensors(&p);
-        let expected = reference(&p, &Inputs { q, k, v, mask: None }, &all_rows(&p));
+        let expected = reference(&p, &Inputs::new(q, k, v), &all_rows(&p));
         let p = p.to_builder().layout(Layout::TokensFirst).build().unwrap();
         let [q, k, v] = &[q, k, v].map(|t| t.swap_middle().unwrap());
-        let inputs = Inputs { q, k, v, mask: None };
+        let inputs = Inputs::new(q, k, v);
         assert_eq!(reference(&p, &inputs, &all_rows(&p)), expected);
     }
 
@@ -375,7 +466,7 @@ mod tests {
         let p = p.dropout(Some(Dropout { p: 0.5, seed: 7 })).build().unwrap();
         let q = Tensor::zeros(DType::F32, &p.q_shape());
         let v = Tensor::from_f64(DType::F32, &p.k_shape(), &vec![1.0; 16_000]).unwrap();
-        let inputs = Inputs { q: &q, k: &v, v: &v, mask: None };
+        let inputs = Inputs::new(&q, &v, &v);
         let o = reference(&p, &inputs, &[0]).o[0];
         // A sum of 4000 draws of 0 or 2, each with weight 1/4000: standard deviation 0.016.
         assert_abs_diff_eq!(o, 1.0, epsilon = 0.08);

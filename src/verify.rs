@@ -272,7 +272,7 @@ impl Credit {
         (1..draws(multiplications, rows.len() as u64)).fold(first, |worst, draw| {
             let (q, k) = (beside(inputs.q, draw, 0), beside(inputs.k, draw, 1));
             let v = beside(inputs.v, draw, 2);
-            let inputs = Inputs { q: &q, k: &k, v: &v, mask: inputs.mask };
+            let inputs = Inputs { q: &q, k: &k, v: &v, ..*inputs };
             let reference = oracle::reference(problem, &inputs, rows);
             let Self { o, lse } = Self::of_draw(problem, &inputs, rows, &reference);
             Self { o: worst.o.max(o), lse: worst.lse.max(lse) }
@@ -418,7 +418,7 @@ mod tests {
             let p = Problem::builder(1, 2, 40, 32).dtype(dtype).build().unwrap();
             let random = |seed| Tensor::random(dtype, &p.q_shape(), seed, 0.0);
             let [q, k, v] = &[random(1), random(2), random(3)];
-            let inputs = Inputs { q, k, v, mask: None };
+            let inputs = Inputs::new(q, k, v);
             let rows = oracle::all_rows(&p);
             let plain = oracle::plain(&p, &inputs, &rows);
             let outputs = |o: &[f64]| Outputs {
@@ -462,7 +462,7 @@ mod tests {
         };
         let (q, v) = (full(&p.q_shape(), 120.0), Tensor::random(DType::F16, &p.k_shape(), 1, 1.0));
         for k in [full(&p.k_shape(), 70.0), full(&p.k_shape(), -70.0)] {
-            let inputs = Inputs { q: &q, k: &k, v: &v, mask: None };
+            let inputs = Inputs::new(&q, &k, &v);
             let rows = oracle::all_rows(&p);
             let plain = oracle::plain(&p, &inputs, &rows);
             assert!(plain.lse.iter().all(|lse| !lse.is_finite()));

@@ -67,7 +67,7 @@ fn every_kernel_drops_the_same_weights() {
         let v = Tensor::from_f64(dtype, &problem.k_shape(), &v).unwrap();
         let q = Tensor::random(dtype, &problem.q_shape(), 1, 0.0);
         let k = Tensor::random(dtype, &problem.k_shape(), 2, 0.0);
-        let inputs = Inputs { q: &q, k: &k, v: &v, mask: None };
+        let inputs = Inputs::new(&q, &k, &v);
         let session = Session::new(suite::emulator());
         let (outputs, _) = session.run(kernel, &problem, &inputs).unwrap();
         let args = problem.dropout_args();

@@ -75,10 +75,10 @@ proptest! {
         let (k_turned, v_turned) = (rotated(&k), rotated(&v));
         let session = Session::new(suite::emulator());
         let run = |k, v| {
-            session.run(kernel, &problem, &Inputs { q: &q, k, v, mask: None }).unwrap().0
+            session.run(kernel, &problem, &Inputs::new(&q, k, v)).unwrap().0
         };
         let (a, b) = (run(&k, &v), run(&k_turned, &v_turned));
-        let inputs = Inputs { q: &q, k: &k, v: &v, mask: None };
+        let inputs = Inputs::new(&q, &k, &v);
         let rows = all_rows(&problem);
         let reference = oracle::reference(&problem, &inputs, &rows);
         let credit = Credit::of(&problem, &inputs, &rows, &reference);

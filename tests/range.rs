@@ -56,7 +56,8 @@ struct Case {
 
 impl Case {
     fn run(&self, kernel: &'static KernelSpec, problem: &Problem) -> Outputs {
-        let inputs = Inputs { q: &self.q, k: &self.k, v: &self.v, mask: self.mask.as_deref() };
+        let inputs =
+            Inputs { mask: self.mask.as_deref(), ..Inputs::new(&self.q, &self.k, &self.v) };
         Session::new(suite::emulator()).run(kernel, problem, &inputs).unwrap().0
     }
 }

@@ -29,7 +29,7 @@ fn verdicts(dtype: DType, (heads, seq): Shape, seed: u64) -> (usize, Vec<String>
     let session = Session::new(suite::emulator());
     let p = Problem::builder(1, heads, seq, 64).dtype(dtype).build().unwrap();
     let [q, k, v] = &tensors(&p, seed);
-    let (inputs, rows) = (Inputs { q, k, v, mask: None }, all_rows(&p));
+    let (inputs, rows) = (Inputs::new(q, k, v), all_rows(&p));
     let reference = oracle::reference(&p, &inputs, &rows);
     let credit = Credit::of(&p, &inputs, &rows, &reference);
     let mut wrong = Vec::new();
@@ -112,7 +112,7 @@ fn a_few_units_in_the_last_place_are_wrong() {
         let units = if dtype == DType::F32 { 16.0 } else { 4.0 };
         for seed in 0..20 {
             let [q, k, v] = &tensors(&p, seed);
-            let inputs = Inputs { q, k, v, mask: None };
+            let inputs = Inputs::new(q, k, v);
             let reference = oracle::reference(&p, &inputs, &rows);
             let credit = Credit::of(&p, &inputs, &rows, &reference);
             let (at, largest) = reference.o.iter().enumerate().fold((0, 0f64), |best, (i, &x)| {

@@ -29,7 +29,7 @@ impl Tensors {
     /// The tensors as a session takes them.
     #[must_use]
     pub fn inputs(&self) -> Inputs<'_> {
-        Inputs { q: &self.q, k: &self.k, v: &self.v, mask: self.mask.as_deref() }
+        Inputs { mask: self.mask.as_deref(), ..Inputs::new(&self.q, &self.k, &self.v) }
     }
 }
 

@@ -338,7 +338,7 @@ mod tests {
         let device: Arc<dyn Device> = Arc::new(CpuDevice::new());
         let problem = crate::Problem::builder(1, 1, 40, 32).build().unwrap();
         let t = crate::Tensor::random(problem.dtype(), &problem.q_shape(), 1, 0.0);
-        let inputs = crate::session::Inputs { q: &t, k: &t, v: &t, mask: None };
+        let inputs = crate::session::Inputs::new(&t, &t, &t);
         let kernel = crate::registry::find("flash_tiled").unwrap();
         let session = crate::session::Session::new(device.clone());
         let mut prepared = session.prepare(kernel, &problem, &inputs).unwrap();

@@ -7,7 +7,7 @@ use super::{MultiHeadAttention, Pass};
 use crate::{
     backend::{Device, DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
     error::Error,
-    problem::Problem,
+    problem::{Extras, Problem},
     raw::{LinearArgs, Plan, Region, View},
     registry::{KernelSpec, Projection},
     session::{Attention, POISON, Work},
@@ -145,7 +145,7 @@ impl Forward {
         let [qkv, out] = module.parameters();
         self.project(0, x.region(), qkv, self.qkv.region())?;
         let thirds = [0, 1, 2].map(|third| self.third(third));
-        let args = self.attention.args_of(thirds, mask.map(DeviceBuffer::region));
+        let args = self.attention.args_of(thirds, Extras::mask(mask.map(DeviceBuffer::region)));
         // SAFETY: q, k and v are parts of this value's buffer; the mask was checked above.
         unsafe { self.attention.run_on(args)? };
         self.project(1, self.attention.o().region(), out, self.y.region())?;

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::weights::{Linear, Weights};
 use crate::{
     dtype::DType,
-    oracle::{plain_of, reference_of, round},
+    oracle::{Beside, plain_of, reference_of, round},
     problem::Problem,
     tensor::Tensor,
     verify::{Differences, Yardstick, beside, draws},
@@ -74,7 +74,9 @@ pub fn reference(
         k.project_in_place(&x, &keys, |y| y),
         v.project_in_place(&x, &keys, |y| y),
     ];
-    let o = reference_of(problem, qkv, mask, &rows_of(problem, tokens)).o;
+    let o =
+        reference_of(problem, qkv, Beside { mask, ..Beside::default() }, &rows_of(problem, tokens))
+            .o;
     out.project(&o, &all(tokens), |y| y)
 }
 
@@ -110,7 +112,8 @@ fn plain_with(
         k.project_in_place(&x, &keys, rounded),
         v.project_in_place(&x, &keys, rounded),
     ];
-    let o = plain_of(problem, scores, qkv, mask, &rows_of(problem, tokens)).o;
+    let beside = Beside { mask, ..Beside::default() };
+    let o = plain_of(problem, scores, qkv, beside, &rows_of(problem, tokens)).o;
     // They are values of the storage type: f32 holds them exactly.
     let o: Vec<f32> = o.into_iter().map(|x| x as f32).collect();
     out.project(&o, &all(tokens), rounded).into_iter().map(f64::from).collect()

@@ -2,6 +2,7 @@
 //! [`Problem`] is valid once it exists; [`ProblemBuilder::build`] says what is wrong otherwise.
 
 mod builder;
+mod extras;
 mod layout;
 mod scores;
 mod window;
@@ -11,6 +12,7 @@ use kernels_gpu::{args, parts::dropout::threshold};
 use crate::{dtype::DType, error::Error};
 
 pub use builder::ProblemBuilder;
+pub use extras::Extras;
 pub use layout::Layout;
 pub use scores::{Alibi, Bias, Dropout};
 pub use window::Window;

@@ -32,7 +32,7 @@ pub use crate::registry::{
     attention::Args,
     linear::LinearArgs,
     plan::Plan,
-    tensors::{ALIGNMENT, Region, View},
+    tensors::{ALIGNMENT, BiasView, Region, View},
 };
 pub use context::Context;
 pub use kernels::why_not;

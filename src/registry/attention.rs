@@ -1,17 +1,17 @@
 //! Attention as an operation: what its kernels state, the tensors of a call, and the arguments
 //! that kernels are given.
 
-use kernels_gpu::args::{AttentionArgs, Keys, Scores, Scratch, Shape, Tensors};
+use kernels_gpu::args::{AttentionArgs, Keys, Scores, Scratch, Shape, Slopes, Tensors};
 
 use super::{
     Call, KERNELS, KernelSpec, Operation, Section, Usage, list,
-    tensors::{Region, View},
+    tensors::{BiasView, Region, View},
 };
 use crate::{
     backend::{KernelArgs as _, TensorMapSpec},
     dtype::DType,
     error::Error,
-    problem::{Layout, Problem},
+    problem::{Alibi, Extras, Layout, Problem, Window},
 };
 
 /// What an attention kernel can do, and the sizes that it works in.
@@ -46,6 +46,18 @@ pub struct Features {
     pub dropout: bool,
     /// It leaves the weights `[B, H, Nq, Nk]` in the storage type in its workspace.
     pub weights: bool,
+    /// Windows.
+    pub window: bool,
+    /// Fewer heads of K and V than of Q.
+    pub kv_heads: bool,
+    /// Caps of scores.
+    pub softcap: bool,
+    /// ALiBi.
+    pub alibi: bool,
+    /// Additive biases.
+    pub bias: bool,
+    /// Sinks.
+    pub sinks: bool,
     /// `[B, N, H, D]` as well as `[B, H, N, D]`.
     pub tokens_first: bool,
 }
@@ -70,8 +82,16 @@ impl Operation for Problem {
             return Some(format!("does not support head dim {head_dim}: it has {has}"));
         }
         let tokens_first = self.layout() == Layout::TokensFirst;
+        let Window { left, right } = self.bounds();
+        let window = left.is_some() || right.is_some_and(|right| right > 0);
         [
             (self.causal(), features.causal, "causal masks"),
+            (window, features.window, "windows"),
+            (self.group() > 1, features.kv_heads, "fewer heads of K and V than of Q"),
+            (self.softcap().is_some(), features.softcap, "caps of scores"),
+            (self.alibi().is_some(), features.alibi, "ALiBi"),
+            (self.bias().is_some(), features.bias, "additive biases"),
+            (self.has_sinks(), features.sinks, "sinks"),
             (self.has_mask(), features.mask, "padding masks"),
             (self.dropout().is_some(), features.dropout, "dropout"),
             (tokens_first, features.tokens_first, "the layout [B, N, H, D]"),
@@ -126,7 +146,12 @@ fn and_nearest(head_dims: &[usize], wanted: usize) -> String {
 
 /// The arguments of attention kernels, as bytes.
 pub(super) fn args(call: &Call<'_, Problem>) -> Vec<u8> {
+    attention_args(call).to_launch_bytes()
+}
+
+fn attention_args(call: &Call<'_, Problem>) -> AttentionArgs {
     let (p, tensors) = (call.problem, call.args);
+    let (bounds, softcap) = (p.bounds(), p.softcap().unwrap_or_default());
     let region = |usage| call.region(usage).arg();
     AttentionArgs {
         tensors: Tensors {
@@ -136,7 +161,11 @@ pub(super) fn args(call: &Call<'_, Problem>) -> Vec<u8> {
             o: tensors.o.arg(),
             lse: region(Usage::Lse),
         },
-        keys: Keys { padding: tensors.mask.unwrap_or_default().arg(), ..Keys::default() },
+        keys: Keys {
+            padding: tensors.mask.unwrap_or_default().arg(),
+            left: bounds.left.unwrap_or_default(),
+            right: bounds.right.unwrap_or_default(),
+        },
         scratch: Scratch { weights: region(Usage::Weights), queue: region(Usage::Queue) },
         shape: Shape {
             batch: p.batch() as u32,
@@ -149,20 +178,38 @@ pub(super) fn args(call: &Call<'_, Problem>) -> Vec<u8> {
             scale_log2: (f64::from(p.scale()) * std::f64::consts::LOG2_E) as f32,
             dropout: p.dropout_args(),
             scale: p.scale(),
-            ..Scores::default()
+            softcap,
+            inverse_softcap: if softcap == 0.0 { 0.0 } else { softcap.recip() },
+            alibi: Slopes {
+                buffer: tensors.alibi_slopes.unwrap_or_default().arg(),
+                stride_b: match p.alibi() {
+                    Some(Alibi::PerBatchAndHead) => p.heads() as u64,
+                    Some(Alibi::PerHead) | None => 0,
+                },
+            },
+            bias: tensors.bias.unwrap_or_default().within(bias_extents(p)).arg(),
+            sinks: tensors.sinks.unwrap_or_default().arg(),
         },
     }
-    .to_launch_bytes()
 }
 
-/// The tensor map of Q, K, V or O, `seq` rows a head: `[D, N, H, B]`, fastest first.
-pub(super) fn map(p: &Problem, view: &View, seq: usize, box_dims: [u32; 4]) -> TensorMapSpec {
+/// The tensor map of Q or O: `[D, N, H, B]`, fastest first.
+pub(super) fn q_map(p: &Problem, view: &View, box_dims: [u32; 4]) -> TensorMapSpec {
+    map(p, view, [p.head_dim(), p.seq_q(), p.heads(), p.batch()], box_dims)
+}
+
+/// The tensor map of K or V, likewise.
+pub(super) fn k_map(p: &Problem, view: &View, box_dims: [u32; 4]) -> TensorMapSpec {
+    map(p, view, [p.head_dim(), p.seq_k(), p.kv_heads(), p.batch()], box_dims)
+}
+
+fn map(p: &Problem, view: &View, dims: [usize; 4], box_dims: [u32; 4]) -> TensorMapSpec {
     let [stride_b, stride_h, stride_n] = view.strides;
     let strides = [stride_n, stride_h, stride_b];
     TensorMapSpec {
         address: view.region.address,
         dtype: p.dtype(),
-        dims: [p.head_dim(), seq, p.heads(), p.batch()].map(|n| n as u64).to_vec(),
+        dims: dims.map(|n| n as u64).to_vec(),
         strides_bytes: strides.map(|s| s * p.dtype().size() as u64).to_vec(),
         box_dims: box_dims.to_vec(),
         swizzle_bytes: 128,
@@ -178,14 +225,28 @@ pub struct Args {
     pub(super) o: View,
     pub(super) lse: Option<Region>,
     pub(super) mask: Option<Region>,
+    pub(super) alibi_slopes: Option<Region>,
+    pub(super) bias: Option<BiasView>,
+    pub(super) sinks: Option<Region>,
     pub(super) workspace: Region,
 }
 
 impl Args {
-    /// Queries, keys, values and the output; no LSE, no mask, no workspace.
+    /// Queries, keys, values and the output; nothing else, and no workspace.
     #[must_use]
     pub const fn new(q: View, k: View, v: View, o: View) -> Self {
-        Self { q, k, v, o, lse: None, mask: None, workspace: Region::new(0, 0) }
+        Self {
+            q,
+            k,
+            v,
+            o,
+            lse: None,
+            mask: None,
+            alibi_slopes: None,
+            bias: None,
+            sinks: None,
+            workspace: Region::new(0, 0),
+        }
     }
 
     /// The log-sum-exp is wanted here: f32 `[B, H, Nq]`, natural log.
@@ -202,6 +263,35 @@ impl Args {
         self
     }
 
+    /// The slopes of ALiBi: f32 `[H]` or `[B, H]`, as the problem has it.
+    #[must_use]
+    pub const fn alibi_slopes(mut self, slopes: Region) -> Self {
+        self.alibi_slopes = Some(slopes);
+        self
+    }
+
+    /// The additive bias: `[B, H, Nq, Nk]` in the storage type, with strides. Those of batch
+    /// entries and heads that the problem's bias repeats over count as 0.
+    #[must_use]
+    pub const fn bias(mut self, bias: BiasView) -> Self {
+        self.bias = Some(bias);
+        self
+    }
+
+    /// The sinks: f32 `[H]`, -inf is none.
+    #[must_use]
+    pub const fn sinks(mut self, sinks: Region) -> Self {
+        self.sinks = Some(sinks);
+        self
+    }
+
+    /// Everything beside Q, K and V; a bias is contiguous.
+    pub(crate) fn extras(self, p: &Problem, extras: Extras<Region>) -> Self {
+        let Extras { mask, alibi_slopes, bias, sinks } = extras;
+        let bias = bias.map(|region| BiasView::contiguous(region, bias_extents(p)));
+        Self { mask, alibi_slopes, bias, sinks, ..self }
+    }
+
     /// The workspace of this call: see [`Plan::workspace_bytes`](super::plan::Plan::workspace_bytes).
     #[must_use]
     pub const fn workspace(mut self, workspace: Region) -> Self {
@@ -211,8 +301,8 @@ impl Args {
 
     /// Compares the tensors with a problem.
     fn check(&self, p: &Problem) -> Result<(), Error> {
-        let extents = |seq| [p.batch(), p.heads(), seq, p.head_dim()];
-        let (q, k) = (extents(p.seq_q()), extents(p.seq_k()));
+        let extents = |heads, seq| [p.batch(), heads, seq, p.head_dim()];
+        let (q, k) = (extents(p.heads(), p.seq_q()), extents(p.kv_heads(), p.seq_k()));
         for (what, view, extents) in
             [("q", self.q, q), ("k", self.k, k), ("v", self.v, k), ("o", self.o, q)]
         {
@@ -222,21 +312,24 @@ impl Args {
         if let Some(lse) = self.lse {
             lse.check("lse", p.rows() as u64 * 4, 4)?;
         }
-        match self.mask {
-            None if p.has_mask() => Err(Error::MissingTensor {
-                what: "mask".into(),
-                context: ": the problem has a padding mask".into(),
-            }),
-            Some(_) if !p.has_mask() => Err(Error::UnexpectedTensor { what: "mask".into() }),
-            Some(mask) => mask.check("mask", (p.batch() * p.seq_k()) as u64, 1),
-            None => Ok(()),
-        }
+        let Self { mask, alibi_slopes, bias, sinks, .. } = *self;
+        let extras = Extras { mask, alibi_slopes, bias: bias.map(|b| b.region), sinks };
+        extras.check(p, |what, size, shape, region| match bias {
+            Some(bias) if what == "bias" => bias.check(p.dtype(), bias_extents(p)),
+            _ => region.check(what, (size * shape.iter().product::<usize>()) as u64, size as u64),
+        })
     }
+}
+
+/// Extents of a problem's bias, `[B or 1, H or 1, Nq, Nk]`; all 0 without one.
+fn bias_extents(p: &Problem) -> [usize; 4] {
+    p.bias_shape().and_then(|shape| shape.try_into().ok()).unwrap_or_default()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::problem::Bias;
 
     fn problem() -> Problem {
         Problem::builder(2, 3, 5, 32).seq_k(7).dtype(DType::F16).build().unwrap()
@@ -255,6 +348,56 @@ mod tests {
         let error = args.check(&problem()).unwrap_err();
         assert!(error.is_usage());
         error.to_string()
+    }
+
+    #[test]
+    fn what_joins_scores_is_checked_and_passed_on() {
+        let p = Problem::builder(2, 4, 5, 32).kv_heads(2).seq_k(7).dtype(DType::F16);
+        let p = p.window(Window { left: Some(3), right: Some(u32::MAX) }).softcap(Some(50.0));
+        let p = p.alibi(Some(Alibi::PerBatchAndHead)).sinks(true);
+        let bias = Bias { per_batch: false, per_head: true };
+        let p = p.bias(Some(bias)).build().unwrap();
+        let view = |address, heads, seq: usize| {
+            let region = Region::new(address, (2 * heads * seq * 32 * 2) as u64);
+            View::contiguous(region, Layout::HeadsFirst, heads, seq, 32)
+        };
+        let kv = view(0x4000, 2, 7);
+        let slopes = Region::new(0x8000, 2 * 4 * 4);
+        let sinks = Region::new(0x8100, 4 * 4);
+        // Each head has one row of biases, seen by every query; keys lie two apart.
+        let strides = [9, 14, 0, 2];
+        let bias = BiasView::new(Region::new(0x8202, (3 * 14 + 6 * 2 + 1) * 2), strides);
+        let args = Args::new(view(0x1000, 4, 5), kv, kv, view(0x2000, 4, 5));
+        let good = args.alibi_slopes(slopes).bias(bias).sinks(sinks);
+        good.check(&p).unwrap();
+        let call = Call { problem: &p, args: &good, sections: &[] };
+        let AttentionArgs { keys, scores, .. } = attention_args(&call);
+        // No key lies further behind the first row than a bound of 2^32 - 1: it is none.
+        assert_eq!((keys.left, keys.right), (3, 0));
+        assert_eq!((scores.softcap, scores.inverse_softcap), (50.0, 0.02));
+        assert_eq!((scores.alibi.stride_b, scores.alibi.buffer), (4, slopes.arg()));
+        assert_eq!((scores.bias.stride_b, scores.bias.stride_h), (0, 14));
+        assert_eq!((scores.bias.stride_q, scores.bias.stride_k), (0, 2));
+        assert_eq!(scores.sinks, sinks.arg());
+        let message = |args: Args| args.check(&p).unwrap_err().to_string();
+        assert!(message(args).contains("tensor alibi_slopes is missing: the problem has ALiBi"));
+        assert!(message(Args { bias: None, ..good }).contains("tensor bias is missing"));
+        assert!(message(Args { sinks: None, ..good }).contains("tensor sinks is missing"));
+        let short = |region: Region| Region { bytes: region.bytes - 1, ..region };
+        assert!(message(good.alibi_slopes(short(slopes))).contains("needs 32 bytes"));
+        assert!(message(good.sinks(short(sinks))).contains("needs 16 bytes"));
+        let text = message(good.bias(BiasView { region: short(bias.region), ..bias }));
+        assert!(text.contains("needs 110 bytes"), "{text}");
+        let odd = Region { address: 0x8201, ..bias.region };
+        assert!(message(good.bias(BiasView { region: odd, ..bias })).contains("multiple of 2"));
+        let far = [0, 1 << 62, 0, 1 << 62];
+        assert!(message(good.bias(BiasView { strides: far, ..bias })).contains("2^64"));
+        // Strides beyond 2^31 elements: the check alone needs no memory.
+        let far = BiasView::new(Region::new(0x8202, 1 << 36), [0, 1 << 33, 0, 1]);
+        good.bias(far).check(&p).unwrap();
+        let plain = p.to_builder().sinks(false).build().unwrap();
+        let text = good.check(&plain).unwrap_err().to_string();
+        assert!(text.contains("tensor sinks was given"), "{text}");
     }
 
     #[test]

@@ -338,7 +338,7 @@ mod tests {
         let problem = Problem::builder(1, 2, 20, 64).dtype(DType::F16).build().unwrap();
         let x = Tensor::zeros(DType::F16, &problem.q_shape());
         let session = Session::new(Arc::new(CpuDevice::new()));
-        let inputs = Inputs { q: &x, k: &x, v: &x, mask: None };
+        let inputs = Inputs::new(&x, &x, &x);
         session.run(kernel, &problem, &inputs).unwrap();
         assert_eq!(ASKED.swap(0, Relaxed), 1, "by name");
         let plan = best_among(std::slice::from_ref(kernel), &problem, &session.target());

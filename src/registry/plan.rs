@@ -145,7 +145,7 @@ pub struct Call<'a, P: Operation> {
     pub problem: &'a P,
     /// The tensors.
     pub args: &'a P::Args,
-    sections: &'a [Placed],
+    pub(super) sections: &'a [Placed],
 }
 
 impl<P: Operation> Call<'_, P> {
@@ -164,7 +164,7 @@ impl<P: Operation> Call<'_, P> {
 
 /// A section with its place in the workspace.
 #[derive(Clone, Copy, Debug)]
-struct Placed {
+pub(super) struct Placed {
     section: Section,
     offset: u64,
 }

@@ -14,7 +14,7 @@ use simt::{Dim3, warp};
 
 use super::{
     AttentionLimits, Draft, Features, KernelSpec, Map, Section, Sizes, Step, Usage,
-    attention::{args, map},
+    attention::{args, k_map, q_map},
 };
 use crate::{backend::Constants, dtype::DType, problem::Problem};
 
@@ -33,8 +33,19 @@ pub static KERNELS: &[KernelSpec] = &[
 ];
 
 /// What the first rungs all support.
-pub(super) const ALL_FEATURES: Features =
-    Features { causal: true, mask: true, dropout: true, weights: false, tokens_first: true };
+pub(super) const ALL_FEATURES: Features = Features {
+    causal: true,
+    mask: true,
+    dropout: true,
+    weights: false,
+    window: true,
+    kv_heads: true,
+    softcap: true,
+    alibi: true,
+    bias: true,
+    sinks: true,
+    tokens_first: true,
+};
 
 const NAIVE: KernelSpec = KernelSpec {
     name: "naive",
@@ -311,10 +322,10 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
             grid: tasks.min(multiprocessors).into(),
             shared_bytes: hopper.shared_bytes(),
             maps: vec![
-                Map { box_dims: q, spec: |c, b| map(c.problem, &c.args.q, c.problem.seq_q(), b) },
-                Map { box_dims: k, spec: |c, b| map(c.problem, &c.args.k, c.problem.seq_k(), b) },
-                Map { box_dims: v, spec: |c, b| map(c.problem, &c.args.v, c.problem.seq_k(), b) },
-                Map { box_dims: o, spec: |c, b| map(c.problem, &c.args.o, c.problem.seq_q(), b) },
+                Map { box_dims: q, spec: |c, b| q_map(c.problem, &c.args.q, b) },
+                Map { box_dims: k, spec: |c, b| k_map(c.problem, &c.args.k, b) },
+                Map { box_dims: v, spec: |c, b| k_map(c.problem, &c.args.v, b) },
+                Map { box_dims: o, spec: |c, b| q_map(c.problem, &c.args.o, b) },
             ],
             ..step(p, entries, p.head_dim())?
         };
@@ -324,11 +335,25 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
 
 /// What the entries of a problem are compiled for.
 fn constants(p: &Problem) -> Constants {
+    let bounds = p.bounds();
     Constants {
-        causal: p.causal().into(),
+        causal: match bounds.right {
+            None => 0,
+            Some(0) => 1,
+            Some(_) => 2,
+        },
+        left: bounds.left.is_some().into(),
         padding: p.has_mask().into(),
         dropout: p.dropout().is_some().into(),
-        ..Constants::default()
+        group: if p.group() > 1 { p.group() as u32 } else { 0 },
+        softcap: match (p.softcap(), p.dtype()) {
+            (None, _) => 0,
+            (Some(_), DType::F16 | DType::BF16) => 1,
+            (Some(_), DType::F32) => 2,
+        },
+        alibi: p.alibi().is_some().into(),
+        bias: p.bias().is_some().into(),
+        sinks: p.has_sinks().into(),
     }
 }
 

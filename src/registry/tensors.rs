@@ -143,6 +143,58 @@ impl View {
     }
 }
 
+/// A bias in device memory, `[B, H, Nq, Nk]` seen through strides; a stride of 0 repeats what is
+/// there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BiasView {
+    /// The memory, from the first element on.
+    pub region: Region,
+    /// Elements from one batch entry, head, row and key to the next.
+    pub strides: [u64; 4],
+}
+
+impl BiasView {
+    /// A view with strides `[batch, head, row, key]`, in elements.
+    #[must_use]
+    pub const fn new(region: Region, strides: [u64; 4]) -> Self {
+        Self { region, strides }
+    }
+
+    /// A contiguous tensor `[B or 1, H or 1, Nq, Nk]`.
+    #[must_use]
+    pub fn contiguous(region: Region, shape: [usize; 4]) -> Self {
+        let [_, heads, rows, keys] = shape.map(|extent| extent as u64);
+        Self { region, strides: [heads * rows * keys, rows * keys, keys, 1] }
+    }
+
+    /// The view with no step over what those extents `[B, H, Nq, Nk]` have one of.
+    pub(super) fn within(self, extents: [usize; 4]) -> Self {
+        let step = |d: usize| if extents[d] > 1 { self.strides[d] } else { 0 };
+        Self { strides: std::array::from_fn(step), ..self }
+    }
+
+    pub(super) const fn arg(self) -> args::Bias {
+        let [stride_b, stride_h, stride_q, stride_k] = self.strides;
+        args::Bias { buffer: self.region.arg(), stride_b, stride_h, stride_q, stride_k }
+    }
+
+    /// Checks the view of a bias with those extents `[B, H, Nq, Nk]`.
+    pub(super) fn check(&self, dtype: DType, extents: [usize; 4]) -> Result<(), Error> {
+        let last = self.strides.iter().zip(extents).try_fold(0u64, |last, (&stride, extent)| {
+            stride.checked_mul(extent as u64 - 1)?.checked_add(last)
+        });
+        let size = dtype.size() as u64;
+        let Some(needed) = last.and_then(|last| last.checked_add(1)?.checked_mul(size)) else {
+            return Err(Error::InvalidValue {
+                what: "bias",
+                given: format!("strides {:?}", self.strides),
+                remedy: "the last element lies beyond 2^64 bytes".into(),
+            });
+        };
+        self.region.check("bias", needed, size)
+    }
+}
+
 fn check_address(
     what: &'static str,
     address: u64,

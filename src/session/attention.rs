@@ -7,7 +7,7 @@ use crate::{
     backend::{DeviceBuffer, DeviceTensor, Launch, Memory, memory::expect_device},
     dtype::DType,
     error::Error,
-    problem::Problem,
+    problem::{Extras, Problem},
     raw::{Args, Plan, Region, View},
     registry::{self, KernelSpec, Target},
     tensor::Tensor,
@@ -132,7 +132,19 @@ impl Attention {
         v: &DeviceTensor,
         mask: Option<&DeviceBuffer>,
     ) -> Result<(), Error> {
-        let args = self.args(q, k, v, mask)?;
+        self.run_with([q, k, v], Extras::mask(mask))
+    }
+
+    /// As [`Attention::run`], with everything that a problem may have beside Q, K and V.
+    ///
+    /// # Errors
+    /// As [`Attention::run`].
+    pub fn run_with(
+        &mut self,
+        qkv: [&DeviceTensor; 3],
+        extras: Extras<&DeviceBuffer>,
+    ) -> Result<(), Error> {
+        let args = self.args(qkv, extras)?;
         // SAFETY: `args` checked that the inputs are tensors of this device; freeing one waits
         // for the launches before.
         unsafe { self.run_on(args) }
@@ -141,10 +153,8 @@ impl Attention {
     /// The inputs, checked, and the outputs.
     fn args(
         &self,
-        q: &DeviceTensor,
-        k: &DeviceTensor,
-        v: &DeviceTensor,
-        mask: Option<&DeviceBuffer>,
+        [q, k, v]: [&DeviceTensor; 3],
+        extras: Extras<&DeviceBuffer>,
     ) -> Result<Args, Error> {
         let p = self.problem();
         for (what, tensor, shape) in
@@ -152,22 +162,22 @@ impl Attention {
         {
             tensor.expect(what, &self.memory, p.dtype(), &shape)?;
         }
-        if let Some(mask) = mask {
-            expect_device("mask", mask, &self.memory)?;
-        }
-        let view = |tensor: &DeviceTensor, seq| {
-            View::contiguous(tensor.region(), p.layout(), p.heads(), seq, p.head_dim())
+        extras.check(p, |what, _, _, buffer| expect_device(what, buffer, &self.memory))?;
+        let view = |tensor: &DeviceTensor, heads, seq| {
+            View::contiguous(tensor.region(), p.layout(), heads, seq, p.head_dim())
         };
-        let inputs = [view(q, p.seq_q()), view(k, p.seq_k()), view(v, p.seq_k())];
-        Ok(self.args_of(inputs, mask.map(DeviceBuffer::region)))
+        let kv_view = |tensor| view(tensor, p.kv_heads(), p.seq_k());
+        let inputs = [view(q, p.heads(), p.seq_q()), kv_view(k), kv_view(v)];
+        let region = |buffer: &DeviceBuffer| Ok::<_, Error>(buffer.region());
+        Ok(self.args_of(inputs, extras.try_map(region)?))
     }
 
-    /// Inputs at these places, and the outputs of this value.
-    pub(crate) fn args_of(&self, [q, k, v]: [View; 3], mask: Option<Region>) -> Args {
+    /// Inputs at these places, and the outputs of this value. A bias is contiguous.
+    pub(crate) fn args_of(&self, [q, k, v]: [View; 3], extras: Extras<Region>) -> Args {
         let p = self.problem();
         let o = View::contiguous(self.o.region(), p.layout(), p.heads(), p.seq_q(), p.head_dim());
         let args = Args::new(q, k, v, o).lse(self.lse.region()).workspace(self.workspace.region());
-        mask.map_or(args, |mask| args.mask(mask))
+        args.extras(p, extras)
     }
 
     /// Starts the kernel.

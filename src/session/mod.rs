@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use crate::{
     backend::{Device, DeviceBuffer, DeviceTensor, Memory},
+    dtype::DType,
     error::Error,
-    problem::Problem,
+    problem::{Extras, Problem},
     raw::Plan,
     registry::{KernelSpec, Target},
     tensor::Tensor,
@@ -33,9 +34,32 @@ pub struct Inputs<'a> {
     pub v: &'a Tensor,
     /// Padding mask, `[B, Nk]`, 0 = hidden.
     pub mask: Option<&'a [u8]>,
+    /// Slopes of ALiBi, f32 `[H]` or `[B, H]`.
+    pub alibi_slopes: Option<&'a Tensor>,
+    /// Additive bias, `[B or 1, H or 1, Nq, Nk]` in the storage type.
+    pub bias: Option<&'a Tensor>,
+    /// Sinks, f32 `[H]`.
+    pub sinks: Option<&'a Tensor>,
 }
 
-impl Inputs<'_> {
+impl<'a> Inputs<'a> {
+    /// Queries, keys and values, and nothing beside them.
+    #[must_use]
+    pub const fn new(q: &'a Tensor, k: &'a Tensor, v: &'a Tensor) -> Self {
+        Self { q, k, v, mask: None, alibi_slopes: None, bias: None, sinks: None }
+    }
+
+    /// Everything but Q, K and V, as bytes.
+    #[must_use]
+    pub fn extras(&self) -> Extras<&'a [u8]> {
+        Extras {
+            mask: self.mask,
+            alibi_slopes: self.alibi_slopes.map(Tensor::as_bytes),
+            bias: self.bias.map(Tensor::as_bytes),
+            sinks: self.sinks.map(Tensor::as_bytes),
+        }
+    }
+
     /// Compares the tensors with a problem.
     ///
     /// # Errors
@@ -44,27 +68,29 @@ impl Inputs<'_> {
         self.q.expect("q", problem.dtype(), &problem.q_shape())?;
         self.k.expect("k", problem.dtype(), &problem.k_shape())?;
         self.v.expect("v", problem.dtype(), &problem.k_shape())?;
-        check_mask(problem, self.mask)
+        check_lengths(problem, &self.extras())?;
+        for (what, tensor, dtype, shape) in [
+            ("alibi_slopes", self.alibi_slopes, DType::F32, problem.alibi_shape()),
+            ("bias", self.bias, problem.dtype(), problem.bias_shape()),
+            ("sinks", self.sinks, DType::F32, problem.sinks_shape()),
+        ] {
+            if let (Some(tensor), Some(shape)) = (tensor, shape) {
+                tensor.expect(what, dtype, &shape)?;
+            }
+        }
+        Ok(())
     }
 }
 
-/// Checks that there is a mask exactly where the problem has one, and its length.
-fn check_mask(problem: &Problem, mask: Option<&[u8]>) -> Result<(), Error> {
-    match mask {
-        None if problem.has_mask() => Err(Error::MissingTensor {
-            what: "mask".into(),
-            context: ": the problem has a padding mask".into(),
-        }),
-        Some(_) if !problem.has_mask() => Err(Error::UnexpectedTensor { what: "mask".into() }),
-        Some(mask) if mask.len() != problem.batch() * problem.seq_k() => {
-            Err(Error::ShapeMismatch {
-                what: "mask".into(),
-                expected: [problem.batch(), problem.seq_k()].into(),
-                given: [mask.len()].into(),
-            })
+/// Checks that the tensors beside Q, K and V are those that the problem has, and their lengths.
+fn check_lengths(problem: &Problem, extras: &Extras<&[u8]>) -> Result<(), Error> {
+    extras.check(problem, |what, size, shape, bytes| {
+        if bytes.len() == size * shape.iter().product::<usize>() {
+            return Ok(());
         }
-        _ => Ok(()),
-    }
+        let (expected, given) = (shape.into(), [bytes.len() / size].into());
+        Err(Error::ShapeMismatch { what: what.into(), expected, given })
+    })
 }
 
 /// The outputs of attention.
@@ -81,7 +107,7 @@ pub struct Outputs {
 /// Device memory of a run, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryReport {
-    /// Q, K, V and the padding mask.
+    /// Q, K, V and everything beside them.
     pub inputs: u64,
     /// O and the log-sum-exp.
     pub outputs: u64,
@@ -157,7 +183,7 @@ impl Session {
         let plan = kernel.plan(problem, &self.target())?;
         inputs.check(problem)?;
         let tensors = [inputs.q, inputs.k, inputs.v].map(Tensor::as_bytes);
-        self.prepare_bytes(plan, tensors, inputs.mask)
+        self.prepare_with(plan, tensors, inputs.extras())
     }
 
     /// As [`Session::prepare`], of a plan at hand ([`registry::best_for`](crate::registry::best_for)
@@ -170,11 +196,24 @@ impl Session {
     pub fn prepare_bytes(
         &self,
         plan: Plan,
-        [q, k, v]: [&[u8]; 3],
+        qkv: [&[u8]; 3],
         mask: Option<&[u8]>,
     ) -> Result<Prepared, Error> {
+        self.prepare_with(plan, qkv, Extras::mask(mask))
+    }
+
+    /// As [`Session::prepare_bytes`], with everything that a problem may have beside Q, K and V.
+    ///
+    /// # Errors
+    /// As [`Session::prepare_bytes`].
+    pub fn prepare_with(
+        &self,
+        plan: Plan,
+        [q, k, v]: [&[u8]; 3],
+        extras: Extras<&[u8]>,
+    ) -> Result<Prepared, Error> {
         let problem = plan.problem();
-        check_mask(problem, mask)?;
+        check_lengths(problem, &extras)?;
         self.check_fits(&plan)?;
         let memory = self.memory.part();
         let upload = |shape: [usize; 4], bytes| {
@@ -185,7 +224,7 @@ impl Session {
             upload(problem.k_shape(), k)?,
             upload(problem.k_shape(), v)?,
         ];
-        let mask = mask.map(|mask| memory.upload(mask)).transpose()?;
+        let extras = extras.try_map(|bytes| memory.upload(bytes))?;
         let input_bytes = memory.current();
         let attention = Attention::new(&memory, plan)?;
         let workspace = attention.workspace_bytes();
@@ -195,7 +234,7 @@ impl Session {
             workspace,
             peak: memory.peak(),
         };
-        Ok(Prepared { attention, inputs, mask, memory })
+        Ok(Prepared { attention, inputs, extras, memory })
     }
 
     /// Runs a kernel once.
@@ -219,7 +258,7 @@ impl Session {
 pub struct Prepared {
     attention: Attention,
     inputs: [DeviceTensor; 3],
-    mask: Option<DeviceBuffer>,
+    extras: Extras<DeviceBuffer>,
     memory: MemoryReport,
 }
 
@@ -272,7 +311,7 @@ impl Work for Prepared {
 
     fn start(&mut self) -> Result<(), Error> {
         let [q, k, v] = &self.inputs;
-        self.attention.run(q, k, v, self.mask.as_ref())
+        self.attention.run_with([q, k, v], self.extras.as_ref())
     }
 }
 
@@ -296,7 +335,7 @@ mod tests {
         let mask = vec![1; 80];
         for kernel in KERNELS.iter().filter(|k| k.dtypes.contains(&DType::F32)) {
             let session = Session::new(Arc::new(CpuDevice::new()));
-            let inputs = Inputs { q, k, v, mask: Some(&mask) };
+            let inputs = Inputs { mask: Some(&mask), ..Inputs::new(q, k, v) };
             let (outputs, memory) = session.run(kernel, &problem, &inputs).unwrap();
             let plan = kernel.plan(&problem, &session.target()).unwrap();
             assert_eq!(memory.peak, plan.peak_bytes());
@@ -314,7 +353,7 @@ mod tests {
         let [q, k, v] = &tensors(&problem);
         let kernel = crate::registry::find("naive").unwrap();
         let session = Session::new(Arc::new(CpuDevice::with_memory_limit(40_000)));
-        let inputs = Inputs { q, k, v, mask: None };
+        let inputs = Inputs::new(q, k, v);
         let error = session.run(kernel, &problem, &inputs).err().unwrap();
         assert!(
             matches!(error, Error::OutOfMemory { needed: 49_408, free: 40_000, .. }),
@@ -329,7 +368,7 @@ mod tests {
     fn a_report_counts_its_own_run_alone() {
         let problem = Problem::builder(1, 1, 64, 32).build().unwrap();
         let [q, k, v] = &tensors(&problem);
-        let inputs = Inputs { q, k, v, mask: None };
+        let inputs = Inputs::new(q, k, v);
         let session = Session::new(Arc::new(CpuDevice::new()));
         let _other = session.upload(q).unwrap();
         let naive = crate::registry::find("naive").unwrap();
@@ -406,7 +445,7 @@ mod tests {
         let [q, k, v] = &tensors(&problem);
         let short = Tensor::zeros(DType::F32, &[1, 1, 7, 32]);
         let message = |inputs: Inputs<'_>| inputs.check(&problem).unwrap_err().to_string();
-        let good = Inputs { q, k, v, mask: None };
+        let good = Inputs::new(q, k, v);
         assert!(message(good).contains("mask is missing"));
         assert!(message(Inputs { k: &short, ..good }).contains("k has shape [1, 1, 7, 32]"));
         let half = v.cast(DType::F16);

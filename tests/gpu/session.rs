@@ -34,7 +34,7 @@ pub fn run(
     problem: &Problem,
 ) -> Result<(Outputs, MemoryReport), Error> {
     let [q, k, v] = &inputs(problem);
-    session.run(registry::find(kernel)?, problem, &Inputs { q, k, v, mask: None })
+    session.run(registry::find(kernel)?, problem, &Inputs::new(q, k, v))
 }
 
 #[test]

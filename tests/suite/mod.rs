@@ -38,7 +38,7 @@ pub struct Draw {
 
 impl Draw {
     pub fn inputs(&self) -> Inputs<'_> {
-        Inputs { q: &self.q, k: &self.k, v: &self.v, mask: self.mask.as_deref() }
+        Inputs { mask: self.mask.as_deref(), ..Inputs::new(&self.q, &self.k, &self.v) }
     }
 }
 

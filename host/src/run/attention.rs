@@ -103,7 +103,7 @@ impl Given for GivenAttention<'_> {
         let p = &self.problem;
         let rows = oracle::sample_rows(p, (ORACLE_BUDGET / (p.seq_k() * p.head_dim())).max(64));
         let (q, k, v) = (self.q.to_tensor()?, self.k.to_tensor()?, self.v.to_tensor()?);
-        let inputs = Inputs { q: &q, k: &k, v: &v, mask: self.mask.map(|mask| mask.bytes) };
+        let inputs = Inputs { mask: self.mask.map(|mask| mask.bytes), ..Inputs::new(&q, &k, &v) };
         let reference = oracle::reference(p, &inputs, &rows);
         let credit = Credit::of(p, &inputs, &rows, &reference);
         let rows_of = |o: &Tensor, lse: &Tensor| {

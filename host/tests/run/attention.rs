@@ -31,7 +31,7 @@ impl Case {
 
     fn inputs(&self) -> Inputs<'_> {
         let [q, k, v] = &self.tensors;
-        Inputs { q, k, v, mask: Some(&self.mask) }
+        Inputs { mask: Some(&self.mask), ..Inputs::new(q, k, v) }
     }
 
     fn entries(&self) -> Vec<Entry> {
@@ -106,7 +106,7 @@ fn zeros_do_not_pass_where_the_plain_algorithm_overflows() {
     };
     let (q, k) = (full(&problem.q_shape(), 300.0), full(&problem.k_shape(), 80.0));
     let v = Tensor::random(DType::F16, &problem.k_shape(), 1, 1.0);
-    let inputs = Inputs { q: &q, k: &k, v: &v, mask: None };
+    let inputs = Inputs::new(&q, &k, &v);
     let rows = oracle::all_rows(&problem);
     assert!(!oracle::plain(&problem, &inputs, &rows).lse[0].is_finite());
     let right = oracle::reference(&problem, &inputs, &rows).o;

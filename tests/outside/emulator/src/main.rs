@@ -14,7 +14,7 @@ fn main() -> Result<(), Error> {
     let q = Tensor::random(DType::F16, &problem.q_shape(), 1, 0.0);
     let k = Tensor::random(DType::F16, &problem.k_shape(), 2, 0.0);
     let v = Tensor::random(DType::F16, &problem.k_shape(), 3, 0.0);
-    let inputs = Inputs { q: &q, k: &k, v: &v, mask: None };
+    let inputs = Inputs::new(&q, &k, &v);
     let (outputs, _) = session.run(registry::find("flash_pipelined")?, &problem, &inputs)?;
 
     let exact = oracle::reference(&problem, &inputs, &oracle::all_rows(&problem));
