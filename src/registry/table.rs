@@ -346,11 +346,7 @@ fn constants(p: &Problem) -> Constants {
         padding: p.has_mask().into(),
         dropout: p.dropout().is_some().into(),
         group: if p.group() > 1 { p.group() as u32 } else { 0 },
-        softcap: match (p.softcap(), p.dtype()) {
-            (None, _) => 0,
-            (Some(_), DType::F16 | DType::BF16) => 1,
-            (Some(_), DType::F32) => 2,
-        },
+        softcap: p.softcap().is_some().into(),
         alibi: p.alibi().is_some().into(),
         bias: p.bias().is_some().into(),
         sinks: p.has_sinks().into(),

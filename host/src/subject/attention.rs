@@ -105,7 +105,7 @@ impl Subject for Drawn<'_> {
         launch: &dyn Fn(&mut dyn Work) -> Result<(), Error>,
     ) -> Result<Ran<'_>, Error> {
         let name = plan.kernel().name;
-        let Inputs { q, k, v, mask } = self.tensors.inputs();
+        let Inputs { q, k, v, mask, .. } = self.tensors.inputs();
         let inputs = [q, k, v].map(Tensor::as_bytes);
         let mut prepared = self.session.prepare_bytes(plan, inputs, mask)?;
         let counters = counted(&mut prepared, launch)?;
