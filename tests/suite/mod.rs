@@ -8,13 +8,16 @@ use std::{
 };
 
 use flash_attention::{
-    CpuDevice, DType, Device, Error, GpuDevice, Layout, Problem, Tensor,
+    Alibi, Bias, CpuDevice, DType, Device, Error, GpuDevice, Layout, Problem, Tensor, Window,
     oracle::{self, Rows},
     problem::Dropout,
     registry::{KERNELS, KernelSpec, Sizes},
     session::{Inputs, Outputs, Session},
     verify::{Credit, Verification},
 };
+
+/// A bias that all batch entries share.
+const PER_HEAD: Bias = Bias { per_batch: false, per_head: true };
 
 /// A problem and how its tensors are drawn.
 #[derive(Clone, Debug)]
@@ -34,11 +37,20 @@ pub struct Draw {
     k: Tensor,
     v: Tensor,
     mask: Option<Vec<u8>>,
+    alibi_slopes: Option<Tensor>,
+    bias: Option<Tensor>,
+    sinks: Option<Tensor>,
 }
 
 impl Draw {
     pub fn inputs(&self) -> Inputs<'_> {
-        Inputs { mask: self.mask.as_deref(), ..Inputs::new(&self.q, &self.k, &self.v) }
+        Inputs {
+            mask: self.mask.as_deref(),
+            alibi_slopes: self.alibi_slopes.as_ref(),
+            bias: self.bias.as_ref(),
+            sinks: self.sinks.as_ref(),
+            ..Inputs::new(&self.q, &self.k, &self.v)
+        }
     }
 }
 
@@ -48,7 +60,7 @@ impl Case {
     }
 
     /// Draw `seed` of the case. The padding mask hides every key of batch entry 1, and
-    /// about a third of the others'.
+    /// about a third of the others'; the bias hides about one key of a hundred in each row.
     pub fn draw(&self, seed: u64) -> Draw {
         let p = &self.problem;
         let random = |shape: [usize; 4], stream, mean| {
@@ -59,7 +71,17 @@ impl Case {
             let visible = |(i, x): (usize, f32)| u8::from(i / p.seq_k() != 1 && x < 0.4);
             noise.to_f32().into_iter().enumerate().map(visible).collect()
         });
+        let shaped = |dtype, shape: Option<Vec<usize>>, stream, change: fn(f64) -> f64| {
+            let shape = shape?;
+            let noise = Tensor::random(DType::F32, &shape, 10 * seed + stream, 0.0).to_f64();
+            let values: Vec<f64> = noise.into_iter().map(change).collect();
+            Some(Tensor::from_f64(dtype, &shape, &values).unwrap())
+        };
+        let hidden = |x: f64| if x > 2.3 { f64::NEG_INFINITY } else { x };
         Draw {
+            alibi_slopes: shaped(DType::F32, p.alibi_shape(), 4, |x| x.abs() / 4.0),
+            bias: shaped(p.dtype(), p.bias_shape(), 5, hidden),
+            sinks: shaped(DType::F32, p.sinks_shape(), 6, |x| x),
             q: random(p.q_shape(), 0, 0.0).scaled(self.qk_size),
             k: random(p.k_shape(), 1, 0.0).scaled(self.qk_size),
             v: random(p.k_shape(), 2, self.v_mean),
@@ -129,6 +151,7 @@ pub fn edges(kernel: &KernelSpec, dtype: DType) -> Vec<Case> {
         Problem::builder(batch, heads, seq_q, d).seq_k(seq_k).dtype(dtype)
     };
     let dropout = Some(Dropout { p: 0.2, seed: 0x1234_5678_9abc });
+    let window = |left, right| Window { left: Some(left), right };
     let problems = [
         ("one row, one key", shape(1, 1, 1, 1)),
         ("one row, many keys", shape(1, 2, 1, 2 * bc + 5)),
@@ -147,6 +170,29 @@ pub fn edges(kernel: &KernelSpec, dtype: DType) -> Vec<Case> {
             shape(2, 1, bc + 2, bc + 2).dropout(dropout).mask(true).causal(true),
         ),
         ("a scale of 0.3", shape(1, 1, br, bc + 1).scale(Some(0.3))),
+        ("two heads share K and V", shape(2, 4, br + 1, bc + 1).kv_heads(2)),
+        ("all heads share K and V", shape(1, 3, 2, bc + 1).kv_heads(1).causal(true)),
+        ("a sliding window", shape(1, 1, bc + 5, bc + 5).causal(true).window(window(7, None))),
+        ("a window", shape(1, 1, br + 1, 2 * bc + 1).window(window(bc as u32 / 2, Some(3)))),
+        ("a window without keys", shape(1, 1, bc + 9, bc - 1).window(window(0, Some(1)))),
+        ("a cap", shape(1, 1, br + 1, bc + 1).softcap(Some(2.0))),
+        ("ALiBi", shape(2, 2, 3, bc + 1).alibi(Some(Alibi::PerBatchAndHead))),
+        ("a bias", shape(2, 2, 3, bc + 1).bias(Some(PER_HEAD))),
+        ("sinks", shape(1, 2, br + 1, bc + 1).sinks(true)),
+        (
+            "everything",
+            shape(2, 4, 5, bc + 3)
+                .kv_heads(2)
+                .causal(true)
+                .window(window(bc as u32 - 2, None))
+                .mask(true)
+                .dropout(dropout)
+                .softcap(Some(3.0))
+                .alibi(Some(Alibi::PerHead))
+                .bias(Some(Bias { per_batch: true, per_head: false }))
+                .sinks(true)
+                .layout(Layout::TokensFirst),
+        ),
         ("[B, N, H, D]", shape(2, 3, br + 1, bc + 1).layout(Layout::TokensFirst).causal(true)),
     ];
     let mut cases: Vec<Case> =
