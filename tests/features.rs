@@ -4,8 +4,11 @@
 mod suite;
 
 use flash_attention::{
-    Alibi, Bias, DType, Dropout, Layout, Problem, Tensor, Window, oracle,
-    registry::{self, KernelSpec},
+    Alibi, Bias, DType, Dropout, Layout, Problem, Tensor, Window,
+    backend::{DeviceTensor, Memory},
+    oracle,
+    raw::{Args, Plan, Region, View},
+    registry::{self, KernelSpec, Target},
     session::{Inputs, Outputs, Session},
     verify::verify,
 };
