@@ -36,7 +36,7 @@ struct Draws(ChaCha8Rng);
 
 impl Draws {
     fn below(&mut self, n: usize) -> usize {
-        (u64::from(self.0.next_u32()) * n as u64 >> 32) as usize
+        ((u64::from(self.0.next_u32()) * n as u64) >> 32) as usize
     }
 
     fn of<T: Copy>(&mut self, values: &[T]) -> T {

@@ -59,7 +59,7 @@ unary! {
 #[must_use]
 pub fn tanh(x: f32) -> f32 {
     // tanh(x) = x + x^3 p(x^2): interpolated at the Chebyshev nodes of x^2 in [0, 0.36].
-    const P: [f32; 5] = [-0.333_333_31, 0.133_329_15, -0.053_873_95, 0.021_110_96, -0.006_269_12];
+    const P: [f32; 5] = [-0.333_333_3, 0.133_329_15, -0.053_873_95, 0.021_110_96, -0.006_269_12];
     const SMALL: f32 = 0.6;
     let (magnitude, square) = (x.abs(), x * x);
     let p = fma(fma(fma(fma(P[4], square, P[3]), square, P[2]), square, P[1]), square, P[0]);

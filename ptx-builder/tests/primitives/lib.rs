@@ -189,6 +189,7 @@ entries! {
     scalar_f16_to(out: u64, from: u64) { one(out).write(0, Scalar::to_f32(one::<f16>(from).read(0))) }
     scalar_bf16(out: u64, value: f32) { one(out).write(0, <bf16 as Scalar>::from_f32(value)) }
     math_exp2(out: u64, value: f32) { one(out).write(0, math::exp2(value)) }
+    math_tanh_approx(out: u64, value: f32) { one(out).write(0, math::tanh_approx(value)) }
     math_log2(out: u64, value: f32) { one(out).write(0, math::log2(value)) }
     math_fma(out: u64, a: f32, b: f32, c: f32) { one(out).write(0, math::fma(a, b, c)) }
     math_max(out: u64, a: f32, b: f32) { one(out).write(0, math::max(a, b)) }
