@@ -1,6 +1,6 @@
 //! Random tensors for a problem: the same seed gives the same numbers everywhere.
 
-use flash_attention::{DType, Error, Problem, Tensor, module::Weights, session::Inputs};
+use flash_attention::{Alibi, DType, Error, Problem, Tensor, module::Weights, session::Inputs};
 
 /// Inputs on the host.
 #[derive(Clone, Debug)]
@@ -9,10 +9,14 @@ pub struct Tensors {
     k: Tensor,
     v: Tensor,
     mask: Option<Vec<u8>>,
+    alibi_slopes: Option<Tensor>,
+    bias: Option<Tensor>,
+    sinks: Option<Tensor>,
 }
 
 impl Tensors {
-    /// Q, K and V from the normal distribution, and a mask if the problem has one.
+    /// Q, K and V from the normal distribution, and what else the problem has: a mask, the usual
+    /// slopes, bias and sinks from the normal distribution.
     #[must_use]
     pub fn random(problem: &Problem, seed: u64) -> Self {
         let draw = |shape: [usize; 4], stream: u64| {
@@ -23,14 +27,38 @@ impl Tensors {
             k: draw(problem.k_shape(), 1),
             v: draw(problem.k_shape(), 2),
             mask: problem.has_mask().then(|| tail_mask(problem.batch(), problem.seq_k(), seed)),
+            alibi_slopes: problem.alibi_shape().map(|shape| slopes(&shape, problem.heads())),
+            bias: problem.bias_shape().map(|shape| beside(problem.dtype(), &shape, seed, 0)),
+            sinks: problem.sinks_shape().map(|shape| beside(DType::F32, &shape, seed, 1)),
         }
     }
 
     /// The tensors as a session takes them.
     #[must_use]
     pub fn inputs(&self) -> Inputs<'_> {
-        Inputs { mask: self.mask.as_deref(), ..Inputs::new(&self.q, &self.k, &self.v) }
+        Inputs {
+            mask: self.mask.as_deref(),
+            alibi_slopes: self.alibi_slopes.as_ref(),
+            bias: self.bias.as_ref(),
+            sinks: self.sinks.as_ref(),
+            ..Inputs::new(&self.q, &self.k, &self.v)
+        }
     }
+}
+
+/// The usual slopes of `heads` heads, repeated over batch entries where the shape has them.
+fn slopes(shape: &[usize], heads: usize) -> Tensor {
+    let slopes = Alibi::usual_slopes(heads);
+    let mut tensor = Tensor::zeros(DType::F32, shape);
+    for (bytes, slope) in tensor.as_bytes_mut().chunks_exact_mut(4).zip(slopes.iter().cycle()) {
+        bytes.copy_from_slice(&slope.to_ne_bytes());
+    }
+    tensor
+}
+
+/// A tensor beside Q, K and V, from streams that those do not use.
+fn beside(dtype: DType, shape: &[usize], seed: u64, stream: u64) -> Tensor {
+    Tensor::random(dtype, shape, !seed.wrapping_mul(5).wrapping_add(stream), 0.0)
 }
 
 /// Parameters and input of a module on the host.

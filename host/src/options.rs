@@ -5,12 +5,17 @@ use std::fmt;
 use anyhow::Result;
 use clap::Args;
 use flash_attention::{
-    DType, Dropout, Problem,
+    Alibi, DType, Dropout, Problem, Window,
     problem::head_dim_of,
     registry::{self, KERNELS, KernelSpec, Target},
 };
 
-use crate::{failure::Usage, machine::DeviceChoice, results::Options, values};
+use crate::{
+    failure::Usage,
+    machine::DeviceChoice,
+    results::{Level, LevelChoice, Options},
+    values,
+};
 
 /// What both `compare` and `verify` take.
 #[derive(Args, Clone, Debug)]
@@ -27,6 +32,12 @@ pub struct ProblemArgs {
     /// Heads
     #[arg(long, value_name = "H", value_parser = values::count)]
     pub heads: Option<usize>,
+    /// Heads of K and V, of which as many heads of Q use each; as many as of Q unless given
+    #[arg(long, value_name = "H", value_parser = values::count)]
+    pub kv_heads: Option<usize>,
+    /// Keys, where there are not as many as queries
+    #[arg(long, value_name = "N", value_parser = values::count)]
+    pub seq_k: Option<usize>,
     /// Features over all heads; divided by the heads it is the head dim
     #[arg(long, value_name = "SIZE", value_parser = values::count, conflicts_with = "head_dim")]
     pub hidden: Option<usize>,
@@ -36,9 +47,22 @@ pub struct ProblemArgs {
     /// Storage type of the tensors: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", value_parser = values::dtype)]
     pub dtype: Option<DType>,
-    /// Let row i see keys up to i only
+    /// Let row i see keys up to i + Nk - Nq only
     #[arg(long)]
     pub causal: bool,
+    /// Let row i see keys from i + Nk - Nq - L to i + Nk - Nq + R only; -1 is no bound
+    #[arg(long, value_name = "L,R", value_parser = values::window)]
+    pub window: Option<Window>,
+    /// Cap scores: C tanh(s / C) takes the place of s
+    #[arg(long, value_name = "C", value_parser = values::number)]
+    pub softcap: Option<f32>,
+    /// Let scores fall with the distance of row and key, by the usual slope of each head,
+    /// 2^(-8 h / H)
+    #[arg(long)]
+    pub alibi: bool,
+    /// Give each head a random score that joins the sum of its rows' weights and has no value
+    #[arg(long)]
+    pub sinks: bool,
     /// Hide a random tail of each batch entry's keys, up to half of them
     #[arg(long)]
     pub mask: bool,
@@ -90,7 +114,19 @@ impl ProblemArgs {
     ///
     /// # Errors
     /// What value is wrong and what would be right.
-    pub fn problems(&self, defaults: &Defaults) -> Result<Vec<Problem>> {
+    pub fn problems(&self, defaults: &Defaults, level: LevelChoice) -> Result<Vec<Problem>> {
+        let of_attention = [
+            (self.kv_heads.is_some(), "--kv-heads"),
+            (self.seq_k.is_some(), "--seq-k"),
+            (self.alibi, "--alibi"),
+            (self.sinks, "--sinks"),
+        ];
+        if let Some((_, option)) = of_attention.into_iter().find(|&(given, _)| given)
+            && level.covers(Level::Module)
+        {
+            let reason = format!("{option} is not for the module: add --level attention");
+            return Err(Usage(reason).into());
+        }
         let heads = self.heads.unwrap_or(defaults.heads);
         let head_dim = match (self.head_dim, self.hidden) {
             (Some(head_dim), _) => head_dim,
@@ -108,7 +144,13 @@ impl ProblemArgs {
         let problem = |&n: &usize| {
             let builder = Problem::builder(batch(n)?, heads, n, head_dim)
                 .dtype(self.dtype.unwrap_or(defaults.dtype))
+                .kv_heads(self.kv_heads.unwrap_or(heads))
+                .seq_k(self.seq_k.unwrap_or(n))
                 .causal(self.causal)
+                .window(self.window.unwrap_or_default())
+                .softcap(self.softcap)
+                .alibi(self.alibi.then_some(Alibi::PerHead))
+                .sinks(self.sinks)
                 .mask(self.mask)
                 .dropout(Some(Dropout { p: self.dropout, seed: self.seed }));
             Ok(builder.build()?)

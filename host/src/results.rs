@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use flash_attention::{DType, Problem};
+use flash_attention::{DType, Problem, Window};
 use serde::{Deserialize, Serialize};
 
 use crate::format;
@@ -116,20 +116,54 @@ pub struct Options {
 impl fmt::Display for Options {
     /// The problem in one line: `batch 4, heads 12, head dim 64 (hidden 768), f16`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ProblemRecord { batch, heads, head_dim, dtype, causal, mask, dropout } = self.problem;
+        let ProblemRecord { batch, heads, head_dim, dtype, .. } = self.problem;
         let hidden = heads * head_dim;
         match self.tokens {
             Some(tokens) => f.write_str(&format::counted(tokens, "token"))?,
             None => write!(f, "batch {batch}")?,
         }
         write!(f, ", heads {heads}, head dim {head_dim} (hidden {hidden}), {dtype}")?;
-        for (_, name) in
-            [(causal, ", causal"), (mask, ", padding mask")].iter().filter(|(given, _)| *given)
-        {
-            f.write_str(name)?;
+        write!(f, "{}", self.problem.features())
+    }
+}
+
+/// What a problem has beyond plain attention, as a line says it: `, causal, softcap 50`.
+#[derive(Clone, Copy, Debug)]
+pub struct FeaturesText<'a>(&'a ProblemRecord);
+
+impl fmt::Display for FeaturesText<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let p = self.0;
+        if let Some(kv_heads) = p.kv_heads.filter(|&kv_heads| kv_heads != p.heads) {
+            write!(f, ", heads of K and V {kv_heads}")?;
         }
-        if dropout > 0.0 {
-            write!(f, ", dropout {dropout}")?;
+        if let Some(seq_k) = p.seq_k {
+            write!(f, ", {seq_k} keys")?;
+        }
+        if p.causal {
+            f.write_str(", causal")?;
+        }
+        let [left, right] = p.window;
+        // A causal mask has said the right bound.
+        let right = right.filter(|_| !p.causal);
+        if left.is_some() || right.is_some() {
+            write!(f, ", window {}", Window { left, right })?;
+        }
+        if let Some(softcap) = p.softcap {
+            write!(f, ", softcap {softcap}")?;
+        }
+        for (given, name) in [
+            (p.alibi, ", ALiBi"),
+            (p.bias, ", bias"),
+            (p.sinks, ", sinks"),
+            (p.mask, ", padding mask"),
+        ] {
+            if given {
+                f.write_str(name)?;
+            }
+        }
+        if p.dropout > 0.0 {
+            write!(f, ", dropout {}", p.dropout)?;
         }
         Ok(())
     }
@@ -142,8 +176,12 @@ impl fmt::Display for Options {
 pub struct ProblemRecord {
     /// Batch entries.
     pub batch: usize,
-    /// Heads.
+    /// Heads of Q.
     pub heads: usize,
+    /// Heads of K and V; a document without them has as many as of Q.
+    pub kv_heads: Option<usize>,
+    /// Keys, where there are not as many as queries.
+    pub seq_k: Option<usize>,
     /// Elements of a row.
     pub head_dim: usize,
     /// Storage type.
@@ -151,10 +189,28 @@ pub struct ProblemRecord {
     pub dtype: DType,
     /// Whether rows see keys up to their own position only.
     pub causal: bool,
+    /// Keys before and after its own position that a row sees; `null` is no bound.
+    pub window: [Option<u32>; 2],
+    /// Cap of scores.
+    pub softcap: Option<f32>,
+    /// Whether scores fall with distance, by ALiBi.
+    pub alibi: bool,
+    /// Whether a bias joins scores.
+    pub bias: bool,
+    /// Whether each head has a sink.
+    pub sinks: bool,
     /// Whether there is a padding mask.
     pub mask: bool,
     /// Probability that a weight is dropped.
     pub dropout: f32,
+}
+
+impl ProblemRecord {
+    /// What there is beyond plain attention, as text.
+    #[must_use]
+    pub const fn features(&self) -> FeaturesText<'_> {
+        FeaturesText(self)
+    }
 }
 
 impl From<&Problem> for ProblemRecord {
@@ -162,9 +218,16 @@ impl From<&Problem> for ProblemRecord {
         Self {
             batch: problem.batch(),
             heads: problem.heads(),
+            kv_heads: Some(problem.kv_heads()),
+            seq_k: Some(problem.seq_k()).filter(|&seq_k| seq_k != problem.seq_q()),
             head_dim: problem.head_dim(),
             dtype: problem.dtype(),
             causal: problem.causal(),
+            window: [problem.window().left, problem.window().right],
+            softcap: problem.softcap(),
+            alibi: problem.alibi().is_some(),
+            bias: problem.bias().is_some(),
+            sinks: problem.has_sinks(),
             mask: problem.has_mask(),
             dropout: problem.dropout().map_or(0.0, |dropout| dropout.p),
         }

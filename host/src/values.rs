@@ -3,7 +3,7 @@
 use std::num::IntErrorKind;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use flash_attention::{DType, registry::KERNELS};
+use flash_attention::{DType, Window, registry::KERNELS};
 
 /// A count of something that there must be one of.
 pub fn count(text: &str) -> Result<usize, String> {
@@ -32,6 +32,17 @@ fn whole<T: TryFrom<u64>>(text: &str, least: u64) -> Result<T, String> {
 /// A number of which the problem says what it may be.
 pub fn number(text: &str) -> Result<f32, String> {
     text.parse().map_err(|_| "use a number, as 0.125".to_owned())
+}
+
+/// A window, as 1023,0: keys before and after a row's own position that it sees; -1 is no bound.
+pub fn window(text: &str) -> Result<Window, String> {
+    let wrong = || format!("use two whole numbers up to {}, as 1023,0; -1 is no bound", u32::MAX);
+    let bound = |text: &str| match text {
+        "-1" => Ok(None),
+        _ => text.parse().map(Some).map_err(|_| wrong()),
+    };
+    let (left, right) = text.split_once(',').ok_or_else(wrong)?;
+    Ok(Window { left: bound(left)?, right: bound(right)? })
 }
 
 /// The largest difference that passes.
@@ -101,6 +112,18 @@ mod tests {
         assert_eq!(timeout("120"), Ok(120.0));
         assert!(timeout("0").is_err() && timeout("inf").is_err() && timeout("1e-9").is_err());
         assert!(seconds("0").is_err() && seconds("NaN").is_err() && seconds("61").is_err());
+    }
+
+    #[test]
+    fn windows_have_two_bounds() {
+        let parsed = |text| window(text).map(|Window { left, right }| (left, right));
+        assert_eq!(parsed("128,0"), Ok((Some(128), Some(0))));
+        assert_eq!(parsed("-1,4294967295"), Ok((None, Some(u32::MAX))));
+        for text in ["", "3", "3,", ",3", "1,2,3", "-2,0", "1, 2", "4294967296,0", "a,b", "1.5,0"] {
+            assert!(parsed(text).unwrap_err().contains("two whole numbers"), "{text}");
+        }
+        let window = Window { left: Some(7), right: None };
+        assert_eq!(parsed(&window.to_string()), Ok((Some(7), None)));
     }
 
     #[test]

@@ -305,6 +305,20 @@ impl MultiHeadAttention {
                 given: problem.dtype(),
             });
         }
+        for (given, what) in [
+            (problem.kv_heads() != problem.heads(), "fewer heads of K and V"),
+            (problem.alibi().is_some(), "ALiBi"),
+            (problem.bias().is_some(), "a bias"),
+            (problem.has_sinks(), "sinks"),
+        ] {
+            if given {
+                return Err(Error::InvalidValue {
+                    what: "problem of the module",
+                    given: what.into(),
+                    remedy: "the module has none: use the module's `problem`".into(),
+                });
+            }
+        }
         if problem.layout() != Layout::TokensFirst || problem.seq_q() != problem.seq_k() {
             return Err(Error::InvalidValue {
                 what: "layout",

@@ -67,7 +67,7 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
         sustained: args.sustained,
     };
     let session = Session::new(opened.device.clone());
-    let problems = args.problem.problems(&defaults)?;
+    let problems = args.problem.problems(&defaults, args.level)?;
     let kernels = args.problem.chosen_kernels(&problems, &session.target())?;
     let options =
         Options { repeats, level: args.level, ..args.problem.recorded(&problems, &kernels) };

@@ -52,7 +52,7 @@ def receive(job):
         return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
     tensors = [read(shape, DTYPES[job["dtype"]]) for shape in job["shapes"]]
-    mask = read([job["batch"], 1, 1, job["seq"]], torch.uint8) if job["mask"] else None
+    mask = read([job["batch"], 1, 1, job["seq_k"] or job["seq"]], torch.uint8) if job["mask"] else None
     return tensors, mask
 
 
@@ -130,7 +130,24 @@ def attend(job, q, k, v, mask):
         dropout_p=job["dropout"],
         is_causal=job["causal"] and mask is None,
         scale=job["scale"],
+        **({"enable_gqa": True} if job["kv_heads"] != job["heads"] else {}),
     )
+
+
+def refuse(job):
+    """Raises where scaled_dot_product_attention has no option for what the job asks for."""
+    left, right = job["window"]
+    for wanted, what in (
+        (left is not None or right not in (None, 0), "windows"),
+        (job["softcap"] is not None, "caps of scores"),
+        (job["alibi"], "ALiBi"),
+        (job["bias"], "a bias of its own"),
+        (job["sinks"], "sinks"),
+        # Its own causal mask is aligned to the top left.
+        (job["causal"] and job["seq_k"] is not None, "causal masks aligned to the bottom right"),
+    ):
+        if wanted:
+            raise NotImplementedError(f"PyTorch's scaled_dot_product_attention has no {what}")
 
 
 def forward(job, x, parameters, mask):
@@ -176,6 +193,7 @@ def attempt(job, name, tensors, mask, device):
         try:
             if BACKENDS.get(name) is None:
                 raise NotImplementedError("this PyTorch has no such backend")
+            refuse(job)
             found, steady, peak, payload = measure(job, BACKENDS[name], tensors, mask, device)
         except torch.cuda.OutOfMemoryError as error:
             return send({"status": "oom", "reason": str(error).split("\n")[0]})

@@ -88,21 +88,14 @@ pub fn title(results: &Results) -> String {
 
 fn setting(results: &Results) -> String {
     let o = &results.options.problem;
-    let mut text = format!(
+    format!(
         "batch {}, {}, head dim {}, {}{}",
         o.batch,
         format::counted(o.heads, "head"),
         o.head_dim,
         o.dtype,
-        if o.causal { ", causal" } else { "" },
-    );
-    if o.mask {
-        text += ", padding mask";
-    }
-    if o.dropout > 0.0 {
-        text += &format!(", dropout {}", o.dropout);
-    }
-    text
+        o.features(),
+    )
 }
 
 const fn heading(level: Level) -> &'static str {

@@ -1,8 +1,9 @@
-//! Attention on the tensors `q`, `k`, `v` and, where it is given, `mask` of a file.
+//! Attention on the tensors `q`, `k`, `v` of a file, and of `mask`, `alibi_slopes`, `bias` and `sinks`
+//! those that it has.
 
 use anyhow::Result;
 use flash_attention::{
-    Dropout, Layout, Problem, Tensor,
+    Alibi, Bias, DType, Dropout, Error, Extras, Layout, Problem, Tensor,
     backend::instruments::time_ms,
     oracle,
     raw::Plan,
@@ -24,7 +25,8 @@ pub struct GivenAttention<'a> {
     q: Stored<'a>,
     k: Stored<'a>,
     v: Stored<'a>,
-    mask: Option<Stored<'a>>,
+    /// What the file has beside them.
+    extras: Extras<Stored<'a>>,
     problem: Problem,
     /// Outputs to be compared with.
     expected: Option<Expected>,
@@ -56,12 +58,25 @@ impl<'a> GivenAttention<'a> {
             _ => Err(t.must_be(&format!("of four dimensions, {names}"))),
         };
         let [batch, heads, seq_q, head_dim] = four(&q)?;
-        let seq_k = four(&k)?[2];
+        let [_, kv_heads, seq_k, _] = four(&k)?;
         let mask = mask_of(file, batch, seq_k)?;
+        let [alibi_slopes, bias, sinks] = ["alibi_slopes", "bias", "sinks"].map(|n| file.find(n));
         let problem = Problem::builder(batch, heads, seq_q, head_dim)
+            .kv_heads(kv_heads)
             .seq_k(seq_k)
             .dtype(dtype)
             .causal(args.causal)
+            .window(args.window.unwrap_or_default())
+            .softcap(args.softcap)
+            .alibi(alibi_slopes.map(|slopes| match slopes.shape {
+                [_] => Alibi::PerHead,
+                _ => Alibi::PerBatchAndHead,
+            }))
+            .bias(bias.map(|bias| Bias {
+                per_batch: bias.shape.first() == Some(&batch),
+                per_head: bias.shape.get(1) == Some(&heads),
+            }))
+            .sinks(sinks.is_some())
             .mask(mask.is_some())
             .dropout(Some(Dropout { p: args.dropout, seed: args.seed }))
             .scale(args.scale)
@@ -69,8 +84,18 @@ impl<'a> GivenAttention<'a> {
             .build()?;
         k.expect(dtype, &problem.k_shape())?;
         v.expect(dtype, &problem.k_shape())?;
+        for (tensor, dtype, shape) in [
+            (alibi_slopes, DType::F32, problem.alibi_shape()),
+            (bias, dtype, problem.bias_shape()),
+            (sinks, DType::F32, problem.sinks_shape()),
+        ] {
+            if let (Some(tensor), Some(shape)) = (tensor, shape) {
+                tensor.expect(dtype, &shape)?;
+            }
+        }
+        let extras = Extras { mask, alibi_slopes, bias, sinks };
         let expected = if args.check { Some(Expected::read(file, &problem)?) } else { None };
-        Ok(Self { q, k, v, mask, problem, expected })
+        Ok(Self { q, k, v, extras, problem, expected })
     }
 }
 
@@ -86,8 +111,8 @@ impl Given for GivenAttention<'_> {
     fn run(&self, session: &Session, plan: Plan, with_weights: bool) -> Result<Done> {
         let by = plan.kernel().name.into();
         let inputs = [self.q.bytes, self.k.bytes, self.v.bytes];
-        let mask = self.mask.map(|mask| mask.bytes);
-        let mut prepared = session.prepare_bytes(plan, inputs, mask)?;
+        let extras = self.extras.try_map(|tensor| Ok::<_, Error>(tensor.bytes))?;
+        let mut prepared = session.prepare_with(plan, inputs, extras)?;
         let ms = time_ms(session.device(), &mut || prepared.start())?;
         let Outputs { o, lse, .. } = prepared.outputs_without_weights()?;
         let mut tensors = vec![("o", o), ("lse", lse)];
@@ -103,7 +128,16 @@ impl Given for GivenAttention<'_> {
         let p = &self.problem;
         let rows = oracle::sample_rows(p, (ORACLE_BUDGET / (p.seq_k() * p.head_dim())).max(64));
         let (q, k, v) = (self.q.to_tensor()?, self.k.to_tensor()?, self.v.to_tensor()?);
-        let inputs = Inputs { mask: self.mask.map(|mask| mask.bytes), ..Inputs::new(&q, &k, &v) };
+        let Extras { mask, alibi_slopes, bias, sinks } = self.extras;
+        let tensor = |stored: Option<Stored<'_>>| stored.map(|t| t.to_tensor()).transpose();
+        let (alibi_slopes, bias, sinks) = (tensor(alibi_slopes)?, tensor(bias)?, tensor(sinks)?);
+        let inputs = Inputs {
+            mask: mask.map(|mask| mask.bytes),
+            alibi_slopes: alibi_slopes.as_ref(),
+            bias: bias.as_ref(),
+            sinks: sinks.as_ref(),
+            ..Inputs::new(&q, &k, &v)
+        };
         let reference = oracle::reference(p, &inputs, &rows);
         let credit = Credit::of(p, &inputs, &rows, &reference);
         let rows_of = |o: &Tensor, lse: &Tensor| {

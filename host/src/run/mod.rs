@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use flash_attention::{
-    Layout, Problem, Tensor, error::Shape, raw::Plan, registry, session::Session,
+    Layout, Problem, Tensor, Window, error::Shape, raw::Plan, registry, session::Session,
 };
 
 use crate::{
@@ -31,7 +31,9 @@ use module::GivenModule;
 #[command(allow_negative_numbers = true)]
 pub struct RunArgs {
     /// Tensors to compute with: q, k and v, or with --weights x (batch by tokens by features);
-    /// and, if some keys are hidden, mask (u8 or bool, batch by keys, 0 = hidden)
+    /// and, if some keys are hidden, mask (u8 or bool, batch by keys, 0 = hidden). With q, k and v
+    /// also alibi_slopes (f32, heads or batch by heads), bias (batch or 1, heads or 1, queries,
+    /// keys) and sinks (f32, heads). Heads of q share those of k and v, if there are fewer
     #[arg(long, value_name = "FILE")]
     pub input: PathBuf,
     /// Run the multi-head attention module whose state_dict is in this file: q_proj, k_proj,
@@ -56,6 +58,12 @@ pub struct RunArgs {
     /// Let row i see keys up to i + Nk - Nq only
     #[arg(long)]
     pub causal: bool,
+    /// Let row i see keys from i + Nk - Nq - L to i + Nk - Nq + R only; -1 is no bound
+    #[arg(long, value_name = "L,R", value_parser = values::window, conflicts_with = "weights")]
+    pub window: Option<Window>,
+    /// Cap scores: C tanh(s / C) takes the place of s
+    #[arg(long, value_name = "C", value_parser = values::number, conflicts_with = "weights")]
+    pub softcap: Option<f32>,
     /// Softmax scale; 1/sqrt(D) unless given
     #[arg(long, value_name = "SCALE", value_parser = values::number)]
     pub scale: Option<f32>,

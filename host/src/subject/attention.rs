@@ -105,9 +105,9 @@ impl Subject for Drawn<'_> {
         launch: &dyn Fn(&mut dyn Work) -> Result<(), Error>,
     ) -> Result<Ran<'_>, Error> {
         let name = plan.kernel().name;
-        let Inputs { q, k, v, mask, .. } = self.tensors.inputs();
-        let inputs = [q, k, v].map(Tensor::as_bytes);
-        let mut prepared = self.session.prepare_bytes(plan, inputs, mask)?;
+        let inputs = self.tensors.inputs();
+        let qkv = [inputs.q, inputs.k, inputs.v].map(Tensor::as_bytes);
+        let mut prepared = self.session.prepare_with(plan, qkv, inputs.extras())?;
         let counters = counted(&mut prepared, launch)?;
         let outputs = prepared.outputs_without_weights()?;
         let memory = prepared.memory();

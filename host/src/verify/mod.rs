@@ -141,7 +141,7 @@ fn groups(args: &VerifyArgs, defaults: &Defaults, session: &Session) -> Result<V
     }
     let mut groups = Vec::new();
     for &dtype in &dtypes {
-        let problems = args.problem.problems(&Defaults { dtype, ..*defaults })?;
+        let problems = args.problem.problems(&Defaults { dtype, ..*defaults }, args.level)?;
         groups.push(Group { dtype, kernels: Vec::new(), problems });
     }
     let all: Vec<Problem> = groups.iter().flat_map(|group| group.problems.clone()).collect();
