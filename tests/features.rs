@@ -3,6 +3,8 @@
 
 mod suite;
 
+use std::io::Write;
+
 use flash_attention::{
     Alibi, Bias, DType, Dropout, Layout, Problem, Tensor, Window,
     backend::{DeviceTensor, Memory},
@@ -91,6 +93,37 @@ fn random_combinations_are_right_on_every_kind_of_rung() {
         }
     }
     assert!(failures.is_empty(), "seed {seed}:\n{}", failures.join("\n"));
+}
+
+/// As above, every kernel, type and head dim of a GPU, as many problems as
+/// `FLASH_ATTENTION_TEST_PROBLEMS` says.
+#[test]
+fn random_combinations_are_right_on_a_gpu() {
+    let gpu = match suite::gpu() {
+        Ok(gpu) => gpu,
+        Err(error) => return writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
+    };
+    let count = std::env::var("FLASH_ATTENTION_TEST_PROBLEMS").map_or(60, |n| n.parse().unwrap());
+    let target = Target::of(&*gpu);
+    let all: Vec<_> =
+        suite::kernels().filter(|(kernel, _)| kernel.runs_on(&target).is_ok()).collect();
+    let mut draws = Draws(ChaCha8Rng::seed_from_u64(1));
+    let mut failures = Vec::new();
+    for index in 0..count {
+        let (kernel, dtype) = all[index % all.len()];
+        let problem = draws.problem(head_dim(kernel, index), dtype);
+        match Case::new(&format!("number {index}: {problem:?}"), problem).check(&gpu, kernel) {
+            Ok(Some(_)) => {}
+            Ok(None) => failures.push(format!("{}: {problem:?} refused", kernel.name)),
+            Err(what) => failures.push(what),
+        }
+    }
+    assert!(failures.is_empty(), "{} of {count}:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// A head dim of a kernel, another for each problem.
+fn head_dim(kernel: &KernelSpec, index: usize) -> usize {
+    kernel.limits.head_dims[index / 7 % kernel.limits.head_dims.len()]
 }
 
 /// Runs a kernel on draw 0 of a problem.
