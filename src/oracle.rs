@@ -399,7 +399,7 @@ mod tests {
     use approx::assert_abs_diff_eq;
 
     use super::*;
-    use crate::problem::{Dropout, Layout};
+    use crate::problem::{Bias, Dropout, Layout};
 
     fn tensors(p: &Problem) -> [Tensor; 3] {
         let random = |shape: [usize; 4], seed| Tensor::random(p.dtype(), &shape, seed, 0.0);
@@ -458,6 +458,48 @@ mod tests {
         let [q, k, v] = &[q, k, v].map(|t| t.swap_middle().unwrap());
         let inputs = Inputs::new(q, k, v);
         assert_eq!(reference(&p, &inputs, &all_rows(&p)), expected);
+    }
+
+    /// One key, whose product is 6: every step by hand.
+    #[test]
+    fn a_score_is_scaled_capped_and_joined_in_that_order() {
+        let p = Problem::builder(2, 4, 3, 2).kv_heads(2).seq_k(1).scale(Some(0.5));
+        let p = p.softcap(Some(2.0)).alibi(Some(Alibi::PerBatchAndHead)).sinks(true);
+        let p = p.bias(Some(Bias { per_batch: true, per_head: false })).build().unwrap();
+        let tensor = |shape: &[usize], value: fn(usize) -> f64| {
+            let values: Vec<f64> = (0..shape.iter().product()).map(value).collect();
+            Tensor::from_f64(DType::F32, shape, &values).unwrap()
+        };
+        let q = tensor(&p.q_shape(), |_| 3.0);
+        let k = tensor(&p.k_shape(), |_| 1.0);
+        let v = tensor(&p.k_shape(), |x| (1 + x / 2) as f64);
+        let slopes = tensor(&[2, 4], |x| x as f64 / 4.0);
+        let bias = tensor(&[2, 1, 3, 1], |x| if x == 4 { f64::NEG_INFINITY } else { x as f64 });
+        let sinks = tensor(&[4], |h| if h == 3 { f64::NEG_INFINITY } else { h as f64 / 2.0 });
+        let inputs = Inputs {
+            alibi_slopes: Some(&slopes),
+            bias: Some(&bias),
+            sinks: Some(&sinks),
+            ..Inputs::new(&q, &k, &v)
+        };
+        for rows in [reference(&p, &inputs, &all_rows(&p)), plain(&p, &inputs, &all_rows(&p))] {
+            for row in 0..2 * 4 * 3 {
+                let (b, h, i) = (row / 12, row / 3 % 4, row % 3);
+                let distance = (2 - i) as f64;
+                let score =
+                    2.0 * 1.5f64.tanh() - (b * 4 + h) as f64 / 4.0 * distance + bias.get(b * 3 + i);
+                let sum = score.exp() + sinks.get(h).exp();
+                // Heads 0 and 1 use the first head of V, 2 and 3 the second.
+                let value = (1 + b * 2 + h / 2) as f64;
+                if sum == 0.0 {
+                    assert_eq!(rows.lse[row], f64::NEG_INFINITY);
+                } else {
+                    assert_abs_diff_eq!(rows.lse[row], sum.ln(), epsilon = 1e-5);
+                }
+                let o = if sum == 0.0 { 0.0 } else { score.exp() / sum * value };
+                assert_abs_diff_eq!(rows.o[row * 2], o, epsilon = 1e-5);
+            }
+        }
     }
 
     #[test]

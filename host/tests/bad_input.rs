@@ -81,6 +81,7 @@ fn impossible_values_are_named() {
         (&["--sinks"], "--sinks is not for the module"),
         (&["--window", "3"], "'3' for '--window <L,R>': use two whole numbers up to 4294967295"),
         (&["--window", "-2,0"], "'-2,0' for '--window <L,R>'"),
+        (&["--window", "-1,x"], "'-1,x' for '--window <L,R>'"),
         (&["--window", "4294967296,0"], "two whole numbers"),
         (&["--softcap", "0"], "softcap = 0 is not possible: it must be above 0"),
         (&["--softcap", "inf"], "softcap = inf is not possible"),

@@ -59,7 +59,7 @@ pub struct RunArgs {
     #[arg(long)]
     pub causal: bool,
     /// Let row i see keys from i + Nk - Nq - L to i + Nk - Nq + R only; -1 is no bound
-    #[arg(long, value_name = "L,R", value_parser = values::window, conflicts_with = "weights")]
+    #[arg(long, value_name = "L,R", allow_hyphen_values = true, value_parser = values::window, conflicts_with = "weights")]
     pub window: Option<Window>,
     /// Cap scores: C tanh(s / C) takes the place of s
     #[arg(long, value_name = "C", value_parser = values::number, conflicts_with = "weights")]

@@ -2,7 +2,7 @@
 
 use approx::assert_abs_diff_eq;
 use flash_attention::{
-    DType, Layout, Problem, Tensor, oracle,
+    Alibi, Bias, DType, Layout, Problem, Tensor, Window, oracle,
     session::{Inputs, Outputs},
 };
 use safetensors::Dtype;
@@ -71,6 +71,46 @@ fn outputs_are_those_of_attention_in_every_type_and_layout() {
         let result = flash_attention::verify::verify(p, &case.inputs(), &outputs, &rows);
         assert!(result.passes(), "{dtype}: {result}");
     }
+}
+
+/// Fewer heads of K and V by the shapes of the file, a window and a cap by options, the rest by name.
+#[test]
+fn what_joins_scores_is_read_from_the_file() {
+    let folder = Folder::new();
+    let window = Window { left: Some(9), right: Some(4) };
+    let p = Problem::builder(2, 4, 21, 32).kv_heads(2).seq_k(37).dtype(DType::F16);
+    let p = p.window(window).softcap(Some(3.0)).alibi(Some(Alibi::PerBatchAndHead)).sinks(true);
+    let p = p.bias(Some(Bias { per_batch: false, per_head: true })).build().unwrap();
+    let random = |shape: &[usize], seed| Tensor::random(DType::F16, shape, seed, 0.0);
+    let (q, k, v) = (random(&p.q_shape(), 1), random(&p.k_shape(), 2), random(&p.k_shape(), 3));
+    let bias = random(&p.bias_shape().unwrap(), 4);
+    let slopes = Tensor::random(DType::F32, &[2, 4], 5, 0.5);
+    let sinks = Tensor::random(DType::F32, &[4], 6, 0.0);
+    let inputs = Inputs {
+        alibi_slopes: Some(&slopes),
+        bias: Some(&bias),
+        sinks: Some(&sinks),
+        ..Inputs::new(&q, &k, &v)
+    };
+    let mut entries = vec![entry("q", &q), entry("k", &k), entry("v", &v)];
+    entries.extend([entry("alibi_slopes", &slopes), entry("bias", &bias), entry("sinks", &sinks)]);
+    folder.save(&entries);
+    folder.command(&FILES).args(["--window", "9,4", "--softcap", "3"]).assert().success();
+    let (o, lse) = (folder.load("o", DType::F16), folder.load("lse", DType::F32));
+    let outputs = Outputs { o, lse, weights: None };
+    let rows = oracle::all_rows(&p);
+    let result = flash_attention::verify::verify(&p, &inputs, &outputs, &rows);
+    assert!(result.passes(), "{result}");
+    // Without the options it is another problem; -1 is no bound.
+    folder.command(&FILES).args(["--window", "-1,4"]).assert().success();
+    assert_ne!(folder.load("lse", DType::F32), outputs.lse);
+
+    entries[4] = entry("bias", &random(&[2, 3, 21, 37], 4));
+    folder.save(&entries);
+    let text =
+        String::from_utf8(folder.command(&FILES).assert().code(2).get_output().stderr.clone());
+    let text = text.unwrap();
+    assert!(text.contains("it must be f16 [2, 1, 21, 37]"), "{text}");
 }
 
 #[test]
