@@ -173,7 +173,9 @@ mod tests {
                     .specialised(entry.symbol, &Constants { causal: 1, ..Constants::default() });
                 let text = text.expect(entry.symbol);
                 assert!(!text.contains(simt::specialise::PREFIX), "{}", entry.symbol);
-                assert!(text.starts_with("// constants: causal=1 padding=0 dropout=0\n"));
+                assert!(
+                    text.starts_with("// constants: causal=1 left=0 padding=0 dropout=0 group=0 ")
+                );
                 assert_eq!(text.matches(".entry ").count(), 1, "{}", entry.symbol);
                 for directive in [".version", ".target", ".address_size", "simt_dynamic_shared"] {
                     assert!(text.contains(directive), "{}: {directive}", entry.symbol);
