@@ -308,7 +308,9 @@ impl Case<'_, f32> {
             absolute += self.alibi(b, h, i, j).abs() + f64::from(self.bias(b, h, i, j).abs());
             (self.score(s, [b, h, i, j]) - lse).exp() * absolute
         };
-        self.seen(b, h, i).into_iter().map(of_key).sum()
+        let sink = f64::from(self.sink(h));
+        let of_sink = if sink.is_finite() { (sink - lse).exp() * sink.abs() } else { 0.0 };
+        self.seen(b, h, i).into_iter().map(of_key).sum::<f64>() + of_sink
     }
 
     /// [`Case::score`] with every step rounded, as a framework takes them.

@@ -409,10 +409,16 @@ unsafe fn store<const HALVES: usize, const O: usize>(
     });
 }
 
+/// Blocks that ptxas is told to leave room for. Shared memory has room for two, and told so, ptxas
+/// spends all 255 registers on loads ahead: with one fragment a warp that is a quarter faster (D 128).
+/// With two it spills, so that no number is asked for.
+const fn blocks(d: usize) -> u32 {
+    if shape(d).fragments == 1 { 2 } else { 0 }
+}
+
 entries! {
-    /// Instances of [`flash_tf32`]. No number of blocks is asked for: two have room, but told
-    /// so ptxas spends all 255 registers on loads ahead, and then spills.
-    pub static ENTRIES: AttentionArgs => "sm_80", threads THREADS, min_blocks 0;
+    /// Instances of [`flash_tf32`].
+    pub static ENTRIES: AttentionArgs => "sm_80", threads THREADS, min_blocks blocks(D);
     flash_tf32: T in [f32], d D in [32, 64, 96, 128, 160, 192, 224, 256] = flash_tf32::<
         { 2 * D },
         { shape(D).columns as usize / 8 },
