@@ -409,11 +409,11 @@ unsafe fn store<const HALVES: usize, const O: usize>(
     });
 }
 
-/// Blocks that ptxas is told to leave room for. Shared memory has room for two, and told so, ptxas
-/// spends all 255 registers on loads ahead: with one fragment a warp that is a quarter faster (D 128).
-/// With two it spills, so that no number is asked for.
+/// Blocks that ptxas is told to leave room for; 0: it is told nothing. Shared memory has room for
+/// two. Told so, ptxas spends all 255 registers on loads ahead, a quarter faster at D 128. It then
+/// spills 8 bytes with masks or a cap there, and more at other head dims.
 const fn blocks(d: usize) -> u32 {
-    if shape(d).fragments == 1 { 2 } else { 0 }
+    if d == 128 { 2 } else { 0 }
 }
 
 entries! {
