@@ -127,7 +127,7 @@ impl fmt::Display for Options {
     }
 }
 
-/// What a problem has beyond plain attention, as a line says it: `, causal, softcap 50`.
+/// The features of a problem beyond plain attention, as text: `, causal, softcap 50`.
 #[derive(Clone, Copy, Debug)]
 pub struct FeaturesText<'a>(&'a ProblemRecord);
 
@@ -206,7 +206,7 @@ pub struct ProblemRecord {
 }
 
 impl ProblemRecord {
-    /// What there is beyond plain attention, as text.
+    /// The features beyond plain attention, as text.
     #[must_use]
     pub const fn features(&self) -> FeaturesText<'_> {
         FeaturesText(self)

@@ -25,7 +25,7 @@ pub struct GivenAttention<'a> {
     q: Stored<'a>,
     k: Stored<'a>,
     v: Stored<'a>,
-    /// What the file has beside them.
+    /// The file's other inputs: mask, slopes, bias and sinks.
     extras: Extras<Stored<'a>>,
     problem: Problem,
     /// Outputs to be compared with.

@@ -73,7 +73,7 @@ pub struct Scores {
     /// Slopes of ALiBi, f32 `[B or 1, H]`: `-slope * |i + Nk - Nq - j|` joins a score. Read if the
     /// constant `alibi` is on.
     pub alibi: Slopes,
-    /// What joins a score, `[B or 1, H or 1, Nq, Nk]` in the storage type. Read if the constant
+    /// A matrix added to the scores, `[B or 1, H or 1, Nq, Nk]` in the storage type. Read if the constant
     /// `bias` is on.
     pub bias: Bias,
     /// A score for each head that joins a row's sum and has no value, f32 `[H]`. Read if the

@@ -78,7 +78,8 @@ pub const fn output_columns(d: u32) -> u32 {
     best
 }
 
-/// The products of a warp of [`output`] for so many columns: along the rows, along the columns.
+/// The products of one warp of [`output`] in a tile of `columns` columns: along the rows, along the
+/// columns.
 const fn output_tiles(columns: usize) -> (usize, usize) {
     match columns {
         128 => (4, 8),

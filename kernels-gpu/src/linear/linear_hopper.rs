@@ -234,8 +234,8 @@ type LinearMaps = Maps<2>;
 /// best one block a multiprocessor. [`THREADS`] each. Warpgroup 0 is the producer.
 ///
 /// # Shared memory
-/// [`TileShape::shared_bytes`] of it, dynamic: the stages of x, those of w, what y is stored
-/// through, the mbarriers.
+/// Dynamic, [`TileShape::shared_bytes`]: the stages of x, the stages of w, the staging buffers of y,
+/// the mbarriers.
 ///
 /// # Safety
 /// `args` must be the parameter of the running entry, its buffers and maps must have these

@@ -20,8 +20,8 @@ use crate::{
 
 mod scores;
 
-/// What the rows of one head see, what becomes of their scores, and which of their weights are
-/// kept.
+/// The keys that the rows of one head see, the shaping of their scores, and the weights that dropout
+/// keeps.
 #[derive(Clone, Copy)]
 pub struct Policy {
     /// The head.

@@ -72,7 +72,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         (task.first_row() + self.own_row, tile * G::TILES.keys + self.column)
     }
 
-    /// What makes log2 units of a score.
+    /// The factor that turns a score into log2 units.
     #[inline(always)]
     fn scale_log2(&self) -> f32 {
         Policy::scale_log2_of(&self.args.scores)

@@ -1,5 +1,5 @@
-//! What becomes of a score before it is a weight: softcap, ALiBi, a bias; and the sink, which joins
-//! the sum without a key.
+//! The shaping of a score before the softmax: softcap, ALiBi, a bias; and the sink, which joins the
+//! sum without a key.
 //!
 //! ```text
 //! s = scale * q · k;  s = cap * tanh(s / cap);  s -= slope * |i + Nk - Nq - j|;  s += bias[i, j]
@@ -54,7 +54,7 @@ impl Policy {
         Constants::bias() != 0
     }
 
-    /// What makes log2 units of a score that went through [`shape_score`](Self::shape_score) or
+    /// The factor that turns a score into log2 units, after [`shape_score`](Self::shape_score) or
     /// [`shape_scores`](Self::shape_scores).
     #[inline(always)]
     #[must_use]
@@ -103,7 +103,6 @@ impl Policy {
         for_each_score!(s, |score, _fragment, _r, _column| {
             *score = self.capped::<T>(*score, self.scores.scale);
         });
-        let row = |fragment: usize, r: usize| i + fragment as u32 * fragment::ROWS + 8 * r as u32;
         if Constants::alibi() != 0 {
             let slope = self.slope();
             let first = self.distance(i, j);
@@ -117,7 +116,7 @@ impl Policy {
             unroll!(for FRAGMENT in 0..2 {
                 if FRAGMENT < F {
                     unroll!(for R in 0..2 {
-                        let i = row(FRAGMENT, R);
+                        let i = i + FRAGMENT as u32 * fragment::ROWS + 8 * R as u32;
                         let bias = self.bias::<T>(i);
                         unroll!(for TILE in 0..16 {
                             if TILE < N {
