@@ -11,13 +11,14 @@ use kernels_gpu::parts::dropout;
 
 /// Runs the suite; prints a line for each kernel and type.
 fn run(device: &Arc<dyn Device>) {
-    let mut failures = Vec::new();
-    for (kernel, dtype) in suite::kernels() {
-        if let Err(reason) = kernel.runs_on(&flash_attention::registry::Target::of(&**device)) {
+    let target = flash_attention::registry::Target::of(&**device);
+    let failures = suite::on_every_core(suite::kernels(), |(kernel, dtype)| {
+        if let Err(reason) = kernel.runs_on(&target) {
             println!("skipped: {reason}");
-            continue;
+            return Vec::new();
         }
         let (mut passed, mut unsupported, mut worst) = (0, 0, 0f64);
+        let mut failures = Vec::new();
         for case in suite::edges(kernel, dtype) {
             match case.check(device, kernel) {
                 Ok(Some(result)) => {
@@ -33,7 +34,9 @@ fn run(device: &Arc<dyn Device>) {
              {worst:.2} times the plain algorithm's (allowed {FACTOR})",
             kernel.name
         );
-    }
+        failures
+    });
+    let failures = failures.concat();
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
 }
 

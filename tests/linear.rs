@@ -77,9 +77,8 @@ fn worst(
 fn every_kernel(device: Arc<dyn Device>) {
     let memory = Memory::new(device);
     let target = Target::of(&**memory.device());
-    let mut failures = Vec::new();
-    for kernel in LINEAR_KERNELS {
-        let mut compared = 0;
+    let failures = suite::on_every_core(LINEAR_KERNELS, |kernel| {
+        let (mut compared, mut failures) = (0, Vec::new());
         for &dtype in kernel.dtypes {
             for (rows, in_features, out_features) in SHAPES {
                 let p = Projection { dtype, rows, in_features, out_features };
@@ -100,7 +99,9 @@ fn every_kernel(device: Arc<dyn Device>) {
         }
         let can_run = kernel.runs_on(&target).is_ok();
         assert!(compared > 0 || !can_run, "{} ran nothing", kernel.name);
-    }
+        failures
+    });
+    let failures = failures.concat();
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
 }
 

@@ -76,14 +76,14 @@ enum Allowed {
 /// Runs `constant` full, causal and with padding, and looks at every row.
 fn check(
     kernel: &'static KernelSpec,
-    dtype: DType,
+    (dtype, d): (DType, usize),
     (q, k): (f64, f64),
     scale: Option<f32>,
     allowed: Allowed,
 ) {
-    let d = *kernel.limits.head_dims.iter().filter(|&&d| d <= 128).max().unwrap();
     for (causal, padding) in [(false, false), (true, false), (true, true)] {
-        let problem = Problem::builder(2, 1, SEQ_Q, d).seq_k(SEQ_K).dtype(dtype).scale(scale);
+        let batch = 1 + usize::from(padding);
+        let problem = Problem::builder(batch, 1, SEQ_Q, d).seq_k(SEQ_K).dtype(dtype).scale(scale);
         let problem = problem.causal(causal).mask(padding).build().unwrap();
         // Batch entry 1 sees no key, batch entry 0 not the first three.
         let hidden = move |b: usize, j: usize| padding && (b == 1 || j < 3);
@@ -122,27 +122,28 @@ fn check(
 #[test]
 fn a_row_that_sees_keys_is_never_taken_for_one_that_sees_none() {
     for (kernel, dtype) in suite::kernels() {
-        let d = *kernel.limits.head_dims.iter().filter(|&&d| d <= 128).max().unwrap() as f64;
+        let most = *kernel.limits.head_dims.iter().filter(|&&d| d <= 128).max().unwrap();
         // 60 x -70 at D 128 is -47,518: past f16 in units of log2(e).
         for (q, k) in [(60.0, -70.0), (60.0, 70.0), (240.0, -240.0), (-2.0, 2.0)] {
-            assert!(240.0 * 240.0 * d.sqrt() < MOST_STORED);
-            check(kernel, dtype, (q, k), None, Allowed::Right);
+            assert!(240.0 * 240.0 * (most as f64).sqrt() < MOST_STORED);
+            check(kernel, (dtype, most), (q, k), None, Allowed::Right);
         }
+        let d = kernel.limits.head_dims[0];
         // Up to 2^26, but past what f16 keeps of a score.
         let keeps = kernel.limits.features.weights && dtype == DType::F16;
         let allowed = if keeps { Allowed::RightOrNan } else { Allowed::Right };
         for (q, k) in [(2400.0, -2400.0), (2400.0, 2400.0)] {
-            assert!(q * q * d.sqrt() < f64::from(MAX_SCORE));
-            check(kernel, dtype, (q, k), None, allowed);
+            assert!(q * q * (d as f64).sqrt() < f64::from(MAX_SCORE));
+            check(kernel, (dtype, d), (q, k), None, allowed);
         }
         // Past that, but not past f32.
         for (q, k) in [(57_344.0, -57_344.0), (57_344.0, 57_344.0)] {
-            check(kernel, dtype, (q, k), None, Allowed::RightOrNan);
+            check(kernel, (dtype, d), (q, k), None, Allowed::RightOrNan);
         }
         // Past f32.
         if dtype != DType::F16 {
             for (q, k) in [(1e20, -1e20), (1e20, 1e20)] {
-                check(kernel, dtype, (q, k), None, Allowed::Nan);
+                check(kernel, (dtype, d), (q, k), None, Allowed::Nan);
             }
         }
     }
@@ -151,19 +152,20 @@ fn a_row_that_sees_keys_is_never_taken_for_one_that_sees_none() {
 #[test]
 fn scales_at_both_ends_lose_no_key() {
     for (kernel, dtype) in suite::kernels() {
+        let d = kernel.limits.head_dims[0];
         for scale in [1e-40, f32::MIN_POSITIVE] {
-            check(kernel, dtype, (1.0, -2.0), Some(scale), Allowed::Right);
+            check(kernel, (dtype, d), (1.0, -2.0), Some(scale), Allowed::Right);
         }
         // 2^-10, which every storage type holds.
         const SMALL: f64 = 1.0 / 1024.0;
         let keeps = kernel.limits.features.weights && dtype == DType::F16;
         let allowed = if keeps { Allowed::RightOrNan } else { Allowed::Right };
-        check(kernel, dtype, (SMALL, -SMALL), Some(MAX_SCALE), Allowed::Right);
+        check(kernel, (dtype, d), (SMALL, -SMALL), Some(MAX_SCALE), Allowed::Right);
         for (q, k) in [(1.0, -1.0), (1.0, 1.0)] {
-            check(kernel, dtype, (q, k), Some(MAX_SCALE), allowed);
+            check(kernel, (dtype, d), (q, k), Some(MAX_SCALE), allowed);
         }
         for (q, k) in [(1000.0, -1000.0), (1000.0, 1000.0)] {
-            check(kernel, dtype, (q, k), Some(MAX_SCALE), Allowed::RightOrNan);
+            check(kernel, (dtype, d), (q, k), Some(MAX_SCALE), Allowed::RightOrNan);
         }
     }
 }

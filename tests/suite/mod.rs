@@ -4,7 +4,11 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    sync::{Arc, LazyLock, Mutex, OnceLock},
+    sync::{
+        Arc, LazyLock, Mutex, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
 };
 
 use flash_attention::{
@@ -232,6 +236,34 @@ pub fn edges(kernel: &KernelSpec, dtype: DType) -> Vec<Case> {
         cases.push(Case::new(&format!("head dim {other}"), p.causal(true).build().unwrap()));
     }
     cases
+}
+
+/// Does the work of every item, as many at once as there are cores. Answers come in the order of the
+/// items. The tests' cases are too small to use the cores by themselves.
+pub fn on_every_core<T: Send, R: Send>(
+    items: impl IntoIterator<Item = T>,
+    work: impl Fn(T) -> R + Sync,
+) -> Vec<R> {
+    let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|x| Mutex::new(Some(x))).collect();
+    let answers: Vec<Mutex<Option<R>>> = items.iter().map(|_| Mutex::new(None)).collect();
+    let next = AtomicUsize::new(0);
+    // Not rayon's threads: one that waits in a launch would take up another item meanwhile.
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(item) = items.get(at) else { break };
+                    let item = item.lock().unwrap().take().expect("each index is drawn once");
+                    let answer = work(item);
+                    *answers[at].lock().unwrap() = Some(answer);
+                }
+            });
+        }
+    });
+    let done =
+        |answer: Mutex<Option<R>>| answer.into_inner().unwrap().expect("every item was done");
+    answers.into_iter().map(done).collect()
 }
 
 /// Every kernel of the registry with every storage type that it has.
