@@ -92,3 +92,30 @@ atomic! {
     /// Stores `value`.
     exchange_shared_u32, exchange_global_u32, u32, "exch.b32", |_: u32, b: u32| b;
 }
+
+/// Adds four neighbouring values in global memory, each as by an atomic operation: in no order between
+/// threads, so that sums of rounded numbers differ from run to run. `index` is that of the first, a
+/// multiple of four; nothing is returned, so that nothing waits. From sm_90 on.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn reduce_add_x4_global(view: GlobalMut<f32>, index: u64, values: [f32; 4]) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: whoever made the view promised that its indices are in bounds.
+    unsafe {
+        core::arch::asm!("red.relaxed.gpu.global.add.v4.f32 [{0}], {{{1}, {2}, {3}, {4}}};",
+            in(reg64) view.address_of(index), in(reg32) values[0], in(reg32) values[1],
+            in(reg32) values[2], in(reg32) values[3], options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let at = Location::caller();
+        let first = view.as_global().check::<[u32; 4]>(index, GlobalAccess::Atomic, at);
+        for (word, value) in values.into_iter().enumerate() {
+            // SAFETY: the address is checked, and other blocks access it atomically too.
+            let word = unsafe { AtomicU32::from_ptr((first as *mut u32).add(word)) };
+            let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| {
+                Some((f32::from_bits(old) + value).to_bits())
+            });
+        }
+    }
+}

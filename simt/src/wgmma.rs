@@ -32,7 +32,7 @@ use half::{bf16, f16};
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::tensor_core::{self, OperandA, OperandB, Product};
+use crate::emulator::tensor_core::{self, OperandA, Product, SharedTile};
 use crate::{
     mma::{Ampere, TensorCore},
     scalar::Scalar,
@@ -103,8 +103,8 @@ impl Descriptor {
         Self::new(address, 16)
     }
 
-    /// A tile whose rows run along the columns of the result: V. Its chunks are
-    /// `chunk_bytes` apart.
+    /// A tile whose rows run along the columns of the result: V. (Or along its rows, of an A that is
+    /// transposed: dSᵀ.) Its chunks are `chunk_bytes` apart.
     #[inline(always)]
     #[must_use]
     pub const fn n_major(address: u32, chunk_bytes: u32) -> Self {
@@ -171,7 +171,7 @@ impl<const GROUPS: usize> Accumulator<GROUPS> {
 
     /// Starts a product under the emulator; the values are NaN until it is waited for.
     #[cfg(not(target_arch = "nvptx64"))]
-    fn start(&mut self, a: OperandA<'_>, b: OperandB, accumulate: bool, bf16: bool, at: Place) {
+    fn start(&mut self, a: OperandA<'_>, b: SharedTile, accumulate: bool, bf16: bool, at: Place) {
         let columns = GROUPS * 8;
         let product = Product { a, b, columns, accumulate, bf16 };
         let flat = self.values.as_flattened();
@@ -233,6 +233,16 @@ pub trait RegisterProduct<const STEPS: usize>: WaitGroup {
     /// # Safety
     /// As for [`SharedProduct::product_shared`].
     unsafe fn product_registers<T: Operand>(&mut self, a: &Fragments<STEPS>, b: Descriptor);
+}
+
+/// Products with both operands in shared memory, A transposed, over `STEPS` steps of 16 rows.
+pub trait TransposedProduct<const STEPS: usize>: WaitGroup {
+    /// Starts `self = Aᵀ B` with A `[16 * STEPS, 64]` and B `[16 * STEPS, 8 * GROUPS]`, both
+    /// [`Descriptor::n_major`].
+    ///
+    /// # Safety
+    /// As for [`SharedProduct::product_shared`].
+    unsafe fn product_transposed<T: Operand>(&mut self, a: Descriptor, b: Descriptor);
 }
 
 /// Calls `$then` with the groups of a tile of that many columns: for each, its number and
@@ -407,9 +417,9 @@ macro_rules! shared_product {
                 }
                 #[cfg(not(target_arch = "nvptx64"))]
                 {
-                    let a = OperandA::Shared { tile: a.bits(), chunk: A_CHUNK, steps: $steps };
-                    let b = OperandB::KMajor { tile: b.bits(), chunk: B_CHUNK };
-                    self.start(a, b, $accumulate, T::IS_BF16, Location::caller());
+                    let a = SharedTile::KMajor { tile: a.bits(), chunk: A_CHUNK };
+                    let b = SharedTile::KMajor { tile: b.bits(), chunk: B_CHUNK };
+                    self.start(OperandA::Shared(a, $steps), b, $accumulate, T::IS_BF16, Location::caller());
                 }
             }
     };
@@ -484,9 +494,78 @@ macro_rules! register_product {
                 }
                 #[cfg(not(target_arch = "nvptx64"))]
                 {
-                    let b = OperandB::NMajor { tile: b.bits() };
+                    let b = SharedTile::MnMajor { tile: b.bits() };
                     let a = OperandA::Registers(p);
                     self.start(a, b, true, T::IS_BF16, Location::caller());
+                }
+            }
+        }
+    };
+}
+
+/// One step with both operands transposed: 16 rows of each further on are 2048 bytes.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! transposed_step {
+    ($n:literal $type:literal $k:literal $list:expr) => {
+        concat!(
+            "add.s32 low, {a}, ",
+            $k,
+            "*128; mov.b64 a, {{low, {high}}}; ",
+            "add.s32 low, {b}, ",
+            $k,
+            "*128; mov.b64 b, {{low, {high}}}; ",
+            "wgmma.mma_async.sync.aligned.m64n",
+            $n,
+            "k16.f32.",
+            $type,
+            ".",
+            $type,
+            " ",
+            $list,
+            ", a, b, (",
+            $k,
+            ">=1), 1, 1, 1, 1; "
+        )
+    };
+}
+
+macro_rules! transposed_product {
+    ($n:literal ($steps:literal $k:tt) $($groups:tt)*) => {
+        transposed_product!(@impl $n $steps $k (register_list!($($groups)*)) $($groups)*);
+    };
+    (@impl $n:literal $steps:literal [$($k:literal)*] ($list:expr)
+     $(($g:literal $a:literal $b:literal $c:literal $d:literal))*) => {
+        impl TransposedProduct<$steps> for Accumulator<{ $n / 8 }> {
+            #[inline(always)]
+            #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+            unsafe fn product_transposed<T: Operand>(&mut self, a: Descriptor, b: Descriptor) {
+                #[cfg(target_arch = "nvptx64")]
+                {
+                    let d = &mut self.values;
+                    macro_rules! issue {
+                        ($type:literal) => {
+                            // SAFETY: passed on to the caller. Every output is written.
+                            unsafe {
+                                core::arch::asm!(
+                                    "{{ .reg .b64 a, b; .reg .b32 low; wgmma.fence.sync.aligned; ",
+                                    $(transposed_step!($n $type $k $list),)*
+                                    "wgmma.commit_group.sync.aligned; }}",
+                                    $(out(reg32) d[$g][0], out(reg32) d[$g][1],
+                                      out(reg32) d[$g][2], out(reg32) d[$g][3],)*
+                                    a = in(reg32) a.0, b = in(reg32) b.0,
+                                    high = const Descriptor::HIGH,
+                                    options(nostack)
+                                );
+                            }
+                        };
+                    }
+                    if T::IS_BF16 { issue!("bf16") } else { issue!("f16") }
+                }
+                #[cfg(not(target_arch = "nvptx64"))]
+                {
+                    let a = SharedTile::MnMajor { tile: a.bits() };
+                    let b = SharedTile::MnMajor { tile: b.bits() };
+                    self.start(OperandA::Shared(a, $steps), b, false, T::IS_BF16, Location::caller());
                 }
             }
         }
@@ -528,3 +607,11 @@ macro_rules! register_product_of_128_keys {
 register_product_of_128_keys!(64);
 register_product_of_128_keys!(96);
 register_product_of_128_keys!(128);
+
+// The backward pass. Sᵀ = K Qᵀ and dPᵀ = V dOᵀ: the rows of a tile, and head dim 128 in steps of 16
+// (64 rows of head dim 128; 128 of 64 are above). dV += Pᵀ dO and dK += dSᵀ Q: the head dim, and the
+// rows of a tile in steps of 16. dQ = dS K: 64 columns, and the tile of keys in steps of 16.
+with_groups!(64 shared_product (8 [0 1 2 3 4 5 6 7]));
+with_groups!(128 register_product (4 [(0 p0 p1 p2 p3) (1 p4 p5 p6 p7) (2 p8 p9 p10 p11)
+    (3 p12 p13 p14 p15)]));
+with_groups!(64 transposed_product (8 [0 1 2 3 4 5 6 7]));

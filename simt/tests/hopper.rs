@@ -11,7 +11,9 @@ use simt::{
     mbarrier::{self, Mbarrier},
     shared::Shared,
     thread, tma, warp, warpgroup,
-    wgmma::{Accumulator, Descriptor, RegisterProduct, SharedProduct, WaitGroup},
+    wgmma::{
+        Accumulator, Descriptor, RegisterProduct, SharedProduct, TransposedProduct, WaitGroup,
+    },
 };
 
 /// Where the tiles lie: A or what is copied first, B, then the barriers.
@@ -159,6 +161,38 @@ fn register_product_takes_a_from_an_accumulators_layout() {
                 let (row, column) = place(g, e);
                 let expected = 2.0 * dot(&a[row * 128..][..128], |k| b[k * 96 + column]);
                 assert_eq!(value, expected, "o[{row}, {column}]");
+            }
+        }
+    })
+    .unwrap_or_else(|fault| panic!("{fault}"));
+}
+
+#[test]
+fn transposed_product_sums_over_the_rows_of_both() {
+    // 128 x 64 transposed times 128 x 64, twice: the second replaces the first.
+    let (a, b) = (matrix(128, 64, 5), matrix(128, 64, 6));
+    let (map_a, map_b) = (Map::new(&a, 128, 64, 128), Map::new(&b, 128, 64, 128));
+    try_launch(128, || {
+        init(1, 2);
+        if thread::thread_idx_x() == 0 {
+            load(&map_a, A, 128, 64, bar(0));
+            load(&map_b, B, 128, 64, bar(0));
+        }
+        // Hazard: the copies may not have landed.
+        bar(0).wait(0);
+        let mut s = Accumulator::<8>::zero();
+        for _ in 0..2 {
+            let (a, b) = (Descriptor::n_major(A, 0), Descriptor::n_major(B, 0));
+            // SAFETY: the whole warpgroup is here, and nothing is overwritten.
+            unsafe { TransposedProduct::<8>::product_transposed::<f16>(&mut s, a, b) };
+            s.wait_group::<0>();
+        }
+        for (g, group) in s.values().iter().enumerate() {
+            for (e, &value) in group.iter().enumerate() {
+                let (row, column) = place(g, e);
+                let of_row: Vec<f16> = (0..128).map(|k| a[k * 64 + row]).collect();
+                let expected = dot(&of_row, |k| b[k * 64 + column]);
+                assert_eq!(value, expected, "s[{row}, {column}]");
             }
         }
     })

@@ -16,7 +16,7 @@ use simt::{
     scalar::Scalar,
     shared::Shared,
     shared_array, thread, tma, warp, warpgroup,
-    wgmma::{Accumulator, Descriptor, RegisterProduct, SharedProduct, WaitGroup},
+    wgmma::{Accumulator, Descriptor, RegisterProduct, SharedProduct, TransposedProduct, WaitGroup},
 };
 
 simt::declare_dynamic_shared!();
@@ -173,6 +173,12 @@ entries! {
         s.wait_group_in::<0, 2>();
         one(out).write(0, s.values()[3][1]);
     }
+    wgmma_transposed(out: u64, a: u32, b: u32) {
+        let mut s = Accumulator::<8>::zero();
+        TransposedProduct::<8>::product_transposed::<bf16>(&mut s, Descriptor::n_major(a, 0), Descriptor::n_major(b, 0));
+        s.wait_group::<0>();
+        one(out).write(0, s.values()[3][1]);
+    }
     specialise_constant(out: u64) { one(out).write(0, Constants::chosen()) }
     shared_dynamic(value: u32) { tile::<u32>().write(3, value) }
     shared_static(out: u64, value: u32) {
@@ -196,6 +202,7 @@ entries! {
     math_mul_hi(out: u64, a: u32, b: u32) { one(out).write(0, math::mul_hi(a, b)) }
     atomic_add_global_u32(out: u64, to: u64, value: u32) { one(out).write(0, atomic::add_global_u32(one(to), 0, value)) }
     atomic_add_shared_f32(out: u64, value: f32) { one(out).write(0, atomic::add_shared_f32(tile(), 1, value)) }
+    atomic_reduce_add_x4_global(to: u64, a: f32, b: f32) { atomic::reduce_add_x4_global(one(to), 0, [a, b, b, a]) }
     atomic_max_global_u32(out: u64, to: u64, value: u32) { one(out).write(0, atomic::max_global_u32(one(to), 0, value)) }
     atomic_min_shared_u32(out: u64, value: u32) { one(out).write(0, atomic::min_shared_u32(tile(), 1, value)) }
     atomic_increment_global_u32(out: u64, to: u64, value: u32) { one(out).write(0, atomic::increment_global_u32(one(to), 0, value)) }

@@ -27,25 +27,26 @@ const STEP: usize = 16;
 /// Where A comes from.
 #[derive(Clone, Copy)]
 pub(crate) enum OperandA<'a> {
-    /// A K-major tile, its chunks `chunk` bytes apart.
-    Shared { tile: u64, chunk: u32, steps: usize },
+    /// Shared memory, for so many steps.
+    Shared(SharedTile, usize),
     /// This lane's fragments.
     Registers(&'a [[u32; 4]]),
 }
 
-/// Where B comes from.
+/// How an operand lies in shared memory.
 #[derive(Clone, Copy, PartialEq)]
-pub(crate) enum OperandB {
+pub(crate) enum SharedTile {
     /// Rows along the dimension that is summed over, chunks `chunk` bytes apart.
     KMajor { tile: u64, chunk: u32 },
-    /// Rows along the columns of the result; the tile says how far its chunks are apart.
-    NMajor { tile: u64 },
+    /// Rows along the rows (of A) or columns (of B) of the result; the tile says how far its chunks
+    /// are apart.
+    MnMajor { tile: u64 },
 }
 
 /// A product as one lane asks for it.
 pub(crate) struct Product<'a> {
     pub a: OperandA<'a>,
-    pub b: OperandB,
+    pub b: SharedTile,
     /// Columns of B and of the result.
     pub columns: usize,
     /// Whether to add to the accumulator.
@@ -56,8 +57,8 @@ pub(crate) struct Product<'a> {
 /// What all lanes must agree on.
 #[derive(Clone, Copy, PartialEq)]
 struct Common {
-    a: Option<(u64, u32)>,
-    b: OperandB,
+    a: Option<SharedTile>,
+    b: SharedTile,
     steps: usize,
     columns: usize,
     accumulate: bool,
@@ -123,7 +124,7 @@ pub(crate) fn start(
             return Err(FaultKind::Misuse { message, this });
         }
         let (a, steps) = match product.a {
-            OperandA::Shared { tile, chunk, steps } => (Some((tile, chunk)), steps),
+            OperandA::Shared(tile, steps) => (Some(tile), steps),
             OperandA::Registers(fragments) => (None, fragments.len()),
         };
         let &Product { b: operand_b, columns, accumulate, bf16, .. } = product;
@@ -317,21 +318,41 @@ fn compute(b: &mut Block, group: usize, index: usize) -> Result<(), FaultKind> {
     // A [ROWS, depth] and B [depth, columns].
     let mut a = vec![0.0f32; ROWS * depth];
     let mut bt = vec![0.0f32; depth * columns];
-    if let Some((tile, chunk)) = common.a {
-        let (address, _, stride) = fields(tile);
-        for row in 0..ROWS {
-            for k in (0..depth).step_by(8) {
-                let at_byte = address
-                    + (k as u32 / 64) * chunk
-                    + (row as u32 / 8) * stride
-                    + (row as u32 % 8) * 128
-                    + (k as u32 % 64) * 2;
-                let unit = unit(b, &clock, group, now, at_byte, at)?;
-                for (e, bits) in unit.into_iter().enumerate() {
-                    a[row * depth + k + e] = widen(bits);
+    let mut read = |tile, extent, put: &mut dyn FnMut(usize, usize, f32)| {
+        let mut unit_at = |address: u32, chunk: u32, row: usize, column: usize| {
+            let (_, _, stride) = fields(match tile {
+                SharedTile::KMajor { tile, .. } | SharedTile::MnMajor { tile } => tile,
+            });
+            let at_byte = address
+                + (column as u32 / 64) * chunk
+                + (row as u32 / 8) * stride
+                + (row as u32 % 8) * 128
+                + (column as u32 % 64) * 2;
+            unit(b, &clock, group, now, at_byte, at)
+        };
+        match tile {
+            SharedTile::KMajor { tile, chunk } => {
+                for (mn, k) in
+                    (0..extent).flat_map(|mn| (0..depth).step_by(8).map(move |k| (mn, k)))
+                {
+                    let unit = unit_at(fields(tile).0, chunk, mn, k)?;
+                    unit.into_iter().enumerate().for_each(|(e, bits)| put(mn, k + e, widen(bits)));
+                }
+            }
+            SharedTile::MnMajor { tile } => {
+                let (address, chunk, _) = fields(tile);
+                for (k, mn) in
+                    (0..depth).flat_map(|k| (0..extent).step_by(8).map(move |mn| (k, mn)))
+                {
+                    let unit = unit_at(address, chunk, k, mn)?;
+                    unit.into_iter().enumerate().for_each(|(e, bits)| put(mn + e, k, widen(bits)));
                 }
             }
         }
+        Ok::<(), FaultKind>(())
+    };
+    if let Some(tile) = common.a {
+        read(tile, ROWS, &mut |row, k, value| a[row * depth + k] = value)?;
     } else {
         for lane in 0..LANES {
             for step in 0..common.steps {
@@ -344,40 +365,7 @@ fn compute(b: &mut Block, group: usize, index: usize) -> Result<(), FaultKind> {
             }
         }
     }
-    match common.b {
-        OperandB::KMajor { tile, chunk } => {
-            let (address, _, stride) = fields(tile);
-            for n in 0..columns {
-                for k in (0..depth).step_by(8) {
-                    let at_byte = address
-                        + (k as u32 / 64) * chunk
-                        + (n as u32 / 8) * stride
-                        + (n as u32 % 8) * 128
-                        + (k as u32 % 64) * 2;
-                    let unit = unit(b, &clock, group, now, at_byte, at)?;
-                    for (e, bits) in unit.into_iter().enumerate() {
-                        bt[(k + e) * columns + n] = widen(bits);
-                    }
-                }
-            }
-        }
-        OperandB::NMajor { tile } => {
-            let (address, chunk, stride) = fields(tile);
-            for k in 0..depth {
-                for n in (0..columns).step_by(8) {
-                    let at_byte = address
-                        + (n as u32 / 64) * chunk
-                        + (k as u32 / 8) * stride
-                        + (k as u32 % 8) * 128
-                        + (n as u32 % 64) * 2;
-                    let unit = unit(b, &clock, group, now, at_byte, at)?;
-                    for (e, bits) in unit.into_iter().enumerate() {
-                        bt[k * columns + n + e] = widen(bits);
-                    }
-                }
-            }
-        }
-    }
+    read(common.b, columns, &mut |n, k, value| bt[k * columns + n] = value)?;
 
     let mut row_values = vec![0.0f32; columns];
     for row in 0..ROWS {
