@@ -16,6 +16,13 @@ use crate::{
     tensor::Tensor,
 };
 
+mod backward;
+
+pub use backward::{
+    Gradients, absolute_gradients, all_heads, gradients, gradients_of, plain_gradients,
+    plain_gradients_with_f32_scores,
+};
+
 /// Keys whose scores are summed side by side, to hide the latency of an addition.
 const CHAINS: usize = 8;
 

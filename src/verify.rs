@@ -28,6 +28,10 @@
 //! with its scores in f32, and every other tensor in the storage type. A [`Yardstick`] is finite
 //! whatever happens: an infinite error, or a NaN, fails.
 
+mod backward;
+
+pub use backward::{GradientCredit, GradientVerification, verify_gradients};
+
 use crate::{
     dtype::DType,
     oracle::{self, Rows},

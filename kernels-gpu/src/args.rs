@@ -1,8 +1,8 @@
 //! The arguments of the kernels: plain `#[repr(C)]` structs, passed by value.
 //!
 //! One struct serves every attention kernel of the forward ladder ([`AttentionArgs`]), so that a
-//! backend launches any of them the same way, and one serves every linear (projection) kernel
-//! ([`LinearArgs`]); kernels that copy through TMA are given tensor maps in front of it
+//! backend launches any of them the same way, one those of the backward ladder ([`BackwardArgs`]),
+//! and one serves every linear (projection) kernel ([`LinearArgs`]); kernels that copy through TMA are given tensor maps in front of it
 //! ([`WithMaps`]). Addresses
 //! are device addresses on a GPU and host addresses under the emulator; lengths
 //! are carried along so that the emulator can check every access.
@@ -17,9 +17,11 @@ use simt::{
 pub use attention::{
     AttentionArgs, Bias, DropoutArgs, Keys, Scores, Scratch, Shape, Slopes, Tensors,
 };
+pub use backward::{BackwardArgs, BackwardScratch, Gradients};
 pub use linear::LinearArgs;
 
 mod attention;
+mod backward;
 mod linear;
 
 /// A region of global memory: address and length in bytes. Empty when unused.

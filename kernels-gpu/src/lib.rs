@@ -3,6 +3,7 @@
 //! | folder | what it holds |
 //! |---|---|
 //! | [`forward`] | the ladder of attention, from naive to Hopper: start here |
+//! | [`backward`] | the ladder of attention's gradients |
 //! | [`linear`] | the ladder of projections |
 //! | [`parts`] | what several rungs share |
 //! | [`args`] | what a kernel is given |
@@ -14,6 +15,7 @@
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, stdarch_nvptx))]
 
 pub mod args;
+pub mod backward;
 pub mod constants;
 pub mod entry;
 pub mod forward;
@@ -37,6 +39,7 @@ pub static PTX: &[u8] = include_bytes!("../ptx/modules.ptx.zst");
 
 #[cfg(not(target_arch = "nvptx64"))]
 use {
+    backward::{backward_naive, convert, prepare},
     forward::{
         flash_async, flash_hopper, flash_mma, flash_pipelined, flash_swizzled, flash_tf32,
         flash_tiled, naive, standard, weights,
@@ -63,6 +66,11 @@ const TABLES: &[entry::Instances] = &[
     flash_async::ENTRIES,
     flash_pipelined::ENTRIES,
     flash_tf32::ENTRIES,
+    prepare::ENTRIES,
+    convert::ENTRIES,
+    backward_naive::SCORES,
+    backward_naive::QUERIES,
+    backward_naive::KEYS,
     linear_naive::ENTRIES,
     linear_tiled::ENTRIES,
     linear_mma::ENTRIES,

@@ -10,7 +10,7 @@ pub mod instruments;
 pub mod memory;
 
 use crate::error::Error;
-use kernels_gpu::args::{AttentionArgs, LinearArgs, WithMaps};
+use kernels_gpu::args::{AttentionArgs, BackwardArgs, LinearArgs, WithMaps};
 use simt::tma::TensorMap;
 
 #[cfg(feature = "emulator")]
@@ -213,6 +213,14 @@ const _: () = assert!(
 // SAFETY: the assertion above leaves no room for padding before the last field.
 unsafe impl KernelArgs for AttentionArgs {
     const FIELD_BYTES: usize = std::mem::offset_of!(AttentionArgs, shape.head_dim) + 4;
+}
+
+// Four tensors of 40 bytes and four buffers before the forward's arguments.
+const _: () = assert!(std::mem::offset_of!(BackwardArgs, forward) == 4 * 40 + 4 * 16);
+// SAFETY: the assertion above leaves no room for padding before the forward's arguments.
+unsafe impl KernelArgs for BackwardArgs {
+    const FIELD_BYTES: usize =
+        std::mem::offset_of!(BackwardArgs, forward) + AttentionArgs::FIELD_BYTES;
 }
 
 // Four buffers and three 32-bit numbers; four bytes of padding at the end.

@@ -2,7 +2,8 @@
 //!
 //! A [`Plan`] says what a kernel launches for a [`Problem`](crate::Problem). It is made once per
 //! problem and used by any number of threads. [`Args`] name the tensors of one call: addresses,
-//! lengths and strides ([`LinearArgs`] those of a [`Projection`](crate::registry::Projection)). No
+//! lengths and strides ([`BackwardArgs`] those of a [`Backward`](crate::registry::Backward) pass,
+//! [`LinearArgs`] those of a [`Projection`](crate::registry::Projection)). No
 //! type here comes from another CUDA library.
 //!
 //! | call | does |
@@ -30,6 +31,7 @@ mod maps;
 
 pub use crate::registry::{
     attention::Args,
+    backward::BackwardArgs,
     linear::LinearArgs,
     plan::Plan,
     tensors::{ALIGNMENT, BiasView, Region, View},
@@ -93,8 +95,8 @@ impl Context {
     /// - The regions of `args` are memory that this GPU can access, and stay so until the
     ///   launches have ended: after the caller has waited for the stream, or, captured in a graph,
     ///   as long as the graph is launched.
-    /// - No element of an output (O and the LSE; y of a projection) or of the workspace is an
-    ///   element of another tensor of the call.
+    /// - No element of an output (O and the LSE; dQ, dK and dV of a backward pass; y of a
+    ///   projection) or of the workspace is an element of another tensor of the call.
     /// - From the launch to its end, no other work reads or writes the outputs and the workspace,
     ///   and none writes the inputs.
     /// - The first [`Plan::zeroed_bytes`] bytes of the workspace are zero (see [the module](self#workspace)).

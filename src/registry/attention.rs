@@ -1,7 +1,7 @@
 //! Attention as an operation: what its kernels state, the tensors of a call, and the arguments
 //! that kernels are given.
 
-use kernels_gpu::args::{AttentionArgs, Keys, Scores, Scratch, Shape, Slopes, Tensors};
+use kernels_gpu::args::{AttentionArgs, Buffer, Keys, Scores, Scratch, Shape, Slopes, Tensors};
 
 use super::{
     Call, KERNELS, KernelSpec, Operation, Section, Usage, list,
@@ -146,13 +146,17 @@ fn and_nearest(head_dims: &[usize], wanted: usize) -> String {
 
 /// The arguments of attention kernels, as bytes.
 pub(super) fn args(call: &Call<'_, Problem>) -> Vec<u8> {
-    attention_args(call).to_launch_bytes()
+    let region = |usage| call.region(usage).arg();
+    attention_args(call.problem, call.args, region).to_launch_bytes()
 }
 
-fn attention_args(call: &Call<'_, Problem>) -> AttentionArgs {
-    let (p, tensors) = (call.problem, call.args);
+/// The arguments of attention kernels; `region` is the memory that a call has for a use.
+pub(super) fn attention_args(
+    p: &Problem,
+    tensors: &Args,
+    region: impl Fn(Usage) -> Buffer,
+) -> AttentionArgs {
     let (bounds, softcap) = (p.bounds(), p.softcap().unwrap_or_default());
-    let region = |usage| call.region(usage).arg();
     AttentionArgs {
         tensors: Tensors {
             q: tensors.q.arg(),
@@ -300,9 +304,8 @@ impl Args {
     }
 
     /// Compares the tensors with a problem.
-    fn check(&self, p: &Problem) -> Result<(), Error> {
-        let extents = |heads, seq| [p.batch(), heads, seq, p.head_dim()];
-        let (q, k) = (extents(p.heads(), p.seq_q()), extents(p.kv_heads(), p.seq_k()));
+    pub(super) fn check(&self, p: &Problem) -> Result<(), Error> {
+        let [q, k] = extents(p);
         for (what, view, extents) in
             [("q", self.q, q), ("k", self.k, k), ("v", self.v, k), ("o", self.o, q)]
         {
@@ -319,6 +322,12 @@ impl Args {
             _ => region.check(what, (size * shape.iter().product::<usize>()) as u64, size as u64),
         })
     }
+}
+
+/// Extents `[B, H, N, D]` of Q and of K.
+pub(super) fn extents(p: &Problem) -> [[usize; 4]; 2] {
+    let extents = |heads, seq| [p.batch(), heads, seq, p.head_dim()];
+    [extents(p.heads(), p.seq_q()), extents(p.kv_heads(), p.seq_k())]
 }
 
 /// Extents of a problem's bias, `[B or 1, H or 1, Nq, Nk]`; all 0 without one.
@@ -370,8 +379,8 @@ mod tests {
         let args = Args::new(view(0x1000, 4, 5), kv, kv, view(0x2000, 4, 5));
         let good = args.alibi_slopes(slopes).bias(bias).sinks(sinks);
         good.check(&p).unwrap();
-        let call = Call { problem: &p, args: &good, sections: &[] };
-        let AttentionArgs { keys, scores, .. } = attention_args(&call);
+        let AttentionArgs { keys, scores, .. } =
+            attention_args(&p, &good, |_| Region::default().arg());
         // No key lies further behind the first row than a bound of 2^32 - 1: it is none.
         assert_eq!((keys.left, keys.right), (3, 0));
         assert_eq!((scores.softcap, scores.inverse_softcap), (50.0, 0.02));

@@ -1,6 +1,6 @@
 //! THE table of kernels. Whatever lists, chooses, runs, tests or measures kernels reads
 //! it here: a kernel joins with one file in kernels-gpu and one entry in its ladder, `table.rs` for
-//! attention, `linear.rs` for projections.
+//! attention, `backward.rs` for its gradients, `linear.rs` for projections.
 //!
 //! A ladder stands in the order of speed: the best kernel for a problem is the last one that can
 //! do it.
@@ -11,6 +11,7 @@
 //! ```
 
 pub(crate) mod attention;
+pub(crate) mod backward;
 #[cfg(test)]
 mod chapter;
 pub(crate) mod linear;
@@ -28,6 +29,7 @@ use crate::{
 };
 
 pub use attention::{AttentionLimits, Features, Sizes, check_head_dim};
+pub use backward::{BACKWARD_KERNELS, Backward, BackwardSpec};
 pub use linear::{LINEAR_KERNELS, Projection};
 use plan::Plan;
 pub use plan::{Call, Draft, Map, Section, Step, Usage};
@@ -36,8 +38,8 @@ pub(crate) use table::WEIGHTS;
 pub use target::Target;
 use tensors::{ALIGNMENT, Region};
 
-/// An operation, by what one call of it is to compute: attention ([`Problem`]), a projection
-/// ([`Projection`]).
+/// An operation, by what one call of it is to compute: attention ([`Problem`]), its gradients
+/// ([`Backward`]), a projection ([`Projection`]).
 pub trait Operation: Copy + fmt::Debug + Send + Sync + 'static {
     /// The tensors of a call.
     type Args: Copy + fmt::Debug + PartialEq;
@@ -167,6 +169,14 @@ pub fn find(name: &str) -> Result<&'static KernelSpec, Error> {
     find_in(KERNELS, name)
 }
 
+/// The kernel of the backward pass of that name.
+///
+/// # Errors
+/// [`Error::UnknownKernel`], which lists the names.
+pub fn find_backward(name: &str) -> Result<&'static BackwardSpec, Error> {
+    find_in(BACKWARD_KERNELS, name)
+}
+
 /// The linear kernel of that name.
 ///
 /// # Errors
@@ -230,7 +240,7 @@ fn list<T: ToString>(values: &[T]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{attention::Args, linear::LinearArgs, *};
+    use super::{attention::Args, backward::BackwardArgs, linear::LinearArgs, *};
     use crate::backend::CpuDevice;
 
     fn emulator() -> Target {
@@ -260,6 +270,20 @@ mod tests {
                 let view = tensors::View::contiguous(region, problem.layout(), 3, 70, d);
                 let args = Args::new(view, view, view, view).workspace(region);
                 check(kernel, &problem, &args);
+            }
+        }
+        for kernel in BACKWARD_KERNELS {
+            let head_dims = kernel.limits.head_dims;
+            for (&dtype, &d) in
+                kernel.dtypes.iter().flat_map(|t| head_dims.iter().map(move |d| (t, d)))
+            {
+                let problem = Problem::builder(2, 3, 70, d).dtype(dtype).build().unwrap();
+                let view = tensors::View::contiguous(region, problem.layout(), 3, 70, d);
+                let args = Args::new(view, view, view, view).lse(region).workspace(region);
+                let args = BackwardArgs::new(args, view, [view; 3]);
+                for deterministic in [false, true] {
+                    check(kernel, &Backward::new(problem).deterministic(deterministic), &args);
+                }
             }
         }
         for kernel in LINEAR_KERNELS {

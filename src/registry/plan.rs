@@ -29,6 +29,14 @@ pub enum Usage {
     Weights,
     /// The log-sum-exp of a call that gives no memory for it.
     Lse,
+    /// `rowsum(dO ∘ O)` of the rows of a backward pass.
+    Delta,
+    /// The LSE in log2 units, of the rows of a backward pass.
+    LseLog2,
+    /// Sums of dQ in f32.
+    DqAcc,
+    /// Gradients of the scores `[B, H, Nq, Nk]` in the storage type.
+    DScores,
 }
 
 /// A section of the workspace.

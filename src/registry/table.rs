@@ -334,7 +334,7 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
 };
 
 /// What the entries of a problem are compiled for.
-fn constants(p: &Problem) -> Constants {
+pub(super) fn constants(p: &Problem) -> Constants {
     let bounds = p.bounds();
     Constants {
         causal: match bounds.right {
@@ -378,7 +378,7 @@ pub(crate) static WEIGHTS: KernelSpec = KernelSpec {
 };
 
 /// The section of kernels that keep the weights.
-fn kept_weights(p: &Problem) -> Section {
+pub(super) fn kept_weights(p: &Problem) -> Section {
     Section::new(Usage::Weights, p.weights_bytes())
 }
 
@@ -399,6 +399,6 @@ pub(super) fn tiles(n: usize, tile: u32) -> u32 {
 }
 
 /// Heads of all batch entries.
-fn heads(p: &Problem) -> u32 {
+pub(super) fn heads(p: &Problem) -> u32 {
     u32::try_from(p.batch() * p.heads()).unwrap_or(u32::MAX)
 }

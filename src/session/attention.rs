@@ -2,9 +2,9 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{Outputs, POISON, Session};
+use super::{Outputs, POISON, Session, runner::Runner};
 use crate::{
-    backend::{DeviceBuffer, DeviceTensor, Launch, Memory, memory::expect_device},
+    backend::{DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
     dtype::DType,
     error::Error,
     problem::{Extras, Problem},
@@ -35,22 +35,16 @@ use crate::{
 /// }
 /// ```
 pub struct Attention {
-    memory: Arc<Memory>,
-    plan: Plan,
+    runner: Runner<Problem>,
     o: DeviceTensor,
     lse: DeviceTensor,
-    workspace: DeviceBuffer,
-    /// The launches of the run before: tensors at the same addresses need no others.
-    ready: Option<(Args, Vec<Launch>)>,
-    /// Whether the queue is known to be zero: not after a launch that failed.
-    queue_is_zero: bool,
 }
 
 impl fmt::Debug for Attention {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Attention")
-            .field("kernel", &self.plan.kernel().name)
-            .field("problem", self.plan.problem())
+            .field("kernel", &self.kernel().name)
+            .field("problem", self.problem())
             .finish_non_exhaustive()
     }
 }
@@ -77,30 +71,29 @@ impl Attention {
         Ok(Self {
             o: filled(problem.dtype(), &problem.q_shape())?,
             lse: filled(DType::F32, &problem.lse_shape())?,
-            workspace: memory.filled(plan.workspace_bytes_beside_lse(), POISON)?,
-            memory: memory.clone(),
-            plan,
-            ready: None,
-            queue_is_zero: false,
+            runner: {
+                let bytes = plan.workspace_bytes_beside_lse();
+                Runner::new(memory, plan, bytes)?
+            },
         })
     }
 
     /// The plan.
     #[must_use]
     pub const fn plan(&self) -> &Plan {
-        &self.plan
+        &self.runner.plan
     }
 
     /// The kernel.
     #[must_use]
     pub const fn kernel(&self) -> &'static KernelSpec {
-        self.plan.kernel()
+        self.runner.plan.kernel()
     }
 
     /// The problem.
     #[must_use]
     pub const fn problem(&self) -> &Problem {
-        self.plan.problem()
+        self.runner.plan.problem()
     }
 
     /// The output of the last run.
@@ -118,7 +111,7 @@ impl Attention {
     /// Bytes beyond inputs and outputs.
     #[must_use]
     pub const fn workspace_bytes(&self) -> u64 {
-        self.workspace.bytes()
+        self.runner.workspace.bytes()
     }
 
     /// Starts the kernel on inputs in device memory; does not wait.
@@ -160,9 +153,9 @@ impl Attention {
         for (what, tensor, shape) in
             [("q", q, p.q_shape()), ("k", k, p.k_shape()), ("v", v, p.k_shape())]
         {
-            tensor.expect(what, &self.memory, p.dtype(), &shape)?;
+            tensor.expect(what, &self.runner.memory, p.dtype(), &shape)?;
         }
-        extras.check(p, |what, _, _, buffer| expect_device(what, buffer, &self.memory))?;
+        extras.check(p, |what, _, _, buffer| expect_device(what, buffer, &self.runner.memory))?;
         let view = |tensor: &DeviceTensor, heads, seq| {
             View::contiguous(tensor.region(), p.layout(), heads, seq, p.head_dim())
         };
@@ -176,7 +169,7 @@ impl Attention {
     pub(crate) fn args_of(&self, [q, k, v]: [View; 3], extras: Extras<Region>) -> Args {
         let p = self.problem();
         let o = View::contiguous(self.o.region(), p.layout(), p.heads(), p.seq_q(), p.head_dim());
-        let args = Args::new(q, k, v, o).lse(self.lse.region()).workspace(self.workspace.region());
+        let args = Args::new(q, k, v, o).lse(self.lse.region()).workspace(self.runner.region());
         args.extras(p, extras)
     }
 
@@ -186,26 +179,9 @@ impl Attention {
     /// The inputs in `args` are live memory of this device, whose owners are freed through it;
     /// everything else in `args` is from [`Attention::args_of`] of this value.
     pub(crate) unsafe fn run_on(&mut self, args: Args) -> Result<(), Error> {
-        let device = &**self.memory.device();
-        let ready = self.ready.take().filter(|(before, _)| *before == args);
-        let (_, launches) = match ready {
-            Some(ready) => self.ready.insert(ready),
-            None => {
-                let launches = self.plan.launches_for(device, &args)?;
-                self.ready.insert((args, launches))
-            }
-        };
-        if !self.queue_is_zero {
-            self.workspace.fill_start(self.plan.zeroed_bytes(), 0)?;
-        }
-        self.queue_is_zero = false;
-        for launch in launches.iter() {
-            // SAFETY: the plan checked the arguments: inputs are live by the caller's word, outputs
-            // and workspace belong to this value, which nobody else can use meanwhile.
-            unsafe { device.launch(launch)? };
-        }
-        self.queue_is_zero = true;
-        Ok(())
+        // SAFETY: inputs are live by the caller's word; outputs and workspace belong to this value,
+        // which nobody else can use meanwhile.
+        unsafe { self.runner.run(args) }
     }
 
     /// Waits and downloads O and LSE, and the weights where the kernel keeps them.
@@ -232,18 +208,16 @@ impl Attention {
     /// # Errors
     /// The fault of the kernel, if it had one.
     pub fn synchronize(&mut self) -> Result<(), Error> {
-        let done = self.memory.device().synchronize();
-        self.queue_is_zero &= done.is_ok();
-        done
+        self.runner.synchronize()
     }
 
     /// The attention weights `[B, H, Nq, Nk]` that the last run left, of kernels that keep them.
     fn kept_weights(&mut self) -> Result<Option<Tensor>, Error> {
-        let Some(offset) = self.plan.kept_weights() else { return Ok(None) };
+        let Some(offset) = self.runner.plan.kept_weights() else { return Ok(None) };
         self.synchronize()?;
         let p = self.problem();
         let mut weights = Tensor::zeros(p.dtype(), &p.weights_shape());
-        self.workspace.read_at(offset, weights.as_bytes_mut())?;
+        self.runner.workspace.read_at(offset, weights.as_bytes_mut())?;
         Ok(Some(weights))
     }
 
@@ -261,17 +235,18 @@ impl Attention {
         if let Some(weights) = self.kept_weights()? {
             return Ok(weights);
         }
-        let Some((args, _)) = &self.ready else {
+        let Some((args, _)) = &self.runner.ready else {
             return Err(Error::InvalidValue {
                 what: "runs before the weights are asked for",
                 given: "0".into(),
                 remedy: "run the kernel first".into(),
             });
         };
-        let (p, device) = (*self.problem(), &**self.memory.device());
+        let (p, device) = (*self.problem(), &**self.runner.memory.device());
         let plan = registry::WEIGHTS.plan(&p, &Target::of(device))?;
         // All of that kernel's workspace.
-        let weights = DeviceTensor::filled(&self.memory, p.dtype(), &p.weights_shape(), POISON)?;
+        let weights =
+            DeviceTensor::filled(&self.runner.memory, p.dtype(), &p.weights_shape(), POISON)?;
         for launch in plan.launches_for(device, &args.workspace(weights.region()))? {
             // SAFETY: as for `run_on`; the weights are the tensor above.
             unsafe { device.launch(&launch)? };
@@ -282,12 +257,12 @@ impl Attention {
     /// Leaves numbers in the queue, as a launch does that is stopped.
     #[cfg(test)]
     pub(crate) fn spoil_queue(&mut self) {
-        self.workspace.fill_start(self.plan.zeroed_bytes(), 1).unwrap();
+        self.runner.workspace.fill_start(self.runner.plan.zeroed_bytes(), 1).unwrap();
     }
 
     /// The launches of the last run, for whoever looks at them.
     #[cfg(test)]
-    pub(crate) fn launches(&self) -> &[Launch] {
-        self.ready.as_ref().map_or(&[], |(_, launches)| launches)
+    pub(crate) fn launches(&self) -> &[crate::backend::Launch] {
+        self.runner.ready.as_ref().map_or(&[], |(_, launches)| launches)
     }
 }

@@ -2,6 +2,8 @@
 //! device memory accounted for.
 
 mod attention;
+mod backward;
+mod runner;
 pub mod work;
 
 use std::sync::Arc;
@@ -17,6 +19,7 @@ use crate::{
 };
 
 pub use attention::Attention;
+pub use backward::{AttentionBackward, Forward, Gradients, PreparedBackward};
 pub use work::Work;
 
 /// Outputs and workspace are filled with this before a launch: all bits set is NaN in
@@ -153,7 +156,10 @@ impl Session {
     /// # Errors
     /// [`Error::OutOfMemory`] with what is needed and what is free.
     pub fn check_fits(&self, plan: &Plan) -> Result<(), Error> {
-        let needed = plan.peak_bytes();
+        self.check_free(plan.peak_bytes())
+    }
+
+    fn check_free(&self, needed: u64) -> Result<(), Error> {
         let free = self.device().memory_info()?.free;
         if needed > free {
             return Err(Error::OutOfMemory { device: self.device().name(), needed, free });

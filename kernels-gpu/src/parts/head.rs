@@ -5,6 +5,7 @@ use simt::{compiler::opaque, memory::Memory, thread};
 
 use crate::{
     args::{AttentionArgs, Tensor},
+    backward,
     constants::Constants,
     parts::{gemm::Matrix, schedule, tile::Rows},
 };
@@ -34,7 +35,7 @@ impl Head {
         Self {
             b,
             h,
-            h_kv: h / Constants::group().max(1),
+            h_kv: h / Self::group(),
             seq_q: args.shape.seq_q,
             seq_k: args.shape.seq_k,
             heads: args.shape.heads,
@@ -61,6 +62,30 @@ impl Head {
     #[must_use]
     pub fn of_block_z(args: &AttentionArgs) -> Self {
         Self::at(args, thread::block_idx_z())
+    }
+
+    /// Heads of Q that share one of K and V.
+    #[inline(always)]
+    #[must_use]
+    pub fn group() -> u32 {
+        Constants::group().max(1)
+    }
+
+    /// Head `member` of those that share head `number` of K and V, counted over the batch.
+    #[inline(always)]
+    #[must_use]
+    pub fn of_group(args: &AttentionArgs, number: u32, member: u32) -> Self {
+        let kv_heads = schedule::divide(args.shape.heads, Self::group()).0;
+        let (b, h_kv) = schedule::divide(number, kv_heads);
+        Self::new(args, b, h_kv * Self::group() + member)
+    }
+
+    /// Index of row `i` of what has [`padded`](crate::backward::padded) rows a head.
+    #[inline(always)]
+    #[must_use]
+    pub const fn padded_row(&self, i: u32) -> u64 {
+        let head = self.b as u64 * self.heads as u64 + self.h as u64;
+        head * backward::padded(self.seq_q) as u64 + i as u64
     }
 
     /// Index of `lse[i]` of this head.

@@ -87,6 +87,18 @@ impl Policy {
         s
     }
 
+    /// The derivative of [`shape_score`](Self::shape_score) by `s` times `scale`: what a score's
+    /// gradient is multiplied by. 1 without a cap.
+    #[inline(always)]
+    #[must_use]
+    pub fn score_slope<T: Scalar>(&self, s: f32, scale: f32) -> f32 {
+        if Constants::softcap() == 0 {
+            return 1.0;
+        }
+        let tanh = self.tanh::<T>(s, scale);
+        math::fma(-tanh, tanh, 1.0)
+    }
+
     /// As [`shape_score`](Self::shape_score), with the launch's scale, of a lane's scores: `i` is the
     /// row of the first, `j` its key; the fragments are 16 rows each.
     #[inline(always)]
@@ -138,11 +150,16 @@ impl Policy {
         if Constants::softcap() == 0 {
             return s * scale;
         }
+        self.tanh::<T>(s, scale) * self.scores.softcap
+    }
+
+    /// The tangent of a score's cap.
+    #[inline(always)]
+    fn tanh<T: Scalar>(&self, s: f32, scale: f32) -> f32 {
         // One product by both the scale and 1 / cap.
         let s = s * (scale * self.scores.inverse_softcap);
         // 11 bits are what 16-bit scores had.
-        let tanh = if T::BYTES < 4 { math::tanh_approx(s) } else { math::tanh(s) };
-        tanh * self.scores.softcap
+        if T::BYTES < 4 { math::tanh_approx(s) } else { math::tanh(s) }
     }
 
     /// What the distance is multiplied by: less than 0 for a slope above 0.

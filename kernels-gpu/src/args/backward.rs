@@ -1,0 +1,49 @@
+//! What the kernels of the backward ladder are given.
+
+use super::{AttentionArgs, Buffer, Tensor};
+
+/// What every kernel of the backward pass is given.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct BackwardArgs {
+    /// The gradient that comes in, and those that go out.
+    pub gradients: Gradients,
+    /// Memory that the steps of a call hand on.
+    pub steps: BackwardScratch,
+    /// The call whose gradients are wanted. All of its tensors are read, O and the LSE too; its
+    /// scratch is the backward pass's own: `weights` is P after dropout for the kernels that
+    /// materialise it, `queue` as in the forward pass.
+    pub forward: AttentionArgs,
+}
+
+/// The gradient of the output, and those of the inputs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Gradients {
+    /// Gradient of O, `[B, H, Nq, D]`.
+    pub d_o: Tensor,
+    /// Gradient of Q, `[B, H, Nq, D]`.
+    pub dq: Tensor,
+    /// Gradient of K, `[B, Hkv, Nk, D]`: the sum over the heads of Q that share it.
+    pub dk: Tensor,
+    /// Gradient of V, `[B, Hkv, Nk, D]`, likewise.
+    pub dv: Tensor,
+}
+
+/// Memory that the steps of a call hand on. Rows are padded, to `Nq'`: a multiple of
+/// [`ROW_PADDING`](crate::backward::ROW_PADDING).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct BackwardScratch {
+    /// `rowsum(dO ∘ O)`, f32 `[B, H, Nq']`; 0 in rows past the last and in rows that see no key.
+    pub delta: Buffer,
+    /// The LSE in units of log2(e), f32 `[B, H, Nq']`. Rows past the last and rows that see no key
+    /// have +inf, so that every weight `exp2(s - lse)` of theirs is 0.
+    pub lse_log2: Buffer,
+    /// Gradient of Q without the softmax scale, f32 `[B, H, Nq', D]`, 0 after the first step;
+    /// empty for kernels that do not sum dQ in memory.
+    pub dq_acc: Buffer,
+    /// Gradient of the scores, `[B, H, Nq, Nk]` in the storage type, for the kernels that
+    /// materialise it; else empty.
+    pub d_scores: Buffer,
+}

@@ -1,0 +1,37 @@
+//! The backward ladder: the gradients of attention, one file a rung. Read them in this order:
+//!
+//! | rung | the idea it adds |
+//! |---|---|
+//! | [`backward_naive`] | the formulas; P and dS in memory |
+//!
+//! [`prepare`] is the first step of every rung, [`convert`] the last of those that sum dQ in memory.
+//!
+//! With `P = exp(S - LSE)`, the weights before dropout, and `Z` what dropout multiplies them by (0 or
+//! `1 / (1 - p)`), the gradients are
+//!
+//! ```text
+//! delta = rowsum(dO ∘ O)
+//! dV    = (P ∘ Z)ᵀ dO
+//! dP    = dO Vᵀ ∘ Z
+//! dS    = P ∘ (dP - delta)              times 1 - tanh² under a cap
+//! dQ    = dS K * scale
+//! dK    = dSᵀ Q * scale                 summed over the heads that share K
+//! ```
+//!
+//! Source: Dao et al., "FlashAttention", 2022, appendix B.2 and algorithm 4; Dao,
+//! "FlashAttention-2", 2023, section 3.1.2.
+
+pub mod backward_naive;
+pub mod convert;
+pub mod prepare;
+
+/// Rows of a head in scratch memory are padded to a multiple of this: no rung's tile of queries is
+/// longer.
+pub const ROW_PADDING: u32 = 128;
+
+/// Rows of a head in scratch memory, for `seq_q` rows.
+#[inline(always)]
+#[must_use]
+pub const fn padded(seq_q: u32) -> u32 {
+    seq_q.next_multiple_of(ROW_PADDING)
+}

@@ -1,0 +1,102 @@
+//! prepare: what all tiles of keys need of a row, computed once.
+//!
+//! ```text
+//! delta    = rowsum(dO ∘ O)
+//! lse_log2 = LSE * log2(e), or +inf where a row sees no key or is past the last
+//! dq_acc   = 0, where dQ is summed in memory
+//! ```
+//!
+//! `delta` is `rowsum(P ∘ dP)`, the mean of dP that the softmax takes away, without P and dP.
+//!
+//! Memory: reads O and dO once. No shared memory. Measured: not measured yet.
+//!
+//! Source: Dao, "FlashAttention-2", 2023, algorithm 2, line 4.
+
+use core::f32::consts::LOG2_E;
+
+use half::{bf16, f16};
+use simt::{math, thread, warp};
+
+use crate::{
+    args::BackwardArgs,
+    entries,
+    parts::{
+        chunk::{Chunk, MAX_ELEMENTS},
+        head::Head,
+    },
+};
+
+/// Threads of a block.
+pub const THREADS: u32 = 128;
+/// Threads of a row: each takes every eighth chunk of 16 bytes.
+pub const ROW_THREADS: u32 = 8;
+/// Rows of a block.
+pub const ROWS: u32 = THREADS / ROW_THREADS;
+
+const _: () = assert!(super::ROW_PADDING % ROWS == 0, "blocks cover the padded rows");
+
+/// The first step of a backward pass.
+///
+/// # Layout
+/// `o, d_o: [B, H, Nq, D]`, `lse: [B, H, Nq]`, `delta, lse_log2: [B, H, Nq']`,
+/// `dq_acc: [B, H, Nq', D]` or empty.
+///
+/// # Thread mapping
+/// Eight neighbouring threads a row; `x` counts groups of [`ROWS`] padded rows, `z` heads.
+///
+/// # Safety
+/// The buffers of `args` must have these shapes, with addresses and strides that are multiples of
+/// 16 bytes, and the launch the threads stated here.
+#[inline(always)]
+pub unsafe fn prepare<T: Chunk>(args: &BackwardArgs) {
+    let head = Head::of_block_z(&args.forward);
+    let (lane, row) = (thread::thread_idx_x() % ROW_THREADS, thread::thread_idx_x() / ROW_THREADS);
+    let i = thread::block_idx_x() * ROWS + row;
+    let d = args.forward.shape.head_dim;
+    // SAFETY: the buffers have the shapes stated above.
+    let (o, d_o, lse, delta, lse_log2, dq_acc) = unsafe {
+        (
+            args.forward.tensors.o.buffer.view::<T>(),
+            args.gradients.d_o.buffer.view::<T>(),
+            args.forward.tensors.lse.view::<f32>(),
+            args.steps.delta.view_mut::<f32>(),
+            args.steps.lse_log2.view_mut::<f32>(),
+            args.steps.dq_acc.view_mut::<f32>(),
+        )
+    };
+    let lse_i = if i < head.seq_q { lse.read(head.row(i)) } else { f32::NEG_INFINITY };
+    let sees_nothing = lse_i == f32::NEG_INFINITY;
+
+    let mut sum = 0.0;
+    if !sees_nothing {
+        let o_row = head.query(&args.forward.tensors.o, i);
+        let d_o_row = head.query(&args.gradients.d_o, i);
+        for column in (lane * T::ELEMENTS..d).step_by((ROW_THREADS * T::ELEMENTS) as usize) {
+            let o = T::unpack(o.read_as(o_row + column as u64));
+            let d_o = T::unpack(d_o.read_as(d_o_row + column as u64));
+            for e in 0..MAX_ELEMENTS {
+                sum = math::fma(o[e], d_o[e], sum);
+            }
+        }
+    }
+    // All lanes of the warp are here: rows past the last take part.
+    let sum = warp::reduce_add::<ROW_THREADS>(sum);
+    if lane == 0 {
+        delta.write(head.padded_row(i), sum);
+        let value = if sees_nothing { f32::INFINITY } else { lse_i * LOG2_E };
+        lse_log2.write(head.padded_row(i), value);
+    }
+
+    if !args.steps.dq_acc.is_empty() {
+        let first = head.padded_row(i) * d as u64;
+        for column in (lane * 4..d).step_by(4 * ROW_THREADS as usize) {
+            dq_acc.write_as(first + column as u64, [0u32; 4]);
+        }
+    }
+}
+
+entries! {
+    /// Instances of [`prepare()`].
+    pub static ENTRIES: BackwardArgs => "sm_75", threads THREADS, min_blocks 1;
+    backward_prepare: T in [f32, f16, bf16] = prepare::<T>;
+}

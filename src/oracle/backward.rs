@@ -1,0 +1,437 @@
+//! What the backward pass should give: gradients in f64, and those of the plain algorithm in the
+//! storage precision.
+//!
+//! Gradients are computed a head of K and V at a time, with all heads of Q that share it: its dK and
+//! dV are sums over every row.
+
+use rayon::prelude::*;
+
+use super::{Beside, Case, View, round};
+use crate::{
+    dtype::DType,
+    problem::Problem,
+    session::{self, Inputs},
+    tensor::Tensor,
+};
+
+/// Gradients of some heads of K and V, widened to f64.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Gradients {
+    /// Gradient of Q: of each head of K the heads of Q that share it, each `[Nq, D]`.
+    pub dq: Vec<f64>,
+    /// Gradient of K, `[Nk, D]` a head.
+    pub dk: Vec<f64>,
+    /// Gradient of V, likewise.
+    pub dv: Vec<f64>,
+}
+
+/// Every head of K and V of a problem: head `b * Hkv + h`.
+#[must_use]
+pub fn all_heads(problem: &Problem) -> Vec<usize> {
+    (0..problem.batch() * problem.kv_heads()).collect()
+}
+
+/// Those heads of a kernel's gradients.
+#[must_use]
+pub fn gradients_of(
+    problem: &Problem,
+    gradients: &session::Gradients,
+    heads: &[usize],
+) -> Gradients {
+    let p = problem;
+    let dq = View::new(p, gradients.dq.to_f32(), p.heads(), p.seq_q());
+    let [dk, dv] = [&gradients.dk, &gradients.dv]
+        .map(|tensor| View::new(p, tensor.to_f32(), p.kv_heads(), p.seq_k()));
+    let mut result = Gradients::default();
+    let widened = |row: &[f32]| row.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+    for &head in heads {
+        let (b, h_kv) = (head / p.kv_heads(), head % p.kv_heads());
+        for h in h_kv * p.group()..(h_kv + 1) * p.group() {
+            (0..p.seq_q()).for_each(|i| result.dq.extend(widened(dq.row(b, h, i))));
+        }
+        (0..p.seq_k()).for_each(|j| result.dk.extend(widened(dk.row(b, h_kv, j))));
+        (0..p.seq_k()).for_each(|j| result.dv.extend(widened(dv.row(b, h_kv, j))));
+    }
+    result
+}
+
+/// Gradients of `sum(O ∘ dO)` in f64: inputs and dO are taken as they are stored, and nothing is
+/// rounded that f64 would not round.
+#[must_use]
+pub fn gradients(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    d_o: &Tensor,
+    heads: &[usize],
+) -> Gradients {
+    Pass::new(problem, inputs, d_o, Exact).collect(heads)
+}
+
+/// The plain algorithm's gradients: every tensor that a framework keeps between two steps is
+/// rounded to the storage type, and everything is computed in f32. Scores and weights are those of
+/// [`plain`](super::plain); the softmax's step is `dS = P ∘ (dP - rowsum(P ∘ dP))`.
+#[must_use]
+pub fn plain_gradients(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    d_o: &Tensor,
+    heads: &[usize],
+) -> Gradients {
+    let dtype = problem.dtype();
+    Pass::new(problem, inputs, d_o, Rounded { dtype, scores: dtype }).collect(heads)
+}
+
+/// [`plain_gradients`] with S in f32, for scores that the storage type cannot hold.
+#[must_use]
+pub fn plain_gradients_with_f32_scores(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    d_o: &Tensor,
+    heads: &[usize],
+) -> Gradients {
+    let rounded = Rounded { dtype: problem.dtype(), scores: DType::F32 };
+    Pass::new(problem, inputs, d_o, rounded).collect(heads)
+}
+
+/// What gradients are made of: the sum of the sizes of all products in them, with dP and delta as
+/// sums of sizes too. Where products cancel it is larger than any gradient. A weight that is computed
+/// again, `exp(s - LSE)`, counts `1 + |LSE| + |s|` times, with `|s|` a sum of sizes: as many times as
+/// a rounding error of each is one of the weight.
+#[must_use]
+pub fn absolute_gradients(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    d_o: &Tensor,
+    heads: &[usize],
+) -> Gradients {
+    let absolute = |tensor: &Tensor| tensor.to_f32().into_iter().map(f32::abs).collect();
+    let pass = Pass::new(problem, inputs, d_o, Exact);
+    let (p, k) = (problem, [problem.kv_heads(), problem.seq_k()]);
+    let view = |values, [heads, seq]: [usize; 2]| View::new(p, values, heads, seq);
+    let sizes = Pass {
+        case: Case {
+            problem,
+            beside: Beside::default(),
+            q: view(absolute(inputs.q), [p.heads(), p.seq_q()]),
+            k: view(absolute(inputs.k), k),
+            v: view(absolute(inputs.v), k),
+            dropout: pass.case.dropout,
+        },
+        d_o: view(absolute(d_o), [p.heads(), p.seq_q()]),
+        arithmetic: Absolute,
+    };
+    sizes.collect_with(heads, &pass)
+}
+
+/// Where a computation rounds what f64 holds.
+trait Arithmetic: Copy + Sync {
+    /// The result of an operation. (One of f32 rounds as this does: f64 has more than twice its
+    /// digits.)
+    fn computed(self, x: f64) -> f64;
+    /// An element of a tensor.
+    fn stored(self, x: f64) -> f64;
+    /// A score.
+    fn score(self, x: f64) -> f64;
+    /// `a - b`.
+    fn difference(self, a: f64, b: f64) -> f64 {
+        self.computed(a - b)
+    }
+    /// A weight, whose scaled product is `s`.
+    fn weight(self, weight: &Weight, _s: impl FnOnce() -> f64) -> f64 {
+        weight.p
+    }
+
+    /// `a · b`.
+    fn dot(self, a: &[f32], b: &[f32]) -> f64 {
+        let term = |(&a, &b): (&f32, &f32)| f64::from(a) * f64::from(b);
+        a.iter().zip(b).map(term).fold(0.0, |sum, x| self.computed(sum + self.computed(x)))
+    }
+
+    /// `sum += a * x`.
+    fn add(self, sum: &mut [f64], a: f64, x: &[f32]) {
+        for (sum, &x) in sum.iter_mut().zip(x) {
+            *sum = self.computed(*sum + self.computed(a * f64::from(x)));
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Exact;
+
+impl Arithmetic for Exact {
+    fn computed(self, x: f64) -> f64 {
+        x
+    }
+    fn stored(self, x: f64) -> f64 {
+        x
+    }
+    fn score(self, x: f64) -> f64 {
+        x
+    }
+}
+
+/// Of sizes: nothing cancels.
+#[derive(Clone, Copy)]
+struct Absolute;
+
+impl Arithmetic for Absolute {
+    fn computed(self, x: f64) -> f64 {
+        x
+    }
+    fn stored(self, x: f64) -> f64 {
+        x
+    }
+    fn score(self, x: f64) -> f64 {
+        x
+    }
+    fn difference(self, a: f64, b: f64) -> f64 {
+        a + b
+    }
+    fn weight(self, weight: &Weight, s: impl FnOnce() -> f64) -> f64 {
+        weight.p * (1.0 + weight.lse.abs() + s().max(weight.score.abs()))
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Rounded {
+    dtype: DType,
+    scores: DType,
+}
+
+impl Arithmetic for Rounded {
+    fn computed(self, x: f64) -> f64 {
+        f64::from(x as f32)
+    }
+    fn stored(self, x: f64) -> f64 {
+        f64::from(round(self.dtype, x as f32))
+    }
+    fn score(self, x: f64) -> f64 {
+        f64::from(round(self.scores, x as f32))
+    }
+}
+
+/// A backward pass.
+struct Pass<'a, A> {
+    case: Case<'a, f32>,
+    d_o: View<f32>,
+    arithmetic: A,
+}
+
+/// A weight, and what it is to a score.
+struct Weight {
+    /// The key.
+    j: usize,
+    /// The score.
+    score: f64,
+    /// The log-sum-exp of its row.
+    lse: f64,
+    /// The weight before dropout.
+    p: f64,
+    /// The derivative of the score by the scaled product.
+    slope: f64,
+}
+
+impl<'a, A: Arithmetic> Pass<'a, A> {
+    fn new(problem: &'a Problem, inputs: &Inputs<'a>, d_o: &Tensor, arithmetic: A) -> Self {
+        let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
+        Self {
+            case: Case::new(problem, values, Beside::of(inputs)),
+            d_o: View::new(problem, d_o.to_f32(), problem.heads(), problem.seq_q()),
+            arithmetic,
+        }
+    }
+
+    fn collect(&self, heads: &[usize]) -> Gradients {
+        self.collect_with(heads, self)
+    }
+
+    /// With the weights of another pass.
+    fn collect_with<B: Arithmetic>(&self, heads: &[usize], of: &Pass<'_, B>) -> Gradients {
+        let computed: Vec<_> = heads.par_iter().map(|&head| self.head(head, of)).collect();
+        let mut result = Gradients::default();
+        for Gradients { dq, dk, dv } in computed {
+            result.dq.extend(dq);
+            result.dk.extend(dk);
+            result.dv.extend(dv);
+        }
+        result
+    }
+
+    /// A head of K and V, and the heads of Q that share it.
+    fn head<B: Arithmetic>(&self, head: usize, of: &Pass<'_, B>) -> Gradients {
+        let (p, a) = (self.case.problem, self.arithmetic);
+        let (b, h_kv) = (head / p.kv_heads(), head % p.kv_heads());
+        let zeros = || vec![0.0; p.seq_k() * p.head_dim()];
+        let (mut dq, mut dk, mut dv) = (Vec::new(), zeros(), zeros());
+        for h in h_kv * p.group()..(h_kv + 1) * p.group() {
+            let (mut dk_of_h, mut dv_of_h) = (zeros(), zeros());
+            for i in 0..p.seq_q() {
+                let weights = of.weights([b, h, i]);
+                dq.extend(self.row([b, h, i], weights, [&mut dk_of_h, &mut dv_of_h]));
+            }
+            // Each head has its own gradients, which are summed where it shares K and V.
+            for (sum, of_h) in [(&mut dk, dk_of_h), (&mut dv, dv_of_h)] {
+                for (sum, x) in sum.iter_mut().zip(of_h) {
+                    *sum = a.computed(*sum + a.stored(x));
+                }
+            }
+        }
+        for x in dk.iter_mut().chain(&mut dv) {
+            *x = a.stored(*x);
+        }
+        Gradients { dq, dk, dv }
+    }
+
+    /// The row of dQ; what the row adds to dK and dV.
+    fn row(
+        &self,
+        [b, h, i]: [usize; 3],
+        weights: Vec<Weight>,
+        [dk, dv]: [&mut [f64]; 2],
+    ) -> Vec<f64> {
+        let (case, p, a) = (&self.case, self.case.problem, self.arithmetic);
+        let (d, scale) = (p.head_dim(), f64::from(p.scale()));
+        let (q, d_o) = (case.q.row(b, h, i), self.d_o.row(b, h, i));
+        let weights: Vec<Weight> = weights
+            .into_iter()
+            .map(|weight| {
+                let s = || scale * a.dot(q, case.k(b, h, weight.j));
+                Weight { p: a.weight(&weight, s), ..weight }
+            })
+            .collect();
+        let kept = |j| f64::from(case.kept(b, h, i, j));
+        let dp_of = |weight: &Weight| {
+            a.stored(a.stored(a.dot(d_o, case.v(b, h, weight.j))) * kept(weight.j))
+        };
+        let dp: Vec<f64> = weights.iter().map(dp_of).collect();
+        let products = weights.iter().zip(&dp).map(|(weight, dp)| a.computed(weight.p * dp));
+        let mean = products.fold(0.0, |sum, x| a.computed(sum + x));
+        let mut dq = vec![0.0; d];
+        for (Weight { j, p: weight, slope, .. }, dp) in weights.into_iter().zip(dp) {
+            let ds = a.stored(weight * a.difference(dp, mean));
+            let ds = if p.softcap().is_some() { a.stored(ds * slope) } else { ds };
+            let ds = a.stored(ds * scale);
+            a.add(&mut dq, ds, case.k(b, h, j));
+            a.add(&mut dk[j * d..][..d], ds, q);
+            a.add(&mut dv[j * d..][..d], a.stored(weight * kept(j)), d_o);
+        }
+        dq.into_iter().map(|x| a.stored(x)).collect()
+    }
+
+    /// The weights of a row, of the keys that it sees.
+    fn weights(&self, [b, h, i]: [usize; 3]) -> Vec<Weight> {
+        let (case, p, a) = (&self.case, self.case.problem, self.arithmetic);
+        let (scale, sink) = (f64::from(p.scale()), f64::from(case.sink(h)));
+        let q = case.q.row(b, h, i);
+        let score = |j: usize| {
+            let s = a.score(scale * a.dot(q, case.k(b, h, j)));
+            let (mut s, mut slope) = (s, 1.0);
+            if let Some(cap) = p.softcap().map(f64::from) {
+                let tanh = a.score(a.score(s / cap).tanh());
+                (s, slope) = (a.score(tanh * cap), a.stored(1.0 - tanh * tanh));
+            }
+            if case.beside.alibi_slopes.is_some() {
+                s = a.score(s - case.alibi(b, h, i, j));
+            }
+            if case.beside.bias.is_some() {
+                s = a.score(s + f64::from(case.bias(b, h, i, j)));
+            }
+            Weight { j, score: s, lse: 0.0, p: 0.0, slope }
+        };
+        let scores: Vec<_> = case.seen(b, h, i).into_iter().map(score).collect();
+        let max = scores.iter().map(|weight| weight.score).fold(sink, f64::max);
+        let exp = |s: f64| if s == f64::NEG_INFINITY { 0.0 } else { a.computed((s - max).exp()) };
+        let sum = scores.iter().fold(exp(sink), |sum, w| a.computed(sum + exp(w.score)));
+        let lse = max + sum.ln();
+        let of_score = |w: Weight| Weight { lse, p: a.stored(exp(w.score) / sum), ..w };
+        scores.into_iter().map(of_score).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        oracle::{all_rows, reference},
+        problem::{Alibi, Bias, Dropout, ProblemBuilder, Window},
+    };
+
+    fn everything(p: ProblemBuilder) -> ProblemBuilder {
+        p.kv_heads(2)
+            .window(Window { left: Some(3), right: Some(1) })
+            .mask(true)
+            .dropout(Some(Dropout { p: 0.3, seed: 9 }))
+            .softcap(Some(1.5))
+            .alibi(Some(Alibi::PerHead))
+            .bias(Some(Bias { per_batch: true, per_head: false }))
+            .sinks(true)
+    }
+
+    /// The gradient is the slope of `sum(O ∘ dO)`, by the f64 oracle of the forward pass itself.
+    #[test]
+    fn gradients_are_finite_differences_of_the_forward_pass() {
+        let plain = Problem::builder(2, 4, 5, 4).seq_k(6);
+        let problems = [
+            plain,
+            plain.causal(true),
+            plain.kv_heads(2),
+            plain.softcap(Some(0.7)),
+            everything(plain),
+        ];
+        for p in problems {
+            let p = p.build().unwrap();
+            let random = |shape: &[usize], seed| Tensor::random(DType::F32, shape, seed, 0.0);
+            let [q, k, v] =
+                [p.q_shape(), p.k_shape(), p.k_shape()].map(|s| random(&s, s[2] as u64));
+            let v = v.scaled(-0.5);
+            let d_o = random(&p.q_shape(), 3);
+            let mask: Option<Vec<u8>> = p
+                .mask_shape()
+                .map(|_| (0..p.batch() * p.seq_k()).map(|j| u8::from(j % 5 != 1)).collect());
+            let [slopes, bias, sinks] = [p.alibi_shape(), p.bias_shape(), p.sinks_shape()]
+                .map(|shape| shape.map(|shape| random(&shape, 4)));
+            let inputs = Inputs {
+                mask: mask.as_deref(),
+                alibi_slopes: slopes.as_ref(),
+                bias: bias.as_ref(),
+                sinks: sinks.as_ref(),
+                ..Inputs::new(&q, &k, &v)
+            };
+            let loss = |inputs: &Inputs<'_>| -> f64 {
+                let o = reference(&p, inputs, &all_rows(&p)).o;
+                o.iter().zip(d_o.to_f64()).map(|(o, d_o)| o * d_o).sum()
+            };
+            let found = gradients(&p, &inputs, &d_o, &all_heads(&p));
+            for (which, tensor, gradient) in
+                [(0, &q, &found.dq), (1, &k, &found.dk), (2, &v, &found.dv)]
+            {
+                // A power of two that f32 adds without rounding to what is about 1.
+                let step = 2f64.powi(-11);
+                for index in 0..tensor.to_f64().len() {
+                    let moved = |by: f64| {
+                        let mut values = tensor.to_f64();
+                        values[index] += by;
+                        let moved = Tensor::from_f64(DType::F32, tensor.shape(), &values).unwrap();
+                        let exact = moved.get(index) - tensor.get(index);
+                        let mut qkv = [inputs.q, inputs.k, inputs.v];
+                        qkv[which] = &moved;
+                        let [q, k, v] = qkv;
+                        (loss(&Inputs { q, k, v, ..inputs }), exact)
+                    };
+                    let ((above, up), (below, down)) = (moved(step), moved(-step));
+                    let slope = (above - below) / (up - down);
+                    // The difference errs by step² times the third derivative.
+                    let error = (slope - gradient[index]).abs();
+                    assert!(error < 3e-5, "{which} {index}: {slope}, {} {p:?}", gradient[index]);
+                }
+            }
+            let plain = plain_gradients(&p, &inputs, &d_o, &all_heads(&p));
+            for (plain, exact) in
+                [(&plain.dq, &found.dq), (&plain.dk, &found.dk), (&plain.dv, &found.dv)]
+            {
+                assert!(plain.iter().zip(exact).all(|(x, y)| (x - y).abs() < 1e-5));
+                assert!(exact.iter().any(|x| x.abs() > 0.1));
+            }
+        }
+    }
+}

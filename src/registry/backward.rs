@@ -1,0 +1,215 @@
+//! The backward pass of attention: the ladder of its kernels, and the tensors of a call. As in the
+//! table of attention kernels, the best kernel for a problem is the last one that can do it.
+
+use kernels_gpu::{
+    args,
+    backward::{self, backward_naive, prepare},
+    entry::Instances,
+};
+use simt::Dim3;
+
+use super::{
+    Call, Draft, Operation, Section, Spec, Step, Usage,
+    attention::{self, Args, AttentionLimits, Sizes, attention_args},
+    plan::Plan,
+    table::{ALL_FEATURES, constants, heads, kept_weights, tiles},
+    tensors::{Region, View},
+};
+use crate::{backend::KernelArgs as _, dtype::DType, error::Error, problem::Problem};
+
+/// The gradients of Q, K and V for a problem, of the gradient of O. A bias and sinks get none.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Backward {
+    /// The problem of the forward pass.
+    pub problem: Problem,
+    /// Whether each call with the same inputs gives the same bits.
+    pub deterministic: bool,
+}
+
+impl Backward {
+    /// The gradients for a problem, by the fastest way.
+    #[must_use]
+    pub const fn new(problem: Problem) -> Self {
+        Self { problem, deterministic: false }
+    }
+
+    /// The same gradients, with the same bits each time if `deterministic`.
+    #[must_use]
+    pub const fn deterministic(mut self, deterministic: bool) -> Self {
+        self.deterministic = deterministic;
+        self
+    }
+
+    /// Floating-point operations by convention: five products where the forward pass has two, 2.5
+    /// times its [`flops`](Problem::flops).
+    #[must_use]
+    pub fn flops(&self) -> f64 {
+        2.5 * self.problem.flops()
+    }
+}
+
+/// A kernel of the backward pass.
+pub type BackwardSpec = Spec<Backward>;
+
+/// The tensors of one backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackwardArgs {
+    forward: Args,
+    d_o: View,
+    dq: View,
+    dk: View,
+    dv: View,
+}
+
+impl BackwardArgs {
+    /// `forward`: the tensors of the forward pass, whose O and LSE are read, with the workspace of
+    /// this call. `d_o` is the gradient of O; those of Q, K and V are written to `dq`, `dk` and
+    /// `dv`, each of the shape of its tensor.
+    #[must_use]
+    pub const fn new(forward: Args, d_o: View, [dq, dk, dv]: [View; 3]) -> Self {
+        Self { forward, d_o, dq, dk, dv }
+    }
+}
+
+impl Operation for Backward {
+    type Args = BackwardArgs;
+    type Limits = AttentionLimits;
+
+    fn kernels() -> &'static [BackwardSpec] {
+        BACKWARD_KERNELS
+    }
+
+    fn dtype(&self) -> DType {
+        self.problem.dtype()
+    }
+
+    fn obstacle(&self, limits: &AttentionLimits) -> Option<String> {
+        self.problem.obstacle(limits)
+    }
+
+    fn check(&self, args: &BackwardArgs) -> Result<(), Error> {
+        let p = &self.problem;
+        args.forward.check(p)?;
+        if args.forward.lse.is_none() {
+            let context = ": the backward pass reads the LSE of the forward pass".into();
+            return Err(Error::MissingTensor { what: "lse".into(), context });
+        }
+        let [q, k] = attention::extents(p);
+        args.d_o.check("d_o", p.dtype(), q)?;
+        for (what, view, extents) in [("dq", args.dq, q), ("dk", args.dk, k), ("dv", args.dv, k)] {
+            view.check(what, p.dtype(), extents)?;
+            view.check_distinct(what, extents)?;
+        }
+        Ok(())
+    }
+
+    fn check_sizes(&self) -> Result<(), Error> {
+        self.problem.check_sizes()
+    }
+
+    fn given(args: &BackwardArgs, usage: Usage) -> Option<Region> {
+        args.forward.lse.filter(|_| usage == Usage::Lse)
+    }
+
+    fn workspace(args: &BackwardArgs) -> Region {
+        args.forward.workspace
+    }
+}
+
+impl Plan<Backward> {
+    /// Device memory that a call needs: the forward pass's inputs and outputs, as many gradients
+    /// as there are of Q, K, V and O, and the workspace.
+    #[must_use]
+    pub fn peak_bytes(&self) -> u64 {
+        let p = &self.problem().problem;
+        let elements = 2 * (p.q_elements() + p.k_elements()) as u64;
+        let gradients = elements * p.dtype().size() as u64;
+        p.input_bytes() + p.output_bytes() + gradients + self.workspace_bytes()
+    }
+}
+
+/// The arguments of backward kernels, as bytes.
+fn args(call: &Call<'_, Backward>) -> Vec<u8> {
+    backward_args(call).to_launch_bytes()
+}
+
+fn backward_args(call: &Call<'_, Backward>) -> args::BackwardArgs {
+    let BackwardArgs { forward, d_o, dq, dk, dv } = call.args;
+    let region = |usage| call.region(usage).arg();
+    args::BackwardArgs {
+        forward: attention_args(&call.problem.problem, forward, region),
+        gradients: args::Gradients { d_o: d_o.arg(), dq: dq.arg(), dk: dk.arg(), dv: dv.arg() },
+        steps: args::BackwardScratch {
+            delta: region(Usage::Delta),
+            lse_log2: region(Usage::LseLog2),
+            dq_acc: region(Usage::DqAcc),
+            d_scores: region(Usage::DScores),
+        },
+    }
+}
+
+/// Every kernel of the backward pass, the slowest first.
+pub static BACKWARD_KERNELS: &[BackwardSpec] = &[BACKWARD_NAIVE];
+
+const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
+    name: "backward_naive",
+    summary: "P and dS in memory, a product for each gradient",
+    idea: "the gradients as the formulas have them",
+    dtypes: &DType::ALL,
+    capability: (7, 5),
+    exact_capability: false,
+    limits: AttentionLimits {
+        head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
+        features: ALL_FEATURES,
+        sizes: |_, _| Sizes { rows: vec![backward_naive::TILE], keys: vec![backward_naive::TILE] },
+    },
+    draft: |b, _| {
+        let p = &b.problem;
+        let kv_heads = tiles(p.batch() * p.kv_heads(), 1);
+        let (tile, threads) = (backward_naive::TILE, backward_naive::THREADS);
+        let scores = Step {
+            grid: Dim3::new(tiles(p.seq_k(), tile), tiles(p.seq_q(), tile), heads(p)),
+            block: Dim3::new(tile, tile, 1),
+            ..step(b, backward_naive::SCORES, 0)?
+        };
+        let queries = Step {
+            grid: Dim3::new(tiles(p.seq_q() * p.head_dim(), threads), 1, heads(p)),
+            ..step(b, backward_naive::QUERIES, 0)?
+        };
+        let keys = Step {
+            grid: Dim3::new(tiles(p.seq_k() * p.head_dim(), threads), 1, kv_heads),
+            ..step(b, backward_naive::KEYS, 0)?
+        };
+        let matrices =
+            [kept_weights(p), Section::new(Usage::DScores, p.weights_bytes())].into_iter();
+        Ok(Draft {
+            sections: matrices.chain(row_sections(b)).collect(),
+            steps: vec![prepare_step(b)?, scores, queries, keys],
+        })
+    },
+};
+
+/// What [`prepare`](kernels_gpu::backward::prepare) leaves of each row.
+fn row_sections(b: &Backward) -> [Section; 2] {
+    let bytes = padded_rows(b) * 4;
+    [Section::new(Usage::Delta, bytes), Section::new(Usage::LseLog2, bytes)]
+}
+
+/// Padded rows over all heads.
+fn padded_rows(b: &Backward) -> u64 {
+    let p = &b.problem;
+    (p.batch() * p.heads()) as u64 * u64::from(backward::padded(p.seq_q() as u32))
+}
+
+/// The first step of a backward pass.
+fn prepare_step(b: &Backward) -> Result<Step<Backward>, String> {
+    let p = &b.problem;
+    let grid = Dim3::new(backward::padded(p.seq_q() as u32) / prepare::ROWS, 1, heads(p));
+    Ok(Step { grid, ..step(b, prepare::ENTRIES, 0)? })
+}
+
+/// A launch of a kernel's entry of that size, with the arguments of the backward pass.
+fn step(b: &Backward, entries: Instances, size: usize) -> Result<Step<Backward>, String> {
+    let p = &b.problem;
+    Ok(Step { constants: constants(p), ..Step::new(entries, p.dtype(), size, args)? })
+}

@@ -1,0 +1,165 @@
+//! Are gradients right? The rule is that of the forward pass, for each of dQ, dK and dV: an error of
+//! at most twice the plain algorithm's ([`oracle::plain_gradients`]), both against f64.
+//!
+//! The plain algorithm is credited with what nobody can avoid: a rounding of the largest gradient to
+//! the storage type and three in f32; and one rounding in f32 of each product that is summed, where
+//! products cancel, of the LSE and of the scores ([`oracle::absolute_gradients`]). The LSE is what the
+//! forward pass hands on, and the plain algorithm does without; and with one key dS is `dP - delta`,
+//! two sums of the same products, which the plain algorithm sums in the same order, without an error.
+
+use super::{Differences, Worst, Yardstick, beside, draws};
+use crate::{
+    dtype::DType,
+    oracle::{self, Gradients},
+    problem::Problem,
+    session::{self, Inputs},
+    tensor::Tensor,
+};
+
+/// What the plain algorithm is credited with on gradients: its largest error of each.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct GradientCredit {
+    /// Of dQ.
+    pub dq: Yardstick,
+    /// Of dK.
+    pub dk: Yardstick,
+    /// Of dV.
+    pub dv: Yardstick,
+}
+
+impl GradientCredit {
+    /// The plain algorithm's worst errors on some heads of K and V of a problem. `reference`: of
+    /// the inputs themselves.
+    #[must_use]
+    pub fn of(
+        p: &Problem,
+        inputs: &Inputs<'_>,
+        d_o: &Tensor,
+        heads: &[usize],
+        reference: &Gradients,
+    ) -> Self {
+        let pairs = heads.len() * p.group() * p.seq_q() * p.seq_k();
+        let rows = heads.len() * p.seq_q().min(p.seq_k());
+        let absolute = oracle::absolute_gradients(p, inputs, d_o, heads);
+        let first = Self::of_draw(p, inputs, d_o, heads, reference);
+        let rounding =
+            |values: &[f64]| Yardstick::new(0.0, DType::F32.unit_roundoff() * largest(values));
+        let Gradients { dq, dk, dv } = &absolute;
+        let first = first.max(Self { dq: rounding(dq), dk: rounding(dk), dv: rounding(dv) });
+        let draws = draws((5 * pairs * p.head_dim()) as u64, rows as u64);
+        (1..draws).fold(first, |worst, draw| {
+            let [q, k] = [(inputs.q, 0), (inputs.k, 1)].map(|(t, stream)| beside(t, draw, stream));
+            let [v, d_o] = [(inputs.v, 2), (d_o, 3)].map(|(t, stream)| beside(t, draw, stream));
+            let inputs = Inputs { q: &q, k: &k, v: &v, ..*inputs };
+            let reference = oracle::gradients(p, &inputs, &d_o, heads);
+            worst.max(Self::of_draw(p, &inputs, &d_o, heads, &reference))
+        })
+    }
+
+    fn of_draw(
+        p: &Problem,
+        inputs: &Inputs<'_>,
+        d_o: &Tensor,
+        heads: &[usize],
+        reference: &Gradients,
+    ) -> Self {
+        let mut all = differences(&oracle::plain_gradients(p, inputs, d_o, heads), reference);
+        if all.iter().any(|d| !d.max_abs.is_finite()) {
+            let plain = oracle::plain_gradients_with_f32_scores(p, inputs, d_o, heads);
+            all = differences(&plain, reference);
+        }
+        let rounding = p.dtype().unit_roundoff() + 3.0 * DType::F32.unit_roundoff();
+        let [dq, dk, dv] = all.map(|d| Yardstick::new(d.max_abs, rounding * d.max_expected));
+        Self { dq, dk, dv }
+    }
+
+    /// The larger of each.
+    #[must_use]
+    pub const fn max(self, other: Self) -> Self {
+        Self { dq: self.dq.max(other.dq), dk: self.dk.max(other.dk), dv: self.dv.max(other.dv) }
+    }
+}
+
+fn largest(values: &[f64]) -> f64 {
+    values.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f64::max)
+}
+
+fn differences(actual: &Gradients, expected: &Gradients) -> [Differences; 3] {
+    [
+        Differences::new(&actual.dq, &expected.dq),
+        Differences::new(&actual.dk, &expected.dk),
+        Differences::new(&actual.dv, &expected.dv),
+    ]
+}
+
+/// A kernel's gradients against the reference, with the verdict.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GradientVerification {
+    /// Differences of dQ.
+    pub dq: Differences,
+    /// Differences of dK.
+    pub dk: Differences,
+    /// Differences of dV.
+    pub dv: Differences,
+    /// What the plain algorithm is credited with.
+    pub credit: GradientCredit,
+}
+
+impl GradientVerification {
+    /// Compares some heads of K and V of a kernel's gradients with the reference for those heads.
+    #[must_use]
+    pub fn new(
+        p: &Problem,
+        gradients: &session::Gradients,
+        heads: &[usize],
+        reference: &Gradients,
+        credit: GradientCredit,
+    ) -> Self {
+        let [dq, dk, dv] = differences(&oracle::gradients_of(p, gradients, heads), reference);
+        Self { dq, dk, dv, credit }
+    }
+
+    /// Each gradient by its name, with what it is measured by.
+    #[must_use]
+    pub const fn each(&self) -> [(&'static str, &Differences, Yardstick); 3] {
+        let GradientCredit { dq, dk, dv } = self.credit;
+        [("dQ", &self.dq, dq), ("dK", &self.dk, dk), ("dV", &self.dv, dv)]
+    }
+
+    /// Whether all errors are within their limits.
+    #[must_use]
+    pub fn passes(&self) -> bool {
+        self.each().iter().all(|(_, d, yardstick)| yardstick.allows(d.max_abs))
+    }
+}
+
+impl std::fmt::Display for GradientVerification {
+    /// One line: the errors with their limits, and the worst values.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut separator = "";
+        for (name, d, yardstick) in self.each() {
+            let (Worst { index, actual, expected }, limit) = (d.worst, yardstick.limit());
+            write!(
+                f,
+                "{separator}{name} error {:.2e} (limit {limit:.2e}) at {index}: {actual} for {expected}",
+                d.max_abs
+            )?;
+            separator = "; ";
+        }
+        Ok(())
+    }
+}
+
+/// Verifies some heads of K and V of a kernel's gradients.
+#[must_use]
+pub fn verify_gradients(
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    d_o: &Tensor,
+    gradients: &session::Gradients,
+    heads: &[usize],
+) -> GradientVerification {
+    let reference = oracle::gradients(problem, inputs, d_o, heads);
+    let credit = GradientCredit::of(problem, inputs, d_o, heads, &reference);
+    GradientVerification::new(problem, gradients, heads, &reference, credit)
+}
