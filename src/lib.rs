@@ -71,7 +71,7 @@ pub use backend::{Device, GpuDevice};
 pub use dtype::DType;
 pub use error::Error;
 pub use half;
-pub use problem::{Alibi, Bias, Dropout, Extras, Layout, Problem, ProblemBuilder, Window};
+pub use problem::{Alibi, Bias, Dropout, Extras, Layout, Problem, ProblemBuilder, Varlen, Window};
 pub use tensor::Tensor;
 
 /// The README's examples, compiled as tests.

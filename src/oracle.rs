@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use crate::{
     dtype::DType,
-    problem::{Alibi, Problem},
+    problem::{Alibi, Problem, Sequence},
     session::{Inputs, Outputs},
     tensor::Tensor,
 };
@@ -35,7 +35,8 @@ pub struct Rows {
     pub lse: Vec<f64>,
 }
 
-/// Every row of a problem: row `(b * H + h) * Nq + i`.
+/// Every row of a problem: row `(b * H + h) * Nq + i`, of packed sequences `h * total_q` and the row in Q.
+/// Rows beyond the last sequence are rows that see no key here; kernels leave them as they are.
 #[must_use]
 pub fn all_rows(problem: &Problem) -> Vec<usize> {
     (0..problem.rows()).collect()
@@ -56,11 +57,11 @@ pub fn sample_rows(problem: &Problem, count: usize) -> Vec<usize> {
 /// The rows of a kernel's outputs.
 #[must_use]
 pub fn rows_of(problem: &Problem, outputs: &Outputs, rows: &[usize]) -> Rows {
-    let o = View::new(problem, outputs.o.to_f32(), problem.heads(), problem.seq_q());
+    let o = View::new(problem, outputs.o.to_f32(), problem.q_extents());
     let lse = outputs.lse.to_f32();
     let mut result = Rows { o: Vec::new(), lse: Vec::new() };
     for &row in rows {
-        let (b, h, i) = position(problem, row);
+        let (b, h, i) = place(problem, row);
         result.o.extend(o.row(b, h, i).iter().map(|&x| f64::from(x)));
         result.lse.push(f64::from(lse[row]));
     }
@@ -144,9 +145,24 @@ fn collect(rows: &[usize], compute: impl Fn(usize) -> (Vec<f64>, f64) + Sync) ->
     result
 }
 
-fn position(problem: &Problem, row: usize) -> (usize, usize, usize) {
-    let (bh, i) = (row / problem.seq_q(), row % problem.seq_q());
-    (bh / problem.heads(), bh % problem.heads(), i)
+/// Batch entry, head and row of Q in memory, of which packed sequences are one batch entry.
+fn place(problem: &Problem, row: usize) -> (usize, usize, usize) {
+    let [_, heads, rows, _] = problem.q_extents();
+    let (bh, i) = (row / rows, row % rows);
+    (bh / heads, bh % heads, i)
+}
+
+/// A row of Q, and the sequence that it is of.
+#[derive(Clone, Copy)]
+struct Row {
+    /// Batch entry: the sequence.
+    b: usize,
+    h: usize,
+    /// The row, counted from the sequence's first.
+    i: usize,
+    of: Sequence,
+    /// Batch entry in memory.
+    entry: usize,
 }
 
 /// A tensor seen as rows, whatever its layout. f32 holds every storage type exactly.
@@ -157,8 +173,7 @@ struct View<T> {
 }
 
 impl<T> View<T> {
-    fn new(problem: &Problem, values: Vec<T>, heads: usize, seq: usize) -> Self {
-        let head_dim = problem.head_dim();
+    fn new(problem: &Problem, values: Vec<T>, [_, heads, seq, head_dim]: [usize; 4]) -> Self {
         let strides = problem.layout().strides(heads, seq, head_dim);
         Self { values, strides, head_dim }
     }
@@ -176,13 +191,16 @@ pub(crate) struct Beside<'a> {
     pub alibi_slopes: Option<Vec<f32>>,
     pub bias: Option<Vec<f32>>,
     pub sinks: Option<Vec<f32>>,
+    /// Where packed sequences begin in Q, and in K and V.
+    pub cu_seqlens: Option<[&'a [u32]; 2]>,
 }
 
 impl<'a> Beside<'a> {
     fn of(inputs: &Inputs<'a>) -> Self {
         let [alibi_slopes, bias, sinks] = [inputs.alibi_slopes, inputs.bias, inputs.sinks]
             .map(|tensor| tensor.map(Tensor::to_f32));
-        Self { mask: inputs.mask, alibi_slopes, bias, sinks }
+        let cu_seqlens = inputs.cu_seqlens_q.zip(inputs.cu_seqlens_k).map(<[_; 2]>::from);
+        Self { mask: inputs.mask, alibi_slopes, bias, sinks, cu_seqlens }
     }
 }
 
@@ -197,49 +215,76 @@ struct Case<'a, T> {
 
 impl<'a, T: Copy + Into<f64>> Case<'a, T> {
     fn new(problem: &'a Problem, [q, k, v]: [Vec<T>; 3], beside: Beside<'a>) -> Self {
-        let kv_view = |values| View::new(problem, values, problem.kv_heads(), problem.seq_k());
+        let kv_view = |values| View::new(problem, values, problem.k_extents());
         Self {
             problem,
             beside,
-            q: View::new(problem, q, problem.heads(), problem.seq_q()),
+            q: View::new(problem, q, problem.q_extents()),
             k: kv_view(k),
             v: kv_view(v),
             dropout: problem.dropout_args(),
         }
     }
 
-    /// The keys that row `i` sees, ascending.
-    fn seen(&self, b: usize, h: usize, i: usize) -> Vec<usize> {
-        let seq_k = self.problem.seq_k();
+    /// A row of Q where sequences are not packed.
+    fn row_at(&self, b: usize, h: usize, i: usize) -> Row {
+        let p = self.problem;
+        let of = Sequence { first_q: 0, seq_q: p.seq_q(), first_k: 0, seq_k: p.seq_k() };
+        Row { b, h, i, of, entry: b }
+    }
+
+    /// A row of Q. One beyond the last packed sequence is of one that is empty.
+    fn row(&self, row: usize) -> Row {
+        let (entry, h, i) = place(self.problem, row);
+        let Some([q, k]) = self.beside.cu_seqlens else { return self.row_at(entry, h, i) };
+        let mut all = Sequence::all(q, k).enumerate();
+        let has = |of: &Sequence| (of.first_q..of.first_q + of.seq_q).contains(&i);
+        match all.find(|(_, of)| has(of)) {
+            Some((b, of)) => Row { b, h, i: i - of.first_q, of, entry },
+            None => {
+                let of = Sequence { first_q: i, seq_q: 1, first_k: 0, seq_k: 0 };
+                Row { b: 0, h, i: 0, of, entry }
+            }
+        }
+    }
+
+    /// The keys that a row sees, ascending.
+    fn seen(&self, row: Row) -> Vec<usize> {
+        let Row { b, i, of, .. } = row;
+        let window = self.problem.window();
         let visible = |&j: &usize| {
-            self.problem.sees(i, j)
-                && self.beside.mask.is_none_or(|mask| mask[b * seq_k + j] != 0)
-                && self.bias(b, h, i, j) != f32::NEG_INFINITY
+            window.sees(i, j, of.seq_q, of.seq_k)
+                && self.beside.mask.is_none_or(|mask| mask[b * of.seq_k + j] != 0)
+                && self.bias(row, j) != f32::NEG_INFINITY
         };
-        (0..seq_k).filter(visible).collect()
+        (0..of.seq_k).filter(visible).collect()
     }
 
-    /// The row of K that head `h` of Q uses.
-    fn k(&self, b: usize, h: usize, j: usize) -> &[T] {
-        self.k.row(b, h / self.problem.group(), j)
+    fn q(&self, row: Row) -> &[T] {
+        self.q.row(row.entry, row.h, row.of.first_q + row.i)
     }
 
-    /// The row of V that head `h` of Q uses.
-    fn v(&self, b: usize, h: usize, j: usize) -> &[T] {
-        self.v.row(b, h / self.problem.group(), j)
+    /// Row `j` of K for a row of Q.
+    fn k(&self, row: Row, j: usize) -> &[T] {
+        self.k.row(row.entry, row.h / self.problem.group(), row.of.first_k + j)
+    }
+
+    /// Row `j` of V for a row of Q.
+    fn v(&self, row: Row, j: usize) -> &[T] {
+        self.v.row(row.entry, row.h / self.problem.group(), row.of.first_k + j)
     }
 
     /// What ALiBi takes from a score: 0 without.
-    fn alibi(&self, b: usize, h: usize, i: usize, j: usize) -> f64 {
+    fn alibi(&self, Row { b, h, i, of, .. }: Row, j: usize) -> f64 {
         let Some(slopes) = &self.beside.alibi_slopes else { return 0.0 };
         let p = self.problem;
         let entry = if p.alibi() == Some(Alibi::PerBatchAndHead) { b * p.heads() } else { 0 };
-        let distance = (i + p.seq_k()).abs_diff(p.seq_q() + j);
+        let distance = (i + of.seq_k).abs_diff(of.seq_q + j);
         f64::from(slopes[entry + h]) * distance as f64
     }
 
     /// What joins a score: 0 without a bias.
-    fn bias(&self, b: usize, h: usize, i: usize, j: usize) -> f32 {
+    fn bias(&self, Row { b, h, i, .. }: Row, j: usize) -> f32 {
         let (Some(values), Some(bias)) = (&self.beside.bias, self.problem.bias()) else {
             return 0.0;
         };
@@ -255,16 +300,16 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
     }
 
     /// The score of a scaled product.
-    fn score(&self, s: f64, [b, h, i, j]: [usize; 4]) -> f64 {
+    fn score(&self, s: f64, row: Row, j: usize) -> f64 {
         let capped = self.problem.softcap().map_or(s, |cap| {
             let cap = f64::from(cap);
             cap * (s / cap).tanh()
         });
-        capped - self.alibi(b, h, i, j) + f64::from(self.bias(b, h, i, j))
+        capped - self.alibi(row, j) + f64::from(self.bias(row, j))
     }
 
-    /// What weight `(b, h, i, j)` is multiplied by: 0 or the rescale; 1 without dropout.
-    fn kept(&self, b: usize, h: usize, i: usize, j: usize) -> f32 {
+    /// What the weight of key `j` is multiplied by: 0 or the rescale; 1 without dropout.
+    fn kept(&self, Row { b, h, i, .. }: Row, j: usize) -> f32 {
         if self.dropout.threshold == 0 {
             return 1.0;
         }
@@ -273,22 +318,22 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
     }
 
     fn reference_row(&self, row: usize) -> (Vec<f64>, f64) {
-        let (b, h, i) = position(self.problem, row);
+        let row = self.row(row);
         let mut o = vec![0.0; self.problem.head_dim()];
-        let (seen, sink) = (self.seen(b, h, i), f64::from(self.sink(h)));
+        let (seen, sink) = (self.seen(row), f64::from(self.sink(row.h)));
         if seen.is_empty() {
             return (o, sink);
         }
         let scale = f64::from(self.problem.scale());
-        let q: Vec<f64> = self.q.row(b, h, i).iter().map(|&x| x.into()).collect();
-        let score = |&j: &usize| self.score(scale * dot_f64(&q, self.k(b, h, j)), [b, h, i, j]);
+        let q: Vec<f64> = self.q(row).iter().map(|&x| x.into()).collect();
+        let score = |&j: &usize| self.score(scale * dot_f64(&q, self.k(row, j)), row, j);
         let scores: Vec<f64> = seen.iter().map(score).collect();
         let max = scores.iter().copied().fold(sink, f64::max);
         let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
         let sum = weights.iter().sum::<f64>() + (sink - max).exp();
         for (&j, weight) in seen.iter().zip(&weights) {
-            let weight = weight / sum * f64::from(self.kept(b, h, i, j));
-            for (o, &v) in o.iter_mut().zip(self.v(b, h, j)) {
+            let weight = weight / sum * f64::from(self.kept(row, j));
+            for (o, &v) in o.iter_mut().zip(self.v(row, j)) {
                 *o += weight * v.into();
             }
         }
@@ -299,12 +344,12 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
 impl Case<'_, f32> {
     /// One row of [`absolute_scores`].
     fn absolute_score(&self, row: usize, lse: f64) -> f64 {
-        let (b, h, i) = position(self.problem, row);
+        let row = self.row(row);
         let scale = f64::from(self.problem.scale());
-        let q: Vec<f64> = self.q.row(b, h, i).iter().map(|&x| x.into()).collect();
+        let q: Vec<f64> = self.q(row).iter().map(|&x| x.into()).collect();
         let absolute_q: Vec<f64> = q.iter().map(|x| x.abs()).collect();
         let of_key = |j| {
-            let k = self.k(b, h, j);
+            let k = self.k(row, j);
             let absolute_k: Vec<f32> = k.iter().map(|x| x.abs()).collect();
             let s = scale * dot_f64(&q, k);
             let mut absolute = scale.abs() * dot_f64(&absolute_q, &absolute_k);
@@ -312,48 +357,48 @@ impl Case<'_, f32> {
                 let tanh = (s / cap).tanh();
                 absolute = absolute * (1.0 - tanh * tanh) + cap * tanh.abs();
             }
-            absolute += self.alibi(b, h, i, j).abs() + f64::from(self.bias(b, h, i, j).abs());
-            (self.score(s, [b, h, i, j]) - lse).exp() * absolute
+            absolute += self.alibi(row, j).abs() + f64::from(self.bias(row, j).abs());
+            (self.score(s, row, j) - lse).exp() * absolute
         };
-        let sink = f64::from(self.sink(h));
+        let sink = f64::from(self.sink(row.h));
         let of_sink = if sink.is_finite() { (sink - lse).exp() * sink.abs() } else { 0.0 };
-        self.seen(b, h, i).into_iter().map(of_key).sum::<f64>() + of_sink
+        self.seen(row).into_iter().map(of_key).sum::<f64>() + of_sink
     }
 
     /// [`Case::score`] with every step rounded, as a framework takes them.
-    fn plain_score(&self, dtype: DType, s: f32, [b, h, i, j]: [usize; 4]) -> f32 {
+    fn plain_score(&self, dtype: DType, s: f32, row: Row, j: usize) -> f32 {
         let rounded = |x| round(dtype, x);
         let mut score = s;
         if let Some(cap) = self.problem.softcap() {
             score = rounded(rounded(rounded(s / cap).tanh()) * cap);
         }
         if self.beside.alibi_slopes.is_some() {
-            score = rounded(score - self.alibi(b, h, i, j) as f32);
+            score = rounded(score - self.alibi(row, j) as f32);
         }
         if self.beside.bias.is_some() {
-            score = rounded(score + self.bias(b, h, i, j));
+            score = rounded(score + self.bias(row, j));
         }
         score
     }
 
     fn plain_row(&self, row: usize, score_type: DType) -> (Vec<f64>, f64) {
-        let (b, h, i) = position(self.problem, row);
+        let row = self.row(row);
         let mut o = vec![0.0f32; self.problem.head_dim()];
-        let (seen, sink) = (self.seen(b, h, i), self.sink(h));
+        let (seen, sink) = (self.seen(row), self.sink(row.h));
         if seen.is_empty() {
             return (o.iter().map(|&x| f64::from(x)).collect(), f64::from(sink));
         }
         let dtype = self.problem.dtype();
         let scale = self.problem.scale();
-        let q = self.q.row(b, h, i);
+        let q = self.q(row);
         let mut scores = Vec::with_capacity(seen.len());
         for keys in seen.chunks(CHAINS) {
             // Keys that are missing in the last chunk are computed and left out.
             let k: [&[f32]; CHAINS] =
-                std::array::from_fn(|c| self.k(b, h, keys[c.min(keys.len() - 1)]));
+                std::array::from_fn(|c| self.k(row, keys[c.min(keys.len() - 1)]));
             let sums = dots_f32(q, k);
             let scaled = sums.iter().map(|s| round(score_type, s * scale));
-            let joined = |(s, &j)| self.plain_score(score_type, s, [b, h, i, j]);
+            let joined = |(s, &j)| self.plain_score(score_type, s, row, j);
             scores.extend(scaled.zip(keys).map(joined));
         }
         let max = scores.iter().copied().fold(sink, f32::max);
@@ -362,9 +407,9 @@ impl Case<'_, f32> {
         for (&j, weight) in seen.iter().zip(&weights) {
             let mut p = round(dtype, weight / sum);
             if self.dropout.threshold != 0 {
-                p = round(dtype, p * self.kept(b, h, i, j));
+                p = round(dtype, p * self.kept(row, j));
             }
-            for (o, &v) in o.iter_mut().zip(self.v(b, h, j)) {
+            for (o, &v) in o.iter_mut().zip(self.v(row, j)) {
                 *o += p * v;
             }
         }

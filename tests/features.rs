@@ -1,4 +1,4 @@
-//! Windows, groups of heads, caps, ALiBi, biases and sinks, alone and together, against f64; and
+//! Windows, groups of heads, caps, ALiBi, biases, sinks and packed sequences, alone and together, against f64; and
 //! faults that attention kernels are known for.
 
 mod suite;
@@ -6,7 +6,7 @@ mod suite;
 use std::io::Write;
 
 use flash_attention::{
-    Alibi, Bias, DType, Dropout, Layout, Problem, Tensor, Window,
+    Alibi, Bias, DType, Dropout, Layout, Problem, ProblemBuilder, Tensor, Window,
     backend::{DeviceTensor, Memory},
     oracle,
     raw::{Args, Plan, Region, View},
@@ -49,30 +49,45 @@ impl Draws {
         self.below(2) == 0
     }
 
-    fn problem(&mut self, head_dim: usize, dtype: DType) -> Problem {
+    fn case(&mut self, head_dim: usize, dtype: DType) -> Case {
         let (kv_heads, group) = (1 + self.below(2), self.of(&[1, 1, 2, 3]));
-        let (seq_q, seq_k) = (1 + self.below(20), 1 + self.below(90));
+        let (seq_q, seq_k) = (1 + self.below(20), self.below(90));
         let bounds = [0, 1, 3, 17, 64, seq_k as u32, u32::MAX];
         let mut bound = || self.yes().then(|| self.of(&bounds));
         let window = Window { left: bound(), right: bound() };
         let alibi = [None, Some(Alibi::PerHead), Some(Alibi::PerBatchAndHead)];
         let bias = Bias { per_batch: self.yes(), per_head: self.yes() };
         let layouts = [Layout::HeadsFirst, Layout::TokensFirst];
-        Problem::builder(1 + self.below(2), kv_heads * group, seq_q, head_dim)
-            .kv_heads(kv_heads)
-            .seq_k(seq_k)
-            .dtype(dtype)
-            .causal(self.below(3) == 0)
-            .window(window)
+        let heads = kv_heads * group;
+        let change = |p: ProblemBuilder, draws: &mut Self| {
+            p.kv_heads(kv_heads)
+                .dtype(dtype)
+                .causal(draws.below(3) == 0)
+                .window(window)
+                .dropout((draws.below(3) == 0).then_some(Dropout { p: 0.25, seed: 5 }))
+                .softcap(draws.yes().then(|| draws.of(&[0.5, 3.0, 50.0])))
+                .alibi(draws.of(&alibi))
+                .sinks(draws.yes())
+        };
+        if self.below(3) == 0 {
+            let length = |draws: &mut Self, most| draws.below(4).min(1) * draws.below(most + 1);
+            let mut lengths = vec![[seq_q, seq_k]; 1 + self.below(4)];
+            for of in &mut lengths[1..] {
+                *of = [length(self, seq_q), length(self, seq_k)];
+            }
+            let first = self.below(lengths.len());
+            lengths.swap(0, first);
+            let case = Case::packed("", &lengths, (heads, head_dim), |p| change(p, self));
+            return Case { name: format!("{lengths:?} of {:?}", case.problem), ..case };
+        }
+        let builder = Problem::builder(1 + self.below(2), heads, seq_q, head_dim).seq_k(seq_k);
+        let problem = change(builder, self)
             .mask(self.below(3) == 0)
-            .dropout((self.below(3) == 0).then_some(Dropout { p: 0.25, seed: 5 }))
-            .softcap(self.yes().then(|| self.of(&[0.5, 3.0, 50.0])))
-            .alibi(self.of(&alibi))
             .bias(self.yes().then_some(bias))
-            .sinks(self.yes())
             .layout(self.of(&layouts))
             .build()
-            .unwrap()
+            .unwrap();
+        Case::new(&format!("{problem:?}"), problem)
     }
 }
 
@@ -83,11 +98,11 @@ fn random_combinations_are_right_on_every_kind_of_rung() {
     for (kernel, dtype) in kernels() {
         let mut draws = Draws(ChaCha8Rng::seed_from_u64(seed));
         for index in 0..RANDOM {
-            let problem = draws.problem(kernel.limits.head_dims[0], dtype);
-            let case = Case::new(&format!("number {index}: {problem:?}"), problem);
+            let case = draws.case(kernel.limits.head_dims[0], dtype);
+            let case = Case { name: format!("number {index}: {}", case.name), ..case };
             match case.check(&emulator(), kernel) {
                 Ok(Some(_)) => {}
-                Ok(None) => failures.push(format!("{}: {problem:?} refused", kernel.name)),
+                Ok(None) => failures.push(format!("{}: {} refused", kernel.name, case.name)),
                 Err(what) => failures.push(what),
             }
         }
@@ -111,10 +126,11 @@ fn random_combinations_are_right_on_a_gpu() {
     let mut failures = Vec::new();
     for index in 0..count {
         let (kernel, dtype) = all[index % all.len()];
-        let problem = draws.problem(head_dim(kernel, index), dtype);
-        match Case::new(&format!("number {index}: {problem:?}"), problem).check(&gpu, kernel) {
+        let case = draws.case(head_dim(kernel, index), dtype);
+        let case = Case { name: format!("number {index}: {}", case.name), ..case };
+        match case.check(&gpu, kernel) {
             Ok(Some(_)) => {}
-            Ok(None) => failures.push(format!("{}: {problem:?} refused", kernel.name)),
+            Ok(None) => failures.push(format!("{}: {} refused", kernel.name, case.name)),
             Err(what) => failures.push(what),
         }
     }

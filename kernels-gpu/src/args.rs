@@ -15,7 +15,7 @@ use simt::{
 };
 
 pub use attention::{
-    AttentionArgs, Bias, DropoutArgs, Keys, Scores, Scratch, Shape, Slopes, Tensors,
+    AttentionArgs, Bias, DropoutArgs, Keys, Scores, Scratch, Sequences, Shape, Slopes, Tensors,
 };
 pub use backward::{BackwardArgs, BackwardScratch, Gradients};
 pub use linear::LinearArgs;

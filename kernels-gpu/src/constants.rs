@@ -1,7 +1,7 @@
 //! What a launch of an attention kernel fixes before the driver compiles its entry.
 //!
 //! [`Policy`](crate::parts::policy::Policy) reads these, and [`Head`](crate::parts::head::Head) the
-//! group: a kernel asks them. What is off costs nothing, neither an instruction nor a register.
+//! group and `varlen`: a kernel asks them. What is off costs nothing, neither an instruction nor a register.
 
 simt::specialisation_constants! {
     /// What a launch asks for beyond plain attention.
@@ -24,6 +24,8 @@ simt::specialisation_constants! {
         bias,
         /// 1: each head has a score without a key.
         sinks,
+        /// 1: batch entries are sequences of lengths of their own, packed one after the other.
+        varlen,
     }
 }
 

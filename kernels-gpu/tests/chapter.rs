@@ -10,10 +10,7 @@ use common::Case;
 use half::{bf16, f16};
 // What the kernel finds in its crate.
 use kernels_gpu::{args, entries, parts};
-use simt::{
-    Dim3,
-    emulator::{self, Launch},
-};
+use simt::emulator::{self, Launch};
 
 const CHAPTER: &str = include_str!("../../docs/adding-a-kernel.md");
 const KERNEL: &str = include_str!("chapter/flash_rows.rs");
@@ -25,11 +22,11 @@ fn the_chapter_shows_this_kernel() {
 
 #[test]
 fn it_computes_attention() {
-    let launch = |dtype: &str, heads: u32, batch: u32| {
+    let launch = |dtype: &str| {
         let entry = flash_rows::ENTRIES.find(dtype, 64).expect("an entry of that type");
         assert_eq!(entry.symbol, format!("flash_rows_{dtype}_d64"));
         move |args: &args::AttentionArgs| {
-            let grid = Dim3::new(args.shape.seq_q.div_ceil(flash_rows::BR), heads, batch);
+            let grid = common::blocks_of(args, flash_rows::BR);
             let launch =
                 Launch { grid, block: flash_rows::THREADS.into(), cluster: 1, shared_bytes: 0 };
             let address = std::ptr::from_ref(args) as usize;
@@ -40,8 +37,8 @@ fn it_computes_attention() {
         }
     };
     let plain = Case { heads: 2, ..Case::new(5, 9, 64) };
-    plain.check::<f32>(launch("f32", 2, 1));
-    plain.check::<bf16>(launch("bf16", 2, 1));
+    plain.check::<f32>(launch("f32"));
+    plain.check::<bf16>(launch("bf16"));
     let all = Case { causal: true, padding: true, dropout: 0.25, interleaved: true, ..plain };
-    all.check::<f16>(launch("f16", 2, 2));
+    all.check::<f16>(launch("f16"));
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Case, Hopper, feature_cases as cases, run, with_queue};
+use common::{Case, Hopper, blocks_of, feature_cases as cases, run, with_queue};
 use half::{bf16, f16};
 use kernels_gpu::{
     args::AttentionArgs,
@@ -12,7 +12,7 @@ use kernels_gpu::{
     },
     parts::queue::QUEUE_WORDS,
 };
-use simt::{Dim3, emulator::Stats, scalar::Scalar};
+use simt::{emulator::Stats, scalar::Scalar};
 
 fn check<T: Scalar>(cases: &[Case], launch: impl Fn(&Case, &AttentionArgs) -> Stats) {
     for case in cases {
@@ -22,8 +22,7 @@ fn check<T: Scalar>(cases: &[Case], launch: impl Fn(&Case, &AttentionArgs) -> St
 
 fn check_grid<T: Scalar>(symbol: &str, d: u32, (br, bc, threads): (u32, u32, u32), shared: u32) {
     check::<T>(&cases(d, br, bc), |_, args| {
-        let grid = Dim3::new(args.shape.seq_q.div_ceil(br), args.shape.heads, args.shape.batch);
-        run(symbol, grid, threads.into(), shared, args)
+        run(symbol, blocks_of(args, br), threads.into(), shared, args)
     });
 }
 

@@ -4,14 +4,13 @@ mod common;
 
 use std::ptr;
 
-use common::Case;
+use common::{Case, blocks_of};
 use half::f16;
 use kernels_gpu::{
     args::AttentionArgs,
     forward::flash_mma::{self, BC, BR, THREADS},
 };
 use simt::{
-    Dim3,
     emulator::{self, Launch, Stats},
     layout::{CHUNK, Padded, Plain, Swizzled, TileLayout},
     mma::Ampere,
@@ -28,7 +27,7 @@ fn run<L: TileLayout, const D: usize, const COLUMN_TILES: usize>(case: Case) -> 
             );
         };
         let launch = Launch {
-            grid: Dim3::new(args.shape.seq_q.div_ceil(BR), args.shape.heads, args.shape.batch),
+            grid: blocks_of(args, BR),
             block: THREADS.into(),
             cluster: 1,
             shared_bytes: L::len(BR + 2 * BC) * 2,

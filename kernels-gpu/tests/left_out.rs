@@ -7,8 +7,8 @@ mod common;
 use std::{cell::OnceCell, fs, path::Path, sync::Arc};
 
 use common::{
-    Case, Hopper, Problem, buffer, buffer_mut, map, options, try_run, values, with_constants,
-    with_options, with_queue,
+    Case, Hopper, Problem, blocks_of, buffer, buffer_mut, map, options, try_run, values,
+    with_constants, with_options, with_queue,
 };
 use half::f16;
 use kernels_gpu::{
@@ -217,11 +217,7 @@ fn flash_tiled_needs_its_barriers() {
     let case = case(32, flash_tiled::BR, flash_tiled::BC);
     change_all("flash_tiled", || {
         attention::<f32>(&case, |args| {
-            let grid = Dim3::new(
-                args.shape.seq_q.div_ceil(flash_tiled::BR),
-                args.shape.heads,
-                args.shape.batch,
-            );
+            let grid = blocks_of(args, flash_tiled::BR);
             let shared = flash_tiled::shared_bytes(32);
             try_run("flash_tiled_f32_d32", grid, flash_tiled::THREADS.into(), shared, args)
         })
@@ -240,11 +236,7 @@ fn the_rungs_with_a_block_a_tile_need_their_barriers_and_waits() {
     for (rung, shared_bytes) in rungs {
         change_all(rung, || {
             attention::<f16>(&case, |args| {
-                let grid = Dim3::new(
-                    args.shape.seq_q.div_ceil(flash_mma::BR),
-                    args.shape.heads,
-                    args.shape.batch,
-                );
+                let grid = blocks_of(args, flash_mma::BR);
                 let symbol = format!("{rung}_f16_d64");
                 try_run(&symbol, grid, flash_mma::THREADS.into(), shared_bytes(64), args)
             })
@@ -267,6 +259,21 @@ fn flash_pipelined_needs_its_barriers_and_waits() {
             })
         });
     }
+}
+
+#[test]
+fn flash_pipelined_needs_its_barriers_for_packed_sequences() {
+    let shape = flash_pipelined::shape(64);
+    // Blocks begin with tasks of sequences that have ended.
+    let case = Case { packed: true, ..Case::new(shape.rows() + 3, shape.keys + 5, 64) };
+    change_all("flash_pipelined_packed", || {
+        attention::<f16>(&case, |args| {
+            let mut queue = [0u32; QUEUE_WORDS as usize];
+            let args = with_queue(args, &mut queue);
+            let (threads, shared) = (shape.threads().into(), flash_pipelined::shared_bytes(64));
+            try_run("flash_pipelined_f16_d64", 2.into(), threads, shared, &args)
+        })
+    });
 }
 
 #[test]
@@ -382,13 +389,13 @@ fn linear_hopper_needs_its_barriers_and_waits() {
     change_all("linear_hopper", || {
         projection::<f16>((257, 328, 200), |args| {
             let [x, w] = tile.boxes();
-            let of = |address, rows: u32, box_dims| {
+            let of = |address, rows: u32, box_dims: [u32; 4]| {
                 let (columns, rows) = (u64::from(args.in_features), u64::from(rows));
                 map(
                     address,
-                    [columns, rows, 1, 1],
-                    [columns, columns * rows, columns * rows],
-                    box_dims,
+                    &[columns, rows, 1, 1],
+                    &[columns, columns * rows, columns * rows],
+                    &box_dims,
                 )
             };
             let maps = [of(args.x.address, args.rows, x), of(args.w.address, args.out_features, w)];

@@ -134,7 +134,7 @@ fn naive_computes_attention() {
             run(
                 "naive_scores_f32_d64",
                 causal,
-                Dim3::new(SEQ_K.div_ceil(tile), SEQ_Q.div_ceil(tile), heads),
+                Dim3::new(SEQ_K.div_ceil(tile) * heads, SEQ_Q.div_ceil(tile), 1),
                 Dim3::new(tile, tile, 1),
                 0,
                 args,
@@ -143,7 +143,7 @@ fn naive_computes_attention() {
             run(
                 "naive_softmax_f32",
                 causal,
-                Dim3::new(rows, 1, heads),
+                (rows * heads).into(),
                 naive::SOFTMAX_THREADS.into(),
                 0,
                 args,
@@ -152,7 +152,7 @@ fn naive_computes_attention() {
             run(
                 "naive_output_f32_d64",
                 causal,
-                Dim3::new(blocks, 1, heads),
+                (blocks * heads).into(),
                 naive::OUTPUT_THREADS.into(),
                 0,
                 args,
@@ -165,7 +165,7 @@ fn naive_computes_attention() {
 fn flash_tiled_computes_attention() {
     for causal in [false, true] {
         check(causal, |args| {
-            let grid = Dim3::new(SEQ_Q.div_ceil(flash_tiled::BR), HEADS, BATCH);
+            let grid = (SEQ_Q.div_ceil(flash_tiled::BR) * HEADS * BATCH).into();
             let shared = flash_tiled::shared_bytes(D as usize);
             run("flash_tiled_f32_d64", causal, grid, flash_tiled::THREADS.into(), shared, args);
         });

@@ -34,21 +34,21 @@ fn launch<T: Scalar>(dtype: &str, args: &AttentionArgs) -> Steps {
     let row_tiles = args.shape.seq_q.div_ceil(tile);
     let scores = run(
         &format!("standard_scores_{dtype}"),
-        Dim3::new(args.shape.seq_k.div_ceil(tile), row_tiles, heads),
+        Dim3::new(args.shape.seq_k.div_ceil(tile) * heads, row_tiles, 1),
         threads.into(),
         scores_shared,
         args,
     );
     let softmax = run(
         &format!("standard_softmax_{dtype}_{of_row}"),
-        Dim3::new(args.shape.seq_q.div_ceil(softmax::THREADS / row_threads), 1, heads),
+        (args.shape.seq_q.div_ceil(softmax::THREADS / row_threads) * heads).into(),
         softmax::THREADS.into(),
         softmax::shared_bytes(args.shape.seq_k, T::BYTES, row_threads),
         args,
     );
     let output = run(
         &format!("standard_output_{dtype}{of_columns}"),
-        Dim3::new(row_tiles, args.shape.head_dim.div_ceil(columns), heads),
+        Dim3::new(row_tiles * heads, args.shape.head_dim.div_ceil(columns), 1),
         threads.into(),
         output_shared,
         args,

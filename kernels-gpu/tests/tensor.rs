@@ -2,13 +2,13 @@
 
 mod common;
 
-use common::{Case, run, with_queue};
+use common::{Case, blocks_of, run, with_queue};
 use half::{bf16, f16};
 use kernels_gpu::{
     forward::{flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32},
     parts::queue::QUEUE_WORDS,
 };
-use simt::{Dim3, emulator::Stats, scalar::Scalar};
+use simt::{emulator::Stats, scalar::Scalar};
 
 /// Shapes and features that every rung must get right, for a tile of `br` rows and `bc`
 /// keys.
@@ -40,10 +40,8 @@ fn check<T: Scalar>(
 ) -> Stats {
     let mut total = Stats::default();
     for case in cases {
-        total += case.check::<T>(|args| {
-            let grid = Dim3::new(args.shape.seq_q.div_ceil(br), args.shape.heads, args.shape.batch);
-            run(symbol, grid, threads.into(), shared, args)
-        });
+        total +=
+            case.check::<T>(|args| run(symbol, blocks_of(args, br), threads.into(), shared, args));
     }
     assert_eq!(total.bank_conflicts, 0, "{symbol} {bc} {d}");
     total

@@ -26,7 +26,9 @@ const MASKS: Combination = &[("causal", 1), ("padding", 1), ("dropout", 1)];
 const CAPPED: Combination = &[("causal", 1), ("left", 1), ("group", 4), ("softcap", 1)];
 /// A window with ALiBi and sinks. (flash_tf32 spills 8 bytes.)
 const ALIBI: Combination = &[("causal", 1), ("left", 1), ("alibi", 1), ("sinks", 1)];
-/// Everything. The loads of a bias are many, and ptxas moves them ahead: with one, flash_pipelined,
+/// Packed sequences, as models are trained on them.
+const VARLEN: Combination = &[("causal", 1), ("group", 4), ("varlen", 1)];
+/// Everything that goes together. The loads of a bias are many, and ptxas moves them ahead: with one, flash_pipelined,
 /// flash_tf32 and flash_hopper spill up to 96 bytes, outside the products.
 const ALL: Combination = &[
     ("causal", 2),
@@ -44,12 +46,16 @@ const ALL: Combination = &[
 const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
     // Launched for plain and causal attention alone.
     ("flash_hopper", "_x3", &[FULL, CAUSAL]),
-    ("flash_hopper", "", &[FULL, CAUSAL, PADDING, DROPOUT, WINDOW, MASKS, CAPPED, ALIBI]),
-    ("flash_pipelined", "", &[FULL, CAUSAL, PADDING, DROPOUT, WINDOW, MASKS, CAPPED, ALIBI]),
+    ("flash_hopper", "", &[FULL, CAUSAL, PADDING, DROPOUT, WINDOW, MASKS, CAPPED, ALIBI, VARLEN]),
+    (
+        "flash_pipelined",
+        "",
+        &[FULL, CAUSAL, PADDING, DROPOUT, WINDOW, MASKS, CAPPED, ALIBI, VARLEN],
+    ),
     // Told that two blocks fit, it spills 8 bytes with masks or a cap.
-    ("flash_tf32", "_d128", &[FULL, CAUSAL]),
-    ("flash_tf32", "", &[FULL, CAUSAL, MASKS, CAPPED]),
-    ("", "", &[FULL, ALL]),
+    ("flash_tf32", "_d128", &[FULL, CAUSAL, VARLEN]),
+    ("flash_tf32", "", &[FULL, CAUSAL, MASKS, CAPPED, VARLEN]),
+    ("", "", &[FULL, ALL, VARLEN]),
 ];
 
 /// The combinations of an entry, by its name and text: one if it reads no constant.
@@ -108,7 +114,7 @@ mod tests {
         let text = "mov.b32 %r1, simt_constant_causal; mov.b32 %r2, simt_constant_padding;";
         assert_eq!(specialise(text, CAUSAL), "mov.b32 %r1, 1; mov.b32 %r2, 0;");
         assert_eq!(of_entry("flash_hopper_f16_d64_x3", text), [FULL, CAUSAL]);
-        assert_eq!(of_entry("flash_hopper_f16_d64", text).len(), 8);
+        assert_eq!(of_entry("flash_hopper_f16_d64", text).len(), 9);
         assert_eq!(of_entry("linear_naive_f16", "ret;"), [FULL]);
         assert_eq!((name(FULL), name(WINDOW)), ("full".into(), "causal+left+group".into()));
     }

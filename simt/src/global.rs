@@ -140,6 +140,32 @@ impl<T: Memory> Global<T> {
     }
 }
 
+impl Global<u32> {
+    /// Element `index` where `condition` holds, else `otherwise`: without a branch, so that a condition
+    /// that is constant leaves nothing but what it chooses.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn read_if(self, condition: bool, index: u64, otherwise: u32) -> u32 {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let value;
+            // SAFETY: whoever made the view promised that its indices are in bounds.
+            unsafe {
+                core::arch::asm!(
+                    "{{ .reg .pred chosen; setp.ne.u32 chosen, {3}, 0;",
+                    "mov.b32 {0}, {2}; @chosen ld.global.b32 {0}, [{1}]; }}",
+                    out(reg32) value, in(reg64) self.address_of(index), in(reg32) otherwise,
+                    in(reg32) u32::from(condition), options(pure, readonly, nostack)
+                );
+            }
+            value
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        if condition { self.read(index) } else { otherwise }
+    }
+}
+
 impl<T: Memory> GlobalMut<T> {
     /// A view of `len` elements at `address`.
     ///

@@ -61,7 +61,29 @@ pub unsafe fn load_4d(destination: u32, map: u64, coordinates: [u32; 4], barrier
         );
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    bulk::load(destination, map, coordinates, barrier.address(), Location::caller());
+    bulk::load(destination, map, &coordinates, barrier.address(), Location::caller());
+}
+
+/// [`load_4d`] of a five-dimensional tensor.
+///
+/// # Safety
+/// As for [`load_4d`].
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn load_5d(destination: u32, map: u64, coordinates: [u32; 5], barrier: Mbarrier) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: map, shared memory and barrier are as the function asks.
+    unsafe {
+        core::arch::asm!(
+            "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [{0}], [{1}, {{{2}, {3}, {4}, {5}, {6}}}], [{7}];",
+            in(reg32) destination, in(reg64) map,
+            in(reg32) coordinates[0], in(reg32) coordinates[1], in(reg32) coordinates[2],
+            in(reg32) coordinates[3], in(reg32) coordinates[4],
+            in(reg32) barrier.address(), options(nostack)
+        );
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    bulk::load(destination, map, &coordinates, barrier.address(), Location::caller());
 }
 
 /// [`load_4d`] into several blocks of the cluster at once: into those whose bit (of their
@@ -94,7 +116,7 @@ pub unsafe fn load_4d_multicast(
     bulk::load_multicast(
         destination,
         map,
-        coordinates,
+        &coordinates,
         barrier.address(),
         blocks,
         Location::caller(),
@@ -137,7 +159,32 @@ pub unsafe fn store_4d_if(condition: bool, map: u64, coordinates: [u32; 4], sour
     }
     #[cfg(not(target_arch = "nvptx64"))]
     if condition {
-        bulk::store(map, coordinates, source, Location::caller());
+        bulk::store(map, &coordinates, source, Location::caller());
+    }
+}
+
+/// [`store_4d_if`] to a five-dimensional tensor.
+///
+/// # Safety
+/// As for [`store_4d`].
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn store_5d_if(condition: bool, map: u64, coordinates: [u32; 5], source: u32) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: map and shared memory are as the function asks.
+    unsafe {
+        core::arch::asm!(
+            "{{ .reg .pred chosen; setp.ne.u32 chosen, {7}, 0;",
+            "@chosen cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [{0}, {{{1}, {2}, {3}, {4}, {5}}}], [{6}]; }}",
+            in(reg64) map,
+            in(reg32) coordinates[0], in(reg32) coordinates[1], in(reg32) coordinates[2],
+            in(reg32) coordinates[3], in(reg32) coordinates[4],
+            in(reg32) source, in(reg32) u32::from(condition), options(nostack)
+        );
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    if condition {
+        bulk::store(map, &coordinates, source, Location::caller());
     }
 }
 
@@ -162,7 +209,7 @@ pub unsafe fn reduce_add_4d(map: u64, coordinates: [u32; 4], source: u32) {
         );
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    bulk::reduce_add(map, coordinates, source, Location::caller());
+    bulk::reduce_add(map, &coordinates, source, Location::caller());
 }
 
 /// Closes a group: the stores and reductions that this thread started since the last one.

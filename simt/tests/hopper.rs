@@ -235,6 +235,57 @@ fn boxes_over_the_edge_are_zero_and_are_not_stored() {
     assert_eq!(to, &from[..]);
 }
 
+/// Sequences packed one after the other, of which each has an end of its own: the coordinates lead
+/// past 2^64 and back.
+#[test]
+fn boxes_of_five_dimensions_end_where_a_sequence_does() {
+    const ROWS: usize = 12;
+    const FIRST: u32 = 3;
+    const LENGTH: u32 = 5;
+    let from = matrix(ROWS, 64, 1);
+    let mut to = vec![f16::from_f32(99.0); ROWS * 64];
+    let encode = |data: &[f16]| {
+        let spec = tma::TensorMapSpec {
+            address: data.as_ptr() as u64,
+            element: tma::Element::F16,
+            dims: vec![64, 1 << 30, 1, 1 << 31, 1 << 31],
+            strides_bytes: vec![128, 16, 128, (1 << 34) - 128],
+            box_dims: vec![64, 8, 1, 1, 1],
+            swizzle_bytes: 128,
+        };
+        spec.encode().expect("a map that the driver would take")
+    };
+    let (map_from, map_to) = (encode(&from), encode(&to));
+    let address = |map: &tma::TensorMap| std::ptr::from_ref(map) as u64;
+    let (map_from, map_to) = (address(&map_from), address(&map_to));
+    let place = [0, (1 << 30) - LENGTH, 0, FIRST + LENGTH, 1 << 30];
+    let stats = try_launch(32, || {
+        init(1, 1);
+        if thread::thread_idx_x() == 0 {
+            bar(0).arrive_expect_tx(8 * 128);
+            // SAFETY: the matrices and the maps outlive the launch.
+            unsafe { tma::load_5d(A, map_from, place, bar(0)) };
+            // Hazard: the copy may not have landed.
+            bar(0).wait(0);
+            assert_eq!(tile(0).read(A / 2), from[FIRST as usize * 64]);
+            assert_eq!(tile(0).read(A / 2 + LENGTH * 64), f16::ZERO);
+            // SAFETY: as above.
+            unsafe { tma::store_5d_if(true, map_to, place, A) };
+            tma::commit_group();
+            tma::wait_group_read::<0>();
+        }
+    })
+    .unwrap_or_else(|fault| panic!("{fault}"));
+    let bytes = u64::from(LENGTH) * 128;
+    assert_eq!((stats.global_bytes_read, stats.global_bytes_written), (bytes, bytes));
+    // SAFETY: `to` was written through its address; nothing else holds it.
+    let to = unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr(), to.len()) };
+    for (index, (&to, &from)) in to.iter().zip(&from).enumerate() {
+        let inside = (FIRST..FIRST + LENGTH).contains(&(index as u32 / 64));
+        assert_eq!(to, if inside { from } else { f16::from_f32(99.0) }, "{index}");
+    }
+}
+
 /// When the consumer of a ring gives a stage back.
 #[derive(Clone, Copy, PartialEq)]
 enum Release {

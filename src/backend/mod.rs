@@ -205,10 +205,10 @@ pub unsafe trait KernelArgs: Copy {
     }
 }
 
-// Four tensors of 40 bytes, seven buffers of 16, six 64-bit numbers, eight of 32, and four more
-// before the last; four bytes of padding at the end.
+// Four tensors of 40 bytes, nine buffers of 16, six 64-bit numbers, eight of 32, and five more
+// before the last.
 const _: () = assert!(
-    std::mem::offset_of!(AttentionArgs, shape.head_dim) == 4 * 40 + 7 * 16 + 6 * 8 + 8 * 4 + 4 * 4
+    std::mem::offset_of!(AttentionArgs, shape.head_dim) == 4 * 40 + 9 * 16 + 6 * 8 + 8 * 4 + 5 * 4
 );
 // SAFETY: the assertion above leaves no room for padding before the last field.
 unsafe impl KernelArgs for AttentionArgs {

@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use super::{Beside, Case, View, round};
+use super::{Beside, Case, Row, View, round};
 use crate::{
     dtype::DType,
     problem::Problem,
@@ -39,9 +39,9 @@ pub fn gradients_of(
     heads: &[usize],
 ) -> Gradients {
     let p = problem;
-    let dq = View::new(p, gradients.dq.to_f32(), p.heads(), p.seq_q());
-    let [dk, dv] = [&gradients.dk, &gradients.dv]
-        .map(|tensor| View::new(p, tensor.to_f32(), p.kv_heads(), p.seq_k()));
+    let dq = View::new(p, gradients.dq.to_f32(), p.q_extents());
+    let [dk, dv] =
+        [&gradients.dk, &gradients.dv].map(|tensor| View::new(p, tensor.to_f32(), p.k_extents()));
     let mut result = Gradients::default();
     let widened = |row: &[f32]| row.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
     for &head in heads {
@@ -106,18 +106,18 @@ pub fn absolute_gradients(
 ) -> Gradients {
     let absolute = |tensor: &Tensor| tensor.to_f32().into_iter().map(f32::abs).collect();
     let pass = Pass::new(problem, inputs, d_o, Exact);
-    let (p, k) = (problem, [problem.kv_heads(), problem.seq_k()]);
-    let view = |values, [heads, seq]: [usize; 2]| View::new(p, values, heads, seq);
+    let [of_q, of_k] = [problem.q_extents(), problem.k_extents()];
+    let view = |values, extents| View::new(problem, values, extents);
     let sizes = Pass {
         case: Case {
             problem,
             beside: Beside::default(),
-            q: view(absolute(inputs.q), [p.heads(), p.seq_q()]),
-            k: view(absolute(inputs.k), k),
-            v: view(absolute(inputs.v), k),
+            q: view(absolute(inputs.q), of_q),
+            k: view(absolute(inputs.k), of_k),
+            v: view(absolute(inputs.v), of_k),
             dropout: pass.case.dropout,
         },
-        d_o: view(absolute(d_o), [p.heads(), p.seq_q()]),
+        d_o: view(absolute(d_o), of_q),
         arithmetic: Absolute,
     };
     sizes.collect_with(heads, &pass)
@@ -236,7 +236,7 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
         let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
         Self {
             case: Case::new(problem, values, Beside::of(inputs)),
-            d_o: View::new(problem, d_o.to_f32(), problem.heads(), problem.seq_q()),
+            d_o: View::new(problem, d_o.to_f32(), problem.q_extents()),
             arithmetic,
         }
     }
@@ -266,8 +266,9 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
         for h in h_kv * p.group()..(h_kv + 1) * p.group() {
             let (mut dk_of_h, mut dv_of_h) = (zeros(), zeros());
             for i in 0..p.seq_q() {
-                let weights = of.weights([b, h, i]);
-                dq.extend(self.row([b, h, i], weights, [&mut dk_of_h, &mut dv_of_h]));
+                let row = self.case.row_at(b, h, i);
+                let weights = of.weights(row);
+                dq.extend(self.row(row, weights, [&mut dk_of_h, &mut dv_of_h]));
             }
             // Each head has its own gradients, which are summed where it shares K and V.
             for (sum, of_h) in [(&mut dk, dk_of_h), (&mut dv, dv_of_h)] {
@@ -283,25 +284,20 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
     }
 
     /// The row of dQ; what the row adds to dK and dV.
-    fn row(
-        &self,
-        [b, h, i]: [usize; 3],
-        weights: Vec<Weight>,
-        [dk, dv]: [&mut [f64]; 2],
-    ) -> Vec<f64> {
+    fn row(&self, row: Row, weights: Vec<Weight>, [dk, dv]: [&mut [f64]; 2]) -> Vec<f64> {
         let (case, p, a) = (&self.case, self.case.problem, self.arithmetic);
         let (d, scale) = (p.head_dim(), f64::from(p.scale()));
-        let (q, d_o) = (case.q.row(b, h, i), self.d_o.row(b, h, i));
+        let (q, d_o) = (case.q(row), self.d_o.row(row.b, row.h, row.i));
         let weights: Vec<Weight> = weights
             .into_iter()
             .map(|weight| {
-                let s = || scale * a.dot(q, case.k(b, h, weight.j));
+                let s = || scale * a.dot(q, case.k(row, weight.j));
                 Weight { p: a.weight(&weight, s), ..weight }
             })
             .collect();
-        let kept = |j| f64::from(case.kept(b, h, i, j));
+        let kept = |j| f64::from(case.kept(row, j));
         let dp_of = |weight: &Weight| {
-            a.stored(a.stored(a.dot(d_o, case.v(b, h, weight.j))) * kept(weight.j))
+            a.stored(a.stored(a.dot(d_o, case.v(row, weight.j))) * kept(weight.j))
         };
         let dp: Vec<f64> = weights.iter().map(dp_of).collect();
         let products = weights.iter().zip(&dp).map(|(weight, dp)| a.computed(weight.p * dp));
@@ -311,7 +307,7 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
             let ds = a.stored(weight * a.difference(dp, mean));
             let ds = if p.softcap().is_some() { a.stored(ds * slope) } else { ds };
             let ds = a.stored(ds * scale);
-            a.add(&mut dq, ds, case.k(b, h, j));
+            a.add(&mut dq, ds, case.k(row, j));
             a.add(&mut dk[j * d..][..d], ds, q);
             a.add(&mut dv[j * d..][..d], a.stored(weight * kept(j)), d_o);
         }
@@ -319,26 +315,26 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
     }
 
     /// The weights of a row, of the keys that it sees.
-    fn weights(&self, [b, h, i]: [usize; 3]) -> Vec<Weight> {
+    fn weights(&self, row: Row) -> Vec<Weight> {
         let (case, p, a) = (&self.case, self.case.problem, self.arithmetic);
-        let (scale, sink) = (f64::from(p.scale()), f64::from(case.sink(h)));
-        let q = case.q.row(b, h, i);
+        let (scale, sink) = (f64::from(p.scale()), f64::from(case.sink(row.h)));
+        let q = case.q(row);
         let score = |j: usize| {
-            let s = a.score(scale * a.dot(q, case.k(b, h, j)));
+            let s = a.score(scale * a.dot(q, case.k(row, j)));
             let (mut s, mut slope) = (s, 1.0);
             if let Some(cap) = p.softcap().map(f64::from) {
                 let tanh = a.score(a.score(s / cap).tanh());
                 (s, slope) = (a.score(tanh * cap), a.stored(1.0 - tanh * tanh));
             }
             if case.beside.alibi_slopes.is_some() {
-                s = a.score(s - case.alibi(b, h, i, j));
+                s = a.score(s - case.alibi(row, j));
             }
             if case.beside.bias.is_some() {
-                s = a.score(s + f64::from(case.bias(b, h, i, j)));
+                s = a.score(s + f64::from(case.bias(row, j)));
             }
             Weight { j, score: s, lse: 0.0, p: 0.0, slope }
         };
-        let scores: Vec<_> = case.seen(b, h, i).into_iter().map(score).collect();
+        let scores: Vec<_> = case.seen(row).into_iter().map(score).collect();
         let max = scores.iter().map(|weight| weight.score).fold(sink, f64::max);
         let exp = |s: f64| if s == f64::NEG_INFINITY { 0.0 } else { a.computed((s - max).exp()) };
         let sum = scores.iter().fold(exp(sink), |sum, w| a.computed(sum + exp(w.score)));

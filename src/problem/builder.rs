@@ -2,7 +2,7 @@
 
 use super::{
     Alibi, Bias, Dropout, Layout, MAX_ELEMENTS, MAX_HEAD_DIM, MAX_SCALE, MAX_SCORE, MAX_SEQ,
-    Problem, Window,
+    Problem, Varlen, Window,
 };
 use crate::{dtype::DType, error::Error};
 
@@ -38,6 +38,7 @@ impl Problem {
             alibi: None,
             bias: None,
             sinks: false,
+            varlen: None,
             layout: Layout::HeadsFirst,
         };
         ProblemBuilder { problem, causal: false }
@@ -133,6 +134,13 @@ impl ProblemBuilder {
         self
     }
 
+    /// Packs sequences of lengths of their own: those of the problem are of the longest, and the layout is
+    /// tokens first. [`Problem::packed`] begins with all that.
+    pub const fn varlen(mut self, varlen: Option<Varlen>) -> Self {
+        self.problem.varlen = varlen;
+        self
+    }
+
     /// Order of the dimensions of Q, K, V and O.
     pub const fn layout(mut self, layout: Layout) -> Self {
         self.problem.layout = layout;
@@ -142,14 +150,19 @@ impl ProblemBuilder {
     /// Checks everything.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] for a size of zero, a head dim beyond [`MAX_HEAD_DIM`], heads that
+    /// [`Error::InvalidValue`] for a size of zero (keys may be none), a head dim beyond [`MAX_HEAD_DIM`], heads that
     /// are no multiple of the heads of K and V, a probability outside `[0, 1)`, a scale outside
-    /// `(0, `[`MAX_SCALE`]`]` or a cap outside `(0, `[`MAX_SCORE`]`]`;
+    /// `(0, `[`MAX_SCALE`]`]` or a cap outside `(0, `[`MAX_SCORE`]`]`; for packed sequences with a padding
+    /// mask or a bias;
     /// [`Error::TooLarge`] for tensors that cannot be addressed.
     pub fn build(self) -> Result<Problem, Error> {
         let mut p = self.problem;
         if self.causal {
             p.window.right = Some(0);
+        }
+        if let Some(varlen) = p.varlen {
+            p.layout = Layout::TokensFirst;
+            check_packed(&p, varlen)?;
         }
         for (what, value) in [
             ("batch", p.batch),
@@ -160,11 +173,12 @@ impl ProblemBuilder {
             ("head dim", p.head_dim),
         ] {
             let most = if what == "head dim" { MAX_HEAD_DIM } else { MAX_SEQ };
-            if value == 0 || value > most {
+            let least = usize::from(what != "sequence length of the keys");
+            if value < least || value > most {
                 return Err(Error::InvalidValue {
                     what,
                     given: value.to_string(),
-                    remedy: format!("it must be from 1 to {most}"),
+                    remedy: format!("it must be from {least} to {most}"),
                 });
             }
         }
@@ -209,7 +223,7 @@ impl ProblemBuilder {
         for (what, shape) in [
             ("q", p.q_shape().to_vec()),
             ("k", p.k_shape().to_vec()),
-            ("the attention weights", vec![p.batch, p.heads, p.seq_q, p.seq_k]),
+            ("the attention weights", p.weights_shape().to_vec()),
         ] {
             let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64));
             if elements.is_none_or(|n| n > MAX_ELEMENTS) {
@@ -222,6 +236,25 @@ impl ProblemBuilder {
         }
         Ok(p)
     }
+}
+
+/// What packed sequences cannot have.
+fn check_packed(p: &Problem, Varlen { total_q, total_k }: Varlen) -> Result<(), Error> {
+    for (what, value, least) in
+        [("rows of packed q", total_q, 1), ("rows of packed k and v", total_k, 0)]
+    {
+        if value < least || value > MAX_SEQ {
+            let remedy = format!("it must be from {least} to {MAX_SEQ}");
+            return Err(Error::InvalidValue { what, given: value.to_string(), remedy });
+        }
+    }
+    for (what, given) in [("padding mask", p.mask), ("bias", p.bias.is_some())] {
+        if given {
+            let remedy = "packed sequences have none: leave it out, or do not pack them".into();
+            return Err(Error::InvalidValue { what, given: "given".into(), remedy });
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -239,7 +272,7 @@ mod tests {
         let good = Problem::builder(2, 3, 128, 64);
         assert!(good.build().is_ok());
         assert!(message(Problem::builder(2, 3, 0, 64)).contains("queries = 0"));
-        assert!(message(good.seq_k(0)).contains("keys = 0"));
+        assert!(message(good.seq_k(MAX_SEQ + 1)).contains("it must be from 0 to"));
         assert!(message(Problem::builder(2, 3, 8, 257)).contains("head dim = 257"));
         let dropout = |p| good.dropout(Some(Dropout { p, seed: 1 }));
         assert!(message(dropout(1.0)).contains("dropout = 1"));

@@ -15,12 +15,23 @@ pub struct Extras<T> {
     pub bias: Option<T>,
     /// Sinks, f32 `[H]`.
     pub sinks: Option<T>,
+    /// Where packed sequences begin in Q, and past the last: u32 `[B + 1]`.
+    pub cu_seqlens_q: Option<T>,
+    /// The same in K and V.
+    pub cu_seqlens_k: Option<T>,
 }
 
 impl<T> Default for Extras<T> {
     /// None of them.
     fn default() -> Self {
-        Self { mask: None, alibi_slopes: None, bias: None, sinks: None }
+        Self {
+            mask: None,
+            alibi_slopes: None,
+            bias: None,
+            sinks: None,
+            cu_seqlens_q: None,
+            cu_seqlens_k: None,
+        }
     }
 }
 
@@ -34,12 +45,14 @@ impl<T> Extras<T> {
     /// References to them.
     #[must_use]
     pub const fn as_ref(&self) -> Extras<&T> {
-        let Self { mask, alibi_slopes, bias, sinks } = self;
+        let Self { mask, alibi_slopes, bias, sinks, cu_seqlens_q, cu_seqlens_k } = self;
         Extras {
             mask: mask.as_ref(),
             alibi_slopes: alibi_slopes.as_ref(),
             bias: bias.as_ref(),
             sinks: sinks.as_ref(),
+            cu_seqlens_q: cu_seqlens_q.as_ref(),
+            cu_seqlens_k: cu_seqlens_k.as_ref(),
         }
     }
 
@@ -48,12 +61,14 @@ impl<T> Extras<T> {
     /// # Errors
     /// The first of `make`.
     pub fn try_map<U, E>(self, mut make: impl FnMut(T) -> Result<U, E>) -> Result<Extras<U>, E> {
-        let Self { mask, alibi_slopes, bias, sinks } = self;
+        let Self { mask, alibi_slopes, bias, sinks, cu_seqlens_q, cu_seqlens_k } = self;
         Ok(Extras {
             mask: mask.map(&mut make).transpose()?,
             alibi_slopes: alibi_slopes.map(&mut make).transpose()?,
             bias: bias.map(&mut make).transpose()?,
             sinks: sinks.map(&mut make).transpose()?,
+            cu_seqlens_q: cu_seqlens_q.map(&mut make).transpose()?,
+            cu_seqlens_k: cu_seqlens_k.map(&mut make).transpose()?,
         })
     }
 
@@ -70,6 +85,8 @@ impl<T> Extras<T> {
             ("alibi_slopes", "ALiBi", &self.alibi_slopes, f32_size, p.alibi_shape()),
             ("bias", "a bias", &self.bias, p.dtype().size(), p.bias_shape()),
             ("sinks", "sinks", &self.sinks, f32_size, p.sinks_shape()),
+            ("cu_seqlens_q", "packed sequences", &self.cu_seqlens_q, 4, p.cu_seqlens_shape()),
+            ("cu_seqlens_k", "packed sequences", &self.cu_seqlens_k, 4, p.cu_seqlens_shape()),
         ] {
             match (given, shape) {
                 (None, Some(_)) => {

@@ -5,6 +5,7 @@ mod builder;
 mod extras;
 mod layout;
 mod scores;
+mod varlen;
 mod window;
 
 use kernels_gpu::{args, parts::dropout::threshold};
@@ -15,6 +16,7 @@ pub use builder::ProblemBuilder;
 pub use extras::Extras;
 pub use layout::Layout;
 pub use scores::{Alibi, Bias, Dropout};
+pub use varlen::{Sequence, Varlen};
 pub use window::Window;
 
 /// The largest head dim: a row of Q, K, V and O has to fit in the registers of a warp.
@@ -59,6 +61,7 @@ pub struct Problem {
     alibi: Option<Alibi>,
     bias: Option<Bias>,
     sinks: bool,
+    varlen: Option<Varlen>,
     layout: Layout,
 }
 
@@ -87,13 +90,13 @@ impl Problem {
         self.heads / self.kv_heads
     }
 
-    /// Query rows of a head.
+    /// Query rows of a head; of packed sequences, those of the longest.
     #[must_use]
     pub const fn seq_q(&self) -> usize {
         self.seq_q
     }
 
-    /// Key and value rows of a head.
+    /// Key and value rows of a head; of packed sequences, those of the longest.
     #[must_use]
     pub const fn seq_k(&self) -> usize {
         self.seq_k
@@ -172,31 +175,69 @@ impl Problem {
         self.sinks
     }
 
-    /// Order of the dimensions of Q, K, V and O.
+    /// How many rows packed sequences have together, if they are packed.
+    #[must_use]
+    pub const fn varlen(&self) -> Option<Varlen> {
+        self.varlen
+    }
+
+    /// Order of the dimensions of Q, K, V and O: tokens first where sequences are packed.
     #[must_use]
     pub const fn layout(&self) -> Layout {
         self.layout
     }
 
-    /// Shape of Q and O.
+    /// Batch entries and rows of Q and O in memory: packed sequences are one entry.
+    const fn q_rows(&self) -> [usize; 2] {
+        match self.varlen {
+            Some(Varlen { total_q, .. }) => [1, total_q],
+            None => [self.batch, self.seq_q],
+        }
+    }
+
+    /// The same of K and V.
+    const fn k_rows(&self) -> [usize; 2] {
+        match self.varlen {
+            Some(Varlen { total_k, .. }) => [1, total_k],
+            None => [self.batch, self.seq_k],
+        }
+    }
+
+    /// Extents `[B, H, N, D]` of Q and O in memory, whatever their order.
+    pub(crate) const fn q_extents(&self) -> [usize; 4] {
+        let [batch, rows] = self.q_rows();
+        [batch, self.heads, rows, self.head_dim]
+    }
+
+    /// The same of K and V.
+    pub(crate) const fn k_extents(&self) -> [usize; 4] {
+        let [batch, rows] = self.k_rows();
+        [batch, self.kv_heads, rows, self.head_dim]
+    }
+
+    /// Shape of Q and O; of packed sequences, `[1, total_q, H, D]`.
     #[must_use]
     pub const fn q_shape(&self) -> [usize; 4] {
-        self.layout.shape(self.batch, self.heads, self.seq_q, self.head_dim)
+        let [batch, heads, rows, head_dim] = self.q_extents();
+        self.layout.shape(batch, heads, rows, head_dim)
     }
 
-    /// Shape of K and V.
+    /// Shape of K and V; of packed sequences, `[1, total_k, Hkv, D]`.
     #[must_use]
     pub const fn k_shape(&self) -> [usize; 4] {
-        self.layout.shape(self.batch, self.kv_heads, self.seq_k, self.head_dim)
+        let [batch, heads, rows, head_dim] = self.k_extents();
+        self.layout.shape(batch, heads, rows, head_dim)
     }
 
-    /// Shape of the log-sum-exp: `[B, H, Nq]` in every layout.
+    /// Shape of the log-sum-exp: `[B, H, Nq]` in every layout; of packed sequences, `[1, H, total_q]`.
     #[must_use]
     pub const fn lse_shape(&self) -> [usize; 3] {
-        [self.batch, self.heads, self.seq_q]
+        let [batch, rows] = self.q_rows();
+        [batch, self.heads, rows]
     }
 
-    /// Shape of the attention weights: `[B, H, Nq, Nk]` in every layout.
+    /// Shape of the attention weights: `[B, H, Nq, Nk]` in every layout. Of packed sequences, nothing is
+    /// said of what lies past the lengths of one.
     #[must_use]
     pub const fn weights_shape(&self) -> [usize; 4] {
         [self.batch, self.heads, self.seq_q, self.seq_k]
@@ -236,19 +277,22 @@ impl Problem {
     /// Elements of Q or O.
     #[must_use]
     pub const fn q_elements(&self) -> usize {
-        self.batch * self.heads * self.seq_q * self.head_dim
+        let [batch, heads, rows, head_dim] = self.q_extents();
+        batch * heads * rows * head_dim
     }
 
     /// Elements of K or V.
     #[must_use]
     pub const fn k_elements(&self) -> usize {
-        self.batch * self.kv_heads * self.seq_k * self.head_dim
+        let [batch, heads, rows, head_dim] = self.k_extents();
+        batch * heads * rows * head_dim
     }
 
     /// Query rows over all heads: elements of the log-sum-exp.
     #[must_use]
     pub const fn rows(&self) -> usize {
-        self.batch * self.heads * self.seq_q
+        let [batch, heads, rows, _] = self.q_extents();
+        batch * heads * rows
     }
 
     /// Floating-point operations, as attention kernels are rated by convention:
@@ -256,18 +300,25 @@ impl Problem {
     /// `Q Kᵀ` and of `P V`; the softmax is not counted), and half of that when causal,
     /// since half of a square matrix is hidden. The half is kept for `Nq != Nk` too. With any other
     /// window that hides something: `4 * D` for each row and key that it sees, counted exactly.
-    /// The padding mask and -inf in a bias are not considered.
+    /// The padding mask and -inf in a bias are not considered. Packed sequences count as if all were as
+    /// long as the longest: [`flops_of`](Self::flops_of) knows their lengths.
     #[must_use]
     pub fn flops(&self) -> f64 {
-        let bounds = self.bounds();
-        let pairs = match (bounds.left, self.causal()) {
-            (None, true) => self.seq_q as f64 * self.seq_k as f64 / 2.0,
-            _ => bounds.visible_pairs(self.seq_q, self.seq_k) as f64,
-        };
+        let pairs = self.pairs(self.seq_q, self.seq_k);
         4.0 * (self.batch * self.heads) as f64 * pairs * self.head_dim as f64
     }
 
-    /// Bytes of Q, K, V and what else the problem reads: padding mask, slopes, bias, sinks.
+    /// Pairs of row and key of a head that operations are counted for.
+    fn pairs(&self, seq_q: usize, seq_k: usize) -> f64 {
+        let bounds = self.window.without_idle_bounds(seq_q, seq_k);
+        match (bounds.left, self.causal()) {
+            (None, true) => seq_q as f64 * seq_k as f64 / 2.0,
+            _ => bounds.visible_pairs(seq_q, seq_k) as f64,
+        }
+    }
+
+    /// Bytes of Q, K, V and what else the problem reads: padding mask, slopes, bias, sinks, and where
+    /// packed sequences begin.
     #[must_use]
     pub fn input_bytes(&self) -> u64 {
         let bytes = |shape: Option<Vec<usize>>, size: usize| {
@@ -280,6 +331,7 @@ impl Problem {
             + bytes(self.alibi_shape(), f32_size)
             + bytes(self.bias_shape(), self.dtype.size())
             + bytes(self.sinks_shape(), f32_size)
+            + 2 * bytes(self.cu_seqlens_shape(), size_of::<u32>())
     }
 
     /// Bytes of O and the log-sum-exp.
@@ -292,7 +344,8 @@ impl Problem {
     /// without.
     #[must_use]
     pub const fn weights_bytes(&self) -> u64 {
-        self.rows() as u64 * self.seq_k as u64 * self.dtype.size() as u64
+        let [batch, heads, seq_q, seq_k] = self.weights_shape();
+        (batch * heads * seq_q) as u64 * seq_k as u64 * self.dtype.size() as u64
     }
 
     /// The least bytes that can move between the GPU and its memory: every input read
@@ -321,17 +374,21 @@ impl Problem {
     /// Q or O in device memory, as kernels are given it.
     #[must_use]
     pub const fn q_arg(&self, buffer: args::Buffer) -> args::Tensor {
-        self.tensor_arg(buffer, self.heads, self.seq_q)
+        self.tensor_arg(buffer, self.q_extents())
     }
 
     /// K or V in device memory, as kernels are given it.
     #[must_use]
     pub const fn k_arg(&self, buffer: args::Buffer) -> args::Tensor {
-        self.tensor_arg(buffer, self.kv_heads, self.seq_k)
+        self.tensor_arg(buffer, self.k_extents())
     }
 
-    const fn tensor_arg(&self, buffer: args::Buffer, heads: usize, seq: usize) -> args::Tensor {
-        let [b, h, n] = self.layout.strides(heads, seq, self.head_dim);
+    const fn tensor_arg(
+        &self,
+        buffer: args::Buffer,
+        [_, heads, seq, head_dim]: [usize; 4],
+    ) -> args::Tensor {
+        let [b, h, n] = self.layout.strides(heads, seq, head_dim);
         args::Tensor { buffer, stride_b: b as u64, stride_h: h as u64, stride_n: n as u64 }
     }
 }

@@ -47,11 +47,11 @@ impl Window {
     #[must_use]
     pub const fn without_idle_bounds(self, seq_q: usize, seq_k: usize) -> Self {
         let left = match self.left {
-            Some(left) if (left as usize) < seq_k - 1 => Some(left),
+            Some(left) if (left as usize) + 1 < seq_k => Some(left),
             _ => None,
         };
         let right = match self.right {
-            Some(right) if (right as usize) < seq_q - 1 => Some(right),
+            Some(right) if (right as usize) + 1 < seq_q => Some(right),
             _ => None,
         };
         Self { left, right }
@@ -93,7 +93,7 @@ mod tests {
     /// Every window over every pair of small lengths, and bounds at the end of 32 bits.
     fn every(mut check: impl FnMut(Window, usize, usize)) {
         let bounds = || (0..8).chain([u32::MAX - 1, u32::MAX]).map(Some).chain([None]);
-        for (seq_q, seq_k) in (1..7).flat_map(|q| (1..7).map(move |k| (q, k))) {
+        for (seq_q, seq_k) in (0..7).flat_map(|q| (0..7).map(move |k| (q, k))) {
             for (left, right) in bounds().flat_map(|l| bounds().map(move |r| (l, r))) {
                 check(Window { left, right }, seq_q, seq_k);
             }

@@ -1,7 +1,10 @@
 //! Attention as an operation: what its kernels state, the tensors of a call, and the arguments
 //! that kernels are given.
 
-use kernels_gpu::args::{AttentionArgs, Buffer, Keys, Scores, Scratch, Shape, Slopes, Tensors};
+use kernels_gpu::{
+    args::{AttentionArgs, Buffer, Keys, Scores, Scratch, Sequences, Shape, Slopes, Tensors},
+    forward::flash_hopper::ragged,
+};
 
 use super::{
     Call, KERNELS, KernelSpec, Operation, Section, Usage, list,
@@ -58,6 +61,8 @@ pub struct Features {
     pub bias: bool,
     /// Sinks.
     pub sinks: bool,
+    /// Packed sequences.
+    pub varlen: bool,
     /// `[B, N, H, D]` as well as `[B, H, N, D]`.
     pub tokens_first: bool,
 }
@@ -92,6 +97,7 @@ impl Operation for Problem {
             (self.alibi().is_some(), features.alibi, "ALiBi"),
             (self.bias().is_some(), features.bias, "additive biases"),
             (self.has_sinks(), features.sinks, "sinks"),
+            (self.varlen().is_some(), features.varlen, "packed sequences"),
             (self.has_mask(), features.mask, "padding masks"),
             (self.dropout().is_some(), features.dropout, "dropout"),
             (tokens_first, features.tokens_first, "the layout [B, N, H, D]"),
@@ -157,13 +163,23 @@ pub(super) fn attention_args(
     region: impl Fn(Usage) -> Buffer,
 ) -> AttentionArgs {
     let (bounds, softcap) = (p.bounds(), p.softcap().unwrap_or_default());
+    // Packed sequences lie in one batch entry.
+    let view = |view: View| {
+        let [stride_b, stride_h, stride_n] = view.strides;
+        let stride_b = if p.varlen().is_some() { 0 } else { stride_b };
+        View { strides: [stride_b, stride_h, stride_n], ..view }.arg()
+    };
     AttentionArgs {
         tensors: Tensors {
-            q: tensors.q.arg(),
-            k: tensors.k.arg(),
-            v: tensors.v.arg(),
-            o: tensors.o.arg(),
+            q: view(tensors.q),
+            k: view(tensors.k),
+            v: view(tensors.v),
+            o: view(tensors.o),
             lse: region(Usage::Lse),
+        },
+        sequences: Sequences {
+            cu_seqlens_q: tensors.cu_seqlens_q.unwrap_or_default().arg(),
+            cu_seqlens_k: tensors.cu_seqlens_k.unwrap_or_default().arg(),
         },
         keys: Keys {
             padding: tensors.mask.unwrap_or_default().arg(),
@@ -176,6 +192,7 @@ pub(super) fn attention_args(
             heads: p.heads() as u32,
             seq_q: p.seq_q() as u32,
             seq_k: p.seq_k() as u32,
+            total_q: p.varlen().map_or(0, |varlen| varlen.total_q as u32),
             head_dim: p.head_dim() as u32,
         },
         scores: Scores {
@@ -197,27 +214,41 @@ pub(super) fn attention_args(
     }
 }
 
-/// The tensor map of Q or O: `[D, N, H, B]`, fastest first.
+/// The tensor map of Q or O: `[D, N, H, B]`, fastest first; of packed sequences as [`ragged::map`]
+/// has it.
 pub(super) fn q_map(p: &Problem, view: &View, box_dims: [u32; 4]) -> TensorMapSpec {
-    map(p, view, [p.head_dim(), p.seq_q(), p.heads(), p.batch()], box_dims)
+    map(p, view, p.q_extents(), box_dims)
 }
 
-/// The tensor map of K or V, likewise.
-pub(super) fn k_map(p: &Problem, view: &View, box_dims: [u32; 4]) -> TensorMapSpec {
-    map(p, view, [p.head_dim(), p.seq_k(), p.kv_heads(), p.batch()], box_dims)
-}
-
-fn map(p: &Problem, view: &View, dims: [usize; 4], box_dims: [u32; 4]) -> TensorMapSpec {
-    let [stride_b, stride_h, stride_n] = view.strides;
-    let strides = [stride_n, stride_h, stride_b];
-    TensorMapSpec {
-        address: view.region.address,
-        dtype: p.dtype(),
-        dims: dims.map(|n| n as u64).to_vec(),
-        strides_bytes: strides.map(|s| s * p.dtype().size() as u64).to_vec(),
-        box_dims: box_dims.to_vec(),
-        swizzle_bytes: 128,
+/// The tensor map of K or V, likewise. Without keys nothing is read through it: it is that of Q, since
+/// a map needs an address.
+pub(super) fn k_map(call: &Call<'_, Problem>, view: &View, box_dims: [u32; 4]) -> TensorMapSpec {
+    let p = call.problem;
+    if p.k_elements() == 0 {
+        return q_map(p, &call.args.q, box_dims);
     }
+    map(p, view, p.k_extents(), box_dims)
+}
+
+fn map(
+    p: &Problem,
+    view: &View,
+    [batch, heads, rows, head_dim]: [usize; 4],
+    box_dims: [u32; 4],
+) -> TensorMapSpec {
+    let bytes = |stride: u64| stride * p.dtype().size() as u64;
+    let [stride_b, stride_h, stride_n] = view.strides;
+    let (dims, strides_bytes, box_dims) = if p.varlen().is_some() {
+        let strides = [stride_h, stride_n].map(bytes);
+        let (dims, strides) = ragged::map(head_dim as u64, heads as u64, strides[0], strides[1]);
+        (dims.to_vec(), strides.to_vec(), [&box_dims[..], &[1]].concat())
+    } else {
+        let dims = [head_dim, rows, heads, batch].map(|n| n as u64);
+        let strides = [stride_n, stride_h, stride_b].map(bytes);
+        (dims.to_vec(), strides.to_vec(), box_dims.to_vec())
+    };
+    let (address, dtype) = (view.region.address, p.dtype());
+    TensorMapSpec { address, dtype, dims, strides_bytes, box_dims, swizzle_bytes: 128 }
 }
 
 /// The tensors of one call of attention.
@@ -232,6 +263,8 @@ pub struct Args {
     pub(super) alibi_slopes: Option<Region>,
     pub(super) bias: Option<BiasView>,
     pub(super) sinks: Option<Region>,
+    pub(super) cu_seqlens_q: Option<Region>,
+    pub(super) cu_seqlens_k: Option<Region>,
     pub(super) workspace: Region,
 }
 
@@ -249,6 +282,8 @@ impl Args {
             alibi_slopes: None,
             bias: None,
             sinks: None,
+            cu_seqlens_q: None,
+            cu_seqlens_k: None,
             workspace: Region::new(0, 0),
         }
     }
@@ -289,11 +324,21 @@ impl Args {
         self
     }
 
+    /// Where packed sequences begin in Q, and in K and V: u32 `[B + 1]` each, from 0 on, ascending. No
+    /// sequence may be longer than the problem says, nor end past the tensor: only the device sees the
+    /// numbers. The strides of batch entries count for nothing.
+    #[must_use]
+    pub const fn cu_seqlens(mut self, q: Region, k: Region) -> Self {
+        self.cu_seqlens_q = Some(q);
+        self.cu_seqlens_k = Some(k);
+        self
+    }
+
     /// Everything beside Q, K and V; a bias is contiguous.
     pub(crate) fn extras(self, p: &Problem, extras: Extras<Region>) -> Self {
-        let Extras { mask, alibi_slopes, bias, sinks } = extras;
+        let Extras { mask, alibi_slopes, bias, sinks, cu_seqlens_q, cu_seqlens_k } = extras;
         let bias = bias.map(|region| BiasView::contiguous(region, bias_extents(p)));
-        Self { mask, alibi_slopes, bias, sinks, ..self }
+        Self { mask, alibi_slopes, bias, sinks, cu_seqlens_q, cu_seqlens_k, ..self }
     }
 
     /// The workspace of this call: see [`Plan::workspace_bytes`](super::plan::Plan::workspace_bytes).
@@ -315,8 +360,10 @@ impl Args {
         if let Some(lse) = self.lse {
             lse.check("lse", p.rows() as u64 * 4, 4)?;
         }
-        let Self { mask, alibi_slopes, bias, sinks, .. } = *self;
-        let extras = Extras { mask, alibi_slopes, bias: bias.map(|b| b.region), sinks };
+        let Self { mask, alibi_slopes, bias, sinks, cu_seqlens_q, cu_seqlens_k, .. } = *self;
+        let bias_region = bias.map(|b| b.region);
+        let extras =
+            Extras { mask, alibi_slopes, bias: bias_region, sinks, cu_seqlens_q, cu_seqlens_k };
         extras.check(p, |what, size, shape, region| match bias {
             Some(bias) if what == "bias" => bias.check(p.dtype(), bias_extents(p)),
             _ => region.check(what, (size * shape.iter().product::<usize>()) as u64, size as u64),
@@ -326,8 +373,7 @@ impl Args {
 
 /// Extents `[B, H, N, D]` of Q and of K.
 pub(super) fn extents(p: &Problem) -> [[usize; 4]; 2] {
-    let extents = |heads, seq| [p.batch(), heads, seq, p.head_dim()];
-    [extents(p.heads(), p.seq_q()), extents(p.kv_heads(), p.seq_k())]
+    [p.q_extents(), p.k_extents()]
 }
 
 /// Extents of a problem's bias, `[B or 1, H or 1, Nq, Nk]`; all 0 without one.

@@ -10,7 +10,7 @@ use simt::Dim3;
 
 use super::{
     Call, Draft, Operation, Section, Spec, Step, Usage,
-    attention::{self, Args, AttentionLimits, Sizes, attention_args},
+    attention::{self, Args, AttentionLimits, Features, Sizes, attention_args},
     plan::Plan,
     table::{ALL_FEATURES, constants, heads, kept_weights, tiles},
     tensors::{Region, View},
@@ -84,6 +84,9 @@ impl Operation for Backward {
     }
 
     fn obstacle(&self, limits: &AttentionLimits) -> Option<String> {
+        if self.problem.seq_k() == 0 {
+            return Some("does not support problems without keys".into());
+        }
         self.problem.obstacle(limits)
     }
 
@@ -160,7 +163,7 @@ const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
     exact_capability: false,
     limits: AttentionLimits {
         head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
-        features: ALL_FEATURES,
+        features: Features { varlen: false, ..ALL_FEATURES },
         sizes: |_, _| Sizes { rows: vec![backward_naive::TILE], keys: vec![backward_naive::TILE] },
     },
     draft: |b, _| {

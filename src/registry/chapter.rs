@@ -52,6 +52,6 @@ fn the_chapter_shows_this_entry_and_its_plan_covers_the_rows() {
     let [step] = &draft.steps[..] else { panic!("{draft:?}") };
     assert!(draft.sections.is_empty());
     assert_eq!(step.entry.symbol, "flash_tiled_bf16_d64");
-    assert_eq!(step.grid, Dim3::new(3, 3, 2));
+    assert_eq!(step.grid, Dim3::from(3 * 3 * 2));
     assert_eq!(step.block, Dim3::from(step.entry.threads));
 }

@@ -4,7 +4,7 @@ use kernels_gpu::{
     entry::Instances,
     forward::{
         flash_async,
-        flash_hopper::{self, Tiles},
+        flash_hopper::{self, Tiles, ragged},
         flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, naive, standard,
         weights,
     },
@@ -44,6 +44,7 @@ pub(super) const ALL_FEATURES: Features = Features {
     alibi: true,
     bias: true,
     sinks: true,
+    varlen: true,
     tokens_first: true,
 };
 
@@ -63,18 +64,15 @@ const NAIVE: KernelSpec = KernelSpec {
         },
     },
     draft: |p, _| {
-        let (heads, tile) = (heads(p), naive::SCORES_TILE);
+        let tile = naive::SCORES_TILE;
         let scores = Step {
-            grid: Dim3::new(tiles(p.seq_k(), tile), tiles(p.seq_q(), tile), heads),
+            grid: Dim3::new(blocks(p, tiles(p.seq_k(), tile)), tiles(p.seq_q(), tile), 1),
             block: Dim3::new(tile, tile, 1),
             ..step(p, naive::SCORES, p.head_dim())?
         };
-        let softmax = Step {
-            grid: Dim3::new(tiles(p.seq_q(), naive::SOFTMAX_ROWS), 1, heads),
-            ..step(p, naive::SOFTMAX, 0)?
-        };
+        let softmax = Step { grid: grid(p, naive::SOFTMAX_ROWS), ..step(p, naive::SOFTMAX, 0)? };
         let output = Step {
-            grid: Dim3::new(tiles(p.seq_q() * p.head_dim(), naive::OUTPUT_THREADS), 1, heads),
+            grid: blocks(p, tiles(p.seq_q() * p.head_dim(), naive::OUTPUT_THREADS)).into(),
             ..step(p, naive::OUTPUT, p.head_dim())?
         };
         Ok(Draft { sections: vec![kept_weights(p)], steps: vec![scores, softmax, output] })
@@ -109,9 +107,11 @@ const STANDARD: KernelSpec = KernelSpec {
 /// The two products of `standard`: tensor cores for 16-bit types, scalar tiles for f32.
 fn standard_products(p: &Problem) -> Result<[Step<Problem>; 2], String> {
     let (dtype, d) = (p.dtype(), p.head_dim() as u32);
-    let scores_grid = |tile| Dim3::new(tiles(p.seq_k(), tile), tiles(p.seq_q(), tile), heads(p));
-    let output_grid =
-        |rows, columns| Dim3::new(tiles(p.seq_q(), rows), tiles(p.head_dim(), columns), heads(p));
+    let scores_grid =
+        |tile| Dim3::new(blocks(p, tiles(p.seq_k(), tile)), tiles(p.seq_q(), tile), 1);
+    let output_grid = |rows, columns| {
+        Dim3::new(blocks(p, tiles(p.seq_q(), rows)), tiles(p.head_dim(), columns), 1)
+    };
     if dtype == DType::F32 {
         let tile = standard::TILED_TILE;
         return Ok([
@@ -144,7 +144,7 @@ fn standard_softmax(p: &Problem) -> Result<Step<Problem>, String> {
     };
     let rows = standard::softmax::THREADS / row_threads;
     Ok(Step {
-        grid: Dim3::new(tiles(p.seq_q(), rows), 1, heads(p)),
+        grid: grid(p, rows),
         shared_bytes: standard::softmax::shared_bytes(seq_k, bytes, row_threads),
         ..step(p, entries, 0)?
     })
@@ -250,7 +250,7 @@ const FLASH_PIPELINED: KernelSpec = KernelSpec {
     },
     draft: |p, target| {
         let shape = flash_pipelined::shape(p.head_dim());
-        let tasks = tiles(p.seq_q(), shape.rows()).saturating_mul(heads(p));
+        let tasks = blocks(p, tiles(p.seq_q(), shape.rows()));
         let step = step(p, flash_pipelined::ENTRIES, p.head_dim())?;
         let shared_bytes = flash_pipelined::shared_bytes(p.head_dim());
         let blocks = target.blocks_at_once(step.entry, shared_bytes);
@@ -278,8 +278,7 @@ const FLASH_TF32: KernelSpec = KernelSpec {
     draft: |p, _| {
         let rows = flash_tf32::shape(p.head_dim()).rows(p.head_dim());
         let step = Step {
-            // Too many blocks for a grid: the launch is refused.
-            grid: tiles(p.seq_q(), rows).saturating_mul(heads(p)).into(),
+            grid: grid(p, rows),
             shared_bytes: flash_tf32::shared_bytes(p.head_dim()),
             ..step(p, flash_tf32::ENTRIES, p.head_dim())?
         };
@@ -308,6 +307,10 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
         },
     },
     draft: |p, target| {
+        let most = ragged::MAX_ROWS as usize;
+        if p.varlen().is_some() && p.seq_q().max(p.seq_k()) > most {
+            return Err(format!("has packed sequences of at most {most} rows"));
+        }
         let (d, seq_q) = (p.head_dim() as u32, p.seq_q() as u64);
         let multiprocessors = target.multiprocessors;
         let hopper = Tiles::best(d, constants(p), seq_q, heads(p).into(), multiprocessors);
@@ -315,7 +318,7 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
             3 => flash_hopper::THREE_CONSUMERS,
             _ => flash_hopper::TWO_CONSUMERS,
         };
-        let tasks = tiles(p.seq_q(), hopper.rows()).saturating_mul(heads(p));
+        let tasks = blocks(p, tiles(p.seq_q(), hopper.rows()));
         let [q, k, v, o] = hopper.boxes();
         let step = Step {
             // One block a multiprocessor: shared memory and registers leave no room for two.
@@ -323,8 +326,8 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
             shared_bytes: hopper.shared_bytes(),
             maps: vec![
                 Map { box_dims: q, spec: |c, b| q_map(c.problem, &c.args.q, b) },
-                Map { box_dims: k, spec: |c, b| k_map(c.problem, &c.args.k, b) },
-                Map { box_dims: v, spec: |c, b| k_map(c.problem, &c.args.v, b) },
+                Map { box_dims: k, spec: |c, b| k_map(c, &c.args.k, b) },
+                Map { box_dims: v, spec: |c, b| k_map(c, &c.args.v, b) },
                 Map { box_dims: o, spec: |c, b| q_map(c.problem, &c.args.o, b) },
             ],
             ..step(p, entries, p.head_dim())?
@@ -350,6 +353,7 @@ pub(super) fn constants(p: &Problem) -> Constants {
         alibi: p.alibi().is_some().into(),
         bias: p.bias().is_some().into(),
         sinks: p.has_sinks().into(),
+        varlen: p.varlen().is_some().into(),
     }
 }
 
@@ -369,7 +373,7 @@ pub(crate) static WEIGHTS: KernelSpec = KernelSpec {
     exact_capability: false,
     draft: |p, _| {
         let step = Step {
-            grid: Dim3::new(tiles(p.seq_q(), weights::TILE), 1, heads(p)),
+            grid: grid(p, weights::TILE),
             block: Dim3::new(weights::TILE, weights::TILE, 1),
             ..step(p, weights::ENTRIES, p.head_dim())?
         };
@@ -387,9 +391,15 @@ pub(super) fn step(p: &Problem, entries: Instances, size: usize) -> Result<Step<
     Ok(Step { constants: constants(p), ..Step::new(entries, p.dtype(), size, args)? })
 }
 
-/// A block per tile of `rows` query rows: `x` counts tiles, `y` heads, `z` batch entries.
+/// A block for each tile of `rows` query rows, head after head.
 pub(super) fn grid(p: &Problem, rows: u32) -> Dim3 {
-    Dim3::new(tiles(p.seq_q(), rows), tiles(p.heads(), 1), tiles(p.batch(), 1))
+    blocks(p, tiles(p.seq_q(), rows)).into()
+}
+
+/// Blocks of a grid with so many for each head, one if there is nothing to do: along `x`, since `y` and
+/// `z` end at 65,535. More than a grid can have where it overflows, so that the launch is refused.
+fn blocks(p: &Problem, of_head: u32) -> u32 {
+    of_head.max(1).saturating_mul(heads(p))
 }
 
 /// How many tiles of `tile` cover `n`; more than a grid can have where it overflows, so

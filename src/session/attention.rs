@@ -38,6 +38,8 @@ pub struct Attention {
     runner: Runner<Problem>,
     o: DeviceTensor,
     lse: DeviceTensor,
+    /// Where packed sequences begin in Q and in K: checked.
+    sequences: Option<[DeviceBuffer; 2]>,
 }
 
 impl fmt::Debug for Attention {
@@ -75,6 +77,7 @@ impl Attention {
                 let bytes = plan.workspace_bytes_beside_lse();
                 Runner::new(memory, plan, bytes)?
             },
+            sequences: None,
         })
     }
 
@@ -114,6 +117,36 @@ impl Attention {
         self.runner.workspace.bytes()
     }
 
+    /// Says where packed sequences begin, of the runs from now on: see
+    /// [`Varlen`](crate::Varlen).
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] for numbers that are not as the problem says;
+    /// [`Error::UnexpectedTensor`] where its sequences are not packed; [`Error::OutOfMemory`].
+    pub fn set_sequences(
+        &mut self,
+        cu_seqlens_q: &[u32],
+        cu_seqlens_k: &[u32],
+    ) -> Result<(), Error> {
+        let p = self.problem();
+        let upload = |what: &'static str, cu_seqlens: &[u32]| {
+            if p.varlen().is_none() {
+                return Err(Error::UnexpectedTensor { what: what.into() });
+            }
+            p.check_cu_seqlens(what, cu_seqlens)?;
+            self.runner.memory.upload(cu_seqlens)
+        };
+        let both = [upload("cu_seqlens_q", cu_seqlens_q)?, upload("cu_seqlens_k", cu_seqlens_k)?];
+        self.sequences = Some(both);
+        Ok(())
+    }
+
+    /// Keeps the checked numbers of packed sequences, if there are any.
+    pub(super) fn take_sequences(&mut self, extras: &mut Extras<DeviceBuffer>) {
+        let both = (extras.cu_seqlens_q.take(), extras.cu_seqlens_k.take());
+        self.sequences = both.0.zip(both.1).map(<[_; 2]>::from);
+    }
+
     /// Starts the kernel on inputs in device memory; does not wait.
     ///
     /// # Errors
@@ -128,7 +161,9 @@ impl Attention {
         self.run_with([q, k, v], Extras::mask(mask))
     }
 
-    /// As [`Attention::run`], with everything that a problem may have beside Q, K and V.
+    /// As [`Attention::run`], with everything that a problem may have beside Q, K and V, but for where
+    /// packed sequences begin: [`set_sequences`](Self::set_sequences) checks those numbers, which the
+    /// device would follow anywhere.
     ///
     /// # Errors
     /// As [`Attention::run`].
@@ -155,12 +190,22 @@ impl Attention {
         {
             tensor.expect(what, &self.runner.memory, p.dtype(), &shape)?;
         }
+        let mut extras = extras;
+        for (what, given) in
+            [("cu_seqlens_q", extras.cu_seqlens_q), ("cu_seqlens_k", extras.cu_seqlens_k)]
+        {
+            if given.is_some() {
+                return Err(Error::UnexpectedTensor { what: what.into() });
+            }
+        }
+        if let Some([q, k]) = &self.sequences {
+            (extras.cu_seqlens_q, extras.cu_seqlens_k) = (Some(q), Some(k));
+        }
         extras.check(p, |what, _, _, buffer| expect_device(what, buffer, &self.runner.memory))?;
-        let view = |tensor: &DeviceTensor, heads, seq| {
-            View::contiguous(tensor.region(), p.layout(), heads, seq, p.head_dim())
+        let view = |tensor: &DeviceTensor, [_, heads, seq, head_dim]: [usize; 4]| {
+            View::contiguous(tensor.region(), p.layout(), heads, seq, head_dim)
         };
-        let kv_view = |tensor| view(tensor, p.kv_heads(), p.seq_k());
-        let inputs = [view(q, p.heads(), p.seq_q()), kv_view(k), kv_view(v)];
+        let inputs = [view(q, p.q_extents()), view(k, p.k_extents()), view(v, p.k_extents())];
         let region = |buffer: &DeviceBuffer| Ok::<_, Error>(buffer.region());
         Ok(self.args_of(inputs, extras.try_map(region)?))
     }
@@ -168,7 +213,8 @@ impl Attention {
     /// Inputs at these places, and the outputs of this value. A bias is contiguous.
     pub(crate) fn args_of(&self, [q, k, v]: [View; 3], extras: Extras<Region>) -> Args {
         let p = self.problem();
-        let o = View::contiguous(self.o.region(), p.layout(), p.heads(), p.seq_q(), p.head_dim());
+        let [_, heads, rows, head_dim] = p.q_extents();
+        let o = View::contiguous(self.o.region(), p.layout(), heads, rows, head_dim);
         let args = Args::new(q, k, v, o).lse(self.lse.region()).workspace(self.runner.region());
         args.extras(p, extras)
     }

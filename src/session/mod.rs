@@ -12,7 +12,7 @@ use crate::{
     backend::{Device, DeviceBuffer, DeviceTensor, Memory},
     dtype::DType,
     error::Error,
-    problem::{Extras, Problem},
+    problem::{Extras, Problem, Sequence},
     raw::Plan,
     registry::{KernelSpec, Target},
     tensor::Tensor,
@@ -43,13 +43,27 @@ pub struct Inputs<'a> {
     pub bias: Option<&'a Tensor>,
     /// Sinks, f32 `[H]`.
     pub sinks: Option<&'a Tensor>,
+    /// Where packed sequences begin in Q, and past the last: `[B + 1]`.
+    pub cu_seqlens_q: Option<&'a [u32]>,
+    /// The same in K and V.
+    pub cu_seqlens_k: Option<&'a [u32]>,
 }
 
 impl<'a> Inputs<'a> {
     /// Queries, keys and values, and nothing beside them.
     #[must_use]
     pub const fn new(q: &'a Tensor, k: &'a Tensor, v: &'a Tensor) -> Self {
-        Self { q, k, v, mask: None, alibi_slopes: None, bias: None, sinks: None }
+        Self {
+            q,
+            k,
+            v,
+            mask: None,
+            alibi_slopes: None,
+            bias: None,
+            sinks: None,
+            cu_seqlens_q: None,
+            cu_seqlens_k: None,
+        }
     }
 
     /// Everything but Q, K and V, as bytes.
@@ -60,6 +74,18 @@ impl<'a> Inputs<'a> {
             alibi_slopes: self.alibi_slopes.map(Tensor::as_bytes),
             bias: self.bias.map(Tensor::as_bytes),
             sinks: self.sinks.map(Tensor::as_bytes),
+            cu_seqlens_q: self.cu_seqlens_q.map(bytemuck::cast_slice),
+            cu_seqlens_k: self.cu_seqlens_k.map(bytemuck::cast_slice),
+        }
+    }
+
+    /// Floating-point operations by the convention of [`Problem::flops`]; of packed sequences with their
+    /// own lengths.
+    #[must_use]
+    pub fn flops(&self, problem: &Problem) -> f64 {
+        match (self.cu_seqlens_q, self.cu_seqlens_k) {
+            (Some(q), Some(k)) => problem.flops_of(Sequence::all(q, k)),
+            _ => problem.flops(),
         }
     }
 
@@ -89,6 +115,9 @@ impl<'a> Inputs<'a> {
 fn check_lengths(problem: &Problem, extras: &Extras<&[u8]>) -> Result<(), Error> {
     extras.check(problem, |what, size, shape, bytes| {
         if bytes.len() == size * shape.iter().product::<usize>() {
+            if matches!(what, "cu_seqlens_q" | "cu_seqlens_k") {
+                return problem.check_cu_seqlens(what, &bytemuck::pod_collect_to_vec(bytes));
+            }
             return Ok(());
         }
         let (expected, given) = (shape.into(), [bytes.len() / size].into());
@@ -230,9 +259,10 @@ impl Session {
             upload(problem.k_shape(), k)?,
             upload(problem.k_shape(), v)?,
         ];
-        let extras = extras.try_map(|bytes| memory.upload(bytes))?;
+        let mut extras = extras.try_map(|bytes| memory.upload(bytes))?;
         let input_bytes = memory.current();
-        let attention = Attention::new(&memory, plan)?;
+        let mut attention = Attention::new(&memory, plan)?;
+        attention.take_sequences(&mut extras);
         let workspace = attention.workspace_bytes();
         let memory = MemoryReport {
             inputs: input_bytes,

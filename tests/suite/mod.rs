@@ -14,7 +14,7 @@ use std::{
 use flash_attention::{
     Alibi, Bias, CpuDevice, DType, Device, Error, GpuDevice, Layout, Problem, Tensor, Window,
     oracle::{self, Rows},
-    problem::Dropout,
+    problem::{Dropout, ProblemBuilder},
     registry::{KERNELS, KernelSpec, Sizes},
     session::{Inputs, Outputs, Session},
     verify::{Credit, Verification},
@@ -33,6 +33,8 @@ pub struct Case {
     pub qk_size: f64,
     /// Mean of V.
     pub v_mean: f64,
+    /// Where packed sequences begin in Q and in K.
+    pub cu_seqlens: Option<[Vec<u32>; 2]>,
 }
 
 /// The tensors of one draw.
@@ -44,6 +46,7 @@ pub struct Draw {
     alibi_slopes: Option<Tensor>,
     bias: Option<Tensor>,
     sinks: Option<Tensor>,
+    cu_seqlens: Option<[Vec<u32>; 2]>,
 }
 
 impl Draw {
@@ -53,6 +56,8 @@ impl Draw {
             alibi_slopes: self.alibi_slopes.as_ref(),
             bias: self.bias.as_ref(),
             sinks: self.sinks.as_ref(),
+            cu_seqlens_q: self.cu_seqlens.as_ref().map(|[q, _]| q.as_slice()),
+            cu_seqlens_k: self.cu_seqlens.as_ref().map(|[_, k]| k.as_slice()),
             ..Inputs::new(&self.q, &self.k, &self.v)
         }
     }
@@ -60,7 +65,26 @@ impl Draw {
 
 impl Case {
     pub fn new(name: &str, problem: Problem) -> Self {
-        Self { name: name.into(), problem, qk_size: 1.0, v_mean: 0.0 }
+        Self { name: name.into(), problem, qk_size: 1.0, v_mean: 0.0, cu_seqlens: None }
+    }
+
+    /// A case of packed sequences of these lengths of Q and of K: `change` says what else there is.
+    pub fn packed(
+        name: &str,
+        lengths: &[[usize; 2]],
+        (heads, head_dim): (usize, usize),
+        change: impl FnOnce(ProblemBuilder) -> ProblemBuilder,
+    ) -> Self {
+        let cu_seqlens = [0, 1].map(|which: usize| {
+            let ends = lengths.iter().scan(0, |end, of| {
+                *end += of[which] as u32;
+                Some(*end)
+            });
+            std::iter::once(0).chain(ends).collect::<Vec<u32>>()
+        });
+        let [q, k] = &cu_seqlens;
+        let problem = change(Problem::packed(q, k, heads, head_dim).unwrap()).build().unwrap();
+        Self { cu_seqlens: Some(cu_seqlens), ..Self::new(name, problem) }
     }
 
     /// Draw `seed` of the case. The padding mask hides every key of batch entry 1, and
@@ -90,6 +114,7 @@ impl Case {
             k: random(p.k_shape(), 1, 0.0).scaled(self.qk_size),
             v: random(p.k_shape(), 2, self.v_mean),
             mask,
+            cu_seqlens: self.cu_seqlens.clone(),
         }
     }
 
@@ -98,7 +123,8 @@ impl Case {
     fn yardstick(&self) -> Arc<(Rows, Credit)> {
         type Known = Mutex<HashMap<String, Arc<OnceLock<Arc<(Rows, Credit)>>>>>;
         static KNOWN: LazyLock<Known> = LazyLock::new(Mutex::default);
-        let key = format!("{:?} {} {}", self.problem, self.qk_size, self.v_mean);
+        let Self { problem, qk_size, v_mean, cu_seqlens, .. } = self;
+        let key = format!("{problem:?} {qk_size} {v_mean} {cu_seqlens:?}");
         let cell = KNOWN.lock().unwrap().entry(key).or_default().clone();
         cell.get_or_init(|| {
             let rows = oracle::all_rows(&self.problem);
@@ -197,16 +223,15 @@ pub fn edges(kernel: &KernelSpec, dtype: DType) -> Vec<Case> {
                 .sinks(true)
                 .layout(Layout::TokensFirst),
         ),
+        ("no keys", shape(2, 2, br + 1, 0).causal(true).sinks(true)),
         ("[B, N, H, D]", shape(2, 3, br + 1, bc + 1).layout(Layout::TokensFirst).causal(true)),
     ];
     let mut cases: Vec<Case> =
         problems.into_iter().map(|(name, p)| Case::new(name, p.build().unwrap())).collect();
     // Scores are sums of D products times 1 / sqrt(D): with entries of size 55 they have a
     // standard deviation of 3000, and the largest of a thousand is at about 1e4.
-    let large = |name, p: flash_attention::problem::ProblemBuilder| Case {
-        qk_size: 55.0,
-        ..Case::new(name, p.build().unwrap())
-    };
+    let large =
+        |name, p: ProblemBuilder| Case { qk_size: 55.0, ..Case::new(name, p.build().unwrap()) };
     cases.push(large("scores of 1e4", shape(1, 2, br + 1, bc + 1)));
     cases.push(large("scores of 1e4, causal", shape(1, 2, bc + 1, bc + 1).causal(true)));
     let p = shape(1, 2, br + 1, bc + 1).build().unwrap();
@@ -229,6 +254,18 @@ pub fn edges(kernel: &KernelSpec, dtype: DType) -> Vec<Case> {
             cases.push(Case::new(&format!("{seq_k} keys"), p));
         }
     }
+    let lengths = [[3, 5], [0, bc], [br + 1, 2 * bc + 3], [2, 0], [0, 0], [br / 2 + 1, bc + 1]];
+    cases.push(Case::packed("packed", &lengths, (2, d), |p| p.dtype(dtype)));
+    cases.push(Case::packed("packed, everything", &lengths, (4, d), |p| {
+        p.dtype(dtype)
+            .kv_heads(2)
+            .causal(true)
+            .window(window(bc as u32 - 2, None))
+            .dropout(dropout)
+            .softcap(Some(3.0))
+            .alibi(Some(Alibi::PerBatchAndHead))
+            .sinks(true)
+    }));
     for &other in kernel.limits.head_dims.iter().filter(|&&other| other != d) {
         let Sizes { rows, keys } = (kernel.limits.sizes)(dtype, other);
         let (br, bc) = (rows[0] as usize, keys[0] as usize);

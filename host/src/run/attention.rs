@@ -93,7 +93,7 @@ impl<'a> GivenAttention<'a> {
                 tensor.expect(dtype, &shape)?;
             }
         }
-        let extras = Extras { mask, alibi_slopes, bias, sinks };
+        let extras = Extras { mask, alibi_slopes, bias, sinks, ..Extras::default() };
         let expected = if args.check { Some(Expected::read(file, &problem)?) } else { None };
         Ok(Self { q, k, v, extras, problem, expected })
     }
@@ -128,7 +128,7 @@ impl Given for GivenAttention<'_> {
         let p = &self.problem;
         let rows = oracle::sample_rows(p, (ORACLE_BUDGET / (p.seq_k() * p.head_dim())).max(64));
         let (q, k, v) = (self.q.to_tensor()?, self.k.to_tensor()?, self.v.to_tensor()?);
-        let Extras { mask, alibi_slopes, bias, sinks } = self.extras;
+        let Extras { mask, alibi_slopes, bias, sinks, .. } = self.extras;
         let tensor = |stored: Option<Stored<'_>>| stored.map(|t| t.to_tensor()).transpose();
         let (alibi_slopes, bias, sinks) = (tensor(alibi_slopes)?, tensor(bias)?, tensor(sinks)?);
         let inputs = Inputs {

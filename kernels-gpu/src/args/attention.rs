@@ -8,6 +8,8 @@ use super::{Buffer, Tensor};
 pub struct AttentionArgs {
     /// Inputs and outputs.
     pub tensors: Tensors,
+    /// Where packed sequences begin.
+    pub sequences: Sequences,
     /// What hides keys.
     pub keys: Keys,
     /// Memory beside inputs and outputs.
@@ -32,6 +34,19 @@ pub struct Tensors {
     pub o: Tensor,
     /// Log-sum-exp of the scaled scores of each row, natural log: f32 `[B, H, Nq]`.
     pub lse: Buffer,
+}
+
+/// Sequences of lengths of their own, packed one after the other: batch entry `b` has the rows from
+/// `cu_seqlens[b]` to before `cu_seqlens[b + 1]`. Read if the constant `varlen` is on. Then Q and O are
+/// `[total_q, H, D]`, K and V `[total_k, Hkv, D]` with a stride of 0 from one batch entry to the next,
+/// and the LSE is `[H, total_q]`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sequences {
+    /// Of Q and O: u32 `[B + 1]`, ascending.
+    pub cu_seqlens_q: Buffer,
+    /// Of K and V, likewise.
+    pub cu_seqlens_k: Buffer,
 }
 
 /// What hides keys from rows.
@@ -130,10 +145,12 @@ pub struct Shape {
     pub batch: u32,
     /// Heads, H.
     pub heads: u32,
-    /// Query rows of a head, Nq.
+    /// Query rows of a head, Nq; of packed sequences, those of the longest.
     pub seq_q: u32,
-    /// Key and value rows of a head, Nk.
+    /// Key and value rows of a head, Nk, likewise.
     pub seq_k: u32,
+    /// Query rows over all packed sequences. Read if the constant `varlen` is on.
+    pub total_q: u32,
     /// Columns of a head, D: for kernels that are not made for one head dim.
     pub head_dim: u32,
 }

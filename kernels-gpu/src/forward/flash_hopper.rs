@@ -97,6 +97,7 @@ mod output;
 mod producer;
 mod products;
 mod queue;
+pub mod ragged;
 mod score_tile;
 mod task;
 mod tiles;
@@ -128,7 +129,8 @@ const _: () = assert!(
 ///
 /// # Layout
 /// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`; maps of q, k, v and o, in
-/// this order, over dimensions `[D, N, H, B]`, boxes as [`Tiles::boxes`] says.
+/// this order, over dimensions `[D, N, H, B]`, boxes as [`Tiles::boxes`] says; of packed sequences
+/// as [`ragged::map`] says, boxes with a further extent of 1.
 ///
 /// # Thread mapping
 /// At most as many blocks along x as there are tasks, `B * H * ceil(Nq / BR)`, which they share;

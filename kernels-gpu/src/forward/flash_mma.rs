@@ -76,8 +76,8 @@ pub const fn shared_bytes(d: usize) -> u32 {
 /// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`.
 ///
 /// # Thread mapping
-/// A block per tile of BR rows (`x`), head (`y`) and batch entry (`z`); within it as in
-/// the file's header.
+/// A block per tile of BR rows, head and batch entry, along `x`; within it as in the file's
+/// header.
 ///
 /// # Shared memory
 /// Three tiles, dynamic: Q, K, V.
@@ -98,8 +98,11 @@ pub unsafe fn flash_mma<
     const { assert!(D % 32 == 0 && D == 8 * COLUMN_TILES) };
 
     // Who am I.
-    let head = Head::of_block(args);
-    let first_row = thread::block_idx_x() * BR;
+    let (head, q_tile) = Head::of_block(args, args.shape.seq_q.div_ceil(BR));
+    let first_row = q_tile * BR;
+    if head.ends_before(first_row) {
+        return;
+    }
     let warp_row = warp::warp_id() * fragment::ROWS;
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     let (policy, q, k, v, q_smem, k_smem, v_smem) = unsafe {

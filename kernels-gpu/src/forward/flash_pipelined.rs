@@ -75,6 +75,7 @@ use crate::{
     entries,
     parts::{
         fragment::{self, RegisterQueries, SharedQueries},
+        head::Head,
         online,
         policy::Policy,
         queue::Queue,
@@ -196,6 +197,29 @@ pub unsafe fn flash_pipelined<
     let mut task = schedule::query_tile(args, opaque(thread::block_idx_x()), BR, row_bytes);
     // SAFETY: the caller gives the shared memory.
     let next_task = unsafe { NextTask::new(const { tile_bytes(D) }) };
+    // The task, or the next one in the queue that has rows.
+    let with_rows = |mut task: Option<QueryTile>| {
+        while let Some(tile) = task
+            && tile.is_empty(args)
+        {
+            // SAFETY: the queue holds zeros before the launch, as `args.scratch.queue` says.
+            let queue = unsafe { queue::<BR>(args) };
+            let place = queue.place(queue.ask());
+            task = place.map(|place| schedule::query_tile(args, place, BR, row_bytes));
+        }
+        task
+    };
+    if Head::is_packed() {
+        if opaque(thread::thread_idx_x()) == 0 {
+            next_task.write(with_rows(Some(task)));
+        }
+        // Hazard: the task is read by threads that did not write it.
+        thread::sync_threads();
+        match next_task.read() {
+            Some(first) => task = first,
+            None => return,
+        }
+    }
     // Load Q, and the first tile of K and V.
     let start = |task: QueryTile| {
         let head = task.head(args);
@@ -224,8 +248,11 @@ pub unsafe fn flash_pipelined<
     let shared = || SharedQueries::<T, Swizzled<D>>::new(q_smem, warp_row::<FRAGMENTS>());
 
     loop {
+        let head = task.head(args);
         // SAFETY: the mask is empty or `[B, Nk]`.
-        let policy = unsafe { Policy::new(args, task.head(args)) };
+        let policy = unsafe { Policy::new(args, head) };
+        // Not kept from one task to the next, which takes registers.
+        kv = kv.of_keys(head.seq_k);
         let mut state = WarpRows::<T, KEY_TILES, COLUMN_TILES, FRAGMENTS>::new(
             policy,
             task.first_row + warp_row::<FRAGMENTS>(),
@@ -272,7 +299,7 @@ pub unsafe fn flash_pipelined<
                 let place = unsafe { queue::<BR>(args) }.place(taken);
                 let next = place.map(|place| schedule::query_tile(args, place, BR, row_bytes));
                 // Since this task began, a barrier: all have read what is overwritten.
-                next_task.write(next);
+                next_task.write(with_rows(next));
             }
             stage ^= 1;
         }

@@ -99,8 +99,8 @@ pub const fn shared_bytes(d: usize) -> u32 {
 /// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`.
 ///
 /// # Thread mapping
-/// A block per tile of BR rows (`x`), head (`y`) and batch entry (`z`); within it as in
-/// the file's header.
+/// A block per tile of BR rows, head and batch entry, along `x`; within it as in the file's
+/// header.
 ///
 /// # Shared memory
 /// [`shared_bytes`] of it, dynamic.
@@ -115,8 +115,11 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
     // Who am I.
     let tid = thread::thread_idx_x();
     let (ty, tx) = (tid / COLUMN_THREADS, tid % COLUMN_THREADS);
-    let head = Head::of_block(args);
-    let first_row = thread::block_idx_x() * BR;
+    let (head, q_tile) = Head::of_block(args, args.shape.seq_q.div_ceil(BR));
+    let first_row = q_tile * BR;
+    if head.ends_before(first_row) {
+        return;
+    }
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     let (policy, q_smem, k_smem, v_smem, p_smem) = unsafe {
         let (q_len, kv_len) = (BR * pitch(D), BC * pitch(D));

@@ -46,14 +46,14 @@ pub const OUTPUT_THREADS: u32 = 128;
 /// `q: [B, H, Nq, D]`, `k: [B, H, Nk, D]`, `weights: [B, H, Nq, Nk]`.
 ///
 /// # Thread mapping
-/// Blocks of 16 x 16 threads; `x` counts keys, `y` rows, `z` heads.
+/// Blocks of 16 x 16 threads; `x` counts tiles of keys, head after head, `y` tiles of rows.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes.
 #[inline(always)]
 pub unsafe fn scores<T: Scalar, const D: usize>(args: &AttentionArgs) {
-    let head = Head::of_block_z(args);
-    let j = thread::block_idx_x() * SCORES_TILE + thread::thread_idx_x();
+    let (head, kv_tile) = Head::of_block(args, args.shape.seq_k.div_ceil(SCORES_TILE));
+    let j = kv_tile * SCORES_TILE + thread::thread_idx_x();
     let i = thread::block_idx_y() * SCORES_TILE + thread::thread_idx_y();
     if i >= head.seq_q || j >= head.seq_k {
         return;
@@ -77,14 +77,14 @@ pub unsafe fn scores<T: Scalar, const D: usize>(args: &AttentionArgs) {
 /// `weights: [B, H, Nq, Nk]`, `lse: [B, H, Nq]`.
 ///
 /// # Thread mapping
-/// A warp per row, four rows a block; `x` counts groups of rows, `z` heads.
+/// A warp per row, four rows a block; `x` counts groups of rows, head after head.
 ///
 /// # Safety
 /// As for [`scores`], which must have run.
 #[inline(always)]
 pub unsafe fn softmax_rows<T: Scalar>(args: &AttentionArgs) {
-    let head = Head::of_block_z(args);
-    let i = thread::block_idx_x() * SOFTMAX_ROWS + warp::warp_id();
+    let (head, rows) = Head::of_block(args, args.shape.seq_q.div_ceil(SOFTMAX_ROWS));
+    let i = rows * SOFTMAX_ROWS + warp::warp_id();
     let lane = warp::lane_id();
     if i >= head.seq_q {
         return;
@@ -130,14 +130,15 @@ pub unsafe fn softmax_rows<T: Scalar>(args: &AttentionArgs) {
 /// `weights: [B, H, Nq, Nk]`, `v: [B, H, Nk, D]`, `o: [B, H, Nq, D]`.
 ///
 /// # Thread mapping
-/// A thread per element of O; `x` counts them over a head, `z` heads.
+/// A thread per element of O; `x` counts blocks of them, head after head.
 ///
 /// # Safety
 /// As for [`scores`]; [`softmax_rows`] must have run.
 #[inline(always)]
 pub unsafe fn output<T: Scalar, const D: usize>(args: &AttentionArgs) {
-    let head = Head::of_block_z(args);
-    let element = thread::index_1d();
+    let blocks = (args.shape.seq_q * D as u32).div_ceil(OUTPUT_THREADS);
+    let (head, block) = Head::of_block(args, blocks);
+    let element = block * OUTPUT_THREADS + thread::thread_idx_x();
     let (i, d) = (element / D as u32, element % D as u32);
     if i >= head.seq_q {
         return;

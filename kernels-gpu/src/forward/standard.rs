@@ -93,57 +93,66 @@ pub const fn output_shared_bytes(columns: u32) -> u32 {
     mma::shared_bytes(columns)
 }
 
-/// The product of a block of scores: `S = Q Kᵀ * scale`. `None` for a tile of `tile` rows and
-/// keys that is hidden: its scores are never read.
+/// A block's tile of a product: the product, and the tile's first row and first column.
+type Tile<T, E> = (Product<T, E>, u32, u32);
+
+/// The product of a block of scores: `S = Q Kᵀ * scale`, in tiles of `tile` rows and keys. `None`
+/// for a tile that is hidden: its scores are never read.
 ///
 /// # Safety
 /// As for [`scores`].
 #[inline(always)]
-unsafe fn scores_product<T: Scalar>(
-    args: &AttentionArgs,
-    (first_row, first_key): (u32, u32),
-    tile: u32,
-) -> Option<Product<T, Scaled>> {
-    let head = Head::of_block_z(args);
+unsafe fn scores_product<T: Scalar>(args: &AttentionArgs, tile: u32) -> Option<Tile<T, Scaled>> {
+    let (head, kv_tile) = Head::of_block(args, args.shape.seq_k.div_ceil(tile));
+    let first_row = thread::block_idx_y() * tile;
+    if head.ends_before(first_row) {
+        return None;
+    }
     // SAFETY: the buffers have the shapes that `args` says.
     unsafe {
         let policy = Policy::new(args, head);
-        let kv_tiles = policy.key_tiles(first_row, first_row + tile, tile);
-        if !kv_tiles.contains(&(first_key / tile)) {
+        if !policy.key_tiles(first_row, first_row + tile, tile).contains(&kv_tile) {
             return None;
         }
-        Some(Product {
+        let product = Product {
             a: head.query_matrix(&args.tensors.q, args.shape.head_dim),
             b: head.key_matrix(&args.tensors.k, args.shape.head_dim),
             c: MatrixMut::new(head.weight_matrix(args), &args.scratch.weights),
             depth: args.shape.head_dim,
             epilogue: Scaled(args.scores.scale / STORED_UNIT),
-        })
+        };
+        Some((product, first_row, kv_tile * tile))
     }
 }
 
-/// The product of a block of output: `O = P V`, over the keys that its `tile` rows see.
+/// The product of a block of output: `O = P V`, over the keys that its `tile` rows see, in tiles of
+/// `columns` columns. `None` where there are no rows.
 ///
 /// # Safety
 /// As for [`output`].
 #[inline(always)]
 unsafe fn output_product<T: Scalar>(
     args: &AttentionArgs,
-    first_row: u32,
     tile: u32,
-) -> Product<T, Plain> {
-    let head = Head::of_block_z(args);
+    columns: u32,
+) -> Option<Tile<T, Plain>> {
+    let (head, q_tile) = Head::of_block(args, args.shape.seq_q.div_ceil(tile));
+    let first_row = q_tile * tile;
+    if head.ends_before(first_row) {
+        return None;
+    }
     // SAFETY: the buffers have the shapes that `args` says.
     unsafe {
         let policy = Policy::new(args, head);
         let o = head.query_matrix(&args.tensors.o, args.shape.head_dim);
-        Product {
+        let product = Product {
             a: head.weight_matrix(args),
             b: head.key_matrix(&args.tensors.v, args.shape.head_dim),
             c: MatrixMut::new(o, &args.tensors.o.buffer),
             depth: policy.end_of_tile(first_row + tile),
             epilogue: Plain,
-        }
+        };
+        Some((product, first_row, thread::block_idx_y() * columns))
     }
 }
 
@@ -154,8 +163,8 @@ unsafe fn output_product<T: Scalar>(
 /// `q: [B, H, Nq, D]`, `k: [B, H, Nk, D]`, `weights: [B, H, Nq, Nk]`.
 ///
 /// # Thread mapping
-/// A block per tile of 128 x 128; `x` counts tiles of keys, `y` of rows, `z` heads. Within it
-/// as in [`mma::tile`].
+/// A block per tile of 128 x 128; `x` counts tiles of keys, head after head, `y` tiles of rows.
+/// Within it as in [`mma::tile`].
 ///
 /// # Shared memory
 /// Dynamic, [`SCORES_SHARED_BYTES`].
@@ -165,12 +174,11 @@ unsafe fn output_product<T: Scalar>(
 /// stated here.
 #[inline(always)]
 pub unsafe fn scores<T: Scalar, C: TensorCore<T>>(args: &AttentionArgs) {
-    let first = (thread::block_idx_y() * MMA_TILE, thread::block_idx_x() * MMA_TILE);
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     unsafe {
-        if let Some(product) = scores_product::<T>(args, first, MMA_TILE) {
+        if let Some((product, row, column)) = scores_product::<T>(args, MMA_TILE) {
             mma::tile::<T, C, Transposed, Scaled, { MMA_TILE as usize }, 4, 8>(
-                &product, first.0, first.1,
+                &product, row, column,
             );
         }
     }
@@ -182,10 +190,9 @@ pub unsafe fn scores<T: Scalar, C: TensorCore<T>>(args: &AttentionArgs) {
 /// As for [`scores`].
 #[inline(always)]
 pub unsafe fn scores_tiled<T: Scalar>(args: &AttentionArgs) {
-    let first = (thread::block_idx_y() * TILED_TILE, thread::block_idx_x() * TILED_TILE);
     // SAFETY: the buffers have the shapes that `args` says.
-    if let Some(product) = unsafe { scores_product::<T>(args, first, TILED_TILE) } {
-        tiled::tile::<T, Transposed, Scaled>(&product, first.0, first.1);
+    if let Some((product, row, column)) = unsafe { scores_product::<T>(args, TILED_TILE) } {
+        tiled::tile::<T, Transposed, Scaled>(&product, row, column);
     }
 }
 
@@ -195,8 +202,7 @@ pub unsafe fn scores_tiled<T: Scalar>(args: &AttentionArgs) {
 /// `weights: [B, H, Nq, Nk]`, `v: [B, H, Nk, D]`, `o: [B, H, Nq, D]`.
 ///
 /// # Thread mapping
-/// A block per 128 rows (`x`), COLUMNS columns (`y`) and head (`z`). Within it as in
-/// [`mma::tile`].
+/// A block per 128 rows and head (`x`), and COLUMNS columns (`y`). Within it as in [`mma::tile`].
 ///
 /// # Shared memory
 /// Dynamic, [`output_shared_bytes`]`(COLUMNS)`.
@@ -213,15 +219,11 @@ pub unsafe fn output<
 >(
     args: &AttentionArgs,
 ) {
-    let first_row = thread::block_idx_x() * MMA_TILE;
-    let first_column = thread::block_idx_y() * COLUMNS as u32;
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     unsafe {
-        mma::tile::<T, C, AsStored, Plain, COLUMNS, M_TILES, N_TILES>(
-            &output_product(args, first_row, MMA_TILE),
-            first_row,
-            first_column,
-        );
+        if let Some((product, row, column)) = output_product(args, MMA_TILE, COLUMNS as u32) {
+            mma::tile::<T, C, AsStored, Plain, COLUMNS, M_TILES, N_TILES>(&product, row, column);
+        }
     }
 }
 
@@ -231,11 +233,11 @@ pub unsafe fn output<
 /// As for [`output`].
 #[inline(always)]
 pub unsafe fn output_tiled<T: Scalar>(args: &AttentionArgs) {
-    let first_row = thread::block_idx_x() * TILED_TILE;
-    let first_column = thread::block_idx_y() * TILED_TILE;
     // SAFETY: the buffers have the shapes that `args` says.
-    let product = unsafe { output_product::<T>(args, first_row, TILED_TILE) };
-    tiled::tile::<T, AsStored, Plain>(&product, first_row, first_column);
+    let tile = unsafe { output_product::<T>(args, TILED_TILE, TILED_TILE) };
+    if let Some((product, row, column)) = tile {
+        tiled::tile::<T, AsStored, Plain>(&product, row, column);
+    }
 }
 
 entries! {

@@ -39,14 +39,17 @@ pub const TILE: u32 = 16;
 ///
 /// # Thread mapping
 /// Blocks of 16 x 16 threads: `y` is the row, its threads take every sixteenth key; `x` of the
-/// grid counts groups of 16 rows, `z` heads.
+/// grid counts groups of 16 rows, head after head.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes, and the launch the threads stated here.
 #[inline(always)]
 pub unsafe fn weights<T: Scalar, const D: usize>(args: &AttentionArgs) {
-    let head = Head::of_block_z(args);
-    let (tx, row) = (thread::thread_idx_x(), thread::block_idx_x() * TILE + thread::thread_idx_y());
+    let (head, rows) = Head::of_block(args, args.shape.seq_q.div_ceil(TILE));
+    if head.ends_before(rows * TILE) {
+        return;
+    }
+    let (tx, row) = (thread::thread_idx_x(), rows * TILE + thread::thread_idx_y());
     // Threads past the last row take part in the warp's collectives, and write nothing.
     let (i, inside) = (row.min(head.seq_q - 1), row < head.seq_q);
     // SAFETY: the buffers have the shapes stated above.

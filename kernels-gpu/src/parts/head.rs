@@ -1,10 +1,14 @@
 //! Which head of which sequence a block works on, and where its rows lie. Rungs read lengths and
 //! head numbers here. (To count tasks, `schedule.rs` and the queue of flash_hopper read extents.)
+//!
+//! Without `varlen` a batch entry is a sequence, and all have the lengths of the launch. With it
+//! sequences are packed one after the other, and `cu_seqlens` says where each begins: a grid has tiles
+//! for the longest one, and blocks whose tile lies past the end of their own leave.
 
 use simt::{compiler::opaque, memory::Memory, thread};
 
 use crate::{
-    args::{AttentionArgs, Tensor},
+    args::{AttentionArgs, Buffer, Tensor},
     backward,
     constants::Constants,
     parts::{gemm::Matrix, schedule, tile::Rows},
@@ -13,7 +17,7 @@ use crate::{
 /// One head of one sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct Head {
-    /// Batch entry.
+    /// Batch entry: the sequence.
     pub b: u32,
     /// Head of Q and O.
     pub h: u32,
@@ -23,8 +27,27 @@ pub struct Head {
     pub seq_q: u32,
     /// Key and value rows.
     pub seq_k: u32,
+    /// Its first row among those of packed sequences in Q and O; else 0.
+    pub first_q: u32,
+    /// The same in K and V.
+    pub first_k: u32,
     /// Heads of Q of a batch entry.
     heads: u32,
+    /// Query rows over all packed sequences.
+    total_q: u32,
+    /// Rows and keys of the weights of a head: lengths of the longest sequence.
+    weights: [u32; 2],
+}
+
+/// The first row of batch entry `b`, and how many it has: of a packed sequence, or 0 and `rows`.
+#[inline(always)]
+fn sequence(cu_seqlens: &Buffer, b: u32, rows: u32) -> (u32, u32) {
+    // SAFETY: with `varlen` the launch has `[B + 1]` numbers, and `b` is less than B.
+    let cu_seqlens = unsafe { cu_seqlens.view::<u32>() };
+    let read = |at: u32, otherwise| cu_seqlens.read_if(Head::is_packed(), at as u64, otherwise);
+    let (first, end) = (read(b, 0), read(b + 1, rows));
+    // Less 0 it is what it was: the compiler knows that of no other function of both.
+    (first, end.wrapping_sub(first))
 }
 
 impl Head {
@@ -32,14 +55,36 @@ impl Head {
     #[inline(always)]
     #[must_use]
     pub fn new(args: &AttentionArgs, b: u32, h: u32) -> Self {
+        let shape = &args.shape;
+        let (first_q, seq_q) = sequence(&args.sequences.cu_seqlens_q, b, shape.seq_q);
+        let (first_k, seq_k) = sequence(&args.sequences.cu_seqlens_k, b, shape.seq_k);
         Self {
             b,
             h,
             h_kv: h / Self::group(),
-            seq_q: args.shape.seq_q,
-            seq_k: args.shape.seq_k,
-            heads: args.shape.heads,
+            seq_q,
+            seq_k,
+            first_q,
+            first_k,
+            heads: shape.heads,
+            total_q: shape.total_q,
+            weights: [shape.seq_q, shape.seq_k],
         }
+    }
+
+    /// Whether sequences are packed one after the other, each with lengths of its own.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_packed() -> bool {
+        Constants::varlen() != 0
+    }
+
+    /// Whether the sequence has ended before row `i`, which the longest one has: a block without
+    /// rows leaves before its first barrier.
+    #[inline(always)]
+    #[must_use]
+    pub fn ends_before(&self, i: u32) -> bool {
+        Self::is_packed() && i >= self.seq_q
     }
 
     /// The head of that number, counted over the batch.
@@ -50,11 +95,13 @@ impl Head {
         Self::new(args, b, h)
     }
 
-    /// The head of this block, where the grid's `y` counts heads and `z` batch entries.
+    /// The head of this block and its tile, where the grid's `x` counts the `tiles` tiles of a head,
+    /// head after head. (`y` and `z` end at 65,535.)
     #[inline(always)]
     #[must_use]
-    pub fn of_block(args: &AttentionArgs) -> Self {
-        Self::new(args, thread::block_idx_z(), thread::block_idx_y())
+    pub fn of_block(args: &AttentionArgs, tiles: u32) -> (Self, u32) {
+        let (number, tile) = schedule::divide(thread::block_idx_x(), tiles);
+        (Self::at(args, number), tile)
     }
 
     /// The head of this block, where the grid's `z` counts heads over the batch.
@@ -91,29 +138,39 @@ impl Head {
     /// Index of `lse[i]` of this head.
     #[inline(always)]
     #[must_use]
-    pub const fn row(&self, i: u32) -> u64 {
-        (self.b as u64 * self.heads as u64 + self.h as u64) * self.seq_q as u64 + i as u64
+    pub fn row(&self, i: u32) -> u64 {
+        let (b, h) = (self.b as u64, self.h as u64);
+        let first = if Self::is_packed() {
+            h * self.total_q as u64 + self.first_q as u64
+        } else {
+            (b * self.heads as u64 + h) * self.seq_q as u64
+        };
+        first + i as u64
     }
 
     /// Index of `weights[i, j]` of this head.
     #[inline(always)]
     #[must_use]
     pub const fn weight(&self, i: u32, j: u32) -> u64 {
-        self.row(i) * self.seq_k as u64 + j as u64
+        let [rows, keys] = self.weights;
+        let head = self.b as u64 * self.heads as u64 + self.h as u64;
+        (head * rows as u64 + i as u64) * keys as u64 + j as u64
     }
 
     /// Index of row `i` of Q or O.
     #[inline(always)]
     #[must_use]
     pub const fn query(&self, tensor: &Tensor, i: u32) -> u64 {
-        tensor.head(self.b, self.h) + i as u64 * tensor.stride_n
+        let first = self.first_q as u64 * tensor.stride_n;
+        tensor.head(self.b, self.h) + first + i as u64 * tensor.stride_n
     }
 
     /// Index of row `j` of K or V.
     #[inline(always)]
     #[must_use]
     pub const fn key(&self, tensor: &Tensor, j: u32) -> u64 {
-        tensor.head(self.b, self.h_kv) + j as u64 * tensor.stride_n
+        let first = self.first_k as u64 * tensor.stride_n;
+        tensor.head(self.b, self.h_kv) + first + j as u64 * tensor.stride_n
     }
 
     /// The rows of Q or O.
@@ -169,9 +226,9 @@ impl Head {
     #[inline(always)]
     #[must_use]
     pub unsafe fn weight_matrix<T: Memory>(&self, args: &AttentionArgs) -> Matrix<T> {
-        let (first, keys) = (self.weight(0, 0), self.seq_k);
+        let (first, stride) = (self.weight(0, 0), self.weights[1] as u64);
         // SAFETY: `weights` is `[B, H, Nq, Nk]`.
-        unsafe { Matrix::new(&args.scratch.weights, first, keys as u64, self.seq_q, keys) }
+        unsafe { Matrix::new(&args.scratch.weights, first, stride, self.seq_q, self.seq_k) }
     }
 
     /// Index of key 0 of the padding mask, `[B, Nk]`. Opaque: computed where it is asked for.

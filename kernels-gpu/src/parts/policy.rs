@@ -57,6 +57,12 @@ impl Policy {
         Constants::left() != 0
     }
 
+    /// Rows and keys. Opaque: what follows from them would be kept from one tile to the next.
+    #[inline(always)]
+    fn lengths(&self) -> (u32, u32) {
+        (opaque(self.head.seq_q), opaque(self.head.seq_k))
+    }
+
     /// The first key that row `i` sees by its position, and may be beyond its last one. Positions
     /// are aligned to the bottom right: the last row is at the last key, whatever the two lengths.
     #[inline(always)]
@@ -65,7 +71,7 @@ impl Policy {
         if !Self::is_left_bounded() {
             return 0;
         }
-        let Head { seq_q, seq_k, .. } = self.head;
+        let (seq_q, seq_k) = self.lengths();
         (i + seq_k).saturating_sub(seq_q.saturating_add(self.keys.left))
     }
 
@@ -73,7 +79,7 @@ impl Policy {
     #[inline(always)]
     #[must_use]
     pub fn end_of_row(&self, i: u32) -> u32 {
-        let Head { seq_q, seq_k, .. } = self.head;
+        let (seq_q, seq_k) = self.lengths();
         if !Self::is_causal() {
             return seq_k;
         }

@@ -55,6 +55,14 @@ impl QueryTile {
     pub fn head(&self, args: &AttentionArgs) -> Head {
         Head::new(args, self.b, self.h)
     }
+
+    /// Whether it has no rows: a packed sequence is shorter than the longest, for which tiles are
+    /// counted.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_empty(&self, args: &AttentionArgs) -> bool {
+        Head::is_packed() && self.head(args).ends_before(self.first_row)
+    }
 }
 
 /// Query tiles of a launch.

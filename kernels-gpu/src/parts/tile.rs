@@ -145,6 +145,13 @@ pub struct KvStages<T, const D: usize, const BC: u32, const THREADS: u32> {
 }
 
 impl<T: Memory, const D: usize, const BC: u32, const THREADS: u32> KvStages<T, D, BC, THREADS> {
+    /// The same, where there are so many keys.
+    #[inline(always)]
+    #[must_use]
+    pub fn of_keys(self, seq_k: u32) -> Self {
+        Self { k: Rows { seq: seq_k, ..self.k }, v: Rows { seq: seq_k, ..self.v }, ..self }
+    }
+
     /// Elements of a tile.
     pub const TILE: u32 = BC * D as u32;
     /// Bytes of all stages.

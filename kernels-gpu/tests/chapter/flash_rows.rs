@@ -1,7 +1,7 @@
 //! flash_rows: one warp per row, online softmax, nothing shared.
 
 use half::{bf16, f16};
-use simt::{math, scalar::Scalar, thread, warp};
+use simt::{math, scalar::Scalar, warp};
 
 use crate::{
     args::AttentionArgs,
@@ -25,8 +25,8 @@ pub const BR: u32 = THREADS / warp::LANES;
 #[inline(always)]
 pub unsafe fn flash_rows<T: Scalar, const D: usize, const COLUMNS: usize>(args: &AttentionArgs) {
     const { assert!(D == COLUMNS * warp::LANES as usize) };
-    let head = Head::of_block(args);
-    let i = thread::block_idx_x() * BR + warp::warp_id();
+    let (head, q_tile) = Head::of_block(args, args.shape.seq_q.div_ceil(BR));
+    let i = q_tile * BR + warp::warp_id();
     if i >= head.seq_q {
         return; // The whole warp leaves: collectives need all of its lanes.
     }

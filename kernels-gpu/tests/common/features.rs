@@ -110,6 +110,14 @@ pub fn feature_cases(d: u32, br: u32, bc: u32) -> Vec<Case> {
         // Rows without a key have their sink.
         Case { causal: true, ..case(bc + 5, 9, Features { sinks: true, ..none }) },
         case(19, 2 * bc + 7, all),
+        Case { packed: true, ..case(br + 3, 2 * bc + 5, none) },
+        Case { packed: true, interleaved: true, causal: true, ..case(br + 9, bc + 1, none) },
+        Case {
+            packed: true,
+            interleaved: true,
+            dropout: 0.2,
+            ..case(2 * br + 1, bc + 3, Features { bias: false, ..all })
+        },
         Case { padding: true, dropout: 0.2, interleaved: true, ..case(9, 2 * bc + 3, all) },
         Case { causal: true, padding: true, ..case(bc + 11, bc - 3, all) },
     ]

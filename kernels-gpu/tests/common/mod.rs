@@ -9,11 +9,11 @@ use std::{
 use approx::abs_diff_eq;
 use kernels_gpu::{
     args::{
-        AttentionArgs, Bias, Buffer, DropoutArgs, Keys, LinearArgs, Scores, Scratch, Shape, Slopes,
-        Tensor, Tensors,
+        AttentionArgs, Bias, Buffer, DropoutArgs, Keys, LinearArgs, Scores, Scratch, Sequences,
+        Shape, Slopes, Tensor, Tensors,
     },
     constants::Constants,
-    forward::flash_hopper::{HopperArgs, Tiles},
+    forward::flash_hopper::{HopperArgs, Tiles, ragged},
     parts::{dropout, queue::QUEUE_WORDS},
 };
 use simt::{
@@ -80,6 +80,11 @@ pub fn buffer<T>(data: &[T]) -> Buffer {
 /// The memory behind a slice that a kernel writes.
 pub fn buffer_mut<T>(data: &mut [T]) -> Buffer {
     buffer(data)
+}
+
+/// The blocks of rungs with a block for each tile of `rows` query rows.
+pub fn blocks_of(args: &AttentionArgs, rows: u32) -> Dim3 {
+    (args.shape.seq_q.div_ceil(rows) * args.shape.heads * args.shape.batch).into()
 }
 
 /// The arguments with a queue.
@@ -183,6 +188,8 @@ pub struct Problem<T> {
     pub sinks: Vec<f32>,
     pub bias: Vec<T>,
     pub drops: DropoutArgs,
+    /// Where packed sequences begin in q, and in k.
+    pub cu_seqlens: [Vec<u32>; 2],
 }
 
 /// An attention problem of the tests.
@@ -197,6 +204,9 @@ pub struct Case {
     pub dropout: f32,
     /// `[B, N, H, D]` in memory, as a projection writes it, instead of `[B, H, N, D]`.
     pub interleaved: bool,
+    /// Sequences of several lengths one after the other, the longest of `seq_q` and `seq_k`:
+    /// `[H, total, D]` in memory, or interleaved.
+    pub packed: bool,
     /// What the inputs are multiplied by: large values make logits of thousands.
     pub size: f32,
     /// Whether scores pass through memory, rounded to the storage type.
@@ -216,6 +226,7 @@ impl Case {
             padding: false,
             dropout: 0.0,
             interleaved: false,
+            packed: false,
             size: 1.0,
             scores_stored: false,
             features: Features::NONE,
@@ -229,13 +240,41 @@ impl Case {
             causal: if self.causal { 1 } else { of_features.causal },
             padding: self.padding.into(),
             dropout: u32::from(self.dropout > 0.0),
+            varlen: self.packed.into(),
             ..of_features
         }
     }
 
-    /// Batch entries: two where the padding masks shall differ.
-    const fn batch(&self) -> u32 {
-        if self.padding { 2 } else { 1 }
+    /// Query rows and keys of each batch entry: two where the padding masks shall differ.
+    fn lengths(&self) -> Vec<[u32; 2]> {
+        let (q, k) = (self.seq_q, self.seq_k);
+        if self.packed {
+            vec![[0, k / 2], [q, k], [q.min(2), 0], [0, 0], [q / 2 + 1, k], [q, k / 2 + 1]]
+        } else {
+            vec![[q, k]; if self.padding { 2 } else { 1 }]
+        }
+    }
+
+    fn batch(&self) -> u32 {
+        self.lengths().len() as u32
+    }
+
+    /// Where packed sequences begin, and past the last: of rows, and of keys.
+    fn cu_seqlens(&self) -> [Vec<u32>; 2] {
+        [0, 1].map(|which: usize| {
+            let mut at = vec![0];
+            at.extend(self.lengths().iter().scan(0, |end, of| {
+                *end += of[which];
+                Some(*end)
+            }));
+            at
+        })
+    }
+
+    /// Rows of Q, or keys, of a head in memory; of packed sequences all, and some beyond the last.
+    fn in_memory(&self, which: usize) -> u32 {
+        let packed: u32 = self.lengths().iter().map(|of| of[which]).sum();
+        if self.packed { packed + BEYOND } else { [self.seq_q, self.seq_k][which] }
     }
 
     /// Heads of K and V.
@@ -243,32 +282,46 @@ impl Case {
         self.heads / self.features.group
     }
 
-    fn strides(&self, heads: u32, seq: u32) -> (u64, u64, u64) {
-        let (h, n, d) = (u64::from(heads), u64::from(seq), u64::from(self.d));
-        if self.interleaved { (h * n * d, d, h * d) } else { (h * n * d, n * d, d) }
+    /// Of a tensor of `heads` heads with rows of Q (0) or keys (1).
+    fn strides(&self, heads: u32, which: usize) -> (u64, u64, u64) {
+        let (h, n, d) = (u64::from(heads), u64::from(self.in_memory(which)), u64::from(self.d));
+        let b = if self.packed { 0 } else { h * n * d };
+        if self.interleaved { (b, d, h * d) } else { (b, n * d, d) }
     }
 
-    fn tensor<T>(&self, data: &[T], heads: u32, seq: u32) -> Tensor {
-        let (stride_b, stride_h, stride_n) = self.strides(heads, seq);
+    fn tensor<T>(&self, data: &[T], heads: u32, which: usize) -> Tensor {
+        let (stride_b, stride_h, stride_n) = self.strides(heads, which);
         Tensor { buffer: buffer(data), stride_b, stride_h, stride_n }
     }
 
-    fn elements(&self, heads: u32, seq: u32) -> u32 {
-        self.batch() * heads * seq * self.d
+    fn elements(&self, heads: u32, which: usize) -> u32 {
+        let batch = if self.packed { 1 } else { self.batch() };
+        batch * heads * self.in_memory(which) * self.d
     }
 
     /// Row `i` of head `h`, of `heads`, of batch entry `b`, as f64.
     fn row<T: Scalar>(
         &self,
         data: &[T],
-        (heads, seq): (u32, u32),
+        (heads, which): (u32, usize),
         b: u32,
         h: u32,
         i: u32,
     ) -> Vec<f64> {
-        let (sb, sh, sn) = self.strides(heads, seq);
+        let (sb, sh, sn) = self.strides(heads, which);
+        let i = i + if self.packed { self.cu_seqlens()[which][b as usize] } else { 0 };
         let first = (u64::from(b) * sb + u64::from(h) * sh + u64::from(i) * sn) as usize;
         data[first..first + self.d as usize].iter().map(|x| f64::from(x.to_f32())).collect()
+    }
+
+    /// Sets the rows beyond the last packed sequence to NaN.
+    fn spoil<T: Scalar>(&self, data: &mut [T], heads: u32, which: usize) {
+        let (_, sh, sn) = self.strides(heads, which);
+        for (h, i) in (0..heads).flat_map(|h| (0..BEYOND).map(move |i| (h, i))) {
+            let i = self.in_memory(which) - BEYOND + i;
+            let first = (u64::from(h) * sh + u64::from(i) * sn) as usize;
+            data[first..first + self.d as usize].fill(T::from_f32(f32::NAN));
+        }
     }
 
     /// The padding mask: entry 0 sees nothing of the last keys, entry 1 nothing at all
@@ -284,19 +337,25 @@ impl Case {
 
     /// The tensors of this problem, outputs of NaN.
     pub fn problem<T: Scalar>(&self) -> Problem<T> {
-        let scaled = |heads, seq, seed| -> Vec<T> {
-            let values = values::<T>(self.elements(heads, seq), seed);
+        let scaled = |heads, which, seed| -> Vec<T> {
+            let values = values::<T>(self.elements(heads, which), seed);
             values.iter().map(|x| T::from_f32(x.to_f32() * self.size)).collect()
         };
-        let q = scaled(self.heads, self.seq_q, 1);
-        let k = scaled(self.kv_heads(), self.seq_k, 2);
+        let mut q = scaled(self.heads, 0, 1);
+        let mut k = scaled(self.kv_heads(), 1, 2);
         // A mean that is not zero, so that a lost or doubled weight shows.
-        let v = values::<T>(self.elements(self.kv_heads(), self.seq_k), 3);
-        let v: Vec<T> = v.iter().map(|x| T::from_f32(x.to_f32() + 0.5)).collect();
+        let v = values::<T>(self.elements(self.kv_heads(), 1), 3);
+        let mut v: Vec<T> = v.iter().map(|x| T::from_f32(x.to_f32() + 0.5)).collect();
+        if self.packed {
+            self.spoil(&mut q, self.heads, 0);
+            self.spoil(&mut k, self.kv_heads(), 1);
+            self.spoil(&mut v, self.kv_heads(), 1);
+        }
+        let lse = self.elements(self.heads, 0) / self.d;
         let weights = (self.batch() * self.heads * self.seq_q * self.seq_k) as usize;
         Problem {
             o: vec![T::from_f32(f32::NAN); q.len()],
-            lse: vec![f32::NAN; (self.batch() * self.heads * self.seq_q) as usize],
+            lse: vec![f32::NAN; lse as usize],
             weights: vec![T::from_f32(f32::NAN); weights],
             mask: self.padding_mask(),
             slopes: self.features.slopes(self.heads),
@@ -310,6 +369,7 @@ impl Case {
             q,
             k,
             v,
+            cu_seqlens: self.cu_seqlens(),
         }
     }
 
@@ -317,11 +377,15 @@ impl Case {
     pub fn args<T: Scalar>(&self, problem: &mut Problem<T>) -> AttentionArgs {
         AttentionArgs {
             tensors: Tensors {
-                q: self.tensor(&problem.q, self.heads, self.seq_q),
-                k: self.tensor(&problem.k, self.kv_heads(), self.seq_k),
-                v: self.tensor(&problem.v, self.kv_heads(), self.seq_k),
-                o: self.tensor(&problem.o, self.heads, self.seq_q),
+                q: self.tensor(&problem.q, self.heads, 0),
+                k: self.tensor(&problem.k, self.kv_heads(), 1),
+                v: self.tensor(&problem.v, self.kv_heads(), 1),
+                o: self.tensor(&problem.o, self.heads, 0),
                 lse: buffer_mut(&mut problem.lse),
+            },
+            sequences: Sequences {
+                cu_seqlens_q: buffer(&problem.cu_seqlens[0]),
+                cu_seqlens_k: buffer(&problem.cu_seqlens[1]),
             },
             keys: Keys { padding: buffer(&problem.mask), ..self.features.keys() },
             scratch: Scratch { weights: buffer_mut(&mut problem.weights), ..Scratch::default() },
@@ -330,6 +394,7 @@ impl Case {
                 heads: self.heads,
                 seq_q: self.seq_q,
                 seq_k: self.seq_k,
+                total_q: if self.packed { self.in_memory(0) } else { 0 },
                 head_dim: self.d,
             },
             scores: Scores {
@@ -359,27 +424,45 @@ impl Case {
         let Problem { q, k, v, o, lse, mask, drops, slopes, sinks, bias, .. } = &mut problem;
         // `o` is read again only now that the kernel has written it.
         let o = std::hint::black_box(o);
-        for b in 0..self.batch() {
+        let total_q = self.in_memory(0);
+        if self.packed {
+            for (h, i) in
+                (0..self.heads).flat_map(|h| (total_q - BEYOND..total_q).map(move |i| (h, i)))
+            {
+                // Entry 0 begins at row 0.
+                let o = self.row(o, (self.heads, 0), 0, h, i);
+                let untouched =
+                    o.iter().all(|x| x.is_nan()) && lse[(h * total_q + i) as usize].is_nan();
+                assert!(untouched, "{self:?} head {h} row {i} beyond the last sequence");
+            }
+        }
+        for (b, [seq_q, seq_k]) in (0..).zip(self.lengths()) {
             for h in 0..self.heads {
-                for i in 0..self.seq_q {
-                    let (of_q, of_k) = ((self.heads, self.seq_q), (self.kv_heads(), self.seq_k));
+                for i in 0..seq_q {
+                    let (of_q, of_k) = ((self.heads, 0), (self.kv_heads(), 1));
                     let h_kv = h / self.features.group;
                     let q_row = self.row(q, of_q, b, h, i);
                     let o_row = self.row(o, of_q, b, h, i);
-                    let lse = lse[((b * self.heads + h) * self.seq_q + i) as usize];
+                    let row = if self.packed {
+                        h * total_q + self.cu_seqlens()[0][b as usize] + i
+                    } else {
+                        (b * self.heads + h) * seq_q + i
+                    };
+                    let lse = lse[row as usize];
                     let sees = |j: u32| {
-                        (!self.causal || j + self.seq_q <= i + self.seq_k)
-                            && self.features.window_sees(i + self.seq_k, j + self.seq_q)
-                            && (!self.padding || mask[(b * self.seq_k + j) as usize] != 0)
+                        (!self.causal || j + seq_q <= i + seq_k)
+                            && self.features.window_sees(i + seq_k, j + seq_q)
+                            && (!self.padding || mask[(b * seq_k + j) as usize] != 0)
                     };
                     self.check_row::<T>(
                         &q_row,
+                        seq_k,
                         |j| self.row(k, of_k, b, h_kv, j),
                         |j| self.row(v, of_k, b, h_kv, j),
                         sees,
                         |s, j| {
-                            let distance = i64::from(i + self.seq_k) - i64::from(j + self.seq_q);
-                            let place = (h * self.seq_q + i) * self.seq_k + j;
+                            let distance = i64::from(i + seq_k) - i64::from(j + seq_q);
+                            let place = (h * seq_q + i) * seq_k + j;
                             let bias = bias.get(place as usize).map_or(0.0, |b| b.to_f32().into());
                             let slope = slopes.get(h as usize).map_or(0.0, |&s| f64::from(s));
                             self.features.capped(s) - slope * distance.abs() as f64 + bias
@@ -400,6 +483,7 @@ impl Case {
     fn check_row<T: Scalar>(
         &self,
         q: &[f64],
+        seq_k: u32,
         k: impl Fn(u32) -> Vec<f64>,
         v: impl Fn(u32) -> Vec<f64>,
         sees: impl Fn(u32) -> bool,
@@ -410,7 +494,7 @@ impl Case {
         lse: f64,
         what: &str,
     ) {
-        let keys: Vec<u32> = (0..self.seq_k).filter(|&j| sees(j)).collect();
+        let keys: Vec<u32> = (0..seq_k).filter(|&j| sees(j)).collect();
         if keys.is_empty() {
             assert!(o.iter().all(|&x| x == 0.0), "{what}: O of a hidden row is {o:?}");
             assert_eq!(lse as f32, sink as f32, "{what}: LSE of a hidden row");
@@ -461,13 +545,16 @@ impl Case {
     }
 }
 
+/// Rows of each tensor beyond the last packed sequence.
+const BEYOND: u32 = 3;
+
 /// The tensor map of 16-bit elements, with the swizzle of 128 bytes; strides in elements.
-pub fn map(address: u64, dims: [u64; 4], strides: [u64; 3], box_dims: [u32; 4]) -> TensorMap {
+pub fn map(address: u64, dims: &[u64], strides: &[u64], box_dims: &[u32]) -> TensorMap {
     let spec = TensorMapSpec {
         address,
         element: Element::F16, // Or bf16: copies move bits.
         dims: dims.to_vec(),
-        strides_bytes: strides.map(|stride| 2 * stride).to_vec(),
+        strides_bytes: strides.iter().map(|stride| 2 * stride).collect(),
         box_dims: box_dims.to_vec(),
         swizzle_bytes: 128,
     };
@@ -486,10 +573,17 @@ impl Hopper {
     pub fn run(&self, case: &Case, args: &AttentionArgs) -> Result<Stats, Fault> {
         let tiles = Tiles::of(case.d, self.consumers);
         let [q, k, v, o] = tiles.boxes();
-        let of = |tensor: &Tensor, heads: u32, seq: u32, box_dims| {
+        let of = |tensor: &Tensor, heads: u32, seq: u32, box_dims: [u32; 4]| {
+            let Tensor { buffer, stride_b, stride_h, stride_n } = *tensor;
+            if case.packed {
+                let (d, heads) = (case.d.into(), heads.into());
+                let (dims, strides) = ragged::map(d, heads, 2 * stride_h, 2 * stride_n);
+                let [columns, rows, ..] = box_dims;
+                let strides = strides.map(|bytes| bytes / 2);
+                return map(buffer.address, &dims, &strides, &[columns, rows, 1, 1, 1]);
+            }
             let dims = [case.d, seq, heads, args.shape.batch].map(u64::from);
-            let strides = [tensor.stride_n, tensor.stride_h, tensor.stride_b];
-            map(tensor.buffer.address, dims, strides, box_dims)
+            map(buffer.address, &dims, &[stride_n, stride_h, stride_b], &box_dims)
         };
         let maps = [
             of(&args.tensors.q, case.heads, args.shape.seq_q, q),

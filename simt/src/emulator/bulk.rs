@@ -19,7 +19,7 @@ use crate::hardware::TensorMap;
 
 struct Load {
     map: TensorMapSpec,
-    coordinates: [u32; 4],
+    coordinates: Vec<u32>,
     /// Where the box goes, and the mbarrier where its bytes count: one for each block.
     destinations: Vec<(u32, usize)>,
     /// What the lane that started it knew.
@@ -37,7 +37,7 @@ enum Write {
 
 struct Store {
     map: TensorMapSpec,
-    coordinates: [u32; 4],
+    coordinates: Vec<u32>,
     source: u32,
     write: Write,
     lane: u16,
@@ -66,7 +66,8 @@ impl BulkCopies {
 }
 
 impl Block {
-    fn tensor_map(&self, map: u64, at: Place) -> Result<TensorMapSpec, FaultKind> {
+    /// The map of a copy of `rank` dimensions.
+    fn tensor_map(&self, map: u64, rank: usize, at: Place) -> Result<TensorMapSpec, FaultKind> {
         let bytes = map as *const TensorMap;
         let misuse = |message| Err(FaultKind::Misuse { message, this: self.site(at) });
         if bytes.is_null() || !bytes.is_aligned() {
@@ -78,9 +79,9 @@ impl Block {
         let Some(spec) = TensorMapSpec::decode(unsafe { &*bytes }) else {
             return misuse(format!("the bytes at {map:#x} are not an encoded tensor map"));
         };
-        if spec.dims.len() != 4 {
-            let rank = spec.dims.len();
-            return misuse(format!("a copy of four dimensions with a tensor map of {rank}"));
+        if spec.dims.len() != rank {
+            let of_map = spec.dims.len();
+            return misuse(format!("a copy of {rank} dimensions with a tensor map of {of_map}"));
         }
         Ok(spec)
     }
@@ -233,7 +234,7 @@ unsafe fn update(address: u64, f: impl Fn(u16) -> u16) {
     _ = there.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| Some(f(old)));
 }
 
-pub(crate) fn load(destination: u32, map: u64, coordinates: [u32; 4], mbarrier: u32, at: Place) {
+pub(crate) fn load(destination: u32, map: u64, coordinates: &[u32], mbarrier: u32, at: Place) {
     let own = current::with(|b| 1 << b.rank());
     load_multicast(destination, map, coordinates, mbarrier, own, at);
 }
@@ -241,13 +242,13 @@ pub(crate) fn load(destination: u32, map: u64, coordinates: [u32; 4], mbarrier: 
 pub(crate) fn load_multicast(
     destination: u32,
     map: u64,
-    coordinates: [u32; 4],
+    coordinates: &[u32],
     mbarrier: u32,
     blocks: u16,
     at: Place,
 ) {
     current::checked(|b| {
-        let map = b.tensor_map(map, at)?;
+        let map = b.tensor_map(map, coordinates.len(), at)?;
         if blocks == 0 {
             let message = "a multicast load to no block: one bit for each is needed".to_owned();
             return Err(FaultKind::Misuse { message, this: b.site(at) });
@@ -269,7 +270,7 @@ pub(crate) fn load_multicast(
             if destinations.is_empty() {
                 // Read once, for all blocks.
                 let mut read = Ok(());
-                map.for_each_unit(&coordinates, |_, address, valid| {
+                map.for_each_unit(coordinates, |_, address, valid| {
                     if read.is_ok() {
                         let bytes = valid.into();
                         read = b.access_global_as(GlobalAccess::Read, address, bytes, by);
@@ -282,22 +283,23 @@ pub(crate) fn load_multicast(
             destinations.push((destination, index));
         }
         let (lane, clock) = (b.current as u16, b.own_knowledge());
+        let coordinates = coordinates.to_vec();
         b.bulk.loads.push(Load { map, coordinates, destinations, clock, lane, at });
         Ok(())
     });
 }
 
-pub(crate) fn store(map: u64, coordinates: [u32; 4], source: u32, at: Place) {
+pub(crate) fn store(map: u64, coordinates: &[u32], source: u32, at: Place) {
     write(Write::Replace, map, coordinates, source, at);
 }
 
-pub(crate) fn reduce_add(map: u64, coordinates: [u32; 4], source: u32, at: Place) {
+pub(crate) fn reduce_add(map: u64, coordinates: &[u32], source: u32, at: Place) {
     write(Write::Add, map, coordinates, source, at);
 }
 
-fn write(write: Write, map: u64, coordinates: [u32; 4], source: u32, at: Place) {
+fn write(write: Write, map: u64, coordinates: &[u32], source: u32, at: Place) {
     current::checked(|b| {
-        let map = b.tensor_map(map, at)?;
+        let map = b.tensor_map(map, coordinates.len(), at)?;
         b.check_box(&map, b.rank(), source, "bulk store", at)?;
         let now = b.tick();
         b.has_agents = true;
@@ -310,7 +312,7 @@ fn write(write: Write, map: u64, coordinates: [u32; 4], source: u32, at: Place) 
             Write::Replace => GlobalAccess::Write,
             Write::Add => GlobalAccess::Atomic,
         };
-        map.for_each_unit(&coordinates, |offset, address, valid| {
+        map.for_each_unit(coordinates, |offset, address, valid| {
             if valid > 0 && read.is_ok() {
                 let by = Access { lane: agent, now, clock, location: at };
                 let fenced = |lane: u16| fenced(&b.lanes, threads, rank, clock, lane);
@@ -322,7 +324,7 @@ fn write(write: Write, map: u64, coordinates: [u32; 4], source: u32, at: Place) 
         });
         read?;
         b.stats.shared_bytes_read += u64::from(map.box_bytes());
-        let group = None;
+        let (group, coordinates) = (None, coordinates.to_vec());
         let store = Store { map, coordinates, source, write, lane, group, time: now, at };
         b.bulk.stores.push(store);
         Ok(())

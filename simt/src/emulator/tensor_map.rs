@@ -172,6 +172,7 @@ impl TensorMapSpec {
         let element = self.element.bytes();
         let row_bytes = self.box_dims[0] * element;
         let rows: u32 = self.box_dims[1..].iter().product();
+        // Addresses are computed modulo 2^64, as the copy engine computes them.
         for row in 0..rows {
             let mut address = self.address;
             let (mut rest, mut inside) = (row, true);
@@ -185,7 +186,8 @@ impl TensorMapSpec {
                 let column = u64::from(coordinates[0]) + u64::from(unit / element);
                 let left = self.dims[0].saturating_sub(column) * u64::from(element);
                 let valid = if inside { left.min(16) as u32 } else { 0 };
-                f(row * row_bytes + unit, address + column * u64::from(element), valid);
+                let address = address.wrapping_add(column * u64::from(element));
+                f(row * row_bytes + unit, address, valid);
             }
         }
     }

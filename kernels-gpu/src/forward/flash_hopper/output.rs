@@ -10,6 +10,7 @@ use super::{
     Task,
     consumer::Consumer,
     geometry::{Geometry, OutputTile},
+    ragged::MapRows,
     score_tile::ROWS,
     tiles::OUTPUT_CHUNK,
 };
@@ -61,7 +62,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// As for [`store_lse`](Self::store_lse).
     #[inline(always)]
     pub(super) unsafe fn store_output(&self, task: Task, factors: [f32; ROWS]) {
-        let map = self.maps.address::<3>();
+        let (map, of) = (self.maps.address::<3>(), MapRows::queries(&self.policy(task).head));
         let values = self.acc_o.values();
         let lane = warp::lane_id();
         let first_row = task.first_row() + self.own_row - lane / 4;
@@ -100,10 +101,9 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
                     if 16 * HALF + 8 * CHUNK < G::Output::GROUPS {
                         let buffer = self.output.slice(CHUNK as u32 * OUTPUT_CHUNK, OUTPUT_CHUNK);
                         let column = (2 * HALF + CHUNK) as u32 * CHUNK_COLUMNS;
-                        let to = [column, first_row, task.tile.h, task.tile.b];
                         // SAFETY: the parameter holds the map. It ends at the last row and
                         // column, and so does what is stored.
-                        unsafe { tma::store_4d_if(lane == 0, map, to, buffer.address()) };
+                        unsafe { of.store_if(lane == 0, map, column, first_row, buffer.address()) };
                     }
                 });
                 tma::commit_group();

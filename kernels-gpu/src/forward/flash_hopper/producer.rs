@@ -2,7 +2,6 @@
 
 use simt::{
     mbarrier::Mbarrier,
-    tma,
     wgmma::{CHUNK_COLUMNS, CHUNK_ROW_BYTES},
 };
 
@@ -10,12 +9,16 @@ use super::{
     HopperMaps,
     geometry::Geometry,
     queue::Tasks,
+    ragged::MapRows,
     task::{Rings, Task},
     tiles::{CONSUMER_ROWS, tile_bytes},
 };
 use crate::{
     args::AttentionArgs,
-    parts::pipeline::{Ring, Stage},
+    parts::{
+        pipeline::{Ring, Stage},
+        schedule::QueryTile,
+    },
 };
 
 /// The producer: one thread that takes tasks and starts every copy of the block, as far ahead
@@ -33,15 +36,13 @@ pub(super) unsafe fn produce<G: Geometry>(
     let tiles = const { G::TILES };
     maps.prefetch();
     // All chunks of a tile: rows from `row` on.
-    let copy =
-        |head: (u32, u32), destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
-            for chunk in 0..const { G::TILES.d.div_ceil(CHUNK_COLUMNS) } {
-                let to = destination + chunk * rows * CHUNK_ROW_BYTES;
-                let from = [chunk * CHUNK_COLUMNS, row, head.0, head.1];
-                // SAFETY: the parameter holds the maps; the ring keeps readers away.
-                unsafe { tma::load_4d(to, map, from, full) };
-            }
-        };
+    let copy = |of: MapRows, destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
+        for chunk in 0..const { G::TILES.d.div_ceil(CHUNK_COLUMNS) } {
+            let to = destination + chunk * rows * CHUNK_ROW_BYTES;
+            // SAFETY: the parameter holds the maps; the ring keeps readers away.
+            unsafe { of.load(to, map, chunk * CHUNK_COLUMNS, row, full) };
+        }
+    };
     let copy_q = |stage: Stage<G::QStages>, task: Task| {
         for consumer in 0..G::CONSUMERS {
             let (row, head) = (task.first_row() + consumer * CONSUMER_ROWS, task.tile.head(args));
@@ -53,7 +54,7 @@ pub(super) unsafe fn produce<G: Geometry>(
                 let to = smem
                     + stage.index() * const { G::TILES.q_bytes() }
                     + consumer * const { tile_bytes(CONSUMER_ROWS, G::TILES.d) };
-                copy((head.h, head.b), to, maps.address::<0>(), CONSUMER_ROWS, row, full);
+                copy(MapRows::queries(&head), to, maps.address::<0>(), CONSUMER_ROWS, row, full);
             }
         }
     };
@@ -66,7 +67,7 @@ pub(super) unsafe fn produce<G: Geometry>(
         let head = task.tile.head(args);
         let to = to + stage.index() * const { G::TILES.kv_bytes() };
         let full = ring.acquire(stage, const { G::TILES.kv_bytes() });
-        copy((head.h_kv, head.b), smem + to, map, tiles.keys, tile * tiles.keys, full);
+        copy(MapRows::keys(&head), smem + to, map, tiles.keys, tile * tiles.keys, full);
     };
     let copy_k =
         |stage, task, tile| copy_keys(rings.k, tiles.k(), maps.address::<1>(), stage, task, tile);
@@ -80,6 +81,10 @@ pub(super) unsafe fn produce<G: Geometry>(
     // SAFETY: the queue holds zeros before the launch, as `AttentionArgs::queue` says.
     let (mut queue, mut next) = unsafe { Tasks::begin(args, tiles) };
     while let Some(work) = next {
+        if QueryTile::of(args, work, tiles.rows()).is_empty(args) {
+            next = queue.work(queue.ask());
+            continue;
+        }
         // SAFETY: the mask has the shape that `args` says.
         let task = unsafe { Task::of(args, tiles, work) };
         // Asked for late: whoever asks early may keep a task that another block has time for.

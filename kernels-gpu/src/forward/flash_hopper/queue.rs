@@ -6,6 +6,7 @@ use super::tiles::Tiles;
 use crate::{
     args::AttentionArgs,
     parts::{
+        head::Head,
         policy::Policy,
         queue::Queue,
         schedule::{self, Extent, Groups, Work},
@@ -42,7 +43,9 @@ impl Tasks {
         // Bytes of a head's K and V.
         let head_bytes = args.shape.seq_k.saturating_mul(tiles.d * KEY_AND_VALUE_BYTES);
         // With three consumers the producer has no registers for more than one queue.
-        let groups = if Policy::is_causal() && tiles.consumers == 2 {
+        // Packed sequences differ in length, so that groups of heads would end at different times.
+        let grouped = Policy::is_causal() && !Head::is_packed();
+        let groups = if grouped && tiles.consumers == 2 {
             Groups::of(extent.heads, extent.num_q_tiles, head_bytes, blocks)
         } else {
             Groups::NONE
@@ -56,7 +59,9 @@ impl Tasks {
             given: if groups.heads > 0 { 0 } else { blocks },
             blocks,
         };
-        let uneven = Policy::is_causal() || !args.shape.seq_q.is_multiple_of(tiles.rows());
+        let uneven = Policy::is_causal()
+            || Head::is_packed()
+            || !args.shape.seq_q.is_multiple_of(tiles.rows());
         let mut tasks = Self { of_all, extent, uneven, groups, group: None };
         if let Some((group, rank)) = groups.of_block(block) {
             tasks.group = Some(group);

@@ -228,8 +228,8 @@ impl<T: Chunk, const ROW_THREADS: u32> Row<T, ROW_THREADS> {
 /// `weights: [B, H, Nq, Nk]`, `lse: [B, H, Nq]`.
 ///
 /// # Thread mapping
-/// ROW_THREADS threads per row, a warp or the whole block; `x` counts groups of rows, `z`
-/// heads.
+/// ROW_THREADS threads per row, a warp or the whole block; `x` counts groups of rows, head after
+/// head.
 ///
 /// # Shared memory
 /// Dynamic, [`shared_bytes`]: a segment for each row. Static: what the warps of a row exchange.
@@ -241,10 +241,11 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
     const { assert!(ROW_THREADS == warp::LANES || ROW_THREADS == THREADS) };
 
     // Who am I.
-    let head = Head::of_block_z(args);
+    let rows = THREADS / ROW_THREADS;
+    let (head, group) = Head::of_block(args, args.shape.seq_q.div_ceil(rows));
     let tid = thread::thread_idx_x();
     let row_in_block = tid / ROW_THREADS;
-    let i = thread::block_idx_x() * (THREADS / ROW_THREADS) + row_in_block;
+    let i = group * rows + row_in_block;
     if i >= head.seq_q {
         return; // All threads of the row leave: its barriers need all of them.
     }
@@ -258,7 +259,7 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
             weights: args.scratch.weights.view_mut::<T>(),
             first: head.weight(i, 0),
             segment: Shared::dynamic(row_in_block * segment * T::BYTES, segment),
-            aligned: (args.scratch.weights.address | (head.seq_k * T::BYTES) as u64) % 16 == 0,
+            aligned: head.weight_matrix::<T>(args).is_aligned(),
             thread: tid % ROW_THREADS,
             i,
             begin: policy.begin_of_row(i),

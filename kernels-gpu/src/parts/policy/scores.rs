@@ -188,7 +188,7 @@ impl Policy {
         let first = of_head + i as u64 * bias.stride_q;
         // SAFETY: whoever made the policy states the bias, if there is one.
         let first = unsafe { bias.buffer.view::<T>() }.skip(first);
-        BiasRow { first, stride: bias.stride_k, last: self.head.seq_k - 1 }
+        BiasRow { first, stride: bias.stride_k, last: self.head.seq_k.saturating_sub(1) }
     }
 
     /// Whether each head has a sink.
