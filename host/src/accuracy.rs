@@ -34,7 +34,7 @@ impl Oracle {
     /// How many rows can be compared with about so many multiplications.
     #[must_use]
     pub fn affordable_rows(problem: &Problem, multiplications: usize) -> usize {
-        (multiplications / (problem.seq_k() * problem.head_dim())).max(64)
+        (multiplications / (problem.seq_k() * problem.head_dim()).max(1)).max(64)
     }
 
     /// Whether every row is compared.
@@ -82,8 +82,10 @@ impl Oracle {
     fn index(&self, element: usize, width: usize) -> Vec<usize> {
         let p = &self.problem;
         let (row, d) = (self.rows[element / width], element % width);
-        let (bh, i) = (row / p.seq_q(), row % p.seq_q());
-        let mut index = vec![bh / p.heads(), bh % p.heads(), i];
+        // Rows are counted as the LSE's.
+        let [_, heads, rows] = p.lse_shape();
+        let (bh, i) = (row / rows, row % rows);
+        let mut index = vec![bh / heads, bh % heads, i];
         if width > 1 {
             index.push(d);
         }

@@ -12,6 +12,7 @@ pub struct Tensors {
     alibi_slopes: Option<Tensor>,
     bias: Option<Tensor>,
     sinks: Option<Tensor>,
+    cu_seqlens: Option<[Vec<u32>; 2]>,
 }
 
 impl Tensors {
@@ -30,6 +31,9 @@ impl Tensors {
             alibi_slopes: problem.alibi_shape().map(|shape| slopes(&shape, problem.heads())),
             bias: problem.bias_shape().map(|shape| beside(problem.dtype(), &shape, seed, 0)),
             sinks: problem.sinks_shape().map(|shape| beside(DType::F32, &shape, seed, 1)),
+            cu_seqlens: problem
+                .varlen()
+                .map(|_| cu_seqlens(problem.batch(), [problem.seq_q(), problem.seq_k()], seed)),
         }
     }
 
@@ -41,9 +45,29 @@ impl Tensors {
             alibi_slopes: self.alibi_slopes.as_ref(),
             bias: self.bias.as_ref(),
             sinks: self.sinks.as_ref(),
+            cu_seqlens_q: self.cu_seqlens.as_ref().map(|[q, _]| q.as_slice()),
+            cu_seqlens_k: self.cu_seqlens.as_ref().map(|[_, k]| k.as_slice()),
             ..Inputs::new(&self.q, &self.k, &self.v)
         }
     }
+}
+
+/// Where packed sequences of random lengths begin in Q and in K: each has from one to the given number
+/// of rows, and as many keys as rows if those numbers are the same.
+#[must_use]
+pub fn cu_seqlens(batch: usize, [seq_q, seq_k]: [usize; 2], seed: u64) -> [Vec<u32>; 2] {
+    let ends = |most: usize, stream| {
+        // The later digits of a normal draw are spread evenly.
+        let draws = beside(DType::F32, &[batch], seed, stream);
+        let share = |b| (draws.get(b) * 1e3).abs().fract();
+        let length = |b| ((share(b) * most as f64) as u32 + 1).min(most as u32);
+        let ends = (0..batch).scan(0, |end, b| {
+            *end += length(b);
+            Some(*end)
+        });
+        std::iter::once(0).chain(ends).collect()
+    };
+    [ends(seq_q, 2), ends(seq_k, if seq_q == seq_k { 2 } else { 3 })]
 }
 
 /// The usual slopes of `heads` heads, repeated over batch entries where the shape has them.
@@ -116,6 +140,19 @@ mod tests {
         assert!(visible.iter().all(|n| (50..=100).contains(n)), "{visible:?}");
         assert!(visible.iter().any(|n| n != &visible[0]));
         assert_eq!(tail_mask(2, 1, 1), [1, 1]);
+    }
+
+    #[test]
+    fn packed_lengths_are_spread_and_the_same_for_the_same_seed() {
+        let [q, k] = cu_seqlens(1000, [64, 64], 42);
+        assert_eq!((&q, q.len()), (&k, 1001));
+        let mut seen: Vec<u32> = q.windows(2).map(|at| at[1] - at[0]).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen, (1..=64).collect::<Vec<_>>());
+        assert_eq!(cu_seqlens(1000, [64, 64], 42), [q.clone(), k]);
+        assert_ne!(cu_seqlens(1000, [64, 65], 42)[1], q);
+        assert_eq!(cu_seqlens(2, [1, 0], 1), [vec![0, 1, 2], vec![0, 0, 0]]);
     }
 
     #[test]

@@ -5,13 +5,14 @@ use std::fmt;
 use anyhow::Result;
 use clap::Args;
 use flash_attention::{
-    Alibi, DType, Dropout, Problem, Window,
+    Alibi, DType, Dropout, Problem, Varlen, Window,
     problem::head_dim_of,
     registry::{self, KERNELS, KernelSpec, Target},
 };
 
 use crate::{
     failure::Usage,
+    inputs::cu_seqlens,
     machine::DeviceChoice,
     results::{Level, LevelChoice, Options},
     values,
@@ -63,6 +64,9 @@ pub struct ProblemArgs {
     /// Give each head a random score that joins the sum of its rows' weights and has no value
     #[arg(long)]
     pub sinks: bool,
+    /// Pack sequences of random lengths, up to N, one after the other without padding
+    #[arg(long, conflicts_with = "mask")]
+    pub varlen: bool,
     /// Hide a random tail of each batch entry's keys, up to half of them
     #[arg(long)]
     pub mask: bool,
@@ -120,6 +124,7 @@ impl ProblemArgs {
             (self.seq_k.is_some(), "--seq-k"),
             (self.alibi, "--alibi"),
             (self.sinks, "--sinks"),
+            (self.varlen, "--varlen"),
         ];
         if let Some((_, option)) = of_attention.into_iter().find(|&(given, _)| given)
             && level.covers(Level::Module)
@@ -142,10 +147,17 @@ impl ProblemArgs {
         };
         let seq = self.seq.as_deref().unwrap_or(defaults.seq);
         let problem = |&n: &usize| {
-            let builder = Problem::builder(batch(n)?, heads, n, head_dim)
+            let (batch, seq_k) = (batch(n)?, self.seq_k.unwrap_or(n));
+            let totals = || {
+                let [total_q, total_k] = cu_seqlens(batch, [n, seq_k], self.seed)
+                    .map(|at| at.last().map_or(0, |&end| end as usize));
+                Varlen { total_q, total_k }
+            };
+            let builder = Problem::builder(batch, heads, n, head_dim)
                 .dtype(self.dtype.unwrap_or(defaults.dtype))
                 .kv_heads(self.kv_heads.unwrap_or(heads))
-                .seq_k(self.seq_k.unwrap_or(n))
+                .seq_k(seq_k)
+                .varlen(self.varlen.then(totals))
                 .causal(self.causal)
                 .window(self.window.unwrap_or_default())
                 .softcap(self.softcap)

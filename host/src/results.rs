@@ -156,6 +156,7 @@ impl fmt::Display for FeaturesText<'_> {
             (p.alibi, ", ALiBi"),
             (p.bias, ", bias"),
             (p.sinks, ", sinks"),
+            (p.varlen, ", packed sequences of random lengths"),
             (p.mask, ", padding mask"),
         ] {
             if given {
@@ -199,6 +200,8 @@ pub struct ProblemRecord {
     pub bias: bool,
     /// Whether each head has a sink.
     pub sinks: bool,
+    /// Whether sequences of random lengths are packed one after the other.
+    pub varlen: bool,
     /// Whether there is a padding mask.
     pub mask: bool,
     /// Probability that a weight is dropped.
@@ -228,6 +231,7 @@ impl From<&Problem> for ProblemRecord {
             alibi: problem.alibi().is_some(),
             bias: problem.bias().is_some(),
             sinks: problem.has_sinks(),
+            varlen: problem.varlen().is_some(),
             mask: problem.has_mask(),
             dropout: problem.dropout().map_or(0.0, |dropout| dropout.p),
         }
@@ -357,6 +361,28 @@ pub struct Row {
     pub dtype: DType,
     /// Whether rows see keys up to their own position only.
     pub causal: bool,
+    /// Heads of K and V.
+    pub kv_heads: Option<usize>,
+    /// Keys; of packed sequences the most that one may have, as `seq` is.
+    pub seq_k: Option<usize>,
+    /// Keys before its own position that a row sees; `null` is no bound.
+    pub window_left: Option<u32>,
+    /// Keys after its own position that a row sees; `null` is no bound.
+    pub window_right: Option<u32>,
+    /// Cap of scores.
+    pub softcap: Option<f32>,
+    /// Whether scores fall with distance, by ALiBi.
+    pub alibi: bool,
+    /// Whether a bias joins scores.
+    pub bias: bool,
+    /// Whether each head has a sink.
+    pub sinks: bool,
+    /// Whether sequences of random lengths are packed one after the other.
+    pub varlen: bool,
+    /// Whether there is a padding mask.
+    pub mask: bool,
+    /// Probability that a weight is dropped.
+    pub dropout: f32,
     /// How it ended.
     pub status: Status,
     /// Why it did not end well; empty otherwise.

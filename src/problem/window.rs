@@ -46,12 +46,15 @@ impl Window {
     /// hides most from, the first row the one for a right bound.
     #[must_use]
     pub const fn without_idle_bounds(self, seq_q: usize, seq_k: usize) -> Self {
+        if seq_q == 0 || seq_k == 0 {
+            return Self { left: None, right: None };
+        }
         let left = match self.left {
-            Some(left) if (left as usize) + 1 < seq_k => Some(left),
+            Some(left) if (left as usize) < seq_k - 1 => Some(left),
             _ => None,
         };
         let right = match self.right {
-            Some(right) if (right as usize) + 1 < seq_q => Some(right),
+            Some(right) if (right as usize) < seq_q - 1 => Some(right),
             _ => None,
         };
         Self { left, right }

@@ -95,6 +95,7 @@ fn peer_row(bench: &Bench<'_>, name: &str) -> Row {
         row.device = "CPU".into();
         row.emulated = false;
     }
+    row.flops = subject.flops();
     row.peer = true;
     row
 }

@@ -176,7 +176,8 @@ impl Run<'_> {
         progress.doing(format!("N {}, {level}: inputs and outputs in f64", problem.seq_q()));
         let subject = kind.draw(session, problem, seed, Effort::Quick)?;
         let bench = Bench { subject: &*subject, repeats, watch };
-        for (row, plan) in foreseen {
+        for (mut row, plan) in foreseen {
+            row.flops = subject.flops();
             if interrupt::requested() {
                 break;
             }

@@ -141,6 +141,7 @@ def refuse(job):
         (left is not None or right not in (None, 0), "windows"),
         (job["softcap"] is not None, "caps of scores"),
         (job["alibi"], "ALiBi"),
+        (job["varlen"], "packed sequences"),
         (job["bias"], "a bias of its own"),
         (job["sinks"], "sinks"),
         # Its own causal mask is aligned to the top left.

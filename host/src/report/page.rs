@@ -283,7 +283,11 @@ fn circumstances(results: &Results) -> Markup {
             dt { "Runs" }
             dd { (o.repeats.iters) " timed after " (o.repeats.warmup) " to warm up; seed " (o.seed) }
             dt { "FLOP" }
-            dd { "by convention 4·B·H·N·N·D, half of that when causal; projections of a module are added" }
+            dd {
+                "by convention 4·B·H·N·N·D, half of that when causal; in another window 4·D for each row and "
+                "key that it sees; of packed sequences with the lengths of each; projections of a module are "
+                "added"
+            }
             dt { "Program" }
             dd { "version " (results.version) ", commit " (results.commit) ", " (results.created) }
         }

@@ -27,7 +27,8 @@ pub struct Comparison {
 
 /// Index of an element of the rows compared, `width` elements each.
 pub fn place(problem: &Problem, rows: &[usize], width: usize) -> Box<dyn Fn(usize) -> Vec<usize>> {
-    let (rows, heads, seq) = (rows.to_vec(), problem.heads(), problem.seq_q());
+    // Rows are counted as the LSE's.
+    let (rows, [_, heads, seq]) = (rows.to_vec(), problem.lse_shape());
     Box::new(move |element| {
         let (row, d) = (rows[element / width], element % width);
         let mut index = vec![row / seq / heads, row / seq % heads, row % seq];

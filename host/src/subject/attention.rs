@@ -90,6 +90,10 @@ impl Subject for Drawn<'_> {
         self.tensors.inputs().mask
     }
 
+    fn flops(&self) -> f64 {
+        self.tensors.inputs().flops(&self.problem)
+    }
+
     fn own_bytes(&self) -> u64 {
         self.problem.input_bytes() + self.problem.output_bytes()
     }

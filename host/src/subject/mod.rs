@@ -16,7 +16,7 @@ use flash_attention::{
 
 use crate::{
     format,
-    results::{Check, Level, Row, Status},
+    results::{Check, Level, ProblemRecord, Row, Status},
 };
 
 /// How much of the right answer is computed.
@@ -41,7 +41,8 @@ pub trait Kind: Sync {
     /// None that the problem did not have.
     fn pose(&self, problem: &Problem) -> Result<Problem, Error>;
 
-    /// Floating-point operations, by convention.
+    /// Floating-point operations, by convention; of packed sequences as if all were as long as the
+    /// longest: a [`Subject`] knows their lengths.
     fn flops(&self, problem: &Problem) -> f64;
 
     /// Elements of a row that is compared, and what such rows are called.
@@ -92,6 +93,11 @@ pub trait Subject {
 
     /// The padding mask.
     fn mask(&self) -> Option<&[u8]>;
+
+    /// Floating-point operations, by convention.
+    fn flops(&self) -> f64 {
+        kind(self.level()).flops(self.problem())
+    }
 
     /// Bytes of parameters, inputs and outputs.
     fn own_bytes(&self) -> u64;
@@ -149,7 +155,7 @@ fn counted(
 /// A row with what is known before anything runs.
 #[must_use]
 pub fn row(session: &Session, level: Level, kernel: &str, problem: &Problem) -> Row {
-    let device = session.device();
+    let (device, record) = (session.device(), ProblemRecord::from(problem));
     Row {
         kernel: kernel.into(),
         level,
@@ -160,6 +166,17 @@ pub fn row(session: &Session, level: Level, kernel: &str, problem: &Problem) -> 
         head_dim: problem.head_dim(),
         dtype: problem.dtype(),
         causal: problem.causal(),
+        kv_heads: Some(record.kv_heads.unwrap_or(record.heads)),
+        seq_k: Some(problem.seq_k()),
+        window_left: record.window[0],
+        window_right: record.window[1],
+        softcap: record.softcap,
+        alibi: record.alibi,
+        bias: record.bias,
+        sinks: record.sinks,
+        mask: record.mask,
+        dropout: record.dropout,
+        varlen: record.varlen,
         emulated: device.is_emulated(),
         flops: kind(level).flops(problem),
         ..Row::default()

@@ -190,6 +190,7 @@ impl Run<'_> {
         let f32_threshold = (problem.dtype() == DType::F32).then_some(F32_THRESHOLD);
         let threshold = args.threshold.or(f32_threshold);
         for (mut row, plan) in able {
+            row.flops = subject.flops();
             if interrupt::requested() {
                 break;
             }

@@ -92,6 +92,9 @@ entries! {
     cluster_sync() { cluster::sync() }
     cluster_read(out: u64, rank: u32) { one(out).write(0, cluster::map_shared_rank(tile::<u32>(), rank).read(5)) }
     cluster_write(rank: u32, value: u32) { cluster::map_shared_rank(tile::<u32>(), rank).write(5, value) }
+    global_read_if(out: u64, from: u64, chosen: u32, value: u32) {
+        one(out).write(0, one::<u32>(from).as_global().read_if(chosen == 7, 3, value))
+    }
     compiler_opaque(out: u64, value: u32) { one(out).write(0, compiler::opaque(value)) }
     async_copy_copy(from: u64) { async_copy::copy(tile::<f16>(), 8, Global::<f16>::new(from, 64), 16) }
     async_copy_copy_or_zero(from: u64, inside: u32) {
@@ -113,6 +116,9 @@ entries! {
     tma_load_4d(map: u64, x: u32, y: u32, z: u32, w: u32) {
         tma::load_4d(tile::<u8>().address_of(1024), map, [x, y, z, w], bar())
     }
+    tma_load_5d(map: u64, x: u32, y: u32, z: u32, w: u32, v: u32) {
+        tma::load_5d(tile::<u8>().address_of(1024), map, [x, y, z, w, v], bar())
+    }
     tma_load_4d_multicast(map: u64, x: u32, y: u32, z: u32, w: u32) {
         tma::load_4d_multicast(tile::<u8>().address_of(1024), map, [x, y, z, w], bar(), 3)
     }
@@ -121,6 +127,9 @@ entries! {
     }
     tma_store_4d_if(chosen: u32, map: u64, x: u32, y: u32, z: u32, w: u32) {
         tma::store_4d_if(chosen == 7, map, [x, y, z, w], tile::<u8>().address_of(1024))
+    }
+    tma_store_5d_if(chosen: u32, map: u64, x: u32, y: u32, z: u32, w: u32, v: u32) {
+        tma::store_5d_if(chosen == 7, map, [x, y, z, w, v], tile::<u8>().address_of(1024))
     }
     tma_reduce_add_4d(map: u64, x: u32, y: u32, z: u32, w: u32) {
         tma::reduce_add_4d(map, [x, y, z, w], tile::<u8>().address_of(1024))
