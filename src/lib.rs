@@ -83,3 +83,8 @@ struct Readme;
 #[cfg(all(doctest, feature = "emulator"))]
 #[doc = include_str!("../docs/library.md")]
 struct LibraryPage;
+
+/// The chapter on packed sequences, compiled as tests.
+#[cfg(all(doctest, feature = "emulator", feature = "verify"))]
+#[doc = include_str!("../docs/varlen.md")]
+struct PackedSequences;

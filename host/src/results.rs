@@ -361,28 +361,6 @@ pub struct Row {
     pub dtype: DType,
     /// Whether rows see keys up to their own position only.
     pub causal: bool,
-    /// Heads of K and V.
-    pub kv_heads: Option<usize>,
-    /// Keys; of packed sequences the most that one may have, as `seq` is.
-    pub seq_k: Option<usize>,
-    /// Keys before its own position that a row sees; `null` is no bound.
-    pub window_left: Option<u32>,
-    /// Keys after its own position that a row sees; `null` is no bound.
-    pub window_right: Option<u32>,
-    /// Cap of scores.
-    pub softcap: Option<f32>,
-    /// Whether scores fall with distance, by ALiBi.
-    pub alibi: bool,
-    /// Whether a bias joins scores.
-    pub bias: bool,
-    /// Whether each head has a sink.
-    pub sinks: bool,
-    /// Whether sequences of random lengths are packed one after the other.
-    pub varlen: bool,
-    /// Whether there is a padding mask.
-    pub mask: bool,
-    /// Probability that a weight is dropped.
-    pub dropout: f32,
     /// How it ended.
     pub status: Status,
     /// Why it did not end well; empty otherwise.
@@ -433,6 +411,28 @@ pub struct Row {
     pub global_bytes_written: Option<u64>,
     /// Whether this is another library's implementation.
     pub peer: bool,
+    /// Heads of K and V.
+    pub kv_heads: Option<usize>,
+    /// Keys; of packed sequences the most that one may have, as `seq` is.
+    pub seq_k: Option<usize>,
+    /// Keys before its own position that a row sees; `null` is no bound.
+    pub window_left: Option<u32>,
+    /// Keys after its own position that a row sees; `null` is no bound.
+    pub window_right: Option<u32>,
+    /// Cap of scores.
+    pub softcap: Option<f32>,
+    /// Whether scores fall with distance, by ALiBi.
+    pub alibi: bool,
+    /// Whether a bias joins scores.
+    pub bias: bool,
+    /// Whether each head has a sink.
+    pub sinks: bool,
+    /// Whether sequences of random lengths are packed one after the other.
+    pub varlen: bool,
+    /// Whether there is a padding mask.
+    pub mask: bool,
+    /// Probability that a weight is dropped.
+    pub dropout: f32,
 }
 
 impl Row {

@@ -1,9 +1,9 @@
-//! Attention on the tensors `q`, `k`, `v` of a file, and of `mask`, `alibi_slopes`, `bias` and `sinks`
-//! those that it has.
+//! Attention on the tensors `q`, `k`, `v` of a file, and of `mask`, `alibi_slopes`, `bias`, `sinks` and
+//! `cu_seqlens_q` with `cu_seqlens_k` those that it has.
 
 use anyhow::Result;
 use flash_attention::{
-    Alibi, Bias, DType, Dropout, Error, Extras, Layout, Problem, Tensor,
+    Alibi, Bias, DType, Dropout, Error, Extras, Layout, Problem, Tensor, Varlen,
     backend::instruments::time_ms,
     oracle,
     raw::Plan,
@@ -27,6 +27,8 @@ pub struct GivenAttention<'a> {
     v: Stored<'a>,
     /// The file's other inputs: mask, slopes, bias and sinks.
     extras: Extras<Stored<'a>>,
+    /// Where packed sequences begin in q, and in k and v.
+    cu_seqlens: Option<[Vec<u32>; 2]>,
     problem: Problem,
     /// Outputs to be compared with.
     expected: Option<Expected>,
@@ -47,23 +49,35 @@ impl<'a> GivenAttention<'a> {
         let (q, k, v) = (file.get("q")?, file.get("k")?, file.get("v")?);
         let dtype = q.dtype()?;
         let layout = args.layout.into();
-        let names = match layout {
-            Layout::HeadsFirst => "[B, H, N, D]",
-            Layout::TokensFirst => "[B, N, H, D]",
-        };
-        let four = |t: &Stored<'_>| match (layout, t.shape) {
-            (Layout::HeadsFirst, &[b, h, n, d]) | (Layout::TokensFirst, &[b, n, h, d]) => {
-                Ok([b, h, n, d])
+        let cu_seqlens = cu_seqlens_of(file)?;
+        let extents = |t: &Stored<'_>| match (&cu_seqlens, layout, t.shape) {
+            (Some(_), _, &[n, h, d]) => Ok([1, h, n, d]),
+            (None, Layout::HeadsFirst, &[b, h, n, d])
+            | (None, Layout::TokensFirst, &[b, n, h, d]) => Ok([b, h, n, d]),
+            (Some(_), ..) => {
+                Err(t.must_be("of three dimensions, [total, H, D], beside cu_seqlens"))
             }
-            _ => Err(t.must_be(&format!("of four dimensions, {names}"))),
+            (None, Layout::HeadsFirst, _) => Err(t.must_be("of four dimensions, [B, H, N, D]")),
+            (None, Layout::TokensFirst, _) => Err(t.must_be("of four dimensions, [B, N, H, D]")),
         };
-        let [batch, heads, seq_q, head_dim] = four(&q)?;
-        let [_, kv_heads, seq_k, _] = four(&k)?;
-        let mask = mask_of(file, batch, seq_k)?;
+        let [batch, heads, seq_q, head_dim] = extents(&q)?;
+        let [_, kv_heads, seq_k, _] = extents(&k)?;
+        let (batch, builder) = match &cu_seqlens {
+            Some([at_q, at_k]) => {
+                let varlen = Varlen { total_q: seq_q, total_k: seq_k };
+                let packed = Problem::packed(at_q, at_k, heads, head_dim)?.varlen(Some(varlen));
+                (at_q.len().saturating_sub(1), packed)
+            }
+            None => (batch, Problem::builder(batch, heads, seq_q, head_dim).seq_k(seq_k)),
+        };
+        let mask = match &cu_seqlens {
+            // The problem says that there can be none.
+            Some(_) => file.find("mask"),
+            None => mask_of(file, batch, seq_k)?,
+        };
         let [alibi_slopes, bias, sinks] = ["alibi_slopes", "bias", "sinks"].map(|n| file.find(n));
-        let problem = Problem::builder(batch, heads, seq_q, head_dim)
+        let problem = builder
             .kv_heads(kv_heads)
-            .seq_k(seq_k)
             .dtype(dtype)
             .causal(args.causal)
             .window(args.window.unwrap_or_default())
@@ -82,8 +96,9 @@ impl<'a> GivenAttention<'a> {
             .scale(args.scale)
             .layout(layout)
             .build()?;
-        k.expect(dtype, &problem.k_shape())?;
-        v.expect(dtype, &problem.k_shape())?;
+        for tensor in [&k, &v] {
+            tensor.expect(dtype, in_file(&problem, &problem.k_shape()))?;
+        }
         for (tensor, dtype, shape) in [
             (alibi_slopes, DType::F32, problem.alibi_shape()),
             (bias, dtype, problem.bias_shape()),
@@ -95,8 +110,32 @@ impl<'a> GivenAttention<'a> {
         }
         let extras = Extras { mask, alibi_slopes, bias, sinks, ..Extras::default() };
         let expected = if args.check { Some(Expected::read(file, &problem)?) } else { None };
-        Ok(Self { q, k, v, extras, problem, expected })
+        Ok(Self { q, k, v, extras, cu_seqlens, problem, expected })
     }
+
+    /// At most so many rows, of sequences: what lies beyond the last is nobody's.
+    fn sample_rows(&self, count: usize) -> Vec<usize> {
+        let rows = oracle::sample_rows(&self.problem, count);
+        let Some([at_q, _]) = &self.cu_seqlens else { return rows };
+        let [_, _, total_q] = self.problem.lse_shape();
+        let end = at_q.last().map_or(0, |&end| end as usize);
+        rows.into_iter().filter(|row| row % total_q < end).collect()
+    }
+}
+
+/// Where the packed sequences of a file begin, if it has any.
+fn cu_seqlens_of(file: &TensorFile) -> Result<Option<[Vec<u32>; 2]>> {
+    let names = ["cu_seqlens_q", "cu_seqlens_k"];
+    if names.iter().all(|name| file.find(name).is_none()) {
+        return Ok(None);
+    }
+    let [q, k] = names.map(|name| file.get(name)?.to_u32());
+    Ok(Some([q?, k?]))
+}
+
+/// A shape as files have it: packed sequences are no batch of one.
+fn in_file<'a>(problem: &Problem, shape: &'a [usize]) -> &'a [usize] {
+    if problem.varlen().is_some() { &shape[1..] } else { shape }
 }
 
 impl Given for GivenAttention<'_> {
@@ -111,10 +150,18 @@ impl Given for GivenAttention<'_> {
     fn run(&self, session: &Session, plan: Plan, with_weights: bool) -> Result<Done> {
         let by = plan.kernel().name.into();
         let inputs = [self.q.bytes, self.k.bytes, self.v.bytes];
-        let extras = self.extras.try_map(|tensor| Ok::<_, Error>(tensor.bytes))?;
+        let mut extras = self.extras.try_map(|tensor| Ok::<_, Error>(tensor.bytes))?;
+        let at = self.cu_seqlens.as_ref().map(|both| both.each_ref().map(|at| bytes_of(at)));
+        if let Some([at_q, at_k]) = &at {
+            extras.cu_seqlens_q = Some(at_q);
+            extras.cu_seqlens_k = Some(at_k);
+        }
         let mut prepared = session.prepare_with(plan, inputs, extras)?;
         let ms = time_ms(session.device(), &mut || prepared.start())?;
         let Outputs { o, lse, .. } = prepared.outputs_without_weights()?;
+        let p = &self.problem;
+        let o = o.reshaped(in_file(p, &p.q_shape()))?;
+        let lse = lse.reshaped(in_file(p, &p.lse_shape()))?;
         let mut tensors = vec![("o", o), ("lse", lse)];
         if with_weights {
             tensors.push(("weights", prepared.weights()?));
@@ -126,8 +173,16 @@ impl Given for GivenAttention<'_> {
         let Some(expected) = &self.expected else { return Ok(Vec::new()) };
         let [(_, o), (_, lse), ..] = done.tensors.as_slice() else { return Ok(Vec::new()) };
         let p = &self.problem;
-        let rows = oracle::sample_rows(p, (ORACLE_BUDGET / (p.seq_k() * p.head_dim())).max(64));
-        let (q, k, v) = (self.q.to_tensor()?, self.k.to_tensor()?, self.v.to_tensor()?);
+        let multiplications = (p.seq_k() * p.head_dim()).max(1);
+        let rows = self.sample_rows((ORACLE_BUDGET / multiplications).max(64));
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (q, k, v) = (
+            self.q.to_tensor()?.reshaped(&p.q_shape())?,
+            self.k.to_tensor()?.reshaped(&p.k_shape())?,
+            self.v.to_tensor()?.reshaped(&p.k_shape())?,
+        );
         let Extras { mask, alibi_slopes, bias, sinks, .. } = self.extras;
         let tensor = |stored: Option<Stored<'_>>| stored.map(|t| t.to_tensor()).transpose();
         let (alibi_slopes, bias, sinks) = (tensor(alibi_slopes)?, tensor(bias)?, tensor(sinks)?);
@@ -136,6 +191,8 @@ impl Given for GivenAttention<'_> {
             alibi_slopes: alibi_slopes.as_ref(),
             bias: bias.as_ref(),
             sinks: sinks.as_ref(),
+            cu_seqlens_q: self.cu_seqlens.as_ref().map(|[at_q, _]| at_q.as_slice()),
+            cu_seqlens_k: self.cu_seqlens.as_ref().map(|[_, at_k]| at_k.as_slice()),
             ..Inputs::new(&q, &k, &v)
         };
         let reference = oracle::reference(p, &inputs, &rows);
@@ -169,6 +226,11 @@ impl Given for GivenAttention<'_> {
     }
 }
 
+/// Numbers as bytes of this machine.
+fn bytes_of(numbers: &[u32]) -> Vec<u8> {
+    numbers.iter().flat_map(|n| n.to_ne_bytes()).collect()
+}
+
 impl Expected {
     /// Looks for o and lse in the file of the inputs.
     ///
@@ -181,8 +243,8 @@ impl Expected {
             stored.expect(dtype, shape)?;
             Ok(Some(stored.to_tensor()?))
         };
-        let o = get("o", &problem.q_shape())?;
-        let lse = get("lse", &problem.lse_shape())?;
+        let o = get("o", in_file(problem, &problem.q_shape()))?;
+        let lse = get("lse", in_file(problem, &problem.lse_shape()))?;
         if o.is_none() && lse.is_none() {
             file.get("o")?;
         }

@@ -155,6 +155,30 @@ impl Stored<'_> {
         }
     }
 
+    /// Its elements, whole numbers of 32 bits.
+    ///
+    /// # Errors
+    /// When it is not i32, u32 or i64 of one dimension, or a number does not fit.
+    pub fn to_u32(&self) -> Result<Vec<u32>> {
+        let read = |size: usize, widen: fn(&[u8]) -> Option<i64>| {
+            self.bytes.chunks_exact(size).map(widen).collect::<Option<Vec<i64>>>()
+        };
+        let numbers = match (self.dtype, self.shape) {
+            (Dtype::I32, [_]) => read(4, |b| Some(i32::from_le_bytes(b.try_into().ok()?).into())),
+            (Dtype::U32, [_]) => read(4, |b| Some(u32::from_le_bytes(b.try_into().ok()?).into())),
+            (Dtype::I64, [_]) => read(8, |b| Some(i64::from_le_bytes(b.try_into().ok()?))),
+            _ => None,
+        };
+        let Some(numbers) = numbers else {
+            return Err(self.must_be("i32, u32 or i64 of one dimension"));
+        };
+        let fits = |n: i64| {
+            let wrong = || self.must_be(&format!("of numbers from 0 to {}, not {n}", u32::MAX));
+            u32::try_from(n).map_err(|_| wrong())
+        };
+        numbers.into_iter().map(fits).collect()
+    }
+
     /// Whether its elements are bytes: u8 or bool.
     #[must_use]
     pub const fn is_bytes(&self) -> bool {

@@ -2,7 +2,7 @@
 
 use approx::assert_abs_diff_eq;
 use flash_attention::{
-    Alibi, Bias, DType, Layout, Problem, Tensor, Window, oracle,
+    Alibi, Bias, DType, Layout, Problem, Tensor, Varlen, Window, oracle,
     session::{Inputs, Outputs},
 };
 use safetensors::Dtype;
@@ -111,6 +111,77 @@ fn what_joins_scores_is_read_from_the_file() {
         String::from_utf8(folder.command(&FILES).assert().code(2).get_output().stderr.clone());
     let text = text.unwrap();
     assert!(text.contains("it must be f16 [2, 1, 21, 37]"), "{text}");
+}
+
+/// Sequences of 5, no and 9 rows, and two rows of nobody at the end; numbers of every type.
+#[test]
+fn packed_sequences_are_read_from_the_file() {
+    let folder = Folder::new();
+    let (at_q, at_k) = ([0u32, 5, 5, 14], [0u32, 20, 23, 23]);
+    let p = Problem::packed(&at_q, &at_k, 4, 32).unwrap().kv_heads(2).dtype(DType::F16);
+    let p = p.causal(true).varlen(Some(Varlen { total_q: 16, total_k: 23 })).build().unwrap();
+    let random = |shape: &[usize], seed| Tensor::random(DType::F16, shape, seed, 0.0);
+    let (q, k, v) = (random(&p.q_shape(), 1), random(&p.k_shape(), 2), random(&p.k_shape(), 3));
+    let packed = |name, tensor: &Tensor| {
+        let (name, dtype, shape, bytes) = entry(name, tensor);
+        (name, dtype, shape[1..].to_vec(), bytes)
+    };
+    let bytes = |at: &[u32]| at.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>();
+    let wide =
+        |at: &[u32]| at.iter().flat_map(|&n| i64::from(n).to_le_bytes()).collect::<Vec<u8>>();
+    let numbers = [
+        [(Dtype::I32, bytes(&at_q)), (Dtype::I64, wide(&at_k))],
+        [(Dtype::I64, wide(&at_q)), (Dtype::U32, bytes(&at_k))],
+    ];
+    let entries = |[of_q, of_k]: [(Dtype, Vec<u8>); 2]| {
+        let mut entries = vec![packed("q", &q), packed("k", &k), packed("v", &v)];
+        entries.push(("cu_seqlens_q", of_q.0, vec![4], of_q.1));
+        entries.push(("cu_seqlens_k", of_k.0, vec![4], of_k.1));
+        entries
+    };
+    let inputs =
+        Inputs { cu_seqlens_q: Some(&at_q), cu_seqlens_k: Some(&at_k), ..Inputs::new(&q, &k, &v) };
+    for numbers in numbers.clone() {
+        folder.save(&entries(numbers));
+        folder.command(&FILES).arg("--causal").assert().success();
+        let (o, lse) = (folder.load("o", DType::F16), folder.load("lse", DType::F32));
+        assert_eq!((o.shape(), lse.shape()), (&[16, 4, 32][..], &[4, 16][..]));
+        let outputs = Outputs { o, lse, weights: None };
+        let rows: Vec<usize> = (0..4 * 16).filter(|row| row % 16 < 14).collect();
+        let result = flash_attention::verify::verify(&p, &inputs, &outputs, &rows);
+        assert!(result.passes(), "{result}");
+        // Its own output passes its check.
+        let mut all = entries(numbers_of(&at_q, &at_k));
+        all.extend([entry("o", &outputs.o), entry("lse", &outputs.lse)]);
+        folder.save(&all);
+        let check = ["--input", "in.safetensors", "--causal", "--check"];
+        let text = folder.printed(&check, 0);
+        assert!(text.contains("o passed") && text.contains("56 of 64 rows"), "{text}");
+    }
+    std::fs::remove_file(folder.path("out.safetensors")).unwrap();
+    let refused = |change: &dyn Fn(&mut Vec<Entry>)| {
+        let mut entries = entries(numbers_of(&at_q, &at_k));
+        change(&mut entries);
+        folder.save(&entries);
+        folder.refused(&FILES)
+    };
+    let text = refused(&|e| drop(e.pop()));
+    assert!(text.contains("tensor cu_seqlens_k is missing"), "{text}");
+    let text = refused(&|e| e[3].3 = bytes(&[0, 5, 5, 17]));
+    assert!(text.contains("cu_seqlens_q = ") && text.contains("there are 16 rows"), "{text}");
+    let text = refused(&|e| (e[3].1, e[3].3) = (Dtype::I32, bytes(&[0, 5, u32::MAX, 14])));
+    assert!(text.contains("it must be of numbers from 0 to 4294967295, not -1"), "{text}");
+    let text = refused(&|e| (e[3].1, e[3].3) = (Dtype::F32, bytes(&at_q)));
+    assert!(text.contains("is f32 [4]: it must be i32, u32 or i64 of one dimension"), "{text}");
+    let text = refused(&|e| e[1] = entry("k", &k));
+    assert!(text.contains("it must be of three dimensions, [total, H, D]"), "{text}");
+    let text = refused(&|e| e.push(("mask", Dtype::U8, vec![3, 20], vec![1; 60])));
+    assert!(text.contains("padding mask") && text.contains("packed"), "{text}");
+}
+
+fn numbers_of(at_q: &[u32], at_k: &[u32]) -> [(Dtype, Vec<u8>); 2] {
+    let bytes = |at: &[u32]| at.iter().flat_map(|n| n.to_le_bytes()).collect();
+    [(Dtype::U32, bytes(at_q)), (Dtype::U32, bytes(at_k))]
 }
 
 #[test]
