@@ -79,6 +79,8 @@ fn impossible_values_are_named() {
         (&["--seq-k", "9"], "--seq-k is not for the module"),
         (&["--alibi"], "--alibi is not for the module"),
         (&["--sinks"], "--sinks is not for the module"),
+        (&["--varlen"], "--varlen is not for the module"),
+        (&["--varlen", "--mask", "--level", "attention"], "cannot be used with"),
         (&["--window", "3"], "'3' for '--window <L,R>': use two whole numbers up to 4294967295"),
         (&["--window", "-2,0"], "'-2,0' for '--window <L,R>'"),
         (&["--window", "-1,x"], "'-1,x' for '--window <L,R>'"),

@@ -3,13 +3,46 @@
 mod common;
 
 use common::{host, run, with_gpu};
-use flash_attention::{DType, registry::KERNELS};
+use flash_attention::{DType, Window, problem::Sequence, registry::KERNELS};
 use host::{
-    output,
+    inputs, output,
     results::{Level, LevelChoice, Results, SCHEMA, Status},
 };
 
 const SMALL: [&str; 6] = ["--seq", "33,64", "--heads", "1", "--iters", "2"];
+
+/// Rows name every feature, and count the operations of packed sequences with their own lengths.
+#[test]
+fn rows_name_the_features_of_a_problem() {
+    let folder = tempfile::tempdir().unwrap();
+    let csv = folder.path().join("a.csv");
+    let features =
+        ["--varlen", "--kv-heads", "1", "--window", "20,-1", "--softcap", "5", "--sinks"];
+    let (code, stdout, stderr) = run(host()
+        .args(["compare", "--level", "attention", "--seq", "40", "--batch", "3", "--heads", "2"])
+        .args(["--head-dim", "64", "--iters", "1", "--kernels", "flash_mma,flash_hopper"])
+        .args(features)
+        .arg("--csv")
+        .arg(&csv));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert!(stdout.contains("packed sequences of random lengths"), "{stdout}");
+    let window = Window { left: Some(20), right: None };
+    let [q, k] = inputs::cu_seqlens(3, [40, 40], 42);
+    let pairs = Sequence::all(&q, &k).map(|of| window.visible_pairs(of.seq_q, of.seq_k));
+    let flops = (4 * 2 * 64 * pairs.sum::<u64>()) as f64;
+    for row in output::read_csv(&csv).unwrap() {
+        assert_eq!((row.status, row.flops), (Status::Ok, flops));
+        assert_eq!((row.kv_heads, row.seq_k, row.batch), (Some(1), Some(40), 3));
+        assert_eq!((row.window_left, row.window_right, row.softcap), (Some(20), None, Some(5.0)));
+        assert!(row.varlen && row.sinks && !row.alibi && !row.bias && !row.mask);
+    }
+    let (code, stdout, _) = run(host()
+        .args(["verify", "--level", "attention", "--seq", "40", "--batch", "3", "--heads", "2"])
+        .args(["--dtype", "f16", "--head-dim", "64", "--alibi", "--causal"])
+        .args(features));
+    assert_eq!(code, 0, "{stdout}");
+    assert!(stdout.contains("every kernel that ran is right"), "{stdout}");
+}
 
 #[test]
 fn compare_writes_what_it_prints() {
