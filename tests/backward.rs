@@ -4,11 +4,18 @@
 mod suite;
 
 use flash_attention::{
-    Alibi, Bias, DType, Dropout, Layout, Problem, Tensor, Window, oracle,
+    Alibi, Bias, DType, Dropout, Extras, Layout, Problem, Tensor, Window,
+    backend::{DeviceTensor, Memory},
+    oracle,
     problem::ProblemBuilder,
-    registry::{BACKWARD_KERNELS, Backward, BackwardSpec, Sizes},
-    session::{Gradients, Inputs, Outputs, Session},
+    raw::{Args, BackwardArgs, Plan, Region, View},
+    registry::{self, BACKWARD_KERNELS, Backward, BackwardSpec, Sizes, Target},
+    session::{Forward, Gradients, Inputs, Outputs, Session},
     verify::verify_gradients,
+};
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
 };
 use suite::{Case, emulator};
 
@@ -131,4 +138,267 @@ fn edges_and_features_are_right() {
         }
     }
     check_all(failures);
+}
+
+/// Choices of a generator.
+struct Draws(ChaCha8Rng);
+
+impl Draws {
+    fn below(&mut self, n: usize) -> usize {
+        ((u64::from(self.0.next_u32()) * n as u64) >> 32) as usize
+    }
+
+    fn of<T: Copy>(&mut self, values: &[T]) -> T {
+        values[self.below(values.len())]
+    }
+
+    fn yes(&mut self) -> bool {
+        self.below(2) == 0
+    }
+
+    fn problem(&mut self, head_dim: usize, dtype: DType) -> Problem {
+        let (kv_heads, group) = (1 + self.below(2), self.of(&[1, 1, 2, 3]));
+        let (seq_q, seq_k) = (1 + self.below(40), 1 + self.below(90));
+        let bounds = [0, 1, 3, 17, 64, seq_k as u32, u32::MAX];
+        let mut bound = || self.yes().then(|| self.of(&bounds));
+        let window = Window { left: bound(), right: bound() };
+        let alibi = [None, Some(Alibi::PerHead), Some(Alibi::PerBatchAndHead)];
+        let bias = Bias { per_batch: self.yes(), per_head: self.yes() };
+        Problem::builder(1 + self.below(2), kv_heads * group, seq_q, head_dim)
+            .kv_heads(kv_heads)
+            .seq_k(seq_k)
+            .dtype(dtype)
+            .causal(self.below(3) == 0)
+            .window(window)
+            .mask(self.below(3) == 0)
+            .dropout((self.below(3) == 0).then_some(Dropout { p: 0.25, seed: 5 }))
+            .softcap(self.yes().then(|| self.of(&[0.5, 3.0, 50.0])))
+            .alibi(self.of(&alibi))
+            .bias((self.below(3) == 0).then_some(bias))
+            .sinks(self.yes())
+            .layout(self.of(&[Layout::HeadsFirst, Layout::TokensFirst]))
+            .build()
+            .unwrap()
+    }
+}
+
+#[test]
+fn random_combinations_are_right() {
+    let seed = std::env::var("FLASH_ATTENTION_TEST_SEED").map_or(23, |seed| seed.parse().unwrap());
+    let mut failures = Vec::new();
+    for (kernel, dtype) in kernels() {
+        let mut draws = Draws(ChaCha8Rng::seed_from_u64(seed));
+        for index in 0..12 {
+            let p = draws.problem(kernel.limits.head_dims[index % 2], dtype);
+            let draw = Case::new("", p).draw(0);
+            failures.extend(faults(&format!("{p:?}"), kernel, &p, &draw.inputs(), &d_o(&p)));
+        }
+    }
+    check_all(failures);
+}
+
+/// A tensor of normal numbers times `size`, but for the first of each row.
+fn with_first(dtype: DType, shape: [usize; 4], seed: u64, size: f64, first: f64) -> Tensor {
+    let mut values = Tensor::random(DType::F32, &shape, seed, 0.0).scaled(size).to_f64();
+    values.iter_mut().step_by(shape[3]).for_each(|x| *x = first);
+    Tensor::from_f64(dtype, &shape, &values).unwrap()
+}
+
+/// Checks every kernel on `n` rows and keys whose scores are all about -120: the LSE is far below the
+/// score 0 of rows that only fill a tile, and `exp(0 - LSE)` is infinite.
+fn scores_far_below_zero(lengths: &[(usize, usize)]) {
+    let mut failures = Vec::new();
+    for (kernel, dtype) in kernels() {
+        let d = kernel.limits.head_dims[1];
+        for &(seq_q, seq_k) in lengths {
+            let p = Problem::builder(1, 1, seq_q, d).seq_k(seq_k).dtype(dtype).build().unwrap();
+            let q = with_first(dtype, p.q_shape(), 1, 0.1, 1.0);
+            let k = with_first(dtype, p.k_shape(), 2, 0.1, -120.0 * (d as f64).sqrt());
+            let v = Tensor::random(dtype, &p.k_shape(), 3, 0.0);
+            let inputs = Inputs::new(&q, &k, &v);
+            let lse = oracle::reference(&p, &inputs, &[0]).lse[0];
+            assert!(lse < -88.8, "{lse}");
+            failures.extend(faults(&format!("{seq_q} {seq_k}"), kernel, &p, &inputs, &d_o(&p)));
+        }
+    }
+    check_all(failures);
+}
+
+#[test]
+fn scores_far_below_zero_make_no_infinities() {
+    scores_far_below_zero(&[(1, 128), (64, 64), (70, 50)]);
+}
+
+/// As above, for longer sequences.
+#[test]
+#[ignore = "takes minutes"]
+fn scores_far_below_zero_make_no_infinities_in_long_sequences() {
+    scores_far_below_zero(&[(192, 192), (704, 704), (1000, 1000)]);
+}
+
+/// dS of keys past the last overflows f16 where they are not hidden.
+#[test]
+fn large_inputs_of_few_keys_are_right() {
+    let mut failures = Vec::new();
+    for (kernel, dtype) in kernels() {
+        let d = kernel.limits.head_dims[1];
+        for n in [1, 2, 5, 17, 128] {
+            let p = Problem::builder(1, 1, n, d).dtype(dtype).build().unwrap();
+            let random = |seed, size| Tensor::random(dtype, &p.q_shape(), seed, 0.0).scaled(size);
+            let (q, k, v) = (random(1, 5.0), random(2, 3.0), random(3, 3.0));
+            let inputs = Inputs::new(&q, &k, &v);
+            failures.extend(faults(&format!("{n}"), kernel, &p, &inputs, &d_o(&p)));
+        }
+    }
+    check_all(failures);
+}
+
+/// Rows before the first key see nothing: no gradient comes from them, and none goes to them.
+#[test]
+fn rows_that_see_nothing_have_no_gradient() {
+    for (kernel, dtype) in kernels() {
+        let d = kernel.limits.head_dims[0];
+        let p = Problem::builder(1, 2, 40, d).seq_k(7).dtype(dtype).causal(true).build().unwrap();
+        let draw = Case::new("", p).draw(0);
+        let d_o = d_o(&p);
+        let found = run(kernel, Backward::new(p), &draw.inputs(), &d_o);
+        let blind = |x: usize| x / d % 40 < 33;
+        for (index, x) in found.dq.to_f64().into_iter().enumerate() {
+            assert!(!blind(index) || x == 0.0, "{} {index}: {x}", kernel.name);
+        }
+        assert!(found.dq.to_f64().iter().any(|&x| x != 0.0));
+        // What they are given does not matter.
+        let other: Vec<f64> = d_o
+            .to_f64()
+            .into_iter()
+            .enumerate()
+            .map(|(index, x)| if blind(index) { 7.0 } else { x })
+            .collect();
+        let other = Tensor::from_f64(dtype, &p.q_shape(), &other).unwrap();
+        let again = run(kernel, Backward::new(p).deterministic(true), &draw.inputs(), &other);
+        let found = run(kernel, Backward::new(p).deterministic(true), &draw.inputs(), &d_o);
+        assert_eq!((again.dk, again.dv), (found.dk, found.dv), "{}", kernel.name);
+    }
+}
+
+/// The same bits each time, in the mode that promises it.
+#[test]
+fn deterministic_gradients_repeat() {
+    for (kernel, dtype) in kernels() {
+        let p = Problem::builder(1, 4, 150, kernel.limits.head_dims[0]).kv_heads(2).dtype(dtype);
+        let p = p.causal(true).build().unwrap();
+        let draw = Case::new("", p).draw(0);
+        let run = || run(kernel, Backward::new(p).deterministic(true), &draw.inputs(), &d_o(&p));
+        let (first, second) = (run(), run());
+        assert_eq!((first.dq, first.dk, first.dv), (second.dq, second.dk, second.dv));
+    }
+}
+
+/// dO as a view: every second row of a longer tensor, heads innermost.
+#[test]
+fn a_strided_gradient_of_o_is_right() {
+    for (kernel, dtype) in kernels() {
+        let (heads, seq, d) = (2, 37, kernel.limits.head_dims[1]);
+        let p = Problem::builder(1, heads, seq, d).dtype(dtype).causal(true).build().unwrap();
+        let draw = Case::new("", p).draw(0);
+        let inputs = draw.inputs();
+        let long = Tensor::random(dtype, &[2 * seq, heads, d], 9, 0.0);
+        let values = long.to_f64();
+        let part: Vec<f64> = (0..heads * seq * d)
+            .map(|x| values[(x / d % seq * 2 * heads + x / d / seq) * d + x % d])
+            .collect();
+        let d_o = Tensor::from_f64(dtype, &p.q_shape(), &part).unwrap();
+
+        let memory = Memory::new(emulator());
+        let device = memory.device();
+        let outputs = outputs(&p, &inputs);
+        let upload = |tensor: &Tensor| DeviceTensor::upload(&memory, tensor).unwrap();
+        let [q, k, v] = [inputs.q, inputs.k, inputs.v].map(upload);
+        let [o, lse, long] = [&outputs.o, &outputs.lse, &long].map(upload);
+        let gradients =
+            [(); 3].map(|()| DeviceTensor::filled(&memory, dtype, &p.q_shape(), 0xff).unwrap());
+        let plan = Plan::new(&Backward::new(p), &Target::of(&**device), kernel).unwrap();
+        let workspace = memory.filled(plan.workspace_bytes(), 0xff).unwrap();
+        let view = |t: &DeviceTensor| View::contiguous(t.region(), p.layout(), heads, seq, d);
+        let forward = Args::new(view(&q), view(&k), view(&v), view(&o)).lse(lse.region());
+        let [rows, head] = [2 * heads * d, d].map(|stride| stride as u64);
+        let d_o_view = View::new(long.region(), [0, head, rows]);
+        let args = BackwardArgs::new(
+            forward.workspace(workspace.region()),
+            d_o_view,
+            [&gradients[0], &gradients[1], &gradients[2]].map(view),
+        );
+        for launch in plan.launches_for(&**device, &args).unwrap() {
+            // SAFETY: every tensor of the plan's arguments lives until the end of the loop.
+            unsafe { device.launch(&launch).unwrap() };
+        }
+        let [dq, dk, dv] = gradients.map(|t| t.to_host().unwrap());
+        let found = Gradients { dq, dk, dv };
+        let result = verify_gradients(&p, &inputs, &d_o, &found, &oracle::all_heads(&p));
+        assert!(result.passes(), "{}: {result}", kernel.name);
+    }
+}
+
+/// The forward pass's own O and LSE, on the device, and memory as predicted.
+#[test]
+fn gradients_follow_a_forward_pass_on_the_device() {
+    let session = Session::new(emulator());
+    for (kernel, dtype) in kernels() {
+        let p = Problem::builder(2, 2, 45, 64).dtype(dtype).causal(true).build().unwrap();
+        let draw = Case::new("", p).draw(0);
+        let (inputs, d_o) = (draw.inputs(), d_o(&p));
+        let upload = |tensor: &Tensor| session.upload(tensor).unwrap();
+        let [q, k, v] = [inputs.q, inputs.k, inputs.v].map(upload);
+        let d_o_on_device = upload(&d_o);
+        let forward = registry::find("flash_tiled").unwrap();
+        let mut attention = session.attention(forward, &p).unwrap();
+        attention.run(&q, &k, &v, None).unwrap();
+        let (o, lse) = (attention.o(), attention.lse());
+        let forward = Forward { q: &q, k: &k, v: &v, extras: Extras::default(), o, lse };
+        let mut backward = session.backward(kernel, &Backward::new(p)).unwrap();
+        // Twice: nothing of the first run is left in the second.
+        for _ in 0..2 {
+            backward.run(forward, &d_o_on_device).unwrap();
+            let found = backward.gradients().unwrap();
+            let result = verify_gradients(&p, &inputs, &d_o, &found, &oracle::all_heads(&p));
+            assert!(result.passes(), "{}: {result}", kernel.name);
+        }
+        let outputs = attention.outputs_without_weights().unwrap();
+        let (_, memory) =
+            session.run_backward(kernel, &Backward::new(p), &inputs, &outputs, &d_o).unwrap();
+        assert_eq!(memory.peak, backward.plan().peak_bytes(), "{}", kernel.name);
+        assert_eq!(memory.peak, memory.inputs + memory.outputs + memory.workspace);
+    }
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let p = Problem::builder(1, 1, 8, 32).build().unwrap();
+    let draw = Case::new("", p).draw(0);
+    let (inputs, kernel) = (draw.inputs(), &BACKWARD_KERNELS[0]);
+    let outputs = outputs(&p, &inputs);
+    let session = Session::new(emulator());
+    let short = Tensor::zeros(DType::F32, &[1, 1, 7, 32]);
+    let message = |outputs: &Outputs, d_o: &Tensor| {
+        let run = session.run_backward(kernel, &Backward::new(p), &inputs, outputs, d_o);
+        run.unwrap_err().to_string()
+    };
+    assert!(message(&outputs, &short).contains("d_o has shape [1, 1, 7, 32]"));
+    let wrong = Outputs { lse: short, ..outputs.clone() };
+    assert!(message(&wrong, &d_o(&p)).contains("lse has shape"));
+    let region = Region::new(1 << 20, 1 << 20);
+    let view = View::contiguous(region, p.layout(), 1, 8, 32);
+    let plan = Plan::new(&Backward::new(p), &Target::of(&*emulator()), kernel).unwrap();
+    let forward = Args::new(view, view, view, view).workspace(region);
+    let message = |forward, d_o, gradients| {
+        plan.check(&BackwardArgs::new(forward, d_o, gradients)).unwrap_err().to_string()
+    };
+    assert!(message(forward, view, [view; 3]).contains("tensor lse is missing"));
+    let forward = forward.lse(region);
+    let odd = View::new(region, [0, 0, 33]);
+    assert!(message(forward, odd, [view; 3]).contains("d_o = a row stride of 33"));
+    let same = View::new(region, [0, 0, 0]);
+    assert!(message(forward, view, [view, same, view]).contains("dk = strides [0, 0, 0]"));
+    let small = forward.workspace(Region::new(1 << 20, 16));
+    assert!(message(small, view, [view; 3]).contains("workspace = 16 bytes"));
 }

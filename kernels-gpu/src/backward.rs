@@ -3,6 +3,7 @@
 //! | rung | the idea it adds |
 //! |---|---|
 //! | [`backward_naive`] | the formulas; P and dS in memory |
+//! | [`backward_tiled`] | P computed again from the LSE, a tile at a time; no N x N matrix |
 //!
 //! [`prepare`] is the first step of every rung, [`convert`] the last of those that sum dQ in memory.
 //!
@@ -22,6 +23,7 @@
 //! "FlashAttention-2", 2023, section 3.1.2.
 
 pub mod backward_naive;
+pub mod backward_tiled;
 pub mod convert;
 pub mod prepare;
 

@@ -11,9 +11,10 @@
 //! | [`softmax`] | the online softmax, one row at a time |
 //! | [`online`] | the same on a warp's fragments, and the epilogue |
 //! | [`dropout`] | Philox |
-//! | [`score`] | one score at a time |
+//! | [`score`], [`gradient`] | one score at a time, and its gradient |
 //! | [`fragment`] | the two products of attention on a warp's fragments |
 //! | [`attend`], [`warp_rows`] | what a warp does with a tile of keys: the first tensor core rungs, the later ones |
+//! | [`scalar_tile`] | products of tiles in scalar arithmetic |
 //! | [`gemm`] | matrix products: the projections and standard attention are made of these |
 //!
 //! | memory | |
@@ -27,11 +28,13 @@ pub mod chunk;
 pub mod dropout;
 pub mod fragment;
 pub mod gemm;
+pub mod gradient;
 pub mod head;
 pub mod online;
 pub mod pipeline;
 pub mod policy;
 pub mod queue;
+pub mod scalar_tile;
 pub mod schedule;
 pub mod score;
 pub mod softmax;

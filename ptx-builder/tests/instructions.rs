@@ -75,6 +75,8 @@ const REQUIRED: &[(&str, &[&str])] = &[
             "stmatrix.sync.aligned.m8n8.x4.shared.b16 [",
         ],
     ),
+    ("backward_naive_scores", &[EX2]),
+    ("backward_tiled", &[EX2, "ld.shared.v4.b32 {", BAR, "fma.rn.f32"]),
     ("linear_tiled", &["ld.shared", BAR, "fma.rn.f32"]),
     ("linear_mma", &[MMA, LDMATRIX, CP_ASYNC, BAR, STORE]),
     (

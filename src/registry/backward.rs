@@ -3,7 +3,7 @@
 
 use kernels_gpu::{
     args,
-    backward::{self, backward_naive, prepare},
+    backward::{self, backward_naive, backward_tiled, prepare},
     entry::Instances,
 };
 use simt::Dim3;
@@ -152,7 +152,7 @@ fn backward_args(call: &Call<'_, Backward>) -> args::BackwardArgs {
 }
 
 /// Every kernel of the backward pass, the slowest first.
-pub static BACKWARD_KERNELS: &[BackwardSpec] = &[BACKWARD_NAIVE];
+pub static BACKWARD_KERNELS: &[BackwardSpec] = &[BACKWARD_NAIVE, BACKWARD_TILED];
 
 const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
     name: "backward_naive",
@@ -168,7 +168,6 @@ const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
     },
     draft: |b, _| {
         let p = &b.problem;
-        let kv_heads = tiles(p.batch() * p.kv_heads(), 1);
         let (tile, threads) = (backward_naive::TILE, backward_naive::THREADS);
         let scores = Step {
             grid: Dim3::new(tiles(p.seq_k(), tile), tiles(p.seq_q(), tile), heads(p)),
@@ -180,7 +179,7 @@ const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
             ..step(b, backward_naive::QUERIES, 0)?
         };
         let keys = Step {
-            grid: Dim3::new(tiles(p.seq_k() * p.head_dim(), threads), 1, kv_heads),
+            grid: Dim3::new(tiles(p.seq_k() * p.head_dim(), threads), 1, kv_heads(p)),
             ..step(b, backward_naive::KEYS, 0)?
         };
         let matrices =
@@ -191,6 +190,41 @@ const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
         })
     },
 };
+
+const BACKWARD_TILED: BackwardSpec = BackwardSpec {
+    name: "backward_tiled",
+    summary: "tiles in shared memory, scalar arithmetic: dK and dV by tiles of keys, dQ by tiles of rows",
+    idea: "weights come back from the LSE, a tile at a time: no N x N matrix",
+    dtypes: &DType::ALL,
+    capability: (7, 5),
+    exact_capability: false,
+    limits: AttentionLimits {
+        head_dims: &[32, 64, 96, 128],
+        features: ALL_FEATURES,
+        sizes: |_, _| Sizes { rows: vec![backward_tiled::BR], keys: vec![backward_tiled::BC] },
+    },
+    draft: |b, _| {
+        let p = &b.problem;
+        let shared_bytes = backward_tiled::shared_bytes(p.head_dim());
+        let keys = Step {
+            grid: Dim3::new(tiles(p.seq_k(), backward_tiled::BC), 1, kv_heads(p)),
+            shared_bytes,
+            ..step(b, backward_tiled::KEYS, p.head_dim())?
+        };
+        let queries = Step {
+            grid: Dim3::new(tiles(p.seq_q(), backward_tiled::BR), 1, heads(p)),
+            shared_bytes,
+            ..step(b, backward_tiled::QUERIES, p.head_dim())?
+        };
+        let steps = vec![prepare_step(b)?, keys, queries];
+        Ok(Draft { sections: row_sections(b).into(), steps })
+    },
+};
+
+/// Heads of K and V of all batch entries.
+fn kv_heads(p: &Problem) -> u32 {
+    u32::try_from(p.batch() * p.kv_heads()).unwrap_or(u32::MAX)
+}
 
 /// What [`prepare`](kernels_gpu::backward::prepare) leaves of each row.
 fn row_sections(b: &Backward) -> [Section; 2] {

@@ -26,7 +26,13 @@ use simt::{math, scalar::Scalar, thread};
 use crate::{
     args::{BackwardArgs, Tensor},
     entries,
-    parts::{head::Head, policy::Policy, schedule::divide, softmax::SPAN},
+    parts::{
+        gradient::{self, Row},
+        head::Head,
+        policy::Policy,
+        schedule::divide,
+        softmax::SPAN,
+    },
 };
 
 /// Keys and rows of a block of `scores`.
@@ -53,35 +59,24 @@ pub unsafe fn scores<T: Scalar>(args: &BackwardArgs) {
     if i >= head.seq_q || j >= head.seq_k {
         return;
     }
-    // SAFETY: the buffers have the shapes stated above.
-    let (weights, d_scores, delta, lse_log2, policy) = unsafe {
+    let columns = forward.shape.head_dim;
+    // SAFETY: the buffers have the shapes stated above; row and key exist.
+    let (weights, d_scores, policy, row, products) = unsafe {
+        let (q, k) = (&forward.tensors.q, &forward.tensors.k);
+        let (d_o, v) = (&args.gradients.d_o, &forward.tensors.v);
         (
             forward.scratch.weights.view_mut::<T>(),
             args.steps.d_scores.view_mut::<T>(),
-            args.steps.delta.view::<f32>(),
-            args.steps.lse_log2.view::<f32>(),
             Policy::new(forward, head),
-        )
-    };
-    let (mut p, mut ds) = (0.0, 0.0);
-    if policy.sees(i, j) {
-        let columns = forward.shape.head_dim;
-        // SAFETY: row and key exist.
-        let (s, dp) = unsafe {
-            let (q, k) = (&forward.tensors.q, &forward.tensors.k);
-            let (d_o, v) = (&args.gradients.d_o, &forward.tensors.v);
+            Row::read(args, head, i),
             (
                 dot::<T>((q, head.query(q, i)), (k, head.key(k, j)), columns),
                 dot::<T>((d_o, head.query(d_o, i)), (v, head.key(v, j)), columns),
-            )
-        };
-        let scale = forward.scores.scale;
-        let shaped = policy.shape_score::<T>(s, scale, i, j);
-        let row = head.padded_row(i);
-        let weight = math::exp2(math::fma(shaped, policy.scale_log2(), -lse_log2.read(row)));
-        p = policy.kept(i, j, weight);
-        ds = weight * (policy.kept(i, j, dp) - delta.read(row)) * policy.score_slope::<T>(s, scale);
-    }
+            ),
+        )
+    };
+    let scale = forward.scores.scale;
+    let (p, ds) = gradient::of_score::<T>(&policy, scale, row, (i, j), products);
     weights.write(head.weight(i, j), T::from_f32(p));
     d_scores.write(head.weight(i, j), T::from_f32(ds));
 }

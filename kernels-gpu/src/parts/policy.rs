@@ -103,6 +103,27 @@ impl Policy {
         }
     }
 
+    /// Tiles of `tile` rows of which any sees a key from `first_j` to before `end_j` by its position:
+    /// the others need not be visited.
+    #[inline(always)]
+    #[must_use]
+    pub fn query_tiles(&self, first_j: u32, end_j: u32, tile: u32) -> core::ops::Range<u32> {
+        let Head { seq_q, seq_k, .. } = self.head;
+        // The rows that see a key are neighbours: `begin_of_row` and `end_of_row` ascend.
+        let mut first = 0;
+        if Self::is_causal() {
+            let right = if Constants::causal() == 2 { self.keys.right } else { 0 };
+            first = (first_j + seq_q).saturating_sub(seq_k.saturating_add(right));
+        }
+        let mut end = seq_q;
+        if Self::is_left_bounded() {
+            let behind = (end_j.min(seq_k) + seq_q).saturating_add(self.keys.left);
+            end = end.min(behind.saturating_sub(seq_k));
+        }
+        let end = end.div_ceil(tile);
+        (first / tile).min(end)..end
+    }
+
     /// The first key that no row before `end_i` sees by its position: tiles of keys from there
     /// on need not be visited.
     #[inline(always)]
@@ -446,6 +467,20 @@ mod tests {
                             assert!(seen == 0 || tiles.contains(&(j / TILE)), "a tile is missed");
                             let whole = (from..end).contains(&j);
                             assert!(!whole || seen == rows.len(), "{j} is not whole for {rows:?}");
+                        }
+                    }
+                    for first in 0..seq_k {
+                        let end = (first + 4).min(seq_k);
+                        let tiles = policy.query_tiles(first, first + 4, TILE);
+                        for i in 0..seq_q {
+                            let seen = (first..end).any(|j| sees(i, j));
+                            assert!(!seen || tiles.contains(&(i / TILE)), "a tile is missed");
+                        }
+                        for tile in tiles {
+                            let rows = tile * TILE..(tile + 1) * TILE;
+                            let seen = rows.clone().any(|i| (first..end).any(|j| sees(i, j)));
+                            let last = tile == seq_q.div_ceil(TILE) - 1;
+                            assert!(seen || last, "{rows:?} need not be visited by {first}");
                         }
                     }
                 });

@@ -1,0 +1,55 @@
+//! From a score to its gradient, one at a time, for the scalar rungs of the backward pass.
+
+use simt::{math, scalar::Scalar};
+
+use crate::{
+    args::BackwardArgs,
+    parts::{head::Head, policy::Policy},
+};
+
+/// What [`prepare`](crate::backward::prepare) left of a row.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// `rowsum(dO ∘ O)`.
+    pub delta: f32,
+    /// The LSE in log2 units; +inf makes every weight 0.
+    pub lse_log2: f32,
+}
+
+impl Row {
+    /// Row `i` of a head, one of its padded rows.
+    ///
+    /// # Safety
+    /// `delta` and `lse_log2` of `args.steps` must be `[B, H, Nq']`, and written before the launch.
+    #[inline(always)]
+    #[must_use]
+    pub unsafe fn read(args: &BackwardArgs, head: Head, i: u32) -> Self {
+        // SAFETY: the buffers have these shapes.
+        let (delta, lse_log2) =
+            unsafe { (args.steps.delta.view::<f32>(), args.steps.lse_log2.view::<f32>()) };
+        let index = head.padded_row(i);
+        Self { delta: delta.read(index), lse_log2: lse_log2.read(index) }
+    }
+}
+
+/// P after dropout and dS of row `i` and key `j`, of `s = Q[i] · K[j]` and `dp = dO[i] · V[j]`.
+#[inline(always)]
+#[must_use]
+pub fn of_score<T: Scalar>(
+    policy: &Policy,
+    scale: f32,
+    row: Row,
+    (i, j): (u32, u32),
+    (s, dp): (f32, f32),
+) -> (f32, f32) {
+    if !policy.sees(i, j) {
+        // Not by way of its score: keys past the last have a score of 0, and `exp2(0 - lse)` of a
+        // row whose scores are all far below 0 is infinite.
+        return (0.0, 0.0);
+    }
+    let shaped = policy.shape_score::<T>(s, scale, i, j);
+    let p = math::exp2(math::fma(shaped, policy.scale_log2(), -row.lse_log2));
+    let kept = policy.kept(i, j, 1.0);
+    let ds = p * (dp * kept - row.delta) * policy.score_slope::<T>(s, scale);
+    (p * kept, ds)
+}
