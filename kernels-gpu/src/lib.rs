@@ -39,7 +39,7 @@ pub static PTX: &[u8] = include_bytes!("../ptx/modules.ptx.zst");
 
 #[cfg(not(target_arch = "nvptx64"))]
 use {
-    backward::{backward_naive, backward_tiled, convert, prepare},
+    backward::{backward_mma, backward_naive, backward_tiled, convert, prepare},
     forward::{
         flash_async, flash_hopper, flash_mma, flash_pipelined, flash_swizzled, flash_tf32,
         flash_tiled, naive, standard, weights,
@@ -73,6 +73,8 @@ const TABLES: &[entry::Instances] = &[
     backward_naive::KEYS,
     backward_tiled::KEYS,
     backward_tiled::QUERIES,
+    backward_mma::ENTRIES,
+    convert::FRAGMENTS,
     linear_naive::ENTRIES,
     linear_tiled::ENTRIES,
     linear_mma::ENTRIES,

@@ -3,7 +3,7 @@
 
 use kernels_gpu::{
     args,
-    backward::{self, backward_naive, backward_tiled, prepare},
+    backward::{self, backward_mma, backward_naive, backward_tiled, convert, prepare},
     entry::Instances,
 };
 use simt::Dim3;
@@ -152,7 +152,7 @@ fn backward_args(call: &Call<'_, Backward>) -> args::BackwardArgs {
 }
 
 /// Every kernel of the backward pass, the slowest first.
-pub static BACKWARD_KERNELS: &[BackwardSpec] = &[BACKWARD_NAIVE, BACKWARD_TILED];
+pub static BACKWARD_KERNELS: &[BackwardSpec] = &[BACKWARD_NAIVE, BACKWARD_TILED, BACKWARD_MMA];
 
 const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
     name: "backward_naive",
@@ -200,7 +200,7 @@ const BACKWARD_TILED: BackwardSpec = BackwardSpec {
     exact_capability: false,
     limits: AttentionLimits {
         head_dims: &[32, 64, 96, 128],
-        features: ALL_FEATURES,
+        features: Features { varlen: false, ..ALL_FEATURES },
         sizes: |_, _| Sizes { rows: vec![backward_tiled::BR], keys: vec![backward_tiled::BC] },
     },
     draft: |b, _| {
@@ -218,6 +218,44 @@ const BACKWARD_TILED: BackwardSpec = BackwardSpec {
         };
         let steps = vec![prepare_step(b)?, keys, queries];
         Ok(Draft { sections: row_sections(b).into(), steps })
+    },
+};
+
+const BACKWARD_MMA: BackwardSpec = BackwardSpec {
+    name: "backward_mma",
+    summary: "tensor cores by mma.sync: keys stay, rows pass, dQ is summed in memory by atomics",
+    idea: "scores are computed transposed, so that P and dS are the next products' operands where \
+           they are",
+    dtypes: &[DType::F16, DType::BF16],
+    capability: (8, 0),
+    exact_capability: false,
+    limits: AttentionLimits {
+        head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
+        features: Features { varlen: false, ..ALL_FEATURES },
+        sizes: |_, d| Sizes { rows: vec![backward_mma::BR], keys: vec![backward_mma::keys(d)] },
+    },
+    draft: |b, _| {
+        let p = &b.problem;
+        let (d, keys) = (p.head_dim(), backward_mma::keys(p.head_dim()));
+        // The blocks of a head's tiles of keys add to the same rows of dQ.
+        if b.deterministic && p.seq_k() > keys as usize {
+            return Err(format!(
+                "sums dQ in no fixed order where there are more than {keys} keys: backward_tiled gives \
+                 the same bits each time"
+            ));
+        }
+        let main = Step {
+            grid: Dim3::new(tiles(p.seq_k(), keys), 1, kv_heads(p)),
+            shared_bytes: backward_mma::shared_bytes(d),
+            ..step(b, backward_mma::ENTRIES, d)?
+        };
+        let convert = Step {
+            grid: Dim3::new(tiles(p.seq_q(), prepare::ROWS), 1, heads(p)),
+            ..step(b, convert::FRAGMENTS, 0)?
+        };
+        let sums = Section::new(Usage::DqAcc, padded_rows(b) * d as u64 * 4);
+        let sections = row_sections(b).into_iter().chain([sums]).collect();
+        Ok(Draft { sections, steps: vec![prepare_step(b)?, main, convert] })
     },
 };
 

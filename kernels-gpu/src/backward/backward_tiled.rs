@@ -105,10 +105,13 @@ impl Tiles {
         head: Head,
         first_row: u32,
     ) {
-        for (tensor, tile) in [(&args.forward.tensors.q, self.q), (&args.gradients.d_o, self.d_o)] {
-            let first = head.query(tensor, 0);
-            // SAFETY: Q and dO are `[B, H, Nq, D]`.
-            unsafe { scalar_tile::load::<T, D>(tensor, first, first_row, head.seq_q, tile) };
+        // Not a loop over the two: an argument whose address varies is copied to local memory.
+        let (q, d_o) = (&args.forward.tensors.q, &args.gradients.d_o);
+        // SAFETY: Q and dO are `[B, H, Nq, D]`.
+        unsafe {
+            let (first, seq) = (first_row, head.seq_q);
+            scalar_tile::load::<T, D>(q, head.query(q, 0), first, seq, self.q);
+            scalar_tile::load::<T, D>(d_o, head.query(d_o, 0), first, seq, self.d_o);
         }
     }
 
@@ -123,11 +126,12 @@ impl Tiles {
         head: Head,
         first_key: u32,
     ) {
-        for (tensor, tile) in [(&args.forward.tensors.k, self.k), (&args.forward.tensors.v, self.v)]
-        {
-            let first = head.key(tensor, 0);
-            // SAFETY: K and V are `[B, Hkv, Nk, D]`.
-            unsafe { scalar_tile::load::<T, D>(tensor, first, first_key, head.seq_k, tile) };
+        let (k, v) = (&args.forward.tensors.k, &args.forward.tensors.v);
+        // SAFETY: K and V are `[B, Hkv, Nk, D]`.
+        unsafe {
+            let (first, seq) = (first_key, head.seq_k);
+            scalar_tile::load::<T, D>(k, head.key(k, 0), first, seq, self.k);
+            scalar_tile::load::<T, D>(v, head.key(v, 0), first, seq, self.v);
         }
     }
 
@@ -232,12 +236,12 @@ pub unsafe fn keys<T: Scalar, const D: usize>(args: &BackwardArgs) {
         }
     }
 
-    let scale = args.forward.scores.scale;
-    for (sum, factor, tensor) in [(&dk, scale, &args.gradients.dk), (&dv, 1.0, &args.gradients.dv)]
-    {
-        let first = of_keys.key(tensor, 0);
-        // SAFETY: dK and dV are `[B, Hkv, Nk, D]`; this block alone has these rows.
-        unsafe { scalar_tile::store::<T, D>(sum, factor, tensor, first, first_key, of_keys.seq_k) };
+    let (scale, seq) = (args.forward.scores.scale, of_keys.seq_k);
+    let (to_k, to_v) = (&args.gradients.dk, &args.gradients.dv);
+    // SAFETY: dK and dV are `[B, Hkv, Nk, D]`; this block alone has these rows.
+    unsafe {
+        scalar_tile::store::<T, D>(&dk, scale, to_k, of_keys.key(to_k, 0), first_key, seq);
+        scalar_tile::store::<T, D>(&dv, 1.0, to_v, of_keys.key(to_v, 0), first_key, seq);
     }
 }
 
