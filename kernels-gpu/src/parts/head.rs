@@ -238,3 +238,40 @@ impl Head {
         opaque(self.b) as u64 * self.seq_k as u64
     }
 }
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use simt::{
+        emulator::{self, Launch, Options},
+        global::GlobalMut,
+    };
+
+    use super::*;
+    use crate::args::Shape;
+
+    /// Heads beyond what a grid's `y` and `z` count, over batch entries and over heads.
+    #[test]
+    fn blocks_find_their_heads_beyond_65535() {
+        const TILES: u32 = 2;
+        for (batch, heads) in [(70_000, 1), (1, 70_000), (300, 300)] {
+            let shape = Shape { batch, heads, ..Shape::default() };
+            let args = AttentionArgs { shape, ..AttentionArgs::default() };
+            let blocks = batch * heads * TILES;
+            let mut found = vec![[u32::MAX; 4]; blocks as usize];
+            // SAFETY: each block writes its own element, and the vector outlives the launch.
+            let out: GlobalMut<[u32; 4]> =
+                unsafe { GlobalMut::new(found.as_mut_ptr() as u64, blocks.into()) };
+            let launch =
+                Launch { grid: blocks.into(), block: 1.into(), cluster: 1, shared_bytes: 0 };
+            let kernel = || {
+                let (head, tile) = Head::of_block(&args, TILES);
+                out.write(thread::block_idx_x().into(), [head.b, head.h, tile, 0]);
+            };
+            emulator::launch_with(launch, &Options::default(), &kernel)
+                .unwrap_or_else(|fault| panic!("{fault}"));
+            let heads = (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h)));
+            let expected = heads.flat_map(|(b, h)| (0..TILES).map(move |tile| [b, h, tile, 0]));
+            assert!(std::hint::black_box(&found).iter().copied().eq(expected), "{batch}");
+        }
+    }
+}
