@@ -29,7 +29,7 @@ const CHAINS: usize = 8;
 /// O and LSE of some rows, widened to f64.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rows {
-    /// O, `head_dim` elements a row.
+    /// O, `head_dim_v` elements a row.
     pub o: Vec<f64>,
     /// Log-sum-exp of each row.
     pub lse: Vec<f64>,
@@ -57,7 +57,7 @@ pub fn sample_rows(problem: &Problem, count: usize) -> Vec<usize> {
 /// The rows of a kernel's outputs.
 #[must_use]
 pub fn rows_of(problem: &Problem, outputs: &Outputs, rows: &[usize]) -> Rows {
-    let o = View::new(problem, outputs.o.to_f32(), problem.q_extents());
+    let o = View::new(problem, outputs.o.to_f32(), problem.o_extents());
     let lse = outputs.lse.to_f32();
     let mut result = Rows { o: Vec::new(), lse: Vec::new() };
     for &row in rows {
@@ -215,13 +215,12 @@ struct Case<'a, T> {
 
 impl<'a, T: Copy + Into<f64>> Case<'a, T> {
     fn new(problem: &'a Problem, [q, k, v]: [Vec<T>; 3], beside: Beside<'a>) -> Self {
-        let kv_view = |values| View::new(problem, values, problem.k_extents());
         Self {
             problem,
             beside,
             q: View::new(problem, q, problem.q_extents()),
-            k: kv_view(k),
-            v: kv_view(v),
+            k: View::new(problem, k, problem.k_extents()),
+            v: View::new(problem, v, problem.v_extents()),
             dropout: problem.dropout_args(),
         }
     }
@@ -319,7 +318,7 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
 
     fn reference_row(&self, row: usize) -> (Vec<f64>, f64) {
         let row = self.row(row);
-        let mut o = vec![0.0; self.problem.head_dim()];
+        let mut o = vec![0.0; self.problem.head_dim_v()];
         let (seen, sink) = (self.seen(row), f64::from(self.sink(row.h)));
         if seen.is_empty() {
             return (o, sink);
@@ -383,7 +382,7 @@ impl Case<'_, f32> {
 
     fn plain_row(&self, row: usize, score_type: DType) -> (Vec<f64>, f64) {
         let row = self.row(row);
-        let mut o = vec![0.0f32; self.problem.head_dim()];
+        let mut o = vec![0.0f32; self.problem.head_dim_v()];
         let (seen, sink) = (self.seen(row), self.sink(row.h));
         if seen.is_empty() {
             return (o.iter().map(|&x| f64::from(x)).collect(), f64::from(sink));

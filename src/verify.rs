@@ -269,7 +269,8 @@ impl Credit {
     /// The plain algorithm's worst errors on a problem. `reference`: of the inputs themselves.
     #[must_use]
     pub fn of(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize], reference: &Rows) -> Self {
-        let multiplications = (rows.len() * problem.seq_k() * problem.head_dim()) as u64;
+        let of_key = problem.head_dim().max(problem.head_dim_v());
+        let multiplications = (rows.len() * problem.seq_k() * of_key) as u64;
         let first = Self::of_draw(problem, inputs, rows, reference);
         let first =
             Self { lse: first.lse.max(lse_rounding(problem, inputs, rows, reference)), ..first };

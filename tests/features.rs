@@ -49,7 +49,11 @@ impl Draws {
         self.below(2) == 0
     }
 
-    fn case(&mut self, head_dim: usize, dtype: DType) -> Case {
+    /// A case for a kernel in a storage type, with any of its head dims.
+    fn case(&mut self, kernel: &KernelSpec, dtype: DType) -> Case {
+        let head_dims = suite::head_dims(kernel);
+        let head_dim = self.of(&head_dims);
+        let head_dim_v = if self.below(4) == 0 { self.of(&head_dims) } else { head_dim };
         let (kv_heads, group) = (1 + self.below(2), self.of(&[1, 1, 2, 3]));
         let (seq_q, seq_k) = (1 + self.below(20), self.below(90));
         let bounds = [0, 1, 3, 17, 64, seq_k as u32, u32::MAX];
@@ -60,7 +64,8 @@ impl Draws {
         let layouts = [Layout::HeadsFirst, Layout::TokensFirst];
         let heads = kv_heads * group;
         let change = |p: ProblemBuilder, draws: &mut Self| {
-            p.kv_heads(kv_heads)
+            p.head_dim_v(head_dim_v)
+                .kv_heads(kv_heads)
                 .dtype(dtype)
                 .causal(draws.below(3) == 0)
                 .window(window)
@@ -98,7 +103,7 @@ fn random_combinations_are_right_on_every_kind_of_rung() {
     for (kernel, dtype) in kernels() {
         let mut draws = Draws(ChaCha8Rng::seed_from_u64(seed));
         for index in 0..RANDOM {
-            let case = draws.case(kernel.limits.head_dims[0], dtype);
+            let case = draws.case(kernel, dtype);
             let case = Case { name: format!("number {index}: {}", case.name), ..case };
             match case.check(&emulator(), kernel) {
                 Ok(Some(_)) => {}
@@ -126,7 +131,7 @@ fn random_combinations_are_right_on_a_gpu() {
     let mut failures = Vec::new();
     for index in 0..count {
         let (kernel, dtype) = all[index % all.len()];
-        let case = draws.case(head_dim(kernel, index), dtype);
+        let case = draws.case(kernel, dtype);
         let case = Case { name: format!("number {index}: {}", case.name), ..case };
         match case.check(&gpu, kernel) {
             Ok(Some(_)) => {}
@@ -135,11 +140,6 @@ fn random_combinations_are_right_on_a_gpu() {
         }
     }
     assert!(failures.is_empty(), "{} of {count}:\n{}", failures.len(), failures.join("\n"));
-}
-
-/// A head dim of a kernel, another for each problem.
-fn head_dim(kernel: &KernelSpec, index: usize) -> usize {
-    kernel.limits.head_dims[index / 7 % kernel.limits.head_dims.len()]
 }
 
 /// Runs a kernel on draw 0 of a problem.

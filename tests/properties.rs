@@ -22,7 +22,8 @@ fn kernel_and_problem() -> impl Strategy<Value = (&'static KernelSpec, Problem)>
         let (batch, heads, seq_q, seq_k) = sizes;
         let (causal, mask, with_dropout, p, seed) = options;
         let dtype = kernel.dtypes[choices.0 % kernel.dtypes.len()];
-        let head_dim = kernel.limits.head_dims[choices.1 % kernel.limits.head_dims.len()];
+        let head_dims = suite::head_dims(kernel);
+        let head_dim = head_dims[choices.1 % head_dims.len()];
         let tokens_first = choices.2 && kernel.limits.features.tokens_first;
         let problem = Problem::builder(batch, heads, seq_q, head_dim)
             .seq_k(seq_k)
@@ -127,7 +128,7 @@ proptest! {
             Err(error) => prop_assert!(error.is_usage()),
             Ok(problem) => for kernel in KERNELS {
                 let refused = kernel.supports(&problem, &target).is_err();
-                prop_assert!(refused || kernel.limits.head_dims.contains(&head_dim));
+                prop_assert!(refused || kernel.limits.has_head_dim(head_dim));
             },
         }
     }

@@ -34,7 +34,8 @@ impl Oracle {
     /// How many rows can be compared with about so many multiplications.
     #[must_use]
     pub fn affordable_rows(problem: &Problem, multiplications: usize) -> usize {
-        (multiplications / (problem.seq_k() * problem.head_dim()).max(1)).max(64)
+        let columns = problem.head_dim().max(problem.head_dim_v());
+        (multiplications / (problem.seq_k() * columns).max(1)).max(64)
     }
 
     /// Whether every row is compared.
@@ -54,7 +55,7 @@ impl Oracle {
     pub fn checks(&self, kernel: &str, outputs: &Outputs, threshold: Option<f64>) -> [Check; 2] {
         let Self { problem, rows, reference, credit } = self;
         let v = Verification::new(problem, outputs, rows, reference, *credit);
-        let d = problem.head_dim();
+        let d = problem.head_dim_v();
         let check =
             |tensor: &str, differences: &Differences, plain: Yardstick, width: usize| Check {
                 kernel: kernel.into(),
@@ -230,7 +231,7 @@ mod tests {
         let mut o = oracle.reference.o.clone();
         o[(5 + 3) * 32 + 7] += 0.1;
         let outputs = Outputs {
-            o: Tensor::from_f64(DType::F32, &problem.q_shape(), &o).unwrap(),
+            o: Tensor::from_f64(DType::F32, &problem.o_shape(), &o).unwrap(),
             lse: Tensor::from_f64(DType::F32, &problem.lse_shape(), &oracle.reference.lse).unwrap(),
             weights: None,
         };

@@ -26,7 +26,7 @@ impl Tensors {
         Self {
             q: draw(problem.q_shape(), 0),
             k: draw(problem.k_shape(), 1),
-            v: draw(problem.k_shape(), 2),
+            v: draw(problem.v_shape(), 2),
             mask: problem.has_mask().then(|| tail_mask(problem.batch(), problem.seq_k(), seed)),
             alibi_slopes: problem.alibi_shape().map(|shape| slopes(&shape, problem.heads())),
             bias: problem.bias_shape().map(|shape| beside(problem.dtype(), &shape, seed, 0)),

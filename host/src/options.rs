@@ -7,7 +7,7 @@ use clap::Args;
 use flash_attention::{
     Alibi, DType, Dropout, Problem, Varlen, Window,
     problem::head_dim_of,
-    registry::{self, KERNELS, KernelSpec, Target},
+    registry::{self, KERNELS, KernelSpec, Operation as _, Target},
 };
 
 use crate::{
@@ -45,6 +45,9 @@ pub struct ProblemArgs {
     /// Features of a head
     #[arg(long, value_name = "D", value_parser = values::count)]
     pub head_dim: Option<usize>,
+    /// Features of a head of V and O, where they are not as many as of Q and K
+    #[arg(long, value_name = "D", value_parser = values::count)]
+    pub head_dim_v: Option<usize>,
     /// Storage type of the tensors: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", value_parser = values::dtype)]
     pub dtype: Option<DType>,
@@ -122,6 +125,7 @@ impl ProblemArgs {
         let of_attention = [
             (self.kv_heads.is_some(), "--kv-heads"),
             (self.seq_k.is_some(), "--seq-k"),
+            (self.head_dim_v.is_some(), "--head-dim-v"),
             (self.alibi, "--alibi"),
             (self.sinks, "--sinks"),
             (self.varlen, "--varlen"),
@@ -158,6 +162,7 @@ impl ProblemArgs {
                 .kv_heads(self.kv_heads.unwrap_or(heads))
                 .seq_k(seq_k)
                 .varlen(self.varlen.then(totals))
+                .head_dim_v(self.head_dim_v.unwrap_or(head_dim))
                 .causal(self.causal)
                 .window(self.window.unwrap_or_default())
                 .softcap(self.softcap)
@@ -198,7 +203,7 @@ impl ProblemArgs {
             || kernels.iter().flat_map(|k| problems.iter().map(|p| k.supports(p, target)));
         if obstacles().all(|obstacle| obstacle.is_err()) {
             if self.kernels.is_none() {
-                problems.iter().try_for_each(|p| registry::check_head_dim(p.head_dim()))?;
+                problems.iter().try_for_each(Problem::check_sizes)?;
             }
             obstacles().collect::<Result<(), _>>()?;
         }

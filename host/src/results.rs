@@ -137,6 +137,9 @@ impl fmt::Display for FeaturesText<'_> {
         if let Some(kv_heads) = p.kv_heads.filter(|&kv_heads| kv_heads != p.heads) {
             write!(f, ", heads of K and V {kv_heads}")?;
         }
+        if let Some(head_dim_v) = p.head_dim_v {
+            write!(f, ", values of {head_dim_v}")?;
+        }
         if let Some(seq_k) = p.seq_k {
             write!(f, ", {seq_k} keys")?;
         }
@@ -185,6 +188,8 @@ pub struct ProblemRecord {
     pub seq_k: Option<usize>,
     /// Elements of a row.
     pub head_dim: usize,
+    /// Elements of a row of V and O, where they are not as many as of Q and K.
+    pub head_dim_v: Option<usize>,
     /// Storage type.
     #[serde(with = "text")]
     pub dtype: DType,
@@ -224,6 +229,7 @@ impl From<&Problem> for ProblemRecord {
             kv_heads: Some(problem.kv_heads()),
             seq_k: Some(problem.seq_k()).filter(|&seq_k| seq_k != problem.seq_q()),
             head_dim: problem.head_dim(),
+            head_dim_v: Some(problem.head_dim_v()).filter(|&d| d != problem.head_dim()),
             dtype: problem.dtype(),
             causal: problem.causal(),
             window: [problem.window().left, problem.window().right],

@@ -22,14 +22,19 @@ fn impossible_values_are_named() {
     for (arguments, part) in [
         (
             &["--head-dim", "65"][..],
-            "head dim = 65 is not possible: kernels have 32, 64, 96, 128, 160, 192, 224, 256 (nearest: 64)",
+            "head dim = 65 is not possible: kernels have multiples of 8 up to 256",
         ),
-        (&["--head-dim", "240"], "(nearest: 224)"),
+        (&["--head-dim", "4"], "head dim = 4 is not possible: kernels have multiples of 8"),
         (&["--head-dim", "300"], "head dim = 300 is not possible: it must be from 1 to 256"),
         (
             &["--head-dim", "160", "--kernels", "naive"],
-            "head dim 160: it has 32, 64, 96, 128 (nearest: 128)",
+            "does not support head dim 160: it has multiples of 8 up to 128",
         ),
+        (
+            &["--head-dim-v", "12", "--level", "attention"],
+            "head dim of the values = 12 is not possible: kernels have multiples of 8 up to 256",
+        ),
+        (&["--head-dim-v", "8"], "--head-dim-v is not for the module: add --level attention"),
         (&["--hidden", "770", "--heads", "12"], "hidden = 770 is not divisible by heads = 12"),
         (
             &["--hidden", "768", "--heads", "0"],

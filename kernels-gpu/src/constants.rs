@@ -26,6 +26,11 @@ simt::specialisation_constants! {
         sinks,
         /// 1: batch entries are sequences of lengths of their own, packed one after the other.
         varlen,
+        /// Columns of Q and K, a multiple of 8, if fewer than the D that the entry is made for. The
+        /// tensors then have so many where a kernel says D.
+        head_dim,
+        /// Columns of V and O, likewise.
+        head_dim_v,
     }
 }
 

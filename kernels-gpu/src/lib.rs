@@ -83,6 +83,7 @@ const TABLES: &[entry::Instances] = &[
     probe::ENTRIES,
     flash_hopper::THREE_CONSUMERS,
     flash_hopper::TWO_CONSUMERS,
+    flash_hopper::VALUES_OF_128,
 ];
 
 /// Every entry that can be launched.

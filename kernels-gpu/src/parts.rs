@@ -20,11 +20,13 @@
 //! | memory | |
 //! |---|---|
 //! | [`tile`] | tiles between global and shared memory |
+//! | [`columns`] | which columns of a tile a tensor has |
 //! | [`chunk`] | sixteen bytes as values |
 //! | [`pipeline`] | a ring of stages between a producer and consumers |
 
 pub mod attend;
 pub mod chunk;
+pub mod columns;
 pub mod dropout;
 pub mod fragment;
 pub mod gemm;

@@ -11,7 +11,8 @@ pub mod text;
 
 pub use text::PREFIX;
 
-/// Names and values of constants; what is not named is 0.
+/// Names and values of constants; what is not named is 0. [`ONE_CHUNK_LESS`] is another number for
+/// each entry.
 pub type Combination = &'static [(&'static str, u32)];
 
 const FULL: Combination = &[];
@@ -24,6 +25,11 @@ const WINDOW: Combination = &[("causal", 1), ("left", 1), ("group", 4)];
 const MASKS: Combination = &[("causal", 1), ("padding", 1), ("dropout", 1)];
 /// A window with capped scores. (With all that shapes scores, flash_pipelined spills up to 112 bytes.)
 const CAPPED: Combination = &[("causal", 1), ("left", 1), ("group", 4), ("softcap", 1)];
+/// A head dim 8 below the one that the entry is made for.
+const ONE_CHUNK_LESS: u32 = u32::MAX;
+/// A head dim that no entry is made for.
+const PADDED: Combination =
+    &[("causal", 1), ("head_dim", ONE_CHUNK_LESS), ("head_dim_v", ONE_CHUNK_LESS)];
 /// A window with ALiBi and sinks. (flash_tf32 spills 8 bytes.)
 const ALIBI: Combination = &[("causal", 1), ("left", 1), ("alibi", 1), ("sinks", 1)];
 /// Packed sequences, as models are trained on them.
@@ -50,14 +56,14 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
     (
         "flash_pipelined",
         "",
-        &[FULL, CAUSAL, PADDING, DROPOUT, WINDOW, MASKS, CAPPED, ALIBI, VARLEN],
+        &[FULL, CAUSAL, PADDING, DROPOUT, WINDOW, MASKS, CAPPED, ALIBI, VARLEN, PADDED],
     ),
     // Told that two blocks fit, it spills 8 bytes with masks or a cap.
-    ("flash_tf32", "_d128", &[FULL, CAUSAL, VARLEN]),
-    ("flash_tf32", "", &[FULL, CAUSAL, MASKS, CAPPED, VARLEN]),
+    ("flash_tf32", "_d128", &[FULL, CAUSAL, VARLEN, PADDED]),
+    ("flash_tf32", "", &[FULL, CAUSAL, MASKS, CAPPED, VARLEN, PADDED]),
     // With windows or dropout it spills up to 40 bytes at D 64 to 128.
     ("backward_mma", "", &[FULL, CAUSAL]),
-    ("", "", &[FULL, ALL, VARLEN]),
+    ("", "", &[FULL, ALL, VARLEN, PADDED]),
 ];
 
 /// The combinations of an entry, by its name and text: one if it reads no constant.
@@ -72,13 +78,20 @@ pub fn of_entry(name: &str, text: &str) -> &'static [Combination] {
         .map_or(&[], |(_, _, combinations)| *combinations)
 }
 
-/// A text with a combination's numbers in place of the constants' symbols.
+/// The text of an entry with a combination's numbers in place of the constants' symbols.
 #[must_use]
-pub fn specialise(text: &str, combination: &[(&str, u32)]) -> String {
+pub fn specialise(entry: &str, text: &str, combination: &[(&str, u32)]) -> String {
     let value = |name: &str| {
-        Some(combination.iter().find(|(of, _)| *of == name).map_or(0, |(_, value)| *value))
+        let value = combination.iter().find(|(of, _)| *of == name).map_or(0, |(_, value)| *value);
+        Some(if value == ONE_CHUNK_LESS { head_dim(entry).saturating_sub(8) } else { value })
     };
     text::replace(text, value).expect("every name has a number")
+}
+
+/// The head dim that an entry is made for, by its name; 0 where it has none.
+fn head_dim(entry: &str) -> u32 {
+    let number = |part: &str| part.strip_prefix('d').and_then(|digits| digits.parse().ok());
+    entry.split('_').find_map(number).unwrap_or(0)
 }
 
 /// The combination of that [`name`] for an entry with that text: `full`, `causal+padding`.
@@ -90,6 +103,7 @@ pub fn parse<'a>(combination: &'a str, text: &str) -> Result<Vec<(&'a str, u32)>
     let names = combination.split('+').filter(|name| *name != "full");
     names
         .map(|name| match read.contains(name) {
+            true if name.starts_with("head_dim") => Ok((name, ONE_CHUNK_LESS)),
             true => Ok((name, 1)),
             false if read.is_empty() => Err(format!("the entry reads no constant, not {name}")),
             false => {
@@ -114,7 +128,11 @@ mod tests {
     #[test]
     fn constants_that_are_not_named_are_off() {
         let text = "mov.b32 %r1, simt_constant_causal; mov.b32 %r2, simt_constant_padding;";
-        assert_eq!(specialise(text, CAUSAL), "mov.b32 %r1, 1; mov.b32 %r2, 0;");
+        let causal = specialise("flash_hopper_f16_d64", text, CAUSAL);
+        assert_eq!(causal, "mov.b32 %r1, 1; mov.b32 %r2, 0;");
+        let padded = |entry| specialise(entry, "mov.b32 %r1, simt_constant_head_dim_v;", PADDED);
+        assert_eq!(padded("flash_mma_f16_d128"), "mov.b32 %r1, 120;");
+        assert_eq!(padded("standard_softmax_f16"), "mov.b32 %r1, 0;");
         assert_eq!(of_entry("flash_hopper_f16_d64_x3", text), [FULL, CAUSAL]);
         assert_eq!(of_entry("flash_hopper_f16_d64", text).len(), 9);
         assert_eq!(of_entry("linear_naive_f16", "ret;"), [FULL]);

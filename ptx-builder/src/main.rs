@@ -177,7 +177,7 @@ fn assemble(workspace: &Workspace, folder: &Path) -> Result<()> {
 fn disassemble(workspace: &Workspace, entry: &str, arch: &str, constants: &str) -> Result<()> {
     let (_, text) = find(workspace, entry)?;
     let combination = combinations::parse(constants, &text).map_err(|what| anyhow!(what))?;
-    let text = combinations::specialise(&text, &combination);
+    let text = combinations::specialise(entry, &text, &combination);
     let (ptxas, nvdisasm) = (ptxas::find_tool("ptxas")?, ptxas::find_tool("nvdisasm")?);
     let ptx = workspace.target().join(format!("{entry}.{constants}.ptx"));
     let cubin = workspace.target().join(format!("{entry}.{constants}.{arch}.cubin"));

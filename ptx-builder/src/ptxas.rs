@@ -12,7 +12,7 @@ use std::{env, fs, thread};
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::combinations::{self, Combination};
+use crate::combinations;
 use crate::compile::succeed;
 use crate::{Module, pack};
 
@@ -63,18 +63,19 @@ pub fn units(texts: &[pack::Text]) -> Vec<Unit> {
     let mut units: Vec<Unit> = Vec::new();
     for (module, text) in texts {
         let head = text.split(pack::START).next().unwrap_or("");
-        let mut by_combination: BTreeMap<String, (Combination, String)> = BTreeMap::new();
+        let mut by_combination: BTreeMap<String, String> = BTreeMap::new();
         for (name, _) in pack::entries(text) {
             let entry = pack::body(text, name).unwrap_or_default();
             for combination in combinations::of_entry(name, &entry) {
                 let of = by_combination.entry(combinations::name(combination));
-                of.or_insert((combination, head.to_owned())).1.push_str(&entry);
+                let entry = combinations::specialise(name, &entry, combination);
+                of.or_insert_with(|| head.to_owned()).push_str(&entry);
             }
         }
-        units.extend(by_combination.into_iter().map(|(combination, (values, text))| Unit {
+        units.extend(by_combination.into_iter().map(|(combination, text)| Unit {
             module: *module,
             combination,
-            text: combinations::specialise(&text, values),
+            text,
         }));
     }
     units

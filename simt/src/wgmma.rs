@@ -585,10 +585,12 @@ with_groups!(64 shared_product (16 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]));
 with_groups!(80 shared_product (16 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]));
 with_groups!(96 shared_product (12 [0 1 2 3 4 5 6 7 8 9 10 11]));
 with_groups!(128 shared_product (4 [0 1 2 3]));
+with_groups!(128 shared_product (5 [0 1 2 3 4]));
 with_groups!(192 shared_product (4 [0 1 2 3]));
 with_groups!(256 shared_product (4 [0 1 2 3]));
 with_groups!(128 shared_product (6 [0 1 2 3 4 5]));
 with_groups!(128 shared_product (8 [0 1 2 3 4 5 6 7]));
+with_groups!(128 shared_product (12 [0 1 2 3 4 5 6 7 8 9 10 11]));
 
 // O += P V: the head dim, and the tile of keys in steps of 16.
 with_groups!(256 register_product (4 [(0 p0 p1 p2 p3) (1 p4 p5 p6 p7) (2 p8 p9 p10 p11)
@@ -605,6 +607,7 @@ macro_rules! register_product_of_128_keys {
     };
 }
 register_product_of_128_keys!(64);
+register_product_of_128_keys!(80);
 register_product_of_128_keys!(96);
 register_product_of_128_keys!(128);
 

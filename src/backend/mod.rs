@@ -205,14 +205,15 @@ pub unsafe trait KernelArgs: Copy {
     }
 }
 
-// Four tensors of 40 bytes, nine buffers of 16, six 64-bit numbers, eight of 32, and five more
-// before the last.
+// Four tensors of 40 bytes, nine buffers of 16, six 64-bit numbers, eight of 32, and six more
+// before the last; four bytes of padding at the end.
 const _: () = assert!(
-    std::mem::offset_of!(AttentionArgs, shape.head_dim) == 4 * 40 + 9 * 16 + 6 * 8 + 8 * 4 + 5 * 4
+    std::mem::offset_of!(AttentionArgs, shape.head_dim_v)
+        == 4 * 40 + 9 * 16 + 6 * 8 + 8 * 4 + 6 * 4
 );
 // SAFETY: the assertion above leaves no room for padding before the last field.
 unsafe impl KernelArgs for AttentionArgs {
-    const FIELD_BYTES: usize = std::mem::offset_of!(AttentionArgs, shape.head_dim) + 4;
+    const FIELD_BYTES: usize = std::mem::offset_of!(AttentionArgs, shape.head_dim_v) + 4;
 }
 
 // Four tensors of 40 bytes and four buffers before the forward's arguments.

@@ -29,6 +29,7 @@ impl Problem {
             seq_q: seq,
             seq_k: seq,
             head_dim,
+            head_dim_v: head_dim,
             dtype: DType::F32,
             window: Window { left: None, right: None },
             mask: false,
@@ -66,6 +67,12 @@ impl ProblemBuilder {
     /// Heads of K and V, where there are fewer than of Q: the number of heads is a multiple of it.
     pub const fn kv_heads(mut self, kv_heads: usize) -> Self {
         self.problem.kv_heads = kv_heads;
+        self
+    }
+
+    /// Elements of a row of V and O, where they are not as many as of Q and K.
+    pub const fn head_dim_v(mut self, head_dim_v: usize) -> Self {
+        self.problem.head_dim_v = head_dim_v;
         self
     }
 
@@ -171,8 +178,9 @@ impl ProblemBuilder {
             ("sequence length of the queries", p.seq_q),
             ("sequence length of the keys", p.seq_k),
             ("head dim", p.head_dim),
+            ("head dim of the values", p.head_dim_v),
         ] {
-            let most = if what == "head dim" { MAX_HEAD_DIM } else { MAX_SEQ };
+            let most = if what.starts_with("head dim") { MAX_HEAD_DIM } else { MAX_SEQ };
             let least = usize::from(what != "sequence length of the keys");
             if value < least || value > most {
                 return Err(Error::InvalidValue {
@@ -223,6 +231,8 @@ impl ProblemBuilder {
         for (what, shape) in [
             ("q", p.q_shape().to_vec()),
             ("k", p.k_shape().to_vec()),
+            ("v", p.v_shape().to_vec()),
+            ("o", p.o_shape().to_vec()),
             ("the attention weights", p.weights_shape().to_vec()),
         ] {
             let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64));
@@ -274,6 +284,8 @@ mod tests {
         assert!(message(Problem::builder(2, 3, 0, 64)).contains("queries = 0"));
         assert!(message(good.seq_k(MAX_SEQ + 1)).contains("it must be from 0 to"));
         assert!(message(Problem::builder(2, 3, 8, 257)).contains("head dim = 257"));
+        assert!(message(good.head_dim_v(0)).contains("head dim of the values = 0"));
+        assert!(message(good.head_dim_v(257)).contains("values = 257 is not possible: it must be"));
         let dropout = |p| good.dropout(Some(Dropout { p, seed: 1 }));
         assert!(message(dropout(1.0)).contains("dropout = 1"));
         assert!(message(dropout(-0.1)).contains("dropout = -0.1"));

@@ -51,6 +51,7 @@ pub struct Problem {
     seq_q: usize,
     seq_k: usize,
     head_dim: usize,
+    head_dim_v: usize,
     dtype: DType,
     /// A right bound of 0 is a causal mask, however it was asked for.
     window: Window,
@@ -102,10 +103,16 @@ impl Problem {
         self.seq_k
     }
 
-    /// Elements of a row.
+    /// Elements of a row of Q and K, D.
     #[must_use]
     pub const fn head_dim(&self) -> usize {
         self.head_dim
+    }
+
+    /// Elements of a row of V and O, Dv: D unless given.
+    #[must_use]
+    pub const fn head_dim_v(&self) -> usize {
+        self.head_dim_v
     }
 
     /// Storage type of Q, K, V and O.
@@ -203,29 +210,55 @@ impl Problem {
         }
     }
 
-    /// Extents `[B, H, N, D]` of Q and O in memory, whatever their order.
+    /// Extents `[B, H, N, D]` of Q in memory, whatever their order.
     pub(crate) const fn q_extents(&self) -> [usize; 4] {
         let [batch, rows] = self.q_rows();
         [batch, self.heads, rows, self.head_dim]
     }
 
-    /// The same of K and V.
+    /// The same of K.
     pub(crate) const fn k_extents(&self) -> [usize; 4] {
         let [batch, rows] = self.k_rows();
         [batch, self.kv_heads, rows, self.head_dim]
     }
 
-    /// Shape of Q and O; of packed sequences, `[1, total_q, H, D]`.
+    /// The same of V, `[B, H, N, Dv]`.
+    pub(crate) const fn v_extents(&self) -> [usize; 4] {
+        let [batch, rows] = self.k_rows();
+        [batch, self.kv_heads, rows, self.head_dim_v]
+    }
+
+    /// The same of O.
+    pub(crate) const fn o_extents(&self) -> [usize; 4] {
+        let [batch, rows] = self.q_rows();
+        [batch, self.heads, rows, self.head_dim_v]
+    }
+
+    /// Shape of Q; of packed sequences, `[1, total_q, H, D]`.
     #[must_use]
     pub const fn q_shape(&self) -> [usize; 4] {
         let [batch, heads, rows, head_dim] = self.q_extents();
         self.layout.shape(batch, heads, rows, head_dim)
     }
 
-    /// Shape of K and V; of packed sequences, `[1, total_k, Hkv, D]`.
+    /// Shape of K; of packed sequences, `[1, total_k, Hkv, D]`.
     #[must_use]
     pub const fn k_shape(&self) -> [usize; 4] {
         let [batch, heads, rows, head_dim] = self.k_extents();
+        self.layout.shape(batch, heads, rows, head_dim)
+    }
+
+    /// Shape of V; of packed sequences, `[1, total_k, Hkv, Dv]`.
+    #[must_use]
+    pub const fn v_shape(&self) -> [usize; 4] {
+        let [batch, heads, rows, head_dim] = self.v_extents();
+        self.layout.shape(batch, heads, rows, head_dim)
+    }
+
+    /// Shape of O; of packed sequences, `[1, total_q, H, Dv]`.
+    #[must_use]
+    pub const fn o_shape(&self) -> [usize; 4] {
+        let [batch, heads, rows, head_dim] = self.o_extents();
         self.layout.shape(batch, heads, rows, head_dim)
     }
 
@@ -274,18 +307,31 @@ impl Problem {
         self.sinks.then(|| vec![self.heads])
     }
 
-    /// Elements of Q or O.
+    /// Elements of Q.
     #[must_use]
     pub const fn q_elements(&self) -> usize {
         let [batch, heads, rows, head_dim] = self.q_extents();
         batch * heads * rows * head_dim
     }
 
-    /// Elements of K or V.
+    /// Elements of K.
     #[must_use]
     pub const fn k_elements(&self) -> usize {
         let [batch, heads, rows, head_dim] = self.k_extents();
         batch * heads * rows * head_dim
+    }
+
+    /// Elements of V.
+    #[must_use]
+    pub const fn v_elements(&self) -> usize {
+        let [batch, heads, rows, head_dim] = self.v_extents();
+        batch * heads * rows * head_dim
+    }
+
+    /// Elements of O.
+    #[must_use]
+    pub const fn o_elements(&self) -> usize {
+        self.rows() * self.head_dim_v
     }
 
     /// Query rows over all heads: elements of the log-sum-exp.
@@ -296,16 +342,20 @@ impl Problem {
     }
 
     /// Floating-point operations, as attention kernels are rated by convention:
-    /// `4 * B * H * Nq * Nk * D` (a multiplication and an addition for each product of
+    /// `2 * B * H * Nq * Nk * (D + Dv)` (a multiplication and an addition for each product of
     /// `Q Kᵀ` and of `P V`; the softmax is not counted), and half of that when causal,
     /// since half of a square matrix is hidden. The half is kept for `Nq != Nk` too. With any other
-    /// window that hides something: `4 * D` for each row and key that it sees, counted exactly.
+    /// window that hides something: `2 * (D + Dv)` for each row and key that it sees, counted exactly.
     /// The padding mask and -inf in a bias are not considered. Packed sequences count as if all were as
     /// long as the longest: [`flops_of`](Self::flops_of) knows their lengths.
     #[must_use]
     pub fn flops(&self) -> f64 {
         let pairs = self.pairs(self.seq_q, self.seq_k);
-        4.0 * (self.batch * self.heads) as f64 * pairs * self.head_dim as f64
+        self.flops_of_pairs((self.batch * self.heads) as f64 * pairs)
+    }
+
+    fn flops_of_pairs(&self, pairs: f64) -> f64 {
+        2.0 * pairs * (self.head_dim + self.head_dim_v) as f64
     }
 
     /// Pairs of row and key of a head that operations are counted for.
@@ -324,7 +374,7 @@ impl Problem {
         let bytes = |shape: Option<Vec<usize>>, size: usize| {
             shape.map_or(0, |shape| shape.iter().product::<usize>() as u64 * size as u64)
         };
-        let elements = self.q_elements() as u64 + 2 * self.k_elements() as u64;
+        let elements = (self.q_elements() + self.k_elements() + self.v_elements()) as u64;
         let f32_size = DType::F32.size();
         elements * self.dtype.size() as u64
             + bytes(self.mask_shape(), 1)
@@ -337,7 +387,7 @@ impl Problem {
     /// Bytes of O and the log-sum-exp.
     #[must_use]
     pub const fn output_bytes(&self) -> u64 {
-        self.q_elements() as u64 * self.dtype.size() as u64 + self.rows() as u64 * 4
+        self.o_elements() as u64 * self.dtype.size() as u64 + self.rows() as u64 * 4
     }
 
     /// Bytes of the attention weights in the storage type: what the flash kernels do
@@ -369,27 +419,6 @@ impl Problem {
             threshold: threshold(d.p),
             rescale: 1.0 / (1.0 - d.p),
         })
-    }
-
-    /// Q or O in device memory, as kernels are given it.
-    #[must_use]
-    pub const fn q_arg(&self, buffer: args::Buffer) -> args::Tensor {
-        self.tensor_arg(buffer, self.q_extents())
-    }
-
-    /// K or V in device memory, as kernels are given it.
-    #[must_use]
-    pub const fn k_arg(&self, buffer: args::Buffer) -> args::Tensor {
-        self.tensor_arg(buffer, self.k_extents())
-    }
-
-    const fn tensor_arg(
-        &self,
-        buffer: args::Buffer,
-        [_, heads, seq, head_dim]: [usize; 4],
-    ) -> args::Tensor {
-        let [b, h, n] = self.layout.strides(heads, seq, head_dim);
-        args::Tensor { buffer, stride_b: b as u64, stride_h: h as u64, stride_n: n as u64 }
     }
 }
 
@@ -434,6 +463,12 @@ mod tests {
         assert_eq!(p.input_bytes(), (2 * 6 * 5 + 2 * 3 * (7 + 7)) * 32 * 2 + beside);
         // Rows at keys 2 to 6 see two keys each.
         assert_eq!(p.flops(), 4.0 * 2.0 * 6.0 * 10.0 * 32.0);
+        let p = p.to_builder().head_dim_v(8).build().unwrap();
+        assert_eq!((p.q_shape()[3], p.k_shape()[3]), (32, 32));
+        assert_eq!((p.v_shape(), p.o_shape()), ([2, 3, 7, 8], [2, 6, 5, 8]));
+        assert_eq!(p.input_bytes(), ((2 * 6 * 5 + 2 * 3 * 7) * 32 + 2 * 3 * 7 * 8) * 2 + beside);
+        assert_eq!(p.output_bytes(), 2 * 6 * 5 * (8 * 2 + 4));
+        assert_eq!(p.flops(), 2.0 * 2.0 * 6.0 * 10.0 * (32.0 + 8.0));
     }
 
     #[test]

@@ -90,7 +90,7 @@ impl Problem {
     #[must_use]
     pub fn flops_of(&self, sequences: impl Iterator<Item = Sequence>) -> f64 {
         let pairs = sequences.map(|of| self.pairs(of.seq_q, of.seq_k)).sum::<f64>();
-        4.0 * self.heads as f64 * pairs * self.head_dim as f64
+        self.flops_of_pairs(self.heads as f64 * pairs)
     }
 
     /// Checks where packed sequences begin.

@@ -17,14 +17,17 @@ use crate::{
     problem::{Alibi, Extras, Layout, Problem, Window},
 };
 
+/// Head dims are multiples of this: rows of 16-bit elements are then whole chunks of 16 bytes.
+pub const HEAD_DIM_STEP: usize = 8;
+
 /// What an attention kernel can do, and the sizes that it works in.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionLimits {
-    /// Head dims that it has entries for, ascending.
+    /// Head dims that it has entries for, ascending: see [`Features::any_head_dim`].
     pub head_dims: &'static [usize],
     /// What it can do beyond plain attention.
     pub features: Features,
-    /// The sizes that it works in, for a storage type and a head dim.
+    /// The sizes that it works in, for a storage type and one of these head dims.
     pub sizes: fn(DType, head_dim: usize) -> Sizes,
 }
 
@@ -41,6 +44,10 @@ pub struct Sizes {
 /// What a kernel can do beyond plain attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features {
+    /// Every head dim that is a multiple of [`HEAD_DIM_STEP`], up to the largest that it has an entry
+    /// for, and values of another head dim: the next larger entry takes it. Otherwise only the head
+    /// dims of its entries.
+    pub any_head_dim: bool,
     /// Causal masks.
     pub causal: bool,
     /// Padding masks.
@@ -80,11 +87,16 @@ impl Operation for Problem {
     }
 
     fn obstacle(&self, limits: &AttentionLimits) -> Option<String> {
-        let AttentionLimits { head_dims, features, .. } = limits;
-        let head_dim = self.head_dim();
-        if !head_dims.contains(&head_dim) {
-            let has = and_nearest(head_dims, head_dim);
-            return Some(format!("does not support head dim {head_dim}: it has {has}"));
+        let features = limits.features;
+        let (d, d_v) = (self.head_dim(), self.head_dim_v());
+        for (d, of) in [(d, ""), (d_v, " of the values")] {
+            if !limits.has_head_dim(d) {
+                let has = limits.head_dims();
+                return Some(format!("does not support head dim {d}{of}: it has {has}"));
+            }
+        }
+        if d != d_v && !features.any_head_dim {
+            return Some(format!("does not support head dim {d} with values of {d_v}"));
         }
         let tokens_first = self.layout() == Layout::TokensFirst;
         let Window { left, right } = self.bounds();
@@ -112,7 +124,8 @@ impl Operation for Problem {
     }
 
     fn check_sizes(&self) -> Result<(), Error> {
-        check_head_dim(self.head_dim())
+        check_head_dim("head dim", self.head_dim())?;
+        check_head_dim("head dim of the values", self.head_dim_v())
     }
 
     fn optional_outputs(&self) -> Vec<Section> {
@@ -132,22 +145,38 @@ impl Operation for Problem {
 ///
 /// # Errors
 /// [`Error::InvalidValue`] with the head dims that there are.
-pub fn check_head_dim(head_dim: usize) -> Result<(), Error> {
-    let mut all: Vec<usize> = KERNELS.iter().flat_map(|k| k.limits.head_dims).copied().collect();
-    all.sort_unstable();
-    all.dedup();
-    if all.contains(&head_dim) {
+fn check_head_dim(what: &'static str, head_dim: usize) -> Result<(), Error> {
+    let limits = || KERNELS.iter().map(|kernel| &kernel.limits);
+    let Some(widest) = limits().max_by_key(|limits| limits.head_dims.last()) else { return Ok(()) };
+    if limits().any(|limits| limits.has_head_dim(head_dim)) {
         return Ok(());
     }
-    let remedy = format!("kernels have {}", and_nearest(&all, head_dim));
-    Err(Error::InvalidValue { what: "head dim", given: head_dim.to_string(), remedy })
+    let remedy = format!("kernels have {}", widest.head_dims());
+    Err(Error::InvalidValue { what, given: head_dim.to_string(), remedy })
 }
 
-/// The head dims that there are, and the nearest to one that there is not.
-fn and_nearest(head_dims: &[usize], wanted: usize) -> String {
-    let nearest = head_dims.iter().min_by_key(|head_dim| head_dim.abs_diff(wanted));
-    let nearest = nearest.map_or_else(String::new, |nearest| format!(" (nearest: {nearest})"));
-    format!("{}{nearest}", list(head_dims))
+impl AttentionLimits {
+    /// Whether it has that head dim.
+    #[must_use]
+    pub fn has_head_dim(&self, head_dim: usize) -> bool {
+        let most = self.head_dims.last().copied().unwrap_or_default();
+        if self.features.any_head_dim {
+            (HEAD_DIM_STEP..=most).contains(&head_dim) && head_dim.is_multiple_of(HEAD_DIM_STEP)
+        } else {
+            self.head_dims.contains(&head_dim)
+        }
+    }
+
+    /// The head dims that it has, in words.
+    #[must_use]
+    pub fn head_dims(&self) -> String {
+        match self.head_dims.last() {
+            Some(most) if self.features.any_head_dim => {
+                format!("multiples of {HEAD_DIM_STEP} up to {most}")
+            }
+            _ => list(self.head_dims),
+        }
+    }
 }
 
 /// The arguments of attention kernels, as bytes.
@@ -194,6 +223,7 @@ pub(super) fn attention_args(
             seq_k: p.seq_k() as u32,
             total_q: p.varlen().map_or(0, |varlen| varlen.total_q as u32),
             head_dim: p.head_dim() as u32,
+            head_dim_v: p.head_dim_v() as u32,
         },
         scores: Scores {
             scale_log2: (f64::from(p.scale()) * std::f64::consts::LOG2_E) as f32,
@@ -214,20 +244,31 @@ pub(super) fn attention_args(
     }
 }
 
-/// The tensor map of Q or O: `[D, N, H, B]`, fastest first; of packed sequences as [`ragged::map`]
-/// has it.
-pub(super) fn q_map(p: &Problem, view: &View, box_dims: [u32; 4]) -> TensorMapSpec {
-    map(p, view, p.q_extents(), box_dims)
+/// The tensor map of Q or O with those extents `[B, H, N, D]`: `[D, N, H, B]`, fastest first; of packed
+/// sequences as [`ragged::map`] has it. Columns of a box beyond D are 0 when it is loaded, and left out
+/// when it is stored.
+pub(super) fn q_map(
+    p: &Problem,
+    view: &View,
+    extents: [usize; 4],
+    box_dims: [u32; 4],
+) -> TensorMapSpec {
+    map(p, view, extents, box_dims)
 }
 
 /// The tensor map of K or V, likewise. Without keys nothing is read through it: it is that of Q, since
 /// a map needs an address.
-pub(super) fn k_map(call: &Call<'_, Problem>, view: &View, box_dims: [u32; 4]) -> TensorMapSpec {
+pub(super) fn k_map(
+    call: &Call<'_, Problem>,
+    view: &View,
+    extents: [usize; 4],
+    box_dims: [u32; 4],
+) -> TensorMapSpec {
     let p = call.problem;
     if p.k_elements() == 0 {
-        return q_map(p, &call.args.q, box_dims);
+        return q_map(p, &call.args.q, p.q_extents(), box_dims);
     }
-    map(p, view, p.k_extents(), box_dims)
+    map(p, view, extents, box_dims)
 }
 
 fn map(
@@ -350,13 +391,13 @@ impl Args {
 
     /// Compares the tensors with a problem.
     pub(super) fn check(&self, p: &Problem) -> Result<(), Error> {
-        let [q, k] = extents(p);
+        let [q, k, v, o] = extents(p);
         for (what, view, extents) in
-            [("q", self.q, q), ("k", self.k, k), ("v", self.v, k), ("o", self.o, q)]
+            [("q", self.q, q), ("k", self.k, k), ("v", self.v, v), ("o", self.o, o)]
         {
             view.check(what, p.dtype(), extents)?;
         }
-        self.o.check_distinct("o", q)?;
+        self.o.check_distinct("o", o)?;
         if let Some(lse) = self.lse {
             lse.check("lse", p.rows() as u64 * 4, 4)?;
         }
@@ -371,9 +412,9 @@ impl Args {
     }
 }
 
-/// Extents `[B, H, N, D]` of Q and of K.
-pub(super) fn extents(p: &Problem) -> [[usize; 4]; 2] {
-    [p.q_extents(), p.k_extents()]
+/// Extents `[B, H, N, D]` of Q, K, V and O.
+pub(super) fn extents(p: &Problem) -> [[usize; 4]; 4] {
+    [p.q_extents(), p.k_extents(), p.v_extents(), p.o_extents()]
 }
 
 /// Extents of a problem's bias, `[B or 1, H or 1, Nq, Nk]`; all 0 without one.

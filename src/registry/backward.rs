@@ -97,7 +97,7 @@ impl Operation for Backward {
             let context = ": the backward pass reads the LSE of the forward pass".into();
             return Err(Error::MissingTensor { what: "lse".into(), context });
         }
-        let [q, k] = attention::extents(p);
+        let [q, k, ..] = attention::extents(p);
         args.d_o.check("d_o", p.dtype(), q)?;
         for (what, view, extents) in [("dq", args.dq, q), ("dk", args.dk, k), ("dv", args.dv, k)] {
             view.check(what, p.dtype(), extents)?;
@@ -163,7 +163,7 @@ const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
     exact_capability: false,
     limits: AttentionLimits {
         head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
-        features: Features { varlen: false, ..ALL_FEATURES },
+        features: Features { any_head_dim: false, varlen: false, ..ALL_FEATURES },
         sizes: |_, _| Sizes { rows: vec![backward_naive::TILE], keys: vec![backward_naive::TILE] },
     },
     draft: |b, _| {
@@ -200,7 +200,7 @@ const BACKWARD_TILED: BackwardSpec = BackwardSpec {
     exact_capability: false,
     limits: AttentionLimits {
         head_dims: &[32, 64, 96, 128],
-        features: Features { varlen: false, ..ALL_FEATURES },
+        features: Features { any_head_dim: false, varlen: false, ..ALL_FEATURES },
         sizes: |_, _| Sizes { rows: vec![backward_tiled::BR], keys: vec![backward_tiled::BC] },
     },
     draft: |b, _| {
@@ -231,7 +231,7 @@ const BACKWARD_MMA: BackwardSpec = BackwardSpec {
     exact_capability: false,
     limits: AttentionLimits {
         head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
-        features: Features { varlen: false, ..ALL_FEATURES },
+        features: Features { any_head_dim: false, varlen: false, ..ALL_FEATURES },
         sizes: |_, d| Sizes { rows: vec![backward_mma::BR], keys: vec![backward_mma::keys(d)] },
     },
     draft: |b, _| {

@@ -3,7 +3,7 @@
 use simt::Dim3;
 
 use super::{
-    AttentionLimits, KernelSpec, Sizes, Step, Target,
+    AttentionLimits, Features, KernelSpec, Sizes, Step, Target,
     table::{ALL_FEATURES, grid, step},
 };
 use crate::{dtype::DType, problem::Problem};
@@ -24,7 +24,7 @@ const FLASH_ROWS: KernelSpec = KernelSpec {
     exact_capability: false,
     limits: AttentionLimits {
         head_dims: &[64],
-        features: ALL_FEATURES,
+        features: Features { any_head_dim: false, ..ALL_FEATURES },
         // All sizes at which something else begins: the tests run lengths beside each. A tile of
         // one key has none below it.
         sizes: |_, _| Sizes { rows: vec![flash_rows::BR], keys: vec![2] },

@@ -28,7 +28,7 @@ use crate::{
     problem::Problem,
 };
 
-pub use attention::{AttentionLimits, Features, Sizes, check_head_dim};
+pub use attention::{AttentionLimits, Features, HEAD_DIM_STEP, Sizes};
 pub use backward::{BACKWARD_KERNELS, Backward, BackwardSpec};
 pub use linear::{LINEAR_KERNELS, Projection};
 use plan::Plan;
@@ -378,12 +378,14 @@ mod tests {
     #[test]
     fn reasons_name_the_value_and_what_is_possible() {
         let naive = find("naive").unwrap();
-        let problem = Problem::builder(1, 1, 8, 48).build().unwrap();
-        let message = naive.supports(&problem, &emulator()).unwrap_err().to_string();
-        assert_eq!(
-            message,
-            "kernel naive does not support head dim 48: it has 32, 64, 96, 128 (nearest: 32)"
-        );
+        for (d, d_v, wrong) in [(44, 48, "44"), (136, 64, "136"), (48, 20, "20 of the values")] {
+            let problem = Problem::builder(1, 1, 8, d).head_dim_v(d_v).build().unwrap();
+            let message = naive.supports(&problem, &emulator()).unwrap_err().to_string();
+            let expected = format!(
+                "kernel naive does not support head dim {wrong}: it has multiples of 8 up to 128"
+            );
+            assert_eq!(message, expected);
+        }
         let old = Target { capability: (6, 1), ..emulator() };
         let message = naive.runs_on(&old).unwrap_err().to_string();
         assert!(message.contains("needs compute capability 7.5 or later, this GPU has 6.1"));

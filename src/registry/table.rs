@@ -34,6 +34,7 @@ pub static KERNELS: &[KernelSpec] = &[
 
 /// What the first rungs all support.
 pub(super) const ALL_FEATURES: Features = Features {
+    any_head_dim: true,
     causal: true,
     mask: true,
     dropout: true,
@@ -68,13 +69,13 @@ const NAIVE: KernelSpec = KernelSpec {
         let scores = Step {
             grid: Dim3::new(blocks(p, tiles(p.seq_k(), tile)), tiles(p.seq_q(), tile), 1),
             block: Dim3::new(tile, tile, 1),
-            ..step(p, naive::SCORES, p.head_dim())?
+            ..padded_step(p, naive::SCORES)?
         };
         let softmax = Step { grid: grid(p, naive::SOFTMAX_ROWS), ..step(p, naive::SOFTMAX, 0)? };
-        let output = Step {
-            grid: blocks(p, tiles(p.seq_q() * p.head_dim(), naive::OUTPUT_THREADS)).into(),
-            ..step(p, naive::OUTPUT, p.head_dim())?
-        };
+        let output = padded_step(p, naive::OUTPUT)?;
+        let elements = p.seq_q().saturating_mul(output.entry.size);
+        let output =
+            Step { grid: blocks(p, tiles(elements, naive::OUTPUT_THREADS)).into(), ..output };
         Ok(Draft { sections: vec![kept_weights(p)], steps: vec![scores, softmax, output] })
     },
 };
@@ -106,12 +107,11 @@ const STANDARD: KernelSpec = KernelSpec {
 
 /// The two products of `standard`: tensor cores for 16-bit types, scalar tiles for f32.
 fn standard_products(p: &Problem) -> Result<[Step<Problem>; 2], String> {
-    let (dtype, d) = (p.dtype(), p.head_dim() as u32);
+    let (dtype, d_v) = (p.dtype(), p.head_dim_v());
     let scores_grid =
         |tile| Dim3::new(blocks(p, tiles(p.seq_k(), tile)), tiles(p.seq_q(), tile), 1);
-    let output_grid = |rows, columns| {
-        Dim3::new(blocks(p, tiles(p.seq_q(), rows)), tiles(p.head_dim(), columns), 1)
-    };
+    let output_grid =
+        |rows, columns| Dim3::new(blocks(p, tiles(p.seq_q(), rows)), tiles(d_v, columns), 1);
     if dtype == DType::F32 {
         let tile = standard::TILED_TILE;
         return Ok([
@@ -119,7 +119,7 @@ fn standard_products(p: &Problem) -> Result<[Step<Problem>; 2], String> {
             Step { grid: output_grid(tile, tile), ..step(p, standard::TILED_OUTPUT, 0)? },
         ]);
     }
-    let (tile, columns) = (standard::MMA_TILE, standard::output_columns(d));
+    let (tile, columns) = (standard::MMA_TILE, standard::output_columns(d_v as u32));
     Ok([
         Step {
             grid: scores_grid(tile),
@@ -163,12 +163,9 @@ const FLASH_TILED: KernelSpec = KernelSpec {
         sizes: |_, _| Sizes { rows: vec![flash_tiled::BR], keys: vec![flash_tiled::BC] },
     },
     draft: |p, _| {
-        let step = Step {
-            grid: grid(p, flash_tiled::BR),
-            shared_bytes: flash_tiled::shared_bytes(p.head_dim()),
-            ..step(p, flash_tiled::ENTRIES, p.head_dim())?
-        };
-        Ok(step.into())
+        let step = padded_step(p, flash_tiled::ENTRIES)?;
+        let shared_bytes = flash_tiled::shared_bytes(step.entry.size);
+        Ok(Step { grid: grid(p, flash_tiled::BR), shared_bytes, ..step }.into())
     },
 };
 
@@ -224,12 +221,9 @@ fn mma_draft(
     shared_bytes: fn(usize) -> u32,
     p: &Problem,
 ) -> Result<Draft<Problem>, String> {
-    let step = Step {
-        grid: grid(p, flash_mma::BR),
-        shared_bytes: shared_bytes(p.head_dim()),
-        ..step(p, entries, p.head_dim())?
-    };
-    Ok(step.into())
+    let step = padded_step(p, entries)?;
+    let shared_bytes = shared_bytes(step.entry.size);
+    Ok(Step { grid: grid(p, flash_mma::BR), shared_bytes, ..step }.into())
 }
 
 const FLASH_PIPELINED: KernelSpec = KernelSpec {
@@ -249,10 +243,10 @@ const FLASH_PIPELINED: KernelSpec = KernelSpec {
         },
     },
     draft: |p, target| {
-        let shape = flash_pipelined::shape(p.head_dim());
-        let tasks = blocks(p, tiles(p.seq_q(), shape.rows()));
-        let step = step(p, flash_pipelined::ENTRIES, p.head_dim())?;
-        let shared_bytes = flash_pipelined::shared_bytes(p.head_dim());
+        let step = padded_step(p, flash_pipelined::ENTRIES)?;
+        let d = step.entry.size;
+        let tasks = blocks(p, tiles(p.seq_q(), flash_pipelined::shape(d).rows()));
+        let shared_bytes = flash_pipelined::shared_bytes(d);
         let blocks = target.blocks_at_once(step.entry, shared_bytes);
         let step = Step { grid: tasks.min(blocks).into(), shared_bytes, ..step };
         Ok(Draft { sections: vec![Section::QUEUE], ..step.into() })
@@ -276,13 +270,10 @@ const FLASH_TF32: KernelSpec = KernelSpec {
         },
     },
     draft: |p, _| {
-        let rows = flash_tf32::shape(p.head_dim()).rows(p.head_dim());
-        let step = Step {
-            grid: grid(p, rows),
-            shared_bytes: flash_tf32::shared_bytes(p.head_dim()),
-            ..step(p, flash_tf32::ENTRIES, p.head_dim())?
-        };
-        Ok(step.into())
+        let step = padded_step(p, flash_tf32::ENTRIES)?;
+        let d = step.entry.size;
+        let grid = grid(p, flash_tf32::shape(d).rows(d));
+        Ok(Step { grid, shared_bytes: flash_tf32::shared_bytes(d), ..step }.into())
     },
 };
 
@@ -295,7 +286,7 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
     capability: (9, 0),
     exact_capability: true,
     limits: AttentionLimits {
-        head_dims: &[64, 96, 128, 192, 256],
+        head_dims: &[64, 80, 96, 128, 192, 256],
         features: ALL_FEATURES,
         sizes: |_, d| {
             let consumers = [flash_hopper::max_consumers(d as u32), 2];
@@ -311,12 +302,17 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
         if p.varlen().is_some() && p.seq_q().max(p.seq_k()) > most {
             return Err(format!("has packed sequences of at most {most} rows"));
         }
-        let (d, seq_q) = (p.head_dim() as u32, p.seq_q() as u64);
+        // Columns beyond those of the problem: the tensor maps end before them.
+        let size = entry_size(p, flash_hopper::TWO_CONSUMERS)?;
+        let (d, seq_q) = (size as u32, p.seq_q() as u64);
         let multiprocessors = target.multiprocessors;
-        let hopper = Tiles::best(d, constants(p), seq_q, heads(p).into(), multiprocessors);
-        let entries = match hopper.consumers {
-            3 => flash_hopper::THREE_CONSUMERS,
-            _ => flash_hopper::TWO_CONSUMERS,
+        let best = Tiles::best(d, constants(p), seq_q, heads(p).into(), multiprocessors);
+        let (hopper, entries) = match best.consumers {
+            _ if size == 192 && p.head_dim_v() <= 128 => {
+                (Tiles::with_values(192, 128, 2), flash_hopper::VALUES_OF_128)
+            }
+            3 => (best, flash_hopper::THREE_CONSUMERS),
+            _ => (best, flash_hopper::TWO_CONSUMERS),
         };
         let tasks = blocks(p, tiles(p.seq_q(), hopper.rows()));
         let [q, k, v, o] = hopper.boxes();
@@ -325,12 +321,18 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
             grid: tasks.min(multiprocessors).into(),
             shared_bytes: hopper.shared_bytes(),
             maps: vec![
-                Map { box_dims: q, spec: |c, b| q_map(c.problem, &c.args.q, b) },
-                Map { box_dims: k, spec: |c, b| k_map(c, &c.args.k, b) },
-                Map { box_dims: v, spec: |c, b| k_map(c, &c.args.v, b) },
-                Map { box_dims: o, spec: |c, b| q_map(c.problem, &c.args.o, b) },
+                Map {
+                    box_dims: q,
+                    spec: |c, b| q_map(c.problem, &c.args.q, c.problem.q_extents(), b),
+                },
+                Map { box_dims: k, spec: |c, b| k_map(c, &c.args.k, c.problem.k_extents(), b) },
+                Map { box_dims: v, spec: |c, b| k_map(c, &c.args.v, c.problem.v_extents(), b) },
+                Map {
+                    box_dims: o,
+                    spec: |c, b| q_map(c.problem, &c.args.o, c.problem.o_extents(), b),
+                },
             ],
-            ..step(p, entries, p.head_dim())?
+            ..step(p, entries, size)?
         };
         Ok(Draft { sections: vec![Section::QUEUE], ..step.into() })
     },
@@ -354,6 +356,8 @@ pub(super) fn constants(p: &Problem) -> Constants {
         bias: p.bias().is_some().into(),
         sinks: p.has_sinks().into(),
         varlen: p.varlen().is_some().into(),
+        head_dim: 0,
+        head_dim_v: 0,
     }
 }
 
@@ -375,7 +379,7 @@ pub(crate) static WEIGHTS: KernelSpec = KernelSpec {
         let step = Step {
             grid: grid(p, weights::TILE),
             block: Dim3::new(weights::TILE, weights::TILE, 1),
-            ..step(p, weights::ENTRIES, p.head_dim())?
+            ..padded_step(p, weights::ENTRIES)?
         };
         Ok(Draft { sections: vec![kept_weights(p)], ..step.into() })
     },
@@ -389,6 +393,27 @@ pub(super) fn kept_weights(p: &Problem) -> Section {
 /// A launch of a kernel's entry of that size for a problem, with the arguments of attention.
 pub(super) fn step(p: &Problem, entries: Instances, size: usize) -> Result<Step<Problem>, String> {
     Ok(Step { constants: constants(p), ..Step::new(entries, p.dtype(), size, args)? })
+}
+
+/// A launch of the least entry of a kernel whose tiles have as many columns as the problem, or more.
+pub(super) fn padded_step(p: &Problem, entries: Instances) -> Result<Step<Problem>, String> {
+    let size = entry_size(p, entries)?;
+    let step = step(p, entries, size)?;
+    let fewer = |d: usize| if d == size { 0 } else { d as u32 };
+    let constants = Constants {
+        head_dim: fewer(p.head_dim()),
+        head_dim_v: fewer(p.head_dim_v()),
+        ..step.constants
+    };
+    Ok(Step { constants, ..step })
+}
+
+/// The least head dim of the entries whose tiles have as many columns as the problem, or more.
+fn entry_size(p: &Problem, entries: Instances) -> Result<usize, String> {
+    let columns = p.head_dim().max(p.head_dim_v());
+    let sizes = entries.iter().map(|entry| entry.size);
+    let holds = sizes.filter(|&size| size >= columns).min();
+    holds.ok_or_else(|| format!("has no entry for head dim {columns}"))
 }
 
 /// A block for each tile of `rows` query rows, head after head.

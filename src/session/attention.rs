@@ -71,7 +71,7 @@ impl Attention {
         let problem = *plan.problem();
         let filled = |dtype, shape: &[usize]| DeviceTensor::filled(memory, dtype, shape, POISON);
         Ok(Self {
-            o: filled(problem.dtype(), &problem.q_shape())?,
+            o: filled(problem.dtype(), &problem.o_shape())?,
             lse: filled(DType::F32, &problem.lse_shape())?,
             runner: {
                 let bytes = plan.workspace_bytes_beside_lse();
@@ -186,7 +186,7 @@ impl Attention {
     ) -> Result<Args, Error> {
         let p = self.problem();
         for (what, tensor, shape) in
-            [("q", q, p.q_shape()), ("k", k, p.k_shape()), ("v", v, p.k_shape())]
+            [("q", q, p.q_shape()), ("k", k, p.k_shape()), ("v", v, p.v_shape())]
         {
             tensor.expect(what, &self.runner.memory, p.dtype(), &shape)?;
         }
@@ -205,7 +205,7 @@ impl Attention {
         let view = |tensor: &DeviceTensor, [_, heads, seq, head_dim]: [usize; 4]| {
             View::contiguous(tensor.region(), p.layout(), heads, seq, head_dim)
         };
-        let inputs = [view(q, p.q_extents()), view(k, p.k_extents()), view(v, p.k_extents())];
+        let inputs = [view(q, p.q_extents()), view(k, p.k_extents()), view(v, p.v_extents())];
         let region = |buffer: &DeviceBuffer| Ok::<_, Error>(buffer.region());
         Ok(self.args_of(inputs, extras.try_map(region)?))
     }
@@ -213,7 +213,7 @@ impl Attention {
     /// Inputs at these places, and the outputs of this value. A bias is contiguous.
     pub(crate) fn args_of(&self, [q, k, v]: [View; 3], extras: Extras<Region>) -> Args {
         let p = self.problem();
-        let [_, heads, rows, head_dim] = p.q_extents();
+        let [_, heads, rows, head_dim] = p.o_extents();
         let o = View::contiguous(self.o.region(), p.layout(), heads, rows, head_dim);
         let args = Args::new(q, k, v, o).lse(self.lse.region()).workspace(self.runner.region());
         args.extras(p, extras)

@@ -33,7 +33,7 @@ pub struct Inputs<'a> {
     pub q: &'a Tensor,
     /// Keys, of the problem's `k_shape`.
     pub k: &'a Tensor,
-    /// Values, of the problem's `k_shape`.
+    /// Values, of the problem's `v_shape`.
     pub v: &'a Tensor,
     /// Padding mask, `[B, Nk]`, 0 = hidden.
     pub mask: Option<&'a [u8]>,
@@ -96,7 +96,7 @@ impl<'a> Inputs<'a> {
     pub fn check(&self, problem: &Problem) -> Result<(), Error> {
         self.q.expect("q", problem.dtype(), &problem.q_shape())?;
         self.k.expect("k", problem.dtype(), &problem.k_shape())?;
-        self.v.expect("v", problem.dtype(), &problem.k_shape())?;
+        self.v.expect("v", problem.dtype(), &problem.v_shape())?;
         check_lengths(problem, &self.extras())?;
         for (what, tensor, dtype, shape) in [
             ("alibi_slopes", self.alibi_slopes, DType::F32, problem.alibi_shape()),
@@ -128,7 +128,7 @@ fn check_lengths(problem: &Problem, extras: &Extras<&[u8]>) -> Result<(), Error>
 /// The outputs of attention.
 #[derive(Clone, Debug)]
 pub struct Outputs {
-    /// Output, of the problem's `q_shape` and storage type.
+    /// Output, of the problem's `o_shape` and storage type.
     pub o: Tensor,
     /// Log-sum-exp of the scaled scores of each row, natural log: f32 `[B, H, Nq]`.
     pub lse: Tensor,
@@ -257,7 +257,7 @@ impl Session {
         let inputs = [
             upload(problem.q_shape(), q)?,
             upload(problem.k_shape(), k)?,
-            upload(problem.k_shape(), v)?,
+            upload(problem.v_shape(), v)?,
         ];
         let mut extras = extras.try_map(|bytes| memory.upload(bytes))?;
         let input_bytes = memory.current();

@@ -112,7 +112,7 @@ impl Case {
             sinks: shaped(DType::F32, p.sinks_shape(), 6, |x| x),
             q: random(p.q_shape(), 0, 0.0).scaled(self.qk_size),
             k: random(p.k_shape(), 1, 0.0).scaled(self.qk_size),
-            v: random(p.k_shape(), 2, self.v_mean),
+            v: random(p.v_shape(), 2, self.v_mean),
             mask,
             cu_seqlens: self.cu_seqlens.clone(),
         }
@@ -301,6 +301,12 @@ pub fn on_every_core<T: Send, R: Send>(
     let done =
         |answer: Mutex<Option<R>>| answer.into_inner().unwrap().expect("every item was done");
     answers.into_iter().map(done).collect()
+}
+
+/// Every head dim that a kernel has, ascending.
+pub fn head_dims(kernel: &KernelSpec) -> Vec<usize> {
+    let most = *kernel.limits.head_dims.last().unwrap();
+    (1..=most).filter(|&d| kernel.limits.has_head_dim(d)).collect()
 }
 
 /// Every kernel of the registry with every storage type that it has.

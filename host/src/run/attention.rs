@@ -62,6 +62,7 @@ impl<'a> GivenAttention<'a> {
         };
         let [batch, heads, seq_q, head_dim] = extents(&q)?;
         let [_, kv_heads, seq_k, _] = extents(&k)?;
+        let [.., head_dim_v] = extents(&v)?;
         let (batch, builder) = match &cu_seqlens {
             Some([at_q, at_k]) => {
                 let varlen = Varlen { total_q: seq_q, total_k: seq_k };
@@ -78,6 +79,7 @@ impl<'a> GivenAttention<'a> {
         let [alibi_slopes, bias, sinks] = ["alibi_slopes", "bias", "sinks"].map(|n| file.find(n));
         let problem = builder
             .kv_heads(kv_heads)
+            .head_dim_v(head_dim_v)
             .dtype(dtype)
             .causal(args.causal)
             .window(args.window.unwrap_or_default())
@@ -96,8 +98,8 @@ impl<'a> GivenAttention<'a> {
             .scale(args.scale)
             .layout(layout)
             .build()?;
-        for tensor in [&k, &v] {
-            tensor.expect(dtype, in_file(&problem, &problem.k_shape()))?;
+        for (tensor, shape) in [(&k, problem.k_shape()), (&v, problem.v_shape())] {
+            tensor.expect(dtype, in_file(&problem, &shape))?;
         }
         for (tensor, dtype, shape) in [
             (alibi_slopes, DType::F32, problem.alibi_shape()),
@@ -160,7 +162,7 @@ impl Given for GivenAttention<'_> {
         let ms = time_ms(session.device(), &mut || prepared.start())?;
         let Outputs { o, lse, .. } = prepared.outputs_without_weights()?;
         let p = &self.problem;
-        let o = o.reshaped(in_file(p, &p.q_shape()))?;
+        let o = o.reshaped(in_file(p, &p.o_shape()))?;
         let lse = lse.reshaped(in_file(p, &p.lse_shape()))?;
         let mut tensors = vec![("o", o), ("lse", lse)];
         if with_weights {
@@ -173,7 +175,7 @@ impl Given for GivenAttention<'_> {
         let Some(expected) = &self.expected else { return Ok(Vec::new()) };
         let [(_, o), (_, lse), ..] = done.tensors.as_slice() else { return Ok(Vec::new()) };
         let p = &self.problem;
-        let multiplications = (p.seq_k() * p.head_dim()).max(1);
+        let multiplications = (p.seq_k() * p.head_dim().max(p.head_dim_v())).max(1);
         let rows = self.sample_rows((ORACLE_BUDGET / multiplications).max(64));
         if rows.is_empty() {
             return Ok(Vec::new());
@@ -181,7 +183,7 @@ impl Given for GivenAttention<'_> {
         let (q, k, v) = (
             self.q.to_tensor()?.reshaped(&p.q_shape())?,
             self.k.to_tensor()?.reshaped(&p.k_shape())?,
-            self.v.to_tensor()?.reshaped(&p.k_shape())?,
+            self.v.to_tensor()?.reshaped(&p.v_shape())?,
         );
         let Extras { mask, alibi_slopes, bias, sinks, .. } = self.extras;
         let tensor = |stored: Option<Stored<'_>>| stored.map(|t| t.to_tensor()).transpose();
@@ -217,7 +219,7 @@ impl Given for GivenAttention<'_> {
         };
         let mut all = Vec::new();
         if expected.o.is_some() {
-            all.push(one("o", p.head_dim(), &ours.o, &theirs.o, &reference.o, credit.o));
+            all.push(one("o", p.head_dim_v(), &ours.o, &theirs.o, &reference.o, credit.o));
         }
         if expected.lse.is_some() {
             all.push(one("lse", 1, &ours.lse, &theirs.lse, &reference.lse, credit.lse));
@@ -243,7 +245,7 @@ impl Expected {
             stored.expect(dtype, shape)?;
             Ok(Some(stored.to_tensor()?))
         };
-        let o = get("o", in_file(problem, &problem.q_shape()))?;
+        let o = get("o", in_file(problem, &problem.o_shape()))?;
         let lse = get("lse", in_file(problem, &problem.lse_shape()))?;
         if o.is_none() && lse.is_none() {
             file.get("o")?;

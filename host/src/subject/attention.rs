@@ -36,7 +36,7 @@ impl Kind for Attention {
     }
 
     fn compared(&self, problem: &Problem) -> (usize, &'static str) {
-        (problem.head_dim(), "rows")
+        (problem.head_dim_v(), "rows")
     }
 
     fn needed_bytes(&self, plan: &Plan, _: &Target) -> Result<u64, Error> {

@@ -130,7 +130,7 @@ fn wrong_files_and_requests_are_named() {
     let heads = |n| with(&[&output[..], &[n]].concat());
     assert!(heads("3").contains("hidden = 64 is not divisible by heads = 3"));
     assert!(heads("0").contains("'0' for '--heads <H>': use a whole number, 1 or more"));
-    assert!(heads("4").contains("head dim = 16 is not possible: kernels have 32, 64"));
+    assert!(heads("16").contains("head dim = 4 is not possible: kernels have multiples of 8"));
     assert!(with(&["--heads", "2", "--output", "w.safetensors"]).contains("is the weights' file"));
     let text = with(&["--heads", "2", "--check"]);
     assert!(text.contains("tensor y is missing: in.safetensors has mask, x"), "{text}");

@@ -28,9 +28,9 @@ pub struct Tensors {
     pub q: Tensor,
     /// Keys, `[B, Hkv, Nk, D]`.
     pub k: Tensor,
-    /// Values, `[B, Hkv, Nk, D]`.
+    /// Values, `[B, Hkv, Nk, Dv]`.
     pub v: Tensor,
-    /// Output, `[B, H, Nq, D]`.
+    /// Output, `[B, H, Nq, Dv]`.
     pub o: Tensor,
     /// Log-sum-exp of the scaled scores of each row, natural log: f32 `[B, H, Nq]`.
     pub lse: Buffer,
@@ -151,6 +151,8 @@ pub struct Shape {
     pub seq_k: u32,
     /// Query rows over all packed sequences. Read if the constant `varlen` is on.
     pub total_q: u32,
-    /// Columns of a head, D: for kernels that are not made for one head dim.
+    /// Columns of Q and K, D: for kernels that are not made for one head dim.
     pub head_dim: u32,
+    /// Columns of V and O, Dv, likewise.
+    pub head_dim_v: u32,
 }

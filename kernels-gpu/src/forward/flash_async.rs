@@ -45,6 +45,7 @@ use crate::{
     entries,
     parts::{
         attend::{BC, BR, FragmentRows, SharedTiles, THREADS},
+        columns::Columns,
         fragment::{self, SharedQueries},
         head::Head,
         online,
@@ -92,10 +93,10 @@ pub unsafe fn flash_async<T: Scalar, const D: usize, const COLUMN_TILES: usize>(
     let (policy, q, kv, q_smem) = unsafe {
         (
             Policy::new(args, head),
-            head.queries::<T>(&args.tensors.q),
+            head.queries::<T>(&args.tensors.q).of_columns(Columns::of_keys()),
             KvStages::<T, D, BC, THREADS>::new(
-                head.keys(&args.tensors.k),
-                head.keys(&args.tensors.v),
+                head.keys(&args.tensors.k).of_columns(Columns::of_keys()),
+                head.keys(&args.tensors.v).of_columns(Columns::of_values()),
             ),
             Shared::<T>::dynamic(KvStages::<T, D, BC, THREADS>::BYTES, Swizzled::<D>::len(BR)),
         )

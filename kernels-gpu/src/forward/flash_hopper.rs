@@ -32,8 +32,10 @@
 //! |---|---|---|---|---|
 //! | 64 | 192 x 128 | 3 | 205,120 | 32, 64, 32 of 160 |
 //! | 64 | 128 x 128 | 2 | 180,480 | 32, 64, 32 of 232 |
+//! | 80 | 128 x 128 | 2 | 229,568 | 40, 64, 32 of 232 |
 //! | 96 | 128 x 128 | 2 | 229,568 | 48, 64, 32 of 232 |
 //! | 128 | 128 x 128 | 2 | 229,568 | 64, 64, 32 of 232 |
+//! | 192, values of 128 | 128 x 128 | 2 | 229,504 | 64, 64, 32 of 232 |
 //! | 192 | 128 x 96 | 2 | 229,504 | 96, 48, 24 of 232 |
 //! | 256 | 128 x 64 | 2 | 229,504 | 128, 32, 16 of 232 |
 //!
@@ -63,8 +65,8 @@
 //!   neighbours share heads; they ask for the next one as late as its copies allow;
 //! - a consumer that has no rows in a task, or sees nothing of a tile, lets it pass.
 //!
-//! Rows past Nq and keys past Nk are zeros that the copy engine supplies; such keys are
-//! masked, such rows not stored. Results do not depend on timing: bit for bit the same
+//! Rows past Nq, keys past Nk and columns past D are zeros that the copy engine supplies; such keys
+//! are masked, such rows and columns not stored. Results do not depend on timing: bit for bit the same
 //! every run.
 //!
 //! Measured: 0.109 ms at N 2048, D 64 (f16, batch 4, 12 heads), where flash_pipelined took
@@ -110,7 +112,7 @@ use producer::produce;
 use score_tile::{ROWS, ScoreTile};
 use task::{Inbox, Rings, TASK_WORDS, Task};
 pub use tiles::{CONSUMER_ROWS, Tiles, max_consumers};
-use tiles::{OUTPUT_ROWS, output_bytes, tile_bytes};
+use tiles::{OUTPUT_ROWS, tile_bytes};
 
 /// The tensor maps of q, k, v and o, and what every attention kernel is given.
 pub type HopperArgs = WithMaps<AttentionArgs, 4>;
@@ -128,9 +130,10 @@ const _: () = assert!(
 /// Flash attention forward by warp specialisation.
 ///
 /// # Layout
-/// `q, o: [B, H, Nq, D]`, `k, v: [B, H, Nk, D]`, `lse: [B, H, Nq]`; maps of q, k, v and o, in
-/// this order, over dimensions `[D, N, H, B]`, boxes as [`Tiles::boxes`] says; of packed sequences
-/// as [`ragged::map`] says, boxes with a further extent of 1.
+/// `q: [B, H, Nq, D]`, `k: [B, H, Nk, D]`, `v: [B, H, Nk, Dv]`, `o: [B, H, Nq, Dv]`,
+/// `lse: [B, H, Nq]`; maps of q, k, v and o, in this order, over dimensions `[D, N, H, B]` or
+/// `[Dv, N, H, B]`, boxes as [`Tiles::boxes`] says. D and Dv are at most those of the tiles.
+/// Of packed sequences as [`ragged::map`] says, boxes with a further extent of 1.
 ///
 /// # Thread mapping
 /// At most as many blocks along x as there are tasks, `B * H * ceil(Nq / BR)`, which they share;
@@ -209,7 +212,7 @@ pub unsafe fn flash_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
         elected: warpgroup::thread_id() == 0,
         // SAFETY: the caller gives the shared memory.
         output: unsafe {
-            let bytes = const { output_bytes(G::TILES.d) };
+            let bytes = const { G::TILES.output_bytes() };
             let first = tiles.outputs() + warp_rows / OUTPUT_ROWS * bytes;
             Shared::dynamic(first, bytes / T::BYTES)
         },
@@ -239,11 +242,17 @@ pub unsafe fn flash_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
 entries! {
     /// Instances of [`flash_hopper`] with three consumers, for launches without padding and dropout.
     pub static THREE_CONSUMERS: HopperArgs => "sm_90a", threads Tiles::of(64, 3).threads(), min_blocks 1;
-    flash_hopper: T in [f16, bf16], d D in [64], "_x3" = flash_hopper::<T, Hopper<{ D as u32 }, 3>>;
+    flash_hopper: T in [f16, bf16], d D in [64], "_x3" = flash_hopper::<T, Hopper<{ D as u32 }, { D as u32 }, 3>>;
 }
 entries! {
     /// Instances of [`flash_hopper`] with two consumers.
     pub static TWO_CONSUMERS: HopperArgs => "sm_90a", threads Tiles::of(64, 2).threads(), min_blocks 1;
-    flash_hopper: T in [f16, bf16], d D in [64, 96, 128, 192, 256] =
-        flash_hopper::<T, Hopper<{ D as u32 }, 2>>;
+    flash_hopper: T in [f16, bf16], d D in [64, 80, 96, 128, 192, 256] =
+        flash_hopper::<T, Hopper<{ D as u32 }, { D as u32 }, 2>>;
+}
+entries! {
+    /// Instances of [`flash_hopper`] for values of head dim 128, with two consumers.
+    pub static VALUES_OF_128: HopperArgs => "sm_90a", threads Tiles::of(64, 2).threads(), min_blocks 1;
+    flash_hopper: T in [f16, bf16], d D in [192], "_v128" =
+        flash_hopper::<T, Hopper<{ D as u32 }, 128, 2>>;
 }

@@ -54,6 +54,7 @@ use crate::{
     entries,
     parts::{
         attend::{FragmentRows, SharedTiles},
+        columns::Columns,
         fragment::{self, SharedQueries},
         head::Head,
         online,
@@ -108,9 +109,9 @@ pub unsafe fn flash_mma<
     let (policy, q, k, v, q_smem, k_smem, v_smem) = unsafe {
         (
             Policy::new(args, head),
-            head.queries::<T>(&args.tensors.q),
-            head.keys::<T>(&args.tensors.k),
-            head.keys::<T>(&args.tensors.v),
+            head.queries::<T>(&args.tensors.q).of_columns(Columns::of_keys()),
+            head.keys::<T>(&args.tensors.k).of_columns(Columns::of_keys()),
+            head.keys::<T>(&args.tensors.v).of_columns(Columns::of_values()),
             Shared::<T>::dynamic(0, L::len(BR)),
             Shared::<T>::dynamic(L::len(BR) * 2, L::len(BC)),
             Shared::<T>::dynamic(L::len(BR + BC) * 2, L::len(BC)),

@@ -79,6 +79,7 @@ use crate::{
     args::AttentionArgs,
     entries,
     parts::{
+        columns::Columns,
         fragment::{self, Queries, SharedQueries},
         online::{self, RowState},
         policy::Policy,
@@ -181,13 +182,13 @@ pub unsafe fn flash_tf32<
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     let (policy, q, kv, q_smem) = unsafe {
         let kv = KvStages::<Half, HALVES, BC, THREADS>::new(
-            head.keys(&args.tensors.k.halves()),
-            head.keys(&args.tensors.v.halves()),
+            head.keys(&args.tensors.k.halves()).of_columns(Columns::of_keys().halves()),
+            head.keys(&args.tensors.v.halves()).of_columns(Columns::of_values().halves()),
         );
         let q_offset = KvStages::<Half, HALVES, BC, THREADS>::BYTES;
         (
             Policy::new(args, head),
-            head.queries::<Half>(&args.tensors.q.halves()),
+            head.queries::<Half>(&args.tensors.q.halves()).of_columns(Columns::of_keys().halves()),
             kv,
             Shared::<Half>::dynamic(q_offset, const { BR * HALVES as u32 }),
         )
@@ -372,7 +373,7 @@ fn add_output<C: Multiply<f32>, L: TileLayout, const O: usize, const F: usize>(
 /// What both parts have is part 0's to store, as is LSE.
 ///
 /// # Safety
-/// `args.tensors.o` must be `[B, H, Nq, D]`, its address and strides multiples of 16 bytes,
+/// `args.tensors.o` must be `[B, H, Nq, Dv]`, its address and strides multiples of 16 bytes,
 /// `args.tensors.lse` `[B, H, Nq]`.
 #[inline(always)]
 unsafe fn store<const HALVES: usize, const O: usize>(
@@ -393,14 +394,17 @@ unsafe fn store<const HALVES: usize, const O: usize>(
         if i < head.seq_q {
             let o_row = head.query(&args.tensors.o, i);
             let right = const { right_part::<HALVES, O>() };
-            let first = o_row + (part * right + column * 4) as u64;
+            let first = part * right + column * 4;
             unroll!(for QUAD in 0..8 {
                 let of_both = right > 0 && 32 * QUAD as u32 + right < 8 * O as u32;
                 if QUAD < O / 4 && !(of_both && part == 1) {
                     unroll!(for C in 0..2 {
                         let value = |e: usize| acc_o[4 * QUAD + e][2 * R + C].to_bits();
                         let chunk = [value(0), value(1), value(2), value(3)];
-                        o.write_as::<[u32; 4]>(first + (32 * QUAD + 4 * C) as u64, chunk);
+                        let first = first + 32 * QUAD as u32 + 4 * C as u32;
+                        if Columns::of_values().has(first) {
+                            o.write_as::<[u32; 4]>(o_row + first as u64, chunk);
+                        }
                     });
                 }
             });

@@ -49,6 +49,7 @@ use crate::{
     args::{AttentionArgs, Tensor},
     entries,
     parts::{
+        columns::Columns,
         head::Head,
         policy::Policy,
         softmax::{self, SPAN},
@@ -138,6 +139,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
     unsafe {
         load_tile::<T, D>(
             &args.tensors.q,
+            Columns::of_keys(),
             head.query(&args.tensors.q, 0),
             first_row,
             head.seq_q,
@@ -158,6 +160,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
         unsafe {
             load_tile::<T, D>(
                 &args.tensors.k,
+                Columns::of_keys(),
                 head.key(&args.tensors.k, 0),
                 first_key,
                 head.seq_k,
@@ -166,6 +169,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
             );
             load_tile::<T, D>(
                 &args.tensors.v,
+                Columns::of_values(),
                 head.key(&args.tensors.v, 0),
                 first_key,
                 head.seq_k,
@@ -264,8 +268,8 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
             let normaliser = softmax::normaliser(l_row) * factor;
             let o_row = head.query(&args.tensors.o, i);
             unroll!(for GROUP in 0..4 {
-                if GROUP < D / COLUMN_STEP {
-                    let column = GROUP as u32 * COLUMN_STEP as u32 + tx * VECTOR as u32;
+                let column = GROUP as u32 * COLUMN_STEP as u32 + tx * VECTOR as u32;
+                if GROUP < D / COLUMN_STEP && Columns::of_values().has(column) {
                     for e in 0..VECTOR {
                         let value = T::from_f32(acc_o[R][GROUP][e] * normaliser);
                         o.write(o_row + (column + e as u32) as u64, value);
@@ -279,7 +283,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
     });
 }
 
-/// Loads `rows` rows from `first_row` on into a shared tile; rows past the end are 0, so
+/// Loads `rows` rows from `first_row` on into a shared tile; rows and columns past the end are 0, so
 /// that what is computed from them and masked later is finite.
 ///
 /// # Safety
@@ -287,6 +291,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
 #[inline(always)]
 unsafe fn load_tile<T: Scalar, const D: usize>(
     tensor: &Tensor,
+    columns: Columns,
     head: u64,
     first_row: u32,
     seq: u32,
@@ -297,7 +302,7 @@ unsafe fn load_tile<T: Scalar, const D: usize>(
     let view = unsafe { tensor.buffer.view::<T>() };
     for element in (thread::thread_idx_x()..rows * D as u32).step_by(THREADS as usize) {
         let (row, column) = (element / D as u32, element % D as u32);
-        let value = if first_row + row < seq {
+        let value = if first_row + row < seq && columns.has(column) {
             let index = head + (first_row + row) as u64 * tensor.stride_n + column as u64;
             view.read(index).to_f32()
         } else {

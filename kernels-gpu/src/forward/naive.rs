@@ -26,7 +26,7 @@ use simt::{math, scalar::Scalar, thread, warp};
 use crate::{
     args::AttentionArgs,
     entries,
-    parts::{head::Head, policy::Policy, score::dot, softmax},
+    parts::{columns::Columns, head::Head, policy::Policy, score::dot, softmax},
 };
 
 /// Keys and rows of a block of `scores`: 16 neighbouring threads read the same query
@@ -130,7 +130,8 @@ pub unsafe fn softmax_rows<T: Scalar>(args: &AttentionArgs) {
 /// `weights: [B, H, Nq, Nk]`, `v: [B, H, Nk, D]`, `o: [B, H, Nq, D]`.
 ///
 /// # Thread mapping
-/// A thread per element of O; `x` counts blocks of them, head after head.
+/// A thread per element of O with D columns, of which fewer may be there; `x` counts blocks of them,
+/// head after head.
 ///
 /// # Safety
 /// As for [`scores`]; [`softmax_rows`] must have run.
@@ -140,7 +141,7 @@ pub unsafe fn output<T: Scalar, const D: usize>(args: &AttentionArgs) {
     let (head, block) = Head::of_block(args, blocks);
     let element = block * OUTPUT_THREADS + thread::thread_idx_x();
     let (i, d) = (element / D as u32, element % D as u32);
-    if i >= head.seq_q {
+    if i >= head.seq_q || !Columns::of_values().has(d) {
         return;
     }
     // SAFETY: the buffers have the shapes that `args` says.

@@ -144,10 +144,10 @@ unsafe fn output_product<T: Scalar>(
     // SAFETY: the buffers have the shapes that `args` says.
     unsafe {
         let policy = Policy::new(args, head);
-        let o = head.query_matrix(&args.tensors.o, args.shape.head_dim);
+        let o = head.query_matrix(&args.tensors.o, args.shape.head_dim_v);
         let product = Product {
             a: head.weight_matrix(args),
-            b: head.key_matrix(&args.tensors.v, args.shape.head_dim),
+            b: head.key_matrix(&args.tensors.v, args.shape.head_dim_v),
             c: MatrixMut::new(o, &args.tensors.o.buffer),
             depth: policy.end_of_tile(first_row + tile),
             epilogue: Plain,

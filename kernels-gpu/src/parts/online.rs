@@ -6,7 +6,7 @@ use simt::{
 
 use crate::{
     args::AttentionArgs,
-    parts::{fragment, policy::Policy, softmax},
+    parts::{columns::Columns, fragment, policy::Policy, softmax},
 };
 
 /// Maximum and sum of the two rows of a lane. The four lanes of a row have the same
@@ -109,8 +109,8 @@ pub fn maxima<const N: usize>(s: &[[f32; 4]; N], scale_log2: f32) -> [f32; 2] {
 /// have, so that each stores 16 bytes and the four 64 bytes side by side.
 ///
 /// # Safety
-/// `args.tensors.o` must be `[B, H, Nq, D]` with D = 8 O, its address and strides multiples of 16
-/// bytes, `args.tensors.lse` `[B, H, Nq]`.
+/// `args.tensors.o` must be `[B, H, Nq, D]` with D = 8 O or the columns that the launch is specialised
+/// for, its address and strides multiples of 16 bytes, `args.tensors.lse` `[B, H, Nq]`.
 #[inline(always)]
 pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
     args: &AttentionArgs,
@@ -137,9 +137,9 @@ pub unsafe fn store<T: Scalar, C: TensorCore<T>, const O: usize>(
                     C::pack(c[2 * R], c[2 * R + 1])
                 };
                 let chunk = transpose_quad([pack(0), pack(1), pack(2), pack(3)]);
-                if inside {
-                    let first = (32 * QUAD) as u64 + column as u64 * 4;
-                    store_chunk(o, o_row + first, chunk);
+                let first = 32 * QUAD as u32 + column * 4;
+                if inside && Columns::of_values().has(first) {
+                    store_chunk(o, o_row + first as u64, chunk);
                 }
             }
         });

@@ -19,7 +19,7 @@ use simt::{
     thread, warp,
 };
 
-use crate::args::Tensor;
+use crate::{args::Tensor, parts::columns::Columns};
 
 /// Threads of a block of four warps.
 pub const FOUR_WARPS: u32 = 4 * warp::LANES;
@@ -32,6 +32,8 @@ pub struct Rows<T> {
     stride: u64,
     /// Rows that the head has.
     seq: u32,
+    /// Columns that they have.
+    columns: Columns,
 }
 
 impl<T: Memory> Rows<T> {
@@ -43,7 +45,15 @@ impl<T: Memory> Rows<T> {
     pub unsafe fn new(tensor: &Tensor, first: u64, seq: u32) -> Self {
         // SAFETY: passed on to the caller.
         let view = unsafe { tensor.buffer.view::<T>() };
-        Self { head: view.skip(first), stride: tensor.stride_n, seq }
+        Self { head: view.skip(first), stride: tensor.stride_n, seq, columns: Columns::ALL }
+    }
+
+    /// The same rows, which may have fewer columns than a tile: what lies beyond is not read, and 0
+    /// in the tile.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_columns(self, columns: Columns) -> Self {
+        Self { columns, ..self }
     }
 
     /// The same rows, of whose stride the compiler knows nothing: it would keep multiples of it
@@ -59,6 +69,12 @@ impl<T: Memory> Rows<T> {
     #[inline(always)]
     fn from(&self, row: u32, column: u32) -> Global<T> {
         self.head.skip(row as u64 * self.stride + column as u64)
+    }
+
+    /// Whether the head has this row and this column.
+    #[inline(always)]
+    const fn has(&self, row: u32, column: u32) -> bool {
+        row < self.seq && self.columns.has(column)
     }
 
     /// The elements from `columns` to the right of `row` rows below the first of `chunk`.
@@ -97,8 +113,8 @@ macro_rules! for_each_chunk {
 }
 pub(crate) use for_each_chunk;
 
-/// Loads rows `first..first + ROWS` into a tile, through registers. Rows past the end are
-/// 0, so that what is computed from them and hidden later is finite.
+/// Loads rows `first..first + ROWS` into a tile, through registers. Rows and columns past the end
+/// are 0, so that what is computed from them and hidden later is finite.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn load<T: Memory, L: TileLayout, const D: usize, const ROWS: u32, const THREADS: u32>(
@@ -107,9 +123,18 @@ pub fn load<T: Memory, L: TileLayout, const D: usize, const ROWS: u32, const THR
     tile: Shared<T>,
 ) {
     let tid = thread::thread_idx_x();
+    if rows.columns == Columns::ALL {
+        // Apart: a row's chunks are then inside or outside together.
+        for_each_chunk!(L, D, ROWS, tid of THREADS, |index, (row, below), (column, right)| {
+            let from = rows.walk(rows.from(first + row, column), below, right);
+            let inside = first + row + below < rows.seq;
+            tile.write_as(index, if inside { from.read_as::<[u32; 4]>(0) } else { [0; 4] });
+        });
+        return;
+    }
     for_each_chunk!(L, D, ROWS, tid of THREADS, |index, (row, below), (column, right)| {
         let from = rows.walk(rows.from(first + row, column), below, right);
-        let inside = first + row + below < rows.seq;
+        let inside = rows.has(first + row + below, column + right);
         tile.write_as(index, if inside { from.read_as::<[u32; 4]>(0) } else { [0; 4] });
     });
 }
@@ -128,7 +153,8 @@ pub fn load_async<T: Memory, L: TileLayout, const D: usize, const ROWS: u32, con
     let tid = opaque(thread::thread_idx_x());
     for_each_chunk!(L, D, ROWS, tid of THREADS, |index, (row, below), (column, right)| {
         let from = rows.walk(rows.from(first + row, column), below, right);
-        async_copy::copy_or_zero(tile, index, from, 0, first + row + below < rows.seq);
+        let inside = rows.has(first + row + below, column + right);
+        async_copy::copy_or_zero(tile, index, from, 0, inside);
     });
 }
 

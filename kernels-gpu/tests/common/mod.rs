@@ -396,6 +396,7 @@ impl Case {
                 seq_k: self.seq_k,
                 total_q: if self.packed { self.in_memory(0) } else { 0 },
                 head_dim: self.d,
+                head_dim_v: self.d,
             },
             scores: Scores {
                 scale_log2: std::f32::consts::LOG2_E / (self.d as f32).sqrt(),

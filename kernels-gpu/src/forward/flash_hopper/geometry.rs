@@ -17,7 +17,7 @@ use crate::parts::pipeline::{Depth, Stages};
 /// Bytes of a chunk of Q: 64 columns of a consumer's rows.
 const Q_CHUNK: u32 = CONSUMER_ROWS * CHUNK_ROW_BYTES;
 
-/// A head dim and a number of consumers, and what follows from them.
+/// Head dims and a number of consumers, and what follows from them.
 pub trait Geometry {
     /// The tiles of a block.
     const TILES: Tiles;
@@ -34,7 +34,7 @@ pub trait Geometry {
     type Scores: ScoreTile<Self::Weights>;
     /// P in the storage type, as the operand of the second product.
     type Weights: Copy;
-    /// O of a consumer, `[64, D]`.
+    /// O of a consumer, `[64, Dv]`.
     type Output: OutputTile;
 
     /// No weights yet.
@@ -95,27 +95,28 @@ where
     }
 }
 
-/// The geometry of head dim `D` and so many consumers.
-pub struct Hopper<const D: u32, const CONSUMERS: u32>;
+/// The geometry of head dim `D`, values of head dim `D_V`, and so many consumers.
+pub struct Hopper<const D: u32, const D_V: u32, const CONSUMERS: u32>;
 
 /// Implements [`Geometry`], whose arrays have lengths that no generic code can compute.
 macro_rules! geometry {
-    ($d:literal, $consumers:literal) => {
-        impl Geometry for Hopper<$d, $consumers> {
-            const TILES: Tiles = Tiles::of($d, $consumers);
+    ($d:literal, $d_v:literal, $consumers:literal) => {
+        impl Geometry for Hopper<$d, $d_v, $consumers> {
+            const TILES: Tiles = Tiles::with_values($d, $d_v, $consumers);
 
             type QStages = Stages<{ Self::TILES.q_stages }>;
             type KvStages = Stages<{ Self::TILES.kv_stages }>;
             type Scores = Accumulator<{ Self::TILES.keys as usize / 8 }>;
             type Weights = Fragments<{ Self::TILES.keys as usize / 16 }>;
-            type Output = Accumulator<{ $d / 8 }>;
+            type Output = Accumulator<{ $d_v / 8 }>;
 
             const NO_WEIGHTS: Self::Weights = [[0; 4]; Self::TILES.keys as usize / 16];
 
             #[inline(always)]
             #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
             unsafe fn start_scores<T: Operand>(s: &mut Self::Scores, q: Descriptor, k: Descriptor) {
-                const K_CHUNK: u32 = Tiles::of($d, $consumers).keys * CHUNK_ROW_BYTES;
+                const K_CHUNK: u32 =
+                    Tiles::with_values($d, $d_v, $consumers).keys * CHUNK_ROW_BYTES;
                 // SAFETY: passed on to the caller.
                 unsafe {
                     SharedProduct::<{ $d / 16 }>::product_shared::<T, Q_CHUNK, K_CHUNK>(s, q, k);
@@ -136,9 +137,11 @@ macro_rules! geometry {
     };
 }
 
-geometry!(64, 3);
-geometry!(64, 2);
-geometry!(96, 2);
-geometry!(128, 2);
-geometry!(192, 2);
-geometry!(256, 2);
+geometry!(64, 64, 3);
+geometry!(64, 64, 2);
+geometry!(80, 80, 2);
+geometry!(96, 96, 2);
+geometry!(128, 128, 2);
+geometry!(192, 128, 2);
+geometry!(192, 192, 2);
+geometry!(256, 256, 2);

@@ -69,18 +69,23 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the
         // first, the others to their right.
         let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(lane % 16, lane / 16 * 8);
-        // Two chunks at a time, which is what there are buffers for.
+        // As many chunks at a time as there are buffers for.
+        let groups = const {
+            let groups = 8 * G::TILES.output_chunks as usize;
+            assert!(G::Output::GROUPS <= 2 * groups, "two times");
+            groups
+        };
         unroll!(for HALF in 0..2 {
-            if 16 * HALF < G::Output::GROUPS {
+            if groups * HALF < G::Output::GROUPS {
                 // Hazard: what is written here may not have been stored yet.
                 tma::wait_group_read::<0>();
                 warp::sync_warp(warp::FULL_MASK);
                 unroll!(for PAIR in 0..8 {
-                    if 16 * HALF + 2 * PAIR < G::Output::GROUPS {
+                    if 2 * PAIR < groups && groups * HALF + 2 * PAIR < G::Output::GROUPS {
                         let buffer =
                             self.output.slice(PAIR as u32 / 4 * OUTPUT_CHUNK, OUTPUT_CHUNK);
                         let pack = |group: usize, row: usize| {
-                            let pair = values[16 * HALF + 2 * PAIR + group];
+                            let pair = values[groups * HALF + 2 * PAIR + group];
                             T::pack(pair[2 * row] * factors[row], pair[2 * row + 1] * factors[row])
                         };
                         let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::right(
@@ -98,9 +103,9 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
                 mbarrier::fence_proxy_async();
                 warp::sync_warp(warp::FULL_MASK);
                 unroll!(for CHUNK in 0..2 {
-                    if 16 * HALF + 8 * CHUNK < G::Output::GROUPS {
+                    if 8 * CHUNK < groups && groups * HALF + 8 * CHUNK < G::Output::GROUPS {
                         let buffer = self.output.slice(CHUNK as u32 * OUTPUT_CHUNK, OUTPUT_CHUNK);
-                        let column = (2 * HALF + CHUNK) as u32 * CHUNK_COLUMNS;
+                        let column = (groups / 8 * HALF + CHUNK) as u32 * CHUNK_COLUMNS;
                         // SAFETY: the parameter holds the map. It ends at the last row and
                         // column, and so does what is stored.
                         unsafe { of.store_if(lane == 0, map, column, first_row, buffer.address()) };

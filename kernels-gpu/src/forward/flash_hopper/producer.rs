@@ -35,9 +35,14 @@ pub(super) unsafe fn produce<G: Geometry>(
 ) {
     let tiles = const { G::TILES };
     maps.prefetch();
-    // All chunks of a tile: rows from `row` on.
-    let copy = |of: MapRows, destination: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
-        for chunk in 0..const { G::TILES.d.div_ceil(CHUNK_COLUMNS) } {
+    // All chunks of a tile of `d` columns: rows from `row` on.
+    let copy = |of: MapRows,
+                destination: u32,
+                map: u64,
+                (rows, d): (u32, u32),
+                row: u32,
+                full: Mbarrier| {
+        for chunk in 0..d.div_ceil(CHUNK_COLUMNS) {
             let to = destination + chunk * rows * CHUNK_ROW_BYTES;
             // SAFETY: the parameter holds the maps; the ring keeps readers away.
             unsafe { of.load(to, map, chunk * CHUNK_COLUMNS, row, full) };
@@ -54,25 +59,31 @@ pub(super) unsafe fn produce<G: Geometry>(
                 let to = smem
                     + stage.index() * const { G::TILES.q_bytes() }
                     + consumer * const { tile_bytes(CONSUMER_ROWS, G::TILES.d) };
-                copy(MapRows::queries(&head), to, maps.address::<0>(), CONSUMER_ROWS, row, full);
+                let (of, q) = (MapRows::queries(&head), maps.address::<0>());
+                copy(of, to, q, (CONSUMER_ROWS, tiles.d), row, full);
             }
         }
     };
+    // A tile of K or V, of `d` columns: into a stage of the ring, whose first is at `to`.
     let copy_keys = |ring: Ring<G::KvStages>,
-                     to: u32,
+                     (to, d): (u32, u32),
                      map: u64,
                      stage: Stage<G::KvStages>,
                      task: Task,
-                     tile| {
+                     tile: u32| {
         let head = task.tile.head(args);
-        let to = to + stage.index() * const { G::TILES.kv_bytes() };
-        let full = ring.acquire(stage, const { G::TILES.kv_bytes() });
-        copy(MapRows::keys(&head), smem + to, map, tiles.keys, tile * tiles.keys, full);
+        let bytes = tile_bytes(tiles.keys, d);
+        let to = to + stage.index() * bytes;
+        let full = ring.acquire(stage, bytes);
+        let of = MapRows::keys(&head);
+        copy(of, smem + to, map, (tiles.keys, d), tile * tiles.keys, full);
     };
-    let copy_k =
-        |stage, task, tile| copy_keys(rings.k, tiles.k(), maps.address::<1>(), stage, task, tile);
-    let copy_v =
-        |stage, task, tile| copy_keys(rings.v, tiles.v(), maps.address::<2>(), stage, task, tile);
+    let copy_k = |stage, task, tile| {
+        copy_keys(rings.k, (tiles.k(), tiles.d), maps.address::<1>(), stage, task, tile);
+    };
+    let copy_v = |stage, task, tile| {
+        copy_keys(rings.v, (tiles.v(), tiles.d_v), maps.address::<2>(), stage, task, tile);
+    };
     // Stages of Q, and of K; V, which is needed and has its stage free a tile later, is one
     // behind.
     let (mut q_stage, mut stage) = (Stage::FIRST, Stage::FIRST);

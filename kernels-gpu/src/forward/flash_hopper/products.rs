@@ -33,7 +33,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     pub(super) unsafe fn start_scores(&mut self) {
         self.k_ring.wait(self.k_stage);
         let q = self.q.offset(self.q_stage.index() * const { G::TILES.q_bytes() });
-        let k = self.k.offset(self.k_stage.index() * const { G::TILES.kv_bytes() });
+        let k = self.k.offset(self.k_stage.index() * const { G::TILES.k_bytes() });
         // SAFETY: Q and K have landed, and K is released only when S was waited for.
         unsafe { G::start_scores::<T>(&mut self.s, q, k) };
     }
@@ -45,7 +45,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     #[inline(always)]
     pub(super) unsafe fn start_output(&mut self) {
         self.v_ring.wait(self.v_stage);
-        let v = self.v.offset(self.v_stage.index() * const { G::TILES.kv_bytes() });
+        let v = self.v.offset(self.v_stage.index() * const { G::TILES.v_bytes() });
         // SAFETY: V has landed, and is released only when O was waited for.
         unsafe { G::start_output::<T>(&mut self.acc_o, &self.p, v) };
     }

@@ -13,8 +13,8 @@ use crate::{
     },
 };
 
-/// Bytes of an element of K and one of V.
-const KEY_AND_VALUE_BYTES: u32 = 4;
+/// Bytes of an element of K or V.
+const ELEMENT_BYTES: u32 = 2;
 
 /// Where a block gets its work from: the queue of its group, if it is in one, then that of all
 /// blocks.
@@ -41,7 +41,7 @@ impl Tasks {
         let (block, blocks) = (thread::block_idx_x(), thread::grid_dim_x());
         let extent = Extent::new(args, tiles.rows());
         // Bytes of a head's K and V.
-        let head_bytes = args.shape.seq_k.saturating_mul(tiles.d * KEY_AND_VALUE_BYTES);
+        let head_bytes = args.shape.seq_k.saturating_mul((tiles.d + tiles.d_v) * ELEMENT_BYTES);
         // With three consumers the producer has no registers for more than one queue.
         // Packed sequences differ in length, so that groups of heads would end at different times.
         let grouped = Policy::is_causal() && !Head::is_packed();

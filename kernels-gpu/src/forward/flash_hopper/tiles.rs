@@ -15,8 +15,10 @@ pub const CONSUMER_ROWS: u32 = 64;
 /// What a block works with, for a head dim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
-    /// Head dim.
+    /// Head dim of Q and K.
     pub d: u32,
+    /// Head dim of V and O.
+    pub d_v: u32,
     /// Consumer warpgroups.
     pub consumers: u32,
     /// Keys of a tile.
@@ -26,6 +28,9 @@ pub struct Tiles {
     pub q_stages: u32,
     /// Stages of the rings of K and of V: more where tiles are small and soon used up.
     pub kv_stages: u32,
+    /// Chunks of 64 columns of O that a warp fills and stores together: two where shared memory has
+    /// room for them.
+    pub output_chunks: u32,
 }
 
 impl Tiles {
@@ -33,15 +38,24 @@ impl Tiles {
     /// room for.
     #[must_use]
     pub const fn of(d: u32, consumers: u32) -> Self {
-        let keys = match d {
-            0..=128 => 128,
-            129..=192 => 96,
+        Self::with_values(d, d, consumers)
+    }
+
+    /// The same, where values have head dim `d_v`.
+    #[must_use]
+    pub const fn with_values(d: u32, d_v: u32, consumers: u32) -> Self {
+        let keys = match (d, d_v) {
+            (0..=192, 0..=128) => 128,
+            (0..=192, _) => 96,
             _ => 64,
         };
         let kv_stages = if keys * d <= 128 * 64 { 4 } else { 2 };
-        let mut tiles = Self { d, consumers, keys, q_stages: 2, kv_stages };
+        let mut tiles = Self { d, d_v, consumers, keys, q_stages: 2, kv_stages, output_chunks: 2 };
         if tiles.shared_bytes() > MAX_SHARED_BYTES {
             tiles.q_stages = 1;
+        }
+        if tiles.shared_bytes() > MAX_SHARED_BYTES {
+            tiles.output_chunks = 1;
         }
         assert!(tiles.shared_bytes() <= MAX_SHARED_BYTES, "fits a multiprocessor");
         tiles
@@ -64,9 +78,14 @@ impl Tiles {
         tile_bytes(self.rows(), self.d)
     }
 
-    /// Bytes of a stage of K, and of one of V.
-    pub(super) const fn kv_bytes(&self) -> u32 {
+    /// Bytes of a stage of K.
+    pub(super) const fn k_bytes(&self) -> u32 {
         tile_bytes(self.keys, self.d)
+    }
+
+    /// Bytes of a stage of V.
+    pub(super) const fn v_bytes(&self) -> u32 {
+        tile_bytes(self.keys, self.d_v)
     }
 
     /// Offset of K in shared memory; Q comes first.
@@ -76,18 +95,25 @@ impl Tiles {
 
     /// Offset of V.
     pub(super) const fn v(&self) -> u32 {
-        self.k() + self.kv_stages * self.kv_bytes()
+        self.k() + self.kv_stages * self.k_bytes()
     }
 
-    /// Offset of the buffers from which O is stored, [`output_bytes`] for each warp.
+    /// Offset of the buffers from which O is stored, [`output_bytes`](Self::output_bytes) for each
+    /// warp.
     pub(super) const fn outputs(&self) -> u32 {
-        self.v() + self.kv_stages * self.kv_bytes()
+        self.v() + self.kv_stages * self.v_bytes()
+    }
+
+    /// Bytes of a warp's buffers for O: as many chunks as are filled together, if O has so many.
+    pub(super) const fn output_bytes(&self) -> u32 {
+        let together = self.output_chunks * CHUNK_COLUMNS;
+        tile_bytes(OUTPUT_ROWS, if self.d_v < together { self.d_v } else { together })
     }
 
     /// Offset of the mbarriers of the rings of K, V and each consumer's Q.
     pub(super) const fn barriers(&self) -> u32 {
         let warps = self.rows() / OUTPUT_ROWS;
-        self.outputs() + warps * output_bytes(self.d)
+        self.outputs() + warps * self.output_bytes()
     }
 
     pub(super) const fn num_barriers(&self) -> u32 {
@@ -168,13 +194,6 @@ pub(super) const fn tile_bytes(rows: u32, d: u32) -> u32 {
 pub(super) const OUTPUT_ROWS: u32 = CONSUMER_ROWS * warp::LANES / warpgroup::THREADS;
 /// Elements of a chunk of O: 64 columns of a warp's rows.
 pub(super) const OUTPUT_CHUNK: u32 = OUTPUT_ROWS * CHUNK_COLUMNS;
-
-/// Bytes of a warp's buffers for O: two chunks if O has so many, which are filled and stored
-/// together.
-pub(super) const fn output_bytes(d: u32) -> u32 {
-    let two_chunks = 2 * CHUNK_COLUMNS;
-    tile_bytes(OUTPUT_ROWS, if d < two_chunks { d } else { two_chunks })
-}
 
 /// The most shared memory that a block may have on sm_90.
 const MAX_SHARED_BYTES: u32 = 232_448;
