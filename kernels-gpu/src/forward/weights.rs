@@ -90,7 +90,7 @@ pub unsafe fn weights<T: Scalar, const D: usize>(args: &AttentionArgs) {
 }
 
 entries! {
-    /// Instances of [`weights()`]. Three blocks: ptxas would unroll D 64 until one alone fits.
-    pub static ENTRIES: AttentionArgs => "sm_75", threads TILE * TILE, min_blocks 3;
+    /// Instances of [`weights()`].
+    pub static ENTRIES: AttentionArgs => "sm_75", threads TILE * TILE, min_blocks 1;
     weights: T in [f32, f16, bf16], d D in [32, 64, 96, 128, 160, 192, 224, 256] = weights::<T, D>;
 }
