@@ -5,6 +5,7 @@
 //! | [`backward_naive`] | the formulas; P and dS in memory |
 //! | [`backward_tiled`] | P computed again from the LSE, a tile at a time; no N x N matrix |
 //! | [`backward_mma`] | all five products on the tensor cores, each computed once (sm_80) |
+//! | [`backward_hopper`] | transposed scores, copies and products at the same time (sm_90a) |
 //!
 //! [`prepare`] is the first step of every rung, [`convert`] the last of those that sum dQ in memory.
 //!
@@ -23,6 +24,7 @@
 //! Source: Dao et al., "FlashAttention", 2022, appendix B.2 and algorithm 4; Dao,
 //! "FlashAttention-2", 2023, section 3.1.2.
 
+pub mod backward_hopper;
 pub mod backward_mma;
 pub mod backward_naive;
 pub mod backward_tiled;

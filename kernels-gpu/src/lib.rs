@@ -39,7 +39,7 @@ pub static PTX: &[u8] = include_bytes!("../ptx/modules.ptx.zst");
 
 #[cfg(not(target_arch = "nvptx64"))]
 use {
-    backward::{backward_mma, backward_naive, backward_tiled, convert, prepare},
+    backward::{backward_hopper, backward_mma, backward_naive, backward_tiled, convert, prepare},
     forward::{
         flash_async, flash_hopper, flash_mma, flash_pipelined, flash_swizzled, flash_tf32,
         flash_tiled, naive, standard, weights,
@@ -75,6 +75,8 @@ const TABLES: &[entry::Instances] = &[
     backward_tiled::QUERIES,
     backward_mma::ENTRIES,
     convert::FRAGMENTS,
+    backward_hopper::ENTRIES,
+    backward_hopper::convert::ENTRIES,
     linear_naive::ENTRIES,
     linear_tiled::ENTRIES,
     linear_mma::ENTRIES,

@@ -238,11 +238,16 @@ pub trait RegisterProduct<const STEPS: usize>: WaitGroup {
 /// Products with both operands in shared memory, A transposed, over `STEPS` steps of 16 rows.
 pub trait TransposedProduct<const STEPS: usize>: WaitGroup {
     /// Starts `self = Aᵀ B` with A `[16 * STEPS, 64]` and B `[16 * STEPS, 8 * GROUPS]`, both
-    /// [`Descriptor::n_major`].
+    /// [`Descriptor::n_major`]. LLVM makes one of equal products in two places; those of different
+    /// numbers `PLACE` stay two, each with a wait that ptxas can tell is its own.
     ///
     /// # Safety
     /// As for [`SharedProduct::product_shared`].
-    unsafe fn product_transposed<T: Operand>(&mut self, a: Descriptor, b: Descriptor);
+    unsafe fn product_transposed<T: Operand, const PLACE: u32>(
+        &mut self,
+        a: Descriptor,
+        b: Descriptor,
+    );
 }
 
 /// Calls `$then` with the groups of a tile of that many columns: for each, its number and
@@ -538,7 +543,11 @@ macro_rules! transposed_product {
         impl TransposedProduct<$steps> for Accumulator<{ $n / 8 }> {
             #[inline(always)]
             #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-            unsafe fn product_transposed<T: Operand>(&mut self, a: Descriptor, b: Descriptor) {
+            unsafe fn product_transposed<T: Operand, const PLACE: u32>(
+                &mut self,
+                a: Descriptor,
+                b: Descriptor,
+            ) {
                 #[cfg(target_arch = "nvptx64")]
                 {
                     let d = &mut self.values;
@@ -549,11 +558,11 @@ macro_rules! transposed_product {
                                 core::arch::asm!(
                                     "{{ .reg .b64 a, b; .reg .b32 low; wgmma.fence.sync.aligned; ",
                                     $(transposed_step!($n $type $k $list),)*
-                                    "wgmma.commit_group.sync.aligned; }}",
+                                    "wgmma.commit_group.sync.aligned; }} // {place}",
                                     $(out(reg32) d[$g][0], out(reg32) d[$g][1],
                                       out(reg32) d[$g][2], out(reg32) d[$g][3],)*
                                     a = in(reg32) a.0, b = in(reg32) b.0,
-                                    high = const Descriptor::HIGH,
+                                    high = const Descriptor::HIGH, place = const PLACE,
                                     options(nostack)
                                 );
                             }

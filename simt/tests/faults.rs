@@ -406,6 +406,44 @@ fn atomics_do_not_race_with_each_other_but_with_plain_accesses() {
     assert!(matches!(kind, FaultKind::Race { .. }), "{kind}");
 }
 
+/// Readers in two warpgroups, and a writer that has met the warps of one, or of both. Warps that read
+/// nothing need not come.
+#[test]
+fn a_writer_needs_to_know_the_warpgroups_that_read_and_no_others() {
+    #[derive(Clone, Copy)]
+    struct Readers;
+    impl barrier::Named for Readers {
+        fn id(self) -> u32 {
+            1
+        }
+    }
+    let kernel = |meets_both: bool| {
+        move || {
+            let warp = thread::thread_idx_x() / 32;
+            let shared = shared_array!(u32; 1);
+            if thread::thread_idx_x() == 0 {
+                shared.write(0, 7);
+            }
+            // Hazard: one thread wrote what others read.
+            thread::sync_threads();
+            if warp >= 4 {
+                assert_eq!(shared.read(0), 7);
+            }
+            let meets = warp == 0 || if meets_both { warp >= 4 } else { (4..8).contains(&warp) };
+            if meets {
+                // Hazard: they may not have read.
+                barrier::sync(Readers, if meets_both { 32 + 256 } else { 32 + 128 });
+            }
+            if thread::thread_idx_x() == 0 {
+                shared.write(0, 8);
+            }
+        }
+    };
+    launch(1, 384, kernel(true));
+    let kind = fault(384, kernel(false));
+    assert!(matches!(kind, FaultKind::Race { .. }), "{kind}");
+}
+
 #[test]
 fn a_launch_ends_soon_after_it_is_asked_to() {
     let run = |blocks: u32, seed, barriers: u32| {

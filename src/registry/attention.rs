@@ -271,7 +271,8 @@ pub(super) fn k_map(
     map(p, view, extents, box_dims)
 }
 
-fn map(
+/// The tensor map of a tensor of those extents, `[B, H, N, D]`.
+pub(super) fn map(
     p: &Problem,
     view: &View,
     [batch, heads, rows, head_dim]: [usize; 4],

@@ -3,19 +3,26 @@
 
 use kernels_gpu::{
     args,
-    backward::{self, backward_mma, backward_naive, backward_tiled, convert, prepare},
+    backward::{
+        self, backward_hopper, backward_mma, backward_naive, backward_tiled, convert, prepare,
+    },
     entry::Instances,
 };
 use simt::Dim3;
 
 use super::{
-    Call, Draft, Operation, Section, Spec, Step, Usage,
-    attention::{self, Args, AttentionLimits, Features, Sizes, attention_args},
+    Call, Draft, Map, Operation, Section, Spec, Step, Usage,
+    attention::{self, Args, AttentionLimits, Features, Sizes, attention_args, map},
     plan::Plan,
     table::{ALL_FEATURES, constants, heads, kept_weights, tiles},
     tensors::{Region, View},
 };
-use crate::{backend::KernelArgs as _, dtype::DType, error::Error, problem::Problem};
+use crate::{
+    backend::{KernelArgs as _, TensorMapSpec},
+    dtype::DType,
+    error::Error,
+    problem::Problem,
+};
 
 /// The gradients of Q, K and V for a problem, of the gradient of O. A bias and sinks get none.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -152,7 +159,8 @@ fn backward_args(call: &Call<'_, Backward>) -> args::BackwardArgs {
 }
 
 /// Every kernel of the backward pass, the slowest first.
-pub static BACKWARD_KERNELS: &[BackwardSpec] = &[BACKWARD_NAIVE, BACKWARD_TILED, BACKWARD_MMA];
+pub static BACKWARD_KERNELS: &[BackwardSpec] =
+    &[BACKWARD_NAIVE, BACKWARD_TILED, BACKWARD_MMA, BACKWARD_HOPPER];
 
 const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
     name: "backward_naive",
@@ -237,13 +245,7 @@ const BACKWARD_MMA: BackwardSpec = BackwardSpec {
     draft: |b, _| {
         let p = &b.problem;
         let (d, keys) = (p.head_dim(), backward_mma::keys(p.head_dim()));
-        // The blocks of a head's tiles of keys add to the same rows of dQ.
-        if b.deterministic && p.seq_k() > keys as usize {
-            return Err(format!(
-                "sums dQ in no fixed order where there are more than {keys} keys: backward_tiled gives \
-                 the same bits each time"
-            ));
-        }
+        check_order(b, keys)?;
         let main = Step {
             grid: Dim3::new(tiles(p.seq_k(), keys), 1, kv_heads(p)),
             shared_bytes: backward_mma::shared_bytes(d),
@@ -259,9 +261,91 @@ const BACKWARD_MMA: BackwardSpec = BackwardSpec {
     },
 };
 
+/// Of kernels whose blocks have so many keys each and add to the same rows of dQ: whether the order of
+/// the sums may be any.
+fn check_order(b: &Backward, keys: u32) -> Result<(), String> {
+    if b.deterministic && b.problem.seq_k() > keys as usize {
+        return Err(format!(
+            "sums dQ in no fixed order where there are more than {keys} keys: backward_tiled gives the \
+             same bits each time"
+        ));
+    }
+    Ok(())
+}
+
 /// Heads of K and V of all batch entries.
 fn kv_heads(p: &Problem) -> u32 {
     u32::try_from(p.batch() * p.kv_heads()).unwrap_or(u32::MAX)
+}
+
+const BACKWARD_HOPPER: BackwardSpec = BackwardSpec {
+    name: "backward_hopper",
+    summary: "wgmma, bulk copies, transposed scores, dK and dV in registers",
+    idea: "copies, products and softmax at the same time: a tile of keys stays and the rows pass; P \
+           and dS are multiplied from registers, and only dS passes through shared memory",
+    dtypes: &[DType::F16, DType::BF16],
+    capability: (9, 0),
+    exact_capability: true,
+    limits: AttentionLimits {
+        head_dims: &[64, 128],
+        features: Features { any_head_dim: false, varlen: false, ..ALL_FEATURES },
+        sizes: |_, d| Sizes {
+            rows: vec![backward_hopper::Tiles::of(d as u32).rows],
+            keys: vec![backward_hopper::Tiles::KEYS],
+        },
+    },
+    draft: |b, _| {
+        let p = &b.problem;
+        let hopper = backward_hopper::Tiles::of(p.head_dim() as u32);
+        check_order(b, backward_hopper::Tiles::KEYS)?;
+        let [rows, keys, numbers] = hopper.boxes();
+        let main = Step {
+            grid: Dim3::new(tiles(p.seq_k(), backward_hopper::Tiles::KEYS), 1, kv_heads(p)),
+            shared_bytes: hopper.shared_bytes(),
+            maps: vec![
+                Map { box_dims: rows, spec: |c, b| rows_map(c, &c.args.forward.q, b) },
+                Map { box_dims: keys, spec: |c, b| keys_map(c, &c.args.forward.k, b) },
+                Map { box_dims: keys, spec: |c, b| keys_map(c, &c.args.forward.v, b) },
+                Map { box_dims: rows, spec: |c, b| rows_map(c, &c.args.d_o, b) },
+                Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::LseLog2, b) },
+                Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::Delta, b) },
+            ],
+            ..step(b, backward_hopper::ENTRIES, p.head_dim())?
+        };
+        let parts = backward_hopper::CONSUMERS * tiles(p.seq_q(), hopper.rows);
+        let convert = Step {
+            grid: Dim3::new(parts, 1, heads(p)),
+            ..step(b, backward_hopper::convert::ENTRIES, p.head_dim())?
+        };
+        let [delta, lse] = row_sections(b);
+        let sums = Section::new(Usage::DqAcc, padded_rows(b) * 4 * p.head_dim() as u64);
+        Ok(Draft { sections: vec![delta, lse, sums], steps: vec![prepare_step(b)?, main, convert] })
+    },
+};
+
+/// The tensor map of Q or dO.
+fn rows_map(call: &Call<'_, Backward>, view: &View, box_dims: [u32; 4]) -> TensorMapSpec {
+    map(&call.problem.problem, view, call.problem.problem.q_extents(), box_dims)
+}
+
+/// The tensor map of K or V.
+fn keys_map(call: &Call<'_, Backward>, view: &View, box_dims: [u32; 4]) -> TensorMapSpec {
+    map(&call.problem.problem, view, call.problem.problem.k_extents(), box_dims)
+}
+
+/// The tensor map of a number for each padded row: `[Nq', B H]`, fastest first.
+fn numbers_map(call: &Call<'_, Backward>, usage: Usage, box_dims: [u32; 4]) -> TensorMapSpec {
+    let p = &call.problem.problem;
+    let rows = u64::from(backward::padded(p.seq_q() as u32));
+    let heads = (p.batch() * p.heads()) as u64;
+    TensorMapSpec {
+        address: call.region(usage).address,
+        dtype: DType::F32,
+        dims: vec![rows, heads, 1, 1],
+        strides_bytes: vec![4 * rows, 4 * rows * heads, 4 * rows * heads],
+        box_dims: box_dims.to_vec(),
+        swizzle_bytes: 0,
+    }
 }
 
 /// What [`prepare`](kernels_gpu::backward::prepare) leaves of each row.

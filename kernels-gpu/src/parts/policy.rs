@@ -273,6 +273,28 @@ impl Policy {
         });
     }
 
+    /// As [`hide`](Self::hide), of scores that are transposed: element `[n][e]` is that of row
+    /// `i + 8 n + e % 2` and key `j + 8 (e / 2)`.
+    #[inline(always)]
+    pub fn hide_transposed<const N: usize>(&self, s: &mut [[f32; 4]; N], i: u32, j: u32) {
+        unroll!(for R in 0..2 {
+            let j = j + 8 * R as u32;
+            let hidden = j >= self.head.seq_k
+                || Self::is_padded() && !self.is_no_padding(self.head.padding_row(), j);
+            unroll!(for TILE in 0..16 {
+                if TILE < N {
+                    unroll!(for E in 0..2 {
+                        let i = i + (8 * TILE + E) as u32;
+                        let before = Self::is_left_bounded() && j < self.begin_of_row(i);
+                        if hidden || before || Self::is_causal() && j >= self.end_of_row(i) {
+                            s[TILE][2 * R + E] = f32::NEG_INFINITY;
+                        }
+                    });
+                }
+            });
+        });
+    }
+
     /// The sums of a lane's rows `i` and `i + 8` as [`softmax::checked_fused_sum`] says; all lanes
     /// of the warp ask.
     #[inline(always)]

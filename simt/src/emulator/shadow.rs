@@ -26,8 +26,8 @@ const READERS: usize = 4;
 pub(super) const ATOMIC: u16 = u16::MAX;
 /// In a stamp of a read: several lanes of the warp in the low bits.
 const SEVERAL_LANES: u16 = 0x8000;
-/// In a stamp of a read: lanes of several warps.
-const SEVERAL_WARPS: u16 = u16::MAX;
+/// In a stamp of a read: lanes of several warps, those of the warpgroups whose bits are set.
+const SEVERAL_WARPS: u16 = 0x4000;
 /// In a stamp of a read: agents among several, or lanes of several blocks of a cluster.
 const SEVERAL_BLOCKS: u16 = u16::MAX - 1;
 
@@ -142,10 +142,14 @@ impl Access<'_> {
             return true;
         }
         match lane {
-            SEVERAL_WARPS => self.knows_block(warps, time),
             SEVERAL_BLOCKS => time <= self.clock.floor,
             l if l & SEVERAL_LANES != 0 => {
                 self.clock.knows_warp(usize::from(l & !SEVERAL_LANES), time)
+            }
+            l if l & SEVERAL_WARPS != 0 => {
+                let is_reader = |warp: &usize| l >> (warp / 4) & 1 != 0;
+                let mut readers = warps.clone().filter(is_reader);
+                time <= self.clock.floor || readers.all(|warp| self.clock.knows_warp(warp, time))
             }
             l => self.clock.knows(l, usize::from(l / 32), time),
         }
@@ -447,18 +451,20 @@ pub(super) fn merged(old: Stamp, new: Stamp, by: Access<'_>, warps: &Range<usize
         return new;
     }
     let is_own = |warp: u16| warps.contains(&warp.into());
-    let (same_warp, both_own) = match old.lane() {
-        SEVERAL_WARPS => (false, is_own(by.warp())),
-        SEVERAL_BLOCKS => (false, false),
-        lane => {
-            let warp = if lane & SEVERAL_LANES != 0 { lane & !SEVERAL_LANES } else { lane / 32 };
-            (warp == by.warp(), is_own(warp) && is_own(by.warp()))
+    let of_group = |warp: u16| SEVERAL_WARPS | 1 << (warp / 4);
+    let several =
+        |old: u16| if is_own(by.warp()) { old | of_group(by.warp()) } else { SEVERAL_BLOCKS };
+    let lane = match old.lane() {
+        SEVERAL_BLOCKS => SEVERAL_BLOCKS,
+        l if l & SEVERAL_LANES == 0 && l & SEVERAL_WARPS != 0 => several(l),
+        l => {
+            let warp = if l & SEVERAL_LANES != 0 { l & !SEVERAL_LANES } else { l / 32 };
+            match warp == by.warp() {
+                true => SEVERAL_LANES | warp,
+                false if is_own(warp) => several(of_group(warp)),
+                false => SEVERAL_BLOCKS,
+            }
         }
-    };
-    let lane = match (same_warp, both_own) {
-        (true, _) => SEVERAL_LANES | by.warp(),
-        (false, true) => SEVERAL_WARPS,
-        (false, false) => SEVERAL_BLOCKS,
     };
     Stamp::new(by.now, lane)
 }
@@ -495,8 +501,9 @@ fn race(
 pub(super) fn who(stamp: Stamp, is_write: bool) -> u32 {
     match stamp.lane() {
         ATOMIC if is_write => Site::ATOMICS,
-        SEVERAL_WARPS | SEVERAL_BLOCKS => Site::SEVERAL_WARPS,
+        SEVERAL_BLOCKS => Site::SEVERAL_WARPS,
         lane if lane & SEVERAL_LANES != 0 => Site::OF_WARP + u32::from(lane & !SEVERAL_LANES),
+        lane if lane & SEVERAL_WARPS != 0 => Site::SEVERAL_WARPS,
         lane => lane.into(),
     }
 }

@@ -144,6 +144,72 @@ impl Policy {
         }
     }
 
+    /// Whether scores are capped.
+    #[inline(always)]
+    #[must_use]
+    pub fn caps_scores() -> bool {
+        Constants::softcap() != 0
+    }
+
+    /// [`score_slope`](Self::score_slope) with the launch's scale.
+    #[inline(always)]
+    #[must_use]
+    pub fn own_slope<T: Scalar>(&self, s: f32) -> f32 {
+        self.score_slope::<T>(s, self.scores.scale)
+    }
+
+    /// As [`shape_scores`](Self::shape_scores), of scores that are transposed: element `[n][e]` is that
+    /// of row `i + 8 n + e % 2` and key `j + 8 (e / 2)`.
+    #[inline(always)]
+    pub fn shape_transposed<T: Scalar, const N: usize>(
+        &self,
+        s: &mut [[f32; 4]; N],
+        i: u32,
+        j: u32,
+    ) {
+        let scale = self.scores.scale;
+        if Self::caps_scores() {
+            unroll!(for TILE in 0..16 {
+                if TILE < N {
+                    unroll!(for E in 0..4 {
+                        s[TILE][E] = self.capped::<T>(s[TILE][E], scale);
+                    });
+                }
+            });
+        } else {
+            unroll!(for TILE in 0..16 {
+                if TILE < N {
+                    unroll!(for E in 0..4 {
+                        s[TILE][E] *= scale;
+                    });
+                }
+            });
+        }
+        if Constants::alibi() != 0 {
+            let slope = self.slope();
+            let first = self.distance(i, j);
+            unroll!(for TILE in 0..16 {
+                if TILE < N {
+                    unroll!(for E in 0..4 {
+                        let further = (8 * TILE + E % 2) as f32 - (E / 2 * 8) as f32;
+                        s[TILE][E] = math::fma(slope, (first + further).abs(), s[TILE][E]);
+                    });
+                }
+            });
+        }
+        if Self::is_biased() {
+            unroll!(for TILE in 0..16 {
+                if TILE < N {
+                    unroll!(for E in 0..2 {
+                        let bias = self.bias::<T>(i + (8 * TILE + E) as u32);
+                        s[TILE][E] += bias.read(j);
+                        s[TILE][2 + E] += bias.read(j + 8);
+                    });
+                }
+            });
+        }
+    }
+
     /// A score times the scale, capped.
     #[inline(always)]
     fn capped<T: Scalar>(&self, s: f32, scale: f32) -> f32 {

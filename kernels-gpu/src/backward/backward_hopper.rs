@@ -1,0 +1,215 @@
+//! backward_hopper: the gradients on the tensor cores and copy engines of Hopper (sm_90a).
+//!
+//! The idea: a block keeps one tile of K and V and lets all tiles of Q and dO pass, so that dK and
+//! dV stay in registers. Scores are computed transposed, `Sᵀ = K Qᵀ`: a warpgroup then owns 64 keys,
+//! and its Pᵀ and dSᵀ are, where they stand in registers, what dV and dK are multiplied from. Only
+//! dS passes through shared memory, since dQ sums over the keys of both warpgroups.
+//!
+//! ```text
+//! producer:   K, V; then for each tile of BR rows:  Q and LSE, dO and delta      (TMA, two stages)
+//!
+//! consumer:   start Sᵀ = K Qᵀ of the first tile
+//!             for each tile:
+//!                 start dPᵀ = V dOᵀ
+//!                 wait for Sᵀ;  Pᵀ = exp2(Sᵀ - LSE)                  dPᵀ still runs
+//!                 start dV += Pᵀ dO
+//!                 wait for dPᵀ; dSᵀ = Pᵀ (dPᵀ - delta)               dV still runs
+//!                 dSᵀ to shared memory; both consumers meet
+//!                 start dQ = dS K, dK += dSᵀ Q, and Sᵀ of the next tile
+//!                 wait for dQ; add it to memory                      the others still run
+//!             dK * scale, dV
+//! ```
+//!
+//! ```text
+//!                  rows: BR a tile
+//!              +------------------+
+//! consumer 0   | Sᵀ, then Pᵀ      |   64 keys      dK, dV: 64 x D of each consumer
+//! consumer 1   | and dSᵀ          |   64 keys      dQ: 64 x 64 of each, columns or rows
+//!              +------------------+
+//! ```
+//!
+//! | D | BR x BC | shared bytes | registers of dK, dV, S, dP, P a thread |
+//! |---|---|---|---|
+//! | 64 | 128 x 128 | 166,064 | 32, 32, 64, 64, 32 of 240 |
+//! | 128 | 64 x 128 | 165,040 | 64, 64, 32, 32, 16 of 240 |
+//!
+//! Where the time goes, by counting, for a tile at D = 128: five products of 64 x 128 x 128 take
+//! 2560 clocks of the tensor cores. Their operands are 256 KB of shared memory, 2048 clocks at 128
+//! bytes a clock; dS adds 16 KB, the copies 32 KB. dQ leaves the registers by vector reductions into
+//! memory, not through shared memory, which would add 64 KB: then shared memory would be what limits
+//! the kernel. The 8192 exponentials take 512 clocks, the other arithmetic about as long.
+//!
+//! dQ is summed in f32 in the order in which the blocks come, so that its last bits differ from run to
+//! run. Its elements lie in memory as the registers have them: a thread's 16 bytes, and then the next
+//! thread's, so that a warp adds 512 neighbouring bytes. `convert` puts them in order.
+//!
+//! Measured: not measured yet. Limits: f16 and bf16; head dims 64 and 128; strides and addresses in
+//! multiples of 16 bytes (TMA's rule).
+//!
+//! Source: Shah et al., "FlashAttention-3", 2024, section 3.4 and appendix B.1 (backward pass with
+//! warp specialisation).
+
+use half::{bf16, f16};
+use simt::{
+    barrier, mbarrier,
+    shared::Shared,
+    thread, warp, warpgroup,
+    wgmma::{CHUNK_ROW_BYTES, Operand},
+};
+
+use crate::{
+    args::{BackwardArgs, Maps, WithMaps},
+    entries,
+    parts::pipeline::{Ring, Stage, Stages},
+};
+
+mod consumer;
+pub mod convert;
+mod geometry;
+mod producer;
+mod tile;
+mod tiles;
+
+use consumer::Consumer;
+use geometry::GradientTile;
+pub use geometry::{Geometry, Hopper};
+use producer::produce;
+use tile::ScoreTile;
+use tiles::{CONSUMER_KEYS, STAGES, WARP_KEYS};
+pub use tiles::{CONSUMERS, Tiles};
+
+/// The tensor maps of q, k, v, d_o, lse_log2 and delta, and what every backward kernel is given.
+pub type HopperArgs = WithMaps<BackwardArgs, 6>;
+type HopperMaps = Maps<6>;
+
+/// Registers of a thread of each warpgroup, the producer's first.
+const REGISTERS: [u32; 1 + CONSUMERS as usize] = [24, 240, 240];
+const _: () = assert!(
+    warpgroup::registers_suffice(&REGISTERS),
+    "consumers would wait for registers that nobody gives back"
+);
+
+/// The named barriers of a block; 0 is the barrier of the whole block.
+#[derive(Clone, Copy)]
+enum NamedBarrier {
+    /// Both consumers have written dS.
+    Consumers = 1,
+}
+
+impl barrier::Named for NamedBarrier {
+    #[inline(always)]
+    fn id(self) -> u32 {
+        self as u32
+    }
+}
+
+/// The rings of a block, and where K and V are announced.
+#[derive(Clone, Copy)]
+struct Rings {
+    /// Q and LSE.
+    q: Ring<Stages<STAGES>>,
+    /// dO and delta.
+    d_o: Ring<Stages<STAGES>>,
+    /// K, which is brought once.
+    k: mbarrier::Mbarrier,
+    /// V, likewise.
+    v: mbarrier::Mbarrier,
+}
+
+/// dK, dV, and dQ before it is scaled.
+///
+/// # Layout
+/// `q, d_o: [B, H, Nq, D]`, `k, v, dk, dv: [B, Hkv, Nk, D]`, `lse_log2, delta: [B, H, Nq']`,
+/// `dq_acc: [B, H, Nq', D]`, each head's as [`convert`](convert::convert) reads it. Maps of q, k, v and
+/// d_o over dimensions `[D, N, H, B]`, of lse_log2 and delta over `[Nq', B H]`, boxes as
+/// [`Tiles::boxes`] says.
+///
+/// # Thread mapping
+/// One block for each tile of keys along x, and for each head of K along z. [`Tiles::THREADS`] each.
+/// Warpgroup 0 is the producer.
+///
+/// # Shared memory
+/// [`Tiles::shared_bytes`] of it, dynamic: K, V, the stages of Q and of dO, two buffers of dS, the
+/// stages of LSE and of delta, the mbarriers.
+///
+/// # Safety
+/// `args` must be the parameter of the running entry, its buffers and maps must have these shapes,
+/// the launch the threads and shared memory stated here, and [`prepare`](super::prepare) must have run.
+#[inline(always)]
+pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
+    let tiles = const { G::TILES };
+    // SAFETY: the caller passes the entry's parameter.
+    let (maps, args) = unsafe { args.split() };
+
+    // Who am I.
+    let warpgroup = warpgroup::id();
+    // SAFETY: the caller gives the shared memory.
+    let (smem, barriers) = unsafe {
+        let barriers = Shared::<u64>::dynamic(tiles.barriers(), Tiles::BARRIERS);
+        (Shared::<u8>::dynamic(0, 0).address(), barriers)
+    };
+    let of_ring = Ring::<Stages<STAGES>>::BARRIERS;
+    let rings = Rings {
+        q: Ring::new(barriers, 0),
+        d_o: Ring::new(barriers, of_ring),
+        k: mbarrier::Mbarrier::at(barriers, 2 * of_ring),
+        v: mbarrier::Mbarrier::at(barriers, 2 * of_ring + 1),
+    };
+    if thread::thread_idx_x() == 0 {
+        rings.q.init(CONSUMERS);
+        rings.d_o.init(CONSUMERS);
+        rings.k.init(1);
+        rings.v.init(1);
+        mbarrier::fence_init();
+    }
+    // Hazard: the barriers are used by threads, and by copies, that did not make them.
+    thread::sync_threads();
+
+    if warpgroup == 0 {
+        warpgroup::decrease_registers::<{ REGISTERS[0] }>();
+        if thread::thread_idx_x() == 0 {
+            // SAFETY: the maps and the buffers have the shapes stated above.
+            unsafe { produce::<G>(args, maps, smem, rings) };
+        }
+        return;
+    }
+
+    warpgroup::increase_registers::<{ REGISTERS[1] }>();
+    let own = warpgroup - 1;
+    let own_keys = own * CONSUMER_KEYS;
+    let warp_keys = own_keys + warpgroup::thread_id() / warp::LANES * WARP_KEYS;
+    let mut consumer = Consumer::<T, G> {
+        args,
+        own,
+        own_key: warp_keys + warp::lane_id() / 4,
+        column: warp::lane_id() % 4 * 2,
+        elected: warpgroup::thread_id() == 0,
+        smem,
+        // SAFETY: the caller gives the shared memory.
+        ds_buffers: unsafe {
+            let first = tiles.ds() + warp_keys * CHUNK_ROW_BYTES;
+            let bytes = 2 * tiles.ds_bytes() - warp_keys * CHUNK_ROW_BYTES;
+            Shared::dynamic(first, bytes / T::BYTES)
+        },
+        // SAFETY: as above.
+        lse: unsafe { Shared::dynamic(tiles.lse(), STAGES * tiles.rows) },
+        // SAFETY: as above.
+        delta: unsafe { Shared::dynamic(tiles.delta(), STAGES * tiles.rows) },
+        rings,
+        stage: Stage::FIRST,
+        s: ScoreTile::zero(),
+        dp: ScoreTile::zero(),
+        dk: GradientTile::zero(),
+        dv: GradientTile::zero(),
+        element: core::marker::PhantomData,
+    };
+    // SAFETY: the whole warpgroup is here, the rings bring what is multiplied, and the buffers have
+    // the shapes stated above.
+    unsafe { consumer.work() };
+}
+
+entries! {
+    /// Instances of [`backward_hopper()`].
+    pub static ENTRIES: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
+    backward_hopper: T in [f16, bf16], d D in [64, 128] = backward_hopper::<T, Hopper<{ D as u32 }>>;
+}

@@ -1,0 +1,399 @@
+//! What a consumer warpgroup does with its 64 keys: the products, P and dS.
+
+use simt::{
+    atomic, barrier,
+    compiler::opaque,
+    layout::{Swizzled, TileLayout},
+    matrix, mbarrier,
+    shared::Shared,
+    thread, unroll, warp, warpgroup,
+    wgmma::{
+        Accumulator, CHUNK_COLUMNS, CHUNK_ROW_BYTES, Descriptor, Operand, TransposedProduct,
+        WaitGroup,
+    },
+};
+
+use super::{
+    CONSUMERS, NamedBarrier, Rings,
+    geometry::{Geometry, GradientTile},
+    tile::ScoreTile,
+    tiles::{CONSUMER_KEYS, DQ_ELEMENTS, STAGES, Tiles, WARP_KEYS},
+};
+use crate::{
+    args::{BackwardArgs, Tensor},
+    parts::{
+        head::Head,
+        pipeline::{Stage, Stages},
+        policy::Policy,
+    },
+};
+
+/// A tile of rows of a head.
+#[derive(Clone, Copy)]
+pub(super) struct At {
+    pub head: Head,
+    /// Index of the tile.
+    pub tile: u32,
+}
+
+/// The tiles of rows that see a block's keys, of each head that shares them, one after another.
+#[derive(Clone, Copy)]
+pub(super) struct RowTiles<'a> {
+    args: &'a BackwardArgs,
+    member: u32,
+    /// The next tile of that head, the first of each, and where they end.
+    tile: u32,
+    first: u32,
+    end: u32,
+}
+
+impl<'a> RowTiles<'a> {
+    /// The tiles of this block.
+    #[inline(always)]
+    pub fn of_block<G: Geometry>(args: &'a BackwardArgs) -> Self {
+        let head = Head::of_group(&args.forward, thread::block_idx_z(), 0);
+        // SAFETY: positions read no memory.
+        let policy = unsafe { Policy::new(&args.forward, head) };
+        let first_key = thread::block_idx_x() * Tiles::KEYS;
+        let tiles = policy.query_tiles(first_key, first_key + Tiles::KEYS, G::TILES.rows);
+        Self { args, member: 0, tile: tiles.start, first: tiles.start, end: tiles.end }
+    }
+
+    /// The next tile.
+    #[inline(always)]
+    pub fn next(&mut self) -> Option<At> {
+        if self.tile >= self.end {
+            self.member += 1;
+            self.tile = self.first;
+            if self.first >= self.end {
+                return None;
+            }
+        }
+        if self.member >= Head::group() {
+            return None;
+        }
+        let head = Head::of_group(&self.args.forward, thread::block_idx_z(), self.member);
+        self.tile += 1;
+        Some(At { head, tile: self.tile - 1 })
+    }
+}
+
+/// A thread of a consumer warpgroup.
+pub(super) struct Consumer<'a, T, G: Geometry> {
+    pub args: &'a BackwardArgs,
+    /// Number of its warpgroup among the consumers.
+    pub own: u32,
+    /// The first of this thread's two keys, counted from the block's first; the other is 8 further on.
+    pub own_key: u32,
+    /// Its first row of every group of eight.
+    pub column: u32,
+    /// Whether it speaks for its warpgroup.
+    pub elected: bool,
+    /// Where shared memory begins.
+    pub smem: u32,
+    /// The buffers of dS from its warp's first key on.
+    pub ds_buffers: Shared<T>,
+    /// The stages of LSE and of delta.
+    pub lse: Shared<f32>,
+    pub delta: Shared<f32>,
+    pub rings: Rings,
+    pub stage: Stage<Stages<STAGES>>,
+    pub s: G::Scores,
+    pub dp: G::Scores,
+    pub dk: G::Gradient,
+    pub dv: G::Gradient,
+    pub element: core::marker::PhantomData<T>,
+}
+
+impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
+    /// dK and dV of a block, and its part of dQ.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it, the rings bring what is multiplied, and the buffers must have the
+    /// shapes that [`backward_hopper`](super::backward_hopper()) states.
+    #[inline(always)]
+    pub unsafe fn work(&mut self) {
+        let mut work = RowTiles::of_block::<G>(self.args);
+        // SAFETY: passed on to the caller.
+        unsafe {
+            if let Some(mut before) = work.next() {
+                // Hazard: K may not have landed.
+                self.rings.k.wait(0);
+                self.start_scores();
+                self.rings.v.wait(0);
+                let mut ds = self.tile::<false>(before);
+                while let Some(at) = work.next() {
+                    let mut dq = self.start_dq::<0>();
+                    self.start_dk(&ds);
+                    self.stage.advance();
+                    self.start_scores();
+                    if const { G::TILES.d > 64 } {
+                        // dQ is complete; the others may still run.
+                        dq.wait_group::<2>();
+                    } else {
+                        // Registers do not suffice for what dK reads beside S and dP.
+                        dq.wait_group::<1>();
+                        self.dk.wait_group::<1>();
+                    }
+                    self.add_dq(before, &dq);
+                    ds = self.tile::<true>(at);
+                    before = at;
+                }
+                let mut dq = self.start_dq::<1>();
+                self.start_dk(&ds);
+                dq.wait_group::<1>();
+                self.add_dq(before, &dq);
+                self.dk.wait_group::<0>();
+            }
+            self.store();
+        }
+    }
+
+    /// Address of what lies `offset` bytes into shared memory. Opaque: descriptors are made where they
+    /// are used, and not kept in registers.
+    #[inline(always)]
+    fn address(&self, offset: u32) -> u32 {
+        opaque(self.smem) + offset
+    }
+
+    /// This warpgroup's rows of K, or of V if that is `offset` bytes into shared memory.
+    #[inline(always)]
+    fn own_rows(&self, offset: u32) -> Descriptor {
+        Descriptor::k_major(self.address(offset) + self.own * (CONSUMER_KEYS * CHUNK_ROW_BYTES))
+    }
+
+    /// This stage of Q, or of dO if that is `offset` bytes into shared memory, to be summed over its rows.
+    #[inline(always)]
+    fn rows(&self, offset: u32) -> Descriptor {
+        let chunk = const { G::TILES.rows * CHUNK_ROW_BYTES };
+        Descriptor::n_major(self.address(offset) + self.q_offset(), chunk)
+    }
+
+    /// The same, to be summed over its columns.
+    #[inline(always)]
+    fn columns(&self, offset: u32) -> Descriptor {
+        Descriptor::k_major(self.address(offset) + self.q_offset())
+    }
+
+    /// Starts Sᵀ = K Qᵀ of this stage's tile.
+    ///
+    /// # Safety
+    /// As for [`work`](Self::work).
+    #[inline(always)]
+    unsafe fn start_scores(&mut self) {
+        self.rings.q.wait(self.stage);
+        let (k, q) = (self.own_rows(0), self.columns(const { G::TILES.q() }));
+        // SAFETY: passed on to the caller.
+        unsafe { G::start_scores::<T>(&mut self.s, k, q) };
+    }
+
+    /// Starts dQ = dS K of this stage's tile.
+    ///
+    /// # Safety
+    /// As for [`work`](Self::work).
+    #[inline(always)]
+    unsafe fn start_dq<const PLACE: u32>(&mut self) -> Accumulator<8> {
+        let mut dq = Accumulator::zero();
+        let buffer = self.stage.index() * const { G::TILES.ds_bytes() };
+        let ds = self.address(const { G::TILES.ds() }) + buffer;
+        let ds = Descriptor::n_major(ds + self.own * const { G::TILES.dq_row_chunk() }, 0);
+        let k = self.address(0) + self.own * const { G::TILES.dq_column_chunk() };
+        let k = Descriptor::n_major(k, 0);
+        // SAFETY: passed on to the caller.
+        unsafe { TransposedProduct::<8>::product_transposed::<T, PLACE>(&mut dq, ds, k) };
+        dq
+    }
+
+    /// Starts dK += dSᵀ Q of this stage's tile, and gives dO back.
+    ///
+    /// # Safety
+    /// As for [`work`](Self::work).
+    #[inline(always)]
+    unsafe fn start_dk(&mut self, ds: &G::Weights) {
+        let q = self.rows(const { G::TILES.q() });
+        // Here, where it parts two products: of those in one basic block ptxas makes one, and would
+        // wait for both before it lets dQ be read.
+        if self.elected {
+            self.rings.d_o.release(self.stage);
+        }
+        // SAFETY: passed on to the caller.
+        unsafe { G::start_gradient::<T>(&mut self.dk, ds, q) };
+    }
+
+    /// Bytes from the first stage of Q, and of dO, to this one.
+    #[inline(always)]
+    fn q_offset(&self) -> u32 {
+        self.stage.index() * const { G::TILES.q_bytes() }
+    }
+
+    /// A tile of rows whose scores have been started: dV, and dS for what follows. If not the `FIRST`,
+    /// dK of the tile before is running too.
+    ///
+    /// # Safety
+    /// As for [`work`](Self::work).
+    #[inline(always)]
+    unsafe fn tile<const LATER: bool>(&mut self, at: At) -> G::Weights {
+        let (rows, stage) = (const { G::TILES.rows }, self.stage);
+        // SAFETY: the mask and what shapes scores are as `args` says.
+        let policy = unsafe { Policy::new(&self.args.forward, at.head) };
+        let i = at.tile * rows + self.column;
+        let j = thread::block_idx_x() * Tiles::KEYS + self.own_key;
+
+        self.rings.d_o.wait(stage);
+        let (v, d_o) =
+            (self.own_rows(const { G::TILES.v() }), self.columns(const { G::TILES.d_o() }));
+        // SAFETY: passed on to the caller.
+        unsafe { G::start_scores::<T>(&mut self.dp, v, d_o) };
+        // Sᵀ is complete, and so is dK of the tile before.
+        self.s.wait_group::<1>();
+        if LATER {
+            if const { G::TILES.d > 64 } {
+                self.dk.wait_group::<1>();
+            }
+            if self.elected {
+                self.rings.q.release(stage.before());
+            }
+        }
+        let slopes = self.s.shape::<T>(&policy, i, j);
+        if self.is_cut(&policy, at) {
+            self.s.hide(&policy, i, j);
+        }
+        let lse = self.lse.slice(stage.index() * rows, rows);
+        self.s.weigh(policy.scale_log2(), lse, opaque(self.column));
+        let kept = G::Scores::kept(&policy, i, j);
+        let p = self.s.pack::<T>(kept);
+        let d_o = self.rows(const { G::TILES.d_o() });
+        // SAFETY: passed on to the caller.
+        unsafe { G::start_gradient::<T>(&mut self.dv, &p, d_o) };
+        // dPᵀ is complete; dV may still run.
+        self.dp.wait_group::<1>();
+        let delta = self.delta.slice(stage.index() * rows, rows);
+        self.s.differentiate::<T>(
+            &self.dp,
+            kept,
+            policy.rescale(),
+            delta,
+            opaque(self.column),
+            slopes,
+        );
+        let ds = self.s.pack::<T>([u32::MAX; 2]);
+        self.share(&ds);
+        self.dv.wait_group::<0>();
+        ds
+    }
+
+    /// Whether some row of a tile does not see all keys of this warpgroup.
+    #[inline(always)]
+    fn is_cut(&self, policy: &Policy, at: At) -> bool {
+        let first_row = at.tile * const { G::TILES.rows };
+        let first_key = thread::block_idx_x() * Tiles::KEYS + self.own * CONSUMER_KEYS;
+        policy.whole_keys(first_row) < first_key + CONSUMER_KEYS
+            || Policy::is_left_bounded()
+                && policy.whole_from(first_row + const { G::TILES.rows - 1 }) > first_key
+    }
+
+    /// Gives dSᵀ of this warpgroup to both, for dQ.
+    #[inline(always)]
+    fn share(&self, ds: &G::Weights) {
+        const STRIP: u32 = WARP_KEYS * CHUNK_COLUMNS;
+        // Opaque: places are found where they are used, and not kept in registers.
+        let lane = opaque(warp::lane_id());
+        // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the first, the
+        // others to their right.
+        let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(lane % 16, lane / 16 * 8);
+        let buffer = self.stage.index() * const { G::TILES.ds_bytes() } / T::BYTES;
+        // Hazard: none that needs a wait. The products that read this buffer two tiles ago were waited
+        // for by each consumer before it came to the barrier of the tile before.
+        let ds = ds.as_ref();
+        unroll!(for STEP in 0..8 {
+            if STEP < ds.len() {
+                let chunk = STEP as u32 / 4 * (Tiles::KEYS * CHUNK_COLUMNS);
+                let place =
+                    Swizzled::<{ CHUNK_COLUMNS as usize }>::right(place, 16 * (STEP as u32 % 4));
+                matrix::store_x4(self.ds_buffers.slice(buffer + chunk, STRIP), place, ds[STEP]);
+            }
+        });
+        // Hazard: the tensor cores read what threads have written.
+        mbarrier::fence_proxy_async();
+        // Hazard: each consumer multiplies what both have written.
+        barrier::sync(NamedBarrier::Consumers, CONSUMERS * warpgroup::THREADS);
+    }
+
+    /// Adds this warpgroup's part of dQ of a tile.
+    ///
+    /// # Safety
+    /// As for [`work`](Self::work).
+    #[inline(always)]
+    unsafe fn add_dq(&self, at: At, dq: &Accumulator<8>) {
+        // SAFETY: `dq_acc` is f32 `[B, H, Nq', D]`.
+        let dq_acc = unsafe { self.args.steps.dq_acc.view_mut::<f32>() };
+        // Neighbouring threads, neighbouring 16 bytes.
+        let first = part_of::<G>(&at.head, at.tile, self.own) + warpgroup::thread_id() as u64 * 4;
+        let values = dq.values();
+        unroll!(for G in 0..8 {
+            let index = first + (G as u32 * warpgroup::THREADS * 4) as u64;
+            atomic::reduce_add_x4_global(dq_acc, index, values[G]);
+        });
+    }
+
+    /// Stores dK and dV.
+    ///
+    /// # Safety
+    /// As for [`work`](Self::work).
+    #[inline(always)]
+    unsafe fn store(&self) {
+        let (forward, gradients) = (&self.args.forward, &self.args.gradients);
+        let head = Head::of_group(forward, thread::block_idx_z(), 0);
+        let j = thread::block_idx_x() * Tiles::KEYS + self.own_key;
+        // SAFETY: the mask and what shapes scores are as `args` says.
+        let rescale = unsafe { Policy::new(forward, head) }.rescale();
+        // SAFETY: dK and dV have the shapes of K and V, and each key is one thread's.
+        unsafe {
+            store_rows::<T>(
+                head,
+                &gradients.dk,
+                self.dk.values(),
+                j,
+                self.column,
+                forward.scores.scale,
+            );
+            store_rows::<T>(head, &gradients.dv, self.dv.values(), j, self.column, rescale);
+        }
+    }
+}
+
+/// Where a consumer's part of dQ of a tile begins.
+#[inline(always)]
+pub(super) const fn part_of<G: Geometry>(head: &Head, tile: u32, consumer: u32) -> u64 {
+    let parts = (tile * CONSUMERS + consumer) as u64;
+    head.padded_row(0) * G::TILES.d as u64 + parts * DQ_ELEMENTS as u64
+}
+
+/// Stores a thread's rows `j` and `j + 8` of dK or dV, times `factor`.
+///
+/// # Safety
+/// `to` must be `[B, Hkv, Nk, D]`, and nobody else writes those rows' columns.
+#[inline(always)]
+unsafe fn store_rows<T: Operand>(
+    head: Head,
+    to: &Tensor,
+    values: &[[f32; 4]],
+    j: u32,
+    column: u32,
+    factor: f32,
+) {
+    // SAFETY: the tensor has that shape.
+    let view = unsafe { to.buffer.view_mut::<T>() };
+    unroll!(for R in 0..2 {
+        let key = j + 8 * R as u32;
+        if key < head.seq_k {
+            let row = head.key(to, key) + column as u64;
+            unroll!(for G in 0..16 {
+                if G < values.len() {
+                    let pair = [0, 1].map(|e: usize| values[G][2 * R + e] * factor);
+                    view.write_as(row + 8 * G as u64, T::pack(pair[0], pair[1]));
+                }
+            });
+        }
+    });
+}

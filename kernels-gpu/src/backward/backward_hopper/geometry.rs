@@ -1,0 +1,109 @@
+//! What is known of a block when it is compiled: its tiles, and the registers that they take.
+
+use simt::wgmma::{
+    Accumulator, CHUNK_ROW_BYTES, Descriptor, Fragments, Operand, RegisterProduct, SharedProduct,
+    WaitGroup,
+};
+
+use super::{tile::ScoreTile, tiles::Tiles};
+
+/// Bytes of a chunk of K or V: 64 columns.
+const K_CHUNK: u32 = Tiles::KEYS * CHUNK_ROW_BYTES;
+
+/// A head dim, and what follows from it.
+pub trait Geometry {
+    /// The tiles of a block.
+    const TILES: Tiles;
+
+    /// Sᵀ and dPᵀ of a consumer, `[64, BR]`.
+    type Scores: ScoreTile<Self::Weights>;
+    /// Pᵀ and dSᵀ in the storage type, as the operand of the products that follow.
+    type Weights: Copy + AsRef<[[u32; 4]]>;
+    /// dK and dV of a consumer, `[64, D]`.
+    type Gradient: GradientTile;
+
+    /// Starts `K Qᵀ` or `V dOᵀ`.
+    ///
+    /// # Safety
+    /// As for [`SharedProduct::product_shared`].
+    unsafe fn start_scores<T: Operand>(s: &mut Self::Scores, keys: Descriptor, rows: Descriptor);
+
+    /// Starts `gradient += weights rows`.
+    ///
+    /// # Safety
+    /// As for [`RegisterProduct::product_registers`].
+    unsafe fn start_gradient<T: Operand>(
+        gradient: &mut Self::Gradient,
+        weights: &Self::Weights,
+        rows: Descriptor,
+    );
+}
+
+/// dK or dV of a consumer in a thread's registers: groups of 8 columns, two keys of each.
+pub trait GradientTile: WaitGroup {
+    /// All zero.
+    fn zero() -> Self;
+    /// The values of this thread.
+    fn values(&self) -> &[[f32; 4]];
+}
+
+impl<const GROUPS: usize> GradientTile for Accumulator<GROUPS>
+where
+    Self: WaitGroup,
+{
+    #[inline(always)]
+    fn zero() -> Self {
+        Self::zero()
+    }
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn values(&self) -> &[[f32; 4]] {
+        self.values()
+    }
+}
+
+/// The geometry of head dim `D`.
+pub struct Hopper<const D: u32>;
+
+/// Implements [`Geometry`], whose arrays have lengths that no generic code can compute.
+macro_rules! geometry {
+    ($d:literal) => {
+        impl Geometry for Hopper<$d> {
+            const TILES: Tiles = Tiles::of($d);
+
+            type Scores = Accumulator<{ Self::TILES.rows as usize / 8 }>;
+            type Weights = Fragments<{ Self::TILES.rows as usize / 16 }>;
+            type Gradient = Accumulator<{ $d / 8 }>;
+
+            #[inline(always)]
+            #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+            unsafe fn start_scores<T: Operand>(
+                s: &mut Self::Scores,
+                keys: Descriptor,
+                rows: Descriptor,
+            ) {
+                const Q_CHUNK: u32 = Tiles::of($d).rows * CHUNK_ROW_BYTES;
+                // SAFETY: passed on to the caller.
+                unsafe {
+                    SharedProduct::<{ $d / 16 }>::product_shared::<T, K_CHUNK, Q_CHUNK>(
+                        s, keys, rows,
+                    );
+                }
+            }
+
+            #[inline(always)]
+            #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+            unsafe fn start_gradient<T: Operand>(
+                gradient: &mut Self::Gradient,
+                weights: &Self::Weights,
+                rows: Descriptor,
+            ) {
+                // SAFETY: passed on to the caller.
+                unsafe { gradient.product_registers::<T>(weights, rows) };
+            }
+        }
+    };
+}
+
+geometry!(64);
+geometry!(128);

@@ -1,0 +1,186 @@
+//! What a thread does with its part of Sᵀ and dPᵀ: S becomes P, and P becomes dS, where they stand.
+//!
+//! A thread has two keys, `j` and `j + 8`, and of every 8 rows those at `i + 8 g` and one further:
+//! element `[g][e]` is that of row `i + 8 g + e % 2` and key `j + 8 (e / 2)`.
+
+use simt::{
+    math,
+    shared::Shared,
+    unroll,
+    wgmma::{Accumulator, Fragments, Operand, WaitGroup},
+};
+
+use crate::parts::policy::Policy;
+
+/// Sᵀ or dPᵀ of a consumer in a thread's registers. `Weights` is what it becomes as the operand of a
+/// product; `i` and `j` are row and key of the thread's first element.
+pub trait ScoreTile<Weights>: WaitGroup {
+    /// Before any product.
+    fn zero() -> Self;
+
+    /// Softcap, ALiBi and bias. Returns what the gradient of each score is to be multiplied by where
+    /// there is a cap.
+    fn shape<T: Operand>(&mut self, policy: &Policy, i: u32, j: u32) -> Weights;
+
+    /// Hides what the rows do not see: scores become -inf.
+    fn hide(&mut self, policy: &Policy, i: u32, j: u32);
+
+    /// P replaces S: exp2 of the scaled scores less the rows' LSE. `column` is where the thread's first
+    /// row is in `lse`.
+    fn weigh(&mut self, scale_log2: f32, lse: Shared<f32>, column: u32);
+
+    /// The weights that dropout keeps: bit `2 g + e % 2` of word `e / 2`.
+    fn kept(policy: &Policy, i: u32, j: u32) -> [u32; 2];
+
+    /// Rounded to the storage type, in the order that products take; 0 where dropout keeps nothing.
+    fn pack<T: Operand>(&self, kept: [u32; 2]) -> Weights;
+
+    /// dS replaces P: `P (dP - delta)`, with dP times `rescale` where dropout kept the weight, and 0
+    /// elsewhere.
+    fn differentiate<T: Operand>(
+        &mut self,
+        dp: &Self,
+        kept: [u32; 2],
+        rescale: f32,
+        delta: Shared<f32>,
+        column: u32,
+        slopes: Weights,
+    );
+}
+
+/// Rows of every group of 8: two values, read at once.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn pair(rows: Shared<f32>, column: u32, group: usize) -> [f32; 2] {
+    rows.read_as::<[u32; 2]>(column + 8 * group as u32).map(f32::from_bits)
+}
+
+/// Whether dropout keeps element `e` of group `group`.
+#[inline(always)]
+fn keeps(kept: [u32; 2], group: usize, e: usize) -> bool {
+    kept[e / 2] >> (2 * group + e % 2) & 1 != 0
+}
+
+impl<const GROUPS: usize, const STEPS: usize> ScoreTile<Fragments<STEPS>> for Accumulator<GROUPS>
+where
+    Self: WaitGroup,
+{
+    #[inline(always)]
+    fn zero() -> Self {
+        Self::zero()
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn shape<T: Operand>(&mut self, policy: &Policy, i: u32, j: u32) -> Fragments<STEPS> {
+        let mut slopes = [[0; 4]; STEPS];
+        if !Policy::shapes_scores() {
+            return slopes;
+        }
+        let s = self.values_mut();
+        if Policy::caps_scores() {
+            unroll!(for G in 0..16 {
+                if G < GROUPS {
+                    unroll!(for R in 0..2 {
+                        let slope = [0, 1].map(|e: usize| policy.own_slope::<T>(s[G][2 * R + e]));
+                        slopes[G / 2][G % 2 * 2 + R] = T::pack(slope[0], slope[1]);
+                    });
+                }
+            });
+        }
+        policy.shape_transposed::<T, GROUPS>(s, i, j);
+        slopes
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn hide(&mut self, policy: &Policy, i: u32, j: u32) {
+        policy.hide_transposed(self.values_mut(), i, j);
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn weigh(&mut self, scale_log2: f32, lse: Shared<f32>, column: u32) {
+        let s = self.values_mut();
+        unroll!(for G in 0..16 {
+            if G < GROUPS {
+                let lse = pair(lse, column, G);
+                unroll!(for E in 0..4 {
+                    s[G][E] = math::exp2(math::fma(s[G][E], scale_log2, -lse[E % 2]));
+                });
+            }
+        });
+    }
+
+    #[inline(always)]
+    fn kept(policy: &Policy, i: u32, j: u32) -> [u32; 2] {
+        let mut kept = [u32::MAX; 2];
+        if Policy::drops() {
+            kept = [0; 2];
+            // A loop that stays one: ten rounds of Philox for each weight are not to be unrolled.
+            for bit in 0..2 * GROUPS as u32 {
+                let i = i + bit / 2 * 8 + bit % 2;
+                kept[0] |= u32::from(policy.kept(i, j, 1.0) != 0.0) << bit;
+                kept[1] |= u32::from(policy.kept(i, j + 8, 1.0) != 0.0) << bit;
+            }
+        }
+        kept
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn pack<T: Operand>(&self, kept: [u32; 2]) -> Fragments<STEPS> {
+        const { assert!(GROUPS == 2 * STEPS, "a step is two groups") };
+        let s = self.values();
+        let mut p = [[0; 4]; STEPS];
+        unroll!(for G in 0..16 {
+            if G < GROUPS {
+                unroll!(for R in 0..2 {
+                    let value = [0, 1].map(|e: usize| {
+                        let dropped = Policy::drops() && !keeps(kept, G, 2 * R + e);
+                        if dropped { 0.0 } else { s[G][2 * R + e] }
+                    });
+                    p[G / 2][G % 2 * 2 + R] = T::pack(value[0], value[1]);
+                });
+            }
+        });
+        p
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn differentiate<T: Operand>(
+        &mut self,
+        dp: &Self,
+        kept: [u32; 2],
+        rescale: f32,
+        delta: Shared<f32>,
+        column: u32,
+        slopes: Fragments<STEPS>,
+    ) {
+        let (s, dp) = (self.values_mut(), dp.values());
+        unroll!(for G in 0..16 {
+            if G < GROUPS {
+                let delta = pair(delta, column, G);
+                unroll!(for E in 0..4 {
+                    let mut dp = dp[G][E];
+                    if Policy::drops() {
+                        dp = if keeps(kept, G, E) { dp * rescale } else { 0.0 };
+                    }
+                    s[G][E] *= dp - delta[E % 2];
+                });
+            }
+        });
+        if Policy::caps_scores() {
+            unroll!(for G in 0..16 {
+                if G < GROUPS {
+                    unroll!(for R in 0..2 {
+                        let (low, high) = T::unpack(slopes[G / 2][G % 2 * 2 + R]);
+                        s[G][2 * R] *= low;
+                        s[G][2 * R + 1] *= high;
+                    });
+                }
+            });
+        }
+    }
+}

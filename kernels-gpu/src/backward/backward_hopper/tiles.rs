@@ -1,0 +1,134 @@
+//! Tiles of each head dim, and where they lie in shared memory.
+
+use simt::{
+    mbarrier::Mbarrier,
+    warp, warpgroup,
+    wgmma::{CHUNK_COLUMNS, CHUNK_ROW_BYTES},
+};
+
+use crate::parts::pipeline::{Ring, Stages};
+
+/// Consumer warpgroups.
+pub const CONSUMERS: u32 = 2;
+/// Keys of a consumer.
+pub const CONSUMER_KEYS: u32 = 64;
+/// Keys of a warp.
+pub(super) const WARP_KEYS: u32 = CONSUMER_KEYS * warp::LANES / warpgroup::THREADS;
+/// Stages of Q, and of dO.
+pub(super) const STAGES: u32 = 2;
+/// Elements of dQ that a consumer computes of a tile: 64 x 64.
+pub(super) const DQ_ELEMENTS: u32 = 64 * 64;
+
+/// What a block works with, for a head dim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiles {
+    /// Head dim.
+    pub d: u32,
+    /// Query rows of a tile.
+    pub rows: u32,
+}
+
+impl Tiles {
+    /// Keys of a block.
+    pub const KEYS: u32 = CONSUMERS * CONSUMER_KEYS;
+    /// Threads of a block: the producer's warpgroup and the consumers'.
+    pub const THREADS: u32 = (1 + CONSUMERS) * warpgroup::THREADS;
+    /// Mbarriers: of two rings, of K and of V.
+    pub(super) const BARRIERS: u32 = 2 * Ring::<Stages<STAGES>>::BARRIERS + 2;
+
+    /// Those of head dim `d`, 64 or 128: as many rows as registers leave room for.
+    #[must_use]
+    pub const fn of(d: u32) -> Self {
+        assert!(d == 64 || d == 128, "dQ of a tile is 64 x 64 of each consumer");
+        Self { d, rows: CONSUMERS * DQ_ELEMENTS / d }
+    }
+
+    /// Bytes of K, and of V.
+    pub(super) const fn k_bytes(&self) -> u32 {
+        Self::KEYS * self.d * 2
+    }
+
+    /// Bytes of a stage of Q, and of one of dO.
+    pub(super) const fn q_bytes(&self) -> u32 {
+        self.rows * self.d * 2
+    }
+
+    /// Bytes of a buffer of dS.
+    pub(super) const fn ds_bytes(&self) -> u32 {
+        Self::KEYS * self.rows * 2
+    }
+
+    /// Bytes of a stage of LSE, and of one of delta.
+    pub(super) const fn row_bytes(&self) -> u32 {
+        self.rows * size_of::<f32>() as u32
+    }
+
+    /// Offset of V; K comes first.
+    pub(super) const fn v(&self) -> u32 {
+        self.k_bytes()
+    }
+
+    /// Offset of the stages of Q.
+    pub(super) const fn q(&self) -> u32 {
+        2 * self.k_bytes()
+    }
+
+    /// Offset of the stages of dO.
+    pub(super) const fn d_o(&self) -> u32 {
+        self.q() + STAGES * self.q_bytes()
+    }
+
+    /// Offset of the two buffers of dS.
+    pub(super) const fn ds(&self) -> u32 {
+        self.d_o() + STAGES * self.q_bytes()
+    }
+
+    /// Offset of the stages of LSE.
+    pub(super) const fn lse(&self) -> u32 {
+        self.ds() + 2 * self.ds_bytes()
+    }
+
+    /// Offset of the stages of delta.
+    pub(super) const fn delta(&self) -> u32 {
+        self.lse() + STAGES * self.row_bytes()
+    }
+
+    /// Offset of the mbarriers.
+    pub(super) const fn barriers(&self) -> u32 {
+        self.delta() + STAGES * self.row_bytes()
+    }
+
+    /// Dynamic shared memory of a block in bytes.
+    #[must_use]
+    pub const fn shared_bytes(&self) -> u32 {
+        self.barriers() + Self::BARRIERS * Mbarrier::BYTES
+    }
+
+    /// Bytes from the chunk of K that consumer 0 multiplies for dQ to that of consumer 1: they share
+    /// the columns of dQ where there are two chunks.
+    pub(super) const fn dq_column_chunk(&self) -> u32 {
+        if self.d > CHUNK_COLUMNS { Self::KEYS * CHUNK_ROW_BYTES } else { 0 }
+    }
+
+    /// Bytes from the chunk of dS that consumer 0 multiplies for dQ to that of consumer 1: they share
+    /// the rows of dQ where there is one chunk of columns.
+    pub(super) const fn dq_row_chunk(&self) -> u32 {
+        if self.d > CHUNK_COLUMNS { 0 } else { Self::KEYS * CHUNK_ROW_BYTES }
+    }
+
+    /// The first row and column of a consumer's part of dQ of a tile.
+    pub(super) const fn dq_part(&self, consumer: u32) -> (u32, u32) {
+        if self.d > CHUNK_COLUMNS {
+            (0, consumer * CHUNK_COLUMNS)
+        } else {
+            (consumer * CHUNK_COLUMNS, 0)
+        }
+    }
+
+    /// Extents of the boxes of the tensor maps of q and d_o, of k and v, and of lse_log2 and delta,
+    /// fastest dimension first. Swizzle: 128 bytes; none for the last.
+    #[must_use]
+    pub const fn boxes(&self) -> [[u32; 4]; 3] {
+        [[CHUNK_COLUMNS, self.rows, 1, 1], [CHUNK_COLUMNS, Self::KEYS, 1, 1], [self.rows, 1, 1, 1]]
+    }
+}
