@@ -290,7 +290,8 @@ fn deterministic_gradients_repeat() {
             let p = p.causal(true).build().unwrap();
             let backward = Backward::new(p).deterministic(true);
             if let Err(refused) = kernel.supports(&backward, &Target::of(&*emulator())) {
-                assert_eq!((kernel.name, seq_k), ("backward_mma", 150), "{refused}");
+                assert!(["backward_mma", "backward_hopper"].contains(&kernel.name), "{refused}");
+                assert_eq!(seq_k, 150, "{refused}");
                 assert!(refused.to_string().contains("no fixed order where there are more than"));
                 continue;
             }

@@ -53,15 +53,19 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
     // Launched for plain and causal attention alone.
     ("flash_hopper", "_x3", &[FULL, CAUSAL]),
     ("flash_hopper", "", &[FULL, CAUSAL, PADDING, DROPOUT, WINDOW, MASKS, CAPPED, ALIBI, VARLEN]),
+    // It spills 8 bytes with padding and dropout, 132 with ALiBi and sinks.
+    ("flash_pipelined", "_d128", &[FULL, CAUSAL, PADDING, DROPOUT, WINDOW, CAPPED, VARLEN, PADDED]),
     (
         "flash_pipelined",
         "",
         &[FULL, CAUSAL, PADDING, DROPOUT, WINDOW, MASKS, CAPPED, ALIBI, VARLEN, PADDED],
     ),
-    // Told that two blocks fit, it spills 8 bytes with masks or a cap.
-    ("flash_tf32", "_d128", &[FULL, CAUSAL, VARLEN, PADDED]),
+    // Told that two blocks fit, it spills 8 bytes with a diagonal, masks or a cap.
+    ("flash_tf32", "_d128", &[FULL, VARLEN]),
     ("flash_tf32", "", &[FULL, CAUSAL, MASKS, CAPPED, VARLEN, PADDED]),
-    // With windows or dropout it spills up to 40 bytes at D 64 to 128.
+    // It spills 16 and 64 bytes with a diagonal at these, and with windows or dropout at more.
+    ("backward_mma", "_d64", &[FULL]),
+    ("backward_mma", "_d128", &[FULL]),
     ("backward_mma", "", &[FULL, CAUSAL]),
     // With a window it spills 88 bytes at head dim 64.
     ("backward_hopper", "", &[FULL, CAUSAL]),

@@ -23,7 +23,7 @@ usage: cargo run -p ptx-builder -- COMMAND
   text [ENTRY]            print the checked-in PTX, or one entry of it
   ptxas [--dir DIR]       assemble every entry for every architecture that loads it;
                           fail on a spill, a stack frame, local memory, a warning,
-                          or products that are waited for before the softmax beside them
+                          or products that are waited for before the work beside them
   disassemble ENTRY ARCH [CONSTANTS]
                           print the machine code of one entry, for example for sm_90 and
                           with causal or causal+padding on; full, all off, unless given

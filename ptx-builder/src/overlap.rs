@@ -1,9 +1,10 @@
-//! Whether softmax runs beside products, in the machine code.
+//! Whether the threads' work runs beside products, in the machine code.
 //!
-//! A wgmma kernel starts two products, waits for the first (all but one of its groups),
-//! computes exponentials, and waits for the second. ptxas may move a wait up to the
-//! beginning of its basic block, before the exponentials: right, but slower, and it says
-//! nothing. So the exponentials between such a pair of waits are counted.
+//! A wgmma kernel starts two products, waits for the first (all but one of its groups), works on its
+//! result, and waits for the second. The work is the softmax's exponentials; in the backward pass also
+//! the packing of dS, and the reductions of dQ. ptxas may move a wait up to the beginning of its basic
+//! block, before the work: right, but slower, and it says nothing. So the work between such a pair of
+//! waits is counted.
 
 use std::path::Path;
 use std::process::Command;
@@ -13,7 +14,10 @@ use anyhow::{Context, Result};
 use crate::compile::succeed;
 use crate::ptxas::find_tool;
 
-/// Pairs of waits without an exponential between them in the machine code of `cubin`, as
+/// What the work between two waits has at least one of.
+const WORK: [&str; 3] = ["MUFU.EX2", "F2FP", "REDG"];
+
+/// Pairs of waits without work between them in the machine code of `cubin`, as
 /// complaints.
 ///
 /// # Errors
@@ -28,17 +32,17 @@ pub fn complaints(cubin: &Path) -> Result<Vec<String>> {
 fn bare_waits(code: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut entry = "";
-    // Exponentials since the last wait for all but one group.
-    let mut exponentials = None;
+    // Instructions of the work since the last wait for all but one group.
+    let mut work = None;
     for line in code.lines() {
         if let Some(name) = line.strip_prefix(".text.").and_then(|l| l.strip_suffix(':')) {
-            (entry, exponentials) = (name, None);
+            (entry, work) = (name, None);
         } else if line.contains("WARPGROUP.DEPBAR.LE gsb0, 0x1") {
-            exponentials = Some(0);
-        } else if line.contains("MUFU.EX2") {
-            exponentials = exponentials.map(|count: u32| count + 1);
-        } else if line.contains("WARPGROUP.DEPBAR.LE gsb0, 0x0") && exponentials.take() == Some(0) {
-            found.push(format!("{entry}: waits for all products before the exponentials"));
+            work = Some(0);
+        } else if WORK.iter().any(|name| line.contains(name)) {
+            work = work.map(|count: u32| count + 1);
+        } else if line.contains("WARPGROUP.DEPBAR.LE gsb0, 0x0") && work.take() == Some(0) {
+            found.push(format!("{entry}: waits for all products before the work beside them"));
         }
     }
     found
