@@ -274,7 +274,7 @@ fn every_kernel_has_a_grid_for_many_heads() {
     }
 }
 
-/// One row and one key for each entry: O is V.
+/// One row and one key for each entry: O is V, or what three products of tf32 keep of it, 21 bits.
 fn many(device: &Arc<dyn Device>) {
     let target = Target::of(&**device);
     for kernel in KERNELS.iter().filter(|kernel| kernel.runs_on(&target).is_ok()) {
@@ -284,7 +284,12 @@ fn many(device: &Arc<dyn Device>) {
             let [q, k, v] = [1, 2, 3].map(|seed| Tensor::random(dtype, &p.q_shape(), seed, 0.0));
             let session = Session::new(device.clone());
             let (outputs, _) = session.run(kernel, &p, &Inputs::new(&q, &k, &v)).unwrap();
-            assert!(outputs.o == v, "{} {batch} {heads}", kernel.name);
+            let is_tf32 = kernel.name == "flash_tf32";
+            let epsilon = if is_tf32 { f64::from(2f32.powi(-21)) } else { 0.0 };
+            for (o, v) in outputs.o.to_f64().into_iter().zip(v.to_f64()) {
+                let what = format!("{} {batch} {heads}: {o} for {v}", kernel.name);
+                assert!((o - v).abs() <= epsilon * v.abs(), "{what}");
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ pub mod text;
 
 pub use text::PREFIX;
 
-/// Names and values of constants; what is not named is 0. [`ONE_CHUNK_LESS`] is another number for
+/// Names and values of constants; what is not named is 0. `ONE_CHUNK_LESS` is another number for
 /// each entry.
 pub type Combination = &'static [(&'static str, u32)];
 
