@@ -13,11 +13,7 @@ use flash_attention::{
     session::{Forward, Gradients, Inputs, Outputs, Session},
     verify::verify_gradients,
 };
-use rand_chacha::{
-    ChaCha8Rng,
-    rand_core::{Rng, SeedableRng},
-};
-use suite::{Case, emulator};
+use suite::{Case, Draws, emulator};
 
 /// O and LSE as a forward pass without errors of its own stores them.
 fn outputs(p: &Problem, inputs: &Inputs<'_>) -> Outputs {
@@ -140,22 +136,7 @@ fn edges_and_features_are_right() {
     check_all(failures);
 }
 
-/// Choices of a generator.
-struct Draws(ChaCha8Rng);
-
 impl Draws {
-    fn below(&mut self, n: usize) -> usize {
-        ((u64::from(self.0.next_u32()) * n as u64) >> 32) as usize
-    }
-
-    fn of<T: Copy>(&mut self, values: &[T]) -> T {
-        values[self.below(values.len())]
-    }
-
-    fn yes(&mut self) -> bool {
-        self.below(2) == 0
-    }
-
     fn problem(&mut self, head_dim: usize, dtype: DType) -> Problem {
         let (kv_heads, group) = (1 + self.below(2), self.of(&[1, 1, 2, 3]));
         let (seq_q, seq_k) = (1 + self.below(40), 1 + self.below(90));
@@ -187,7 +168,7 @@ fn random_combinations_are_right() {
     let seed = std::env::var("FLASH_ATTENTION_TEST_SEED").map_or(23, |seed| seed.parse().unwrap());
     let mut failures = Vec::new();
     for (kernel, dtype) in kernels() {
-        let mut draws = Draws(ChaCha8Rng::seed_from_u64(seed));
+        let mut draws = Draws::new(seed);
         for index in 0..12 {
             let p = draws.problem(kernel.limits.head_dims[index % 2], dtype);
             let draw = Case::new("", p).draw(0);

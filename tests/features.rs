@@ -14,11 +14,7 @@ use flash_attention::{
     session::{Inputs, Outputs, Session},
     verify::verify,
 };
-use rand_chacha::{
-    ChaCha8Rng,
-    rand_core::{Rng, SeedableRng},
-};
-use suite::{Case, emulator};
+use suite::{Case, Draws, emulator};
 
 /// Kernels of every kind of rung: scalar, mma.sync, wgmma, and the reference in memory.
 const KERNELS: [&str; 4] = ["naive", "flash_tiled", "flash_pipelined", "flash_hopper"];
@@ -33,22 +29,7 @@ fn kernels() -> impl Iterator<Item = (&'static KernelSpec, DType)> {
     })
 }
 
-/// Choices of a generator.
-struct Draws(ChaCha8Rng);
-
 impl Draws {
-    fn below(&mut self, n: usize) -> usize {
-        ((u64::from(self.0.next_u32()) * n as u64) >> 32) as usize
-    }
-
-    fn of<T: Copy>(&mut self, values: &[T]) -> T {
-        values[self.below(values.len())]
-    }
-
-    fn yes(&mut self) -> bool {
-        self.below(2) == 0
-    }
-
     /// A case for a kernel in a storage type, with any of its head dims.
     fn case(&mut self, kernel: &KernelSpec, dtype: DType) -> Case {
         let head_dims = suite::head_dims(kernel);
@@ -101,7 +82,7 @@ fn random_combinations_are_right_on_every_kind_of_rung() {
     let seed = std::env::var("FLASH_ATTENTION_TEST_SEED").map_or(17, |seed| seed.parse().unwrap());
     let mut failures = Vec::new();
     for (kernel, dtype) in kernels() {
-        let mut draws = Draws(ChaCha8Rng::seed_from_u64(seed));
+        let mut draws = Draws::new(seed);
         for index in 0..RANDOM {
             let case = draws.case(kernel, dtype);
             let case = Case { name: format!("number {index}: {}", case.name), ..case };
@@ -127,7 +108,7 @@ fn random_combinations_are_right_on_a_gpu() {
     let target = Target::of(&*gpu);
     let all: Vec<_> =
         suite::kernels().filter(|(kernel, _)| kernel.runs_on(&target).is_ok()).collect();
-    let mut draws = Draws(ChaCha8Rng::seed_from_u64(1));
+    let mut draws = Draws::new(1);
     let mut failures = Vec::new();
     for index in 0..count {
         let (kernel, dtype) = all[index % all.len()];

@@ -19,6 +19,10 @@ use flash_attention::{
     session::{Inputs, Outputs, Session},
     verify::{Credit, Verification},
 };
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
 
 /// A bias that all batch entries share.
 const PER_HEAD: Bias = Bias { per_batch: false, per_head: true };
@@ -167,6 +171,27 @@ impl Case {
             return Err(format!("{label}: {result}"));
         }
         Ok(Some(result))
+    }
+}
+
+/// Choices of a generator.
+pub struct Draws(ChaCha8Rng);
+
+impl Draws {
+    pub fn new(seed: u64) -> Self {
+        Self(ChaCha8Rng::seed_from_u64(seed))
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        ((u64::from(self.0.next_u32()) * n as u64) >> 32) as usize
+    }
+
+    pub fn of<T: Copy>(&mut self, values: &[T]) -> T {
+        values[self.below(values.len())]
+    }
+
+    pub fn yes(&mut self) -> bool {
+        self.below(2) == 0
     }
 }
 
