@@ -1,7 +1,7 @@
 //! The arguments of the kernels: plain `#[repr(C)]` structs, passed by value.
 //!
 //! One struct serves every attention kernel of the forward ladder ([`AttentionArgs`]), so that a
-//! backend launches any of them the same way, one those of the backward ladder ([`BackwardArgs`]),
+//! backend launches any of them the same way, another every kernel of the backward ladder ([`BackwardArgs`]),
 //! and one serves every linear (projection) kernel ([`LinearArgs`]); kernels that copy through TMA are given tensor maps in front of it
 //! ([`WithMaps`]). Addresses
 //! are device addresses on a GPU and host addresses under the emulator; lengths

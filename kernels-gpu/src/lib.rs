@@ -74,7 +74,6 @@ const TABLES: &[entry::Instances] = &[
     backward_tiled::KEYS,
     backward_tiled::QUERIES,
     backward_mma::ENTRIES,
-    convert::FRAGMENTS,
     backward_hopper::ENTRIES,
     backward_hopper::convert::ENTRIES,
     linear_naive::ENTRIES,

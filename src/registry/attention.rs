@@ -244,20 +244,8 @@ pub(super) fn attention_args(
     }
 }
 
-/// The tensor map of Q or O with those extents `[B, H, N, D]`: `[D, N, H, B]`, fastest first; of packed
-/// sequences as [`ragged::map`] has it. Columns of a box beyond D are 0 when it is loaded, and left out
-/// when it is stored.
-pub(super) fn q_map(
-    p: &Problem,
-    view: &View,
-    extents: [usize; 4],
-    box_dims: [u32; 4],
-) -> TensorMapSpec {
-    map(p, view, extents, box_dims)
-}
-
-/// The tensor map of K or V, likewise. Without keys nothing is read through it: it is that of Q, since
-/// a map needs an address.
+/// The tensor map of K or V, as [`map`] has it. Without keys nothing is read through it: it is the map
+/// of Q, since a map needs an address.
 pub(super) fn k_map(
     call: &Call<'_, Problem>,
     view: &View,
@@ -266,12 +254,14 @@ pub(super) fn k_map(
 ) -> TensorMapSpec {
     let p = call.problem;
     if p.k_elements() == 0 {
-        return q_map(p, &call.args.q, p.q_extents(), box_dims);
+        return map(p, &call.args.q, p.q_extents(), box_dims);
     }
     map(p, view, extents, box_dims)
 }
 
-/// The tensor map of a tensor of those extents, `[B, H, N, D]`.
+/// The tensor map of a tensor with extents `[B, H, N, D]`: `[D, N, H, B]`, fastest first; of packed
+/// sequences as [`ragged::map`] has it. A load fills columns of a box beyond D with 0, and a store leaves
+/// them out.
 pub(super) fn map(
     p: &Problem,
     view: &View,

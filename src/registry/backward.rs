@@ -253,7 +253,7 @@ const BACKWARD_MMA: BackwardSpec = BackwardSpec {
         };
         let convert = Step {
             grid: Dim3::new(tiles(p.seq_q(), prepare::ROWS), 1, heads(p)),
-            ..step(b, convert::FRAGMENTS, 0)?
+            ..step(b, convert::ENTRIES, 0)?
         };
         let sums = Section::new(Usage::DqAcc, padded_rows(b) * d as u64 * 4);
         let sections = row_sections(b).into_iter().chain([sums]).collect();

@@ -14,7 +14,7 @@ use simt::{Dim3, warp};
 
 use super::{
     AttentionLimits, Draft, Features, KernelSpec, Map, Section, Sizes, Step, Usage,
-    attention::{args, k_map, q_map},
+    attention::{args, k_map, map},
 };
 use crate::{backend::Constants, dtype::DType, problem::Problem};
 
@@ -323,13 +323,13 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
             maps: vec![
                 Map {
                     box_dims: q,
-                    spec: |c, b| q_map(c.problem, &c.args.q, c.problem.q_extents(), b),
+                    spec: |c, b| map(c.problem, &c.args.q, c.problem.q_extents(), b),
                 },
                 Map { box_dims: k, spec: |c, b| k_map(c, &c.args.k, c.problem.k_extents(), b) },
                 Map { box_dims: v, spec: |c, b| k_map(c, &c.args.v, c.problem.v_extents(), b) },
                 Map {
                     box_dims: o,
-                    spec: |c, b| q_map(c.problem, &c.args.o, c.problem.o_extents(), b),
+                    spec: |c, b| map(c.problem, &c.args.o, c.problem.o_extents(), b),
                 },
             ],
             ..step(p, entries, size)?

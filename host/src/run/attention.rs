@@ -115,7 +115,7 @@ impl<'a> GivenAttention<'a> {
         Ok(Self { q, k, v, extras, cu_seqlens, problem, expected })
     }
 
-    /// At most so many rows, of sequences: what lies beyond the last is nobody's.
+    /// At most `count` rows to compare; rows beyond the last packed sequence belong to none.
     fn sample_rows(&self, count: usize) -> Vec<usize> {
         let rows = oracle::sample_rows(&self.problem, count);
         let Some([at_q, _]) = &self.cu_seqlens else { return rows };

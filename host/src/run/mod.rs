@@ -33,7 +33,7 @@ pub struct RunArgs {
     /// Tensors to compute with: q, k and v, or with --weights x (batch by tokens by features);
     /// and, if some keys are hidden, mask (u8 or bool, batch by keys, 0 = hidden). With q, k and v
     /// also alibi_slopes (f32, heads or batch by heads), bias (batch or 1, heads or 1, queries,
-    /// keys) and sinks (f32, heads). Heads of q share those of k and v, if there are fewer. With
+    /// keys) and sinks (f32, heads). Where k and v have fewer heads, heads of q share them. With
     /// cu_seqlens_q and cu_seqlens_k (i32, u32 or i64, from 0 on, one more than sequences) q, k and v
     /// are packed: tokens, heads, features
     #[arg(long, value_name = "FILE")]

@@ -145,7 +145,7 @@ pub struct Shape {
     pub batch: u32,
     /// Heads, H.
     pub heads: u32,
-    /// Query rows of a head, Nq; of packed sequences, those of the longest.
+    /// Query rows of a head, Nq; with packed sequences, the rows of the longest.
     pub seq_q: u32,
     /// Key and value rows of a head, Nk, likewise.
     pub seq_k: u32,

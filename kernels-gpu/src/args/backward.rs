@@ -1,8 +1,8 @@
-//! What the kernels of the backward ladder are given.
+//! Arguments of the backward ladder.
 
 use super::{AttentionArgs, Buffer, Tensor};
 
-/// What every kernel of the backward pass is given.
+/// Arguments of every kernel of the backward pass.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct BackwardArgs {
@@ -16,7 +16,7 @@ pub struct BackwardArgs {
     pub forward: AttentionArgs,
 }
 
-/// The gradient of the output, and those of the inputs.
+/// The gradient of the output, and the gradients of the inputs.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Gradients {

@@ -388,8 +388,7 @@ unsafe fn gradients<T: Scalar, const N: usize>(
                     gradient = if is_kept { gradient * policy.rescale() } else { 0.0 };
                 }
                 s[TILE][E] = p;
-                dp[TILE][E] =
-                    weight * (gradient - delta[E % 2]) * policy.score_slope::<T>(raw, scale);
+                dp[TILE][E] = weight * (gradient - delta[E % 2]) * policy.score_slope::<T>(raw);
             });
         }
     });

@@ -39,6 +39,7 @@ use crate::{
     args::BackwardArgs,
     entries,
     parts::{
+        columns::Columns,
         gradient::{self, Row},
         head::Head,
         policy::Policy,
@@ -110,8 +111,8 @@ impl Tiles {
         // SAFETY: Q and dO are `[B, H, Nq, D]`.
         unsafe {
             let (first, seq) = (first_row, head.seq_q);
-            scalar_tile::load::<T, D>(q, head.query(q, 0), first, seq, self.q);
-            scalar_tile::load::<T, D>(d_o, head.query(d_o, 0), first, seq, self.d_o);
+            scalar_tile::load::<T, D>(q, Columns::ALL, head.query(q, 0), first, seq, self.q);
+            scalar_tile::load::<T, D>(d_o, Columns::ALL, head.query(d_o, 0), first, seq, self.d_o);
         }
     }
 
@@ -130,8 +131,8 @@ impl Tiles {
         // SAFETY: K and V are `[B, Hkv, Nk, D]`.
         unsafe {
             let (first, seq) = (first_key, head.seq_k);
-            scalar_tile::load::<T, D>(k, head.key(k, 0), first, seq, self.k);
-            scalar_tile::load::<T, D>(v, head.key(v, 0), first, seq, self.v);
+            scalar_tile::load::<T, D>(k, Columns::ALL, head.key(k, 0), first, seq, self.k);
+            scalar_tile::load::<T, D>(v, Columns::ALL, head.key(v, 0), first, seq, self.v);
         }
     }
 

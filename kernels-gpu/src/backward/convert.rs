@@ -4,8 +4,7 @@
 //! dQ = dq_acc * scale, in the storage type
 //! ```
 //!
-//! The sums lie in rows ([`convert()`]), or in the order that tensor cores leave them in registers
-//! ([`fragments`]).
+//! The sums lie in the order that mma.sync leaves them in registers.
 //!
 //! Memory: reads the sums and writes dQ once. No shared memory. Measured: not measured yet.
 
@@ -16,16 +15,15 @@ use super::prepare::{ROW_THREADS, ROWS, THREADS};
 use crate::{
     args::BackwardArgs,
     entries,
-    parts::{
-        chunk::{Chunk, MAX_ELEMENTS},
-        head::Head,
-    },
+    parts::{chunk::Chunk, head::Head},
 };
 
 /// The last step of a backward pass.
 ///
 /// # Layout
-/// `dq_acc: [B, H, Nq', D]` by rows, `dq: [B, H, Nq, D]`.
+/// `dq: [B, H, Nq, D]`; `dq_acc: [B, H, Nq', D]` in the order of registers: 16 rows and 8 columns are 128
+/// neighbours, of which lane `4 g + t` has the four at `32 e` and its number: rows `g` and `g + 8`, `e`
+/// below 2 and above, columns `2 t` and `2 t + 1`, `e` even and odd. D is a multiple of 8.
 ///
 /// # Thread mapping
 /// As for [`prepare`](super::prepare::prepare); no block is needed for padded rows alone.
@@ -34,37 +32,6 @@ use crate::{
 /// As for [`prepare`](super::prepare::prepare).
 #[inline(always)]
 pub unsafe fn convert<T: Chunk>(args: &BackwardArgs) {
-    let head = Head::of_block_z(&args.forward);
-    let (lane, row) = (thread::thread_idx_x() % ROW_THREADS, thread::thread_idx_x() / ROW_THREADS);
-    let i = thread::block_idx_x() * ROWS + row;
-    if i >= head.seq_q {
-        return;
-    }
-    let d = args.forward.shape.head_dim;
-    // SAFETY: the buffers have the shapes stated above.
-    let (dq_acc, dq) =
-        unsafe { (args.steps.dq_acc.view::<f32>(), args.gradients.dq.buffer.view_mut::<T>()) };
-    let (from, to) = (head.padded_row(i) * d as u64, head.query(&args.gradients.dq, i));
-    for column in (lane * T::ELEMENTS..d).step_by((ROW_THREADS * T::ELEMENTS) as usize) {
-        let mut values = [0.0; MAX_ELEMENTS];
-        for quarter in 0..T::ELEMENTS as usize / 4 {
-            let four: [u32; 4] = dq_acc.read_as(from + column as u64 + 4 * quarter as u64);
-            for e in 0..4 {
-                values[4 * quarter + e] = f32::from_bits(four[e]) * args.forward.scores.scale;
-            }
-        }
-        dq.write_as(to + column as u64, T::pack(values));
-    }
-}
-
-/// As [`convert()`], of sums in the order of registers: 16 rows and 8 columns are 128 neighbours, of
-/// which lane `4 g + t` has the four at `32 e` and its number: rows `g` and `g + 8`, `e` below 2 and
-/// above, columns `2 t` and `2 t + 1`, `e` even and odd.
-///
-/// # Safety
-/// As for [`convert()`]; D is a multiple of 8.
-#[inline(always)]
-pub unsafe fn fragments<T: Chunk>(args: &BackwardArgs) {
     const { assert!(T::ELEMENTS == 8, "a chunk is a row of a fragment") };
     let head = Head::of_block_z(&args.forward);
     let (lane, row) = (thread::thread_idx_x() % ROW_THREADS, thread::thread_idx_x() / ROW_THREADS);
@@ -90,12 +57,7 @@ pub unsafe fn fragments<T: Chunk>(args: &BackwardArgs) {
 }
 
 entries! {
-    /// Instances of [`fragments`].
-    pub static FRAGMENTS: BackwardArgs => "sm_80", threads THREADS, min_blocks 1;
-    backward_convert_fragments: T in [f16, bf16] = fragments::<T>;
-}
-entries! {
     /// Instances of [`convert()`].
     pub static ENTRIES: BackwardArgs => "sm_80", threads THREADS, min_blocks 1;
-    backward_convert: T in [f32, f16, bf16] = convert::<T>;
+    backward_convert: T in [f16, bf16] = convert::<T>;
 }

@@ -46,47 +46,28 @@ use simt::{
 };
 
 use crate::{
-    args::{AttentionArgs, Tensor},
+    args::AttentionArgs,
     entries,
     parts::{
         columns::Columns,
         head::Head,
         policy::Policy,
+        scalar_tile::{
+            self, COLUMN_STEP, COLUMN_THREADS, MAX_GROUPS, OWN_COLUMNS, OWN_ROWS, VECTOR, pitch,
+            read_vector,
+        },
         softmax::{self, SPAN},
     },
 };
 
+pub use crate::parts::scalar_tile::THREADS;
+
 /// Query rows of a tile.
-pub const BR: u32 = 32;
+pub const BR: u32 = scalar_tile::ROWS;
 /// Keys of a tile.
-pub const BC: u32 = 32;
-/// Threads of a block: 16 pairs of rows times 8 groups of columns.
-pub const THREADS: u32 = 128;
+pub const BC: u32 = scalar_tile::ROWS;
 
-/// Rows of S and O that a thread owns.
-const ROWS: usize = 2;
-/// Threads side by side over the columns of S and O.
-const COLUMN_THREADS: u32 = 8;
-/// Keys that a thread owns in a tile.
-const KEYS: usize = (BC / COLUMN_THREADS) as usize;
-/// Elements of a 16-byte load.
-const VECTOR: usize = 4;
-/// Columns of O that the threads side by side cover with one vector each.
-const COLUMN_STEP: usize = COLUMN_THREADS as usize * VECTOR;
-/// Groups of columns of the largest head dim.
-const MAX_COLUMN_GROUPS: usize = 128 / COLUMN_STEP;
-
-const _: () = assert!(
-    ROWS == 2 && KEYS == 4 && VECTOR == 4 && MAX_COLUMN_GROUPS == 4,
-    "the bounds of unroll! below are these"
-);
-const _: () = assert!(BR == ROWS as u32 * THREADS / COLUMN_THREADS, "every row has its threads");
 const _: () = assert!(warp::LANES % COLUMN_THREADS == 0, "a row's threads are in one warp");
-
-/// Elements from one row to the next in a shared tile of `columns` columns.
-const fn pitch(columns: usize) -> u32 {
-    (columns + VECTOR) as u32
-}
 
 /// Dynamic shared memory of a block in bytes: Q, K, V and P.
 #[must_use]
@@ -111,11 +92,10 @@ pub const fn shared_bytes(d: usize) -> u32 {
 /// memory stated here.
 #[inline(always)]
 pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
-    const { assert!(D % COLUMN_STEP == 0 && D % SPAN == 0 && D <= COLUMN_STEP * MAX_COLUMN_GROUPS) };
+    const { assert!(D % COLUMN_STEP == 0 && D % SPAN == 0 && D <= COLUMN_STEP * MAX_GROUPS) };
 
     // Who am I.
-    let tid = thread::thread_idx_x();
-    let (ty, tx) = (tid / COLUMN_THREADS, tid % COLUMN_THREADS);
+    let (ty, tx) = scalar_tile::place();
     let (head, q_tile) = Head::of_block(args, args.shape.seq_q.div_ceil(BR));
     let first_row = q_tile * BR;
     if head.ends_before(first_row) {
@@ -137,20 +117,19 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
     // Load Q.
     // SAFETY: `q` is `[B, H, Nq, D]`.
     unsafe {
-        load_tile::<T, D>(
+        scalar_tile::load::<T, D>(
             &args.tensors.q,
             Columns::of_keys(),
             head.query(&args.tensors.q, 0),
             first_row,
             head.seq_q,
-            BR,
             q_smem,
         )
     };
 
-    let mut m_i = [f32::NEG_INFINITY; ROWS];
-    let mut l_i = [0.0f32; ROWS];
-    let mut acc_o = [[[0.0f32; VECTOR]; MAX_COLUMN_GROUPS]; ROWS];
+    let mut m_i = [f32::NEG_INFINITY; OWN_ROWS];
+    let mut l_i = [0.0f32; OWN_ROWS];
+    let mut acc_o = scalar_tile::EMPTY;
 
     for tile in policy.key_tiles(first_row, first_row + BR, BC) {
         let first_key = tile * BC;
@@ -158,34 +137,32 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
         thread::sync_threads();
         // SAFETY: the buffers have the shapes that `args` says.
         unsafe {
-            load_tile::<T, D>(
+            scalar_tile::load::<T, D>(
                 &args.tensors.k,
                 Columns::of_keys(),
                 head.key(&args.tensors.k, 0),
                 first_key,
                 head.seq_k,
-                BC,
                 k_smem,
             );
-            load_tile::<T, D>(
+            scalar_tile::load::<T, D>(
                 &args.tensors.v,
                 Columns::of_values(),
                 head.key(&args.tensors.v, 0),
                 first_key,
                 head.seq_k,
-                BC,
                 v_smem,
             );
         }
         // Hazard: tiles are read by threads that did not write them (Q too, at first).
         thread::sync_threads();
 
-        // S = Q Kᵀ [ROWS, KEYS] of this thread.
-        let mut s = scores::<D>(q_smem, k_smem, ty, tx);
+        // S = Q Kᵀ [OWN_ROWS, OWN_COLUMNS] of this thread.
+        let mut s = scalar_tile::product::<D>(q_smem, k_smem, (ty, tx));
 
         // Shape and mask.
         unroll!(for R in 0..2 {
-            let i = first_row + ty * ROWS as u32 + R as u32;
+            let i = first_row + ty * OWN_ROWS as u32 + R as u32;
             unroll!(for KEY in 0..4 {
                 let j = first_key + tx + KEY as u32 * COLUMN_THREADS;
                 s[R][KEY] = if policy.sees(i, j) {
@@ -198,7 +175,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
 
         // Online softmax: P replaces S, acc_o and l_i are rescaled.
         unroll!(for R in 0..2 {
-            let row = ty * ROWS as u32 + R as u32;
+            let row = ty * OWN_ROWS as u32 + R as u32;
             let tile_max = s[R].iter().fold(f32::NEG_INFINITY, |m, &x| math::max(m, x));
             let tile_max = warp::reduce_max::<COLUMN_THREADS>(tile_max) * policy.scale_log2();
             let m_new = math::max(m_i[R], tile_max);
@@ -220,9 +197,9 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
         });
         if Policy::drops() {
             // Each thread goes over the entries of P that it has just written itself.
-            for entry in 0..(ROWS * KEYS) as u32 {
-                let row = ty * ROWS as u32 + entry / KEYS as u32;
-                let column = tx + entry % KEYS as u32 * COLUMN_THREADS;
+            for entry in 0..(OWN_ROWS * OWN_COLUMNS) as u32 {
+                let row = ty * OWN_ROWS as u32 + entry / OWN_COLUMNS as u32;
+                let column = tx + entry % OWN_COLUMNS as u32 * COLUMN_THREADS;
                 let index = row * pitch(BC as usize) + column;
                 let (i, j) = (first_row + row, first_key + column);
                 p_smem.write(index, policy.kept(i, j, p_smem.read(index)));
@@ -234,22 +211,12 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
 
         // O += P V.
         for j in (0..BC).step_by(VECTOR) {
-            let p_reg: [[f32; VECTOR]; ROWS] = core::array::from_fn(|r| {
-                read_vector(p_smem, (ty * ROWS as u32 + r as u32) * pitch(BC as usize) + j)
+            let p_reg: [[f32; VECTOR]; OWN_ROWS] = core::array::from_fn(|r| {
+                read_vector(p_smem, (ty * OWN_ROWS as u32 + r as u32) * pitch(BC as usize) + j)
             });
             unroll!(for JJ in 0..4 {
-                unroll!(for GROUP in 0..4 {
-                    if GROUP < D / COLUMN_STEP {
-                        let column = GROUP as u32 * COLUMN_STEP as u32 + tx * VECTOR as u32;
-                        let v_reg = read_vector(v_smem, (j + JJ as u32) * pitch(D) + column);
-                        unroll!(for R in 0..2 {
-                            for e in 0..VECTOR {
-                                acc_o[R][GROUP][e] =
-                                    math::fma(p_reg[R][JJ], v_reg[e], acc_o[R][GROUP][e]);
-                            }
-                        });
-                    }
-                });
+                let weights = [p_reg[0][JJ], p_reg[1][JJ]];
+                scalar_tile::add_row::<D>(&mut acc_o, weights, v_smem, j + JJ as u32, tx);
             });
         }
     }
@@ -261,7 +228,7 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
     unroll!(for R in 0..2 {
         // Each thread summed its own keys: the row's sum is over its eight threads.
         let l_row = warp::reduce_add::<COLUMN_THREADS>(l_i[R]);
-        let i = first_row + ty * ROWS as u32 + R as u32;
+        let i = first_row + ty * OWN_ROWS as u32 + R as u32;
         if i < head.seq_q {
             let l_row = softmax::checked_fused_sum(m_i[R], l_row, || policy.sees_any(i));
             let (m_row, l_row, factor) = policy.with_sink(m_i[R], l_row);
@@ -281,75 +248,6 @@ pub unsafe fn flash_tiled<T: Scalar, const D: usize>(args: &AttentionArgs) {
             }
         }
     });
-}
-
-/// Loads `rows` rows from `first_row` on into a shared tile; rows and columns past the end are 0, so
-/// that what is computed from them and masked later is finite.
-///
-/// # Safety
-/// The `seq` rows of a head of the tensor begin at element `head`.
-#[inline(always)]
-unsafe fn load_tile<T: Scalar, const D: usize>(
-    tensor: &Tensor,
-    columns: Columns,
-    head: u64,
-    first_row: u32,
-    seq: u32,
-    rows: u32,
-    tile: Shared<f32>,
-) {
-    // SAFETY: the tensor is `[B, H, N, D]`.
-    let view = unsafe { tensor.buffer.view::<T>() };
-    for element in (thread::thread_idx_x()..rows * D as u32).step_by(THREADS as usize) {
-        let (row, column) = (element / D as u32, element % D as u32);
-        let value = if first_row + row < seq && columns.has(column) {
-            let index = head + (first_row + row) as u64 * tensor.stride_n + column as u64;
-            view.read(index).to_f32()
-        } else {
-            0.0
-        };
-        tile.write(row * pitch(D) + column, value);
-    }
-}
-
-/// `S = Q Kᵀ` of thread `(ty, tx)`, [`SPAN`] products at a time.
-#[inline(always)]
-fn scores<const D: usize>(
-    q_smem: Shared<f32>,
-    k_smem: Shared<f32>,
-    ty: u32,
-    tx: u32,
-) -> [[f32; KEYS]; ROWS] {
-    let mut s = [[0.0; KEYS]; ROWS];
-    for first in (0..D as u32).step_by(SPAN) {
-        let mut part = [[0.0; KEYS]; ROWS];
-        for d in (first..first + SPAN as u32).step_by(VECTOR) {
-            let q_reg: [[f32; VECTOR]; ROWS] = core::array::from_fn(|r| {
-                read_vector(q_smem, (ty * ROWS as u32 + r as u32) * pitch(D) + d)
-            });
-            unroll!(for KEY in 0..4 {
-                let k_row = tx + KEY as u32 * COLUMN_THREADS;
-                let k_reg = read_vector(k_smem, k_row * pitch(D) + d);
-                unroll!(for R in 0..2 {
-                    for e in 0..VECTOR {
-                        part[R][KEY] = math::fma(q_reg[R][e], k_reg[e], part[R][KEY]);
-                    }
-                });
-            });
-        }
-        unroll!(for R in 0..2 {
-            unroll!(for KEY in 0..4 {
-                s[R][KEY] += part[R][KEY];
-            });
-        });
-    }
-    s
-}
-
-/// Four neighbouring elements in one 16-byte load.
-#[inline(always)]
-fn read_vector(tile: Shared<f32>, index: u32) -> [f32; VECTOR] {
-    tile.read_as::<[u32; VECTOR]>(index).map(f32::from_bits)
 }
 
 entries! {

@@ -50,6 +50,6 @@ pub fn of_score<T: Scalar>(
     let shaped = policy.shape_score::<T>(s, scale, i, j);
     let p = math::exp2(math::fma(shaped, policy.scale_log2(), -row.lse_log2));
     let kept = policy.kept(i, j, 1.0);
-    let ds = p * (dp * kept - row.delta) * policy.score_slope::<T>(s, scale);
+    let ds = p * (dp * kept - row.delta) * policy.score_slope::<T>(s);
     (p * kept, ds)
 }

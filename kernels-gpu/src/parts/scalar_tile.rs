@@ -13,7 +13,10 @@
 
 use simt::{math, scalar::Scalar, shared::Shared, thread, unroll};
 
-use crate::{args::Tensor, parts::softmax::SPAN};
+use crate::{
+    args::Tensor,
+    parts::{columns::Columns, softmax::SPAN},
+};
 
 /// Rows of a tile.
 pub const ROWS: u32 = 32;
@@ -65,14 +68,15 @@ pub const fn len(columns: usize) -> u32 {
     ROWS * pitch(columns)
 }
 
-/// Loads rows from `first_row` on into a tile; rows past the end are 0, so that what is computed from
-/// them and hidden later is finite.
+/// Loads rows from `first_row` on into a tile; rows and columns past the end are 0, so that what is
+/// computed from them and hidden later is finite.
 ///
 /// # Safety
 /// The `seq` rows of a head of the tensor begin at element `head`.
 #[inline(always)]
 pub unsafe fn load<T: Scalar, const D: usize>(
     tensor: &Tensor,
+    columns: Columns,
     head: u64,
     first_row: u32,
     seq: u32,
@@ -82,7 +86,7 @@ pub unsafe fn load<T: Scalar, const D: usize>(
     let view = unsafe { tensor.buffer.view::<T>() };
     for element in (thread::thread_idx_x()..ROWS * D as u32).step_by(THREADS as usize) {
         let (row, column) = (element / D as u32, element % D as u32);
-        let value = if first_row + row < seq {
+        let value = if first_row + row < seq && columns.has(column) {
             let index = head + (first_row + row) as u64 * tensor.stride_n + column as u64;
             view.read(index).to_f32()
         } else {

@@ -1,4 +1,4 @@
-//! What a consumer warpgroup does with its 64 keys: the products, P and dS.
+//! A consumer warpgroup and its 64 keys: the products, P and dS.
 
 use simt::{
     atomic, barrier,
@@ -65,11 +65,9 @@ impl<'a> RowTiles<'a> {
         if self.tile >= self.end {
             self.member += 1;
             self.tile = self.first;
-            if self.first >= self.end {
-                return None;
-            }
         }
-        if self.member >= Head::group() {
+        // Without any tile every head ends at its first.
+        if self.tile >= self.end || self.member >= Head::group() {
             return None;
         }
         let head = Head::of_group(&self.args.forward, thread::block_idx_z(), self.member);
@@ -120,6 +118,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
                 // Hazard: K may not have landed.
                 self.rings.k.wait(0);
                 self.start_scores();
+                // Hazard: V may not have landed.
                 self.rings.v.wait(0);
                 let mut ds = self.tile::<false>(before);
                 while let Some(at) = work.next() {
@@ -211,8 +210,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     #[inline(always)]
     unsafe fn start_dk(&mut self, ds: &G::Weights) {
         let q = self.rows(const { G::TILES.q() });
-        // Here, where it parts two products: of those in one basic block ptxas makes one, and would
-        // wait for both before it lets dQ be read.
+        // Each consumer has waited for dV, the last that reads dO.
         if self.elected {
             self.rings.d_o.release(self.stage);
         }
@@ -226,8 +224,8 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         self.stage.index() * const { G::TILES.q_bytes() }
     }
 
-    /// A tile of rows whose scores have been started: dV, and dS for what follows. If not the `FIRST`,
-    /// dK of the tile before is running too.
+    /// A tile of rows whose scores have been started: dV, and dS for the products that follow. Of a
+    /// `LATER` tile than the first, dK of the tile before is running too.
     ///
     /// # Safety
     /// As for [`work`](Self::work).

@@ -1,4 +1,4 @@
-//! What is known of a block when it is compiled: its tiles, and the registers that they take.
+//! A block's tiles and the registers that they take, known at compile time.
 
 use simt::wgmma::{
     Accumulator, CHUNK_ROW_BYTES, Descriptor, Fragments, Operand, RegisterProduct, SharedProduct,

@@ -1,4 +1,4 @@
-//! What the producer does: one thread that starts every copy.
+//! The producer: one thread that starts every copy.
 
 use simt::{
     mbarrier::Mbarrier,

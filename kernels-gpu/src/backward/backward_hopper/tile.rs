@@ -1,4 +1,4 @@
-//! What a thread does with its part of Sᵀ and dPᵀ: S becomes P, and P becomes dS, where they stand.
+//! A thread's part of Sᵀ and dPᵀ: S becomes P, and P becomes dS, in the same registers.
 //!
 //! A thread has two keys, `j` and `j + 8`, and of every 8 rows those at `i + 8 g` and one further:
 //! element `[g][e]` is that of row `i + 8 g + e % 2` and key `j + 8 (e / 2)`.
@@ -82,7 +82,7 @@ where
             unroll!(for G in 0..16 {
                 if G < GROUPS {
                     unroll!(for R in 0..2 {
-                        let slope = [0, 1].map(|e: usize| policy.own_slope::<T>(s[G][2 * R + e]));
+                        let slope = [0, 1].map(|e: usize| policy.score_slope::<T>(s[G][2 * R + e]));
                         slopes[G / 2][G % 2 * 2 + R] = T::pack(slope[0], slope[1]);
                     });
                 }

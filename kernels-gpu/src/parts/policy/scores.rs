@@ -87,15 +87,15 @@ impl Policy {
         s
     }
 
-    /// The derivative of [`shape_score`](Self::shape_score) by `s` times `scale`: what a score's
-    /// gradient is multiplied by. 1 without a cap.
+    /// The derivative of [`shape_score`](Self::shape_score) with the launch's scale, by `s` times that
+    /// scale: what a score's gradient is multiplied by. 1 without a cap.
     #[inline(always)]
     #[must_use]
-    pub fn score_slope<T: Scalar>(&self, s: f32, scale: f32) -> f32 {
+    pub fn score_slope<T: Scalar>(&self, s: f32) -> f32 {
         if Constants::softcap() == 0 {
             return 1.0;
         }
-        let tanh = self.tanh::<T>(s, scale);
+        let tanh = self.tanh::<T>(s, self.scores.scale);
         math::fma(-tanh, tanh, 1.0)
     }
 
@@ -149,13 +149,6 @@ impl Policy {
     #[must_use]
     pub fn caps_scores() -> bool {
         Constants::softcap() != 0
-    }
-
-    /// [`score_slope`](Self::score_slope) with the launch's scale.
-    #[inline(always)]
-    #[must_use]
-    pub fn own_slope<T: Scalar>(&self, s: f32) -> f32 {
-        self.score_slope::<T>(s, self.scores.scale)
     }
 
     /// As [`shape_scores`](Self::shape_scores), of scores that are transposed: element `[n][e]` is that
