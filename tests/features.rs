@@ -79,7 +79,7 @@ impl Draws {
 
 #[test]
 fn random_combinations_are_right_on_every_kind_of_rung() {
-    let seed = std::env::var("FLASH_ATTENTION_TEST_SEED").map_or(17, |seed| seed.parse().unwrap());
+    let seed = number("FLASH_ATTENTION_TEST_SEED", 17);
     let mut failures = Vec::new();
     for (kernel, dtype) in kernels() {
         let mut draws = Draws::new(seed);
@@ -104,11 +104,11 @@ fn random_combinations_are_right_on_a_gpu() {
         Ok(gpu) => gpu,
         Err(error) => return writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
     };
-    let count = std::env::var("FLASH_ATTENTION_TEST_PROBLEMS").map_or(60, |n| n.parse().unwrap());
+    let count = number("FLASH_ATTENTION_TEST_PROBLEMS", 60) as usize;
     let target = Target::of(&*gpu);
     let all: Vec<_> =
         suite::kernels().filter(|(kernel, _)| kernel.runs_on(&target).is_ok()).collect();
-    let mut draws = Draws::new(1);
+    let mut draws = Draws::new(number("FLASH_ATTENTION_TEST_SEED", 1));
     let mut failures = Vec::new();
     for index in 0..count {
         let (kernel, dtype) = all[index % all.len()];
@@ -121,6 +121,11 @@ fn random_combinations_are_right_on_a_gpu() {
         }
     }
     assert!(failures.is_empty(), "{} of {count}:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// The number in an environment variable.
+fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |text| text.parse().expect(variable))
 }
 
 /// Runs a kernel on draw 0 of a problem.
@@ -236,6 +241,26 @@ fn scores_below_every_sentinel_are_scores() {
             let result = verify(&p, &inputs, &outputs, &[0]);
             assert!(result.passes(), "{}: {result}", kernel.name);
         }
+    }
+}
+
+/// A row whose only visible key a bias of -inf hides sees nothing.
+#[test]
+fn rows_that_a_bias_hides_are_zero() {
+    for (kernel, dtype) in kernels() {
+        let d = kernel.limits.head_dims[0];
+        let window = Window { left: Some(0), right: Some(0) };
+        let p = Problem::builder(1, 1, 3, d).seq_k(3).dtype(dtype).window(window);
+        let p = p.bias(Some(Bias::default())).build().unwrap();
+        let [q, k, v] = [1, 2, 3].map(|seed| Tensor::random(dtype, &p.q_shape(), seed, 0.0));
+        let bias = [0.0, 0.0, 0.0, 0.0, f64::NEG_INFINITY, 0.0, 0.0, 0.0, 0.0];
+        let bias = Tensor::from_f64(dtype, &[1, 1, 3, 3], &bias).unwrap();
+        let inputs = Inputs { bias: Some(&bias), ..Inputs::new(&q, &k, &v) };
+        let outputs = Session::new(emulator()).run(kernel, &p, &inputs).unwrap().0;
+        let (o, lse) = (outputs.o.to_f64(), outputs.lse.to_f64());
+        assert!(o[d..2 * d].iter().all(|&x| x == 0.0), "{}: {:?}", kernel.name, &o[d..2 * d]);
+        assert_eq!(lse[1], f64::NEG_INFINITY, "{}", kernel.name);
+        assert!(lse[0].is_finite() && lse[2].is_finite(), "{}", kernel.name);
     }
 }
 

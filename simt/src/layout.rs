@@ -107,9 +107,9 @@ impl<const COLUMNS: usize> Swizzled<COLUMNS> {
         COLUMNS as u32
     };
     /// Chunks among which the exchange happens.
-    const SPAN: u32 = if Self::PITCH % 64 == 0 { 8 } else { 4 };
+    const CHUNKS_EXCHANGED: u32 = if Self::PITCH % 64 == 0 { 8 } else { 4 };
     /// Neighbouring rows that are exchanged alike.
-    const ROWS_ALIKE: u32 = 8 / Self::SPAN;
+    const ROWS_ALIKE: u32 = 8 / Self::CHUNKS_EXCHANGED;
 }
 
 impl<const COLUMNS: usize> TileLayout for Swizzled<COLUMNS> {
@@ -119,14 +119,14 @@ impl<const COLUMNS: usize> TileLayout for Swizzled<COLUMNS> {
     }
     #[inline(always)]
     fn index(row: u32, column: u32) -> u32 {
-        let chunk = (column / CHUNK) ^ (row / Self::ROWS_ALIKE % Self::SPAN);
+        let chunk = (column / CHUNK) ^ (row / Self::ROWS_ALIKE % Self::CHUNKS_EXCHANGED);
         row * Self::PITCH + chunk * CHUNK
     }
     #[inline(always)]
     fn right(index: u32, columns: u32) -> u32 {
         // Adding to a chunk of 0 or 1 an even number sets bits, and so does the XOR; the
         // row's own XOR can be done before or after.
-        let span = Self::SPAN * CHUNK;
+        let span = Self::CHUNKS_EXCHANGED * CHUNK;
         (index ^ (columns % span)) + columns / span * span
     }
     #[inline(always)]

@@ -97,21 +97,24 @@ pub struct PipelinedShape {
     pub keys: u32,
     /// Whether Q is held in registers.
     pub q_in_registers: bool,
+    /// Stages of K and V. With one, K and V are copied in turns: V of a tile while its scores are
+    /// computed, K of the next tile while the values are.
+    pub stages: u32,
 }
 
 /// The shape for head dim `d`. The wider O is, the less is left for S, for Q, and for a second
 /// fragment.
 #[must_use]
 pub const fn shape(d: usize) -> PipelinedShape {
-    let (warps, fragments, keys, q_in_registers) = match d {
-        0..=64 => (4, 2, 64, true),
-        65..=96 => (4, 2, 64, false),
-        97..=128 => (4, 2, 48, false),
-        129..=192 => (8, 1, 64, true),
-        193..=224 => (4, 1, 32, false),
-        _ => (8, 1, 32, false),
+    let (warps, fragments, keys, q_in_registers, stages) = match d {
+        0..=64 => (4, 2, 64, true, 2),
+        65..=96 => (4, 2, 64, false, 2),
+        97..=128 => (4, 2, 48, false, 2),
+        129..=192 => (8, 1, 64, true, 2),
+        193..=224 => (4, 1, 32, false, 2),
+        _ => (8, 1, 64, false, 1),
     };
-    PipelinedShape { warps, fragments, keys, q_in_registers }
+    PipelinedShape { warps, fragments, keys, q_in_registers, stages }
 }
 
 impl PipelinedShape {
@@ -147,7 +150,7 @@ pub const fn shared_bytes(d: usize) -> u32 {
 /// Bytes of the tiles of K, V and Q in shared memory.
 const fn tile_bytes(d: usize) -> u32 {
     let shape = shape(d);
-    (shape.shared_q_rows() + tile::STAGES * 2 * shape.keys) * d as u32 * 2
+    (shape.shared_q_rows() + shape.stages * 2 * shape.keys) * d as u32 * 2
 }
 
 /// Flash attention forward, copies ahead of the products.
@@ -178,6 +181,7 @@ pub unsafe fn flash_pipelined<
     const BR: u32,
     const BC: u32,
     const KEY_TILES: usize,
+    const STAGES: u32,
 >(
     args: &AttentionArgs,
 ) where
@@ -189,9 +193,14 @@ pub unsafe fn flash_pipelined<
         assert!(THREADS == shape.threads() && BR == shape.rows());
         assert!(FRAGMENTS as u32 == shape.fragments);
         assert!(BC == shape.keys && BC as usize == 8 * KEY_TILES);
-        assert!(!shape.q_in_registers || BR <= 2 * BC, "Q fits a stage of K and V");
+        assert!(STAGES == shape.stages);
+        assert!(
+            !shape.q_in_registers || BR <= 2 * BC && STAGES == 2,
+            "Q fits a stage of K and V that is still empty"
+        );
     }
     let q_in_registers = const { shape(D).q_in_registers };
+    let in_turns = STAGES == 1;
 
     // Who am I.
     let row_bytes = 2 * D as u64 * T::BYTES as u64;
@@ -226,7 +235,7 @@ pub unsafe fn flash_pipelined<
         let head = task.head(args);
         // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
         let (q, kv, q_smem) = unsafe {
-            let kv = KvStages::<T, D, BC, THREADS>::new(
+            let kv = KvStages::<T, D, BC, THREADS, STAGES>::new(
                 head.keys(&args.tensors.k).of_columns(Columns::of_keys()),
                 head.keys(&args.tensors.v).of_columns(Columns::of_values()),
             );
@@ -234,7 +243,10 @@ pub unsafe fn flash_pipelined<
                 // Where the second tile of keys will go.
                 kv.stage(1)
             } else {
-                Shared::dynamic(KvStages::<T, D, BC, THREADS>::BYTES, const { BR * D as u32 })
+                Shared::dynamic(
+                    KvStages::<T, D, BC, THREADS, STAGES>::BYTES,
+                    const { BR * D as u32 },
+                )
             };
             let q = head.queries::<T>(&args.tensors.q).of_columns(Columns::of_keys());
             (q.anew(), kv, q_smem)
@@ -242,7 +254,12 @@ pub unsafe fn flash_pipelined<
         tile::load_async::<T, Swizzled<D>, D, BR, THREADS>(&q, task.first_row, q_smem);
         // SAFETY: the mask is empty or `[B, Nk]`.
         let policy = unsafe { Policy::new(args, head) };
-        kv.start(policy.key_tiles(task.first_row, task.first_row + BR, BC).start, 0);
+        let first = policy.key_tiles(task.first_row, task.first_row + BR, BC).start;
+        if in_turns {
+            kv.start_keys(first, 0);
+        } else {
+            kv.start(first, 0);
+        }
         async_copy::commit();
         (kv, q_smem)
     };
@@ -275,13 +292,17 @@ pub unsafe fn flash_pipelined<
         for kv_tile in kv_tiles.clone() {
             async_copy::wait::<0>();
             // Hazards: K and V (and Q) are read by threads that did not copy them; and the
-            // other stage, which is overwritten next, may still be read for the tile before
-            // (or Q in it).
+            // other stage (in turns, V), which is overwritten next, may still be read for the
+            // tile before (or Q in it).
             thread::sync_threads();
             let mut taken = NOT_ASKED;
-            if kv_tile + 1 < kv_tiles.end {
+            let is_last = kv_tile + 1 == kv_tiles.end;
+            if in_turns {
+                kv.start_values(kv_tile, 0);
+            } else if !is_last {
                 kv.start(kv_tile + 1, stage ^ 1);
-            } else if opaque(thread::thread_idx_x()) == 0 {
+            }
+            if is_last && opaque(thread::thread_idx_x()) == 0 {
                 // Asked for late: whoever asks early may keep a task that another block has
                 // time for. The answer comes while this tile is computed with.
                 // SAFETY: the queue holds zeros before the launch, as `args.scratch.queue` says.
@@ -290,11 +311,23 @@ pub unsafe fn flash_pipelined<
             async_copy::commit();
             // Opaque: the compiler would make two of all that follows, asked and not asked.
             let taken = opaque(taken);
-            let (k_smem, v_smem) = kv.tiles(stage);
+            let (tiles, first_key) = (kv.tiles(stage), kv_tile * BC);
+            let keys_are_read = || {
+                if in_turns {
+                    async_copy::wait::<0>();
+                    // Hazards: V is read by threads that did not copy it; and K, which is
+                    // overwritten next, may still be read for this tile.
+                    thread::sync_threads();
+                    if !is_last {
+                        kv.start_keys(kv_tile + 1, 0);
+                    }
+                    async_copy::commit();
+                }
+            };
             if q_in_registers {
-                state.attend::<Swizzled<D>, D>(queries, k_smem, v_smem, kv_tile * BC);
+                state.attend::<Swizzled<D>, D>(queries, tiles, first_key, keys_are_read);
             } else {
-                state.attend::<Swizzled<D>, D>(shared(), k_smem, v_smem, kv_tile * BC);
+                state.attend::<Swizzled<D>, D>(shared(), tiles, first_key, keys_are_read);
             }
             if taken != NOT_ASKED {
                 // SAFETY: as above.
@@ -303,7 +336,7 @@ pub unsafe fn flash_pipelined<
                 // Since this task began, a barrier: all have read what is overwritten.
                 next_task.write(with_rows(next));
             }
-            stage ^= 1;
+            stage ^= const { STAGES - 1 };
         }
         // Hazards: the next task is read by threads that did not write it; and Q and the last
         // tile, where its Q, K and V go, may still be read.
@@ -395,5 +428,6 @@ entries! {
         { shape(D).rows() },
         { shape(D).keys },
         { shape(D).keys as usize / 8 },
+        { shape(D).stages },
     >;
 }

@@ -162,15 +162,18 @@ pub fn load_async<T: Memory, L: TileLayout, const D: usize, const ROWS: u32, con
 pub const STAGES: u32 = 2;
 
 /// K and V of a head, and the stages in shared memory that their tiles of BC keys go
-/// through: K and V of stage 0, then of stage 1, swizzled.
+/// through: K and V of stage 0, then of stage 1, swizzled. With a single stage, K and V are copied
+/// in turns, each while the other is computed with.
 #[derive(Clone, Copy)]
-pub struct KvStages<T, const D: usize, const BC: u32, const THREADS: u32> {
+pub struct KvStages<T, const D: usize, const BC: u32, const THREADS: u32, const STAGES: u32 = 2> {
     k: Rows<T>,
     v: Rows<T>,
     smem: Shared<T>,
 }
 
-impl<T: Memory, const D: usize, const BC: u32, const THREADS: u32> KvStages<T, D, BC, THREADS> {
+impl<T: Memory, const D: usize, const BC: u32, const THREADS: u32, const STAGES: u32>
+    KvStages<T, D, BC, THREADS, STAGES>
+{
     /// The same, where there are so many keys.
     #[inline(always)]
     #[must_use]
@@ -213,8 +216,23 @@ impl<T: Memory, const D: usize, const BC: u32, const THREADS: u32> KvStages<T, D
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn start(&self, kv_tile: u32, stage: u32) {
-        let (k_smem, v_smem) = self.tiles(stage);
+        self.start_keys(kv_tile, stage);
+        self.start_values(kv_tile, stage);
+    }
+
+    /// Starts to copy a tile of keys into a stage.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn start_keys(&self, kv_tile: u32, stage: u32) {
+        let (k_smem, _) = self.tiles(stage);
         load_async::<T, Swizzled<D>, D, BC, THREADS>(&self.k, kv_tile * BC, k_smem);
+    }
+
+    /// Starts to copy a tile of values into a stage.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn start_values(&self, kv_tile: u32, stage: u32) {
+        let (_, v_smem) = self.tiles(stage);
         load_async::<T, Swizzled<D>, D, BC, THREADS>(&self.v, kv_tile * BC, v_smem);
     }
 }

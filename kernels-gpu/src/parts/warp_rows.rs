@@ -137,22 +137,25 @@ impl<T: Scalar, const N: usize, const O: usize, const F: usize> WarpRows<T, N, O
 where
     Ampere: TensorCore<T>,
 {
-    /// Takes in a tile of keys.
+    /// Takes in a tile of keys. `keys_are_read` is called once, when K is done with and V is not
+    /// begun: a barrier there is for all warps.
     #[inline(always)]
     pub fn attend<L: TileLayout, const D: usize>(
         &mut self,
         queries: impl Queries<F>,
-        k_smem: Shared<T>,
-        v_smem: Shared<T>,
+        (k_smem, v_smem): (Shared<T>, Shared<T>),
         first_key: u32,
+        keys_are_read: impl FnOnce(),
     ) {
         if self.sees_nothing(first_key) {
+            keys_are_read();
             return;
         }
         // S = Q Kᵀ.
         let mut s = [[[0.0f32; 4]; N]; F];
         let k = (k_smem, fragment::b_origin::<L>(0));
         fragment::add_scores::<T, Ampere, L, D, N, F>(&mut s, queries, k);
+        keys_are_read();
         // Opaque: where the rows end is computed for each tile, and not kept.
         self.first_row = opaque(self.first_row);
         self.shape_and_hide(&mut s, first_key);

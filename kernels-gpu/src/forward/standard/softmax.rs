@@ -295,7 +295,8 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
     let l_i = Row::<T, ROW_THREADS>::combine(warp::reduce_add::<32>(l_i), |a, b| a + b);
     // The same sum in all threads of the row: all of them ask, or none.
     let l_i = checked_sum(l_i, || {
-        let seen = if warp::any(seen) { 1.0 } else { 0.0 };
+        // A bias may have hidden all.
+        let seen = if warp::any(seen && !Policy::is_biased()) { 1.0 } else { 0.0 };
         Row::<T, ROW_THREADS>::combine(seen, math::max) > 0.0
     });
 
