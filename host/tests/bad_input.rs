@@ -118,8 +118,11 @@ fn values_of_one_command_are_checked_too() {
         (&["compare", "--iters", "1e3"], "use a whole number, 1 or more"),
         (&["compare", "--warmup", "x"], "use a whole number, 0 or more"),
         (&["compare", "--sustained", "-1"], "use a number of seconds above 0, up to 60"),
-        (&["compare", "--peers=bogus"], "[possible values: math, efficient, flash, cudnn]"),
-        (&["compare", "--peers=cudnn"], "--peers cudnn: PyTorch's backends here are math, flash"),
+        (
+            &["compare", "--peers=bogus"],
+            "[possible values: math, efficient, flash, cudnn, flex, flash_attn, ",
+        ),
+        (&["compare", "--peers=cudnn"], "--peers cudnn: those here are math, flash"),
         (&["compare", "--timeout", "0"], "use a number of seconds from 0.001"),
         (&["compare", "--csv", "/no/such/folder/a.csv"], "cannot be written"),
         (&["compare", "--report", "/dev/null/folder"], "cannot be written"),

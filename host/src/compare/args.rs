@@ -30,8 +30,8 @@ pub struct CompareArgs {
     /// Most time that one launch may take: one that takes longer is reported, and ends the run
     #[arg(long, value_name = "SECONDS", value_parser = values::timeout)]
     pub timeout: Option<f64>,
-    /// Run PyTorch's attention beside the kernels, where python3 (or the Python that
-    /// FLASH_ATTENTION_PYTHON names) has PyTorch: every backend, or those listed
+    /// Run PyTorch's attention and FlashAttention's packages beside the kernels, where python3 (or
+    /// the Python that FLASH_ATTENTION_PYTHON names) has them: all that are there, or those listed
     #[arg(long, value_name = "BACKEND,…", value_delimiter = ',', num_args = 0.., require_equals = true, value_parser = peers::ON_GPU)]
     pub peers: Option<Vec<String>>,
     /// Print every column, however wide the terminal is

@@ -24,7 +24,8 @@ pub fn start(opened: &Opened, choice: DeviceChoice, backends: Vec<&'static str>)
             } else {
                 "on the same GPU and tensors"
             };
-            print_lines(&format!("rows torch-…: PyTorch {version}, {place}"));
+            let backends = peers.backends().join(", ");
+            print_lines(&format!("peers: {backends}, with PyTorch {version}, {place}"));
             Some(peers)
         }
         Err(error) => {

@@ -1,6 +1,6 @@
 //! One row: a kernel on a problem, verified first and then timed.
 
-use std::time::Duration;
+use std::{thread, time::Duration};
 
 use flash_attention::{
     Error,
@@ -19,6 +19,10 @@ use crate::{
     results::{Check, Repeats, Row, Status},
     subject::Subject,
 };
+
+/// Before each row that is measured at the power limit: what ran before has warmed the GPU for none
+/// of them. As long as in `peers.py`.
+const REST: Duration = Duration::from_millis(500);
 
 /// What is needed to measure kernels on one problem.
 pub struct Bench<'a> {
@@ -86,6 +90,9 @@ impl Bench<'_> {
         progress: &Progress,
     ) -> Result<(), Error> {
         let device = self.subject.session().device();
+        if self.repeats.sustained.is_some() && !device.is_emulated() {
+            thread::sleep(REST);
+        }
         progress.doing(format!("{title}: warming up"));
         for _ in 0..self.repeats.warmup {
             if interrupt::requested() {

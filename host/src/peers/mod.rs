@@ -1,6 +1,7 @@
-//! `--peers`: PyTorch's attention, or a module around it with the same parameters, beside the kernels, on the same tensors, measured the same
-//! way, where a Python with PyTorch is there. A Python process ([`peers.py`](peers.py))
-//! does it; tensors go and come through pipes.
+//! `--peers`: PyTorch's attention and FlashAttention's packages, or a module around them with the same
+//! parameters, beside the kernels, on the same tensors, measured the same way, where a Python with
+//! PyTorch is there. A Python process ([`peers.py`](peers.py)) does it; tensors go and come through
+//! pipes.
 
 use std::{
     env,
@@ -9,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use flash_attention::Tensor;
+use flash_attention::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -22,13 +23,20 @@ use crate::{
 /// Names the Python to run; `python3` unless set.
 pub const PYTHON: &str = "FLASH_ATTENTION_PYTHON";
 const SCRIPT: &str = include_str!("peers.py");
-/// PyTorch's backends that a GPU may have, and those of a CPU.
-pub const ON_GPU: [&str; 4] = ["math", "efficient", "flash", "cudnn"];
+/// What runs on a GPU: backends of PyTorch, and packages, which may be missing.
+pub const ON_GPU: [&str; 8] =
+    ["math", "efficient", "flash", "cudnn", "flex", PACKAGES[0], PACKAGES[1], PACKAGES[2]];
+const PACKAGES: [&str; 3] = ["flash_attn", "flash_attn_interface", "flash_attn.cute"];
 const ON_CPU: &[&str] = &["math", "flash"];
 
 /// Names of the rows that there may be.
 pub fn names() -> impl Iterator<Item = String> {
-    ON_GPU.iter().map(|backend| format!("torch-{backend}"))
+    ON_GPU.iter().map(|backend| row_name(backend))
+}
+
+/// The row of a backend: `torch-math`, say, or the name of a package.
+pub fn row_name(backend: &str) -> String {
+    if PACKAGES.contains(&backend) { backend.into() } else { format!("torch-{backend}") }
 }
 
 /// A Python process with PyTorch, waiting for work.
@@ -40,7 +48,7 @@ pub struct Peers {
     backends: Vec<&'static str>,
 }
 
-/// The backends named, or all that a device may have where none is.
+/// The backends of these names; without names none, which stands for all that are there.
 ///
 /// # Errors
 /// A name that is none of them.
@@ -48,10 +56,10 @@ pub fn backends(emulated: bool, names: &[String]) -> Result<Vec<&'static str>> {
     let all = if emulated { ON_CPU } else { &ON_GPU };
     let find = |name: &String| {
         all.iter().copied().find(|backend| backend == name).ok_or_else(|| {
-            Usage(format!("--peers {name}: PyTorch's backends here are {}", all.join(", "))).into()
+            Usage(format!("--peers {name}: those here are {}", all.join(", "))).into()
         })
     };
-    if names.is_empty() { Ok(all.to_vec()) } else { names.iter().map(find).collect() }
+    names.iter().map(find).collect()
 }
 
 /// What one backend did.
@@ -75,6 +83,8 @@ pub struct Measured {
 
 impl Peers {
     /// Starts Python.
+    ///
+    /// Without `backends`, all that the device may have and Python can import.
     ///
     /// # Errors
     /// Why there will be no rows of PyTorch: no Python, no PyTorch, or no GPU that it sees
@@ -109,7 +119,16 @@ impl Peers {
             Hello { torch, cuda, .. } if !cuda && !emulated => {
                 bail!("PyTorch {torch} of {shown} finds no GPU")
             }
-            Hello { torch, .. } => peers.version = torch,
+            Hello { torch, packages, .. } => {
+                peers.version = torch;
+                if peers.backends.is_empty() {
+                    let all = if emulated { ON_CPU } else { &ON_GPU };
+                    let is_there = |name: &&str| {
+                        !PACKAGES.contains(name) || packages.iter().any(|p| p == name)
+                    };
+                    peers.backends = all.iter().copied().filter(is_there).collect();
+                }
+            }
         }
         Ok(peers)
     }
@@ -138,6 +157,8 @@ impl Peers {
     ) -> Result<Vec<Measured>> {
         let problem = subject.problem();
         let work = Work { tensors: subject.tensors(), mask: subject.mask() };
+        let inputs = subject.inputs();
+        let numbers = |tensor: Option<&Tensor>| tensor.map(Tensor::to_f64);
         let job = Job {
             device: &self.device,
             backends,
@@ -148,6 +169,13 @@ impl Peers {
             scale: problem.scale(),
             seed: problem.dropout().map_or(0, |d| d.seed),
             repeats,
+            alibi_slopes: numbers(inputs.and_then(|inputs| inputs.alibi_slopes)),
+            sink_scores: numbers(inputs.and_then(|inputs| inputs.sinks)),
+            cu_seqlens: inputs.and_then(|i| Some([i.cu_seqlens_q?, i.cu_seqlens_k?])),
+            output: match subject.level() {
+                Level::Attention => problem.o_shape().to_vec(),
+                Level::Module => work.tensors[0].shape().to_vec(),
+            },
         };
         self.link.run(&job, &work).context("PyTorch's process")
     }
@@ -167,6 +195,7 @@ impl Drop for Peers {
 struct Hello {
     torch: String,
     cuda: bool,
+    packages: Vec<String>,
     error: Option<String>,
 }
 
@@ -184,9 +213,15 @@ struct Job<'a> {
     seed: u64,
     #[serde(flatten)]
     repeats: Repeats,
+    alibi_slopes: Option<Vec<f64>>,
+    sink_scores: Option<Vec<f64>>,
+    /// Where packed sequences begin in Q and in K.
+    cu_seqlens: Option<[&'a [u32]; 2]>,
+    /// Shape of the output, which has the storage type of the first tensor.
+    output: Vec<usize>,
 }
 
-/// The tensors of a job, in the order in which they are sent. The output is as the first.
+/// The tensors of a job, in the order in which they are sent.
 struct Work<'a> {
     tensors: Vec<&'a Tensor>,
     mask: Option<&'a [u8]>,
@@ -231,22 +266,23 @@ impl<R: BufRead, W: Write> Link<R, W> {
         }
         self.to.write_all(work.mask.unwrap_or_default())?;
         self.to.flush()?;
-        job.backends.iter().map(|backend| self.answer(backend, work.tensors[0])).collect()
+        let dtype = work.tensors[0].dtype();
+        job.backends.iter().map(|backend| self.answer(backend, dtype, &job.output)).collect()
     }
 
-    fn answer(&mut self, backend: &str, like: &Tensor) -> Result<Measured> {
+    fn answer(&mut self, backend: &str, dtype: DType, shape: &[usize]) -> Result<Measured> {
         let Answer { status, reason, times_ms, sustained_ms, peak_bytes, bytes } = self.line()?;
         let mut output = None;
         if status == Status::Ok {
-            let expected = like.as_bytes().len();
+            let expected = shape.iter().product::<usize>() * dtype.size();
             if bytes != expected {
                 bail!("its output has {bytes} bytes, expected {expected}");
             }
             let mut data = vec![0; bytes];
             self.from.read_exact(&mut data)?;
-            output = Some(Tensor::from_bytes(like.dtype(), like.shape(), &data)?);
+            output = Some(Tensor::from_bytes(dtype, shape, &data)?);
         }
-        let name = format!("torch-{backend}");
+        let name = row_name(backend);
         Ok(Measured { name, status, reason, times_ms, sustained_ms, peak_bytes, output })
     }
 }
@@ -269,6 +305,10 @@ mod tests {
             scale: problem.scale(),
             seed: 0,
             repeats: Repeats { iters: 2, warmup: 1, sustained: None },
+            alibi_slopes: None,
+            sink_scores: None,
+            cu_seqlens: None,
+            output: problem.o_shape().to_vec(),
         }
     }
 

@@ -1,18 +1,22 @@
-"""PyTorch's attention on tensors that come through standard input.
+"""PyTorch's attention, and packages for it, on tensors that come through standard input.
 
-Protocol. First line out: {"torch": version, "cuda": bool} or {"error": text}. Then, for each
-job, in: a line of JSON and the bytes of tensors of the "shapes" and, if "mask", the mask u8
-[B, N]; out: for each of "backends" a line of JSON and, if its "status" is "ok", the "bytes"
-bytes of the output. The tensors are q, k and v at "level" "attention"; x, and weight and bias
-of the projections of q, k, v and the output at "level" "module".
+Protocol. First line out: {"torch": version, "cuda": bool, "packages": names} or {"error": text}.
+Then, for each job, in: a line of JSON and the bytes of tensors of the "shapes" and, if "mask",
+the mask u8 [B, N]; out: for each of "backends" a line of JSON and, if its "status" is "ok", the
+"bytes" bytes of the output. The tensors are q, k and v at "level" "attention"; x, and weight and
+bias of the projections of q, k, v and the output at "level" "module". Slopes of ALiBi, sinks and
+the beginnings of packed sequences are lists in the line of JSON.
 """
 
+import importlib
+import importlib.util
 import json
 import os
 import signal
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 
 # Results go to the original standard output; whatever libraries print goes elsewhere.
 OUT = os.fdopen(os.dup(1), "wb")
@@ -34,12 +38,25 @@ except Exception as error:
     send({"error": str(error)})
     sys.exit(0)
 
-BACKENDS = {
+# PyTorch's own backends of scaled_dot_product_attention.
+SDPA = {
     "math": SDPBackend.MATH,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": getattr(SDPBackend, "CUDNN_ATTENTION", None),
 }
+# FlashAttention's releases for Ampere, Hopper, and Hopper and Blackwell.
+PACKAGES = ["flash_attn", "flash_attn_interface", "flash_attn.cute"]
+# What a backend is able to do beyond plain and causal attention.
+ABLE = {name: {"dropout", "padding masks"} for name in SDPA} | {
+    "flex": {"padding masks", "windows", "caps of scores", "ALiBi", "aligned"},
+    "flash_attn": {"dropout", "windows", "caps of scores", "ALiBi", "packed", "aligned"},
+    "flash_attn_interface": {"windows", "caps of scores", "packed", "aligned"},
+    "flash_attn.cute": {"windows", "caps of scores", "packed", "sinks", "aligned"},
+}
+# Before each backend that is measured at the power limit: what ran before has warmed the GPU for none
+# of them.
+REST_SECONDS = 0.5
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -56,15 +73,10 @@ def receive(job):
     return tensors, mask
 
 
-def to_device(job, tensors, mask, device):
+def to_device(tensors, mask, device):
     """The same on the device, the mask as booleans that broadcast over heads and rows."""
     tensors = [tensor.to(device) for tensor in tensors]
-    if mask is not None:
-        mask = mask.to(device).bool()
-        if job["causal"]:
-            # PyTorch takes a mask or causality: both become one mask, made before timing.
-            mask = mask & torch.ones(job["seq"], job["seq"], dtype=torch.bool, device=device).tril()
-    return tensors, mask
+    return tensors, None if mask is None else mask.to(device).bool()
 
 
 def times(run, job, device):
@@ -120,9 +132,34 @@ def sustained(run, seconds, once, device):
     return start.elapsed_time(end) / (count * batch)
 
 
-def attend(job, q, k, v, mask):
-    """Attention, [B, H, N, D] in and out, by the backend that is enabled."""
-    return torch.nn.functional.scaled_dot_product_attention(
+def wanted(job):
+    """What the job asks for beyond plain and causal attention, by the names of ABLE."""
+    left, right = job["window"]
+    return {
+        what: name
+        for what, name, asked in (
+            ("dropout", "dropout", job["dropout"] > 0),
+            ("padding masks", "padding masks", job["mask"]),
+            ("windows", "windows", left is not None or right not in (None, 0)),
+            ("caps of scores", "caps of scores", job["softcap"] is not None),
+            ("ALiBi", "ALiBi", job["alibi"]),
+            ("packed", "packed sequences", job["varlen"]),
+            ("bias", "bias of its own", job["bias"]),
+            ("sinks", "sinks", job["sinks"]),
+            # Aligned to the top left, PyTorch's own causal mask is another one.
+            ("aligned", "causal masks aligned to the bottom right", job["causal"] and job["seq_k"] is not None),
+        )
+        if asked
+    }
+
+
+def sdpa(job, device, mask):
+    """scaled_dot_product_attention by the backend that is enabled."""
+    if mask is not None and job["causal"]:
+        # It takes a mask or causality: both become one mask, made before timing.
+        seq = job["seq"]
+        mask = mask & torch.ones(seq, seq, dtype=torch.bool, device=device).tril()
+    return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
         q,
         k,
         v,
@@ -134,24 +171,92 @@ def attend(job, q, k, v, mask):
     )
 
 
-def refuse(job):
-    """Raises where scaled_dot_product_attention has no option for what the job asks for."""
+def flex(job, device, mask):
+    """PyTorch's FlexAttention, compiled, its block mask made before timing."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    # Each problem is a compilation of its own.
+    torch._dynamo.config.recompile_limit = 1 << 20
+    seq_q, seq_k = job["seq"], job["seq_k"] or job["seq"]
     left, right = job["window"]
-    for wanted, what in (
-        (left is not None or right not in (None, 0), "windows"),
-        (job["softcap"] is not None, "caps of scores"),
-        (job["alibi"], "ALiBi"),
-        (job["varlen"], "packed sequences"),
-        (job["bias"], "a bias of its own"),
-        (job["sinks"], "sinks"),
-        # Its own causal mask is aligned to the top left.
-        (job["causal"] and job["seq_k"] is not None, "causal masks aligned to the bottom right"),
-    ):
-        if wanted:
-            raise NotImplementedError(f"PyTorch's scaled_dot_product_attention has no {what}")
+    slopes = torch.tensor(job["alibi_slopes"] or [0.0], device=device)
+    cap, alibi, offset = job["softcap"], job["alibi"], seq_k - seq_q
+
+    def seen(b, h, i, j):
+        sees = j >= 0
+        if left is not None:
+            sees = sees & (j >= i + offset - left)
+        if right is not None:
+            sees = sees & (j <= i + offset + right)
+        return sees if mask is None else sees & mask[b, 0, 0, j]
+
+    def shaped(score, b, h, i, j):
+        if cap is not None:
+            score = cap * torch.tanh(score / cap)
+        return score - slopes[h] * (i + offset - j).abs() if alibi else score
+
+    hides = mask is not None or (left, right) != (None, None)
+    batch = job["batch"] if mask is not None else None
+    blocks = create_block_mask(seen, batch, None, seq_q, seq_k, device=device) if hides else None
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(
+        q,
+        k,
+        v,
+        score_mod=shaped if cap is not None or alibi else None,
+        block_mask=blocks,
+        scale=job["scale"],
+        enable_gqa=job["kv_heads"] != job["heads"],
+    )
 
 
-def forward(job, x, parameters, mask):
+def packaged(job, name, device):
+    """A package's function, [B, H, N, D] or [1, total, H, D] in and out."""
+    package = importlib.import_module(name)
+    left, right = job["window"]
+    unbounded = None if name == "flash_attn.cute" else -1
+    options = {"softmax_scale": job["scale"], "causal": job["causal"]}
+    if "windows" in wanted(job):
+        options["window_size"] = tuple(unbounded if n is None else n for n in (left, right))
+    if job["softcap"] is not None:
+        options["softcap"] = job["softcap"]
+    if job["alibi"]:
+        options["alibi_slopes"] = torch.tensor(job["alibi_slopes"], device=device)
+    if job["sinks"]:
+        options["learnable_sink"] = torch.tensor(job["sink_scores"], device=device).bfloat16()
+    if job["dropout"] > 0:
+        options["dropout_p"] = job["dropout"]
+
+    def output(o):
+        return o[0] if isinstance(o, tuple) else o
+
+    if job["varlen"]:
+        q_begins, k_begins = (torch.tensor(x, dtype=torch.int32, device=device) for x in job["cu_seqlens"])
+        lengths = {
+            "cu_seqlens_q": q_begins,
+            "cu_seqlens_k": k_begins,
+            "max_seqlen_q": job["seq"],
+            "max_seqlen_k": job["seq_k"] or job["seq"],
+        }
+        run = package.flash_attn_varlen_func
+        return lambda q, k, v: output(run(q[0], k[0], v[0], **lengths, **options))[None]
+    run = package.flash_attn_func
+    return lambda *qkv: output(run(*(x.transpose(1, 2) for x in qkv), **options)).transpose(1, 2)
+
+
+def attention(job, name, mask, device):
+    """A function of q, k and v, by the backend of that name."""
+    lacks = [what for key, what in wanted(job).items() if key not in ABLE[name]]
+    if lacks:
+        raise NotImplementedError(f"it has no {', no '.join(lacks)}")
+    if name in SDPA:
+        return sdpa(job, device, mask)
+    if name == "flex":
+        return flex(job, device, mask)
+    return packaged(job, name, device)
+
+
+def forward(job, attend, x, parameters):
     """The module: heads are split and joined by strides, [B, N, H, D] seen as [B, H, N, D]."""
     linear = torch.nn.functional.linear
     (wq, bq), (wk, bk), (wv, bv), (wo, bo) = parameters
@@ -159,19 +264,22 @@ def forward(job, x, parameters, mask):
         linear(x, w, b).unflatten(-1, (job["heads"], -1)).transpose(1, 2)
         for w, b in ((wq, bq), (wk, bk), (wv, bv))
     )
-    return linear(attend(job, q, k, v, mask).transpose(1, 2).flatten(2), wo, bo)
+    return linear(attend(q, k, v).transpose(1, 2).flatten(2), wo, bo)
 
 
-def measure(job, backend, tensors, mask, device):
+def measure(job, name, tensors, mask, device):
     """One backend: its first output, its memory, its times."""
+    attend = attention(job, name, mask, device)
 
     def run():
         if job["level"] == "attention":
-            return attend(job, *tensors, mask)
-        return forward(job, tensors[0], list(zip(tensors[1::2], tensors[2::2])), mask)
+            return attend(*tensors)
+        return forward(job, attend, tensors[0], list(zip(tensors[1::2], tensors[2::2])))
 
     cuda = device.type == "cuda"
-    with sdpa_kernel(backend), torch.inference_mode():
+    with sdpa_kernel(SDPA[name]) if name in SDPA else nullcontext(), torch.inference_mode():
+        if cuda and job["sustained"] is not None:
+            time.sleep(REST_SECONDS)
         if cuda:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -192,15 +300,15 @@ def attempt(job, name, tensors, mask, device):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            if BACKENDS.get(name) is None:
+            if name in SDPA and SDPA[name] is None:
                 raise NotImplementedError("this PyTorch has no such backend")
-            refuse(job)
-            found, steady, peak, payload = measure(job, BACKENDS[name], tensors, mask, device)
+            found, steady, peak, payload = measure(job, name, tensors, mask, device)
         except torch.cuda.OutOfMemoryError as error:
             return send({"status": "oom", "reason": str(error).split("\n")[0]})
         except Exception as error:
             # PyTorch warns of each reason, and then says that no kernel is left.
-            none_left = isinstance(error, NotImplementedError) or "No available kernel" in str(error)
+            none_left = isinstance(error, (NotImplementedError, ImportError))
+            none_left = none_left or "No available kernel" in str(error)
             reasons = [str(w.message) for w in caught] + [str(error)]
             reasons = [r.split("\n")[0].split(" (Triggered")[0] for r in reasons]
             reasons = [r for r in reasons if not r.rstrip(".: ").endswith("not used because")]
@@ -210,15 +318,24 @@ def attempt(job, name, tensors, mask, device):
     send(answer | {"peak_bytes": peak, "bytes": len(payload)}, payload)
 
 
+def is_there(name):
+    """Whether a package can be imported, so far as that is known without doing it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
+
+
 def main():
-    send({"torch": torch.__version__, "cuda": torch.cuda.is_available()})
+    packages = [name for name in PACKAGES if is_there(name)]
+    send({"torch": torch.__version__, "cuda": torch.cuda.is_available(), "packages": packages})
     while line := sys.stdin.buffer.readline():
         job = json.loads(line)
         device = torch.device(job["device"])
         torch.manual_seed(job["seed"])
         tensors, mask = receive(job)
         try:
-            tensors, mask = to_device(job, tensors, mask, device)
+            tensors, mask = to_device(tensors, mask, device)
         except torch.cuda.OutOfMemoryError as error:
             for _ in job["backends"]:
                 send({"status": "oom", "reason": str(error).split("\n")[0]})

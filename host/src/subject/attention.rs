@@ -90,6 +90,10 @@ impl Subject for Drawn<'_> {
         self.tensors.inputs().mask
     }
 
+    fn inputs(&self) -> Option<Inputs<'_>> {
+        Some(self.tensors.inputs())
+    }
+
     fn flops(&self) -> f64 {
         self.tensors.inputs().flops(&self.problem)
     }

@@ -11,7 +11,7 @@ use flash_attention::{
     error::Unsupported,
     raw::Plan,
     registry::{KernelSpec, Target},
-    session::{Session, Work},
+    session::{Inputs, Session, Work},
 };
 
 use crate::{
@@ -93,6 +93,11 @@ pub trait Subject {
 
     /// The padding mask.
     fn mask(&self) -> Option<&[u8]>;
+
+    /// What attention takes besides, where that is the level.
+    fn inputs(&self) -> Option<Inputs<'_>> {
+        None
+    }
 
     /// Floating-point operations, by convention.
     fn flops(&self) -> f64 {
