@@ -84,6 +84,11 @@ struct Readme;
 #[doc = include_str!("../docs/library.md")]
 struct LibraryPage;
 
+/// The chapter on decoding, compiled as tests.
+#[cfg(all(doctest, feature = "emulator", feature = "verify"))]
+#[doc = include_str!("../docs/decode.md")]
+struct Decoding;
+
 /// The chapter on packed sequences, compiled as tests.
 #[cfg(all(doctest, feature = "emulator", feature = "verify"))]
 #[doc = include_str!("../docs/varlen.md")]

@@ -17,11 +17,13 @@ use crate::{
 };
 
 mod backward;
+mod decode;
 
 pub use backward::{
     Gradients, absolute_gradients, all_heads, gradients, gradients_of, plain_gradients,
     plain_gradients_with_f32_scores,
 };
+pub use decode::Gathered;
 
 /// Keys whose scores are summed side by side, to hide the latency of an addition.
 const CHAINS: usize = 8;

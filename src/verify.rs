@@ -29,8 +29,10 @@
 //! whatever happens: an infinite error, or a NaN, fails.
 
 mod backward;
+mod decode;
 
 pub use backward::{GradientCredit, GradientVerification, verify_gradients};
+pub use decode::verify_decode;
 
 use crate::{
     dtype::DType,

@@ -18,10 +18,12 @@ pub use attention::{
     AttentionArgs, Bias, DropoutArgs, Keys, Scores, Scratch, Sequences, Shape, Slopes, Tensors,
 };
 pub use backward::{BackwardArgs, BackwardScratch, Gradients};
+pub use decode::{AppendArgs, AppendShape, CacheArgs, DecodeArgs, PartsArgs};
 pub use linear::LinearArgs;
 
 mod attention;
 mod backward;
+mod decode;
 mod linear;
 
 /// A region of global memory: address and length in bytes. Empty when unused.

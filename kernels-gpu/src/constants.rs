@@ -31,6 +31,8 @@ simt::specialisation_constants! {
         head_dim,
         /// Columns of V and O, likewise.
         head_dim_v,
+        /// Keys of a page, where a decode kernel's cache is in pages.
+        page,
     }
 }
 

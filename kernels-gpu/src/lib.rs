@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`forward`] | the ladder of attention, from naive to Hopper: start here |
 //! | [`backward`] | the ladder of attention's gradients |
+//! | [`decode`] | a few queries against a cache of keys and values |
 //! | [`linear`] | the ladder of projections |
 //! | [`parts`] | what several rungs share |
 //! | [`args`] | what a kernel is given |
@@ -17,6 +18,7 @@
 pub mod args;
 pub mod backward;
 pub mod constants;
+pub mod decode;
 pub mod entry;
 pub mod forward;
 pub mod linear;
@@ -40,6 +42,7 @@ pub static PTX: &[u8] = include_bytes!("../ptx/modules.ptx.zst");
 #[cfg(not(target_arch = "nvptx64"))]
 use {
     backward::{backward_hopper, backward_mma, backward_naive, backward_tiled, convert, prepare},
+    decode::{decode_append, decode_combine, decode_split},
     forward::{
         flash_async, flash_hopper, flash_mma, flash_pipelined, flash_swizzled, flash_tf32,
         flash_tiled, naive, standard, weights,
@@ -76,6 +79,9 @@ const TABLES: &[entry::Instances] = &[
     backward_mma::ENTRIES,
     backward_hopper::ENTRIES,
     backward_hopper::convert::ENTRIES,
+    decode_split::ENTRIES,
+    decode_combine::ENTRIES,
+    decode_append::ENTRIES,
     linear_naive::ENTRIES,
     linear_tiled::ENTRIES,
     linear_mma::ENTRIES,

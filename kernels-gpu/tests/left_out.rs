@@ -12,7 +12,8 @@ use common::{
 };
 use half::f16;
 use kernels_gpu::{
-    args::{AttentionArgs, LinearArgs},
+    args::{AttentionArgs, DecodeArgs, LinearArgs, PartsArgs},
+    decode::{decode_combine, decode_split},
     forward::{
         flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled,
         standard::{self, softmax},
@@ -334,6 +335,33 @@ fn standard_needs_its_barriers_and_waits() {
                 )
             })
         });
+    }
+}
+
+#[test]
+fn decode_needs_its_barriers_and_waits() {
+    const SPLITS: u32 = 2;
+    for d in [64, 256] {
+        // Parts of several rounds of the stages, and one that has no tile.
+        for (name, seq_k, splits) in
+            [("rounds", 9 * decode_split::keys(d) - 5, SPLITS), ("empty", 5, SPLITS)]
+        {
+            let case = Case { causal: true, ..Case::new(3, seq_k, d as u32) };
+            change_all(&format!("decode_{name}_d{d}"), || {
+                attention::<f16>(&case, |args| {
+                    let mut o = vec![f32::NAN; (SPLITS * 3) as usize * d];
+                    let mut sums = vec![f32::NAN; (SPLITS * 3 * 2) as usize];
+                    let (o, sums) = (buffer_mut(&mut o), buffer_mut(&mut sums));
+                    let parts = PartsArgs { o, sums, splits, padding: 0 };
+                    let args = DecodeArgs { forward: *args, parts, ..DecodeArgs::default() };
+                    let (threads, shared) = (decode_split::THREADS, decode_split::shared_bytes(d));
+                    let symbol = format!("decode_split_f16_d{d}");
+                    try_run(&symbol, splits.into(), threads.into(), shared, &args)?;
+                    let symbol = format!("decode_combine_f16_d{d}");
+                    try_run(&symbol, 3.into(), decode_combine::THREADS.into(), 0, &args)
+                })
+            });
+        }
     }
 }
 

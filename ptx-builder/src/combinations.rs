@@ -34,6 +34,22 @@ const PADDED: Combination =
 const ALIBI: Combination = &[("causal", 1), ("left", 1), ("alibi", 1), ("sinks", 1)];
 /// Packed sequences, as models are trained on them.
 const VARLEN: Combination = &[("causal", 1), ("group", 4), ("varlen", 1)];
+/// One query of grouped heads against pages, as decoders have it.
+const PAGED: Combination = &[("group", 8), ("page", 16)];
+/// Several queries, and pages that are no multiple of a tile.
+const ODD_PAGES: Combination = &[("causal", 1), ("group", 4), ("page", 7)];
+/// All that a decode may have.
+const DECODE_ALL: Combination = &[
+    ("causal", 2),
+    ("left", 1),
+    ("group", 3),
+    ("softcap", 1),
+    ("alibi", 1),
+    ("sinks", 1),
+    ("page", 16),
+    ("head_dim", ONE_CHUNK_LESS),
+    ("head_dim_v", ONE_CHUNK_LESS),
+];
 /// Everything that goes together. The loads of a bias are many, and ptxas moves them ahead: with one, flash_pipelined,
 /// flash_tf32 and flash_hopper spill up to 96 bytes, outside the products.
 const ALL: Combination = &[
@@ -69,6 +85,7 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
     ("backward_mma", "", &[FULL, CAUSAL]),
     // With a window it spills 88 bytes at head dim 64.
     ("backward_hopper", "", &[FULL, CAUSAL]),
+    ("decode", "", &[FULL, PAGED, ODD_PAGES, WINDOW, DECODE_ALL]),
     ("", "", &[FULL, ALL, VARLEN, PADDED]),
 ];
 

@@ -78,6 +78,8 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("backward_naive_scores", &[EX2]),
     ("backward_tiled", &[EX2, "ld.shared.v4.b32 {", BAR, "fma.rn.f32"]),
     ("backward_mma", &[EX2, BAR, MMA, LDMATRIX, CP_ASYNC, "atom.global.add.f32 "]),
+    ("decode_split", &[EX2, BAR, MMA, LDMATRIX, CP_ASYNC, STORE, "bar.warp.sync "]),
+    ("decode_combine", &[EX2, BAR, "ld.global.v4.b32 {"]),
     ("linear_tiled", &["ld.shared", BAR, "fma.rn.f32"]),
     ("linear_mma", &[MMA, LDMATRIX, CP_ASYNC, BAR, STORE]),
     (

@@ -10,7 +10,9 @@ pub mod instruments;
 pub mod memory;
 
 use crate::error::Error;
-use kernels_gpu::args::{AttentionArgs, BackwardArgs, LinearArgs, WithMaps};
+use kernels_gpu::args::{
+    AppendArgs, AttentionArgs, BackwardArgs, DecodeArgs, LinearArgs, WithMaps,
+};
 use simt::tma::TensorMap;
 
 #[cfg(feature = "emulator")]
@@ -222,6 +224,21 @@ const _: () = assert!(std::mem::offset_of!(BackwardArgs, forward) == 4 * 40 + 4 
 unsafe impl KernelArgs for BackwardArgs {
     const FIELD_BYTES: usize =
         std::mem::offset_of!(BackwardArgs, forward) + AttentionArgs::FIELD_BYTES;
+}
+
+// Four buffers and four 32-bit numbers before the forward's arguments.
+const _: () = assert!(std::mem::offset_of!(DecodeArgs, forward) == 4 * 16 + 4 * 4);
+// SAFETY: the assertion above leaves no room for padding before the forward's arguments.
+unsafe impl KernelArgs for DecodeArgs {
+    const FIELD_BYTES: usize =
+        std::mem::offset_of!(DecodeArgs, forward) + AttentionArgs::FIELD_BYTES;
+}
+
+// Six tensors of 40 bytes, the cache's 40, two buffers, and ten 32-bit numbers.
+const _: () = assert!(size_of::<AppendArgs>() == 6 * 40 + 40 + 2 * 16 + 10 * 4);
+// SAFETY: the assertion above leaves no room for padding.
+unsafe impl KernelArgs for AppendArgs {
+    const FIELD_BYTES: usize = size_of::<AppendArgs>();
 }
 
 // Four buffers and three 32-bit numbers; four bytes of padding at the end.

@@ -3,6 +3,8 @@
 //! A [`Plan`] says what a kernel launches for a [`Problem`](crate::Problem). It is made once per
 //! problem and used by any number of threads. [`Args`] name the tensors of one call: addresses,
 //! lengths and strides ([`BackwardArgs`] those of a [`Backward`](crate::registry::Backward) pass,
+//! [`DecodeArgs`] those of a [`Decode`](crate::registry::Decode), [`AppendArgs`] those of an
+//! [`Append`](crate::registry::Append),
 //! [`LinearArgs`] those of a [`Projection`](crate::registry::Projection)). No
 //! type here comes from another CUDA library.
 //!
@@ -30,8 +32,10 @@ mod kernels;
 mod maps;
 
 pub use crate::registry::{
+    append::AppendArgs,
     attention::Args,
     backward::BackwardArgs,
+    decode::DecodeArgs,
     linear::LinearArgs,
     plan::Plan,
     tensors::{ALIGNMENT, BiasView, Region, View},

@@ -382,7 +382,15 @@ impl Args {
 
     /// Compares the tensors with a problem.
     pub(super) fn check(&self, p: &Problem) -> Result<(), Error> {
-        let [q, k, v, o] = extents(p);
+        self.check_extents(p, extents(p))
+    }
+
+    /// As [`check`](Self::check), with other extents of Q, K, V and O.
+    pub(super) fn check_extents(
+        &self,
+        p: &Problem,
+        [q, k, v, o]: [[usize; 4]; 4],
+    ) -> Result<(), Error> {
         for (what, view, extents) in
             [("q", self.q, q), ("k", self.k, k), ("v", self.v, v), ("o", self.o, o)]
         {

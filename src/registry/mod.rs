@@ -1,6 +1,6 @@
 //! THE table of kernels. Whatever lists, chooses, runs, tests or measures kernels reads
 //! it here: a kernel joins with one file in kernels-gpu and one entry in its ladder, `table.rs` for
-//! attention, `backward.rs` for its gradients, `linear.rs` for projections.
+//! attention, `backward.rs` for its gradients, `decode.rs` for caches, `linear.rs` for projections.
 //!
 //! A ladder stands in the order of speed: the best kernel for a problem is the last one that can
 //! do it.
@@ -10,10 +10,12 @@
 //! Plan + tensors   --launches----> Launch: entry, grid, block, shared memory, argument bytes
 //! ```
 
+pub(crate) mod append;
 pub(crate) mod attention;
 pub(crate) mod backward;
 #[cfg(test)]
 mod chapter;
+pub(crate) mod decode;
 pub(crate) mod linear;
 pub(crate) mod plan;
 mod table;
@@ -28,8 +30,10 @@ use crate::{
     problem::Problem,
 };
 
+pub use append::{APPEND_KERNELS, Append, AppendSpec, Rotary};
 pub use attention::{AttentionLimits, Features, HEAD_DIM_STEP, Sizes};
 pub use backward::{BACKWARD_KERNELS, Backward, BackwardSpec};
+pub use decode::{DECODE_KERNELS, Decode, DecodeSpec, MAX_SPLITS, Pages, SplitWork, splits};
 pub use linear::{LINEAR_KERNELS, Projection};
 use plan::Plan;
 pub use plan::{Call, Draft, Map, Section, Step, Usage};
@@ -39,7 +43,7 @@ pub use target::Target;
 use tensors::{ALIGNMENT, Region};
 
 /// An operation, by what one call of it is to compute: attention ([`Problem`]), its gradients
-/// ([`Backward`]), a projection ([`Projection`]).
+/// ([`Backward`]), attention of a cache ([`Decode`]), a projection ([`Projection`]).
 pub trait Operation: Copy + fmt::Debug + Send + Sync + 'static {
     /// The tensors of a call.
     type Args: Copy + fmt::Debug + PartialEq;
@@ -177,6 +181,14 @@ pub fn find_backward(name: &str) -> Result<&'static BackwardSpec, Error> {
     find_in(BACKWARD_KERNELS, name)
 }
 
+/// The decode kernel of that name.
+///
+/// # Errors
+/// [`Error::UnknownKernel`], which lists the names.
+pub fn find_decode(name: &str) -> Result<&'static DecodeSpec, Error> {
+    find_in(DECODE_KERNELS, name)
+}
+
 /// The linear kernel of that name.
 ///
 /// # Errors
@@ -240,7 +252,9 @@ fn list<T: ToString>(values: &[T]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{attention::Args, backward::BackwardArgs, linear::LinearArgs, *};
+    use super::{
+        attention::Args, backward::BackwardArgs, decode::DecodeArgs, linear::LinearArgs, *,
+    };
     use crate::backend::CpuDevice;
 
     fn emulator() -> Target {
@@ -282,6 +296,19 @@ mod tests {
                 let args = Args::new(view, view, view, view).lse(region).workspace(region);
                 let args = BackwardArgs::new(args, view, [view; 3]);
                 check(kernel, &Backward::new(problem), &args);
+            }
+        }
+        for kernel in DECODE_KERNELS {
+            let head_dims = kernel.limits.head_dims;
+            for (&dtype, &d) in
+                kernel.dtypes.iter().flat_map(|t| head_dims.iter().map(move |d| (t, d)))
+            {
+                let problem = Problem::builder(2, 3, 70, d).dtype(dtype).build().unwrap();
+                let view = tensors::View::contiguous(region, problem.layout(), 3, 70, d);
+                let args = DecodeArgs::new(Args::new(view, view, view, view).workspace(region));
+                for splits in [1, 3].map(std::num::NonZeroU32::new) {
+                    check(kernel, &Decode::new(problem).splits(splits), &args);
+                }
             }
         }
         for kernel in LINEAR_KERNELS {

@@ -37,6 +37,10 @@ pub enum Usage {
     DqAcc,
     /// Gradients of the scores `[B, H, Nq, Nk]` in the storage type.
     DScores,
+    /// O of each part of a decode, f32 `[splits, B, H, Nq, Dv]`.
+    Parts,
+    /// Maximum and sum of each row and part of a decode, f32 `[splits, B, H, Nq, 2]`.
+    PartSums,
 }
 
 /// A section of the workspace.
@@ -264,6 +268,11 @@ impl<P: Operation> Plan<P> {
         self.steps.iter().map(|step| Specialised { entry: step.entry, constants: step.constants })
     }
 
+    /// The launches of a call, in order.
+    pub(super) fn steps(&self) -> &[Step<P>] {
+        &self.steps
+    }
+
     /// How many tensor maps a call encodes.
     #[must_use]
     pub fn tensor_maps(&self) -> usize {
@@ -299,7 +308,7 @@ impl<P: Operation> Plan<P> {
     }
 
     /// Bytes of the workspace of a call that gives memory for some uses.
-    fn bytes_without(&self, given: impl Fn(Usage) -> bool) -> u64 {
+    pub(super) fn bytes_without(&self, given: impl Fn(Usage) -> bool) -> u64 {
         self.sections.iter().rfind(|placed| !given(placed.section.usage)).map_or(0, Placed::end)
     }
 }

@@ -358,6 +358,7 @@ pub(super) fn constants(p: &Problem) -> Constants {
         varlen: p.varlen().is_some().into(),
         head_dim: 0,
         head_dim_v: 0,
+        page: 0,
     }
 }
 
@@ -398,18 +399,17 @@ pub(super) fn step(p: &Problem, entries: Instances, size: usize) -> Result<Step<
 /// A launch of the least entry of a kernel whose tiles have as many columns as the problem, or more.
 pub(super) fn padded_step(p: &Problem, entries: Instances) -> Result<Step<Problem>, String> {
     let size = entry_size(p, entries)?;
-    let step = step(p, entries, size)?;
+    Ok(Step { constants: padded_constants(p, size), ..step(p, entries, size)? })
+}
+
+/// What the entries of a problem are compiled for that are made for `size` columns.
+pub(super) fn padded_constants(p: &Problem, size: usize) -> Constants {
     let fewer = |d: usize| if d == size { 0 } else { d as u32 };
-    let constants = Constants {
-        head_dim: fewer(p.head_dim()),
-        head_dim_v: fewer(p.head_dim_v()),
-        ..step.constants
-    };
-    Ok(Step { constants, ..step })
+    Constants { head_dim: fewer(p.head_dim()), head_dim_v: fewer(p.head_dim_v()), ..constants(p) }
 }
 
 /// The least head dim of the entries whose tiles have as many columns as the problem, or more.
-fn entry_size(p: &Problem, entries: Instances) -> Result<usize, String> {
+pub(super) fn entry_size(p: &Problem, entries: Instances) -> Result<usize, String> {
     let columns = p.head_dim().max(p.head_dim_v());
     let sizes = entries.iter().map(|entry| entry.size);
     let holds = sizes.filter(|&size| size >= columns).min();

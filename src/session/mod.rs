@@ -3,6 +3,7 @@
 
 mod attention;
 mod backward;
+mod decode;
 mod runner;
 pub mod work;
 
@@ -20,6 +21,7 @@ use crate::{
 
 pub use attention::Attention;
 pub use backward::{AttentionBackward, Forward, Gradients, PreparedBackward};
+pub use decode::{AttentionDecode, Cached, DecodeInputs, PreparedDecode};
 pub use work::Work;
 
 /// Outputs and workspace are filled with this before a launch: all bits set is NaN in
@@ -97,6 +99,11 @@ impl<'a> Inputs<'a> {
         self.q.expect("q", problem.dtype(), &problem.q_shape())?;
         self.k.expect("k", problem.dtype(), &problem.k_shape())?;
         self.v.expect("v", problem.dtype(), &problem.v_shape())?;
+        self.check_beside(problem)
+    }
+
+    /// As [`check`](Self::check), of all but Q, K and V.
+    pub(crate) fn check_beside(&self, problem: &Problem) -> Result<(), Error> {
         check_lengths(problem, &self.extras())?;
         for (what, tensor, dtype, shape) in [
             ("alibi_slopes", self.alibi_slopes, DType::F32, problem.alibi_shape()),

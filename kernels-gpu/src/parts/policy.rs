@@ -257,16 +257,28 @@ impl Policy {
                 let ends = ends.map(|end| end.saturating_sub(j));
                 let begins = [self.begin_of_row(i), self.begin_of_row(i + 8)];
                 let begins = begins.map(|begin| begin.saturating_sub(j));
-                unroll!(for TILE in 0..16 {
-                    if TILE < N {
-                        unroll!(for E in 0..4 {
-                            let column = (8 * TILE + E % 2) as u32;
-                            let padding = visible >> (2 * TILE + E % 2) & 1 == 0;
-                            let before = Self::is_left_bounded() && column < begins[E / 2];
-                            if before || column >= ends[E / 2] || padding {
-                                s[FRAGMENT][TILE][E] = f32::NEG_INFINITY;
-                            }
-                        });
+                Self::hide_outside(&mut s[FRAGMENT], begins, ends, visible);
+            }
+        });
+    }
+
+    /// Sets the scores of a fragment that are before `begins` or from `ends` on in a lane's two rows,
+    /// counted from its first key, to -inf; and those of keys that are not among `visible`.
+    #[inline(always)]
+    pub fn hide_outside<const N: usize>(
+        s: &mut [[f32; 4]; N],
+        begins: [u32; 2],
+        ends: [u32; 2],
+        visible: u32,
+    ) {
+        unroll!(for TILE in 0..16 {
+            if TILE < N {
+                unroll!(for E in 0..4 {
+                    let column = (8 * TILE + E % 2) as u32;
+                    let padding = visible >> (2 * TILE + E % 2) & 1 == 0;
+                    let before = Self::is_left_bounded() && column < begins[E / 2];
+                    if before || column >= ends[E / 2] || padding {
+                        s[TILE][E] = f32::NEG_INFINITY;
                     }
                 });
             }

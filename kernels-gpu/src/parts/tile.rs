@@ -48,6 +48,12 @@ impl<T: Memory> Rows<T> {
         Self { head: view.skip(first), stride: tensor.stride_n, seq, columns: Columns::ALL }
     }
 
+    /// `seq` rows, the first of which begins at `head`, a multiple of 16 bytes.
+    #[inline(always)]
+    pub(crate) const fn at(head: Global<T>, stride: u64, seq: u32) -> Self {
+        Self { head, stride, seq, columns: Columns::ALL }
+    }
+
     /// The same rows, which may have fewer columns than a tile: what lies beyond is not read, and 0
     /// in the tile.
     #[inline(always)]
@@ -103,7 +109,13 @@ macro_rules! for_each_chunk {
                         let $below = PASS as u32 * const { rows_at_once($D, $THREADS) };
                         // A whole number of groups to the right the exchange is the same.
                         let $right = STEP as u32 * const { group($D) * CHUNK };
-                        let $index = $L::down(first_index, $below) + $right;
+                        // Eight rows below the exchange is the same too: a warp alone has four at once.
+                        let of_eight = if $below % 8 == 0 {
+                            first_index
+                        } else {
+                            $L::index($row + $below % 8, $column)
+                        };
+                        let $index = $L::down(of_eight, $below / 8 * 8) + $right;
                         $body
                     }
                 });
@@ -151,6 +163,24 @@ pub fn load_async<T: Memory, L: TileLayout, const D: usize, const ROWS: u32, con
     // Computed for each tile anew: the compiler would keep all that follows from it in
     // registers of the loop over tiles.
     let tid = opaque(thread::thread_idx_x());
+    load_async_by::<T, L, D, ROWS, THREADS>(rows, first, tile, tid);
+}
+
+/// As [`load_async`], by the thread of that number among THREADS: a warp's lanes load a tile of its own.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub(crate) fn load_async_by<
+    T: Memory,
+    L: TileLayout,
+    const D: usize,
+    const ROWS: u32,
+    const THREADS: u32,
+>(
+    rows: &Rows<T>,
+    first: u32,
+    tile: Shared<T>,
+    tid: u32,
+) {
     for_each_chunk!(L, D, ROWS, tid of THREADS, |index, (row, below), (column, right)| {
         let from = rows.walk(rows.from(first + row, column), below, right);
         let inside = rows.has(first + row + below, column + right);

@@ -144,6 +144,37 @@ impl Policy {
         }
     }
 
+    /// As [`shape_scores`](Self::shape_scores), of the scores of one of a lane's two rows, `r`: rows of one
+    /// fragment may be of several heads. A bias is left out.
+    #[inline(always)]
+    pub fn shape_row<T: Scalar, const N: usize>(
+        &self,
+        s: &mut [[f32; 4]; N],
+        r: usize,
+        i: u32,
+        j: u32,
+    ) {
+        unroll!(for TILE in 0..16 {
+            if TILE < N {
+                unroll!(for E in 0..2 {
+                    s[TILE][2 * r + E] = self.capped::<T>(s[TILE][2 * r + E], self.scores.scale);
+                });
+            }
+        });
+        if Constants::alibi() != 0 {
+            let slope = self.slope();
+            let first = self.distance(i, j);
+            unroll!(for TILE in 0..16 {
+                if TILE < N {
+                    unroll!(for E in 0..2 {
+                        let distance = first - (8 * TILE + E) as f32;
+                        s[TILE][2 * r + E] = math::fma(slope, distance.abs(), s[TILE][2 * r + E]);
+                    });
+                }
+            });
+        }
+    }
+
     /// Whether scores are capped.
     #[inline(always)]
     #[must_use]

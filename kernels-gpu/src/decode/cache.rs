@@ -1,0 +1,238 @@
+//! Where the keys and values of a sequence are, and how a warp copies them.
+//!
+//! ```text
+//! contiguous   [B, Nk, Hkv, D], in any order    key j: b's first + j * stride
+//! pages        [pages, page, Hkv, D]            key j: page table[b][j / page], slot j % page
+//! ```
+//!
+//! The size of a page is a specialisation constant: divisions by it are multiplications, and where it
+//! is a multiple of a warp's tile the tile's rows lie at one stride, as in a contiguous cache. Otherwise
+//! each lane looks up the page of one key, and the lanes that copy the key ask it.
+
+use simt::{
+    async_copy,
+    compiler::opaque,
+    global::Global,
+    layout::{Swizzled, TileLayout},
+    memory::Memory,
+    shared::Shared,
+    unroll, warp,
+};
+
+use crate::{
+    args::{CacheArgs, DecodeArgs, Tensor},
+    constants::Constants,
+    parts::{
+        columns::Columns,
+        tile::{self, Rows, for_each_chunk},
+    },
+};
+
+/// Keys of sequence `b`, `most` where the launch does not say.
+///
+/// # Safety
+/// `cache.lengths` must be empty or `[B]`, and `b` less than B.
+#[inline(always)]
+#[must_use]
+pub unsafe fn length(cache: &CacheArgs, b: u32, most: u32) -> u32 {
+    // SAFETY: passed on to the caller.
+    let lengths = unsafe { cache.lengths.view::<u32>() };
+    let length = lengths.read_if(cache.lengths.bytes != 0, b as u64, most);
+    let length = (length as i32).max(0) as u32;
+    length.min(most)
+}
+
+/// The page of key `key` of sequence `b`; 0 where keys are not in pages.
+///
+/// # Safety
+/// With the constant `page`, `cache.page_table` must be `[B, max_pages]` with a page for the key, and
+/// `cache.pages` not be 0.
+#[inline(always)]
+#[must_use]
+pub unsafe fn page_of(cache: &CacheArgs, b: u32, key: u32) -> u32 {
+    // SAFETY: passed on to the caller.
+    let table = unsafe { cache.page_table.view::<u32>() };
+    let place = b as u64 * cache.max_pages as u64 + (key / page()) as u64;
+    let page = table.read_if(is_paged(), place, 0);
+    if is_paged() { page.min(cache.pages.wrapping_sub(1)) } else { 0 }
+}
+
+/// Index of the row of key `key` of head `h_kv` of sequence `b` in K or V.
+#[inline(always)]
+#[must_use]
+pub fn row(tensor: &Tensor, (b, h_kv): (u32, u32), page: u32, key: u32) -> u64 {
+    let side = tensor.head(if is_paged() { 0 } else { b }, h_kv);
+    side + offset(tensor.stride_b, tensor.stride_n, page, key)
+}
+
+/// Elements from a head's first key to key `key`, which lies in `page`.
+#[inline(always)]
+fn offset(stride_page: u64, stride_key: u64, in_page: u32, key: u32) -> u64 {
+    if is_paged() {
+        in_page as u64 * stride_page + (key % page()) as u64 * stride_key
+    } else {
+        key as u64 * stride_key
+    }
+}
+
+/// Whether keys are in pages.
+#[inline(always)]
+fn is_paged() -> bool {
+    Constants::page() != 0
+}
+
+/// Keys of a page. (At least one: the compiler need not think of a division by 0.)
+#[inline(always)]
+fn page() -> u32 {
+    Constants::page().max(1)
+}
+
+/// Keys and values of one head of one sequence.
+#[derive(Clone, Copy)]
+pub struct Cache<T> {
+    k: Side<T>,
+    v: Side<T>,
+    /// Pages of the sequence.
+    table: Global<u32>,
+    last_page: u32,
+    /// Keys of the sequence: what lies beyond is not read.
+    length: u32,
+}
+
+/// Keys, or values.
+#[derive(Clone, Copy)]
+struct Side<T> {
+    first: Global<T>,
+    stride_page: u64,
+    stride_key: u64,
+}
+
+impl<T: Memory> Side<T> {
+    /// # Safety
+    /// The tensor must be as the launch says.
+    #[inline(always)]
+    unsafe fn new(tensor: &Tensor, b: u32, h_kv: u32) -> Self {
+        let b = if is_paged() { 0 } else { b };
+        // SAFETY: passed on to the caller.
+        let first = unsafe { tensor.buffer.view::<T>() }.skip(tensor.head(b, h_kv));
+        Self { first, stride_page: tensor.stride_b, stride_key: tensor.stride_n }
+    }
+
+    /// The row of key `key`, which lies in `page`, from its first column on.
+    #[inline(always)]
+    fn row(&self, page: u32, key: u32) -> Global<T> {
+        self.first.skip(offset(self.stride_page, self.stride_key, page, key))
+    }
+}
+
+impl<T: Memory> Cache<T> {
+    /// Those of head `h_kv` of sequence `b`, which has `length` keys.
+    ///
+    /// # Safety
+    /// `args.forward.tensors.k` and `v` must be `[B, Hkv, Nk, D]`, or `[pages, Hkv, page, D]` with the
+    /// constant `page`, their addresses and strides multiples of 16 bytes; then `args.cache.page_table`
+    /// must be `[B, max_pages]` with pages for `length` keys, and `args.cache.pages` not be 0.
+    #[inline(always)]
+    #[must_use]
+    pub unsafe fn new(args: &DecodeArgs, b: u32, h_kv: u32, length: u32) -> Self {
+        let CacheArgs { page_table, pages, max_pages, .. } = args.cache;
+        let tensors = &args.forward.tensors;
+        // SAFETY: passed on to the caller.
+        unsafe {
+            Self {
+                k: Side::new(&tensors.k, b, h_kv),
+                v: Side::new(&tensors.v, b, h_kv),
+                table: page_table.view::<u32>().skip(b as u64 * max_pages as u64),
+                last_page: pages.wrapping_sub(1),
+                length,
+            }
+        }
+    }
+
+    /// Whether the `KEYS` keys of a tile lie at one stride.
+    #[inline(always)]
+    fn is_even<const KEYS: u32>() -> bool {
+        Constants::page() % KEYS == 0
+    }
+
+    /// What this lane has to know of the tile from `first_key` on before it can be copied. Asked for a
+    /// tile ahead, so that nobody waits for the answer.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn look_up<const KEYS: u32>(&self, first_key: u32) -> u32 {
+        if !is_paged() {
+            return 0;
+        }
+        let lane = if Self::is_even::<KEYS>() { 0 } else { opaque(warp::lane_id()) % KEYS };
+        let key = first_key + lane;
+        let page = self.table.read_if(key < self.length, (key / page()) as u64, 0);
+        // A table that is wrong leads nowhere else.
+        page.min(self.last_page)
+    }
+
+    /// Starts to copy the keys and values of the tile from `first_key` on, whose `page` was looked up.
+    /// Keys past the last are 0. The caller commits and waits; all lanes of the warp take part.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn start<const D: usize, const KEYS: u32>(
+        &self,
+        first_key: u32,
+        page: u32,
+        k_smem: Shared<T>,
+        v_smem: Shared<T>,
+    ) {
+        let tile = WarpTile {
+            first_key,
+            keys: self.length.saturating_sub(first_key),
+            page,
+            lane: opaque(warp::lane_id()),
+        };
+        self.k.start::<Swizzled<D>, D, KEYS, { warp::LANES }>(tile, Columns::of_keys(), k_smem);
+        self.v.start::<Swizzled<D>, D, KEYS, { warp::LANES }>(tile, Columns::of_values(), v_smem);
+    }
+}
+
+/// A tile of keys as a lane sees it.
+#[derive(Clone, Copy)]
+struct WarpTile {
+    first_key: u32,
+    /// Keys of the sequence from the first on.
+    keys: u32,
+    /// What was looked up.
+    page: u32,
+    lane: u32,
+}
+
+impl<T: Memory> Side<T> {
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn start<L: TileLayout, const D: usize, const KEYS: u32, const LANES: u32>(
+        &self,
+        WarpTile { first_key, keys, page, lane }: WarpTile,
+        columns: Columns,
+        smem: Shared<T>,
+    ) {
+        if Cache::<T>::is_even::<KEYS>() {
+            let rows = Rows::at(self.row(page, first_key), self.stride_key, keys);
+            let rows = rows.of_columns(columns);
+            tile::load_async_by::<T, L, D, KEYS, LANES>(&rows, 0, smem, lane);
+            return;
+        }
+        // Rows that each lie somewhere else.
+        let at_once = const { tile::rows_at_once(D, LANES) };
+        let first = lane / const { tile::group(D) };
+        let mut starts = [self.first; 8];
+        unroll!(for PASS in 0..8 {
+            if (PASS as u32) < const { tile::passes(D, KEYS, LANES) } {
+                let row = first + PASS as u32 * at_once;
+                starts[PASS] = self.row(warp::shuffle_idx(page, row), first_key + row);
+            }
+        });
+        for_each_chunk!(L, D, KEYS, lane of LANES, |index, (row, below), (column, right)| {
+            let inside = row + below < keys && columns.has(column + right);
+            let from = starts[(below / at_once) as usize].skip((column + right) as u64);
+            async_copy::copy_or_zero(smem, index, from, 0, inside);
+        });
+    }
+}

@@ -1,0 +1,190 @@
+//! decode_append: new keys and values take their places in the cache, rotated on the way.
+//!
+//! Lengths count the new tokens already, so that the launch that follows attends to them: of `Nnew` tokens,
+//! token `t` has position `length - Nnew + t`. One that would have a position below 0 is left out.
+//!
+//! ```text
+//! rotary embedding of a pair of columns (x, y) at position p, with the angle a = p * theta:
+//!     x' = x cos a - y sin a
+//!     y' = y cos a + x sin a             pairs: (c, c + R / 2), or (2 c, 2 c + 1) if interleaved
+//! ```
+//!
+//! A block has a token. Each thread moves 16 bytes at a time: eight columns, and their partners where the pairs
+//! are half a row apart. What bounds it is the launch: 8 heads of 128 columns are 4 KB for a token.
+//!
+//! Not measured. Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, section 3.4.2.
+
+use half::{bf16, f16};
+use simt::{
+    global::{Global, GlobalMut},
+    math,
+    memory::Memory,
+    thread, unroll,
+};
+
+use crate::{
+    args::{AppendArgs, AppendShape, Tensor},
+    decode::cache,
+    entries,
+    parts::{chunk::Chunk, schedule::divide},
+};
+
+/// Threads of a block.
+pub const THREADS: u32 = 128;
+/// Columns that a thread moves at a time.
+const CHUNK: u32 = 8;
+
+/// Appends keys and values, and rotates the keys and the queries of the same tokens.
+///
+/// # Layout
+/// As [`AppendArgs`] says.
+///
+/// # Thread mapping
+/// [`THREADS`] threads; a block for each token `b Nnew + t`, along `x`.
+///
+/// # Safety
+/// The buffers of `args` must have these shapes, with addresses and strides that are multiples of 16 bytes. No two
+/// sequences may have the same place for a new key.
+#[inline(always)]
+pub unsafe fn decode_append<T: Chunk>(args: &AppendArgs) {
+    let AppendShape { seq_new, seq_k, heads, kv_heads, head_dim, head_dim_v, .. } = args.shape;
+    let (b, t) = divide(thread::block_idx_x(), seq_new);
+    // SAFETY: passed on to the caller.
+    let length = unsafe { cache::length(&args.cache, b, seq_k) };
+    if length + t < seq_new {
+        return;
+    }
+    let position = length + t - seq_new;
+    // SAFETY: the position is before the sequence's end.
+    let page = unsafe { cache::page_of(&args.cache, b, position) };
+    let (k_chunks, v_chunks) = (head_dim / CHUNK, head_dim_v / CHUNK);
+    let k_end = kv_heads * k_chunks;
+    let v_end = k_end + kv_heads * v_chunks;
+    let end = v_end + heads * k_chunks;
+    let new = |tensor: &Tensor, h: u32| tensor.head(b, h) + t as u64 * tensor.stride_n;
+    let cached = |tensor: &Tensor, h: u32| cache::row(tensor, (b, h), page, position);
+    let mut chunk = thread::thread_idx_x();
+    while chunk < end {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            if chunk < k_end {
+                let (h, c) = divide(chunk, k_chunks);
+                let from = view::<T>(&args.k_new, new(&args.k_new, h));
+                let to = view_mut::<T>(&args.k, cached(&args.k, h));
+                rotate(args, position, from, to, c);
+            } else if chunk < v_end {
+                let (h, c) = divide(chunk - k_end, v_chunks);
+                let from = view::<T>(&args.v_new, new(&args.v_new, h));
+                let to = view_mut::<T>(&args.v, cached(&args.v, h));
+                copy(from, to, c);
+            } else {
+                let (h, c) = divide(chunk - v_end, k_chunks);
+                let from = view::<T>(&args.q, new(&args.q, h));
+                let to = view_mut::<T>(&args.q_rotated, new(&args.q_rotated, h));
+                rotate(args, position, from, to, c);
+            }
+        }
+        chunk += THREADS;
+    }
+}
+
+/// The elements of a tensor from `first` on.
+///
+/// # Safety
+/// As for [`Buffer::view`](crate::args::Buffer::view).
+#[inline(always)]
+unsafe fn view<T: Memory>(tensor: &Tensor, first: u64) -> Global<T> {
+    // SAFETY: passed on to the caller.
+    unsafe { tensor.buffer.view::<T>() }.skip(first)
+}
+
+/// The same, to be written.
+///
+/// # Safety
+/// As for [`Buffer::view_mut`](crate::args::Buffer::view_mut).
+#[inline(always)]
+unsafe fn view_mut<T: Memory>(tensor: &Tensor, first: u64) -> (GlobalMut<T>, u64) {
+    // SAFETY: passed on to the caller.
+    (unsafe { tensor.buffer.view_mut::<T>() }, first)
+}
+
+/// Copies chunk `c` of a row.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn copy<T: Memory>(from: Global<T>, (to, first): (GlobalMut<T>, u64), c: u32) {
+    let column = (c * CHUNK) as u64;
+    to.write_as(first + column, from.read_as::<[u32; 4]>(column));
+}
+
+/// Rotates chunk `c` of a row, and the chunk half the rotated columns to its right, which is left to it. Both were
+/// read before either is written, so that a row may be rotated in place.
+///
+/// # Safety
+/// `args.cos` and `args.sin` must be `[positions, rotary_dim / 2]`.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+unsafe fn rotate<T: Chunk>(
+    args: &AppendArgs,
+    position: u32,
+    from: Global<T>,
+    to: (GlobalMut<T>, u64),
+    c: u32,
+) {
+    let AppendShape { rotary_dim, positions, interleaved, .. } = args.shape;
+    if c * CHUNK >= rotary_dim {
+        copy(from, to, c);
+        return;
+    }
+    let half = rotary_dim / 2;
+    // SAFETY: passed on to the caller.
+    let (cos, sin) = unsafe { (args.cos.view::<f32>(), args.sin.view::<f32>()) };
+    let angles = position.min(positions.wrapping_sub(1)) as u64 * half as u64;
+    let column = c * CHUNK;
+    let (to, first) = to;
+    if interleaved != 0 {
+        let mut chunk = load(from, column);
+        unroll!(for PAIR in 0..4 {
+            let at = angles + (column / 2 + PAIR as u32) as u64;
+            let pair = [chunk[2 * PAIR], chunk[2 * PAIR + 1]];
+            let [x, y] = turned(pair, cos.read(at), sin.read(at));
+            chunk[2 * PAIR] = x;
+            chunk[2 * PAIR + 1] = y;
+        });
+        store(to, first, column, chunk);
+    } else if column < half {
+        let (mut left, mut right) = (load(from, column), load(from, column + half));
+        unroll!(for E in 0..8 {
+            let at = angles + (column + E as u32) as u64;
+            let [x, y] = turned([left[E], right[E]], cos.read(at), sin.read(at));
+            left[E] = x;
+            right[E] = y;
+        });
+        store(to, first, column, left);
+        store(to, first, column + half, right);
+    }
+}
+
+/// A pair turned by an angle.
+#[inline(always)]
+fn turned([x, y]: [f32; 2], cos: f32, sin: f32) -> [f32; 2] {
+    [math::fma(x, cos, -(y * sin)), math::fma(y, cos, x * sin)]
+}
+
+/// Eight columns of a row.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn load<T: Chunk>(from: Global<T>, column: u32) -> [f32; 8] {
+    T::unpack(from.read_as(column as u64))
+}
+
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+fn store<T: Chunk>(to: GlobalMut<T>, first: u64, column: u32, values: [f32; 8]) {
+    to.write_as(first + column as u64, T::pack(values));
+}
+
+entries! {
+    /// Instances of [`decode_append`].
+    pub static ENTRIES: AppendArgs => "sm_80", threads THREADS, min_blocks 1;
+    decode_append: T in [f16, bf16] = decode_append::<T>;
+}

@@ -1,0 +1,487 @@
+//! decode_split: attention of a few rows and a part of the keys, at the speed of memory.
+//!
+//! The idea: each warp streams keys of its own through a ring of stages of its own. No barrier of the block
+//! stands between a warp and its copies, so that while some warps compute, the copies of the others run.
+//!
+//! ```text
+//! copy Q to the last stage; copy the warp's first STAGES - 1 tiles of K and V
+//! for each tile of the part:                        KEYS keys a warp, 4 KEYS a block
+//!     wait for the oldest copy; barrier of the warp
+//!     start to copy the tile STAGES - 1 further on to the stage that was just read
+//!     S = Q Kᵀ; shape; hide; raise m; P = exp2(S * scale - m); l += rowsum(P); O += P V
+//! barrier of the block: O, m and l of its warps become one
+//! one part: O / l and LSE; several: O, m and l to memory, for decode_combine
+//! ```
+//!
+//! ```text
+//!                 keys of a part ->
+//!               |  4 KEYS   |  4 KEYS   |
+//! 16 rows of    | 0 | 1 | 2 | 3 | 0 | 1 | 2 | 3 |    the warp that has them, for all 16 rows
+//! the group
+//! ```
+//!
+//! | D | keys a warp | stages | bytes of a stage | shared bytes | blocks | bytes in flight |
+//! |---|---|---|---|---|---|---|
+//! | 64 | 32 | 3 | 8,192 | 98,304 | 2 | 131,072 |
+//! | 128 | 16 | 3 | 8,192 | 98,304 | 2 | 131,072 |
+//! | 256 | 16 | 2 | 16,384 | 131,072 | 1 | 65,536 |
+//!
+//! By counting: a byte of K or V takes part in 16 rows' products, 16 FLOP a byte, and a multiprocessor
+//! of an H200 is fed about 18 bytes a cycle: 300 FLOP a cycle of 2,048 and more that `mma.sync` does. What
+//! counts is bytes in flight. A copy takes about 1 µs from request to arrival under load, in which memory
+//! brings 4.3 TB/s / 132 = 33 KB to each multiprocessor: the last column is that several times. For 8,192
+//! bytes a warp issues about 400 instructions, a fourth of what four schedulers can meanwhile.
+//!
+//! Copies are of 16 bytes a lane, eight lanes side by side on 128 bytes of a row. Tiles are
+//! swizzled: neither a copy nor a matrix load meets a bank twice. Q stays in registers, and passes through
+//! the stage that is still empty. Of O, the warps' sums lie in their stages, rows 8 words longer than D, so
+//! that the 16 lanes of a pass write to 32 different banks.
+//!
+//! Rows past 16 (heads of a group times queries) are further blocks, which find keys and values in the L2
+//! cache. Not measured.
+//!
+//! Limits: f16 and bf16, a positive scale; no padding mask, dropout or bias.
+//!
+//! Sources: Dao, Haziza, Massa and Sizov, "Flash-Decoding for long-context inference", 2023 (the split);
+//! Ainslie et al., "GQA", 2023; Kwon et al., "Efficient Memory Management for Large Language Model Serving
+//! with PagedAttention", 2023 (pages).
+
+use half::{bf16, f16};
+use simt::{
+    async_copy,
+    compiler::opaque,
+    layout::{Swizzled, TileLayout},
+    math,
+    mma::{Ampere, TensorCore},
+    scalar::Scalar,
+    shared::Shared,
+    thread, unroll, warp,
+};
+
+use crate::{
+    args::DecodeArgs,
+    decode::{
+        cache::Cache,
+        rows::{RowTile, part_of},
+    },
+    entries,
+    parts::{
+        columns::Columns,
+        fragment::{self, RegisterQueries, SharedQueries},
+        online::{self, RowState},
+        policy::Policy,
+        softmax,
+        tile::for_each_chunk,
+    },
+};
+
+/// Warps of a block.
+pub const WARPS: u32 = 4;
+/// Threads of a block.
+pub const THREADS: u32 = WARPS * warp::LANES;
+/// Rows of a block: the queries of the heads of a group.
+pub const ROWS: u32 = fragment::ROWS;
+
+/// Keys of a warp's tile.
+const fn warp_keys(d: usize) -> u32 {
+    if d <= 64 { 32 } else { 16 }
+}
+
+/// Keys of a block's tile: parts of a sequence are whole tiles.
+#[must_use]
+pub const fn keys(d: usize) -> u32 {
+    WARPS * warp_keys(d)
+}
+
+/// Stages of a warp.
+const fn stages(d: usize) -> u32 {
+    if d <= 128 { 3 } else { 2 }
+}
+
+/// Blocks that a multiprocessor has room for.
+const fn blocks(d: usize) -> u32 {
+    if d <= 128 { 2 } else { 1 }
+}
+
+/// Elements of a stage: K, then V.
+const fn stage_elems(d: usize) -> u32 {
+    2 * warp_keys(d) * d as u32
+}
+
+/// Dynamic shared memory of a block in bytes.
+#[must_use]
+pub const fn shared_bytes(d: usize) -> u32 {
+    WARPS * stages(d) * stage_elems(d) * 2
+}
+
+/// Attention of a part of the keys of each sequence.
+///
+/// # Layout
+/// `q, o: [B, H, Nq, D]`, `lse: [B, H, Nq]`; keys and values as [`Cache::new`] says; parts as
+/// [`PartsArgs`](crate::args::PartsArgs) says.
+///
+/// # Thread mapping
+/// [`THREADS`] threads; blocks along `x`: tiles of [`ROWS`] packed rows, then heads of K and V, then parts,
+/// then sequences. A part without keys leaves nothing.
+///
+/// # Shared memory
+/// [`shared_bytes`], dynamic: the stages of warp 0, then of warp 1, …; in the end each warp's O, maxima and
+/// sums in their place.
+///
+/// # Safety
+/// The buffers of `args` must have these shapes, with addresses and strides that are multiples of 16 bytes,
+/// and the launch the threads and shared memory stated here.
+#[inline(always)]
+pub unsafe fn decode_split<
+    T: Scalar,
+    const D: usize,
+    const D_STEPS: usize,
+    const COLUMN_TILES: usize,
+    const KEYS: u32,
+    const KEY_TILES: usize,
+    const STAGES: u32,
+    const PENDING: u32,
+>(
+    args: &DecodeArgs,
+) where
+    Ampere: TensorCore<T>,
+{
+    const {
+        assert!(D == 8 * COLUMN_TILES && D == 16 * D_STEPS, "whole products over D");
+        assert!(KEYS == warp_keys(D) && KEYS as usize == 8 * KEY_TILES);
+        assert!(STAGES == stages(D) && PENDING + 2 == STAGES);
+        assert!(ROWS * D as u32 <= stage_elems(D), "Q fits a stage");
+        assert!(WarpSums::<D>::WORDS * 4 <= STAGES * stage_elems(D) * 2, "O fits a warp's stages");
+    }
+    // Who am I.
+    let (tile, part) = RowTile::of_block(args);
+    let warp_id = warp::uniform(opaque(thread::thread_idx_x()) / warp::LANES);
+    let stage_elems = const { stage_elems(D) };
+    let first_byte = warp_id * STAGES * stage_elems * T::BYTES;
+    // SAFETY: the launch gives the shared memory, and the buffers have the shapes stated above.
+    let (stages, cache) = unsafe {
+        (
+            Shared::<T>::dynamic(first_byte, STAGES * stage_elems),
+            Cache::<T>::new(args, tile.b, tile.h_kv, tile.length),
+        )
+    };
+    let stage_tiles = |stage: u32| {
+        let both = stages.slice(stage * stage_elems, stage_elems);
+        let half = stage_elems / 2;
+        (both.slice(0, half), both.slice(half, half))
+    };
+
+    // Load Q, which does not wait for the sequence's length, and the first tiles.
+    let q_smem = stages.slice((STAGES - 1) * stage_elems, const { ROWS * D as u32 });
+    // SAFETY: Q has the shape stated above.
+    unsafe { load_queries::<T, Swizzled<D>, D, ROWS, { warp::LANES }>(args, &tile, q_smem) };
+    let tiles = part_of(&tile.key_tiles(const { keys(D) }), part, args.parts.splits);
+    if tiles.is_empty() && args.parts.splits > 1 {
+        // Q is still on its way to memory that the next block may have.
+        async_copy::commit();
+        async_copy::wait::<0>();
+        return;
+    }
+    let first_key = |kv_tile: u32| kv_tile * const { keys(D) } + warp_id * KEYS;
+    let start = |kv_tile: u32, page: u32, stage: u32| {
+        let (k_smem, v_smem) = stage_tiles(stage);
+        cache.start::<D, KEYS>(first_key(kv_tile), page, k_smem, v_smem);
+    };
+    let mut pages = [0; 3];
+    unroll!(for STAGE in 0..3 {
+        if (STAGE as u32) < STAGES {
+            pages[STAGE] = cache.look_up::<KEYS>(first_key(tiles.start + STAGE as u32));
+        }
+    });
+    unroll!(for STAGE in 0..2 {
+        if (STAGE as u32) + 1 < STAGES {
+            if tiles.start + (STAGE as u32) < tiles.end {
+                start(tiles.start + STAGE as u32, pages[STAGE], STAGE as u32);
+            }
+            async_copy::commit();
+        }
+    });
+    let mut page = pages[STAGES as usize - 1];
+
+    async_copy::wait::<PENDING>();
+    // Hazard: Q is read by lanes that did not copy it.
+    warp::sync_warp(warp::FULL_MASK);
+    let queries =
+        RegisterQueries::<1, D_STEPS>::load(SharedQueries::<T, Swizzled<D>>::new(q_smem, 0));
+
+    let mut rows = RowState::EMPTY;
+    let mut acc_o = [[[0.0f32; 4]; COLUMN_TILES]];
+    let scale_log2 = Policy::scale_log2_of(&args.forward.scores);
+    let mut stage = 0;
+    for kv_tile in tiles.clone() {
+        async_copy::wait::<PENDING>();
+        // Hazards: K and V are read by lanes that did not copy them; and the stage that is filled next
+        // may still be read for the tile before (or Q in it).
+        warp::sync_warp(warp::FULL_MASK);
+        let further = kv_tile + (STAGES - 1);
+        if further < tiles.end {
+            start(further, page, if stage == 0 { STAGES - 1 } else { stage - 1 });
+        }
+        async_copy::commit();
+        page = cache.look_up::<KEYS>(first_key(further + 1));
+
+        let first_key = first_key(kv_tile);
+        if !tile.sees_nothing(first_key, KEYS) {
+            let (k_smem, v_smem) = stage_tiles(stage);
+            // S = Q Kᵀ.
+            let mut s = [[[0.0f32; 4]; KEY_TILES]];
+            let k = (k_smem, fragment::b_origin::<Swizzled<D>>(0));
+            fragment::add_scores::<T, Ampere, Swizzled<D>, D, KEY_TILES, 1>(&mut s, queries, k);
+            tile.shape_and_hide::<T, KEY_TILES>(&mut s[0], first_key);
+
+            // Online softmax: O and the sums are rescaled only where a maximum has moved far.
+            let maxima = online::maxima(&s[0], scale_log2);
+            if warp::any(rows.outgrown(maxima)) {
+                let alpha = rows.raise(maxima);
+                fragment::scale_rows(&mut acc_o[0], alpha);
+            }
+
+            // P, and O += P V, 16 keys at a time.
+            let v = (v_smem, fragment::a_origin::<Swizzled<D>>(0));
+            unroll!(for STEP in 0..2 {
+                if STEP < KEY_TILES / 2 {
+                    let left = rows.weigh(s[0][2 * STEP], scale_log2);
+                    let right = rows.weigh(s[0][2 * STEP + 1], scale_log2);
+                    let p = fragment::pack_a::<T, Ampere>(left, right);
+                    let key = 16 * STEP as u32;
+                    fragment::add_output_step::<T, Ampere, Swizzled<D>, COLUMN_TILES, 1>(
+                        &mut acc_o,
+                        [p],
+                        v,
+                        key,
+                    );
+                }
+            });
+        }
+        stage = if stage == STAGES - 1 { 0 } else { stage + 1 };
+    }
+
+    // The warps' O, maxima and sums become one.
+    let sums_of = |warp: u32| {
+        // SAFETY: the launch gives the shared memory of all stages.
+        unsafe { WarpSums::<D>::new(warp * STAGES * stage_elems * T::BYTES) }
+    };
+    // Hazard: the stages, which are overwritten, may still be read by slower lanes of this warp.
+    warp::sync_warp(warp::FULL_MASK);
+    sums_of(warp_id).write(&acc_o[0], &rows);
+    // Hazard: what the warps wrote is read by all threads.
+    thread::sync_threads();
+    unroll!(for PASS in 0..4 {
+        if (PASS as u32) < const { ROWS * D as u32 / 8 / THREADS } {
+            let chunk = opaque(thread::thread_idx_x()) + PASS as u32 * THREADS;
+            let (r, column) = (chunk / (D as u32 / 8), chunk % (D as u32 / 8) * 8);
+            let merged = Merged::of::<D>(sums_of, r, column);
+            // SAFETY: O, the LSE and the parts have the shapes stated above.
+            unsafe {
+                store::<T>(args, &tile, (part, &tiles), (r, column), merged, const { keys(D) })
+            };
+        }
+    });
+}
+
+/// Starts to copy this warp's own Q, 0 in rows that there are not; the caller commits and waits.
+///
+/// # Safety
+/// `args.forward.tensors.q` must be `[B, H, Nq, D]`, its address and strides multiples of 16 bytes.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+unsafe fn load_queries<
+    T: Scalar,
+    L: TileLayout,
+    const D: usize,
+    const ROWS: u32,
+    const LANES: u32,
+>(
+    args: &DecodeArgs,
+    tile: &RowTile<'_>,
+    q_smem: Shared<T>,
+) {
+    let q = &args.forward.tensors.q;
+    // SAFETY: passed on to the caller.
+    let q_gmem = unsafe { q.buffer.view::<T>() };
+    let lane = warp::lane_id();
+    for_each_chunk!(L, D, ROWS, lane of LANES, |index, (row, below), (column, right)| {
+        let of_row = tile.row(row + below);
+        let from = of_row.policy.head.query(q, of_row.i) + (column + right) as u64;
+        let inside = tile.has(row + below) && Columns::of_keys().has(column + right);
+        async_copy::copy_or_zero(q_smem, index, q_gmem, from, inside);
+    });
+}
+
+/// O, maxima and sums of a warp's 16 rows in shared memory.
+#[derive(Clone, Copy)]
+struct WarpSums<const D: usize>(Shared<f32>);
+
+impl<const D: usize> WarpSums<D> {
+    /// Words from one row of O to the next: 8 more than D, so that neighbouring rows lie in other banks.
+    const PITCH: u32 = D as u32 + 8;
+
+    /// Words of all.
+    const WORDS: u32 = ROWS * (Self::PITCH + 2);
+
+    /// Those from `first_byte` of dynamic shared memory on.
+    ///
+    /// # Safety
+    /// As for [`Shared::dynamic`].
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    unsafe fn new(first_byte: u32) -> Self {
+        // SAFETY: passed on to the caller.
+        Self(unsafe { Shared::dynamic(first_byte, Self::WORDS) })
+    }
+
+    /// Writes what this warp has.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn write<const O: usize>(&self, acc_o: &[[f32; 4]; O], rows: &RowState) {
+        let (g, column) = fragment::row_and_column();
+        let l_i = [warp::reduce_add::<4>(rows.l_i[0]), warp::reduce_add::<4>(rows.l_i[1])];
+        unroll!(for R in 0..2 {
+            let row = g + 8 * R as u32;
+            unroll!(for TILE in 0..32 {
+                if TILE < O {
+                    let pair = [acc_o[TILE][2 * R].to_bits(), acc_o[TILE][2 * R + 1].to_bits()];
+                    self.0.write_as(row * Self::PITCH + column + 8 * TILE as u32, pair);
+                }
+            });
+            if column == 0 {
+                let pair = [rows.m_i[R].to_bits(), l_i[R].to_bits()];
+                self.0.write_as(const { ROWS * Self::PITCH } + 2 * row, pair);
+            }
+        });
+    }
+
+    /// Maximum and sum of row `r`.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn sums(&self, r: u32) -> [f32; 2] {
+        let pair = self.0.read_as::<[u32; 2]>(const { ROWS * Self::PITCH } + 2 * r);
+        [f32::from_bits(pair[0]), f32::from_bits(pair[1])]
+    }
+
+    /// Four columns of row `r` of O.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn columns(&self, r: u32, column: u32) -> [u32; 4] {
+        self.0.read_as::<[u32; 4]>(r * Self::PITCH + column)
+    }
+}
+
+/// Eight columns of a row of O under one maximum, that maximum, and the sum of the weights.
+struct Merged {
+    m_i: f32,
+    l_i: f32,
+    o: [f32; 8],
+}
+
+impl Merged {
+    /// What all warps have of row `r`.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn of<const D: usize>(sums_of: impl Fn(u32) -> WarpSums<D>, r: u32, column: u32) -> Self {
+        let mut sums = [[0.0; 2]; WARPS as usize];
+        let mut m_i = f32::MIN;
+        unroll!(for WARP in 0..4 {
+            sums[WARP] = sums_of(WARP as u32).sums(r);
+            m_i = math::max(m_i, sums[WARP][0]);
+        });
+        let mut merged = Self { m_i, l_i: 0.0, o: [0.0; 8] };
+        unroll!(for WARP in 0..4 {
+            let alpha = math::exp2(sums[WARP][0] - m_i);
+            merged.l_i = math::fma(sums[WARP][1], alpha, merged.l_i);
+            unroll!(for HALF in 0..2 {
+                let four = sums_of(WARP as u32).columns(r, column + 4 * HALF as u32);
+                unroll!(for E in 0..4 {
+                    let o = &mut merged.o[4 * HALF + E];
+                    *o = math::fma(f32::from_bits(four[E]), alpha, *o);
+                });
+            });
+        });
+        merged
+    }
+}
+
+/// Stores eight columns of a row: O and the LSE where there is one part, or the part.
+///
+/// # Safety
+/// O, the LSE and the parts must be as [`decode_split`] says.
+#[inline(always)]
+unsafe fn store<T: Scalar>(
+    args: &DecodeArgs,
+    tile: &RowTile<'_>,
+    (part, tiles): (u32, &core::ops::Range<u32>),
+    (r, column): (u32, u32),
+    Merged { m_i, l_i, mut o }: Merged,
+    tile_keys: u32,
+) where
+    Ampere: TensorCore<T>,
+{
+    if !tile.has(r) {
+        return;
+    }
+    let row = tile.row(r);
+    let (policy, head) = (row.policy, row.policy.head);
+    // Of the part's keys.
+    let l_i = softmax::checked_fused_sum(m_i, l_i, || {
+        let begin = policy.begin_of_row(row.i).max(tiles.start * tile_keys);
+        begin < policy.end_of_row(row.i).min(tiles.end.saturating_mul(tile_keys))
+    });
+    let has_column = Columns::of_values().has(column);
+    if args.parts.splits > 1 {
+        // SAFETY: passed on to the caller.
+        let (o_gmem, sums) =
+            unsafe { (args.parts.o.view_mut::<f32>(), args.parts.sums.view_mut::<f32>()) };
+        let rows = args.forward.shape.batch as u64 * args.forward.shape.heads as u64;
+        let rows = rows * args.forward.shape.seq_q as u64;
+        let place = part as u64 * rows + head.row(row.i);
+        let columns = Columns::of_values().of(args.forward.shape.head_dim_v) as u64;
+        if has_column {
+            unroll!(for HALF in 0..2 {
+                let four = [o[4 * HALF], o[4 * HALF + 1], o[4 * HALF + 2], o[4 * HALF + 3]];
+                let first = place * columns + (column + 4 * HALF as u32) as u64;
+                o_gmem.write_as(first, four.map(f32::to_bits));
+            });
+        }
+        if column == 0 {
+            sums.write_as(2 * place, [m_i.to_bits(), l_i.to_bits()]);
+        }
+        return;
+    }
+    // SAFETY: passed on to the caller.
+    let (o_gmem, lse) = unsafe {
+        (args.forward.tensors.o.buffer.view_mut::<T>(), args.forward.tensors.lse.view_mut::<f32>())
+    };
+    let (m_i, l_i, factor) = policy.with_sink(m_i, l_i);
+    let normaliser = softmax::normaliser(l_i) * factor;
+    unroll!(for E in 0..8 {
+        o[E] *= normaliser;
+    });
+    if has_column {
+        let pack = |pair: usize| Ampere::pack(o[2 * pair], o[2 * pair + 1]);
+        let first = head.query(&args.forward.tensors.o, row.i) + column as u64;
+        o_gmem.write_as(first, [pack(0), pack(1), pack(2), pack(3)]);
+    }
+    if column == 0 {
+        lse.write(head.row(row.i), softmax::log_sum_exp(m_i, l_i));
+    }
+}
+
+entries! {
+    /// Instances of [`decode_split`].
+    pub static ENTRIES: DecodeArgs => "sm_80", threads THREADS, min_blocks blocks(D);
+    decode_split: T in [f16, bf16], d D in [64, 128, 256] = decode_split::<
+        T,
+        D,
+        { D / 16 },
+        { D / 8 },
+        { warp_keys(D) },
+        { warp_keys(D) as usize / 8 },
+        { stages(D) },
+        { stages(D) - 2 },
+    >;
+}

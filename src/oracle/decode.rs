@@ -1,0 +1,122 @@
+//! A decode as attention of packed sequences: what the other references work on.
+
+use crate::{
+    error::Error,
+    problem::{Layout, Problem, Varlen},
+    registry::Decode,
+    session::{DecodeInputs, Inputs, Outputs},
+    tensor::Tensor,
+};
+
+/// The queries of a decode and the keys and values that its sequences have, gathered from the cache, as
+/// attention of packed sequences.
+#[derive(Clone, Debug)]
+pub struct Gathered<'a> {
+    /// Attention of the sequences.
+    pub problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: [Vec<u32>; 2],
+    beside: Inputs<'a>,
+}
+
+impl<'a> Gathered<'a> {
+    /// Gathers what a decode reads.
+    ///
+    /// # Errors
+    /// As [`DecodeInputs::check`].
+    pub fn new(decode: &Decode, inputs: &DecodeInputs<'a>) -> Result<Self, Error> {
+        inputs.check(decode)?;
+        let p = decode.problem();
+        let lengths: Vec<usize> = (0..p.batch()).map(|b| inputs.length(decode, b)).collect();
+        let starts = |lengths: &mut dyn Iterator<Item = usize>| {
+            let ends = lengths.scan(0, |end, length| {
+                *end += length as u32;
+                Some(*end)
+            });
+            std::iter::once(0).chain(ends).collect::<Vec<u32>>()
+        };
+        let cu_seqlens = [
+            starts(&mut std::iter::repeat_n(p.seq_q(), p.batch())),
+            starts(&mut lengths.iter().copied()),
+        ];
+        let total_k = lengths.iter().sum();
+        let longest = lengths.iter().copied().max().unwrap_or_default();
+        let varlen = Varlen { total_q: p.batch() * p.seq_q(), total_k };
+        let problem = p.to_builder().seq_k(longest).varlen(Some(varlen)).build()?;
+        let gather = |tensor: &Tensor, extents, shape: [usize; 4]| {
+            gather(decode, inputs, tensor, extents, &shape)
+        };
+        let k = gather(inputs.tensors.k, decode.k_extents(), problem.k_shape())?;
+        let v = gather(inputs.tensors.v, decode.v_extents(), problem.v_shape())?;
+        let q = tokens_first(p, inputs.tensors.q)?.reshaped(&problem.q_shape())?;
+        Ok(Self { problem, q, k, v, cu_seqlens, beside: inputs.tensors })
+    }
+
+    /// The inputs of [`problem`](Self::problem).
+    #[must_use]
+    pub fn inputs(&self) -> Inputs<'_> {
+        let [q, k] = &self.cu_seqlens;
+        Inputs {
+            q: &self.q,
+            k: &self.k,
+            v: &self.v,
+            cu_seqlens_q: Some(q),
+            cu_seqlens_k: Some(k),
+            ..self.beside
+        }
+    }
+
+    /// The outputs of a decode as those of [`problem`](Self::problem).
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] where they are not those of `p`.
+    pub fn outputs(&self, p: &Problem, outputs: &Outputs) -> Result<Outputs, Error> {
+        let o = tokens_first(p, &outputs.o)?.reshaped(&self.problem.o_shape())?;
+        // [B, H, Nq] to [H, B, Nq].
+        let lse = outputs.lse.clone().reshaped(&[1, p.batch(), p.heads(), p.seq_q()])?;
+        let lse = lse.swap_middle()?.reshaped(&self.problem.lse_shape())?;
+        Ok(Outputs { o, lse, weights: None })
+    }
+}
+
+/// A tensor of queries or outputs as `[B, N, H, D]`.
+fn tokens_first(p: &Problem, tensor: &Tensor) -> Result<Tensor, Error> {
+    match p.layout() {
+        Layout::TokensFirst => Ok(tensor.clone()),
+        Layout::HeadsFirst => tensor.swap_middle(),
+    }
+}
+
+/// The rows of a cache that sequences have, one after the other: `[1, total_k, Hkv, D]`.
+fn gather(
+    decode: &Decode,
+    inputs: &DecodeInputs<'_>,
+    tensor: &Tensor,
+    [_, heads, rows, columns]: [usize; 4],
+    shape: &[usize],
+) -> Result<Tensor, Error> {
+    let p = decode.problem();
+    let [stride_b, stride_h, stride_n] = p.layout().strides(heads, rows, columns);
+    let row_bytes = columns * p.dtype().size();
+    let mut bytes = Vec::new();
+    for b in 0..p.batch() {
+        let table = inputs.pages_of(decode, b);
+        for key in 0..inputs.length(decode, b) {
+            let (entry, row) = match decode.pages() {
+                Some(pages) => {
+                    let page_size = pages.page_size as usize;
+                    (table[key / page_size] as usize, key % page_size)
+                }
+                None => (b, key),
+            };
+            for h in 0..heads {
+                let first = entry * stride_b + h * stride_h + row * stride_n;
+                let first = first * p.dtype().size();
+                bytes.extend_from_slice(&tensor.as_bytes()[first..first + row_bytes]);
+            }
+        }
+    }
+    Tensor::from_bytes(p.dtype(), shape, &bytes)
+}

@@ -1,0 +1,478 @@
+//! Decoding as an operation: a few queries against a cache of keys and values. The kernels, the tensors of
+//! a call, and how many parts the keys of a sequence are split into.
+
+use std::num::NonZeroU32;
+
+use kernels_gpu::{
+    args::{self, CacheArgs, PartsArgs},
+    decode::{decode_combine, decode_split},
+    entry::Instances,
+};
+
+use super::{
+    Call, Draft, Operation, Section, Spec, Step, Target, Usage,
+    attention::{self, Args, AttentionLimits, Features, Sizes, attention_args},
+    plan::Plan,
+    table::{ALL_FEATURES, entry_size, padded_constants, tiles},
+    tensors::Region,
+};
+use crate::{
+    backend::{Constants, KernelArgs as _},
+    dtype::DType,
+    error::Error,
+    problem::Problem,
+};
+
+/// The most parts that the keys of a sequence are split into.
+pub const MAX_SPLITS: u32 = 65_535;
+/// The most rows that heads of one group have together.
+const MAX_ROWS: usize = 1 << 20;
+
+/// Keys and values in pages of `page_size` keys, which a table assigns to sequences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pages {
+    /// Keys of a page, from 1 on.
+    pub page_size: u32,
+    /// Pages that there are.
+    pub pages: u32,
+    /// Entries of the page table for each sequence.
+    pub max_pages: u32,
+}
+
+/// Attention of a few queries against a cache of keys and values.
+///
+/// The problem's number of keys is the longest that a sequence may be. `seqused_k` says how long each one
+/// is, in device memory: a plan holds for any lengths up to the longest. Positions are aligned to the
+/// bottom right of each sequence: its last query is at its last key.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Decode {
+    problem: Problem,
+    pages: Option<Pages>,
+    expected_keys: Option<usize>,
+    splits: Option<NonZeroU32>,
+}
+
+impl Decode {
+    /// Queries against a cache `[B, Nk, Hkv, D]`, in the order of the problem's layout.
+    #[must_use]
+    pub const fn new(problem: Problem) -> Self {
+        Self { problem, pages: None, expected_keys: None, splits: None }
+    }
+
+    /// Queries against a cache in pages, `[pages, page_size, Hkv, D]` in the order of the problem's layout.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] for pages without keys, or too few of them for the longest sequence.
+    pub fn paged(problem: Problem, pages: Pages) -> Result<Self, Error> {
+        let Pages { page_size, pages: count, max_pages } = pages;
+        let wrong =
+            |what, given: String, remedy: String| Err(Error::InvalidValue { what, given, remedy });
+        for (what, value) in [("page size", page_size), ("pages", count)] {
+            if value == 0 {
+                return wrong(what, "0".into(), "it must be at least 1".into());
+            }
+        }
+        let needed = (problem.seq_k() as u64).div_ceil(page_size.into());
+        if u64::from(max_pages) < needed {
+            let remedy = format!("{} keys need {needed} pages of {page_size}", problem.seq_k());
+            return wrong("pages of a sequence", max_pages.to_string(), remedy);
+        }
+        Ok(Self { pages: Some(pages), ..Self::new(problem) })
+    }
+
+    /// The length that splits are chosen for, where sequences are shorter than the longest may be.
+    #[must_use]
+    pub const fn expected_keys(mut self, keys: usize) -> Self {
+        self.expected_keys = Some(keys);
+        self
+    }
+
+    /// How many parts the keys of each sequence are split into; chosen by [`splits`] unless given.
+    #[must_use]
+    pub const fn splits(mut self, splits: Option<NonZeroU32>) -> Self {
+        self.splits = splits;
+        self
+    }
+
+    /// The problem, whose number of keys is the longest that a sequence may be.
+    #[must_use]
+    pub const fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// The pages, if the cache is in pages.
+    #[must_use]
+    pub const fn pages(&self) -> Option<Pages> {
+        self.pages
+    }
+
+    /// Extents `[B, Hkv, N, D]` of K in memory, or `[pages, Hkv, page_size, D]`.
+    fn cache_extents(&self, extents: [usize; 4]) -> [usize; 4] {
+        let [_, heads, _, columns] = extents;
+        self.pages.map_or(extents, |pages| {
+            [pages.pages as usize, heads, pages.page_size as usize, columns]
+        })
+    }
+
+    /// Extents of K, whatever the order of its dimensions.
+    pub(crate) fn k_extents(&self) -> [usize; 4] {
+        self.cache_extents(self.problem.k_extents())
+    }
+
+    /// The same of V.
+    pub(crate) fn v_extents(&self) -> [usize; 4] {
+        self.cache_extents(self.problem.v_extents())
+    }
+
+    /// Shape of K.
+    #[must_use]
+    pub fn k_shape(&self) -> [usize; 4] {
+        let [batch, heads, rows, columns] = self.k_extents();
+        self.problem.layout().shape(batch, heads, rows, columns)
+    }
+
+    /// Shape of V.
+    #[must_use]
+    pub fn v_shape(&self) -> [usize; 4] {
+        let [batch, heads, rows, columns] = self.v_extents();
+        self.problem.layout().shape(batch, heads, rows, columns)
+    }
+
+    /// Elements of the page table, i32 `[B, max_pages]`, if there is one.
+    #[must_use]
+    pub fn page_table_shape(&self) -> Option<[usize; 2]> {
+        self.pages.map(|pages| [self.problem.batch(), pages.max_pages as usize])
+    }
+
+    /// Compares lengths and pages with the problem.
+    pub(super) fn check_numbers(
+        &self,
+        seqused_k: Option<Region>,
+        page_table: Option<Region>,
+    ) -> Result<(), Error> {
+        if let Some(lengths) = seqused_k {
+            lengths.check("seqused_k", self.problem.batch() as u64 * 4, 4)?;
+        }
+        match (page_table, self.page_table_shape()) {
+            (Some(table), Some([batch, max_pages])) => {
+                table.check("page_table", (batch * max_pages) as u64 * 4, 4)
+            }
+            (None, Some(_)) => Err(Error::MissingTensor {
+                what: "page_table".into(),
+                context: ": the cache is in pages".into(),
+            }),
+            (Some(_), None) => Err(Error::UnexpectedTensor { what: "page_table".into() }),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// Bytes of the keys and values that sequences of these lengths have: the least that can be read.
+    #[must_use]
+    pub fn cache_bytes(&self, lengths: impl IntoIterator<Item = usize>) -> u64 {
+        let p = &self.problem;
+        let row = p.kv_heads() * (p.head_dim() + p.head_dim_v()) * p.dtype().size();
+        lengths.into_iter().map(|keys| (keys * row) as u64).sum()
+    }
+}
+
+/// A decode kernel.
+pub type DecodeSpec = Spec<Decode>;
+
+/// The tensors of one decode call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecodeArgs {
+    forward: Args,
+    seqused_k: Option<Region>,
+    page_table: Option<Region>,
+}
+
+impl DecodeArgs {
+    /// `forward`: queries, the cache as K and V (of pages, the strides from page to page, head to head and
+    /// key to key), the output, and the workspace of the call. All sequences have as many keys as the
+    /// problem.
+    #[must_use]
+    pub const fn new(forward: Args) -> Self {
+        Self { forward, seqused_k: None, page_table: None }
+    }
+
+    /// Keys of each sequence: i32 `[B]`. Read by the launch: less than 0 is 0, and more than the problem's
+    /// number of keys is that number.
+    #[must_use]
+    pub const fn seqused_k(mut self, lengths: Region) -> Self {
+        self.seqused_k = Some(lengths);
+        self
+    }
+
+    /// The pages of each sequence: i32 `[B, max_pages]`, read by the launch up to the sequence's length. A
+    /// page that there is not is taken for the last one.
+    #[must_use]
+    pub const fn page_table(mut self, table: Region) -> Self {
+        self.page_table = Some(table);
+        self
+    }
+}
+
+impl Operation for Decode {
+    type Args = DecodeArgs;
+    type Limits = AttentionLimits;
+
+    fn kernels() -> &'static [DecodeSpec] {
+        DECODE_KERNELS
+    }
+
+    fn dtype(&self) -> DType {
+        self.problem.dtype()
+    }
+
+    fn obstacle(&self, limits: &AttentionLimits) -> Option<String> {
+        let p = &self.problem;
+        if p.seq_k() == 0 {
+            return Some("does not support caches without room for a key".into());
+        }
+        let rows = p.seq_q() * p.group();
+        if rows > MAX_ROWS {
+            return Some(format!(
+                "does not support {rows} rows of heads that share keys: it has at most {MAX_ROWS}"
+            ));
+        }
+        if let Some(splits) = self.splits.filter(|splits| splits.get() > MAX_SPLITS) {
+            return Some(format!("does not support {splits} splits: it has at most {MAX_SPLITS}"));
+        }
+        p.obstacle(limits)
+    }
+
+    fn check(&self, args: &DecodeArgs) -> Result<(), Error> {
+        let p = &self.problem;
+        let [q, .., o] = attention::extents(p);
+        args.forward.check_extents(p, [q, self.k_extents(), self.v_extents(), o])?;
+        self.check_numbers(args.seqused_k, args.page_table)
+    }
+
+    fn check_sizes(&self) -> Result<(), Error> {
+        self.problem.check_sizes()
+    }
+
+    fn optional_outputs(&self) -> Vec<Section> {
+        self.problem.optional_outputs()
+    }
+
+    fn given(args: &DecodeArgs, usage: Usage) -> Option<Region> {
+        Problem::given(&args.forward, usage)
+    }
+
+    fn workspace(args: &DecodeArgs) -> Region {
+        Problem::workspace(&args.forward)
+    }
+}
+
+impl Plan<Decode> {
+    /// Parts that the keys of each sequence are split into.
+    #[must_use]
+    pub fn splits(&self) -> u32 {
+        let blocks = |d: &Decode| work(d.problem());
+        self.steps().first().map_or(1, |step| step.grid.x / blocks(self.problem()).max(1))
+    }
+
+    /// Bytes of the workspace of a call that gives memory for the LSE.
+    #[must_use]
+    pub fn workspace_bytes_beside_lse(&self) -> u64 {
+        self.bytes_without(|usage| usage == Usage::Lse)
+    }
+}
+
+/// What the number of splits is chosen by. Times are in units of what a block takes for a tile of keys
+/// while all blocks run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SplitWork {
+    /// Tiles of keys of a sequence.
+    pub tiles: u32,
+    /// Blocks for each part: sequences times heads of K and V times tiles of packed rows.
+    pub blocks: u32,
+    /// Blocks that run at once.
+    pub at_once: u32,
+}
+
+/// Until a block's first tile is there: two reads that wait for each other, and the copy.
+const START: f64 = 0.75;
+/// The launch that merges parts.
+const MERGE: f64 = 1.25;
+/// A part more to merge.
+const PART: f64 = 0.01;
+
+impl SplitWork {
+    /// What `splits` parts cost: waves of blocks, each of as many tiles as the longest part, and the
+    /// merging.
+    #[must_use]
+    pub fn cost(self, splits: u32) -> f64 {
+        let waves =
+            (u64::from(self.blocks) * u64::from(splits)).div_ceil(self.at_once.max(1).into());
+        let part = f64::from(self.tiles.div_ceil(splits.max(1)));
+        let merging = if splits > 1 { MERGE + PART * f64::from(splits) } else { 0.0 };
+        waves as f64 * (part + START) + merging
+    }
+}
+
+/// Parts that the keys of a sequence are best split into: the number of the least cost, the least of those.
+/// No more than there are tiles, nor than blocks run at once.
+#[must_use]
+pub fn splits(work: SplitWork) -> u32 {
+    let most = work.tiles.min(work.at_once).min(MAX_SPLITS).max(1);
+    let better = |best: u32, next: u32| if work.cost(next) < work.cost(best) { next } else { best };
+    (1..=most).fold(1, better)
+}
+
+/// Blocks for each part.
+fn work(p: &Problem) -> u32 {
+    let row_tiles = tiles(p.seq_q() * p.group(), decode_split::ROWS);
+    let kv_heads = u32::try_from(p.batch() * p.kv_heads()).unwrap_or(u32::MAX);
+    kv_heads.saturating_mul(row_tiles)
+}
+
+/// Every decode kernel, the slowest first.
+pub static DECODE_KERNELS: &[DecodeSpec] = &[DECODE];
+
+const DECODE: DecodeSpec = DecodeSpec {
+    name: "decode",
+    summary: "mma.sync, heads that share keys in one tile, keys split between blocks and warps, then merged",
+    idea: "a cache is read once, by all of the GPU: the queries of a group are rows of one tile",
+    dtypes: &[DType::F16, DType::BF16],
+    capability: (8, 0),
+    exact_capability: false,
+    limits: AttentionLimits {
+        head_dims: &[64, 128, 256],
+        features: Features {
+            mask: false,
+            dropout: false,
+            bias: false,
+            varlen: false,
+            ..ALL_FEATURES
+        },
+        sizes: |_, d| Sizes { rows: vec![decode_split::ROWS], keys: vec![decode_split::keys(d)] },
+    },
+    draft: |d, target| {
+        let p = &d.problem;
+        let split = step(d, decode_split::ENTRIES)?;
+        let size = split.entry.size;
+        let shared_bytes = decode_split::shared_bytes(size);
+        let parts = d.splits.map_or_else(|| chosen(d, &split, target), NonZeroU32::get);
+        let split = Step { grid: work(p).saturating_mul(parts).into(), shared_bytes, ..split };
+        if parts == 1 {
+            return Ok(split.into());
+        }
+        let rows = u64::from(parts) * p.rows() as u64;
+        let sections = vec![
+            Section::new(Usage::Parts, rows * p.head_dim_v() as u64 * 4),
+            Section::new(Usage::PartSums, rows * 8),
+        ];
+        let rows = u32::try_from(p.rows()).unwrap_or(u32::MAX);
+        let combine = Step { grid: rows.into(), ..step(d, decode_combine::ENTRIES)? };
+        Ok(Draft { sections, steps: vec![split, combine] })
+    },
+};
+
+/// The number of splits for a decode on a device.
+fn chosen(d: &Decode, split: &Step<Decode>, target: &Target) -> u32 {
+    let size = split.entry.size;
+    let keys = d.expected_keys.unwrap_or(usize::MAX).min(d.problem.seq_k());
+    let at_once = target.blocks_at_once(split.entry, decode_split::shared_bytes(size));
+    let blocks = work(&d.problem);
+    splits(SplitWork { tiles: tiles(keys, decode_split::keys(size)), blocks, at_once })
+}
+
+/// A launch of the least entry that has the columns of the problem.
+fn step(d: &Decode, entries: Instances) -> Result<Step<Decode>, String> {
+    let size = entry_size(&d.problem, entries)?;
+    let page = d.pages.map_or(0, |pages| pages.page_size);
+    let constants = Constants { page, ..padded_constants(&d.problem, size) };
+    Ok(Step { constants, ..Step::new(entries, d.dtype(), size, args)? })
+}
+
+/// The arguments of decode kernels, as bytes.
+fn args(call: &Call<'_, Decode>) -> Vec<u8> {
+    let DecodeArgs { forward, seqused_k, page_table } = call.args;
+    let region = |usage| call.region(usage).arg();
+    let pages = call.problem.pages;
+    let parts = call.region(Usage::PartSums).bytes / (call.problem.problem.rows() as u64 * 8);
+    args::DecodeArgs {
+        cache: CacheArgs {
+            lengths: seqused_k.unwrap_or_default().arg(),
+            page_table: page_table.unwrap_or_default().arg(),
+            pages: pages.map_or(0, |pages| pages.pages),
+            max_pages: pages.map_or(0, |pages| pages.max_pages),
+        },
+        parts: PartsArgs {
+            o: region(Usage::Parts),
+            sums: region(Usage::PartSums),
+            // No section: one part.
+            splits: u32::try_from(parts).unwrap_or(u32::MAX).max(1),
+            padding: 0,
+        },
+        forward: attention_args(&call.problem.problem, forward, region),
+    }
+    .to_launch_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H200: Target = Target::new((9, 0), 232_448, 132);
+
+    fn plan(batch: usize, heads: [usize; 2], keys: usize, d: usize) -> Plan<Decode> {
+        let [heads, kv_heads] = heads;
+        let p = Problem::builder(batch, heads, 1, d).kv_heads(kv_heads).seq_k(keys);
+        let p = p.dtype(DType::F16).build().unwrap();
+        DECODE_KERNELS[0].plan(&Decode::new(p), &H200).unwrap()
+    }
+
+    #[test]
+    fn splits_fill_the_gpu_once() {
+        // 264 blocks at once: 4 heads leave each of 66 parts a block; 2048 tiles are 32 for each of 64.
+        assert_eq!(plan(1, [32, 4], 131_072, 128).splits(), 64);
+        // No more parts than tiles.
+        assert_eq!(plan(1, [32, 4], 64, 128).splits(), 1);
+        assert!(plan(1, [32, 4], 4096, 128).splits() <= 64);
+        // 512 heads are two waves, nearly whole ones: a split would only cost.
+        let whole = plan(64, [64, 8], 4096, 128);
+        assert_eq!((whole.splits(), whole.entries().count()), (1, 1));
+        // One block a multiprocessor.
+        assert_eq!(plan(1, [4, 1], 131_072, 256).splits(), 132);
+    }
+
+    #[test]
+    fn a_part_more_must_gain_what_it_costs() {
+        let work = SplitWork { tiles: 1000, blocks: 10, at_once: 100 };
+        assert_eq!(splits(work), 10);
+        assert!(work.cost(10) < work.cost(9) && work.cost(10) < work.cost(11));
+        assert_eq!(splits(SplitWork { blocks: 100, ..work }), 1);
+        // Two tiles: half of the time, and the merging costs more.
+        assert_eq!(splits(SplitWork { tiles: 2, ..work }), 1);
+        assert_eq!(splits(SplitWork { tiles: 0, ..work }), 1);
+    }
+
+    #[test]
+    fn expected_lengths_decide_and_an_override_decides_for_sure() {
+        let p = Problem::builder(1, 8, 1, 128).kv_heads(1).seq_k(1 << 20).dtype(DType::F16);
+        let decode = Decode::new(p.build().unwrap());
+        let splits = |decode: &Decode| DECODE_KERNELS[0].plan(decode, &H200).unwrap().splits();
+        assert!(splits(&decode) > splits(&decode.expected_keys(1024)));
+        assert_eq!(splits(&decode.splits(NonZeroU32::new(97))), 97);
+        let text = DECODE_KERNELS[0].plan(&decode.splits(NonZeroU32::new(1 << 20)), &H200);
+        assert!(text.unwrap_err().to_string().contains("at most 65535"));
+    }
+
+    #[test]
+    fn wrong_pages_are_named() {
+        let p = Problem::builder(2, 4, 1, 64).seq_k(100).dtype(DType::F16).build().unwrap();
+        let text = |page_size, pages, max_pages| {
+            Decode::paged(p, Pages { page_size, pages, max_pages }).unwrap_err().to_string()
+        };
+        assert!(text(0, 1, 1).contains("page size = 0"));
+        assert!(text(16, 0, 7).contains("pages = 0"));
+        assert!(text(16, 1, 6).contains("100 keys need 7 pages of 16"));
+        assert_eq!(
+            Decode::paged(p, Pages { page_size: 16, pages: 9, max_pages: 7 }).unwrap().k_shape(),
+            [9, 4, 16, 64]
+        );
+    }
+}

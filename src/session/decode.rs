@@ -1,0 +1,377 @@
+//! Attention of a few queries against a cache of keys and values, to be run as often as wanted.
+
+use std::{fmt, sync::Arc};
+
+use super::{Inputs, MemoryReport, Outputs, POISON, Session, Work, runner::Runner};
+use crate::{
+    backend::{Device, DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
+    dtype::DType,
+    error::Error,
+    problem::Extras,
+    raw::{Args, DecodeArgs, Plan, View},
+    registry::{Decode, DecodeSpec},
+    tensor::Tensor,
+};
+
+/// Keys and values in device memory, and which of them each sequence has.
+#[derive(Clone, Copy, Debug)]
+pub struct Cached<'a> {
+    /// Keys, of [`Decode::k_shape`].
+    pub k: &'a DeviceTensor,
+    /// Values, of [`Decode::v_shape`].
+    pub v: &'a DeviceTensor,
+    /// Keys of each sequence, i32 `[B]`; without it all have as many as the problem.
+    pub seqused_k: Option<&'a DeviceBuffer>,
+    /// Pages of each sequence, i32 `[B, max_pages]`, where the cache is in pages.
+    pub page_table: Option<&'a DeviceBuffer>,
+}
+
+/// What a decode is computed from, on the host.
+#[derive(Clone, Copy, Debug)]
+pub struct DecodeInputs<'a> {
+    /// Queries, the cache as keys and values ([`Decode::k_shape`], [`Decode::v_shape`]), and what else the
+    /// problem has.
+    pub tensors: Inputs<'a>,
+    /// Keys of each sequence, `[B]`; without it all have as many as the problem.
+    pub seqused_k: Option<&'a [i32]>,
+    /// Pages of each sequence, `[B, max_pages]`, where the cache is in pages. What lies beyond a sequence's
+    /// length may be any number.
+    pub page_table: Option<&'a [i32]>,
+}
+
+impl DecodeInputs<'_> {
+    /// Compares tensors, lengths and pages with a decode.
+    ///
+    /// # Errors
+    /// Which of them is of the wrong type, shape or value, missing, or not expected.
+    pub fn check(&self, decode: &Decode) -> Result<(), Error> {
+        let p = decode.problem();
+        let Inputs { q, k, v, .. } = self.tensors;
+        for (what, tensor, shape) in
+            [("q", q, p.q_shape()), ("k", k, decode.k_shape()), ("v", v, decode.v_shape())]
+        {
+            tensor.expect(what, p.dtype(), &shape)?;
+        }
+        self.tensors.check_beside(p)?;
+        let mismatch = |what: &str, expected: &[usize], given: usize| {
+            let (expected, given) = (expected.into(), [given].into());
+            Err(Error::ShapeMismatch { what: what.into(), expected, given })
+        };
+        if let Some(lengths) = self.seqused_k {
+            if lengths.len() != p.batch() {
+                return mismatch("seqused_k", &[p.batch()], lengths.len());
+            }
+            for (b, &length) in lengths.iter().enumerate() {
+                if usize::try_from(length).map_or(true, |length| length > p.seq_k()) {
+                    return Err(Error::InvalidValue {
+                        what: "seqused_k",
+                        given: format!("{length} (sequence {b})"),
+                        remedy: format!("it must be from 0 to {}", p.seq_k()),
+                    });
+                }
+            }
+        }
+        match (self.page_table, decode.page_table_shape()) {
+            (None, None) => Ok(()),
+            (Some(_), None) => Err(Error::UnexpectedTensor { what: "page_table".into() }),
+            (None, Some(_)) => {
+                let context = ": the cache is in pages".into();
+                Err(Error::MissingTensor { what: "page_table".into(), context })
+            }
+            (Some(table), Some([batch, max_pages])) if table.len() != batch * max_pages => {
+                mismatch("page_table", &[batch, max_pages], table.len())
+            }
+            (Some(_), Some(_)) => (0..p.batch()).try_for_each(|b| {
+                let pages = self.pages_of(decode, b);
+                let count = decode.pages().map_or(0, |pages| pages.pages);
+                let wrong = pages
+                    .iter()
+                    .find(|&&page| u32::try_from(page).map_or(true, |page| page >= count));
+                wrong.map_or(Ok(()), |page| {
+                    Err(Error::InvalidValue {
+                        what: "page_table",
+                        given: format!("{page} (sequence {b})"),
+                        remedy: format!("there are {count} pages, from 0 on"),
+                    })
+                })
+            }),
+        }
+    }
+
+    /// Keys of sequence `b`.
+    #[must_use]
+    pub fn length(&self, decode: &Decode, b: usize) -> usize {
+        let most = decode.problem().seq_k();
+        self.seqused_k.map_or(most, |lengths| usize::try_from(lengths[b]).unwrap_or(0).min(most))
+    }
+
+    /// The pages that sequence `b` uses; none where the cache is not in pages.
+    #[must_use]
+    pub fn pages_of(&self, decode: &Decode, b: usize) -> &[i32] {
+        let (Some(table), Some(pages)) = (self.page_table, decode.pages()) else { return &[] };
+        let used = self.length(decode, b).div_ceil(pages.page_size as usize);
+        &table[b * pages.max_pages as usize..][..used]
+    }
+}
+
+/// A decode kernel that is ready for one problem: the outputs and its workspace stay in device memory and
+/// are used again by every run.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use flash_attention::{
+///     CpuDevice, DType, Error, Extras, Layout, Problem, Tensor,
+///     registry::{self, Decode},
+///     session::{Cached, Session},
+/// };
+///
+/// fn main() -> Result<(), Error> {
+///     let session = Session::new(Arc::new(CpuDevice::new()));
+///     // Two sequences of up to 200 keys, 4 heads of Q that share one of K and V.
+///     let problem = Problem::builder(2, 4, 1, 64).kv_heads(1).seq_k(200).dtype(DType::F16);
+///     let problem = problem.layout(Layout::TokensFirst).build()?;
+///     let decode = Decode::new(problem);
+///     let random = |shape: [usize; 4], seed| Tensor::random(DType::F16, &shape, seed, 0.0);
+///     let q = session.upload(&random(problem.q_shape(), 1))?;
+///     let (k, v) = (random(decode.k_shape(), 2), random(decode.v_shape(), 3));
+///     let (k, v) = (session.upload(&k)?, session.upload(&v)?);
+///     // The second sequence has 7 keys so far.
+///     let mut lengths = session.memory().upload(&[200i32, 7])?;
+///     let kernel = registry::best_for(&decode, &session.target())?.kernel;
+///     let mut attention = session.decode(kernel, &decode)?;
+///     let cache = Cached { k: &k, v: &v, seqused_k: Some(&lengths), page_table: None };
+///     attention.run(&q, cache, Extras::default())?;
+///     assert_eq!(attention.o().to_host()?.shape(), [2, 1, 4, 64]);
+///     // The same plan, one key later.
+///     lengths.write(&[200i32, 8])?;
+///     attention.run(&q, Cached { seqused_k: Some(&lengths), ..cache }, Extras::default())?;
+///     Ok(())
+/// }
+/// ```
+pub struct AttentionDecode {
+    runner: Runner<Decode>,
+    o: DeviceTensor,
+    lse: DeviceTensor,
+}
+
+impl fmt::Debug for AttentionDecode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AttentionDecode")
+            .field("kernel", &self.plan().kernel().name)
+            .field("decode", self.plan().problem())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// Allocates outputs and workspace of a decode kernel, filled with NaN: an element that no kernel wrote
+    /// shows.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the kernel cannot do the problem; [`Error::OutOfMemory`].
+    pub fn decode(
+        &self,
+        kernel: &'static DecodeSpec,
+        decode: &Decode,
+    ) -> Result<AttentionDecode, Error> {
+        AttentionDecode::new(self.memory(), kernel.plan(decode, &self.target())?)
+    }
+
+    /// Uploads the inputs and gets everything ready to launch.
+    ///
+    /// # Errors
+    /// A value of the request that is wrong; [`Error::OutOfMemory`], or an error that the device reports.
+    pub fn prepare_decode(
+        &self,
+        plan: Plan<Decode>,
+        inputs: &DecodeInputs<'_>,
+    ) -> Result<PreparedDecode, Error> {
+        inputs.check(plan.problem())?;
+        let memory = self.memory().part();
+        let Inputs { q, k, v, .. } = inputs.tensors;
+        let upload = |tensor: &Tensor| DeviceTensor::upload(&memory, tensor);
+        let tensors = [upload(q)?, upload(k)?, upload(v)?];
+        let numbers = |numbers: Option<&[i32]>| numbers.map(|x| memory.upload(x)).transpose();
+        let [seqused_k, page_table] = [numbers(inputs.seqused_k)?, numbers(inputs.page_table)?];
+        let extras = inputs.tensors.extras().try_map(|bytes| memory.upload(bytes))?;
+        let input_bytes = memory.current();
+        let decode = AttentionDecode::new(&memory, plan)?;
+        let workspace = decode.runner.workspace.bytes();
+        let memory = MemoryReport {
+            inputs: input_bytes,
+            outputs: memory.current() - input_bytes - workspace,
+            workspace,
+            peak: memory.peak(),
+        };
+        Ok(PreparedDecode { decode, tensors, seqused_k, page_table, extras, memory })
+    }
+
+    /// Runs a decode kernel once.
+    ///
+    /// # Errors
+    /// As [`Session::prepare_decode`], or the fault of the kernel.
+    pub fn run_decode(
+        &self,
+        kernel: &'static DecodeSpec,
+        decode: &Decode,
+        inputs: &DecodeInputs<'_>,
+    ) -> Result<(Outputs, MemoryReport), Error> {
+        let mut prepared = self.prepare_decode(kernel.plan(decode, &self.target())?, inputs)?;
+        prepared.launch()?;
+        Ok((prepared.outputs()?, prepared.memory()))
+    }
+}
+
+impl AttentionDecode {
+    pub(crate) fn new(memory: &Arc<Memory>, plan: Plan<Decode>) -> Result<Self, Error> {
+        let p = *plan.problem().problem();
+        let filled = |dtype, shape: &[usize]| DeviceTensor::filled(memory, dtype, shape, POISON);
+        Ok(Self {
+            o: filled(p.dtype(), &p.o_shape())?,
+            lse: filled(DType::F32, &p.lse_shape())?,
+            runner: {
+                let bytes = plan.workspace_bytes_beside_lse();
+                Runner::new(memory, plan, bytes)?
+            },
+        })
+    }
+
+    /// The plan.
+    #[must_use]
+    pub const fn plan(&self) -> &Plan<Decode> {
+        &self.runner.plan
+    }
+
+    /// The output of the last run.
+    #[must_use]
+    pub const fn o(&self) -> &DeviceTensor {
+        &self.o
+    }
+
+    /// The log-sum-exp of the last run: f32 `[B, H, Nq]`, natural log.
+    #[must_use]
+    pub const fn lse(&self) -> &DeviceTensor {
+        &self.lse
+    }
+
+    /// Starts the kernel; does not wait. Lengths and pages are read by the launch: a number that is out of
+    /// range reads another part of the cache, and nothing beside it.
+    ///
+    /// # Errors
+    /// A tensor of another shape, storage type or device; an error that the device reports.
+    pub fn run(
+        &mut self,
+        q: &DeviceTensor,
+        cache: Cached<'_>,
+        extras: Extras<&DeviceBuffer>,
+    ) -> Result<(), Error> {
+        let args = self.args(q, cache, extras)?;
+        // SAFETY: `args` checked that the inputs are tensors of this device, and freeing one waits for the
+        // launches before; outputs and workspace belong to this value. Lengths and pages lead nowhere else:
+        // the kernels bound them.
+        unsafe { self.runner.run(args) }
+    }
+
+    /// The inputs, checked, and the outputs.
+    fn args(
+        &self,
+        q: &DeviceTensor,
+        cache: Cached<'_>,
+        extras: Extras<&DeviceBuffer>,
+    ) -> Result<DecodeArgs, Error> {
+        let (decode, memory) = (self.plan().problem(), &self.runner.memory);
+        let p = decode.problem();
+        let Cached { k, v, seqused_k, page_table } = cache;
+        for (what, tensor, shape) in
+            [("q", q, p.q_shape()), ("k", k, decode.k_shape()), ("v", v, decode.v_shape())]
+        {
+            tensor.expect(what, memory, p.dtype(), &shape)?;
+        }
+        for (what, buffer) in [("seqused_k", seqused_k), ("page_table", page_table)] {
+            buffer.map_or(Ok(()), |buffer| expect_device(what, buffer, memory))?;
+        }
+        extras.check(p, |what, _, _, buffer| expect_device(what, buffer, memory))?;
+        let extras = extras.try_map(|buffer| Ok::<_, Error>(buffer.region()))?;
+        let view = |tensor: &DeviceTensor, [_, heads, rows, columns]: [usize; 4]| {
+            View::contiguous(tensor.region(), p.layout(), heads, rows, columns)
+        };
+        let [k, v] = [view(k, decode.k_extents()), view(v, decode.v_extents())];
+        let [q, o] = [view(q, p.q_extents()), view(&self.o, p.o_extents())];
+        let forward = Args::new(q, k, v, o).lse(self.lse.region()).extras(p, extras);
+        let mut args = DecodeArgs::new(forward.workspace(self.runner.region()));
+        if let Some(lengths) = seqused_k {
+            args = args.seqused_k(lengths.region());
+        }
+        if let Some(table) = page_table {
+            args = args.page_table(table.region());
+        }
+        Ok(args)
+    }
+
+    /// Waits and downloads O and LSE.
+    ///
+    /// # Errors
+    /// The fault of the kernel, if it had one.
+    pub fn outputs(&mut self) -> Result<Outputs, Error> {
+        self.runner.synchronize()?;
+        Ok(Outputs { o: self.o.to_host()?, lse: self.lse.to_host()?, weights: None })
+    }
+}
+
+/// A decode kernel with its inputs on the device, to be launched as often as wanted.
+#[derive(Debug)]
+pub struct PreparedDecode {
+    decode: AttentionDecode,
+    /// Q, K and V.
+    tensors: [DeviceTensor; 3],
+    seqused_k: Option<DeviceBuffer>,
+    page_table: Option<DeviceBuffer>,
+    extras: Extras<DeviceBuffer>,
+    memory: MemoryReport,
+}
+
+impl PreparedDecode {
+    /// The plan.
+    #[must_use]
+    pub const fn plan(&self) -> &Plan<Decode> {
+        self.decode.plan()
+    }
+
+    /// Device memory of this run.
+    #[must_use]
+    pub const fn memory(&self) -> MemoryReport {
+        self.memory
+    }
+
+    /// The lengths of the sequences, of the runs from now on.
+    ///
+    /// # Errors
+    /// [`Error::UnexpectedTensor`] where there were none, or not as many; an error that the device reports.
+    pub fn set_lengths(&mut self, lengths: &[i32]) -> Result<(), Error> {
+        match &mut self.seqused_k {
+            Some(buffer) if buffer.bytes() == size_of_val(lengths) as u64 => buffer.write(lengths),
+            _ => Err(Error::UnexpectedTensor { what: "seqused_k".into() }),
+        }
+    }
+
+    /// Waits and downloads O and LSE.
+    ///
+    /// # Errors
+    /// The fault of the kernel, if it had one.
+    pub fn outputs(&mut self) -> Result<Outputs, Error> {
+        self.decode.outputs()
+    }
+}
+
+impl Work for PreparedDecode {
+    fn device(&self) -> &dyn Device {
+        &**self.tensors[0].memory().device()
+    }
+
+    fn start(&mut self) -> Result<(), Error> {
+        let [q, k, v] = &self.tensors;
+        let (seqused_k, page_table) = (self.seqused_k.as_ref(), self.page_table.as_ref());
+        self.decode.run(q, Cached { k, v, seqused_k, page_table }, self.extras.as_ref())
+    }
+}
