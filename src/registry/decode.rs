@@ -316,7 +316,7 @@ impl SplitWork {
 /// No more than there are tiles, nor than blocks run at once.
 #[must_use]
 pub fn splits(work: SplitWork) -> u32 {
-    let most = work.tiles.min(work.at_once).min(MAX_SPLITS).max(1);
+    let most = work.tiles.min(work.at_once).clamp(1, MAX_SPLITS);
     let better = |best: u32, next: u32| if work.cost(next) < work.cost(best) { next } else { best };
     (1..=most).fold(1, better)
 }
@@ -435,8 +435,8 @@ mod tests {
         // 512 heads are two waves, nearly whole ones: a split would only cost.
         let whole = plan(64, [64, 8], 4096, 128);
         assert_eq!((whole.splits(), whole.entries().count()), (1, 1));
-        // One block a multiprocessor.
-        assert_eq!(plan(1, [4, 1], 131_072, 256).splits(), 132);
+        // One block a multiprocessor: 16 tiles for each of 128.
+        assert_eq!(plan(1, [4, 1], 131_072, 256).splits(), 128);
     }
 
     #[test]

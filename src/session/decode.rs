@@ -140,12 +140,13 @@ impl DecodeInputs<'_> {
 ///     let mut lengths = session.memory().upload(&[200i32, 7])?;
 ///     let kernel = registry::best_for(&decode, &session.target())?.kernel;
 ///     let mut attention = session.decode(kernel, &decode)?;
-///     let cache = Cached { k: &k, v: &v, seqused_k: Some(&lengths), page_table: None };
-///     attention.run(&q, cache, Extras::default())?;
+///     let cached = Cached { k: &k, v: &v, seqused_k: Some(&lengths), page_table: None };
+///     attention.run(&q, cached, Extras::default())?;
 ///     assert_eq!(attention.o().to_host()?.shape(), [2, 1, 4, 64]);
 ///     // The same plan, one key later.
 ///     lengths.write(&[200i32, 8])?;
-///     attention.run(&q, Cached { seqused_k: Some(&lengths), ..cache }, Extras::default())?;
+///     let cached = Cached { k: &k, v: &v, seqused_k: Some(&lengths), page_table: None };
+///     attention.run(&q, cached, Extras::default())?;
 ///     Ok(())
 /// }
 /// ```

@@ -4,6 +4,7 @@
 mod attention;
 mod backward;
 mod decode;
+mod kv_cache;
 mod runner;
 pub mod work;
 
@@ -22,6 +23,7 @@ use crate::{
 pub use attention::Attention;
 pub use backward::{AttentionBackward, Forward, Gradients, PreparedBackward};
 pub use decode::{AttentionDecode, Cached, DecodeInputs, PreparedDecode};
+pub use kv_cache::{Angles, CacheBatch, KvCache, KvCacheShape, SequenceId};
 pub use work::Work;
 
 /// Outputs and workspace are filled with this before a launch: all bits set is NaN in

@@ -1,0 +1,502 @@
+//! A cache that owns its pages: sequences grow, end, and share what they have in common.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use super::{Cached, POISON, Session};
+use crate::{
+    backend::{DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
+    dtype::DType,
+    error::Error,
+    problem::{Layout, Problem},
+    raw::{AppendArgs, View},
+    registry::{APPEND_KERNELS, Append, Decode, Pages, Rotary, Target},
+};
+
+/// A sequence of a [`KvCache`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId(u64);
+
+/// What a [`KvCache`] holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvCacheShape {
+    /// Storage type: f16 or bf16.
+    pub dtype: DType,
+    /// Heads of K and V.
+    pub kv_heads: usize,
+    /// Columns of K.
+    pub head_dim: usize,
+    /// Columns of V.
+    pub head_dim_v: usize,
+    /// Keys of a page.
+    pub page_size: u32,
+    /// Pages.
+    pub pages: u32,
+}
+
+/// Cosines and sines in device memory, f32 `[positions, dim / 2]` each.
+#[derive(Clone, Copy, Debug)]
+pub struct Angles<'a> {
+    /// What they rotate.
+    pub rotary: Rotary,
+    /// Cosines.
+    pub cos: &'a DeviceBuffer,
+    /// Sines.
+    pub sin: &'a DeviceBuffer,
+}
+
+/// Keys and values of sequences, in pages that the cache owns.
+///
+/// A page may belong to several sequences, which [`fork`](Self::fork) makes: the one that writes to it first gets a
+/// copy of its own.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use flash_attention::{
+///     CpuDevice, DType, Error, Extras, Layout, Problem, Tensor,
+///     registry::{self, Decode},
+///     session::{KvCache, KvCacheShape, Session},
+/// };
+///
+/// fn main() -> Result<(), Error> {
+///     let session = Session::new(Arc::new(CpuDevice::new()));
+///     let shape = KvCacheShape {
+///         dtype: DType::F16,
+///         kv_heads: 1,
+///         head_dim: 64,
+///         head_dim_v: 64,
+///         page_size: 16,
+///         pages: 8,
+///     };
+///     let mut cache = KvCache::new(&session, shape)?;
+///     let random = |shape: &[usize], seed| session.upload(&Tensor::random(DType::F16, shape, seed, 0.0));
+///     // A prompt of 20 tokens, then two ways to go on: three pages, of which the first is shared.
+///     let prompt = cache.insert();
+///     let (k, v) = (random(&[1, 20, 1, 64], 1)?, random(&[1, 20, 1, 64], 2)?);
+///     cache.append(&[prompt], &k, &v, None)?;
+///     let other = cache.fork(prompt)?;
+///     let (k, v) = (random(&[2, 1, 1, 64], 3)?, random(&[2, 1, 1, 64], 4)?);
+///     cache.append(&[prompt, other], &k, &v, None)?;
+///     assert_eq!((cache.length(other)?, cache.free_pages()), (21, 5));
+///
+///     // One query of each against its 21 keys; the plan holds for up to 64.
+///     let problem = Problem::builder(2, 4, 1, 64).kv_heads(1).seq_k(64).dtype(DType::F16);
+///     let problem = problem.layout(Layout::TokensFirst).build()?;
+///     let decode = cache.decode(problem)?;
+///     let kernel = registry::best_for(&decode, &session.target())?.kernel;
+///     let mut attention = session.decode(kernel, &decode)?;
+///     let batch = cache.batch(&decode, &[prompt, other])?;
+///     let q = random(&problem.q_shape(), 5)?;
+///     attention.run(&q, cache.cached(&batch), Extras::default())?;
+///     assert_eq!(attention.o().to_host()?.shape(), [2, 1, 4, 64]);
+///     Ok(())
+/// }
+/// ```
+#[derive(Debug)]
+pub struct KvCache {
+    memory: Arc<Memory>,
+    shape: KvCacheShape,
+    k: DeviceTensor,
+    v: DeviceTensor,
+    /// Pages of no sequence; the last is the next to be taken.
+    free: Vec<u32>,
+    /// How many sequences have each page.
+    users: Vec<u32>,
+    sequences: BTreeMap<SequenceId, Sequence>,
+    next: u64,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Sequence {
+    pages: Vec<u32>,
+    length: usize,
+}
+
+/// Lengths and pages of some sequences of a [`KvCache`], in device memory.
+#[derive(Debug)]
+pub struct CacheBatch {
+    lengths: DeviceBuffer,
+    page_table: DeviceBuffer,
+}
+
+impl KvCache {
+    /// A cache without sequences. Its memory is filled with NaN.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] for a size of zero; [`Error::OutOfMemory`].
+    pub fn new(session: &Session, shape: KvCacheShape) -> Result<Self, Error> {
+        let KvCacheShape { dtype, kv_heads, head_dim, head_dim_v, page_size, pages } = shape;
+        // What is wrong with a size, a problem says.
+        let p = Problem::builder(1, kv_heads, 1, head_dim).head_dim_v(head_dim_v);
+        let p = p.seq_k(page_size as usize).dtype(dtype).build()?;
+        Decode::paged(p, Pages { page_size, pages, max_pages: 1 })?;
+        let memory = session.memory().clone();
+        let filled = |columns: usize| {
+            let shape = [pages as usize, page_size as usize, kv_heads, columns];
+            DeviceTensor::filled(&memory, dtype, &shape, POISON)
+        };
+        let (k, v) = (filled(head_dim)?, filled(head_dim_v)?);
+        Ok(Self {
+            memory,
+            shape,
+            k,
+            v,
+            free: (0..pages).rev().collect(),
+            users: vec![0; pages as usize],
+            sequences: BTreeMap::new(),
+            next: 0,
+        })
+    }
+
+    /// What it holds.
+    #[must_use]
+    pub const fn shape(&self) -> KvCacheShape {
+        self.shape
+    }
+
+    /// Keys, `[pages, page_size, Hkv, D]`.
+    #[must_use]
+    pub const fn k(&self) -> &DeviceTensor {
+        &self.k
+    }
+
+    /// Values, `[pages, page_size, Hkv, Dv]`.
+    #[must_use]
+    pub const fn v(&self) -> &DeviceTensor {
+        &self.v
+    }
+
+    /// Pages of no sequence.
+    #[must_use]
+    pub fn free_pages(&self) -> usize {
+        self.free.len()
+    }
+
+    /// A new sequence without keys.
+    pub fn insert(&mut self) -> SequenceId {
+        self.add(Sequence::default())
+    }
+
+    fn add(&mut self, sequence: Sequence) -> SequenceId {
+        let id = SequenceId(self.next);
+        self.next += 1;
+        self.sequences.insert(id, sequence);
+        id
+    }
+
+    /// A new sequence with the keys of another. Pages are shared until one of the two writes to them.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] where there is no such sequence.
+    pub fn fork(&mut self, of: SequenceId) -> Result<SequenceId, Error> {
+        let sequence = self.sequence(of)?.clone();
+        for &page in &sequence.pages {
+            self.users[page as usize] += 1;
+        }
+        Ok(self.add(sequence))
+    }
+
+    /// Ends a sequence. Pages that no other one has are free again.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] where there is no such sequence.
+    pub fn remove(&mut self, id: SequenceId) -> Result<(), Error> {
+        let sequence = self.sequences.remove(&id).ok_or_else(|| unknown(id))?;
+        sequence.pages.into_iter().for_each(|page| self.release(page));
+        Ok(())
+    }
+
+    fn release(&mut self, page: u32) {
+        let users = &mut self.users[page as usize];
+        *users -= 1;
+        if *users == 0 {
+            self.free.push(page);
+        }
+    }
+
+    fn sequence(&self, id: SequenceId) -> Result<&Sequence, Error> {
+        self.sequences.get(&id).ok_or_else(|| unknown(id))
+    }
+
+    /// Keys of a sequence.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] where there is no such sequence.
+    pub fn length(&self, id: SequenceId) -> Result<usize, Error> {
+        Ok(self.sequence(id)?.length)
+    }
+
+    /// The decode of a problem against this cache: its heads of K and V, columns and storage type are the cache's, and
+    /// the layout is tokens first.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] names what differs.
+    pub fn decode(&self, problem: Problem) -> Result<Decode, Error> {
+        let KvCacheShape { dtype, kv_heads, head_dim, head_dim_v, page_size, pages } = self.shape;
+        let p = &problem;
+        for (what, given, cache) in [
+            ("heads of K and V", p.kv_heads().to_string(), kv_heads.to_string()),
+            ("head dim", p.head_dim().to_string(), head_dim.to_string()),
+            ("head dim of the values", p.head_dim_v().to_string(), head_dim_v.to_string()),
+            ("storage type", p.dtype().to_string(), dtype.to_string()),
+            ("layout", format!("{:?}", p.layout()), format!("{:?}", Layout::TokensFirst)),
+        ] {
+            if given != cache {
+                return Err(Error::InvalidValue {
+                    what,
+                    given,
+                    remedy: format!("the cache has {cache}"),
+                });
+            }
+        }
+        let max_pages = u32::try_from(p.seq_k().div_ceil(page_size as usize)).unwrap_or(u32::MAX);
+        Decode::paged(problem, Pages { page_size, pages, max_pages })
+    }
+
+    /// Lengths and pages of some sequences as they are now, for runs of a decode.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] for another number of sequences than the decode has, a sequence that there is not, or one
+    /// that is longer than the decode allows; [`Error::OutOfMemory`].
+    pub fn batch(&self, decode: &Decode, ids: &[SequenceId]) -> Result<CacheBatch, Error> {
+        let p = decode.problem();
+        let wrong =
+            |what, given: String, remedy: String| Err(Error::InvalidValue { what, given, remedy });
+        if ids.len() != p.batch() {
+            return wrong(
+                "sequences",
+                ids.len().to_string(),
+                format!("the decode has {}", p.batch()),
+            );
+        }
+        let max_pages = decode.page_table_shape().map_or(0, |[_, max_pages]| max_pages);
+        let mut lengths = Vec::with_capacity(ids.len());
+        let mut table = vec![0i32; ids.len() * max_pages];
+        for (b, &id) in ids.iter().enumerate() {
+            let Sequence { pages, length } = self.sequence(id)?;
+            if *length > p.seq_k() {
+                return wrong(
+                    "keys of a sequence",
+                    length.to_string(),
+                    format!("the decode has up to {}", p.seq_k()),
+                );
+            }
+            lengths.push(*length as i32);
+            let row = &mut table[b * max_pages..][..max_pages];
+            row.iter_mut().zip(pages).for_each(|(to, &page)| *to = page as i32);
+        }
+        Ok(CacheBatch {
+            lengths: self.memory.upload(&lengths)?,
+            page_table: self.memory.upload(&table)?,
+        })
+    }
+
+    /// The cache as a run takes it.
+    #[must_use]
+    pub const fn cached<'a>(&'a self, batch: &'a CacheBatch) -> Cached<'a> {
+        let CacheBatch { lengths, page_table } = batch;
+        Cached { k: &self.k, v: &self.v, seqused_k: Some(lengths), page_table: Some(page_table) }
+    }
+
+    /// Appends keys and values, `[B, Nnew, Hkv, D]` each, to `B` sequences; keys are rotated to their positions where
+    /// there are angles. Does not wait. On an error nothing has changed.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] for a sequence that there is not or that is named twice, for too few free pages, or for
+    /// fewer positions than a sequence gets; a tensor of another shape or type; an error that the device reports.
+    pub fn append(
+        &mut self,
+        ids: &[SequenceId],
+        k: &DeviceTensor,
+        v: &DeviceTensor,
+        angles: Option<Angles<'_>>,
+    ) -> Result<(), Error> {
+        let KvCacheShape { dtype, kv_heads, head_dim, head_dim_v, .. } = self.shape;
+        let tokens = k.shape().get(1).copied().unwrap_or_default();
+        k.expect("k", &self.memory, dtype, &[ids.len(), tokens, kv_heads, head_dim])?;
+        v.expect("v", &self.memory, dtype, &[ids.len(), tokens, kv_heads, head_dim_v])?;
+        if let Some(Angles { cos, sin, .. }) = angles {
+            expect_device("cos", cos, &self.memory)?;
+            expect_device("sin", sin, &self.memory)?;
+        }
+        if tokens == 0 || ids.is_empty() {
+            return Ok(());
+        }
+        let growth = self.growth(ids, tokens)?;
+        let longest = growth.iter().map(|(_, growth)| growth.length).max().unwrap_or_default();
+        let problem =
+            Problem::builder(ids.len(), kv_heads, tokens, head_dim).head_dim_v(head_dim_v);
+        let problem = problem.seq_k(longest).dtype(dtype).layout(Layout::TokensFirst).build()?;
+        let decode = self.decode(problem)?;
+        let append =
+            angles.map_or(Ok(Append::new(decode)), |a| Append::new(decode).rotary(a.rotary))?;
+
+        // From here on only the device can fail.
+        let before = (self.free.clone(), self.users.clone());
+        let done = self.grow(&append, growth, [k, v], angles);
+        if done.is_err() {
+            (self.free, self.users) = before;
+        }
+        done
+    }
+
+    /// What each sequence will have, with pages to come as `None`; the first of them takes the place of the last page
+    /// where another sequence has that too.
+    fn growth(
+        &self,
+        ids: &[SequenceId],
+        tokens: usize,
+    ) -> Result<Vec<(SequenceId, Growth)>, Error> {
+        let page_size = self.shape.page_size as usize;
+        let mut growth: Vec<(SequenceId, Growth)> = Vec::with_capacity(ids.len());
+        for &id in ids {
+            if growth.iter().any(|(other, _)| *other == id) {
+                return Err(Error::InvalidValue {
+                    what: "sequences",
+                    given: format!("{id:?} twice"),
+                    remedy: "each is appended to once".into(),
+                });
+            }
+            let Sequence { pages, length } = self.sequence(id)?;
+            let partly = length % page_size;
+            let copied =
+                pages.last().copied().filter(|&page| partly > 0 && self.users[page as usize] > 1);
+            let length = length + tokens;
+            let new_pages =
+                length.div_ceil(page_size) - pages.len() + usize::from(copied.is_some());
+            growth.push((id, Growth { length, new_pages, copied, partly }));
+        }
+        let needed: usize = growth.iter().map(|(_, growth)| growth.new_pages).sum();
+        if needed > self.free.len() {
+            return Err(Error::InvalidValue {
+                what: "free pages",
+                given: self.free.len().to_string(),
+                remedy: format!("{needed} are needed: remove sequences, or make the cache larger"),
+            });
+        }
+        Ok(growth)
+    }
+
+    /// Takes the pages, and starts the copies.
+    fn grow(
+        &mut self,
+        append: &Append,
+        growth: Vec<(SequenceId, Growth)>,
+        [k, v]: [&DeviceTensor; 2],
+        angles: Option<Angles<'_>>,
+    ) -> Result<(), Error> {
+        let before: Vec<_> = growth.iter().map(|(id, _)| self.sequences.get(id).cloned()).collect();
+        let ids: Vec<SequenceId> = growth.iter().map(|(id, _)| *id).collect();
+        let done = growth.into_iter().try_for_each(|(id, growth)| self.take_pages(id, growth));
+        let done = done.and_then(|()| self.start_append(append, &ids, [k, v], angles));
+        if done.is_err() {
+            for (id, before) in ids.iter().zip(before) {
+                before.and_then(|before| self.sequences.insert(*id, before));
+            }
+        }
+        done
+    }
+
+    fn take_pages(&mut self, id: SequenceId, growth: Growth) -> Result<(), Error> {
+        let Growth { length, new_pages, copied, partly } = growth;
+        let at = self.free.len().saturating_sub(new_pages);
+        let taken: Vec<u32> = self.free.drain(at..).rev().collect();
+        for &page in &taken {
+            self.users[page as usize] = 1;
+        }
+        if let (Some(from), Some(&to)) = (copied, taken.first()) {
+            self.copy_page(from, to, partly)?;
+            self.release(from);
+        }
+        let sequence = self.sequences.entry(id).or_default();
+        if copied.is_some() {
+            sequence.pages.pop();
+        }
+        sequence.pages.extend(taken);
+        sequence.length = length;
+        Ok(())
+    }
+
+    /// Starts to copy the first `keys` keys of a page to another.
+    fn copy_page(&self, from: u32, to: u32, keys: usize) -> Result<(), Error> {
+        let KvCacheShape { dtype, kv_heads, head_dim, head_dim_v, page_size, .. } = self.shape;
+        let problem = Problem::builder(1, kv_heads, keys, head_dim).head_dim_v(head_dim_v);
+        let problem = problem.seq_k(keys).dtype(dtype).layout(Layout::TokensFirst).build()?;
+        let append = Append::new(self.decode(problem)?);
+        let page = |tensor: &DeviceTensor, columns: usize| {
+            let bytes = (page_size as usize * kv_heads * columns * dtype.size()) as u64;
+            let region = tensor.region().part(u64::from(from) * bytes, bytes);
+            View::contiguous(region, Layout::TokensFirst, kv_heads, page_size as usize, columns)
+        };
+        let new = [page(&self.k, head_dim), page(&self.v, head_dim_v)];
+        let lengths = self.memory.upload(&[keys as i32])?;
+        let table = self.memory.upload(&[to as i32])?;
+        let args = AppendArgs::new(new, self.views()).seqused_k(lengths.region());
+        self.launch(&append, args.page_table(table.region()))
+    }
+
+    fn start_append(
+        &self,
+        append: &Append,
+        ids: &[SequenceId],
+        [k, v]: [&DeviceTensor; 2],
+        angles: Option<Angles<'_>>,
+    ) -> Result<(), Error> {
+        let p = append.decode().problem();
+        let batch = self.batch(append.decode(), ids)?;
+        let view = |tensor: &DeviceTensor, columns| {
+            View::contiguous(tensor.region(), Layout::TokensFirst, p.kv_heads(), p.seq_q(), columns)
+        };
+        let new = [view(k, p.head_dim()), view(v, p.head_dim_v())];
+        let args = AppendArgs::new(new, self.views()).seqused_k(batch.lengths.region());
+        let mut args = args.page_table(batch.page_table.region());
+        if let Some(Angles { cos, sin, .. }) = angles {
+            args = args.angles(cos.region(), sin.region());
+        }
+        self.launch(append, args)
+    }
+
+    fn views(&self) -> [View; 2] {
+        let KvCacheShape { kv_heads, head_dim, head_dim_v, page_size, .. } = self.shape;
+        let view = |tensor: &DeviceTensor, columns| {
+            View::contiguous(
+                tensor.region(),
+                Layout::TokensFirst,
+                kv_heads,
+                page_size as usize,
+                columns,
+            )
+        };
+        [view(&self.k, head_dim), view(&self.v, head_dim_v)]
+    }
+
+    fn launch(&self, append: &Append, args: AppendArgs) -> Result<(), Error> {
+        let device = &**self.memory.device();
+        let plan = APPEND_KERNELS[0].plan(append, &Target::of(device))?;
+        for launch in plan.launches_for(device, &args)? {
+            // SAFETY: the plan checked the arguments against live tensors of this device, and freeing one waits for
+            // the launches before; nobody else can write to the cache, and the sequences' new places differ.
+            unsafe { device.launch(&launch)? };
+        }
+        Ok(())
+    }
+}
+
+/// What a sequence will have more.
+#[derive(Clone, Copy, Debug)]
+struct Growth {
+    length: usize,
+    new_pages: usize,
+    /// The last page, where it is partly used and another sequence has it too: the first new one takes its place.
+    copied: Option<u32>,
+    /// Keys in it.
+    partly: usize,
+}
+
+fn unknown(id: SequenceId) -> Error {
+    Error::InvalidValue {
+        what: "sequence",
+        given: format!("{id:?}"),
+        remedy: "it was removed, or is of another cache".into(),
+    }
+}
