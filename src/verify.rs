@@ -32,7 +32,7 @@ mod backward;
 mod decode;
 
 pub use backward::{GradientCredit, GradientVerification, verify_gradients};
-pub use decode::verify_decode;
+pub use decode::{verify_decode, verify_decode_rows};
 
 use crate::{
     dtype::DType,

@@ -6,6 +6,7 @@ use clap_complete::Shell;
 
 use crate::{
     compare::CompareArgs,
+    decode::DecodeCommandArgs,
     failure::{Outcome, Usage},
     help,
     progress::print_lines,
@@ -34,6 +35,9 @@ pub enum Command {
     /// Compare outputs of each kernel, and of the module around it, with f64
     #[command(after_help = help::verify_defaults(), after_long_help = help::verify())]
     Verify(Box<VerifyArgs>),
+    /// Verify and measure a few queries against caches, contiguous and in pages
+    #[command(after_help = help::decode_defaults(), after_long_help = help::decode())]
+    Decode(Box<DecodeCommandArgs>),
     /// Compute attention, or the attention module, of your own tensors, from a safetensors file
     #[command(after_long_help = help::RUN)]
     Run(Box<RunArgs>),

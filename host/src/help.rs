@@ -1,6 +1,6 @@
 //! The text that help shows below the options: examples, and the defaults of each device.
 
-use crate::{compare, results::Repeats, verify};
+use crate::{compare, decode, results::Repeats, verify};
 
 /// Below the program's options.
 pub const PROGRAM: &str = "\
@@ -47,6 +47,23 @@ const VERIFY: &str = "\
 Examples:
   flash-attention verify --dtype f16 --causal --mask
   flash-attention verify --seq 4096 --rows 64 --kernels flash_pipelined";
+
+const DECODE: &str = "\
+Examples:
+  flash-attention decode --seq-k 4096,131072 --batch 8 --heads 64 --kv-heads 8
+  flash-attention decode --page-size 1,16,48 --queries 4 --splits 3";
+
+/// Defaults of `decode`.
+#[must_use]
+pub fn decode_defaults() -> String {
+    defaults(&decode::ON_GPU.to_string(), &decode::EMULATED.to_string())
+}
+
+/// Below the options of `decode`.
+#[must_use]
+pub fn decode() -> String {
+    format!("{}\n\n{DECODE}", decode_defaults())
+}
 
 /// Defaults of `compare`.
 #[must_use]

@@ -4,6 +4,7 @@
 pub mod accuracy;
 pub mod cli;
 pub mod compare;
+pub mod decode;
 pub mod env;
 pub mod failure;
 pub mod format;
@@ -47,6 +48,7 @@ pub fn main() -> ExitCode {
         Command::Env => Ok(env::run()),
         Command::Compare(args) => compare::run(args),
         Command::Verify(args) => verify::run(args),
+        Command::Decode(args) => decode::run(args),
         Command::Run(args) => run::run(args),
         Command::Report(args) => report::remake(args),
         Command::Completions { shell } => Ok(cli::completions(*shell)),

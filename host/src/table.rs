@@ -8,6 +8,7 @@ use std::io::IsTerminal;
 use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 
 use crate::{
+    decode::DecodeRow,
     format,
     results::{Check, Row, Status},
 };
@@ -142,6 +143,29 @@ pub fn reasons(rows: &[Row]) -> String {
         text += &format!("\n  {} ({}): {}", row.kernel, row.status, row.reason);
     }
     text
+}
+
+/// Caches that were measured.
+#[must_use]
+pub fn decodes(rows: &[DecodeRow], width: Option<usize>) -> String {
+    let mut columns = Vec::new();
+    let mut add = |name, rank, cell: &dyn Fn(&DecodeRow) -> String| {
+        columns.push(Column { name, rank, cells: rows.iter().map(cell).collect() });
+    };
+    let micros = |ms: f64| format::digits(1e3 * ms);
+    add("Nk", 0, &|row| row.seq_k.to_string());
+    add("page", 0, &|row| match row.page_size {
+        0 => "-".to_owned(),
+        page_size => page_size.to_string(),
+    });
+    add("splits", 1, &|row| row.splits.to_string());
+    add("median µs", 0, &|row| micros(row.median_ms));
+    add("GB/s", 0, &|row| format::digits(row.rate(row.median_ms)));
+    add("back to back µs", 0, &|row| micros(row.sustained_ms));
+    add("GB/s", 0, &|row| format::digits(row.rate(row.sustained_ms)));
+    add("max error", 2, &|row| format!("{:.1e}", row.max_abs_err));
+    add("≤ 2 × plain", 0, &|row| if row.passed { "yes" } else { "NO" }.to_owned());
+    table(columns, width)
 }
 
 /// Differences from the oracle with verdicts, one line a kernel and tensor.

@@ -107,6 +107,45 @@ fn compare_writes_what_it_prints() {
     assert!(results.checks.iter().all(|check| check.passed()));
 }
 
+/// Caches of both kinds are verified and timed; what is printed is what the JSON has.
+#[test]
+fn decode_verifies_and_measures_caches() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("a.json");
+    let (code, stdout, stderr) = run(host()
+        .args(["decode", "--seq-k", "70,300", "--page-size", "0,7", "--queries", "2"])
+        .args(["--batch", "2", "--window", "100,-1", "--splits", "3", "--json"])
+        .arg(&json));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert!(stdout.contains("batch 2, heads 8/2, head dim 64, f16, 2 queries"), "{stdout}");
+    assert!(stdout.contains("verdict: every line is right"), "{stdout}");
+    let rows: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    let caches: Vec<_> = rows.as_array().unwrap().iter().collect();
+    let of = |name: &str| caches.iter().map(|row| row[name].as_u64().unwrap()).collect::<Vec<_>>();
+    assert_eq!((of("seq_k"), of("page_size")), (vec![70, 70, 300, 300], vec![0, 7, 0, 7]));
+    assert_eq!(of("splits"), [3; 4]);
+    // Two heads of 64 columns, K and V, 2 bytes, in two sequences.
+    assert_eq!(of("cache_bytes"), [70, 70, 300, 300].map(|keys| keys * 2 * 2 * 64 * 2 * 2));
+    for row in caches {
+        assert!(row["passed"].as_bool().unwrap() && row["median_ms"].as_f64().unwrap() > 0.0);
+    }
+    for (arguments, part) in [
+        (&["--dtype", "f32"][..], "does not support f32"),
+        (&["--head-dim", "12"], "head dim = 12 is not possible"),
+        (&["--heads", "3", "--kv-heads", "2"], "heads of K and V = 2"),
+        (&["--splits", "70000"], "at most 65535"),
+        (&["--seq-k", "0"], "use a whole number, 1 or more"),
+        (&["--page-size", "5000000000"], "too much for pages of 5000000000"),
+    ] {
+        let (code, stdout, stderr) = run(host().arg("decode").args(arguments));
+        assert_eq!((code, stdout.as_str()), (2, ""), "{arguments:?}: {stderr}");
+        assert!(stderr.contains(part), "{arguments:?}: {stderr}");
+    }
+    let small = ["decode", "--page-size", "100000000", "--memory-limit", "1MiB"];
+    let (code, _, stderr) = run(host().args(small));
+    assert!(code == 1 && stderr.contains("51200002088 bytes needed, 1048576 free"), "{stderr}");
+}
+
 #[test]
 fn what_does_not_fit_is_a_row() {
     let folder = tempfile::tempdir().unwrap();
@@ -347,6 +386,7 @@ fn help_has_examples_and_the_defaults_of_both_devices() {
             &["Usage: flash-attention compare", "--warmup 5 --iters 30", "--seq 64,128,256"][..],
         ),
         ("verify", &["--seq 512 --batch 2 --heads 12", "--batch 1 --heads 2"]),
+        ("decode", &["--seq-k 4096,32768,131072", "--seq-k 256,1000", "--splits 3"]),
         ("run", &["[default: best]", "[default: bhnd]", "--check --kernel flash_mma"]),
         ("report", &["report results.json --out report"]),
     ] {
@@ -361,7 +401,7 @@ fn help_has_examples_and_the_defaults_of_both_devices() {
     }
     // The examples are arguments that there are.
     let (_, all, _) = run(host().arg("--help"));
-    let texts = ["compare", "verify", "run", "report", "completions", "man"]
+    let texts = ["compare", "verify", "decode", "run", "report", "completions", "man"]
         .map(|command| run(host().args([command, "--help"])).1);
     let examples = texts.iter().chain([&all]).flat_map(|text| text.lines());
     let examples = examples.filter_map(|line| line.strip_prefix("  flash-attention "));

@@ -20,7 +20,7 @@ use crate::{
     backend::{Constants, KernelArgs as _},
     dtype::DType,
     error::Error,
-    problem::Problem,
+    problem::{MAX_ELEMENTS, Problem},
 };
 
 /// The most parts that the keys of a sequence are split into.
@@ -62,7 +62,8 @@ impl Decode {
     /// Queries against a cache in pages, `[pages, page_size, Hkv, D]` in the order of the problem's layout.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] for pages without keys, or too few of them for the longest sequence.
+    /// [`Error::InvalidValue`] for pages without keys, or too few of them for the longest sequence;
+    /// [`Error::TooLarge`] for a cache that cannot be addressed.
     pub fn paged(problem: Problem, pages: Pages) -> Result<Self, Error> {
         let Pages { page_size, pages: count, max_pages } = pages;
         let wrong =
@@ -77,7 +78,15 @@ impl Decode {
             let remedy = format!("{} keys need {needed} pages of {page_size}", problem.seq_k());
             return wrong("pages of a sequence", max_pages.to_string(), remedy);
         }
-        Ok(Self { pages: Some(pages), ..Self::new(problem) })
+        let decode = Self { pages: Some(pages), ..Self::new(problem) };
+        for shape in [decode.k_shape(), decode.v_shape()] {
+            let elements = shape.iter().try_fold(1u64, |n, &extent| n.checked_mul(extent as u64));
+            if elements.is_none_or(|elements| elements > MAX_ELEMENTS) {
+                let what = "a cache";
+                return Err(Error::TooLarge { what, shape: shape.into(), limit: MAX_ELEMENTS });
+            }
+        }
+        Ok(decode)
     }
 
     /// The length that splits are chosen for, where sequences are shorter than the longest may be.
@@ -271,6 +280,20 @@ impl Plan<Decode> {
     pub fn splits(&self) -> u32 {
         let blocks = |d: &Decode| work(d.problem());
         self.steps().first().map_or(1, |step| step.grid.x / blocks(self.problem()).max(1))
+    }
+
+    /// Device memory that a call needs: queries, the whole cache, lengths and pages of the sequences, what else
+    /// the problem reads, outputs and workspace.
+    #[must_use]
+    pub fn peak_bytes(&self) -> u64 {
+        let (decode, size) = (self.problem(), self.problem().dtype().size() as u64);
+        let p = decode.problem();
+        let elements = |shape: [usize; 4]| shape.iter().map(|&n| n as u64).product::<u64>();
+        let cache = elements(decode.k_shape()) + elements(decode.v_shape());
+        let beside = p.input_bytes() - (p.k_elements() + p.v_elements()) as u64 * size;
+        let table = decode.page_table_shape().map_or(0, |[batch, pages]| (batch * pages) as u64);
+        let numbers = (p.batch() as u64 + table) * 4;
+        beside + cache * size + numbers + p.output_bytes() + self.workspace_bytes_beside_lse()
     }
 
     /// Bytes of the workspace of a call that gives memory for the LSE.
@@ -470,6 +493,7 @@ mod tests {
         assert!(text(0, 1, 1).contains("page size = 0"));
         assert!(text(16, 0, 7).contains("pages = 0"));
         assert!(text(16, 1, 6).contains("100 keys need 7 pages of 16"));
+        assert!(text(u32::MAX, u32::MAX, 1).contains("a cache"));
         assert_eq!(
             Decode::paged(p, Pages { page_size: 16, pages: 9, max_pages: 7 }).unwrap().k_shape(),
             [9, 4, 16, 64]

@@ -182,13 +182,15 @@ impl Session {
     /// Uploads the inputs and gets everything ready to launch.
     ///
     /// # Errors
-    /// A value of the request that is wrong; [`Error::OutOfMemory`], or an error that the device reports.
+    /// A value of the request that is wrong; [`Error::OutOfMemory`], before anything is allocated where that can be
+    /// foreseen; or an error that the device reports.
     pub fn prepare_decode(
         &self,
         plan: Plan<Decode>,
         inputs: &DecodeInputs<'_>,
     ) -> Result<PreparedDecode, Error> {
         inputs.check(plan.problem())?;
+        self.check_free(plan.peak_bytes())?;
         let memory = self.memory().part();
         let Inputs { q, k, v, .. } = inputs.tensors;
         let upload = |tensor: &Tensor| DeviceTensor::upload(&memory, tensor);

@@ -197,7 +197,7 @@ impl Session {
         self.check_free(plan.peak_bytes())
     }
 
-    fn check_free(&self, needed: u64) -> Result<(), Error> {
+    pub(crate) fn check_free(&self, needed: u64) -> Result<(), Error> {
         let free = self.device().memory_info()?.free;
         if needed > free {
             return Err(Error::OutOfMemory { device: self.device().name(), needed, free });

@@ -8,7 +8,7 @@ use crate::{
     session::{DecodeInputs, Outputs},
 };
 
-/// Verifies all rows of a decode against attention of the keys and values that each sequence has.
+/// As [`verify_decode_rows`], of all rows.
 ///
 /// # Errors
 /// Inputs or outputs that are not those of the decode.
@@ -17,8 +17,22 @@ pub fn verify_decode(
     inputs: &DecodeInputs<'_>,
     outputs: &Outputs,
 ) -> Result<Verification, Error> {
+    verify_decode_rows(decode, inputs, outputs, usize::MAX)
+}
+
+/// Verifies at most `count` rows of a decode, spread evenly, against attention of the keys and values that each
+/// sequence has.
+///
+/// # Errors
+/// Inputs or outputs that are not those of the decode.
+pub fn verify_decode_rows(
+    decode: &Decode,
+    inputs: &DecodeInputs<'_>,
+    outputs: &Outputs,
+    count: usize,
+) -> Result<Verification, Error> {
     let gathered = Gathered::new(decode, inputs)?;
     let outputs = gathered.outputs(decode.problem(), outputs)?;
-    let rows = oracle::all_rows(&gathered.problem);
+    let rows = oracle::sample_rows(&gathered.problem, count);
     Ok(verify(&gathered.problem, &gathered.inputs(), &outputs, &rows))
 }

@@ -1,0 +1,314 @@
+//! `decode`: a few queries against caches of several lengths, contiguous and in pages: each is verified
+//! against f64 and then timed.
+
+use std::{num::NonZeroU32, path::PathBuf};
+
+use anyhow::Result;
+use clap::Args;
+use flash_attention::{
+    DType, Error, Layout, Problem, Tensor, Window,
+    registry::{self, Decode, Pages},
+    session::{DecodeInputs, Inputs, Session, Work as _, work},
+    verify::{Verification, verify_decode_rows},
+};
+use serde::Serialize;
+
+use crate::{
+    failure::{Outcome, Usage},
+    interrupt,
+    machine::{self, DeviceChoice},
+    output,
+    progress::{Progress, print_lines},
+    table, values,
+};
+
+/// Multiplications that attention in f64 may take for each line: rows are sampled so.
+const BUDGET: usize = 1 << 30;
+/// Timed runs on a GPU, and under the emulator.
+const ITERS: [usize; 2] = [30, 1];
+/// Launches back to back for each timed run.
+const TOGETHER: usize = 20;
+
+/// What is run where nothing else is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Defaults {
+    /// Keys.
+    pub seq_k: &'static [usize],
+    /// Keys of a page; 0 is a contiguous cache.
+    pub page_size: &'static [usize],
+    /// Heads, and heads of K and V.
+    pub heads: [usize; 2],
+    /// Features of a head.
+    pub head_dim: usize,
+}
+
+/// On a GPU.
+pub const ON_GPU: Defaults = Defaults {
+    seq_k: &[4096, 32_768, 131_072],
+    page_size: &[0, 16, 64, 256],
+    heads: [32, 4],
+    head_dim: 128,
+};
+/// Under the emulator.
+pub const EMULATED: Defaults =
+    Defaults { seq_k: &[256, 1000], page_size: &[0, 16], heads: [8, 2], head_dim: 64 };
+
+impl std::fmt::Display for Defaults {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { seq_k, page_size, heads: [heads, kv_heads], head_dim } = self;
+        let list = |numbers: &[usize]| {
+            numbers.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+        };
+        let (seq_k, page_size) = (list(seq_k), list(page_size));
+        write!(
+            f,
+            "--seq-k {seq_k} --page-size {page_size} --heads {heads} --kv-heads {kv_heads} \
+             --head-dim {head_dim}"
+        )
+    }
+}
+
+/// Arguments of `decode`.
+#[derive(Args, Clone, Debug)]
+#[command(allow_negative_numbers = true)]
+pub struct DecodeCommandArgs {
+    /// Keys of each sequence, separated by commas
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = values::count)]
+    pub seq_k: Option<Vec<usize>>,
+    /// Keys of a page, separated by commas; 0 is a contiguous cache
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = values::count_or_none)]
+    pub page_size: Option<Vec<usize>>,
+    /// Sequences
+    #[arg(long, value_name = "B", default_value_t = 1, value_parser = values::count)]
+    pub batch: usize,
+    /// Queries of each sequence: the last sees all keys, the one before all but the last
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = values::count)]
+    pub queries: usize,
+    /// Heads
+    #[arg(long, value_name = "H", value_parser = values::count)]
+    pub heads: Option<usize>,
+    /// Heads of K and V, of which as many heads of Q use each
+    #[arg(long, value_name = "H", value_parser = values::count)]
+    pub kv_heads: Option<usize>,
+    /// Features of a head
+    #[arg(long, value_name = "D", value_parser = values::count)]
+    pub head_dim: Option<usize>,
+    /// Storage type of the tensors: f16 or bf16
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = values::dtype)]
+    pub dtype: DType,
+    /// Let row i see keys from i + Nk - Nq - L to i + Nk - Nq + R only; -1 is no bound
+    #[arg(long, value_name = "L,R", allow_hyphen_values = true, value_parser = values::window)]
+    pub window: Option<Window>,
+    /// Split the keys of a sequence into this many parts, in place of the number with the least cost
+    #[arg(long, value_name = "COUNT", value_parser = values::count)]
+    pub splits: Option<usize>,
+    /// Timed runs
+    #[arg(long, value_name = "COUNT", value_parser = values::count)]
+    pub iters: Option<usize>,
+    /// Where to run: auto (a GPU if there is one), gpu, gpu:1 (a certain one) or cpu
+    #[arg(long, value_name = "WHERE", default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Seed of the random inputs
+    #[arg(long, default_value_t = 42, value_parser = values::seed)]
+    pub seed: u64,
+    /// Memory that the emulator has, as 512MiB or 2GiB; half of what is free unless given
+    #[arg(long, value_name = "SIZE", value_parser = values::bytes)]
+    pub memory_limit: Option<u64>,
+    /// Print every column, however wide the terminal is
+    #[arg(long)]
+    pub wide: bool,
+    /// Write the lines as a JSON array; - is standard output, and text goes to standard error
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// One cache, measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct DecodeRow {
+    /// Keys of each sequence.
+    pub seq_k: usize,
+    /// Keys of a page; 0 is a contiguous cache.
+    pub page_size: usize,
+    /// Parts that the keys of a sequence were split into.
+    pub splits: u32,
+    /// Bytes of the keys and values that are read.
+    pub cache_bytes: u64,
+    /// Median time from a cold L2 cache in milliseconds.
+    pub median_ms: f64,
+    /// Time of a launch among others, back to back, in milliseconds.
+    pub sustained_ms: f64,
+    /// Largest error of O.
+    pub max_abs_err: f64,
+    /// Whether O and the LSE are right by the 2x rule.
+    pub passed: bool,
+}
+
+impl DecodeRow {
+    /// Gigabytes of keys and values in a second.
+    #[must_use]
+    pub fn rate(&self, ms: f64) -> f64 {
+        self.cache_bytes as f64 / ms * 1e-6
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// What is wrong with the request, or what failed; or a file that could not be written, after the lines were
+/// printed.
+pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
+    let [json] = output::open_all([("--json", args.json.as_deref())])?;
+    let opened = machine::open(args.device, args.memory_limit)?;
+    let session = Session::new(opened.device.clone());
+    let emulated = opened.info.emulated;
+    let defaults = if emulated { EMULATED } else { ON_GPU };
+    let decodes = decodes(args, &defaults)?;
+    // What cannot be done is known before anything is drawn.
+    for decode in &decodes {
+        let plan = registry::best_for(decode, &session.target())?.plan;
+        let (needed, free) = (plan.peak_bytes(), opened.device.memory_info()?.free);
+        if needed > free {
+            return Err(Error::OutOfMemory { device: opened.device.name(), needed, free }.into());
+        }
+    }
+    interrupt::listen();
+    print_lines(&heading(&opened, &decodes));
+    let iters = args.iters.unwrap_or(ITERS[usize::from(emulated)]);
+    let progress = Progress::new(decodes.len());
+    let mut rows = Vec::new();
+    for decode in &decodes {
+        if interrupt::requested() {
+            break;
+        }
+        let page_size = decode.pages().map_or(0, |pages| pages.page_size);
+        progress.doing(format!("Nk {}, pages of {page_size}", decode.problem().seq_k()));
+        rows.push(measure(&session, decode, args.seed, iters)?);
+        progress.step();
+    }
+    drop(progress);
+    print_lines(&format!("\n{}", table::decodes(&rows, table::width(args.wide))));
+    if let Some(json) = json {
+        json.write(|file| Ok(serde_json::to_writer_pretty(file, &rows)?))?;
+    }
+    if interrupt::requested() {
+        return Ok(Outcome::Interrupted);
+    }
+    let good = rows.iter().all(|row| row.passed);
+    print_lines(if good {
+        "\nverdict: every line is right"
+    } else {
+        "\nverdict: WRONG, see above"
+    });
+    Ok(if good { Outcome::Good } else { Outcome::Bad })
+}
+
+fn heading(opened: &machine::Opened, decodes: &[Decode]) -> String {
+    let mut text = opened.to_string();
+    if opened.info.emulated {
+        text += "\nEmulated times show the algorithm, not GPU speed.";
+    }
+    if let Some(p) = decodes.first().map(Decode::problem) {
+        text += &format!(
+            "\nbatch {}, heads {}/{}, head dim {}, {}, {} queries; GB/s of keys and values",
+            p.batch(),
+            p.heads(),
+            p.kv_heads(),
+            p.head_dim(),
+            p.dtype(),
+            p.seq_q()
+        );
+    }
+    text
+}
+
+/// The caches that were asked for: every length with every page size.
+fn decodes(args: &DecodeCommandArgs, defaults: &Defaults) -> Result<Vec<Decode>> {
+    let seq_k = args.seq_k.as_deref().unwrap_or(defaults.seq_k);
+    let page_sizes = args.page_size.as_deref().unwrap_or(defaults.page_size);
+    let [heads, kv_heads] = defaults.heads;
+    let heads = args.heads.unwrap_or(heads);
+    let kv_heads = args.kv_heads.unwrap_or(kv_heads);
+    let head_dim = args.head_dim.unwrap_or(defaults.head_dim);
+    let splits =
+        args.splits.map(|splits| NonZeroU32::try_from(u32::try_from(splits).unwrap_or(u32::MAX)));
+    let splits = splits.transpose()?;
+    let mut decodes = Vec::new();
+    for &keys in seq_k {
+        let problem = Problem::builder(args.batch, heads, args.queries, head_dim)
+            .kv_heads(kv_heads)
+            .seq_k(keys)
+            .dtype(args.dtype)
+            .causal(true)
+            .window(args.window.unwrap_or_default())
+            .layout(Layout::TokensFirst)
+            .build()?;
+        for &page_size in page_sizes {
+            let decode = if page_size == 0 {
+                Decode::new(problem)
+            } else {
+                let number = |n: usize| {
+                    let wrong = || Usage(format!("{n} is too much for pages of {page_size} keys"));
+                    u32::try_from(n).map_err(|_| wrong())
+                };
+                let max_pages = keys.div_ceil(page_size);
+                Decode::paged(
+                    problem,
+                    Pages {
+                        page_size: number(page_size)?,
+                        pages: number(args.batch.saturating_mul(max_pages))?,
+                        max_pages: number(max_pages)?,
+                    },
+                )?
+            };
+            decodes.push(decode.splits(splits));
+        }
+    }
+    Ok(decodes)
+}
+
+/// Verifies and times one decode.
+fn measure(session: &Session, decode: &Decode, seed: u64, iters: usize) -> Result<DecodeRow> {
+    let p = decode.problem();
+    let draw = |shape: [usize; 4], stream: u64| {
+        Tensor::random(p.dtype(), &shape, seed.wrapping_mul(3).wrapping_add(stream), 0.0)
+    };
+    let (q, k, v) = (draw(p.q_shape(), 0), draw(decode.k_shape(), 1), draw(decode.v_shape(), 2));
+    let lengths = vec![i32::try_from(p.seq_k())?; p.batch()];
+    let table = decode.pages().map(|pages| shuffled(pages.pages, seed));
+    let inputs = DecodeInputs {
+        tensors: Inputs::new(&q, &k, &v),
+        seqused_k: Some(&lengths),
+        page_table: table.as_deref(),
+    };
+    let plan = registry::best_for(decode, &session.target())?.plan;
+    let splits = plan.splits();
+    let mut prepared = session.prepare_decode(plan, &inputs)?;
+    prepared.launch()?;
+    let outputs = prepared.outputs()?;
+    let rows = (BUDGET / (p.seq_k() * (p.head_dim() + p.head_dim_v())).max(1)).max(64);
+    let verification = verify_decode_rows(decode, &inputs, &outputs, rows)?;
+    let device = session.device();
+    let mut times = work::time_ms(device, &mut prepared, 1, iters)?;
+    times.sort_by(f64::total_cmp);
+    let together = if device.is_emulated() { 1 } else { TOGETHER * iters };
+    let sustained_ms = work::sustained_ms(device, &mut prepared, together)?;
+    let Verification { o, .. } = &verification;
+    Ok(DecodeRow {
+        seq_k: p.seq_k(),
+        page_size: decode.pages().map_or(0, |pages| pages.page_size as usize),
+        splits,
+        cache_bytes: decode.cache_bytes(std::iter::repeat_n(p.seq_k(), p.batch())),
+        median_ms: times.get(times.len() / 2).copied().unwrap_or(f64::NAN),
+        sustained_ms,
+        max_abs_err: o.max_abs,
+        passed: verification.passes(),
+    })
+}
+
+/// The numbers of all pages in an order of chance.
+fn shuffled(pages: u32, seed: u64) -> Vec<i32> {
+    let draws = Tensor::random(DType::F32, &[pages as usize], !seed, 0.0).to_f32();
+    let mut order: Vec<i32> = (0..pages).map(|page| page as i32).collect();
+    order.sort_by(|&a, &b| draws[a as usize].total_cmp(&draws[b as usize]));
+    order
+}
