@@ -6,7 +6,6 @@ use flash_attention::{
     Alibi, Bias, DType, Dropout, Error, Extras, Layout, Problem, Tensor, Varlen,
     backend::instruments::time_ms,
     oracle,
-    raw::Plan,
     session::{Inputs, Outputs, Session, Work},
     verify::{Credit, Differences},
 };
@@ -18,7 +17,7 @@ use super::{
 };
 
 /// Multiplications that a check may spend on attention in f64.
-const ORACLE_BUDGET: usize = 1 << 31;
+pub(super) const ORACLE_BUDGET: usize = 1 << 31;
 
 /// The tensors of a file and the problem that they pose.
 pub struct GivenAttention<'a> {
@@ -35,9 +34,9 @@ pub struct GivenAttention<'a> {
 }
 
 /// What a file says the outputs should be.
-struct Expected {
-    o: Option<Tensor>,
-    lse: Option<Tensor>,
+pub(super) struct Expected {
+    pub(super) o: Option<Tensor>,
+    pub(super) lse: Option<Tensor>,
 }
 
 impl<'a> GivenAttention<'a> {
@@ -149,8 +148,9 @@ impl Given for GivenAttention<'_> {
         self.q.shape
     }
 
-    fn run(&self, session: &Session, plan: Plan, with_weights: bool) -> Result<Done> {
-        let by = plan.kernel().name.into();
+    fn run(&self, session: &Session, args: &RunArgs) -> Result<Done> {
+        let plan = super::plan(args, &self.problem, session)?;
+        let kernel = plan.kernel().name;
         let inputs = [self.q.bytes, self.k.bytes, self.v.bytes];
         let mut extras = self.extras.try_map(|tensor| Ok::<_, Error>(tensor.bytes))?;
         let at = self.cu_seqlens.as_ref().map(|both| both.each_ref().map(|at| bytes_of(at)));
@@ -165,10 +165,10 @@ impl Given for GivenAttention<'_> {
         let o = o.reshaped(in_file(p, &p.o_shape()))?;
         let lse = lse.reshaped(in_file(p, &p.lse_shape()))?;
         let mut tensors = vec![("o", o), ("lse", lse)];
-        if with_weights {
+        if args.with_weights {
             tensors.push(("weights", prepared.weights()?));
         }
-        Ok(Done { tensors, by, ms, peak_bytes: prepared.memory().peak })
+        Ok(Done { tensors, kernel, by: kernel.into(), ms, peak_bytes: prepared.memory().peak })
     }
 
     fn compare(&self, done: &Done) -> Result<Vec<Comparison>> {
@@ -238,7 +238,7 @@ impl Expected {
     ///
     /// # Errors
     /// That it has neither, or what is wrong with them.
-    fn read(file: &TensorFile, problem: &Problem) -> Result<Self> {
+    pub(super) fn read(file: &TensorFile, problem: &Problem) -> Result<Self> {
         let get = |name, shape: &[usize]| -> Result<Option<Tensor>> {
             let Some(stored) = file.find(name) else { return Ok(None) };
             let dtype = stored.dtype()?;

@@ -160,15 +160,7 @@ impl Stored<'_> {
     /// # Errors
     /// When it is not i32, u32 or i64 of one dimension, or a number does not fit.
     pub fn to_u32(&self) -> Result<Vec<u32>> {
-        let read = |size: usize, widen: fn(&[u8]) -> Option<i64>| {
-            self.bytes.chunks_exact(size).map(widen).collect::<Option<Vec<i64>>>()
-        };
-        let numbers = match (self.dtype, self.shape) {
-            (Dtype::I32, [_]) => read(4, |b| Some(i32::from_le_bytes(b.try_into().ok()?).into())),
-            (Dtype::U32, [_]) => read(4, |b| Some(u32::from_le_bytes(b.try_into().ok()?).into())),
-            (Dtype::I64, [_]) => read(8, |b| Some(i64::from_le_bytes(b.try_into().ok()?))),
-            _ => None,
-        };
+        let numbers = self.whole_numbers().filter(|_| self.shape.len() == 1);
         let Some(numbers) = numbers else {
             return Err(self.must_be("i32, u32 or i64 of one dimension"));
         };
@@ -177,6 +169,34 @@ impl Stored<'_> {
             u32::try_from(n).map_err(|_| wrong())
         };
         numbers.into_iter().map(fits).collect()
+    }
+
+    /// Its elements, whole numbers of 32 bits with a sign, of all dimensions.
+    ///
+    /// # Errors
+    /// When it is not i32, u32 or i64, or a number does not fit.
+    pub fn to_i32(&self) -> Result<Vec<i32>> {
+        let Some(numbers) = self.whole_numbers() else {
+            return Err(self.must_be("i32, u32 or i64"));
+        };
+        let fits = |n: i64| {
+            let wrong = || self.must_be(&format!("of numbers up to {}, not {n}", i32::MAX));
+            i32::try_from(n).map_err(|_| wrong())
+        };
+        numbers.into_iter().map(fits).collect()
+    }
+
+    /// Its elements, where they are whole numbers.
+    fn whole_numbers(&self) -> Option<Vec<i64>> {
+        let read = |size: usize, widen: fn(&[u8]) -> Option<i64>| {
+            self.bytes.chunks_exact(size).map(widen).collect::<Option<Vec<i64>>>()
+        };
+        match self.dtype {
+            Dtype::I32 => read(4, |b| Some(i32::from_le_bytes(b.try_into().ok()?).into())),
+            Dtype::U32 => read(4, |b| Some(u32::from_le_bytes(b.try_into().ok()?).into())),
+            Dtype::I64 => read(8, |b| Some(i64::from_le_bytes(b.try_into().ok()?))),
+            _ => None,
+        }
     }
 
     /// Whether its elements are bytes: u8 or bool.

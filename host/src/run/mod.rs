@@ -2,6 +2,7 @@
 
 mod attention;
 mod check;
+mod decode;
 pub mod file;
 mod module;
 
@@ -23,6 +24,7 @@ use crate::{
 };
 use attention::GivenAttention;
 use check::Comparison;
+use decode::GivenDecode;
 use file::TensorFile;
 use module::GivenModule;
 
@@ -35,7 +37,8 @@ pub struct RunArgs {
     /// also alibi_slopes (f32, heads or batch by heads), bias (batch or 1, heads or 1, queries,
     /// keys) and sinks (f32, heads). Where k and v have fewer heads, heads of q share them. With
     /// cu_seqlens_q and cu_seqlens_k (i32, u32 or i64, from 0 on, one more than sequences) q, k and v
-    /// are packed: tokens, heads, features
+    /// are packed: tokens, heads, features. With seqused_k (i32, keys of each sequence) k and v are a
+    /// cache; with page_table (i32, batch by pages) they are its pages
     #[arg(long, value_name = "FILE")]
     pub input: PathBuf,
     /// Run the multi-head attention module whose state_dict is in this file: q_proj, k_proj,
@@ -120,7 +123,7 @@ trait Given {
     /// # Errors
     /// [`flash_attention::Error::OutOfMemory`], before anything is allocated where that can be
     /// foreseen; or what went wrong while the kernel ran.
-    fn run(&self, session: &Session, plan: Plan, with_weights: bool) -> Result<Done>;
+    fn run(&self, session: &Session, args: &RunArgs) -> Result<Done>;
 
     /// Compares outputs with those of the file by the 2x rule: they may differ by twice the
     /// error that the plain algorithm makes on the same input, against f64.
@@ -134,7 +137,9 @@ trait Given {
 struct Done {
     /// Outputs by name, the main one first.
     tensors: Vec<(&'static str, Tensor)>,
-    /// Kernels that ran.
+    /// The kernel.
+    kernel: &'static str,
+    /// Kernels that ran, in words.
     by: String,
     /// Milliseconds that the device was busy.
     ms: f64,
@@ -152,13 +157,12 @@ pub fn run(args: &RunArgs) -> Result<Outcome> {
     output.as_ref().map_or(Ok(()), |output| refuse_same_file(args, output))?;
     let given: Box<dyn Given> = match (&args.weights, args.heads) {
         (Some(weights), Some(heads)) => Box::new(GivenModule::read(&input, weights, heads, args)?),
+        _ if GivenDecode::is_in(&input) => Box::new(GivenDecode::read(&input, args)?),
         _ => Box::new(GivenAttention::read(&input, args)?),
     };
     let opened = machine::open(args.device, args.memory_limit)?;
     let session = Session::new(opened.device.clone());
-    let plan = plan(args, given.problem(), &session)?;
-    let kernel = plan.kernel();
-    let done = given.run(&session, plan, args.with_weights)?;
+    let done = given.run(&session, args)?;
 
     print_lines(&format!(
         "{} {} by {} on {}: {}{}, peak memory {}",
@@ -173,7 +177,7 @@ pub fn run(args: &RunArgs) -> Result<Outcome> {
     // Until now nothing was lost by a signal.
     interrupt::listen();
     if let (Some(output), Some(path)) = (output, &args.output) {
-        let notes = [("kernel", kernel.name.to_owned()), ("device", opened.info.name.clone())];
+        let notes = [("kernel", done.kernel.to_owned()), ("device", opened.info.name.clone())];
         file::save(&output, &done.tensors, &notes)?;
         let names: Vec<&str> = done.tensors.iter().map(|(name, _)| *name).collect();
         print_lines(&format!("wrote {} to {}", names.join(", "), path.display()));

@@ -9,7 +9,6 @@ use flash_attention::{
     backend::instruments::time_ms,
     module::{MultiHeadAttention, Weights, oracle},
     problem::head_dim_of,
-    raw::Plan,
     session::{Session, Work},
     verify::Differences,
 };
@@ -88,19 +87,20 @@ impl Given for GivenModule<'_> {
         self.x.shape
     }
 
-    fn run(&self, session: &Session, plan: Plan, with_weights: bool) -> Result<Done> {
-        let kernel = plan.kernel();
+    fn run(&self, session: &Session, args: &RunArgs) -> Result<Done> {
+        let plan = super::plan(args, &self.problem, session)?;
+        let kernel = plan.kernel().name;
         let module = MultiHeadAttention::new(session, &self.weights, self.problem.heads())?;
         let mask = self.mask_bytes().unwrap_or_default();
         let mut forward = module.prepare_bytes(plan, self.x.bytes, mask)?;
         let ms = time_ms(session.device(), &mut || forward.start())?;
         let mut tensors = vec![("y", forward.y()?)];
-        if with_weights {
+        if args.with_weights {
             tensors.push(("weights", forward.weights()?));
         }
         let [linear, _] = forward.forward().linear();
-        let by = format!("{}, projections by {}", kernel.name, linear.kernel().name);
-        Ok(Done { tensors, by, ms, peak_bytes: forward.memory().peak })
+        let by = format!("{kernel}, projections by {}", linear.kernel().name);
+        Ok(Done { tensors, kernel, by, ms, peak_bytes: forward.memory().peak })
     }
 
     fn compare(&self, done: &Done) -> Result<Vec<Comparison>> {

@@ -2,6 +2,7 @@
 //! not as they must be.
 
 mod attention;
+mod decode;
 mod module;
 
 use std::path::PathBuf;

@@ -1,0 +1,210 @@
+//! A few queries against a cache: `q`, `k` and `v` of a file that also says how many keys each sequence has
+//! (`seqused_k`) or which pages (`page_table`).
+
+use anyhow::Result;
+use flash_attention::{
+    Alibi, Bias, Dropout, Layout, Problem, Tensor,
+    backend::instruments::time_ms,
+    oracle::{self, Gathered},
+    registry::{self, Decode, Pages},
+    session::{DecodeInputs, Inputs, Outputs, Session, Work},
+    verify::{Credit, Differences},
+};
+
+use super::{
+    Done, Given, RunArgs,
+    attention::{Expected, ORACLE_BUDGET},
+    check::Comparison,
+    file::{Stored, TensorFile},
+};
+use crate::failure::Usage;
+
+/// The tensors of a file and the decode that they pose.
+pub struct GivenDecode {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Option<Tensor>,
+    sinks: Option<Tensor>,
+    lengths: Option<Vec<i32>>,
+    table: Option<Vec<i32>>,
+    decode: Decode,
+    /// Outputs to be compared with.
+    expected: Option<Expected>,
+}
+
+impl GivenDecode {
+    /// Whether a file has a cache.
+    pub fn is_in(file: &TensorFile) -> bool {
+        ["seqused_k", "page_table"].iter().any(|name| file.find(name).is_some())
+    }
+
+    /// Looks the tensors up and derives the decode from their shapes.
+    ///
+    /// # Errors
+    /// Which tensor is missing or wrong, what it is and what it must be.
+    pub fn read(file: &TensorFile, args: &RunArgs) -> Result<Self> {
+        if args.kernel != "best" || args.with_weights {
+            let option = if args.with_weights { "--with-weights" } else { "--kernel" };
+            let reason =
+                format!("{option} is not for caches: leave it out, or seqused_k and page_table");
+            return Err(Usage(reason).into());
+        }
+        let layout: Layout = args.layout.into();
+        let extents = |t: &Stored<'_>| match (layout, t.shape) {
+            (Layout::HeadsFirst, &[b, h, n, d]) | (Layout::TokensFirst, &[b, n, h, d]) => {
+                Ok([b, h, n, d])
+            }
+            (Layout::HeadsFirst, _) => Err(t.must_be("of four dimensions, [B, H, N, D]")),
+            (Layout::TokensFirst, _) => Err(t.must_be("of four dimensions, [B, N, H, D]")),
+        };
+        let (q, k, v) = (file.get("q")?, file.get("k")?, file.get("v")?);
+        let [batch, heads, queries, head_dim] = extents(&q)?;
+        let [entries, kv_heads, rows, _] = extents(&k)?;
+        let [.., head_dim_v] = extents(&v)?;
+        let table = file.find("page_table");
+        let max_pages = match table.map(|table| (table, table.shape)) {
+            None => None,
+            Some((_, &[rows, pages])) if rows == batch => Some(pages),
+            Some((table, _)) => {
+                return Err(table.must_be(&format!("of the shape [{batch}, pages of a sequence]")));
+            }
+        };
+        let [alibi_slopes, bias, sinks] = ["alibi_slopes", "bias", "sinks"].map(|n| file.find(n));
+        let problem = Problem::builder(batch, heads, queries, head_dim)
+            .head_dim_v(head_dim_v)
+            .kv_heads(kv_heads)
+            .seq_k(max_pages.map_or(rows, |pages| pages.saturating_mul(rows)))
+            .dtype(q.dtype()?)
+            .causal(args.causal)
+            .window(args.window.unwrap_or_default())
+            .softcap(args.softcap)
+            .alibi(alibi_slopes.map(|slopes| match slopes.shape {
+                [_] => Alibi::PerHead,
+                _ => Alibi::PerBatchAndHead,
+            }))
+            // The decode says that there can be none.
+            .bias(bias.map(|_| Bias::default()))
+            .mask(file.find("mask").is_some())
+            .dropout(Some(Dropout { p: args.dropout, seed: args.seed }))
+            .sinks(sinks.is_some())
+            .scale(args.scale)
+            .layout(layout)
+            .build()?;
+        let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let decode = match max_pages.map(number) {
+            None => Decode::new(problem),
+            Some(max_pages) => {
+                let (page_size, pages) = (number(rows), number(entries));
+                Decode::paged(problem, Pages { page_size, pages, max_pages })?
+            }
+        };
+        let read = |stored: Option<Stored<'_>>| stored.map(|t| t.to_tensor()).transpose();
+        let numbers = |name| file.find(name).map(|t| t.to_i32()).transpose();
+        Ok(Self {
+            q: q.to_tensor()?,
+            k: k.to_tensor()?,
+            v: v.to_tensor()?,
+            alibi_slopes: read(alibi_slopes)?,
+            sinks: read(sinks)?,
+            lengths: numbers("seqused_k")?,
+            table: numbers("page_table")?,
+            decode,
+            expected: if args.check { Some(Expected::read(file, &problem)?) } else { None },
+        })
+    }
+
+    fn inputs(&self) -> DecodeInputs<'_> {
+        DecodeInputs {
+            tensors: Inputs {
+                alibi_slopes: self.alibi_slopes.as_ref(),
+                sinks: self.sinks.as_ref(),
+                ..Inputs::new(&self.q, &self.k, &self.v)
+            },
+            seqused_k: self.lengths.as_deref(),
+            page_table: self.table.as_deref(),
+        }
+    }
+}
+
+impl Given for GivenDecode {
+    fn problem(&self) -> &Problem {
+        self.decode.problem()
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.q.shape()
+    }
+
+    fn run(&self, session: &Session, _: &RunArgs) -> Result<Done> {
+        let plan = registry::best_for(&self.decode, &session.target())?.plan;
+        let kernel = plan.kernel().name;
+        let by = match plan.splits() {
+            1 => kernel.into(),
+            splits => format!("{kernel} in {splits} parts"),
+        };
+        let mut prepared = session.prepare_decode(plan, &self.inputs())?;
+        let ms = time_ms(session.device(), &mut || prepared.start())?;
+        let Outputs { o, lse, .. } = prepared.outputs()?;
+        let tensors = vec![("o", o), ("lse", lse)];
+        Ok(Done { tensors, kernel, by, ms, peak_bytes: prepared.memory().peak })
+    }
+
+    fn compare(&self, done: &Done) -> Result<Vec<Comparison>> {
+        let Some(expected) = &self.expected else { return Ok(Vec::new()) };
+        let [(_, o), (_, lse)] = done.tensors.as_slice() else { return Ok(Vec::new()) };
+        let gathered = Gathered::new(&self.decode, &self.inputs())?;
+        let (p, inputs) = (&gathered.problem, gathered.inputs());
+        let multiplications = (p.seq_k() * p.head_dim().max(p.head_dim_v())).max(1);
+        let rows = oracle::sample_rows(p, (ORACLE_BUDGET / multiplications).max(64));
+        let reference = oracle::reference(p, &inputs, &rows);
+        let credit = Credit::of(p, &inputs, &rows, &reference);
+        let rows_of = |o: &Tensor, lse: &Tensor| -> Result<oracle::Rows> {
+            let outputs = Outputs { o: o.clone(), lse: lse.clone(), weights: None };
+            let outputs = gathered.outputs(self.decode.problem(), &outputs)?;
+            Ok(oracle::rows_of(p, &outputs, &rows))
+        };
+        let ours = rows_of(o, lse)?;
+        // What the file lacks is filled with our own, and not reported.
+        let theirs =
+            rows_of(expected.o.as_ref().unwrap_or(o), expected.lse.as_ref().unwrap_or(lse))?;
+        let one = |name, width: usize, ours: &[f64], theirs: &[f64], exact: &[f64], plain| {
+            // Rows are counted as those of packed sequences: head, sequence, query.
+            let (rows, [_, heads, queries, _]) = (rows.clone(), extents(self.decode.problem()));
+            let batch = self.decode.problem().batch();
+            let place = move |element: usize| {
+                let (row, d) = (rows[element / width], element % width);
+                let (h, b, i) =
+                    (row / queries / batch % heads, row / queries % batch, row % queries);
+                let mut index = vec![b, h, i];
+                if width > 1 {
+                    index.push(d);
+                }
+                index
+            };
+            Comparison {
+                name,
+                differences: Differences::new(ours, theirs),
+                plain,
+                ours_from_f64: Differences::new(ours, exact).max_abs,
+                theirs_from_f64: Differences::new(theirs, exact).max_abs,
+                place: Box::new(place),
+                compared: (reference.lse.len(), p.rows()),
+                rows: "rows",
+            }
+        };
+        let mut all = Vec::new();
+        if expected.o.is_some() {
+            all.push(one("o", p.head_dim_v(), &ours.o, &theirs.o, &reference.o, credit.o));
+        }
+        if expected.lse.is_some() {
+            all.push(one("lse", 1, &ours.lse, &theirs.lse, &reference.lse, credit.lse));
+        }
+        Ok(all)
+    }
+}
+
+/// Batch entries, heads, queries and columns.
+fn extents(p: &Problem) -> [usize; 4] {
+    [p.batch(), p.heads(), p.seq_q(), p.head_dim()]
+}
