@@ -37,6 +37,7 @@
 //! | vectors on the host | [`Tensor`], [`Problem`], [`Session::run`](session::Session::run) | `examples/own_vectors.rs` |
 //! | a model's layers | [`MultiHeadAttention`](module::MultiHeadAttention) and its [`Forward`](module::Forward) buffers | `examples/layers.rs` |
 //! | tensors that stay on the device | [`Session::attention`](session::Session::attention), [`DeviceTensor`](backend::DeviceTensor) | [`session::Attention`] |
+//! | a cache of keys and values | [`KvCache`](session::KvCache), or [`Session::decode`](session::Session::decode) on your own | [`session::KvCache`] |
 //! | a context, a stream and device memory | [`raw::Plan`], [`raw::Context`] | `examples/raw_pointers.rs` |
 //! | a loader of your own for PTX | [`raw::Plan::launches`], [`ptx`] | |
 //! | a kernel to choose, or a table to print | [`registry`] | |
