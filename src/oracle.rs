@@ -206,6 +206,14 @@ impl<'a> Beside<'a> {
     }
 }
 
+/// Sequence `b` of a problem, and its batch entry in memory.
+fn sequence(p: &Problem, cu_seqlens: Option<[&[u32]; 2]>, b: usize) -> (Sequence, usize) {
+    match cu_seqlens {
+        Some([q, k]) => (Sequence::at(q, k, b), 0),
+        None => (Sequence { first_q: 0, seq_q: p.seq_q(), first_k: 0, seq_k: p.seq_k() }, b),
+    }
+}
+
 struct Case<'a, T> {
     problem: &'a Problem,
     beside: Beside<'a>,
@@ -227,11 +235,10 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
         }
     }
 
-    /// A row of Q where sequences are not packed.
+    /// Row `i` of head `h` of sequence `b`.
     fn row_at(&self, b: usize, h: usize, i: usize) -> Row {
-        let p = self.problem;
-        let of = Sequence { first_q: 0, seq_q: p.seq_q(), first_k: 0, seq_k: p.seq_k() };
-        Row { b, h, i, of, entry: b }
+        let (of, entry) = sequence(self.problem, self.beside.cu_seqlens, b);
+        Row { b, h, i, of, entry }
     }
 
     /// A row of Q. One beyond the last packed sequence is of one that is empty.

@@ -3,8 +3,10 @@
 
 mod suite;
 
+use std::{io::Write, sync::Arc};
+
 use flash_attention::{
-    Alibi, Bias, DType, Dropout, Extras, Layout, Problem, Tensor, Window,
+    Alibi, Bias, DType, Device, Dropout, Extras, Layout, Problem, Tensor, Varlen, Window,
     backend::{DeviceTensor, Memory},
     oracle,
     problem::ProblemBuilder,
@@ -18,14 +20,28 @@ use suite::{Case, Draws, emulator};
 /// O and LSE as a forward pass without errors of its own stores them.
 fn outputs(p: &Problem, inputs: &Inputs<'_>) -> Outputs {
     let rows = oracle::reference(p, inputs, &oracle::all_rows(p));
-    let by_heads = [p.batch(), p.heads(), p.seq_q(), p.head_dim()];
-    let o = Tensor::from_f64(p.dtype(), &by_heads, &rows.o).unwrap();
+    let [batch, second, third, columns] = p.o_shape();
     let o = match p.layout() {
-        Layout::HeadsFirst => o,
-        Layout::TokensFirst => o.swap_middle().unwrap(),
+        Layout::HeadsFirst => Tensor::from_f64(p.dtype(), &p.o_shape(), &rows.o).unwrap(),
+        Layout::TokensFirst => {
+            let by_heads = [batch, third, second, columns];
+            Tensor::from_f64(p.dtype(), &by_heads, &rows.o).unwrap().swap_middle().unwrap()
+        }
     };
     let lse = Tensor::from_f64(DType::F32, &p.lse_shape(), &rows.lse).unwrap();
     Outputs { o, lse, weights: None }
+}
+
+fn run_on(
+    device: &Arc<dyn Device>,
+    kernel: &'static BackwardSpec,
+    backward: Backward,
+    inputs: &Inputs<'_>,
+    d_o: &Tensor,
+) -> Gradients {
+    let outputs = outputs(&backward.problem, inputs);
+    let session = Session::new(device.clone());
+    session.run_backward(kernel, &backward, inputs, &outputs, d_o).unwrap().0
 }
 
 fn run(
@@ -34,9 +50,7 @@ fn run(
     inputs: &Inputs<'_>,
     d_o: &Tensor,
 ) -> Gradients {
-    let outputs = outputs(&backward.problem, inputs);
-    let session = Session::new(emulator());
-    session.run_backward(kernel, &backward, inputs, &outputs, d_o).unwrap().0
+    run_on(&emulator(), kernel, backward, inputs, d_o)
 }
 
 /// What is wrong with a kernel's gradients of a problem.
@@ -47,13 +61,35 @@ fn faults(
     inputs: &Inputs<'_>,
     d_o: &Tensor,
 ) -> Option<String> {
-    let gradients = run(kernel, Backward::new(*p), inputs, d_o);
+    faults_on(&emulator(), label, kernel, p, inputs, d_o)
+}
+
+fn faults_on(
+    device: &Arc<dyn Device>,
+    label: &str,
+    kernel: &'static BackwardSpec,
+    p: &Problem,
+    inputs: &Inputs<'_>,
+    d_o: &Tensor,
+) -> Option<String> {
+    let backward = Backward::new(*p).d_bias(p.bias().is_some()).d_sinks(p.has_sinks());
+    let gradients = run_on(device, kernel, backward, inputs, d_o);
     let result = verify_gradients(p, inputs, d_o, &gradients, &oracle::all_heads(p));
     (!result.passes()).then(|| format!("{} {} {label}: {result}", kernel.name, p.dtype()))
 }
 
+/// What is wrong with a kernel's gradients of draw 0 of a case.
+fn faults_of(
+    device: &Arc<dyn Device>,
+    kernel: &'static BackwardSpec,
+    case: &Case,
+) -> Option<String> {
+    let (p, draw) = (&case.problem, case.draw(0));
+    faults_on(device, &case.name, kernel, p, &draw.inputs(), &d_o(p))
+}
+
 fn d_o(p: &Problem) -> Tensor {
-    Tensor::random(p.dtype(), &p.q_shape(), 7, 0.0)
+    Tensor::random(p.dtype(), &p.o_shape(), 7, 0.0)
 }
 
 fn check_all(failures: Vec<String>) {
@@ -66,7 +102,7 @@ fn kernels() -> impl Iterator<Item = (&'static BackwardSpec, DType)> {
 }
 
 /// Lengths beside a kernel's tiles, and every feature alone.
-fn edges(kernel: &BackwardSpec, dtype: DType) -> Vec<(&'static str, Problem)> {
+fn edges(kernel: &BackwardSpec, dtype: DType) -> Vec<Case> {
     let d = kernel.limits.head_dims[0];
     let Sizes { rows, keys } = (kernel.limits.sizes)(dtype, d);
     let (br, bc) = (rows[0] as usize, keys[0] as usize);
@@ -113,27 +149,141 @@ fn edges(kernel: &BackwardSpec, dtype: DType) -> Vec<(&'static str, Problem)> {
         ("everything", everything(shape(2, 4, 5, bc + 3))),
         ("[B, N, H, D]", shape(2, 3, br + 1, bc + 1).layout(Layout::TokensFirst).causal(true)),
     ];
-    let mut problems: Vec<_> =
-        problems.into_iter().map(|(name, p)| (name, p.build().unwrap())).collect();
+    let mut cases: Vec<_> =
+        problems.into_iter().map(|(name, p)| Case::new(name, p.build().unwrap())).collect();
     for &other in &kernel.limits.head_dims[1..] {
         let Sizes { rows, keys } = (kernel.limits.sizes)(dtype, other);
         let p = Problem::builder(1, 1, rows[0] as usize + 1, other);
         let p = p.seq_k(keys[0] as usize + 1).dtype(dtype).causal(true);
-        problems.push(("another head dim", p.build().unwrap()));
+        cases.push(Case::new("another head dim", p.build().unwrap()));
     }
-    problems
+    for (other, of_values) in [(d - 8, d - 8), (d + 8, 16), (24, d + 24)] {
+        let p = Problem::builder(2, 2, 5, other).head_dim_v(of_values);
+        let p = p.seq_k(bc + 1).dtype(dtype);
+        let name = format!("head dim {other} and {of_values} of the values");
+        cases.push(Case::new(&name, p.build().unwrap()));
+    }
+    // Several tiles, none or one of rows or keys between others.
+    let lengths = [[0, 9], [br + 3, bc + 5], [3, 0], [0, 0], [1, 33], [br, bc], [0, 1]];
+    let packed = |name, change: fn(ProblemBuilder) -> ProblemBuilder| {
+        Case::packed(name, &lengths, (4, d), |p| change(p.dtype(dtype)))
+    };
+    cases.push(packed("packed sequences", |p| p));
+    cases.push(packed("packed sequences, causal", |p| p.causal(true).kv_heads(2)));
+    cases.push(packed("packed sequences, shaped", |p| {
+        let window = Window { left: Some(20), right: Some(3) };
+        p.kv_heads(1).window(window).softcap(Some(4.0)).alibi(Some(Alibi::PerHead)).sinks(true)
+    }));
+    cases
 }
 
 #[test]
 fn edges_and_features_are_right() {
+    let failures = suite::on_every_core(kernels(), |(kernel, dtype)| {
+        let cases = edges(kernel, dtype);
+        cases.iter().filter_map(|case| faults_of(&emulator(), kernel, case)).collect::<Vec<_>>()
+    });
+    check_all(failures.concat());
+}
+
+/// As above and random problems, every kernel, type and head dim of a GPU.
+#[test]
+fn edges_and_features_are_right_on_a_gpu() {
+    let gpu = match suite::gpu() {
+        Ok(gpu) => gpu,
+        Err(error) => return writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
+    };
+    let target = Target::of(&*gpu);
     let mut failures = Vec::new();
-    for (kernel, dtype) in kernels() {
-        for (name, p) in edges(kernel, dtype) {
-            let draw = Case::new(name, p).draw(0);
-            failures.extend(faults(name, kernel, &p, &draw.inputs(), &d_o(&p)));
+    for (kernel, dtype) in kernels().filter(|(kernel, _)| kernel.runs_on(&target).is_ok()) {
+        failures.extend(edges(kernel, dtype).iter().filter_map(|c| faults_of(&gpu, kernel, c)));
+        let mut draws = Draws::new(seed());
+        for &head_dim in kernel.limits.head_dims {
+            let p = draws.problem(head_dim, dtype);
+            failures.extend(faults_of(&gpu, kernel, &Case::new(&format!("{p:?}"), p)));
         }
     }
     check_all(failures);
+}
+
+/// The seed of random problems.
+fn seed() -> u64 {
+    std::env::var("FLASH_ATTENTION_TEST_SEED").map_or(23, |seed| seed.parse().unwrap())
+}
+
+/// NaN in rows beyond the last packed sequence is never read, and gradients are 0 there.
+#[test]
+fn rows_beyond_the_last_sequence_have_no_gradient() {
+    const BEYOND: usize = 150;
+    for (kernel, dtype) in kernels() {
+        let d = kernel.limits.head_dims[0];
+        let Case { problem, cu_seqlens, .. } =
+            Case::packed("", &[[3, 9], [5, 2]], (2, d), |p| p.dtype(dtype).kv_heads(1));
+        let [cu_q, cu_k] = cu_seqlens.unwrap();
+        let of = problem.varlen().unwrap();
+        let more = Varlen { total_q: of.total_q + BEYOND, total_k: of.total_k + BEYOND };
+        let p = problem.to_builder().varlen(Some(more)).build().unwrap();
+        let random = |shape: [usize; 4], seed| {
+            let mut tensor = Tensor::random(dtype, &shape, seed, 0.5);
+            let beyond = BEYOND * shape[2] * shape[3] * dtype.size();
+            let len = tensor.as_bytes().len();
+            tensor.as_bytes_mut()[len - beyond..].fill(0xff);
+            tensor
+        };
+        let (q, d_o) = (random(p.q_shape(), 1), random(p.o_shape(), 2));
+        let (k, v) = (random(p.k_shape(), 3), random(p.v_shape(), 4));
+        let inputs = Inputs {
+            cu_seqlens_q: Some(&cu_q),
+            cu_seqlens_k: Some(&cu_k),
+            ..Inputs::new(&q, &k, &v)
+        };
+        let found = run(kernel, Backward::new(p), &inputs, &d_o);
+        let result = verify_gradients(&p, &inputs, &d_o, &found, &oracle::all_heads(&p));
+        assert!(result.passes(), "{}: {result}", kernel.name);
+        for (name, tensor) in [("dq", &found.dq), ("dk", &found.dk), ("dv", &found.dv)] {
+            let row = tensor.shape()[2] * tensor.shape()[3];
+            let values = tensor.to_f64();
+            let beyond = &values[values.len() - BEYOND * row..];
+            assert!(beyond.iter().all(|&x| x == 0.0), "{} {name}", kernel.name);
+        }
+    }
+}
+
+/// More heads than a grid's `y` counts, and sums of dQ beyond 2^31 elements where a GPU has the memory.
+#[test]
+fn many_heads_have_their_gradients_on_a_gpu() {
+    let gpu = match suite::gpu() {
+        Ok(gpu) => gpu,
+        Err(error) => return writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
+    };
+    let target = Target::of(&*gpu);
+    for (kernel, dtype) in kernels().filter(|(kernel, _)| kernel.runs_on(&target).is_ok()) {
+        let p = Problem::builder(8300, 16, 1, 128).dtype(dtype).build().unwrap();
+        let [q, k, v] = [1, 2, 3].map(|seed| Tensor::random(dtype, &p.q_shape(), seed, 0.0));
+        let (inputs, d_o) = (Inputs::new(&q, &k, &v), d_o(&p));
+        let outputs = Outputs { o: v.clone(), lse: one_key_lse(&p, &q, &k), weights: None };
+        let session = Session::new(gpu.clone());
+        let found = session.run_backward(kernel, &Backward::new(p), &inputs, &outputs, &d_o);
+        let found = found.unwrap().0;
+        // One key has all the weight: dV is dO to a rounding of the weight.
+        let epsilon = 8.0 * dtype.unit_roundoff();
+        for (index, (dv, d_o)) in found.dv.to_f64().into_iter().zip(d_o.to_f64()).enumerate() {
+            let within = (dv - d_o).abs() <= epsilon * d_o.abs();
+            assert!(within, "{} {index}: {dv} for {d_o}", kernel.name);
+        }
+        let heads = [0, 65_535, 65_536, 8300 * 16 - 1];
+        let result = verify_gradients(&p, &inputs, &d_o, &found, &heads);
+        assert!(result.passes(), "{} {dtype}: {result}", kernel.name);
+    }
+}
+
+/// The LSE of rows that see one key: its score.
+fn one_key_lse(p: &Problem, q: &Tensor, k: &Tensor) -> Tensor {
+    let (q, k) = (q.to_f64(), k.to_f64());
+    let rows = q.chunks_exact(p.head_dim()).zip(k.chunks_exact(p.head_dim()));
+    let dot = |(q, k): (&[f64], &[f64])| q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
+    let lse: Vec<f64> = rows.map(|row| f64::from(p.scale()) * dot(row)).collect();
+    Tensor::from_f64(DType::F32, &p.lse_shape(), &lse).unwrap()
 }
 
 impl Draws {
@@ -165,10 +315,9 @@ impl Draws {
 
 #[test]
 fn random_combinations_are_right() {
-    let seed = std::env::var("FLASH_ATTENTION_TEST_SEED").map_or(23, |seed| seed.parse().unwrap());
     let mut failures = Vec::new();
     for (kernel, dtype) in kernels() {
-        let mut draws = Draws::new(seed);
+        let mut draws = Draws::new(seed());
         for index in 0..12 {
             let p = draws.problem(kernel.limits.head_dims[index % 2], dtype);
             let draw = Case::new("", p).draw(0);
@@ -323,7 +472,7 @@ fn a_strided_gradient_of_o_is_right() {
             unsafe { device.launch(&launch).unwrap() };
         }
         let [dq, dk, dv] = gradients.map(|t| t.to_host().unwrap());
-        let found = Gradients { dq, dk, dv };
+        let found = Gradients { dq, dk, dv, d_bias: None, d_sinks: None };
         let result = verify_gradients(&p, &inputs, &d_o, &found, &oracle::all_heads(&p));
         assert!(result.passes(), "{}: {result}", kernel.name);
     }

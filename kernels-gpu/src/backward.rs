@@ -7,7 +7,8 @@
 //! | [`backward_mma`] | all five products on the tensor cores, each computed once (sm_80) |
 //! | [`backward_hopper`] | transposed scores, copies and products at the same time (sm_90a) |
 //!
-//! [`prepare`] is the first step of every rung, [`convert`] the last of those that sum dQ in memory.
+//! [`prepare`] is the first step of every rung, [`convert`] the last of those that sum dQ in memory. [`bias`]
+//! and [`sinks`] are steps of calls that ask for these gradients.
 //!
 //! With `P = exp(S - LSE)`, the weights before dropout, and `Z` what dropout multiplies them by (0 or
 //! `1 / (1 - p)`), the gradients are
@@ -28,8 +29,10 @@ pub mod backward_hopper;
 pub mod backward_mma;
 pub mod backward_naive;
 pub mod backward_tiled;
+pub mod bias;
 pub mod convert;
 pub mod prepare;
+pub mod sinks;
 
 /// Rows of a head in scratch memory are padded to a multiple of this: no rung's tile of queries is
 /// longer.

@@ -41,7 +41,10 @@ pub static PTX: &[u8] = include_bytes!("../ptx/modules.ptx.zst");
 
 #[cfg(not(target_arch = "nvptx64"))]
 use {
-    backward::{backward_hopper, backward_mma, backward_naive, backward_tiled, convert, prepare},
+    backward::{
+        backward_hopper, backward_mma, backward_naive, backward_tiled, bias, convert, prepare,
+        sinks,
+    },
     decode::{decode_append, decode_combine, decode_split},
     forward::{
         flash_async, flash_hopper, flash_mma, flash_pipelined, flash_swizzled, flash_tf32,
@@ -71,6 +74,8 @@ const TABLES: &[entry::Instances] = &[
     flash_tf32::ENTRIES,
     prepare::ENTRIES,
     convert::ENTRIES,
+    bias::ENTRIES,
+    sinks::ENTRIES,
     backward_naive::SCORES,
     backward_naive::QUERIES,
     backward_naive::KEYS,

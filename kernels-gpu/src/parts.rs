@@ -22,6 +22,7 @@
 //! | [`tile`] | tiles between global and shared memory |
 //! | [`columns`] | which columns of a tile a tensor has |
 //! | [`chunk`] | sixteen bytes as values |
+//! | [`ragged`] | rows of a sequence as tensor maps see them |
 //! | [`pipeline`] | a ring of stages between a producer and consumers |
 
 pub mod attend;
@@ -36,6 +37,7 @@ pub mod online;
 pub mod pipeline;
 pub mod policy;
 pub mod queue;
+pub mod ragged;
 pub mod scalar_tile;
 pub mod schedule;
 pub mod score;

@@ -218,8 +218,9 @@ unsafe impl KernelArgs for AttentionArgs {
     const FIELD_BYTES: usize = std::mem::offset_of!(AttentionArgs, shape.head_dim_v) + 4;
 }
 
-// Four tensors of 40 bytes and four buffers before the forward's arguments.
-const _: () = assert!(std::mem::offset_of!(BackwardArgs, forward) == 4 * 40 + 4 * 16);
+// Four tensors of 40 bytes, a bias of 48, five buffers and two numbers of 32 bits before the forward's
+// arguments.
+const _: () = assert!(std::mem::offset_of!(BackwardArgs, forward) == 4 * 40 + 48 + 5 * 16 + 2 * 4);
 // SAFETY: the assertion above leaves no room for padding before the forward's arguments.
 unsafe impl KernelArgs for BackwardArgs {
     const FIELD_BYTES: usize =

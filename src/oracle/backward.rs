@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use super::{Beside, Case, Row, View, round};
+use super::{Beside, Case, Row, View, round, sequence};
 use crate::{
     dtype::DType,
     problem::Problem,
@@ -23,6 +23,11 @@ pub struct Gradients {
     pub dk: Vec<f64>,
     /// Gradient of V, likewise.
     pub dv: Vec<f64>,
+    /// Gradient of the bias, as the bias is: of all heads together, of those heads alone where they are
+    /// not all. Empty without a bias.
+    pub d_bias: Vec<f64>,
+    /// Gradient of the sinks, `[H]`, likewise.
+    pub d_sinks: Vec<f64>,
 }
 
 /// Every head of K and V of a problem: head `b * Hkv + h`.
@@ -31,26 +36,34 @@ pub fn all_heads(problem: &Problem) -> Vec<usize> {
     (0..problem.batch() * problem.kv_heads()).collect()
 }
 
-/// Those heads of a kernel's gradients.
+/// Those heads of a kernel's gradients; of packed sequences nothing that lies beyond the last.
 #[must_use]
 pub fn gradients_of(
     problem: &Problem,
+    inputs: &Inputs<'_>,
     gradients: &session::Gradients,
     heads: &[usize],
 ) -> Gradients {
     let p = problem;
+    let cu_seqlens = inputs.cu_seqlens_q.zip(inputs.cu_seqlens_k).map(<[_; 2]>::from);
     let dq = View::new(p, gradients.dq.to_f32(), p.q_extents());
-    let [dk, dv] =
-        [&gradients.dk, &gradients.dv].map(|tensor| View::new(p, tensor.to_f32(), p.k_extents()));
-    let mut result = Gradients::default();
+    let dk = View::new(p, gradients.dk.to_f32(), p.k_extents());
+    let dv = View::new(p, gradients.dv.to_f32(), p.v_extents());
+    let [d_bias, d_sinks] = [&gradients.d_bias, &gradients.d_sinks]
+        .map(|tensor| tensor.as_ref().map(Tensor::to_f64).unwrap_or_default());
+    let mut result = Gradients { d_bias, d_sinks, ..Gradients::default() };
     let widened = |row: &[f32]| row.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
     for &head in heads {
         let (b, h_kv) = (head / p.kv_heads(), head % p.kv_heads());
+        let (of, entry) = sequence(p, cu_seqlens, b);
         for h in h_kv * p.group()..(h_kv + 1) * p.group() {
-            (0..p.seq_q()).for_each(|i| result.dq.extend(widened(dq.row(b, h, i))));
+            let rows = (of.first_q..of.first_q + of.seq_q).map(|i| dq.row(entry, h, i));
+            rows.for_each(|row| result.dq.extend(widened(row)));
         }
-        (0..p.seq_k()).for_each(|j| result.dk.extend(widened(dk.row(b, h_kv, j))));
-        (0..p.seq_k()).for_each(|j| result.dv.extend(widened(dv.row(b, h_kv, j))));
+        for (view, to) in [(&dk, &mut result.dk), (&dv, &mut result.dv)] {
+            let rows = (of.first_k..of.first_k + of.seq_k).map(|j| view.row(entry, h_kv, j));
+            rows.for_each(|row| to.extend(widened(row)));
+        }
     }
     result
 }
@@ -106,18 +119,17 @@ pub fn absolute_gradients(
 ) -> Gradients {
     let absolute = |tensor: &Tensor| tensor.to_f32().into_iter().map(f32::abs).collect();
     let pass = Pass::new(problem, inputs, d_o, Exact);
-    let [of_q, of_k] = [problem.q_extents(), problem.k_extents()];
     let view = |values, extents| View::new(problem, values, extents);
     let sizes = Pass {
         case: Case {
             problem,
-            beside: Beside::default(),
-            q: view(absolute(inputs.q), of_q),
-            k: view(absolute(inputs.k), of_k),
-            v: view(absolute(inputs.v), of_k),
+            beside: Beside { cu_seqlens: pass.case.beside.cu_seqlens, ..Beside::default() },
+            q: view(absolute(inputs.q), problem.q_extents()),
+            k: view(absolute(inputs.k), problem.k_extents()),
+            v: view(absolute(inputs.v), problem.v_extents()),
             dropout: pass.case.dropout,
         },
-        d_o: view(absolute(d_o), of_q),
+        d_o: view(absolute(d_o), problem.o_extents()),
         arithmetic: Absolute,
     };
     sizes.collect_with(heads, &pass)
@@ -231,12 +243,19 @@ struct Weight {
     slope: f64,
 }
 
+/// In place of a key: the sink.
+const SINK: usize = usize::MAX;
+
+impl Weight {
+    const NONE: Self = Self { j: 0, score: 0.0, lse: 0.0, p: 0.0, slope: 1.0 };
+}
+
 impl<'a, A: Arithmetic> Pass<'a, A> {
     fn new(problem: &'a Problem, inputs: &Inputs<'a>, d_o: &Tensor, arithmetic: A) -> Self {
         let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
         Self {
             case: Case::new(problem, values, Beside::of(inputs)),
-            d_o: View::new(problem, d_o.to_f32(), problem.q_extents()),
+            d_o: View::new(problem, d_o.to_f32(), problem.o_extents()),
             arithmetic,
         }
     }
@@ -247,13 +266,35 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
 
     /// With the weights of another pass.
     fn collect_with<B: Arithmetic>(&self, heads: &[usize], of: &Pass<'_, B>) -> Gradients {
+        let (p, a) = (self.case.problem, self.arithmetic);
         let computed: Vec<_> = heads.par_iter().map(|&head| self.head(head, of)).collect();
-        let mut result = Gradients::default();
-        for Gradients { dq, dk, dv } in computed {
+        let mut result = Gradients {
+            d_bias: vec![0.0; p.bias_shape().map_or(0, |shape| shape.iter().product())],
+            d_sinks: vec![0.0; p.sinks_shape().map_or(0, |shape| shape[0])],
+            ..Gradients::default()
+        };
+        for (&head, Gradients { dq, dk, dv, d_bias, d_sinks }) in heads.iter().zip(computed) {
             result.dq.extend(dq);
             result.dk.extend(dk);
             result.dv.extend(dv);
+            let (b, first) = (head / p.kv_heads(), head % p.kv_heads() * p.group());
+            for (member, x) in d_sinks.into_iter().enumerate() {
+                let sum = &mut result.d_sinks[first + member];
+                *sum = a.computed(*sum + x);
+            }
+            let Some(bias) = p.bias() else { continue };
+            let of_head = p.seq_q() * p.seq_k();
+            for (member, of_h) in d_bias.chunks_exact(of_head).enumerate() {
+                let h = if bias.per_head { first + member } else { 0 };
+                let b = if bias.per_batch { b } else { 0 };
+                let heads = if bias.per_head { p.heads() } else { 1 };
+                let to = &mut result.d_bias[(b * heads + h) * of_head..][..of_head];
+                for (sum, x) in to.iter_mut().zip(of_h) {
+                    *sum = a.computed(*sum + x);
+                }
+            }
         }
+        result.d_bias.iter_mut().for_each(|x| *x = a.stored(*x));
         result
     }
 
@@ -261,14 +302,25 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
     fn head<B: Arithmetic>(&self, head: usize, of: &Pass<'_, B>) -> Gradients {
         let (p, a) = (self.case.problem, self.arithmetic);
         let (b, h_kv) = (head / p.kv_heads(), head % p.kv_heads());
-        let zeros = || vec![0.0; p.seq_k() * p.head_dim()];
-        let (mut dq, mut dk, mut dv) = (Vec::new(), zeros(), zeros());
+        let lengths = self.case.row_at(b, 0, 0).of;
+        let zeros = |columns| vec![0.0; lengths.seq_k * columns];
+        let (d, d_v) = (p.head_dim(), p.head_dim_v());
+        let (mut dq, mut dk, mut dv) = (Vec::new(), zeros(d), zeros(d_v));
+        let (mut d_bias, mut d_sinks) = (Vec::new(), Vec::new());
         for h in h_kv * p.group()..(h_kv + 1) * p.group() {
-            let (mut dk_of_h, mut dv_of_h) = (zeros(), zeros());
-            for i in 0..p.seq_q() {
+            let (mut dk_of_h, mut dv_of_h) = (zeros(d), zeros(d_v));
+            let mut d_sink = 0.0;
+            for i in 0..lengths.seq_q {
                 let row = self.case.row_at(b, h, i);
-                let weights = of.weights(row);
-                dq.extend(self.row(row, weights, [&mut dk_of_h, &mut dv_of_h]));
+                let mut d_scores = vec![0.0; if p.bias().is_some() { p.seq_k() } else { 0 }];
+                let sums: [&mut [f64]; 3] = [&mut dk_of_h, &mut dv_of_h, &mut d_scores];
+                let (dq_of_row, of_sink) = self.row(row, of.weights(row), sums);
+                dq.extend(dq_of_row);
+                d_bias.extend(d_scores);
+                d_sink = a.computed(d_sink + of_sink);
+            }
+            if p.has_sinks() {
+                d_sinks.push(d_sink);
             }
             // Each head has its own gradients, which are summed where it shares K and V.
             for (sum, of_h) in [(&mut dk, dk_of_h), (&mut dv, dv_of_h)] {
@@ -280,21 +332,30 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
         for x in dk.iter_mut().chain(&mut dv) {
             *x = a.stored(*x);
         }
-        Gradients { dq, dk, dv }
+        Gradients { dq, dk, dv, d_bias, d_sinks }
     }
 
-    /// The row of dQ; what the row adds to dK and dV.
-    fn row(&self, row: Row, weights: Vec<Weight>, [dk, dv]: [&mut [f64]; 2]) -> Vec<f64> {
+    /// The row of dQ, and what the row adds to the gradient of its sink; what it adds to dK and dV, and
+    /// the gradient of its scores after the cap.
+    fn row(
+        &self,
+        row: Row,
+        weights: Vec<Weight>,
+        [dk, dv, d_scores]: [&mut [f64]; 3],
+    ) -> (Vec<f64>, f64) {
         let (case, p, a) = (&self.case, self.case.problem, self.arithmetic);
-        let (d, scale) = (p.head_dim(), f64::from(p.scale()));
-        let (q, d_o) = (case.q(row), self.d_o.row(row.b, row.h, row.i));
-        let weights: Vec<Weight> = weights
+        let (d, d_v, scale) = (p.head_dim(), p.head_dim_v(), f64::from(p.scale()));
+        let (q, d_o) = (case.q(row), self.d_o.row(row.entry, row.h, row.of.first_q + row.i));
+        let mut weights: Vec<Weight> = weights
             .into_iter()
             .map(|weight| {
-                let s = || scale * a.dot(q, case.k(row, weight.j));
+                let s =
+                    || if weight.j == SINK { 0.0 } else { scale * a.dot(q, case.k(row, weight.j)) };
                 Weight { p: a.weight(&weight, s), ..weight }
             })
             .collect();
+        // It has no value, and so no dP.
+        let sink = weights.pop_if(|weight| weight.j == SINK);
         let kept = |j| f64::from(case.kept(row, j));
         let dp_of = |weight: &Weight| {
             a.stored(a.stored(a.dot(d_o, case.v(row, weight.j))) * kept(weight.j))
@@ -305,16 +366,20 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
         let mut dq = vec![0.0; d];
         for (Weight { j, p: weight, slope, .. }, dp) in weights.into_iter().zip(dp) {
             let ds = a.stored(weight * a.difference(dp, mean));
+            if let Some(of_score) = d_scores.get_mut(j) {
+                *of_score = ds;
+            }
             let ds = if p.softcap().is_some() { a.stored(ds * slope) } else { ds };
             let ds = a.stored(ds * scale);
             a.add(&mut dq, ds, case.k(row, j));
             a.add(&mut dk[j * d..][..d], ds, q);
-            a.add(&mut dv[j * d..][..d], a.stored(weight * kept(j)), d_o);
+            a.add(&mut dv[j * d_v..][..d_v], a.stored(weight * kept(j)), d_o);
         }
-        dq.into_iter().map(|x| a.stored(x)).collect()
+        let of_sink = sink.map_or(0.0, |sink| a.computed(sink.p * a.difference(0.0, mean)));
+        (dq.into_iter().map(|x| a.stored(x)).collect(), of_sink)
     }
 
-    /// The weights of a row, of the keys that it sees.
+    /// The weights of a row, of the keys that it sees; last that of its sink, if it has one.
     fn weights(&self, row: Row) -> Vec<Weight> {
         let (case, p, a) = (&self.case, self.case.problem, self.arithmetic);
         let (scale, sink) = (f64::from(p.scale()), f64::from(case.sink(row.h)));
@@ -332,7 +397,7 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
             if case.beside.bias.is_some() {
                 s = a.score(s + f64::from(case.bias(row, j)));
             }
-            Weight { j, score: s, lse: 0.0, p: 0.0, slope }
+            Weight { j, score: s, slope, ..Weight::NONE }
         };
         let scores: Vec<_> = case.seen(row).into_iter().map(score).collect();
         let max = scores.iter().map(|weight| weight.score).fold(sink, f64::max);
@@ -340,7 +405,8 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
         let sum = scores.iter().fold(exp(sink), |sum, w| a.computed(sum + exp(w.score)));
         let lse = max + sum.ln();
         let of_score = |w: Weight| Weight { lse, p: a.stored(exp(w.score) / sum), ..w };
-        scores.into_iter().map(of_score).collect()
+        let of_sink = p.has_sinks().then_some(Weight { j: SINK, score: sink, ..Weight::NONE });
+        scores.into_iter().chain(of_sink).map(of_score).collect()
     }
 }
 
@@ -398,9 +464,15 @@ mod tests {
                 o.iter().zip(d_o.to_f64()).map(|(o, d_o)| o * d_o).sum()
             };
             let found = gradients(&p, &inputs, &d_o, &all_heads(&p));
-            for (which, tensor, gradient) in
-                [(0, &q, &found.dq), (1, &k, &found.dk), (2, &v, &found.dv)]
-            {
+            let of_inputs = [
+                (0, Some(&q), &found.dq),
+                (1, Some(&k), &found.dk),
+                (2, Some(&v), &found.dv),
+                (3, bias.as_ref(), &found.d_bias),
+                (4, sinks.as_ref(), &found.d_sinks),
+            ];
+            for (which, tensor, gradient) in of_inputs {
+                let Some(tensor) = tensor else { continue };
                 // A power of two that f32 adds without rounding to what is about 1.
                 let step = 2f64.powi(-11);
                 for index in 0..tensor.to_f64().len() {
@@ -409,10 +481,14 @@ mod tests {
                         values[index] += by;
                         let moved = Tensor::from_f64(DType::F32, tensor.shape(), &values).unwrap();
                         let exact = moved.get(index) - tensor.get(index);
-                        let mut qkv = [inputs.q, inputs.k, inputs.v];
-                        qkv[which] = &moved;
-                        let [q, k, v] = qkv;
-                        (loss(&Inputs { q, k, v, ..inputs }), exact)
+                        let inputs = match which {
+                            0 => Inputs { q: &moved, ..inputs },
+                            1 => Inputs { k: &moved, ..inputs },
+                            2 => Inputs { v: &moved, ..inputs },
+                            3 => Inputs { bias: Some(&moved), ..inputs },
+                            _ => Inputs { sinks: Some(&moved), ..inputs },
+                        };
+                        (loss(&inputs), exact)
                     };
                     let ((above, up), (below, down)) = (moved(step), moved(-step));
                     let slope = (above - below) / (up - down);

@@ -41,14 +41,19 @@ pub struct Sequence {
 }
 
 impl Sequence {
+    /// Sequence `b` of those that begin at these rows of Q, and at these of K. Panics where there are
+    /// not as many.
+    #[must_use]
+    pub fn at(cu_seqlens_q: &[u32], cu_seqlens_k: &[u32], b: usize) -> Self {
+        let span = |at: &[u32]| (at[b] as usize, at[b + 1].saturating_sub(at[b]) as usize);
+        let ((first_q, seq_q), (first_k, seq_k)) = (span(cu_seqlens_q), span(cu_seqlens_k));
+        Self { first_q, seq_q, first_k, seq_k }
+    }
+
     /// The sequences that begin at these rows of Q, and at these of K.
     pub fn all(cu_seqlens_q: &[u32], cu_seqlens_k: &[u32]) -> impl Iterator<Item = Self> {
-        let spans = |cu_seqlens: &[u32]| {
-            let span = |at: &[u32]| (at[0] as usize, at[1].saturating_sub(at[0]) as usize);
-            cu_seqlens.windows(2).map(span).collect::<Vec<_>>()
-        };
-        let both = spans(cu_seqlens_q).into_iter().zip(spans(cu_seqlens_k));
-        both.map(|((first_q, seq_q), (first_k, seq_k))| Self { first_q, seq_q, first_k, seq_k })
+        let count = cu_seqlens_q.len().min(cu_seqlens_k.len()).saturating_sub(1);
+        (0..count).map(|b| Self::at(cu_seqlens_q, cu_seqlens_k, b))
     }
 }
 

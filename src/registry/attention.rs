@@ -2,8 +2,10 @@
 //! that kernels are given.
 
 use kernels_gpu::{
-    args::{AttentionArgs, Buffer, Keys, Scores, Scratch, Sequences, Shape, Slopes, Tensors},
-    forward::flash_hopper::ragged,
+    args::{
+        AttentionArgs, Buffer, Keys, Scores, Scratch, Sequences, Shape, Slopes, Tensor, Tensors,
+    },
+    parts::ragged,
 };
 
 use super::{
@@ -185,6 +187,13 @@ pub(super) fn args(call: &Call<'_, Problem>) -> Vec<u8> {
     attention_args(call.problem, call.args, region).to_launch_bytes()
 }
 
+/// A tensor as kernels are given it. Packed sequences lie in one batch entry.
+pub(super) fn tensor_arg(p: &Problem, view: View) -> Tensor {
+    let [stride_b, stride_h, stride_n] = view.strides;
+    let stride_b = if p.varlen().is_some() { 0 } else { stride_b };
+    View { strides: [stride_b, stride_h, stride_n], ..view }.arg()
+}
+
 /// The arguments of attention kernels; `region` is the memory that a call has for a use.
 pub(super) fn attention_args(
     p: &Problem,
@@ -192,12 +201,7 @@ pub(super) fn attention_args(
     region: impl Fn(Usage) -> Buffer,
 ) -> AttentionArgs {
     let (bounds, softcap) = (p.bounds(), p.softcap().unwrap_or_default());
-    // Packed sequences lie in one batch entry.
-    let view = |view: View| {
-        let [stride_b, stride_h, stride_n] = view.strides;
-        let stride_b = if p.varlen().is_some() { 0 } else { stride_b };
-        View { strides: [stride_b, stride_h, stride_n], ..view }.arg()
-    };
+    let view = |view: View| tensor_arg(p, view);
     AttentionArgs {
         tensors: Tensors {
             q: view(tensors.q),

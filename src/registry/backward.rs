@@ -4,7 +4,8 @@
 use kernels_gpu::{
     args,
     backward::{
-        self, backward_hopper, backward_mma, backward_naive, backward_tiled, convert, prepare,
+        self, backward_hopper, backward_mma, backward_naive, backward_tiled, bias, convert,
+        prepare, sinks,
     },
     entry::Instances,
 };
@@ -12,10 +13,10 @@ use simt::Dim3;
 
 use super::{
     Call, Draft, Map, Operation, Section, Spec, Step, Usage,
-    attention::{self, Args, AttentionLimits, Features, Sizes, attention_args, map},
+    attention::{Args, AttentionLimits, Sizes, attention_args, map, tensor_arg},
     plan::Plan,
-    table::{ALL_FEATURES, constants, heads, kept_weights, tiles},
-    tensors::{Region, View},
+    table::{ALL_FEATURES, constants, entry_size, heads, kept_weights, padded_constants, tiles},
+    tensors::{BiasView, Region, View},
 };
 use crate::{
     backend::{KernelArgs as _, TensorMapSpec},
@@ -24,20 +25,26 @@ use crate::{
     problem::Problem,
 };
 
-/// The gradients of Q, K and V for a problem, of the gradient of O. A bias and sinks get none.
+/// The gradients of Q, K and V for a problem, of the gradient of O; of the bias and the sinks too, where
+/// they are asked for.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Backward {
     /// The problem of the forward pass.
     pub problem: Problem,
     /// Whether each call with the same inputs gives the same bits.
     pub deterministic: bool,
+    /// Whether the bias gets a gradient: a step of scalar arithmetic, far slower than the others.
+    pub d_bias: bool,
+    /// Whether the sinks get a gradient.
+    pub d_sinks: bool,
 }
 
 impl Backward {
     /// The gradients for a problem, by the fastest way.
     #[must_use]
     pub const fn new(problem: Problem) -> Self {
-        Self { problem, deterministic: false }
+        Self { problem, deterministic: false, d_bias: false, d_sinks: false }
     }
 
     /// The same gradients, with the same bits each time if `deterministic`.
@@ -45,6 +52,33 @@ impl Backward {
     pub const fn deterministic(mut self, deterministic: bool) -> Self {
         self.deterministic = deterministic;
         self
+    }
+
+    /// With the gradient of the bias if `wanted`.
+    #[must_use]
+    pub const fn d_bias(mut self, wanted: bool) -> Self {
+        self.d_bias = wanted;
+        self
+    }
+
+    /// With the gradient of the sinks if `wanted`.
+    #[must_use]
+    pub const fn d_sinks(mut self, wanted: bool) -> Self {
+        self.d_sinks = wanted;
+        self
+    }
+
+    /// Shape of the gradient of the bias, `[B or 1, H or 1, Nq, Nk]`, where it is asked for.
+    #[must_use]
+    pub fn d_bias_shape(&self) -> Option<[usize; 4]> {
+        let shape = self.problem.bias_shape().filter(|_| self.d_bias)?;
+        shape.try_into().ok()
+    }
+
+    /// Shape of the gradient of the sinks, `[H]`, where it is asked for.
+    #[must_use]
+    pub fn d_sinks_shape(&self) -> Option<[usize; 1]> {
+        (self.d_sinks && self.problem.has_sinks()).then(|| [self.problem.heads()])
     }
 
     /// Floating-point operations by convention: five products where the forward pass has two, 2.5
@@ -66,6 +100,8 @@ pub struct BackwardArgs {
     dq: View,
     dk: View,
     dv: View,
+    d_bias: Option<Region>,
+    d_sinks: Option<Region>,
 }
 
 impl BackwardArgs {
@@ -74,7 +110,22 @@ impl BackwardArgs {
     /// `dv`, each of the shape of its tensor.
     #[must_use]
     pub const fn new(forward: Args, d_o: View, [dq, dk, dv]: [View; 3]) -> Self {
-        Self { forward, d_o, dq, dk, dv }
+        Self { forward, d_o, dq, dk, dv, d_bias: None, d_sinks: None }
+    }
+
+    /// With memory for the gradient of the bias, contiguous `[B or 1, H or 1, Nq, Nk]` in the storage
+    /// type.
+    #[must_use]
+    pub const fn d_bias(mut self, d_bias: Region) -> Self {
+        self.d_bias = Some(d_bias);
+        self
+    }
+
+    /// With memory for the gradient of the sinks, f32 `[H]`.
+    #[must_use]
+    pub const fn d_sinks(mut self, d_sinks: Region) -> Self {
+        self.d_sinks = Some(d_sinks);
+        self
     }
 }
 
@@ -104,16 +155,39 @@ impl Operation for Backward {
             let context = ": the backward pass reads the LSE of the forward pass".into();
             return Err(Error::MissingTensor { what: "lse".into(), context });
         }
-        let [q, k, ..] = attention::extents(p);
-        args.d_o.check("d_o", p.dtype(), q)?;
-        for (what, view, extents) in [("dq", args.dq, q), ("dk", args.dk, k), ("dv", args.dv, k)] {
+        let [q, k, v, o] = [p.q_extents(), p.k_extents(), p.v_extents(), p.o_extents()];
+        args.d_o.check("d_o", p.dtype(), o)?;
+        for (what, view, extents) in [("dq", args.dq, q), ("dk", args.dk, k), ("dv", args.dv, v)] {
             view.check(what, p.dtype(), extents)?;
             view.check_distinct(what, extents)?;
+        }
+        let missing = |what: &str| {
+            let context = ": its gradient was asked for".into();
+            Error::MissingTensor { what: what.into(), context }
+        };
+        if let Some(shape) = self.d_bias_shape() {
+            let region = args.d_bias.ok_or_else(|| missing("d_bias"))?;
+            let (elements, size) = (shape.iter().product::<usize>(), p.dtype().size());
+            region.check("d_bias", (elements * size) as u64, size as u64)?;
+        }
+        if let Some([heads]) = self.d_sinks_shape() {
+            let region = args.d_sinks.ok_or_else(|| missing("d_sinks"))?;
+            region.check("d_sinks", 4 * heads as u64, 4)?;
         }
         Ok(())
     }
 
     fn check_sizes(&self) -> Result<(), Error> {
+        let asked = [
+            ("d_bias", self.d_bias && self.problem.bias().is_none(), "a bias"),
+            ("d_sinks", self.d_sinks && !self.problem.has_sinks(), "sinks"),
+        ];
+        for (what, wrong, of) in asked {
+            if wrong {
+                let remedy = format!("the problem has no {}", of.trim_start_matches("a "));
+                return Err(Error::InvalidValue { what, given: "true".into(), remedy });
+            }
+        }
         self.problem.check_sizes()
     }
 
@@ -132,8 +206,13 @@ impl Plan<Backward> {
     #[must_use]
     pub fn peak_bytes(&self) -> u64 {
         let p = &self.problem().problem;
-        let elements = 2 * (p.q_elements() + p.k_elements()) as u64;
-        let gradients = elements * p.dtype().size() as u64;
+        let elements = p.q_elements() + p.k_elements() + p.v_elements() + p.o_elements();
+        let gradients = (elements * p.dtype().size()) as u64;
+        let backward = self.problem();
+        let d_bias = backward.d_bias_shape().map_or(0, |shape| shape.iter().product());
+        let d_bias = (d_bias * p.dtype().size()) as u64;
+        let d_sinks = backward.d_sinks_shape().map_or(0, |[heads]| 4 * heads as u64);
+        let gradients = gradients + d_bias + d_sinks;
         p.input_bytes() + p.output_bytes() + gradients + self.workspace_bytes()
     }
 }
@@ -144,16 +223,31 @@ fn args(call: &Call<'_, Backward>) -> Vec<u8> {
 }
 
 fn backward_args(call: &Call<'_, Backward>) -> args::BackwardArgs {
-    let BackwardArgs { forward, d_o, dq, dk, dv } = call.args;
+    let BackwardArgs { forward, d_o, dq, dk, dv, d_bias, d_sinks } = call.args;
     let region = |usage| call.region(usage).arg();
+    let view = |view: &View| tensor_arg(&call.problem.problem, *view);
+    // As many as its kernel made room for.
+    let dq_bytes_of_column = 4 * padded_rows(call.problem);
+    let dq_columns = (call.region(Usage::DqAcc).bytes / dq_bytes_of_column) as u32;
     args::BackwardArgs {
         forward: attention_args(&call.problem.problem, forward, region),
-        gradients: args::Gradients { d_o: d_o.arg(), dq: dq.arg(), dk: dk.arg(), dv: dv.arg() },
+        gradients: args::Gradients {
+            d_o: view(d_o),
+            dq: view(dq),
+            dk: view(dk),
+            dv: view(dv),
+            d_bias: call.problem.d_bias_shape().map_or_else(Default::default, |shape| {
+                BiasView::contiguous(d_bias.unwrap_or_default(), shape).within(shape).arg()
+            }),
+            d_sinks: d_sinks.unwrap_or_default().arg(),
+        },
         steps: args::BackwardScratch {
             delta: region(Usage::Delta),
             lse_log2: region(Usage::LseLog2),
             dq_acc: region(Usage::DqAcc),
             d_scores: region(Usage::DScores),
+            dq_columns,
+            total_k: call.problem.problem.varlen().map_or(0, |varlen| varlen.total_k as u32),
         },
     }
 }
@@ -171,30 +265,32 @@ const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
     exact_capability: false,
     limits: AttentionLimits {
         head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
-        features: Features { any_head_dim: false, varlen: false, ..ALL_FEATURES },
+        features: ALL_FEATURES,
         sizes: |_, _| Sizes { rows: vec![backward_naive::TILE], keys: vec![backward_naive::TILE] },
     },
     draft: |b, _| {
         let p = &b.problem;
         let (tile, threads) = (backward_naive::TILE, backward_naive::THREADS);
+        let score_tiles = tiles(p.seq_k(), tile).saturating_mul(tiles(p.seq_q(), tile));
         let scores = Step {
-            grid: Dim3::new(tiles(p.seq_k(), tile), tiles(p.seq_q(), tile), heads(p)),
+            grid: grid(score_tiles, heads(p)),
             block: Dim3::new(tile, tile, 1),
-            ..step(b, backward_naive::SCORES, 0)?
+            ..step(b, backward_naive::SCORES)?
         };
         let queries = Step {
-            grid: Dim3::new(tiles(p.seq_q() * p.head_dim(), threads), 1, heads(p)),
-            ..step(b, backward_naive::QUERIES, 0)?
+            grid: grid(tiles(p.seq_q() * p.head_dim(), threads), heads(p)),
+            ..step(b, backward_naive::QUERIES)?
         };
+        let columns = p.head_dim().max(p.head_dim_v());
         let keys = Step {
-            grid: Dim3::new(tiles(p.seq_k() * p.head_dim(), threads), 1, kv_heads(p)),
-            ..step(b, backward_naive::KEYS, 0)?
+            grid: grid(tiles(p.seq_k() * columns, threads), kv_heads(p)),
+            ..step(b, backward_naive::KEYS)?
         };
         let matrices =
             [kept_weights(p), Section::new(Usage::DScores, p.weights_bytes())].into_iter();
         Ok(Draft {
             sections: matrices.chain(row_sections(b)).collect(),
-            steps: vec![prepare_step(b)?, scores, queries, keys],
+            steps: steps(b, [scores, queries, keys])?,
         })
     },
 };
@@ -208,24 +304,24 @@ const BACKWARD_TILED: BackwardSpec = BackwardSpec {
     exact_capability: false,
     limits: AttentionLimits {
         head_dims: &[32, 64, 96, 128],
-        features: Features { any_head_dim: false, varlen: false, ..ALL_FEATURES },
+        features: ALL_FEATURES,
         sizes: |_, _| Sizes { rows: vec![backward_tiled::BR], keys: vec![backward_tiled::BC] },
     },
     draft: |b, _| {
         let p = &b.problem;
-        let shared_bytes = backward_tiled::shared_bytes(p.head_dim());
+        let d = entry_size(p, backward_tiled::KEYS)?;
+        let shared_bytes = backward_tiled::shared_bytes(d);
         let keys = Step {
-            grid: Dim3::new(tiles(p.seq_k(), backward_tiled::BC), 1, kv_heads(p)),
+            grid: grid(tiles(p.seq_k(), backward_tiled::BC), kv_heads(p)),
             shared_bytes,
-            ..step(b, backward_tiled::KEYS, p.head_dim())?
+            ..padded_step(b, backward_tiled::KEYS, d)?
         };
         let queries = Step {
-            grid: Dim3::new(tiles(p.seq_q(), backward_tiled::BR), 1, heads(p)),
+            grid: grid(tiles(p.seq_q(), backward_tiled::BR), heads(p)),
             shared_bytes,
-            ..step(b, backward_tiled::QUERIES, p.head_dim())?
+            ..padded_step(b, backward_tiled::QUERIES, d)?
         };
-        let steps = vec![prepare_step(b)?, keys, queries];
-        Ok(Draft { sections: row_sections(b).into(), steps })
+        Ok(Draft { sections: row_sections(b).into(), steps: steps(b, [keys, queries])? })
     },
 };
 
@@ -239,25 +335,25 @@ const BACKWARD_MMA: BackwardSpec = BackwardSpec {
     exact_capability: false,
     limits: AttentionLimits {
         head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
-        features: Features { any_head_dim: false, varlen: false, ..ALL_FEATURES },
+        features: ALL_FEATURES,
         sizes: |_, d| Sizes { rows: vec![backward_mma::BR], keys: vec![backward_mma::keys(d)] },
     },
     draft: |b, _| {
         let p = &b.problem;
-        let (d, keys) = (p.head_dim(), backward_mma::keys(p.head_dim()));
+        let d = entry_size(p, backward_mma::ENTRIES)?;
+        let keys = backward_mma::keys(d);
         check_order(b, keys)?;
         let main = Step {
-            grid: Dim3::new(tiles(p.seq_k(), keys), 1, kv_heads(p)),
+            grid: grid(tiles(p.seq_k(), keys), kv_heads(p)),
             shared_bytes: backward_mma::shared_bytes(d),
-            ..step(b, backward_mma::ENTRIES, d)?
+            ..padded_step(b, backward_mma::ENTRIES, d)?
         };
         let convert = Step {
-            grid: Dim3::new(tiles(p.seq_q(), prepare::ROWS), 1, heads(p)),
-            ..step(b, convert::ENTRIES, 0)?
+            grid: grid(tiles(p.seq_q(), prepare::ROWS), heads(p)),
+            ..step(b, convert::ENTRIES)?
         };
-        let sums = Section::new(Usage::DqAcc, padded_rows(b) * d as u64 * 4);
-        let sections = row_sections(b).into_iter().chain([sums]).collect();
-        Ok(Draft { sections, steps: vec![prepare_step(b)?, main, convert] })
+        let sections = row_sections(b).into_iter().chain([sums(b, d)]).collect();
+        Ok(Draft { sections, steps: steps(b, [main, convert])? })
     },
 };
 
@@ -288,7 +384,7 @@ const BACKWARD_HOPPER: BackwardSpec = BackwardSpec {
     exact_capability: true,
     limits: AttentionLimits {
         head_dims: &[64, 128],
-        features: Features { any_head_dim: false, varlen: false, ..ALL_FEATURES },
+        features: ALL_FEATURES,
         sizes: |_, d| Sizes {
             rows: vec![backward_hopper::Tiles::of(d as u32).rows],
             keys: vec![backward_hopper::Tiles::KEYS],
@@ -296,41 +392,55 @@ const BACKWARD_HOPPER: BackwardSpec = BackwardSpec {
     },
     draft: |b, _| {
         let p = &b.problem;
-        let hopper = backward_hopper::Tiles::of(p.head_dim() as u32);
+        let d = entry_size(p, backward_hopper::ENTRIES)?;
+        let hopper = backward_hopper::Tiles::of(d as u32);
         check_order(b, backward_hopper::Tiles::KEYS)?;
         let [rows, keys, numbers] = hopper.boxes();
         let main = Step {
-            grid: Dim3::new(tiles(p.seq_k(), backward_hopper::Tiles::KEYS), 1, kv_heads(p)),
+            grid: grid(tiles(p.seq_k(), backward_hopper::Tiles::KEYS), kv_heads(p)),
             shared_bytes: hopper.shared_bytes(),
             maps: vec![
-                Map { box_dims: rows, spec: |c, b| rows_map(c, &c.args.forward.q, b) },
-                Map { box_dims: keys, spec: |c, b| keys_map(c, &c.args.forward.k, b) },
-                Map { box_dims: keys, spec: |c, b| keys_map(c, &c.args.forward.v, b) },
-                Map { box_dims: rows, spec: |c, b| rows_map(c, &c.args.d_o, b) },
+                Map {
+                    box_dims: rows,
+                    spec: |c, b| tensor_map(c, &c.args.forward.q, Problem::q_extents, b),
+                },
+                Map {
+                    box_dims: keys,
+                    spec: |c, b| tensor_map(c, &c.args.forward.k, Problem::k_extents, b),
+                },
+                Map {
+                    box_dims: keys,
+                    spec: |c, b| tensor_map(c, &c.args.forward.v, Problem::v_extents, b),
+                },
+                Map {
+                    box_dims: rows,
+                    spec: |c, b| tensor_map(c, &c.args.d_o, Problem::o_extents, b),
+                },
                 Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::LseLog2, b) },
                 Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::Delta, b) },
             ],
-            ..step(b, backward_hopper::ENTRIES, p.head_dim())?
+            ..padded_step(b, backward_hopper::ENTRIES, d)?
         };
         let parts = backward_hopper::CONSUMERS * tiles(p.seq_q(), hopper.rows);
         let convert = Step {
-            grid: Dim3::new(parts, 1, heads(p)),
-            ..step(b, backward_hopper::convert::ENTRIES, p.head_dim())?
+            grid: grid(parts, heads(p)),
+            ..padded_step(b, backward_hopper::convert::ENTRIES, d)?
         };
         let [delta, lse] = row_sections(b);
-        let sums = Section::new(Usage::DqAcc, padded_rows(b) * 4 * p.head_dim() as u64);
-        Ok(Draft { sections: vec![delta, lse, sums], steps: vec![prepare_step(b)?, main, convert] })
+        let sections = vec![delta, lse, sums(b, d)];
+        Ok(Draft { sections, steps: steps(b, [main, convert])? })
     },
 };
 
-/// The tensor map of Q or dO.
-fn rows_map(call: &Call<'_, Backward>, view: &View, box_dims: [u32; 4]) -> TensorMapSpec {
-    map(&call.problem.problem, view, call.problem.problem.q_extents(), box_dims)
-}
-
-/// The tensor map of K or V.
-fn keys_map(call: &Call<'_, Backward>, view: &View, box_dims: [u32; 4]) -> TensorMapSpec {
-    map(&call.problem.problem, view, call.problem.problem.k_extents(), box_dims)
+/// The tensor map of Q, K, V or dO.
+fn tensor_map(
+    call: &Call<'_, Backward>,
+    view: &View,
+    extents: fn(&Problem) -> [usize; 4],
+    box_dims: [u32; 4],
+) -> TensorMapSpec {
+    let p = &call.problem.problem;
+    map(p, view, extents(p), box_dims)
 }
 
 /// The tensor map of a number for each padded row: `[Nq', B H]`, fastest first.
@@ -360,15 +470,63 @@ fn padded_rows(b: &Backward) -> u64 {
     (p.batch() * p.heads()) as u64 * u64::from(backward::padded(p.seq_q() as u32))
 }
 
+/// A rung's own steps between those that all rungs have: what is computed of each row before, the
+/// gradients of bias and sinks after.
+fn steps<const N: usize>(
+    b: &Backward,
+    own: [Step<Backward>; N],
+) -> Result<Vec<Step<Backward>>, String> {
+    let p = &b.problem;
+    let mut steps = vec![prepare_step(b)?];
+    steps.extend(own);
+    if let Some([entries, heads, rows, keys]) = b.d_bias_shape() {
+        let tile = backward_naive::TILE;
+        let matrices = u32::try_from(entries * heads).unwrap_or(u32::MAX);
+        steps.push(Step {
+            grid: grid(tiles(keys, tile).saturating_mul(tiles(rows, tile)), matrices),
+            block: Dim3::new(tile, tile, 1),
+            ..step(b, bias::ENTRIES)?
+        });
+    }
+    if let Some([heads]) = b.d_sinks_shape() {
+        steps.push(Step {
+            grid: u32::try_from(heads).unwrap_or(u32::MAX).into(),
+            shared_bytes: sinks::SHARED_BYTES,
+            constants: constants(p),
+            ..Step::new(sinks::ENTRIES, DType::F32, 0, args)?
+        });
+    }
+    Ok(steps)
+}
+
 /// The first step of a backward pass.
 fn prepare_step(b: &Backward) -> Result<Step<Backward>, String> {
     let p = &b.problem;
-    let grid = Dim3::new(backward::padded(p.seq_q() as u32) / prepare::ROWS, 1, heads(p));
-    Ok(Step { grid, ..step(b, prepare::ENTRIES, 0)? })
+    let grid = grid(backward::padded(p.seq_q() as u32) / prepare::ROWS, heads(p));
+    Ok(Step { grid, ..step(b, prepare::ENTRIES)? })
 }
 
-/// A launch of a kernel's entry of that size, with the arguments of the backward pass.
-fn step(b: &Backward, entries: Instances, size: usize) -> Result<Step<Backward>, String> {
+/// The sums of dQ, for tiles of `d` columns.
+fn sums(b: &Backward, d: usize) -> Section {
+    Section::new(Usage::DqAcc, padded_rows(b) * 4 * d as u64)
+}
+
+/// `of_head` blocks for each of `heads` heads: `z` goes on where `y` ends, at 65,535. The last few
+/// blocks may have no head.
+fn grid(of_head: u32, heads: u32) -> Dim3 {
+    const MOST: u32 = 65_535;
+    let z = heads.div_ceil(MOST);
+    Dim3::new(of_head, heads.div_ceil(z), z)
+}
+
+/// A launch of a kernel's entry for any head dim, with the arguments of the backward pass.
+fn step(b: &Backward, entries: Instances) -> Result<Step<Backward>, String> {
     let p = &b.problem;
-    Ok(Step { constants: constants(p), ..Step::new(entries, p.dtype(), size, args)? })
+    Ok(Step { constants: constants(p), ..Step::new(entries, p.dtype(), 0, args)? })
+}
+
+/// A launch of a kernel's entry for head dim `d`, which may be larger than the problem's.
+fn padded_step(b: &Backward, entries: Instances, d: usize) -> Result<Step<Backward>, String> {
+    let p = &b.problem;
+    Ok(Step { constants: padded_constants(p, d), ..Step::new(entries, p.dtype(), d, args)? })
 }

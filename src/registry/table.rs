@@ -4,11 +4,11 @@ use kernels_gpu::{
     entry::Instances,
     forward::{
         flash_async,
-        flash_hopper::{self, Tiles, ragged},
+        flash_hopper::{self, Tiles},
         flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled, naive, standard,
         weights,
     },
-    parts::fragment,
+    parts::{fragment, ragged},
 };
 use simt::{Dim3, warp};
 

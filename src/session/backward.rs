@@ -7,7 +7,7 @@ use crate::{
     backend::{Device, DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
     dtype::DType,
     error::Error,
-    problem::{Extras, Problem},
+    problem::Extras,
     raw::{Args, BackwardArgs, Plan, View},
     registry::{Backward, BackwardSpec},
     tensor::Tensor,
@@ -38,8 +38,12 @@ pub struct Gradients {
     pub dq: Tensor,
     /// Gradient of K, of the problem's `k_shape`.
     pub dk: Tensor,
-    /// Gradient of V, of the problem's `k_shape`.
+    /// Gradient of V, of the problem's `v_shape`.
     pub dv: Tensor,
+    /// Gradient of the bias, `[B or 1, H or 1, Nq, Nk]` in the storage type, where it was asked for.
+    pub d_bias: Option<Tensor>,
+    /// Gradient of the sinks, f32 `[H]`, where it was asked for.
+    pub d_sinks: Option<Tensor>,
 }
 
 /// A kernel of the backward pass that is ready for one problem: the gradients and its workspace
@@ -76,6 +80,8 @@ pub struct AttentionBackward {
     dq: DeviceTensor,
     dk: DeviceTensor,
     dv: DeviceTensor,
+    d_bias: Option<DeviceTensor>,
+    d_sinks: Option<DeviceTensor>,
 }
 
 impl fmt::Debug for AttentionBackward {
@@ -117,7 +123,7 @@ impl Session {
         let p = plan.problem().problem;
         inputs.check(&p)?;
         for (what, tensor) in [("o", &outputs.o), ("d_o", d_o)] {
-            tensor.expect(what, p.dtype(), &p.q_shape())?;
+            tensor.expect(what, p.dtype(), &p.o_shape())?;
         }
         outputs.lse.expect("lse", DType::F32, &p.lse_shape())?;
         let extras = inputs.extras();
@@ -163,10 +169,14 @@ impl AttentionBackward {
     pub(crate) fn new(memory: &Arc<Memory>, plan: Plan<Backward>) -> Result<Self, Error> {
         let p = plan.problem().problem;
         let filled = |shape: [usize; 4]| DeviceTensor::filled(memory, p.dtype(), &shape, POISON);
+        let d_sinks = plan.problem().d_sinks_shape();
+        let d_sinks = d_sinks.map(|s| DeviceTensor::filled(memory, DType::F32, &s, POISON));
         Ok(Self {
             dq: filled(p.q_shape())?,
             dk: filled(p.k_shape())?,
-            dv: filled(p.k_shape())?,
+            dv: filled(p.v_shape())?,
+            d_bias: plan.problem().d_bias_shape().map(filled).transpose()?,
+            d_sinks: d_sinks.transpose()?,
             runner: {
                 let bytes = plan.workspace_bytes();
                 Runner::new(memory, plan, bytes)?
@@ -198,6 +208,18 @@ impl AttentionBackward {
         &self.dv
     }
 
+    /// Gradient of the bias of the last run, where it is asked for.
+    #[must_use]
+    pub const fn d_bias(&self) -> Option<&DeviceTensor> {
+        self.d_bias.as_ref()
+    }
+
+    /// Gradient of the sinks of the last run, where it is asked for.
+    #[must_use]
+    pub const fn d_sinks(&self) -> Option<&DeviceTensor> {
+        self.d_sinks.as_ref()
+    }
+
     /// Starts to compute the gradients; does not wait.
     ///
     /// # Errors
@@ -216,20 +238,32 @@ impl AttentionBackward {
         for (what, tensor, shape) in [
             ("q", q, p.q_shape()),
             ("k", k, p.k_shape()),
-            ("v", v, p.k_shape()),
-            ("o", o, p.q_shape()),
-            ("d_o", d_o, p.q_shape()),
+            ("v", v, p.v_shape()),
+            ("o", o, p.o_shape()),
+            ("d_o", d_o, p.o_shape()),
         ] {
             tensor.expect(what, memory, p.dtype(), &shape)?;
         }
         lse.expect("lse", memory, DType::F32, &p.lse_shape())?;
         extras.check(p, |what, _, _, buffer| expect_device(what, buffer, memory))?;
         let extras = extras.try_map(|buffer| Ok::<_, Error>(buffer.region()))?;
-        let [q, o, d_o, dq] = [q, o, d_o, &self.dq].map(|tensor| q_view(p, tensor));
-        let [k, v, dk, dv] = [k, v, &self.dk, &self.dv].map(|tensor| k_view(p, tensor));
+        let view = |tensor: &DeviceTensor, [_, heads, rows, columns]: [usize; 4]| {
+            View::contiguous(tensor.region(), p.layout(), heads, rows, columns)
+        };
+        let [q, dq] = [q, &self.dq].map(|tensor| view(tensor, p.q_extents()));
+        let [o, d_o] = [o, d_o].map(|tensor| view(tensor, p.o_extents()));
+        let [k, dk] = [k, &self.dk].map(|tensor| view(tensor, p.k_extents()));
+        let [v, dv] = [v, &self.dv].map(|tensor| view(tensor, p.v_extents()));
         let forward = Args::new(q, k, v, o).lse(lse.region()).extras(p, extras);
         let forward = forward.workspace(self.runner.region());
-        Ok(BackwardArgs::new(forward, d_o, [dq, dk, dv]))
+        let mut args = BackwardArgs::new(forward, d_o, [dq, dk, dv]);
+        if let Some(tensor) = &self.d_bias {
+            args = args.d_bias(tensor.region());
+        }
+        if let Some(tensor) = &self.d_sinks {
+            args = args.d_sinks(tensor.region());
+        }
+        Ok(args)
     }
 
     /// Waits and downloads the gradients.
@@ -239,16 +273,10 @@ impl AttentionBackward {
     pub fn gradients(&mut self) -> Result<Gradients, Error> {
         self.runner.synchronize()?;
         let [dq, dk, dv] = [&self.dq, &self.dk, &self.dv].map(DeviceTensor::to_host);
-        Ok(Gradients { dq: dq?, dk: dk?, dv: dv? })
+        let [d_bias, d_sinks] = [&self.d_bias, &self.d_sinks]
+            .map(|tensor| tensor.as_ref().map(DeviceTensor::to_host).transpose());
+        Ok(Gradients { dq: dq?, dk: dk?, dv: dv?, d_bias: d_bias?, d_sinks: d_sinks? })
     }
-}
-
-fn q_view(p: &Problem, tensor: &DeviceTensor) -> View {
-    View::contiguous(tensor.region(), p.layout(), p.heads(), p.seq_q(), p.head_dim())
-}
-
-fn k_view(p: &Problem, tensor: &DeviceTensor) -> View {
-    View::contiguous(tensor.region(), p.layout(), p.kv_heads(), p.seq_k(), p.head_dim())
 }
 
 /// A kernel of the backward pass with what it reads on the device, to be launched as often as

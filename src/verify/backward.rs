@@ -1,4 +1,4 @@
-//! Are gradients right? The rule is that of the forward pass, for each of dQ, dK and dV: an error of
+//! Are gradients right? The rule is that of the forward pass, for each gradient: an error of
 //! at most twice the plain algorithm's ([`oracle::plain_gradients`]), both against f64.
 //!
 //! The plain algorithm is credited with what nobody can avoid: a rounding of the largest gradient to
@@ -25,6 +25,10 @@ pub struct GradientCredit {
     pub dk: Yardstick,
     /// Of dV.
     pub dv: Yardstick,
+    /// Of the gradient of the bias.
+    pub d_bias: Yardstick,
+    /// Of the gradient of the sinks.
+    pub d_sinks: Yardstick,
 }
 
 impl GradientCredit {
@@ -44,8 +48,13 @@ impl GradientCredit {
         let first = Self::of_draw(p, inputs, d_o, heads, reference);
         let rounding =
             |values: &[f64]| Yardstick::new(0.0, DType::F32.unit_roundoff() * largest(values));
-        let Gradients { dq, dk, dv } = &absolute;
-        let first = first.max(Self { dq: rounding(dq), dk: rounding(dk), dv: rounding(dv) });
+        let first = first.max(Self {
+            dq: rounding(&absolute.dq),
+            dk: rounding(&absolute.dk),
+            dv: rounding(&absolute.dv),
+            d_bias: rounding(&absolute.d_bias),
+            d_sinks: rounding(&absolute.d_sinks),
+        });
         let draws = draws((5 * pairs * p.head_dim()) as u64, rows as u64);
         (1..draws).fold(first, |worst, draw| {
             let [q, k] = [(inputs.q, 0), (inputs.k, 1)].map(|(t, stream)| beside(t, draw, stream));
@@ -64,19 +73,27 @@ impl GradientCredit {
         reference: &Gradients,
     ) -> Self {
         let mut all = differences(&oracle::plain_gradients(p, inputs, d_o, heads), reference);
-        if all.iter().any(|d| !d.max_abs.is_finite()) {
+        if all.iter().flatten().any(|d| !d.max_abs.is_finite()) {
             let plain = oracle::plain_gradients_with_f32_scores(p, inputs, d_o, heads);
             all = differences(&plain, reference);
         }
         let rounding = p.dtype().unit_roundoff() + 3.0 * DType::F32.unit_roundoff();
-        let [dq, dk, dv] = all.map(|d| Yardstick::new(d.max_abs, rounding * d.max_expected));
-        Self { dq, dk, dv }
+        let yardstick = |d: Differences| Yardstick::new(d.max_abs, rounding * d.max_expected);
+        let [dq, dk, dv, d_bias, d_sinks] =
+            all.map(|d| d.map_or_else(Yardstick::default, yardstick));
+        Self { dq, dk, dv, d_bias, d_sinks }
     }
 
     /// The larger of each.
     #[must_use]
     pub const fn max(self, other: Self) -> Self {
-        Self { dq: self.dq.max(other.dq), dk: self.dk.max(other.dk), dv: self.dv.max(other.dv) }
+        Self {
+            dq: self.dq.max(other.dq),
+            dk: self.dk.max(other.dk),
+            dv: self.dv.max(other.dv),
+            d_bias: self.d_bias.max(other.d_bias),
+            d_sinks: self.d_sinks.max(other.d_sinks),
+        }
     }
 }
 
@@ -84,23 +101,26 @@ fn largest(values: &[f64]) -> f64 {
     values.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f64::max)
 }
 
-fn differences(actual: &Gradients, expected: &Gradients) -> [Differences; 3] {
+/// Of each gradient that there is.
+fn differences(actual: &Gradients, expected: &Gradients) -> [Option<Differences>; 5] {
+    let of = |actual: &[f64], expected: &[f64]| {
+        (!expected.is_empty()).then(|| Differences::new(actual, expected))
+    };
     [
-        Differences::new(&actual.dq, &expected.dq),
-        Differences::new(&actual.dk, &expected.dk),
-        Differences::new(&actual.dv, &expected.dv),
+        of(&actual.dq, &expected.dq),
+        of(&actual.dk, &expected.dk),
+        of(&actual.dv, &expected.dv),
+        of(&actual.d_bias, &expected.d_bias),
+        of(&actual.d_sinks, &expected.d_sinks),
     ]
 }
 
 /// A kernel's gradients against the reference, with the verdict.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradientVerification {
-    /// Differences of dQ.
-    pub dq: Differences,
-    /// Differences of dK.
-    pub dk: Differences,
-    /// Differences of dV.
-    pub dv: Differences,
+    /// Differences of dQ, dK, dV, and the gradients of the bias and of the sinks, where there is one to
+    /// compare.
+    pub differences: [Option<Differences>; 5],
     /// What the plain algorithm is credited with.
     pub credit: GradientCredit,
 }
@@ -110,26 +130,37 @@ impl GradientVerification {
     #[must_use]
     pub fn new(
         p: &Problem,
+        inputs: &Inputs<'_>,
         gradients: &session::Gradients,
         heads: &[usize],
         reference: &Gradients,
         credit: GradientCredit,
     ) -> Self {
-        let [dq, dk, dv] = differences(&oracle::gradients_of(p, gradients, heads), reference);
-        Self { dq, dk, dv, credit }
+        let actual = oracle::gradients_of(p, inputs, gradients, heads);
+        let mut reference = reference.clone();
+        // One that the kernel was not asked for is compared with nothing.
+        if gradients.d_bias.is_none() {
+            reference.d_bias.clear();
+        }
+        if gradients.d_sinks.is_none() {
+            reference.d_sinks.clear();
+        }
+        Self { differences: differences(&actual, &reference), credit }
     }
 
     /// Each gradient by its name, with what it is measured by.
     #[must_use]
-    pub const fn each(&self) -> [(&'static str, &Differences, Yardstick); 3] {
-        let GradientCredit { dq, dk, dv } = self.credit;
-        [("dQ", &self.dq, dq), ("dK", &self.dk, dk), ("dV", &self.dv, dv)]
+    pub fn each(&self) -> impl Iterator<Item = (&'static str, &Differences, Yardstick)> {
+        let GradientCredit { dq, dk, dv, d_bias, d_sinks } = self.credit;
+        let of = [("dQ", dq), ("dK", dk), ("dV", dv), ("dB", d_bias), ("dsinks", d_sinks)];
+        let all = self.differences.iter().zip(of);
+        all.filter_map(|(d, (name, yardstick))| d.as_ref().map(|d| (name, d, yardstick)))
     }
 
     /// Whether all errors are within their limits.
     #[must_use]
     pub fn passes(&self) -> bool {
-        self.each().iter().all(|(_, d, yardstick)| yardstick.allows(d.max_abs))
+        self.each().all(|(_, d, yardstick)| yardstick.allows(d.max_abs))
     }
 }
 
@@ -161,5 +192,5 @@ pub fn verify_gradients(
 ) -> GradientVerification {
     let reference = oracle::gradients(problem, inputs, d_o, heads);
     let credit = GradientCredit::of(problem, inputs, d_o, heads, &reference);
-    GradientVerification::new(problem, gradients, heads, &reference, credit)
+    GradientVerification::new(problem, inputs, gradients, heads, &reference, credit)
 }

@@ -47,7 +47,7 @@
 //! 447 (f16, 16k tokens, hidden 2048, N 16,384, bursts, prepare and convert included, one H200). Below N
 //! 2048 prepare and convert are a quarter of the time: cuDNN is ahead at D 128. Starting S of a tile
 //! before dQ of the one before hides more in theory and lost 2 to 8 %: it spills. Limits: f16 and bf16;
-//! head dims 64 and 128; strides and addresses in multiples of 16 bytes (TMA's rule); no fixed order of
+//! head dims up to 128, in tiles of 64 or 128 columns; strides and addresses in multiples of 16 bytes (TMA's rule); no fixed order of
 //! the sums of dQ.
 //!
 //! Source: Shah et al., "FlashAttention-3", 2024, section 3.4 and appendix B.1 (backward pass with
@@ -64,7 +64,10 @@ use simt::{
 use crate::{
     args::{BackwardArgs, Maps, WithMaps},
     entries,
-    parts::pipeline::{Ring, Stage, Stages},
+    parts::{
+        head::Head,
+        pipeline::{Ring, Stage, Stages},
+    },
 };
 
 mod consumer;
@@ -124,12 +127,12 @@ struct Rings {
 ///
 /// # Layout
 /// `q, d_o: [B, H, Nq, D]`, `k, v, dk, dv: [B, Hkv, Nk, D]`, `lse_log2, delta: [B, H, Nq']`,
-/// `dq_acc: [B, H, Nq', D]`, each head's as [`convert`](convert::convert) reads it. Maps of q, k, v and
-/// d_o over dimensions `[D, N, H, B]`, of lse_log2 and delta over `[Nq', B H]`, boxes as
-/// [`Tiles::boxes`] says.
+/// `dq_acc: [B, H, Nq', dq_columns]`, each head's as [`convert`](convert::convert) reads it. Maps of q, k,
+/// v and d_o over dimensions `[D, N, H, B]` (of packed sequences as [`ragged`](crate::parts::ragged)
+/// says), of lse_log2 and delta over `[Nq', B H]`, boxes as [`Tiles::boxes`] says.
 ///
 /// # Thread mapping
-/// One block for each tile of keys along x, and for each head of K along z. [`Tiles::THREADS`] each.
+/// One block for each tile of keys along x, and for each head of K along y and z. [`Tiles::THREADS`] each.
 /// Warpgroup 0 is the producer.
 ///
 /// # Shared memory
@@ -146,6 +149,9 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
     let (maps, args) = unsafe { args.split() };
 
     // Who am I.
+    if Head::of_kv_block_yz(&args.forward).is_none() {
+        return;
+    }
     let warpgroup = warpgroup::id();
     // SAFETY: the caller gives the shared memory.
     let (smem, barriers) = unsafe {

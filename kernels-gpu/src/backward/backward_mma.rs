@@ -57,6 +57,7 @@ use crate::{
     args::{BackwardArgs, Tensor},
     entries,
     parts::{
+        columns::Columns,
         fragment::{self, Queries, SharedQueries},
         head::Head,
         policy::Policy,
@@ -150,7 +151,10 @@ impl<T: Scalar, const D: usize> Tiles<T, D> {
         // Not a loop over the two: an argument whose address varies is copied to local memory.
         // SAFETY: Q and dO are `[B, H, Nq, D]`.
         let (q, d_o) = unsafe {
-            (head.queries::<T>(&args.forward.tensors.q), head.queries::<T>(&args.gradients.d_o))
+            (
+                head.queries::<T>(&args.forward.tensors.q).of_columns(Columns::of_keys()),
+                head.queries::<T>(&args.gradients.d_o).of_columns(Columns::of_values()),
+            )
         };
         tile::load_async::<T, Swizzled<D>, D, BR, THREADS>(&q, first_row, q_smem);
         tile::load_async::<T, Swizzled<D>, D, BR, THREADS>(&d_o, first_row, d_o_smem);
@@ -170,11 +174,11 @@ struct Place {
 /// The gradients, but for the scale of dQ.
 ///
 /// # Layout
-/// `q, d_o: [B, H, Nq, D]`, `k, v, dk, dv: [B, Hkv, Nk, D]`, `dq_acc: [B, H, Nq', D]`, of each head in
-/// the order that the header states.
+/// `q, d_o: [B, H, Nq, D]`, `k, v, dk, dv: [B, Hkv, Nk, D]`, `dq_acc: [B, H, Nq', dq_columns]`, of each
+/// head in the order that the header states.
 ///
 /// # Thread mapping
-/// A block per tile of [`keys`] keys (`x`) and head of K over the batch (`z`); within it as in the
+/// A block per tile of [`keys`] keys (`x`) and head of K over the batch (`y`, `z`); within it as in the
 /// file's header.
 ///
 /// # Shared memory
@@ -205,9 +209,12 @@ pub unsafe fn backward_mma<
     }
     // Who am I.
     let forward = &args.forward;
-    let number = thread::block_idx_z();
+    let Some(of_keys) = Head::of_kv_block_yz(forward) else { return };
+    let number = Head::number_of_block();
     let first_key = thread::block_idx_x() * BC;
-    let of_keys = Head::of_group(forward, number, 0);
+    if of_keys.keys_end_before(first_key) {
+        return;
+    }
     let warp_id = warp::uniform(warp::warp_id());
     let key_warps = const { BC / fragment::ROWS };
     let place = Place { key: warp_id % key_warps * fragment::ROWS, part: warp_id / key_warps };
@@ -217,6 +224,7 @@ pub unsafe fn backward_mma<
     // SAFETY: K and V are `[B, Hkv, Nk, D]`.
     let (k, v) =
         unsafe { (of_keys.keys::<T>(&forward.tensors.k), of_keys.keys::<T>(&forward.tensors.v)) };
+    let (k, v) = (k.of_columns(Columns::of_keys()), v.of_columns(Columns::of_values()));
     tile::load_async::<T, Swizzled<D>, D, BC, THREADS>(&k, first_key, tiles.k);
     tile::load_async::<T, Swizzled<D>, D, BC, THREADS>(&v, first_key, tiles.v);
     async_copy::commit();
@@ -325,8 +333,10 @@ pub unsafe fn backward_mma<
     let (dk_tensor, dv_tensor) = (&args.gradients.dk, &args.gradients.dv);
     // SAFETY: dK and dV are `[B, Hkv, Nk, D]`; this warp alone has these columns of these rows.
     unsafe {
-        store::<T, SPLIT, COLUMN_TILES>(&dk, scale, dk_tensor, of_keys, first, part);
-        store::<T, SPLIT, COLUMN_TILES>(&dv, rescale(args), dv_tensor, of_keys, first, part);
+        let (keys, values) = (Columns::of_keys(), Columns::of_values());
+        store::<T, SPLIT, COLUMN_TILES>(&dk, scale, (dk_tensor, keys), of_keys, first, part);
+        let rescale = rescale(args);
+        store::<T, SPLIT, COLUMN_TILES>(&dv, rescale, (dv_tensor, values), of_keys, first, part);
     }
 }
 
@@ -505,7 +515,7 @@ unsafe fn add_to_memory<const D: usize, const O: usize>(
 unsafe fn store<T: Scalar, const SPLIT: usize, const O: usize>(
     sum: &[[f32; 4]; O],
     factor: f32,
-    tensor: &Tensor,
+    (tensor, columns): (&Tensor, Columns),
     head: Head,
     first_row: u32,
     part: u32,
@@ -520,8 +530,8 @@ unsafe fn store<T: Scalar, const SPLIT: usize, const O: usize>(
         if j < head.seq_k {
             let row = head.key(tensor, j) + (column + 16 * part) as u64;
             unroll!(for TILE in 0..16 {
-                if TILE < O {
-                    let right = (TILE / 2 * 16 * SPLIT + TILE % 2 * 8) as u64;
+                let right = (TILE / 2 * 16 * SPLIT + TILE % 2 * 8) as u64;
+                if TILE < O && columns.has(right as u32 + 16 * part) {
                     let [low, high] = [sum[TILE][2 * R], sum[TILE][2 * R + 1]];
                     let pair = Ampere::pack(low * factor, high * factor);
                     view.write_as::<u32>(row + right, pair);

@@ -43,23 +43,27 @@ pub const THREADS: u32 = 128;
 /// P after dropout, and dS.
 ///
 /// # Layout
-/// `q, d_o: [B, H, Nq, D]`, `k, v: [B, Hkv, Nk, D]`, `weights, d_scores: [B, H, Nq, Nk]`.
+/// `q: [B, H, Nq, D]`, `d_o: [B, H, Nq, Dv]`, `k: [B, Hkv, Nk, D]`, `v: [B, Hkv, Nk, Dv]`,
+/// `weights, d_scores: [B, H, Nq, Nk]`.
 ///
 /// # Thread mapping
-/// Blocks of 16 x 16 threads; `x` counts keys, `y` rows, `z` heads.
+/// Blocks of 16 x 16 threads; `x` counts tiles of keys, and with each of them tiles of rows, `y` and `z`
+/// heads.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes, and [`prepare`](super::prepare) must have run.
 #[inline(always)]
 pub unsafe fn scores<T: Scalar>(args: &BackwardArgs) {
     let forward = &args.forward;
-    let head = Head::of_block_z(forward);
-    let j = thread::block_idx_x() * TILE + thread::thread_idx_x();
-    let i = thread::block_idx_y() * TILE + thread::thread_idx_y();
+    let Some(head) = Head::of_block_yz(forward) else { return };
+    let key_tiles = forward.shape.seq_k.div_ceil(TILE);
+    let (row_tile, key_tile) = divide(thread::block_idx_x(), key_tiles);
+    let j = key_tile * TILE + thread::thread_idx_x();
+    let i = row_tile * TILE + thread::thread_idx_y();
     if i >= head.seq_q || j >= head.seq_k {
         return;
     }
-    let columns = forward.shape.head_dim;
+    let (columns, columns_v) = (forward.shape.head_dim, forward.shape.head_dim_v);
     // SAFETY: the buffers have the shapes stated above; row and key exist.
     let (weights, d_scores, policy, row, products) = unsafe {
         let (q, k) = (&forward.tensors.q, &forward.tensors.k);
@@ -71,7 +75,7 @@ pub unsafe fn scores<T: Scalar>(args: &BackwardArgs) {
             Row::read(args, head, i),
             (
                 dot::<T>((q, head.query(q, i)), (k, head.key(k, j)), columns),
-                dot::<T>((d_o, head.query(d_o, i)), (v, head.key(v, j)), columns),
+                dot::<T>((d_o, head.query(d_o, i)), (v, head.key(v, j)), columns_v),
             ),
         )
     };
@@ -86,7 +90,7 @@ pub unsafe fn scores<T: Scalar>(args: &BackwardArgs) {
 /// # Safety
 /// The tensors must hold `columns` elements there.
 #[inline(always)]
-unsafe fn dot<T: Scalar>(a: (&Tensor, u64), b: (&Tensor, u64), columns: u32) -> f32 {
+pub(super) unsafe fn dot<T: Scalar>(a: (&Tensor, u64), b: (&Tensor, u64), columns: u32) -> f32 {
     // SAFETY: passed on to the caller.
     let views = unsafe { (a.0.buffer.view::<T>(), b.0.buffer.view::<T>()) };
     let mut sum = 0.0;
@@ -106,14 +110,14 @@ unsafe fn dot<T: Scalar>(a: (&Tensor, u64), b: (&Tensor, u64), columns: u32) -> 
 /// `d_scores: [B, H, Nq, Nk]`, `k: [B, Hkv, Nk, D]`, `dq: [B, H, Nq, D]`.
 ///
 /// # Thread mapping
-/// A thread per element of dQ; `x` counts them over a head, `z` heads.
+/// A thread per element of dQ; `x` counts them over a head, `y` and `z` heads.
 ///
 /// # Safety
 /// As for [`scores`], which must have run.
 #[inline(always)]
 pub unsafe fn queries<T: Scalar>(args: &BackwardArgs) {
     let forward = &args.forward;
-    let head = Head::of_block_z(forward);
+    let Some(head) = Head::of_block_yz(forward) else { return };
     let element = thread::index_1d();
     let columns = forward.shape.head_dim;
     let (i, d) = divide(element, columns);
@@ -141,21 +145,22 @@ pub unsafe fn queries<T: Scalar>(args: &BackwardArgs) {
 /// `dK = dSᵀ Q * scale` and `dV = Pᵀ dO`, over the heads that share K and V.
 ///
 /// # Layout
-/// `weights, d_scores: [B, H, Nq, Nk]`, `q, d_o: [B, H, Nq, D]`, `dk, dv: [B, Hkv, Nk, D]`.
+/// `weights, d_scores: [B, H, Nq, Nk]`, `q: [B, H, Nq, D]`, `d_o: [B, H, Nq, Dv]`,
+/// `dk: [B, Hkv, Nk, D]`, `dv: [B, Hkv, Nk, Dv]`.
 ///
 /// # Thread mapping
-/// A thread per element of dK and of dV; `x` counts them over a head of K, `z` heads of K.
+/// A thread per key and column of K or V; `x` counts them over a head of K, `y` and `z` heads of K.
 ///
 /// # Safety
 /// As for [`scores`], which must have run.
 #[inline(always)]
 pub unsafe fn keys<T: Scalar>(args: &BackwardArgs) {
     let forward = &args.forward;
-    let number = thread::block_idx_z();
+    let Some(first) = Head::of_kv_block_yz(forward) else { return };
+    let number = Head::number_of_block();
     let element = thread::index_1d();
-    let columns = forward.shape.head_dim;
-    let (j, d) = divide(element, columns);
-    let first = Head::of_group(forward, number, 0);
+    let (columns, columns_v) = (forward.shape.head_dim, forward.shape.head_dim_v);
+    let (j, d) = divide(element, columns.max(columns_v));
     if j >= first.seq_k {
         return;
     }
@@ -176,15 +181,23 @@ pub unsafe fn keys<T: Scalar>(args: &BackwardArgs) {
         for i in 0..head.seq_q {
             let ds = d_scores.read(head.weight(i, j)).to_f32();
             let p = weights.read(head.weight(i, j)).to_f32();
-            let q = q.read(head.query(&forward.tensors.q, i) + d as u64).to_f32();
-            let d_o = d_o.read(head.query(&args.gradients.d_o, i) + d as u64).to_f32();
-            sum_k = math::fma(ds, q, sum_k);
-            sum_v = math::fma(p, d_o, sum_v);
+            if d < columns {
+                let q = q.read(head.query(&forward.tensors.q, i) + d as u64).to_f32();
+                sum_k = math::fma(ds, q, sum_k);
+            }
+            if d < columns_v {
+                let d_o = d_o.read(head.query(&args.gradients.d_o, i) + d as u64).to_f32();
+                sum_v = math::fma(p, d_o, sum_v);
+            }
         }
     }
     let index = |tensor: &Tensor| first.key(tensor, j) + d as u64;
-    dk.write(index(&args.gradients.dk), T::from_f32(sum_k * forward.scores.scale));
-    dv.write(index(&args.gradients.dv), T::from_f32(sum_v));
+    if d < columns {
+        dk.write(index(&args.gradients.dk), T::from_f32(sum_k * forward.scores.scale));
+    }
+    if d < columns_v {
+        dv.write(index(&args.gradients.dv), T::from_f32(sum_v));
+    }
 }
 
 entries! {

@@ -111,8 +111,15 @@ impl Tiles {
         // SAFETY: Q and dO are `[B, H, Nq, D]`.
         unsafe {
             let (first, seq) = (first_row, head.seq_q);
-            scalar_tile::load::<T, D>(q, Columns::ALL, head.query(q, 0), first, seq, self.q);
-            scalar_tile::load::<T, D>(d_o, Columns::ALL, head.query(d_o, 0), first, seq, self.d_o);
+            scalar_tile::load::<T, D>(q, Columns::of_keys(), head.query(q, 0), first, seq, self.q);
+            scalar_tile::load::<T, D>(
+                d_o,
+                Columns::of_values(),
+                head.query(d_o, 0),
+                first,
+                seq,
+                self.d_o,
+            );
         }
     }
 
@@ -131,8 +138,8 @@ impl Tiles {
         // SAFETY: K and V are `[B, Hkv, Nk, D]`.
         unsafe {
             let (first, seq) = (first_key, head.seq_k);
-            scalar_tile::load::<T, D>(k, Columns::ALL, head.key(k, 0), first, seq, self.k);
-            scalar_tile::load::<T, D>(v, Columns::ALL, head.key(v, 0), first, seq, self.v);
+            scalar_tile::load::<T, D>(k, Columns::of_keys(), head.key(k, 0), first, seq, self.k);
+            scalar_tile::load::<T, D>(v, Columns::of_values(), head.key(v, 0), first, seq, self.v);
         }
     }
 
@@ -187,7 +194,7 @@ impl Tiles {
 /// `q, d_o: [B, H, Nq, D]`, `k, v, dk, dv: [B, Hkv, Nk, D]`.
 ///
 /// # Thread mapping
-/// A block per tile of BC keys (`x`) and head of K over the batch (`z`); within it as in
+/// A block per tile of BC keys (`x`) and head of K over the batch (`y`, `z`); within it as in
 /// [`scalar_tile`].
 ///
 /// # Shared memory
@@ -199,9 +206,12 @@ impl Tiles {
 #[inline(always)]
 pub unsafe fn keys<T: Scalar, const D: usize>(args: &BackwardArgs) {
     const { assert!(D % COLUMN_STEP == 0 && D % SPAN == 0 && D <= COLUMN_STEP * MAX_GROUPS) };
-    let number = thread::block_idx_z();
+    let Some(of_keys) = Head::of_kv_block_yz(&args.forward) else { return };
+    let number = Head::number_of_block();
     let first_key = thread::block_idx_x() * BC;
-    let of_keys = Head::of_group(&args.forward, number, 0);
+    if of_keys.keys_end_before(first_key) {
+        return;
+    }
     let (ty, tx) = scalar_tile::place();
     // SAFETY: the launch gives the shared memory.
     let tiles = unsafe { Tiles::new::<D>() };
@@ -241,8 +251,10 @@ pub unsafe fn keys<T: Scalar, const D: usize>(args: &BackwardArgs) {
     let (to_k, to_v) = (&args.gradients.dk, &args.gradients.dv);
     // SAFETY: dK and dV are `[B, Hkv, Nk, D]`; this block alone has these rows.
     unsafe {
-        scalar_tile::store::<T, D>(&dk, scale, to_k, of_keys.key(to_k, 0), first_key, seq);
-        scalar_tile::store::<T, D>(&dv, 1.0, to_v, of_keys.key(to_v, 0), first_key, seq);
+        let rows = (of_keys.key(to_k, 0), first_key, seq);
+        scalar_tile::store::<T, D>(&dk, scale, to_k, Columns::of_keys(), rows);
+        let rows = (of_keys.key(to_v, 0), first_key, seq);
+        scalar_tile::store::<T, D>(&dv, 1.0, to_v, Columns::of_values(), rows);
     }
 }
 
@@ -252,7 +264,7 @@ pub unsafe fn keys<T: Scalar, const D: usize>(args: &BackwardArgs) {
 /// `q, d_o, dq: [B, H, Nq, D]`, `k, v: [B, Hkv, Nk, D]`.
 ///
 /// # Thread mapping
-/// A block per tile of BR rows (`x`) and head over the batch (`z`); within it as in [`scalar_tile`].
+/// A block per tile of BR rows (`x`) and head over the batch (`y`, `z`); within it as in [`scalar_tile`].
 ///
 /// # Shared memory
 /// [`shared_bytes`] of it, dynamic.
@@ -262,8 +274,11 @@ pub unsafe fn keys<T: Scalar, const D: usize>(args: &BackwardArgs) {
 #[inline(always)]
 pub unsafe fn queries<T: Scalar, const D: usize>(args: &BackwardArgs) {
     const { assert!(D % COLUMN_STEP == 0 && D % SPAN == 0 && D <= COLUMN_STEP * MAX_GROUPS) };
-    let head = Head::of_block_z(&args.forward);
+    let Some(head) = Head::of_block_yz(&args.forward) else { return };
     let first_row = thread::block_idx_x() * BR;
+    if head.ends_before(first_row) {
+        return;
+    }
     let (ty, tx) = scalar_tile::place();
     // SAFETY: the launch gives the shared memory; the buffers have the shapes stated above.
     let (tiles, policy) = unsafe { (Tiles::new::<D>(), Policy::new(&args.forward, head)) };
@@ -293,9 +308,9 @@ pub unsafe fn queries<T: Scalar, const D: usize>(args: &BackwardArgs) {
     }
 
     let (scale, tensor) = (args.forward.scores.scale, &args.gradients.dq);
-    let first = head.query(tensor, 0);
+    let rows = (head.query(tensor, 0), first_row, head.seq_q);
     // SAFETY: dQ is `[B, H, Nq, D]`; this block alone has these rows.
-    unsafe { scalar_tile::store::<T, D>(&dq, scale, tensor, first, first_row, head.seq_q) };
+    unsafe { scalar_tile::store::<T, D>(&dq, scale, tensor, Columns::of_keys(), rows) };
 }
 
 entries! {

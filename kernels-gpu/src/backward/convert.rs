@@ -21,7 +21,7 @@ use crate::{
 /// The last step of a backward pass.
 ///
 /// # Layout
-/// `dq: [B, H, Nq, D]`; `dq_acc: [B, H, Nq', D]` in the order of registers: 16 rows and 8 columns are 128
+/// `dq: [B, H, Nq, D]`; `dq_acc: [B, H, Nq', dq_columns]` in the order of registers: 16 rows and 8 columns are 128
 /// neighbours, of which lane `4 g + t` has the four at `32 e` and its number: rows `g` and `g + 8`, `e`
 /// below 2 and above, columns `2 t` and `2 t + 1`, `e` even and odd. D is a multiple of 8.
 ///
@@ -33,7 +33,7 @@ use crate::{
 #[inline(always)]
 pub unsafe fn convert<T: Chunk>(args: &BackwardArgs) {
     const { assert!(T::ELEMENTS == 8, "a chunk is a row of a fragment") };
-    let head = Head::of_block_z(&args.forward);
+    let Some(head) = Head::of_block_yz(&args.forward) else { return };
     let (lane, row) = (thread::thread_idx_x() % ROW_THREADS, thread::thread_idx_x() / ROW_THREADS);
     let i = thread::block_idx_x() * ROWS + row;
     if i >= head.seq_q {
@@ -45,7 +45,8 @@ pub unsafe fn convert<T: Chunk>(args: &BackwardArgs) {
         unsafe { (args.steps.dq_acc.view::<f32>(), args.gradients.dq.buffer.view_mut::<T>()) };
     let to = head.query(&args.gradients.dq, i);
     let (first_row, g, lower) = (i - i % 16, i % 8, i % 16 / 8);
-    let from = head.padded_row(first_row) * d as u64 + (64 * lower + 4 * g) as u64;
+    let from =
+        head.padded_row(first_row) * args.steps.dq_columns as u64 + (64 * lower + 4 * g) as u64;
     let scale = args.forward.scores.scale;
     for column in (lane * T::ELEMENTS..d).step_by((ROW_THREADS * T::ELEMENTS) as usize) {
         let fragment = from + column as u64 / 8 * 128;

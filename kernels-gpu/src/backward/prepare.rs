@@ -4,6 +4,7 @@
 //! delta    = rowsum(dO ∘ O)
 //! lse_log2 = LSE * log2(e), or +inf where a row sees no key or is past the last
 //! dq_acc   = 0, where dQ is summed in memory
+//! dQ, dK and dV of rows beyond the last packed sequence = 0
 //! ```
 //!
 //! `delta` is `rowsum(P ∘ dP)`, the mean of dP that the softmax takes away, without P and dP.
@@ -12,13 +13,13 @@
 //!
 //! Source: Dao, "FlashAttention-2", 2023, algorithm 2, line 4.
 
-use core::f32::consts::LOG2_E;
+use core::{f32::consts::LOG2_E, ops::Range};
 
 use half::{bf16, f16};
 use simt::{math, thread, warp};
 
 use crate::{
-    args::BackwardArgs,
+    args::{BackwardArgs, Gradients, Tensor},
     entries,
     parts::{
         chunk::{Chunk, MAX_ELEMENTS},
@@ -38,21 +39,28 @@ const _: () = assert!(super::ROW_PADDING % ROWS == 0, "blocks cover the padded r
 /// The first step of a backward pass.
 ///
 /// # Layout
-/// `o, d_o: [B, H, Nq, D]`, `lse: [B, H, Nq]`, `delta, lse_log2: [B, H, Nq']`,
-/// `dq_acc: [B, H, Nq', D]` or empty.
+/// `o, d_o: [B, H, Nq, Dv]`, `lse: [B, H, Nq]`, `delta, lse_log2: [B, H, Nq']`,
+/// `dq_acc: [B, H, Nq', dq_columns]` or empty.
 ///
 /// # Thread mapping
-/// Eight neighbouring threads a row; `x` counts groups of [`ROWS`] padded rows, `z` heads.
+/// Eight neighbouring threads a row; `x` counts groups of [`ROWS`] padded rows, `y` and `z` heads.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes, with addresses and strides that are multiples of
 /// 16 bytes, and the launch the threads stated here.
 #[inline(always)]
 pub unsafe fn prepare<T: Chunk>(args: &BackwardArgs) {
-    let head = Head::of_block_z(&args.forward);
+    let Some(head) = Head::of_block_yz(&args.forward) else { return };
+    if Head::is_packed() {
+        // SAFETY: passed on to the caller.
+        unsafe { clear_beyond::<T>(args, &head) };
+    }
+    if thread::block_idx_x() * ROWS >= super::padded(head.seq_q) {
+        return;
+    }
     let (lane, row) = (thread::thread_idx_x() % ROW_THREADS, thread::thread_idx_x() / ROW_THREADS);
     let i = thread::block_idx_x() * ROWS + row;
-    let d = args.forward.shape.head_dim;
+    let d = args.forward.shape.head_dim_v;
     // SAFETY: the buffers have the shapes stated above.
     let (o, d_o, lse, delta, lse_log2, dq_acc) = unsafe {
         (
@@ -88,9 +96,52 @@ pub unsafe fn prepare<T: Chunk>(args: &BackwardArgs) {
     }
 
     if !args.steps.dq_acc.is_empty() {
-        let first = head.padded_row(i) * d as u64;
-        for column in (lane * 4..d).step_by(4 * ROW_THREADS as usize) {
+        let columns = args.steps.dq_columns;
+        let first = head.padded_row(i) * columns as u64;
+        for column in (lane * 4..columns).step_by(4 * ROW_THREADS as usize) {
             dq_acc.write_as(first + column as u64, [0u32; 4]);
+        }
+    }
+}
+
+/// Gradients of rows beyond the last packed sequence become 0: blocks of the last batch entry share the
+/// rows of their head.
+///
+/// # Safety
+/// The gradients must have the shapes that `args` says.
+#[inline(always)]
+unsafe fn clear_beyond<T: Chunk>(args: &BackwardArgs, head: &Head) {
+    let shape = &args.forward.shape;
+    if head.b + 1 != shape.batch {
+        return;
+    }
+    let Gradients { dq, dk, dv, .. } = &args.gradients;
+    // SAFETY: passed on to the caller.
+    unsafe {
+        clear::<T>(dq, head.query(dq, 0), head.seq_q..shape.total_q - head.first_q, shape.head_dim);
+        if head.h == head.h_kv * Head::group() {
+            let rows = head.seq_k..args.steps.total_k - head.first_k;
+            clear::<T>(dk, head.key(dk, 0), rows.clone(), shape.head_dim);
+            clear::<T>(dv, head.key(dv, 0), rows, shape.head_dim_v);
+        }
+    }
+}
+
+/// Rows of a head, whose first is at element `head`, become 0.
+///
+/// # Safety
+/// The tensor must have those rows.
+#[inline(always)]
+unsafe fn clear<T: Chunk>(tensor: &Tensor, head: u64, rows: Range<u32>, columns: u32) {
+    // SAFETY: passed on to the caller.
+    let view = unsafe { tensor.buffer.view_mut::<T>() };
+    let step = thread::grid_dim_x() * ROWS;
+    let lane = thread::thread_idx_x() % ROW_THREADS;
+    let first = thread::block_idx_x() * ROWS + thread::thread_idx_x() / ROW_THREADS;
+    for row in (rows.start + first..rows.end).step_by(step as usize) {
+        for column in (lane * T::ELEMENTS..columns).step_by((ROW_THREADS * T::ELEMENTS) as usize) {
+            let index = head + row as u64 * tensor.stride_n + column as u64;
+            view.write_as(index, [0u32; 4]);
         }
     }
 }

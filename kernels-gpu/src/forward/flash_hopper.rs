@@ -99,7 +99,6 @@ mod output;
 mod producer;
 mod products;
 mod queue;
-pub mod ragged;
 mod score_tile;
 mod task;
 mod tiles;
@@ -133,7 +132,7 @@ const _: () = assert!(
 /// `q: [B, H, Nq, D]`, `k: [B, H, Nk, D]`, `v: [B, H, Nk, Dv]`, `o: [B, H, Nq, Dv]`,
 /// `lse: [B, H, Nq]`; maps of q, k, v and o, in this order, over dimensions `[D, N, H, B]` or
 /// `[Dv, N, H, B]`, boxes as [`Tiles::boxes`] says. D and Dv are at most those of the tiles.
-/// Of packed sequences as [`ragged::map`] says, boxes with a further extent of 1.
+/// Of packed sequences as [`ragged::map`](crate::parts::ragged::map) says, boxes with a further extent of 1.
 ///
 /// # Thread mapping
 /// At most as many blocks along x as there are tasks, `B * H * ceil(Nq / BR)`, which they share;

@@ -39,6 +39,20 @@ pub fn of_score<T: Scalar>(
     policy: &Policy,
     scale: f32,
     row: Row,
+    place: (u32, u32),
+    (s, dp): (f32, f32),
+) -> (f32, f32) {
+    let (p, d_shaped) = of_shaped::<T>(policy, scale, row, place, (s, dp));
+    (p, d_shaped * policy.score_slope::<T>(s))
+}
+
+/// As [`of_score`], of the score as it is after the cap: what a bias, which joins it there, has.
+#[inline(always)]
+#[must_use]
+pub fn of_shaped<T: Scalar>(
+    policy: &Policy,
+    scale: f32,
+    row: Row,
     (i, j): (u32, u32),
     (s, dp): (f32, f32),
 ) -> (f32, f32) {
@@ -50,6 +64,5 @@ pub fn of_score<T: Scalar>(
     let shaped = policy.shape_score::<T>(s, scale, i, j);
     let p = math::exp2(math::fma(shaped, policy.scale_log2(), -row.lse_log2));
     let kept = policy.kept(i, j, 1.0);
-    let ds = p * (dp * kept - row.delta) * policy.score_slope::<T>(s);
-    (p * kept, ds)
+    (p * kept, p * (dp * kept - row.delta))
 }

@@ -104,11 +104,31 @@ impl Head {
         (Self::at(args, number), tile)
     }
 
-    /// The head of this block, where the grid's `z` counts heads over the batch.
+    /// The number of this block's head of Q, or of K, counted over the batch, where the grid's `y` and
+    /// `z` count heads: `z` goes on where `y` ends. Needs no division and no register. The last few may
+    /// be of no head.
     #[inline(always)]
     #[must_use]
-    pub fn of_block_z(args: &AttentionArgs) -> Self {
-        Self::at(args, thread::block_idx_z())
+    pub fn number_of_block() -> u32 {
+        thread::block_idx_z() * thread::grid_dim_y() + thread::block_idx_y()
+    }
+
+    /// The head of Q of this block, where the grid's `y` and `z` count heads of Q.
+    #[inline(always)]
+    #[must_use]
+    pub fn of_block_yz(args: &AttentionArgs) -> Option<Self> {
+        let number = Self::number_of_block();
+        (number < args.shape.batch * args.shape.heads).then(|| Self::at(args, number))
+    }
+
+    /// The first of the heads of Q that share this block's head of K, where the grid's `y` and `z` count
+    /// heads of K.
+    #[inline(always)]
+    #[must_use]
+    pub fn of_kv_block_yz(args: &AttentionArgs) -> Option<Self> {
+        let number = Self::number_of_block();
+        let kv_heads = args.shape.batch * schedule::divide(args.shape.heads, Self::group()).0;
+        (number < kv_heads).then(|| Self::of_group(args, number, 0))
     }
 
     /// Heads of Q that share one of K and V.
@@ -127,12 +147,19 @@ impl Head {
         Self::new(args, b, h_kv * Self::group() + member)
     }
 
+    /// Whether the sequence has ended before key `j`, which the longest one has.
+    #[inline(always)]
+    #[must_use]
+    pub fn keys_end_before(&self, j: u32) -> bool {
+        Self::is_packed() && j >= self.seq_k
+    }
+
     /// Index of row `i` of what has [`padded`](crate::backward::padded) rows a head.
     #[inline(always)]
     #[must_use]
     pub const fn padded_row(&self, i: u32) -> u64 {
         let head = self.b as u64 * self.heads as u64 + self.h as u64;
-        head * backward::padded(self.seq_q) as u64 + i as u64
+        head * backward::padded(self.weights[0]) as u64 + i as u64
     }
 
     /// Index of `lse[i]` of this head.

@@ -152,8 +152,8 @@ pub fn add_row<const D: usize>(
     });
 }
 
-/// Writes this thread's part of a sum times `factor` to the rows of a head from `first_row` on that
-/// there are.
+/// Writes this thread's part of a sum times `factor` to the rows of a head from `first_row` on, and
+/// the columns, that there are.
 ///
 /// # Safety
 /// The `seq` rows of a head of the tensor begin at element `head`, and nobody else writes them.
@@ -162,9 +162,8 @@ pub unsafe fn store<T: Scalar, const D: usize>(
     sum: &Sum,
     factor: f32,
     tensor: &Tensor,
-    head: u64,
-    first_row: u32,
-    seq: u32,
+    columns: Columns,
+    (head, first_row, seq): (u64, u32, u32),
 ) {
     let (ty, tx) = place();
     // SAFETY: passed on to the caller.
@@ -173,8 +172,8 @@ pub unsafe fn store<T: Scalar, const D: usize>(
         let row = first_row + ty * OWN_ROWS as u32 + R as u32;
         if row < seq {
             unroll!(for GROUP in 0..4 {
-                if GROUP < D / COLUMN_STEP {
-                    let column = (GROUP * COLUMN_STEP) as u32 + tx * VECTOR as u32;
+                let column = (GROUP * COLUMN_STEP) as u32 + tx * VECTOR as u32;
+                if GROUP < D / COLUMN_STEP && columns.has(column) {
                     for e in 0..VECTOR {
                         let index =
                             head + row as u64 * tensor.stride_n + (column + e as u32) as u64;

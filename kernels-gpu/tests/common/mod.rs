@@ -13,8 +13,8 @@ use kernels_gpu::{
         Shape, Slopes, Tensor, Tensors,
     },
     constants::Constants,
-    forward::flash_hopper::{HopperArgs, Tiles, ragged},
-    parts::{dropout, queue::QUEUE_WORDS},
+    forward::flash_hopper::{HopperArgs, Tiles},
+    parts::{dropout, queue::QUEUE_WORDS, ragged},
 };
 use simt::{
     Dim3,

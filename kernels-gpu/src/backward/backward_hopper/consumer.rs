@@ -22,6 +22,7 @@ use super::{
 use crate::{
     args::{BackwardArgs, Tensor},
     parts::{
+        columns::Columns,
         head::Head,
         pipeline::{Stage, Stages},
         policy::Policy,
@@ -51,11 +52,14 @@ impl<'a> RowTiles<'a> {
     /// The tiles of this block.
     #[inline(always)]
     pub fn of_block<G: Geometry>(args: &'a BackwardArgs) -> Self {
-        let head = Head::of_group(&args.forward, thread::block_idx_z(), 0);
+        let head = Head::of_group(&args.forward, Head::number_of_block(), 0);
         // SAFETY: positions read no memory.
         let policy = unsafe { Policy::new(&args.forward, head) };
         let first_key = thread::block_idx_x() * Tiles::KEYS;
-        let tiles = policy.query_tiles(first_key, first_key + Tiles::KEYS, G::TILES.rows);
+        let mut tiles = policy.query_tiles(first_key, first_key + Tiles::KEYS, G::TILES.rows);
+        if head.keys_end_before(first_key) {
+            tiles.end = tiles.start;
+        }
         Self { args, member: 0, tile: tiles.start, first: tiles.start, end: tiles.end }
     }
 
@@ -70,7 +74,7 @@ impl<'a> RowTiles<'a> {
         if self.tile >= self.end || self.member >= Head::group() {
             return None;
         }
-        let head = Head::of_group(&self.args.forward, thread::block_idx_z(), self.member);
+        let head = Head::of_group(&self.args.forward, Head::number_of_block(), self.member);
         self.tile += 1;
         Some(At { head, tile: self.tile - 1 })
     }
@@ -341,21 +345,18 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     #[inline(always)]
     unsafe fn store(&self) {
         let (forward, gradients) = (&self.args.forward, &self.args.gradients);
-        let head = Head::of_group(forward, thread::block_idx_z(), 0);
+        let head = Head::of_group(forward, Head::number_of_block(), 0);
         let j = thread::block_idx_x() * Tiles::KEYS + self.own_key;
         // SAFETY: the mask and what shapes scores are as `args` says.
         let rescale = unsafe { Policy::new(forward, head) }.rescale();
         // SAFETY: dK and dV have the shapes of K and V, and each key is one thread's.
         unsafe {
-            store_rows::<T>(
-                head,
-                &gradients.dk,
-                self.dk.values(),
-                j,
-                self.column,
-                forward.scores.scale,
+            let (dk, dv) = (
+                (&gradients.dk, Columns::of_keys(), forward.scores.scale),
+                (&gradients.dv, Columns::of_values(), rescale),
             );
-            store_rows::<T>(head, &gradients.dv, self.dv.values(), j, self.column, rescale);
+            store_rows::<T>(head, dk, self.dk.values(), j, self.column);
+            store_rows::<T>(head, dv, self.dv.values(), j, self.column);
         }
     }
 }
@@ -374,11 +375,10 @@ pub(super) const fn part_of<G: Geometry>(head: &Head, tile: u32, consumer: u32) 
 #[inline(always)]
 unsafe fn store_rows<T: Operand>(
     head: Head,
-    to: &Tensor,
+    (to, columns, factor): (&Tensor, Columns, f32),
     values: &[[f32; 4]],
     j: u32,
     column: u32,
-    factor: f32,
 ) {
     // SAFETY: the tensor has that shape.
     let view = unsafe { to.buffer.view_mut::<T>() };
@@ -387,7 +387,7 @@ unsafe fn store_rows<T: Operand>(
         if key < head.seq_k {
             let row = head.key(to, key) + column as u64;
             unroll!(for G in 0..16 {
-                if G < values.len() {
+                if G < values.len() && columns.has(8 * G as u32) {
                     let pair = [0, 1].map(|e: usize| values[G][2 * R + e] * factor);
                     view.write_as(row + 8 * G as u64, T::pack(pair[0], pair[1]));
                 }

@@ -6,7 +6,11 @@ use half::{bf16, f16};
 use simt::{thread, unroll, warp, warpgroup, wgmma::Operand};
 
 use super::{Geometry, Hopper, consumer::part_of};
-use crate::{args::BackwardArgs, entries, parts::head::Head};
+use crate::{
+    args::BackwardArgs,
+    entries,
+    parts::{columns::Columns, head::Head},
+};
 
 /// Threads of a block.
 pub const THREADS: u32 = warpgroup::THREADS;
@@ -19,13 +23,13 @@ pub const THREADS: u32 = warpgroup::THREADS;
 /// [`wgmma`](simt::wgmma) has an accumulator's registers.
 ///
 /// # Thread mapping
-/// A block for each consumer's part; `x` counts them over a head, `z` heads.
+/// A block for each consumer's part; `x` counts them over a head, `y` and `z` heads.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes, and the main kernel must have run.
 #[inline(always)]
 pub unsafe fn convert<T: Operand, G: Geometry>(args: &BackwardArgs) {
-    let head = Head::of_block_z(&args.forward);
+    let Some(head) = Head::of_block_yz(&args.forward) else { return };
     let (tile, consumer) = (thread::block_idx_x() / 2, thread::block_idx_x() % 2);
     let (row, column) = G::TILES.dq_part(consumer);
     let lane = warp::lane_id();
@@ -41,8 +45,8 @@ pub unsafe fn convert<T: Operand, G: Geometry>(args: &BackwardArgs) {
         let values = values.map(|bits| f32::from_bits(bits) * scale);
         unroll!(for R in 0..2 {
             let i = i + 8 * R as u32;
-            if i < head.seq_q {
-                let column = column + 8 * GROUP as u32 + lane % 4 * 2;
+            let column = column + 8 * GROUP as u32 + lane % 4 * 2;
+            if i < head.seq_q && Columns::of_keys().has(column) {
                 let to = head.query(&args.gradients.dq, i) + column as u64;
                 dq.write_as(to, T::pack(values[2 * R], values[2 * R + 1]));
             }

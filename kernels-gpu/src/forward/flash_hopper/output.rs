@@ -10,11 +10,10 @@ use super::{
     Task,
     consumer::Consumer,
     geometry::{Geometry, OutputTile},
-    ragged::MapRows,
     score_tile::ROWS,
     tiles::OUTPUT_CHUNK,
 };
-use crate::parts::softmax;
+use crate::parts::{ragged::MapRows, softmax};
 
 impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// Stores LSE of a task whose sums are complete. Returns what its O is to be multiplied

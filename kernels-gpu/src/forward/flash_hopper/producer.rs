@@ -9,7 +9,6 @@ use super::{
     HopperMaps,
     geometry::Geometry,
     queue::Tasks,
-    ragged::MapRows,
     task::{Rings, Task},
     tiles::{CONSUMER_ROWS, tile_bytes},
 };
@@ -17,6 +16,7 @@ use crate::{
     args::AttentionArgs,
     parts::{
         pipeline::{Ring, Stage},
+        ragged::MapRows,
         schedule::QueryTile,
     },
 };

@@ -38,7 +38,7 @@ pub const fn map(d: u64, heads: u64, head: u64, row: u64) -> ([u64; 5], [u64; 4]
 
 /// The rows of one head in a tensor.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct MapRows {
+pub struct MapRows {
     b: u32,
     h: u32,
     /// The sequence's first row, and how many it has.
@@ -62,7 +62,7 @@ impl MapRows {
     /// Starts to load the box at `column` and `row`.
     ///
     /// # Safety
-    /// As for [`tma::load_4d`]; the map is as [`flash_hopper`](super::flash_hopper()) states.
+    /// As for [`tma::load_4d`]; the map is as [`map`] states.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub unsafe fn load(self, to: u32, map: u64, column: u32, row: u32, full: Mbarrier) {
@@ -79,7 +79,7 @@ impl MapRows {
     /// Starts to store the box at `column` and `row` where `condition` holds.
     ///
     /// # Safety
-    /// As for [`tma::store_4d`]; the map is as [`flash_hopper`](super::flash_hopper()) states.
+    /// As for [`tma::store_4d`]; the map is as [`map`] states.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub unsafe fn store_if(self, condition: bool, map: u64, column: u32, row: u32, from: u32) {
