@@ -79,11 +79,12 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
     // Told that two blocks fit, it spills 8 bytes with a diagonal, masks or a cap.
     ("flash_tf32", "_d128", &[FULL, VARLEN]),
     ("flash_tf32", "", &[FULL, CAUSAL, MASKS, CAPPED, VARLEN, PADDED]),
-    // It spills 16 and 64 bytes with a diagonal at these, and with windows or dropout at more.
-    ("backward_mma", "_d64", &[FULL]),
-    ("backward_mma", "_d128", &[FULL]),
-    ("backward_mma", "", &[FULL, CAUSAL]),
-    // With a window it spills 88 bytes at head dim 64.
+    // It spills 4 bytes with packed sequences at head dims 64 and 96, 24 at 256, and more with windows.
+    ("backward_mma", "", &[FULL, CAUSAL, PADDED]),
+    // At head dim 64 it spills 16 bytes with packed sequences, 76 with a window.
+    ("backward_hopper", "_d64", &[FULL, CAUSAL, PADDED]),
+    ("backward_hopper", "_d128", &[FULL, CAUSAL, PADDED, WINDOW, VARLEN]),
+    // The steps before and after it.
     ("backward_hopper", "", &[FULL, CAUSAL]),
     ("decode", "", &[FULL, PAGED, ODD_PAGES, WINDOW, DECODE_ALL]),
     ("", "", &[FULL, ALL, VARLEN, PADDED]),

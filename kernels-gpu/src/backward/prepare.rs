@@ -137,12 +137,14 @@ unsafe fn clear<T: Chunk>(tensor: &Tensor, head: u64, rows: Range<u32>, columns:
     let view = unsafe { tensor.buffer.view_mut::<T>() };
     let step = thread::grid_dim_x() * ROWS;
     let lane = thread::thread_idx_x() % ROW_THREADS;
-    let first = thread::block_idx_x() * ROWS + thread::thread_idx_x() / ROW_THREADS;
-    for row in (rows.start + first..rows.end).step_by(step as usize) {
+    let own = thread::block_idx_x() * ROWS + thread::thread_idx_x() / ROW_THREADS;
+    let mut row = rows.start + own;
+    while row < rows.end {
         for column in (lane * T::ELEMENTS..columns).step_by((ROW_THREADS * T::ELEMENTS) as usize) {
             let index = head + row as u64 * tensor.stride_n + column as u64;
             view.write_as(index, [0u32; 4]);
         }
+        row += step;
     }
 }
 
