@@ -149,7 +149,6 @@ impl GradientVerification {
     }
 
     /// Each gradient by its name, with what it is measured by.
-    #[must_use]
     pub fn each(&self) -> impl Iterator<Item = (&'static str, &Differences, Yardstick)> {
         let GradientCredit { dq, dk, dv, d_bias, d_sinks } = self.credit;
         let of = [("dQ", dq), ("dK", dk), ("dV", dv), ("dB", d_bias), ("dsinks", d_sinks)];
