@@ -429,17 +429,22 @@ impl Case<'_, f32> {
 /// A dot product in f64, in several partial sums.
 fn dot_f64<T: Copy + Into<f64>>(q: &[f64], k: &[T]) -> f64 {
     let mut sums = [0.0; CHAINS];
-    for (q, k) in q.chunks(CHAINS).zip(k.chunks(CHAINS)) {
+    let mut add = |q: &[f64], k: &[T]| {
         for ((sum, &q), &k) in sums.iter_mut().zip(q).zip(k) {
             *sum += q * k.into();
         }
-    }
+    };
+    // Whole chunks have a constant length, which vectors have too.
+    let ((q, q_rest), (k, k_rest)) = (q.as_chunks::<CHAINS>(), k.as_chunks::<CHAINS>());
+    q.iter().zip(k).for_each(|(q, k)| add(q, k));
+    add(q_rest, k_rest);
     sums.iter().sum()
 }
 
 /// Dot products of one row with several keys, each summed in order, in f32.
 fn dots_f32(q: &[f32], k: [&[f32]; CHAINS]) -> [f32; CHAINS] {
     let mut sums = [0.0; CHAINS];
+    let k = k.map(|k| &k[..q.len()]);
     for (d, &q) in q.iter().enumerate() {
         for (sum, k) in sums.iter_mut().zip(k) {
             *sum += q * k[d];

@@ -1,6 +1,6 @@
 //! Tensors on the host, in the storage type: what goes to a device and comes back.
 
-use half::{bf16, f16};
+use half::{bf16, f16, slice::HalfFloatSliceExt as _};
 
 use crate::{
     dtype::{DType, Element},
@@ -212,7 +212,11 @@ impl Tensor {
     /// All elements, exactly: f32 holds every storage type.
     #[must_use]
     pub fn to_f32(&self) -> Vec<f32> {
-        each!(&self.data, values => values.iter().map(|v| v.to_f64() as f32).collect())
+        match &self.data {
+            Data::F32(values) => values.clone(),
+            Data::F16(values) => values.to_f32_vec(),
+            Data::BF16(values) => values.to_f32_vec(),
+        }
     }
 
     /// The elements rounded to another storage type.
@@ -220,6 +224,30 @@ impl Tensor {
     pub fn cast(&self, dtype: DType) -> Self {
         let data = each!(&self.data, values =>
             make!(dtype, T => values.iter().map(|v| T::from_f64(v.to_f64())).collect()));
+        Self { shape: self.shape.clone(), data }
+    }
+
+    /// Each element moved by one unit in its last place up or down, or left, as its share of `seed`'s
+    /// bytes says: about a third each. What would be infinite stays.
+    #[cfg(feature = "verify")]
+    pub(crate) fn beside(&self, seed: u64) -> Self {
+        use rand_chacha::{
+            ChaCha8Rng,
+            rand_core::{Rng, SeedableRng},
+        };
+
+        let mut bytes = vec![0; self.len()];
+        ChaCha8Rng::seed_from_u64(seed).fill_bytes(&mut bytes);
+        let unit = 2.0 * self.dtype().unit_roundoff();
+        let step = |byte: u8| f64::from(i8::from(byte > 170) - i8::from(byte < 85)) * unit;
+        let data = each!(&self.data, values => make!(self.dtype(), T => {
+            let moved = values.iter().zip(bytes).map(|(value, byte)| {
+                let x = value.to_f64();
+                let moved = T::from_f64(x + step(byte) * x);
+                if moved.to_f64().is_finite() { moved } else { T::from_f64(x) }
+            });
+            moved.collect()
+        }));
         Self { shape: self.shape.clone(), data }
     }
 

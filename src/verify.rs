@@ -148,11 +148,7 @@ impl Differences {
         let (mut squares, mut expected_squares, mut max_expected) = (0.0, 0.0, 0f64);
         let mut worst = 0;
         for (index, (&a, &e)) in actual.iter().zip(expected).enumerate() {
-            let difference = match (a - e).abs() {
-                _ if a == e => 0.0,
-                d if d.is_nan() => f64::INFINITY,
-                d => d,
-            };
+            let difference = difference(a, e);
             abs.push(difference);
             if difference > abs[worst] {
                 worst = index;
@@ -183,6 +179,28 @@ impl Differences {
             median_rel: median(&mut rel),
         }
     }
+}
+
+/// |actual - expected|; infinite where a NaN or a wrong infinity stands.
+fn difference(actual: f64, expected: f64) -> f64 {
+    match (actual - expected).abs() {
+        _ if actual == expected => 0.0,
+        d if d.is_nan() => f64::INFINITY,
+        d => d,
+    }
+}
+
+/// The largest [`difference`], and the largest finite |expected|: all of [`Differences`] that a
+/// [`Yardstick`] needs.
+pub(crate) fn largest_difference(actual: &[f64], expected: &[f64]) -> (f64, f64) {
+    assert_eq!(actual.len(), expected.len(), "values compared must be as many");
+    let both = actual.iter().zip(expected);
+    (both.map(|(&a, &e)| difference(a, e)).fold(0.0, f64::max), largest(expected))
+}
+
+/// The largest finite size.
+fn largest(values: &[f64]) -> f64 {
+    values.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f64::max)
 }
 
 fn median(values: &mut [f64]) -> f64 {
@@ -246,16 +264,7 @@ pub(crate) fn beside(tensor: &Tensor, draw: u64, stream: u64) -> Tensor {
     if draw == 0 {
         return tensor.clone();
     }
-    let step = 2.0 * tensor.dtype().unit_roundoff();
-    // A third of the normal distribution is on each side of +-0.43.
-    let noise = Tensor::random(DType::F32, tensor.shape(), 16 * draw + stream, 0.0);
-    let moved = tensor.to_f64().into_iter().zip(noise.to_f32()).map(|(x, noise)| {
-        let direction = if noise.abs() < 0.43 { 0.0 } else { f64::from(noise.signum()) };
-        let moved = tensor.dtype().round(x + direction * step * x);
-        if moved.is_finite() { moved } else { x }
-    });
-    let moved: Vec<f64> = moved.collect();
-    Tensor::from_f64(tensor.dtype(), tensor.shape(), &moved).unwrap_or_else(|_| tensor.clone())
+    tensor.beside(16 * draw + stream)
 }
 
 /// What the plain algorithm is credited with.
@@ -289,16 +298,16 @@ impl Credit {
     fn of_draw(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize], reference: &Rows) -> Self {
         let differences = |plain: &Rows| {
             [(&plain.o, &reference.o), (&plain.lse, &reference.lse)]
-                .map(|(actual, expected)| Differences::new(actual, expected))
+                .map(|(actual, expected)| largest_difference(actual, expected))
         };
         let mut both = differences(&oracle::plain(problem, inputs, rows));
-        if both.iter().any(|d| !d.max_abs.is_finite()) {
+        if both.iter().any(|(error, _)| !error.is_finite()) {
             both = differences(&oracle::plain_with_f32_scores(problem, inputs, rows));
         }
-        let [o, lse] = both;
+        let [(o_error, o_largest), (lse_error, _)] = both;
         let in_f32 = DType::F32.unit_roundoff();
-        let rounding = (problem.dtype().unit_roundoff() + 3.0 * in_f32) * o.max_expected;
-        Self { o: Yardstick::new(o.max_abs, rounding), lse: Yardstick::new(lse.max_abs, 0.0) }
+        let rounding = (problem.dtype().unit_roundoff() + 3.0 * in_f32) * o_largest;
+        Self { o: Yardstick::new(o_error, rounding), lse: Yardstick::new(lse_error, 0.0) }
     }
 }
 
@@ -309,9 +318,6 @@ fn lse_rounding(
     rows: &[usize],
     reference: &Rows,
 ) -> Yardstick {
-    let largest = |values: &[f64]| {
-        values.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f64::max)
-    };
     let lse = largest(&reference.lse);
     let products = largest(&oracle::absolute_scores(problem, inputs, rows, &reference.lse));
     Yardstick::new(0.0, DType::F32.unit_roundoff() * (lse + lse.max(products)))

@@ -80,19 +80,19 @@ impl Draws {
 #[test]
 fn random_combinations_are_right_on_every_kind_of_rung() {
     let seed = number("FLASH_ATTENTION_TEST_SEED", 17);
-    let mut failures = Vec::new();
-    for (kernel, dtype) in kernels() {
+    let problems = kernels().flat_map(|(kernel, dtype)| {
         let mut draws = Draws::new(seed);
-        for index in 0..RANDOM {
-            let case = draws.case(kernel, dtype);
-            let case = Case { name: format!("number {index}: {}", case.name), ..case };
-            match case.check(&emulator(), kernel) {
-                Ok(Some(_)) => {}
-                Ok(None) => failures.push(format!("{}: {} refused", kernel.name, case.name)),
-                Err(what) => failures.push(what),
-            }
+        (0..RANDOM).map(move |index| (kernel, index, draws.case(kernel, dtype)))
+    });
+    let failures = suite::on_every_core(problems, |(kernel, index, case)| {
+        let case = Case { name: format!("number {index}: {}", case.name), ..case };
+        match case.check(&emulator(), kernel) {
+            Ok(Some(_)) => None,
+            Ok(None) => Some(format!("{}: {} refused", kernel.name, case.name)),
+            Err(what) => Some(what),
         }
-    }
+    });
+    let failures: Vec<_> = failures.into_iter().flatten().collect();
     assert!(failures.is_empty(), "seed {seed}:\n{}", failures.join("\n"));
 }
 

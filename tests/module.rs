@@ -20,6 +20,7 @@ const DROPOUT: f32 = 0.2;
 const SEEDS: u64 = 4;
 
 /// A pass over tokens.
+#[derive(Clone)]
 struct Case {
     name: &'static str,
     batch: usize,
@@ -47,6 +48,12 @@ fn cases() -> [Case; 5] {
         case("padding, a hidden sequence", 3, 40, true, plain),
         case("training, causal, padding", 3, 65, true, training),
     ]
+}
+
+/// Each with every storage type.
+fn dtypes_and(cases: impl IntoIterator<Item = Case>) -> impl Iterator<Item = (DType, Case)> {
+    let cases: Vec<Case> = cases.into_iter().collect();
+    DType::ALL.into_iter().flat_map(move |dtype| cases.clone().into_iter().map(move |c| (dtype, c)))
 }
 
 impl Case {
@@ -102,36 +109,44 @@ impl Case {
     }
 }
 
+/// The cases that every linear kernel runs in: one row, and rows beyond whole tiles. What a projection
+/// does depends on nothing else of a case; its own edges are those of `tests/linear.rs`.
+const OF_LINEAR: [&str; 2] = ["one token", "padding, a hidden sequence"];
+
 /// Every kernel with the best linear kernel, and every linear kernel with `flash_tiled`.
 fn run(device: &Arc<dyn Device>) {
     let best = KERNELS.iter().map(|kernel| (kernel, None));
     let tiled = find("flash_tiled").unwrap();
     let pairs: Vec<_> =
         best.chain(LINEAR_KERNELS.iter().map(|linear| (tiled, Some(linear)))).collect();
-    let (mut failures, mut compared) = (Vec::new(), 0);
-    for dtype in DType::ALL {
-        for case in cases() {
-            let (reference, credit) = case.yardstick(dtype);
-            for &(kernel, linear) in &pairs {
-                let linear_name = linear.map_or("best linear", |l| l.name);
-                let label = format!("{} {dtype} {linear_name}: {}", kernel.name, case.name);
-                let y = match case.run(device, kernel, linear, dtype) {
-                    Ok(Some(y)) => y,
-                    Ok(None) => continue,
-                    Err(error) => panic!("{label}: {error}"),
-                };
-                let d = Differences::new(&y.to_f64(), &reference);
-                compared += 1;
-                let plain = credit.error();
-                println!("{label}: {:.2} times the plain algorithm's error", d.max_abs / plain);
-                if !credit.allows(d.max_abs) {
-                    let error = d.max_abs;
-                    failures.push(format!("{label}: {error:.2e} for {plain:.2e}, {:?}", d.worst));
-                }
+    let of_case = |(dtype, case): (DType, Case)| {
+        let (mut failures, mut compared) = (Vec::new(), 0);
+        let (reference, credit) = case.yardstick(dtype);
+        let of_linear = OF_LINEAR.contains(&case.name);
+        let pairs = pairs.iter().filter(|(_, linear)| of_linear || linear.is_none());
+        for &(kernel, linear) in pairs {
+            let linear_name = linear.map_or("best linear", |l| l.name);
+            let label = format!("{} {dtype} {linear_name}: {}", kernel.name, case.name);
+            let y = match case.run(device, kernel, linear, dtype) {
+                Ok(Some(y)) => y,
+                Ok(None) => continue,
+                Err(error) => panic!("{label}: {error}"),
+            };
+            let d = Differences::new(&y.to_f64(), &reference);
+            compared += 1;
+            let plain = credit.error();
+            println!("{label}: {:.2} times the plain algorithm's error", d.max_abs / plain);
+            if !credit.allows(d.max_abs) {
+                let error = d.max_abs;
+                failures.push(format!("{label}: {error:.2e} for {plain:.2e}, {:?}", d.worst));
             }
         }
-    }
-    assert!(compared > 0, "no kernel could run");
+        (failures, compared)
+    };
+    let (failures, compared): (Vec<_>, Vec<usize>) =
+        suite::on_every_core(dtypes_and(cases()), of_case).into_iter().unzip();
+    let failures = failures.concat();
+    assert!(compared.iter().all(|&compared| compared > 0), "no kernel could run");
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
 }
 
@@ -224,32 +239,30 @@ fn the_oracle_is_the_textbook() {
 /// rule.
 #[test]
 fn weights_are_those_of_the_textbook_with_every_kernel() {
-    for dtype in DType::ALL {
-        for case in evaluated() {
-            let draws = (0..SEEDS).map(|seed| {
-                let draw = case.draw(dtype, seed);
-                let (_, plain) = textbook(&case, &draw, true);
-                let (_, expected) = textbook(&case, &draw, false);
-                let d = Differences::new(&plain, &expected);
-                (expected, Yardstick::new(d.max_abs, dtype.unit_roundoff() * d.max_expected))
-            });
-            let (expected, credit) = draws.reduce(|a, b| (a.0, a.1.max(b.1))).unwrap();
-            let draw = case.draw(dtype, 0);
-            let session = Session::new(suite::emulator());
-            let module = MultiHeadAttention::new(&session, &draw.weights, HEADS).unwrap();
-            let pass = Pass { weights: true, ..case.pass };
-            for kernel in KERNELS.iter().filter(|k| k.dtypes.contains(&dtype)) {
-                let mask = draw.mask.as_deref();
-                let (outputs, _) = module.forward(kernel, &draw.x, mask, &pass).unwrap();
-                let weights = outputs.weights.unwrap();
-                assert_eq!(weights.shape(), [case.batch, HEADS, case.seq, case.seq]);
-                let error = Differences::new(&weights.to_f64(), &expected).max_abs;
-                let label = format!("{} {dtype} {}", kernel.name, case.name);
-                println!("{label}: {:.2} times", error / credit.error());
-                assert!(credit.allows(error), "{label}: {error} for {credit:?}");
-            }
+    suite::on_every_core(dtypes_and(evaluated()), |(dtype, case)| {
+        let draws = (0..SEEDS).map(|seed| {
+            let draw = case.draw(dtype, seed);
+            let (_, plain) = textbook(&case, &draw, true);
+            let (_, expected) = textbook(&case, &draw, false);
+            let d = Differences::new(&plain, &expected);
+            (expected, Yardstick::new(d.max_abs, dtype.unit_roundoff() * d.max_expected))
+        });
+        let (expected, credit) = draws.reduce(|a, b| (a.0, a.1.max(b.1))).unwrap();
+        let draw = case.draw(dtype, 0);
+        let session = Session::new(suite::emulator());
+        let module = MultiHeadAttention::new(&session, &draw.weights, HEADS).unwrap();
+        let pass = Pass { weights: true, ..case.pass };
+        for kernel in KERNELS.iter().filter(|k| k.dtypes.contains(&dtype)) {
+            let mask = draw.mask.as_deref();
+            let (outputs, _) = module.forward(kernel, &draw.x, mask, &pass).unwrap();
+            let weights = outputs.weights.unwrap();
+            assert_eq!(weights.shape(), [case.batch, HEADS, case.seq, case.seq]);
+            let error = Differences::new(&weights.to_f64(), &expected).max_abs;
+            let label = format!("{} {dtype} {}", kernel.name, case.name);
+            println!("{label}: {:.2} times", error / credit.error());
+            assert!(credit.allows(error), "{label}: {error} for {credit:?}");
         }
-    }
+    });
 }
 
 /// Training drops something, the same with every kernel and the same every time; another

@@ -121,7 +121,7 @@ fn check(
 
 #[test]
 fn a_row_that_sees_keys_is_never_taken_for_one_that_sees_none() {
-    for (kernel, dtype) in suite::kernels() {
+    suite::on_every_core(suite::kernels(), |(kernel, dtype)| {
         let most = *kernel.limits.head_dims.iter().filter(|&&d| d <= 128).max().unwrap();
         // 60 x -70 at D 128 is -47,518: past f16 in units of log2(e).
         for (q, k) in [(60.0, -70.0), (60.0, 70.0), (240.0, -240.0), (-2.0, 2.0)] {
@@ -146,12 +146,12 @@ fn a_row_that_sees_keys_is_never_taken_for_one_that_sees_none() {
                 check(kernel, (dtype, d), (q, k), None, Allowed::Nan);
             }
         }
-    }
+    });
 }
 
 #[test]
 fn scales_at_both_ends_lose_no_key() {
-    for (kernel, dtype) in suite::kernels() {
+    suite::on_every_core(suite::kernels(), |(kernel, dtype)| {
         let d = kernel.limits.head_dims[0];
         for scale in [1e-40, f32::MIN_POSITIVE] {
             check(kernel, (dtype, d), (1.0, -2.0), Some(scale), Allowed::Right);
@@ -167,7 +167,7 @@ fn scales_at_both_ends_lose_no_key() {
         for (q, k) in [(1000.0, -1000.0), (1000.0, 1000.0)] {
             check(kernel, (dtype, d), (q, k), Some(MAX_SCALE), Allowed::RightOrNan);
         }
-    }
+    });
 }
 
 /// Of every kernel: those that keep the weights, and the kernel that computes them again.

@@ -43,7 +43,8 @@ const SHAPED: Change = |p| {
 /// sequence stays where it is, in inputs and outputs.
 #[test]
 fn packed_sequences_have_the_bits_of_each_alone() {
-    for (kernel, dtype) in suite::kernels().filter(|&(_, dtype)| dtype != DType::BF16) {
+    let kernels = suite::kernels().filter(|&(_, dtype)| dtype != DType::BF16);
+    suite::on_every_core(kernels, |(kernel, dtype)| {
         let (heads, d) = (4, kernel.limits.head_dims[0]);
         for (index, change) in [PLAIN, CAUSAL, SHAPED].into_iter().enumerate() {
             let Case { problem, cu_seqlens, .. } =
@@ -104,7 +105,7 @@ fn packed_sequences_have_the_bits_of_each_alone() {
                 assert!(packed.lse.get(h * total_q + total_q - i).is_nan(), "{label} {h} {i}");
             }
         }
-    }
+    });
 }
 
 /// The oracle's packed sequences are each alone, to the bit.

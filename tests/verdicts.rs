@@ -93,7 +93,8 @@ fn a_lucky_draw_calls_no_kernel_wrong() {
     let both = |(dtype, shape, seed)| {
         [verdicts, module_verdicts].map(|verdicts| verdicts(dtype, shape, seed))
     };
-    let (compared, wrong): (Vec<_>, Vec<_>) = lucky.into_iter().flat_map(both).unzip();
+    let both = suite::on_every_core(lucky, both).into_iter().flatten();
+    let (compared, wrong): (Vec<_>, Vec<_>) = both.unzip();
     assert!(compared.iter().all(|&n| n > 3), "{compared:?}");
     let wrong = wrong.concat();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -103,9 +104,10 @@ fn a_lucky_draw_calls_no_kernel_wrong() {
 /// units in the last place away is wrong, in every type on every small problem.
 #[test]
 fn a_few_units_in_the_last_place_are_wrong() {
-    for (dtype, heads, seq) in DType::ALL.into_iter().flat_map(|dtype| {
+    let problems = DType::ALL.into_iter().flat_map(|dtype| {
         [(1, 1), (1, 2), (1, 5), (1, 16), (2, 33)].map(|(heads, seq)| (dtype, heads, seq))
-    }) {
+    });
+    suite::on_every_core(problems, |(dtype, heads, seq)| {
         let p = Problem::builder(1, heads, seq, 64).dtype(dtype).build().unwrap();
         let rows = all_rows(&p);
         // The plain algorithm's scores are sums in f32: in that type they err by several units.
@@ -143,7 +145,7 @@ fn a_few_units_in_the_last_place_are_wrong() {
                 Verification::new(&p, &Outputs { lse, ..outputs }, &rows, &reference, credit);
             assert!(!result.passes(), "{dtype} heads {heads} N {seq} seed {seed}: {result}");
         }
-    }
+    });
 }
 
 /// The same on 200 seeds; minutes.

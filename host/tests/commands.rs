@@ -176,13 +176,6 @@ fn what_does_not_fit_is_a_row() {
     assert_eq!(status, [ok, ok, oom, ok], "{stdout}");
 }
 
-#[test]
-fn rows_that_cannot_be_are_told() {
-    let (code, stdout, _) = run(host().args(["compare", "--dtype", "f32"]).args(SMALL));
-    assert_eq!(code, 0, "{stdout}");
-    assert!(stdout.contains("flash_mma (unsupported): does not support f32"), "{stdout}");
-}
-
 /// A kernel that cannot do what is asked is a row with the reason; the others run.
 #[test]
 fn one_kernel_that_cannot_stops_no_other() {
@@ -352,15 +345,16 @@ fn a_gpu_is_preferred_and_its_memory_counts() {
 
 #[test]
 fn peers_are_rows_or_one_line() {
+    // Peers come beside whichever kernels there are.
+    let compare = ["compare", "--peers", "--kernels", "naive"];
     let mut absent = host();
-    absent.args(["compare", "--peers"]).args(SMALL).env("FLASH_ATTENTION_PYTHON", "/no/python");
+    absent.args(compare).args(SMALL).env("FLASH_ATTENTION_PYTHON", "/no/python");
     let (code, stdout, stderr) = run(&mut absent);
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
     assert!(stdout.contains("no rows of PyTorch: /no/python cannot be started"), "{stdout}");
 
     // Whatever Python this computer has: with PyTorch, it agrees.
-    let (code, stdout, stderr) =
-        run(host().args(["compare", "--peers", "--causal", "--mask"]).args(SMALL));
+    let (code, stdout, stderr) = run(host().args(compare).args(["--causal", "--mask"]).args(SMALL));
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
     let absent = stdout.matches("no rows of PyTorch: ").count();
     let rows = stdout.lines().filter(|line| line.starts_with(" torch-math")).count();

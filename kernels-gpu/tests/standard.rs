@@ -112,8 +112,8 @@ fn cases(d: u32) -> Vec<Case> {
 #[test]
 fn standard_computes_attention() {
     check::<f32>("f32", &cases(64));
+    // bf16 takes the same ways through memory; the library's `tests/edges.rs` has it on every edge.
     check::<f16>("f16", &cases(64));
-    check::<bf16>("bf16", &cases(64));
 }
 
 #[test]

@@ -28,11 +28,12 @@ use crate::scalar::Scalar;
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::{
     emulator::collectives::{self, WarpCall},
+    hardware::widen_f16,
     warp::FULL_MASK,
 };
 
 macro_rules! product {
-    ($($(#[$doc:meta])* $name:ident, $k:literal, $a:literal, $b:literal, $elements:expr, $add:expr, $text:expr,
+    ($($(#[$doc:meta])* $name:ident, $k:literal, $a:literal, $b:literal, $elements:ident, $text:expr,
         $($ai:literal)*, $($bi:literal)*;)*) => {$(
         $(#[$doc])*
         #[inline(always)]
@@ -46,27 +47,27 @@ macro_rules! product {
                     $(in(reg32) a[$ai],)* $(in(reg32) b[$bi],)* options(nomem, nostack));
             }
             #[cfg(not(target_arch = "nvptx64"))]
-            product::<$k, $a, $b>(stringify!($name), ($elements, $add), c, a, b, Location::caller());
+            product::<$elements, $k, $a, $b>(stringify!($name), c, a, b, Location::caller());
         }
     )*};
 }
 
 product! {
     /// `C += A B`, 16 x 8 with k = 8, f16; from sm_75 on.
-    m16n8k8_f16, 8, 2, 1, halves_f16, add_in_order,
+    m16n8k8_f16, 8, 2, 1, HalvesF16,
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}}}, {{{6}}}, {{{0}, {1}, {2}, {3}}};",
         0 1, 0;
     /// `C += A B`, 16 x 8 with k = 16, f16; from sm_80 on.
-    m16n8k16_f16, 16, 4, 2, halves_f16, add_in_order,
+    m16n8k16_f16, 16, 4, 2, HalvesF16,
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};",
         0 1 2 3, 0 1;
     /// `C += A B`, 16 x 8 with k = 16, bf16; from sm_80 on.
-    m16n8k16_bf16, 16, 4, 2, halves_bf16, add_in_order,
+    m16n8k16_bf16, 16, 4, 2, HalvesBf16,
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};",
         0 1 2 3, 0 1;
     /// `C += A B`, 16 x 8 with k = 8, tf32; from sm_80 on. The lowest 13 bits of each
     /// element are ignored.
-    m16n8k8_tf32, 8, 4, 2, whole_tf32, add_cut,
+    m16n8k8_tf32, 8, 4, 2, WholeTf32,
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};",
         0 1 2 3, 0 1;
 }
@@ -249,32 +250,66 @@ fn add_here(c: &mut f32, x: f32) {
     }
 }
 
-/// The elements that a register holds, at most two.
+/// What the registers of A and B hold, and how a tensor core sums their products.
 #[cfg(not(target_arch = "nvptx64"))]
-struct Elements {
-    values: [f32; 2],
-    count: usize,
+trait Elements {
+    /// Elements of a register.
+    const COUNT: usize;
+
+    /// The elements of a register, the first [`COUNT`](Self::COUNT) of these.
+    fn widen(bits: u32) -> [f32; 2];
+
+    /// `C += A B`, all in f32, where products of two elements are exact.
+    fn add<const K: usize>(c: &mut [[f32; 8]; 16], a: &[[f32; K]; 16], b: &[[f32; 8]; K]);
 }
 
 #[cfg(not(target_arch = "nvptx64"))]
-fn halves_f16(bits: u32) -> Elements {
-    let value = |bits: u32| f16::from_bits(bits as u16).to_f32();
-    Elements { values: [value(bits), value(bits >> 16)], count: 2 }
+struct HalvesF16;
+#[cfg(not(target_arch = "nvptx64"))]
+impl Elements for HalvesF16 {
+    const COUNT: usize = 2;
+
+    #[inline(always)]
+    fn widen(bits: u32) -> [f32; 2] {
+        [bits as u16, (bits >> 16) as u16].map(widen_f16)
+    }
+    #[inline(always)]
+    fn add<const K: usize>(c: &mut [[f32; 8]; 16], a: &[[f32; K]; 16], b: &[[f32; 8]; K]) {
+        add_in_order(c, a, b);
+    }
 }
 
 #[cfg(not(target_arch = "nvptx64"))]
-fn halves_bf16(bits: u32) -> Elements {
-    Elements { values: [f32::from_bits(bits << 16), f32::from_bits(bits & 0xffff_0000)], count: 2 }
+struct HalvesBf16;
+#[cfg(not(target_arch = "nvptx64"))]
+impl Elements for HalvesBf16 {
+    const COUNT: usize = 2;
+
+    #[inline(always)]
+    fn widen(bits: u32) -> [f32; 2] {
+        [f32::from_bits(bits << 16), f32::from_bits(bits & 0xffff_0000)]
+    }
+    #[inline(always)]
+    fn add<const K: usize>(c: &mut [[f32; 8]; 16], a: &[[f32; K]; 16], b: &[[f32; 8]; K]) {
+        add_in_order(c, a, b);
+    }
 }
 
 #[cfg(not(target_arch = "nvptx64"))]
-fn whole_tf32(bits: u32) -> Elements {
-    Elements { values: [f32::from_bits(bits & !TF32_BEYOND), 0.0], count: 1 }
-}
-
-/// C, and the rows of A and B, all in f32, where products of two elements are exact.
+struct WholeTf32;
 #[cfg(not(target_arch = "nvptx64"))]
-type Add<const K: usize> = fn(&mut [[f32; 8]; 16], &[[f32; K]; 16], &[[f32; 8]; K]);
+impl Elements for WholeTf32 {
+    const COUNT: usize = 1;
+
+    #[inline(always)]
+    fn widen(bits: u32) -> [f32; 2] {
+        [f32::from_bits(bits & !TF32_BEYOND), 0.0]
+    }
+    #[inline(always)]
+    fn add<const K: usize>(c: &mut [[f32; 8]; 16], a: &[[f32; K]; 16], b: &[[f32; 8]; K]) {
+        add_cut(c, a, b);
+    }
+}
 
 /// `C += A B` in f32, in the order of k. A GPU promises no order; next to what rounding a
 /// factor to 16 bits does that is little.
@@ -310,11 +345,14 @@ fn sum_cut(c: f32, terms: &[f32]) -> f32 {
     if largest == 0.0 || !plain.is_finite() {
         return plain;
     }
-    let exponent = (largest.to_bits() >> 23) as i32 - 127;
-    // An f32's last bit is worth 2^(exponent - 23).
-    let unit = 2f64.powi(exponent - 24);
-    let cut = |term: f32| (f64::from(term) / unit).trunc();
-    let sum = terms.iter().fold(cut(c), |sum, &t| sum + cut(t)) * unit;
+    let exponent = u64::from(largest.to_bits() >> 23);
+    // An f32's last bit is worth 2^(exponent - 127 - 23), the last that is kept half of that. No term
+    // has more than 25 bits above it.
+    let power_of_two = |power: u64| f64::from_bits(power << 52);
+    let unit = power_of_two(1023 - 127 - 24 + exponent);
+    let units = power_of_two(1023 + 127 + 24 - exponent);
+    let cut = |term: f32| (f64::from(term) * units) as i32;
+    let sum = f64::from(terms.iter().fold(cut(c), |sum, &t| sum + cut(t))) * unit;
     let rounded = sum as f32;
     let is_too_large = f64::from(rounded).abs() > sum.abs();
     if is_too_large { f32::from_bits(rounded.to_bits() - 1) } else { rounded }
@@ -322,9 +360,8 @@ fn sum_cut(c: f32, terms: &[f32]) -> f32 {
 
 /// `C += A B` as a collective.
 #[cfg(not(target_arch = "nvptx64"))]
-fn product<const K: usize, const A: usize, const B: usize>(
+fn product<E: Elements, const K: usize, const A: usize, const B: usize>(
     name: &'static str,
-    (elements, add): (fn(u32) -> Elements, Add<K>),
     c: &mut [f32; 4],
     a: [u32; A],
     b: [u32; B],
@@ -342,21 +379,21 @@ fn product<const K: usize, const A: usize, const B: usize>(
                 let (g, t) = (lane / 4, lane % 4);
                 let input = &call.input[lane];
                 for (i, &register) in input[4..4 + A].iter().enumerate() {
-                    let Elements { values, count } = elements(register);
-                    let (row, column) = (g + 8 * (i % 2), count * (t + 4 * (i / 2)));
-                    a[row][column..column + count].copy_from_slice(&values[..count]);
+                    let (row, column) = (g + 8 * (i % 2), E::COUNT * (t + 4 * (i / 2)));
+                    for (e, value) in E::widen(register)[..E::COUNT].iter().enumerate() {
+                        a[row][column + e] = *value;
+                    }
                 }
                 for (i, &register) in input[8..8 + B].iter().enumerate() {
-                    let Elements { values, count } = elements(register);
-                    for (e, value) in values[..count].iter().enumerate() {
-                        b[count * (t + 4 * i) + e][g] = *value;
+                    for (e, value) in E::widen(register)[..E::COUNT].iter().enumerate() {
+                        b[E::COUNT * (t + 4 * i) + e][g] = *value;
                     }
                 }
                 for (i, &register) in input[..4].iter().enumerate() {
                     c[g + 8 * (i / 2)][2 * t + i % 2] = f32::from_bits(register);
                 }
             }
-            add(&mut c, &a, &b);
+            E::add(&mut c, &a, &b);
             for lane in 0..32 {
                 let (g, t) = (lane / 4, lane % 4);
                 for i in 0..4 {

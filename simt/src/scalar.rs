@@ -2,6 +2,8 @@
 
 use half::{bf16, f16};
 
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::hardware::widen_f16;
 use crate::memory::Memory;
 
 /// A type that tensors are stored in.
@@ -42,7 +44,7 @@ macro_rules! scalar {
                 }
                 #[cfg(not(target_arch = "nvptx64"))]
                 {
-                    $type::to_f32(self)
+                    widen_f16(self.to_bits())
                 }
             }
             #[inline(always)]

@@ -12,7 +12,7 @@ use crate::{
     oracle::{Beside, plain_of, reference_of, round},
     problem::Problem,
     tensor::Tensor,
-    verify::{Differences, Yardstick, beside, draws},
+    verify::{Yardstick, beside, draws, largest_difference},
 };
 
 /// Tokens that are projected side by side, so that a row of weights is read once for them.
@@ -134,13 +134,13 @@ pub fn credit(
     let of_draw = |x: &Tensor, reference: &[f64]| {
         let differences = |scores| {
             let plain = plain_with(problem, scores, weights, x, mask, tokens);
-            Differences::new(&plain, reference)
+            largest_difference(&plain, reference)
         };
-        let mut d = differences(problem.dtype());
-        if !d.max_abs.is_finite() {
-            d = differences(DType::F32);
+        let (mut error, expected) = differences(problem.dtype());
+        if !error.is_finite() {
+            (error, _) = differences(DType::F32);
         }
-        Yardstick::new(d.max_abs, problem.dtype().unit_roundoff() * d.max_expected)
+        Yardstick::new(error, problem.dtype().unit_roundoff() * expected)
     };
     let hidden = (problem.heads() * problem.head_dim()) as u64;
     let keys = tokens_of_entries(problem, tokens).len() as u64;

@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use super::{Beside, Case, Row, View, round, sequence};
+use super::{Beside, CHAINS, Case, Row, View, round, sequence};
 use crate::{
     dtype::DType,
     problem::Problem,
@@ -153,16 +153,24 @@ trait Arithmetic: Copy + Sync {
         weight.p
     }
 
-    /// `a · b`.
+    /// `a · b`, in several partial sums.
     fn dot(self, a: &[f32], b: &[f32]) -> f64 {
-        let term = |(&a, &b): (&f32, &f32)| f64::from(a) * f64::from(b);
-        a.iter().zip(b).map(term).fold(0.0, |sum, x| self.computed(sum + self.computed(x)))
+        let mut sums = [0.0; CHAINS];
+        let mut add = |a: &[f32], b: &[f32]| {
+            for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
+                *sum += f64::from(a) * f64::from(b);
+            }
+        };
+        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<CHAINS>(), b.as_chunks::<CHAINS>());
+        a.iter().zip(b).for_each(|(a, b)| add(a, b));
+        add(a_rest, b_rest);
+        sums.iter().sum()
     }
 
     /// `sum += a * x`.
     fn add(self, sum: &mut [f64], a: f64, x: &[f32]) {
         for (sum, &x) in sum.iter_mut().zip(x) {
-            *sum = self.computed(*sum + self.computed(a * f64::from(x)));
+            *sum += a * f64::from(x);
         }
     }
 }
@@ -219,6 +227,15 @@ impl Arithmetic for Rounded {
     }
     fn score(self, x: f64) -> f64 {
         f64::from(round(self.scores, x as f32))
+    }
+    /// In order, in f32: each step as [`computed`](Arithmetic::computed) rounds it.
+    fn dot(self, a: &[f32], b: &[f32]) -> f64 {
+        f64::from(a.iter().zip(b).fold(0.0f32, |sum, (a, b)| sum + a * b))
+    }
+    fn add(self, sum: &mut [f64], a: f64, x: &[f32]) {
+        for (sum, &x) in sum.iter_mut().zip(x) {
+            *sum = f64::from(*sum as f32 + a as f32 * x);
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 //! forward pass hands on, and the plain algorithm does without; and with one key dS is `dP - delta`,
 //! two sums of the same products, which the plain algorithm sums in the same order, without an error.
 
-use super::{Differences, Worst, Yardstick, beside, draws};
+use super::{Differences, Worst, Yardstick, beside, draws, largest, largest_difference};
 use crate::{
     dtype::DType,
     oracle::{self, Gradients},
@@ -72,15 +72,15 @@ impl GradientCredit {
         heads: &[usize],
         reference: &Gradients,
     ) -> Self {
-        let mut all = differences(&oracle::plain_gradients(p, inputs, d_o, heads), reference);
-        if all.iter().flatten().any(|d| !d.max_abs.is_finite()) {
-            let plain = oracle::plain_gradients_with_f32_scores(p, inputs, d_o, heads);
-            all = differences(&plain, reference);
+        let of_plain = |plain: &Gradients| each(plain, reference, largest_difference);
+        let mut all = of_plain(&oracle::plain_gradients(p, inputs, d_o, heads));
+        if all.iter().flatten().any(|(error, _)| !error.is_finite()) {
+            all = of_plain(&oracle::plain_gradients_with_f32_scores(p, inputs, d_o, heads));
         }
         let rounding = p.dtype().unit_roundoff() + 3.0 * DType::F32.unit_roundoff();
-        let yardstick = |d: Differences| Yardstick::new(d.max_abs, rounding * d.max_expected);
+        let yardstick = |(error, expected)| Yardstick::new(error, rounding * expected);
         let [dq, dk, dv, d_bias, d_sinks] =
-            all.map(|d| d.map_or_else(Yardstick::default, yardstick));
+            all.map(|found| found.map_or_else(Yardstick::default, yardstick));
         Self { dq, dk, dv, d_bias, d_sinks }
     }
 
@@ -97,14 +97,14 @@ impl GradientCredit {
     }
 }
 
-fn largest(values: &[f64]) -> f64 {
-    values.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f64::max)
-}
-
-/// Of each gradient that there is.
-fn differences(actual: &Gradients, expected: &Gradients) -> [Option<Differences>; 5] {
+/// Compares each gradient that there is.
+fn each<T>(
+    actual: &Gradients,
+    expected: &Gradients,
+    compare: impl Fn(&[f64], &[f64]) -> T,
+) -> [Option<T>; 5] {
     let of = |actual: &[f64], expected: &[f64]| {
-        (!expected.is_empty()).then(|| Differences::new(actual, expected))
+        (!expected.is_empty()).then(|| compare(actual, expected))
     };
     [
         of(&actual.dq, &expected.dq),
@@ -145,7 +145,7 @@ impl GradientVerification {
         if gradients.d_sinks.is_none() {
             reference.d_sinks.clear();
         }
-        Self { differences: differences(&actual, &reference), credit }
+        Self { differences: each(&actual, &reference, Differences::new), credit }
     }
 
     /// Each gradient by its name, with what it is measured by.

@@ -125,19 +125,16 @@ impl Case {
     /// The reference of draw 0, and what the plain algorithm is credited with on it.
     /// Kernels share cases: each is computed once.
     fn yardstick(&self) -> Arc<(Rows, Credit)> {
-        type Known = Mutex<HashMap<String, Arc<OnceLock<Arc<(Rows, Credit)>>>>>;
-        static KNOWN: LazyLock<Known> = LazyLock::new(Mutex::default);
+        static KNOWN: Known<(Rows, Credit)> = Known::new();
         let Self { problem, qk_size, v_mean, cu_seqlens, .. } = self;
         let key = format!("{problem:?} {qk_size} {v_mean} {cu_seqlens:?}");
-        let cell = KNOWN.lock().unwrap().entry(key).or_default().clone();
-        cell.get_or_init(|| {
+        KNOWN.get(key, || {
             let rows = oracle::all_rows(&self.problem);
             let draw = self.draw(0);
             let reference = oracle::reference(&self.problem, &draw.inputs(), &rows);
             let credit = Credit::of(&self.problem, &draw.inputs(), &rows, &reference);
-            Arc::new((reference, credit))
+            (reference, credit)
         })
-        .clone()
     }
 
     /// Runs a kernel on draw 0.
@@ -171,6 +168,20 @@ impl Case {
             return Err(format!("{label}: {result}"));
         }
         Ok(Some(result))
+    }
+}
+
+/// What takes long to compute, once for each name.
+pub struct Known<T>(LazyLock<Mutex<HashMap<String, Arc<OnceLock<Arc<T>>>>>>);
+
+impl<T> Known<T> {
+    pub const fn new() -> Self {
+        Self(LazyLock::new(Mutex::default))
+    }
+
+    pub fn get(&self, name: String, compute: impl FnOnce() -> T) -> Arc<T> {
+        let cell = self.0.lock().unwrap().entry(name).or_default().clone();
+        cell.get_or_init(|| Arc::new(compute())).clone()
     }
 }
 

@@ -95,6 +95,7 @@ impl GlobalMemory {
         (self.begin, self.warps) = (begin, warps);
         self.parts.clear();
         self.touched.clear();
+        self.recent = Default::default();
         if self.pages.len() > KEPT_PAGES {
             self.clear();
         }
@@ -121,19 +122,26 @@ impl GlobalMemory {
         let mut is_new = false;
         while from < end {
             let to = end.min((from | (GRANULE - 1)) + 1);
-            is_new |= self.access_granule(kind, from, to - from, by)?;
+            match self.access_granule(kind, from, to - from, &by) {
+                Ok(new) => is_new |= new,
+                Err(part) => return Err(self.race(kind, from, part, &by)),
+            }
             from = to;
         }
         Ok(is_new)
     }
 
+    /// As [`access`](Self::access), within 16 bytes; the error is the part of them that races.
+    ///
+    /// Part of its caller, and `by` with it: copies of that take longer than all checks.
+    #[inline(always)]
     fn access_granule(
         &mut self,
         kind: GlobalAccess,
         address: u64,
         bytes: u64,
-        by: Access<'_>,
-    ) -> Result<bool, FaultKind> {
+        by: &Access<'_>,
+    ) -> Result<bool, usize> {
         let page = self.page(address / PAGE);
         let granule = &mut self.pages[page].granules[(address % PAGE / GRANULE) as usize];
         let in_granule = address % GRANULE;
@@ -147,7 +155,7 @@ impl GlobalMemory {
         };
         let is_new = *accessed & mask != mask;
         *accessed |= mask;
-        let check = Check { kind, begin: self.begin, warps: self.warps, by };
+        let check = Check { kind, warps: self.warps, by };
         if mask != u8::MAX && granule.parts == 0 {
             self.parts.push([granule.cell; CELLS]);
             granule.parts = self.parts.len() as u32;
@@ -156,19 +164,60 @@ impl GlobalMemory {
             0 => slice::from_mut(&mut granule.cell),
             parts => &mut self.parts[parts as usize - 1][first..end],
         };
-        for cell in cells {
-            check.cell(cell, address)?;
+        for (part, cell) in cells.iter_mut().enumerate() {
+            if check.other(cell).is_some() {
+                return Err(first + part);
+            }
+            check.record(cell);
         }
         Ok(is_new)
+    }
+
+    /// The fault of an access to part `part` of 16 bytes.
+    #[cold]
+    fn race(
+        &mut self,
+        kind: GlobalAccess,
+        address: u64,
+        part: usize,
+        by: &Access<'_>,
+    ) -> FaultKind {
+        let page = self.page(address / PAGE);
+        let granule = self.pages[page].granules[(address % PAGE / GRANULE) as usize];
+        let cell = self.cell(&granule, part);
+        let other = Check { kind, warps: self.warps, by }.other(cell);
+        let (stamp, place) = match other {
+            Some(GlobalAccess::Read) => (cell.read, cell.read_place),
+            _ => (cell.write, cell.write_place),
+        };
+        let other_what = match other {
+            Some(GlobalAccess::Read) => GlobalAccess::Read,
+            _ if stamp.lane() == ATOMIC => GlobalAccess::Atomic,
+            _ => GlobalAccess::Write,
+        };
+        let lane = who(stamp, other_what != GlobalAccess::Read);
+        FaultKind::GlobalRace {
+            address,
+            what: kind.name(),
+            this: by.site(),
+            other_what: other_what.name(),
+            other: Site { lane, location: location(place) },
+            other_block: None,
+        }
+    }
+
+    /// The record of part `part` of 16 bytes.
+    fn cell<'a>(&'a self, granule: &'a Granule, part: usize) -> &'a Cell {
+        match granule.parts {
+            0 => &granule.cell,
+            parts => &self.parts[parts as usize - 1][part],
+        }
     }
 
     #[inline]
     fn page(&mut self, number: u64) -> usize {
         let (recent, page) = self.recent[number as usize % RECENT];
-        if recent == number && number != 0 && self.pages[page].begin == self.begin {
-            return page;
-        }
-        self.find_page(number)
+        if recent == number && number != 0 { page } else { self.find_page(number) }
     }
 
     #[cold]
@@ -190,10 +239,7 @@ impl GlobalMemory {
 
     /// The last access of a kind to part `part` of a granule, by a block.
     fn last(&self, block: u32, granule: &Granule, part: usize, is_read: bool) -> Last {
-        let cell = match granule.parts {
-            0 => &granule.cell,
-            parts => &self.parts[parts as usize - 1][part],
-        };
+        let cell = self.cell(granule, part);
         if is_read {
             Last { block, lane: who(cell.read, false), place: cell.read_place }
         } else {
@@ -202,65 +248,53 @@ impl GlobalMemory {
     }
 }
 
-/// An access to be checked against a cell.
+/// An access to be checked against a cell, of which every stamp is of the blocks that run.
 #[derive(Clone, Copy)]
 struct Check<'a> {
     kind: GlobalAccess,
-    begin: Time,
     warps: usize,
-    by: Access<'a>,
+    by: &'a Access<'a>,
 }
 
 impl Check<'_> {
-    #[inline]
-    fn cell(&self, cell: &mut Cell, address: u64) -> Result<(), FaultKind> {
+    /// What the access races with: the last write, or a read since.
+    #[inline(always)]
+    fn other(&self, cell: &Cell) -> Option<GlobalAccess> {
         let (by, warps) = (self.by, &(0..self.warps));
         let both_atomic = self.kind == GlobalAccess::Atomic && cell.write.lane() == ATOMIC;
-        if cell.write.time() >= self.begin && !both_atomic && !by.knows_write(cell.write, warps) {
-            let what = if cell.write.lane() == ATOMIC { "atomic" } else { "write" };
-            return Err(self.race(address, what, who(cell.write, true), cell.write_place));
+        if !cell.write.is_none() && !both_atomic && !by.knows_write(cell.write, warps) {
+            return Some(GlobalAccess::Write);
         }
+        if self.kind != GlobalAccess::Read
+            && !cell.read.is_none()
+            && !by.knows_read(cell.read, warps)
+        {
+            return Some(GlobalAccess::Read);
+        }
+        None
+    }
+
+    #[inline(always)]
+    fn record(&self, cell: &mut Cell) {
+        let by = self.by;
         if self.kind == GlobalAccess::Read {
-            let new = by.stamp();
-            if cell.read.time() < self.begin {
-                cell.read = new;
-            } else if cell.read == new {
-                return Ok(());
-            } else {
-                cell.read = merged(cell.read, new, by, warps);
+            if by.is_in(cell.read) {
+                return;
             }
+            cell.read = match cell.read.is_none() {
+                true => by.stamp(),
+                false => merged(cell.read, by.stamp(), by, &(0..self.warps)),
+            };
             cell.read_place = place(by.location);
-            return Ok(());
+            return;
         }
-        if cell.read.time() >= self.begin && !by.knows_read(cell.read, warps) {
-            return Err(self.race(address, "read", who(cell.read, false), cell.read_place));
-        }
-        // What happens after this write happens after those reads too; but who read is still
-        // asked for when the block ends.
+        // What happens after this write happens after the reads before it too; but who read is
+        // still asked for when the block ends.
         cell.write = match self.kind {
             GlobalAccess::Atomic => Stamp::new(by.now, ATOMIC),
             _ => by.stamp(),
         };
         cell.write_place = place(by.location);
-        Ok(())
-    }
-
-    #[cold]
-    fn race(
-        &self,
-        address: u64,
-        other_what: &'static str,
-        lane: u32,
-        place: PackedPlace,
-    ) -> FaultKind {
-        FaultKind::GlobalRace {
-            address,
-            what: self.kind.name(),
-            this: self.by.site(),
-            other_what,
-            other: Site { lane, location: location(place) },
-            other_block: None,
-        }
     }
 }
 
@@ -343,6 +377,11 @@ impl BetweenBlocks {
 /// Parts of 16 bytes where a block and others before it did what must be ordered, and what.
 fn conflict(granule: &Granule, others: &Summary) -> Option<(u8, GlobalAccess, GlobalAccess)> {
     use GlobalAccess::{Atomic, Read, Write};
+    // Hardly ever anything: most memory is only read, or accessed by one block.
+    let (written, by_others) = (granule.written | granule.updated, others.written | others.updated);
+    if written & (by_others | others.read) | granule.read & by_others == 0 {
+        return None;
+    }
     let conflicts = [
         (granule.written & others.written, Write, Write),
         (granule.written & others.updated, Write, Atomic),

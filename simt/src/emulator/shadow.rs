@@ -71,6 +71,10 @@ impl Stamp {
     pub fn lane(self) -> u16 {
         self.0 as u16
     }
+    #[inline]
+    pub fn is_none(self) -> bool {
+        self.0 == 0
+    }
 }
 
 /// Source location as a distance from [`ORIGIN`], half the size of a pointer; 0 is none.
@@ -111,6 +115,19 @@ impl Access<'_> {
     pub(super) fn stamp(&self) -> Stamp {
         let is_agent = usize::from(self.warp()) >= MAX_WARPS && self.now != PENDING;
         Stamp::new(self.now | if is_agent { OF_AGENT } else { 0 }, self.lane)
+    }
+
+    /// Whether a stamp of reads stands for this read already: for its lane, for several of its
+    /// warp, or for several warps with its own, at this time.
+    #[inline]
+    pub(super) fn is_in(&self, read: Stamp) -> bool {
+        let several_of = |warps: u16| warps & (SEVERAL_LANES | SEVERAL_WARPS) == SEVERAL_WARPS;
+        read == self.stamp()
+            || read == Stamp::new(self.now, SEVERAL_LANES | self.warp())
+            || (read.0 >> 16 == u64::from(self.now)
+                && several_of(read.lane())
+                && usize::from(self.warp()) < MAX_WARPS
+                && read.lane() >> (self.warp() / 4) & 1 != 0)
     }
 
     pub(super) fn site(&self) -> Site {
@@ -295,7 +312,7 @@ impl SharedMemory {
             reads.fill(new);
         } else {
             for read in reads {
-                *read = merged(*read, new, by, &warps);
+                *read = merged(*read, new, &by, &warps);
             }
         }
         self.read_places[cells].fill(place(by.location));
@@ -445,7 +462,7 @@ fn cells(offset: u32, bytes: u32) -> Range<usize> {
 /// The stamp that stands for an earlier read and a new one, of memory of the block that has
 /// these warps.
 #[inline]
-pub(super) fn merged(old: Stamp, new: Stamp, by: Access<'_>, warps: &Range<usize>) -> Stamp {
+pub(super) fn merged(old: Stamp, new: Stamp, by: &Access<'_>, warps: &Range<usize>) -> Stamp {
     // Whoever is ordered after the new read is then ordered after the old one too.
     if by.knows_read(old, warps) {
         return new;

@@ -3,8 +3,6 @@
 
 use std::collections::VecDeque;
 
-use half::{bf16, f16};
-
 use super::{
     block::{Block, LaneState, fenced},
     clock::{Agent, Clock, Time},
@@ -15,7 +13,7 @@ use super::{
     shadow::{Access, window},
     tensor_map::swizzle,
 };
-use crate::hardware::FULL_MASK;
+use crate::hardware::{FULL_MASK, widen_f16};
 
 /// Lanes of a warpgroup.
 const LANES: usize = 128;
@@ -312,7 +310,7 @@ fn compute(b: &mut Block, group: usize, index: usize) -> Result<(), FaultKind> {
     let mut values = std::mem::take(&mut r.values);
     let (columns, depth, at) = (common.columns, common.steps * STEP, common.at);
     let widen = |bits: u16| {
-        if common.bf16 { bf16::from_bits(bits).to_f32() } else { f16::from_bits(bits).to_f32() }
+        if common.bf16 { f32::from_bits(u32::from(bits) << 16) } else { widen_f16(bits) }
     };
 
     // A [ROWS, depth] and B [depth, columns].
