@@ -13,8 +13,10 @@ use flash_attention::{
     verify::{Differences, Yardstick},
 };
 
+/// Two heads of 32: the least that tells heads apart, with rows that are still whole chunks. Larger
+/// head dims are those of `tests/edges.rs`, larger projections those of `tests/linear.rs`.
 const HEADS: usize = 2;
-const HIDDEN: usize = 128;
+const HIDDEN: usize = 64;
 const DROPOUT: f32 = 0.2;
 /// Draws over which the textbook's worst error is taken.
 const SEEDS: u64 = 4;
@@ -236,7 +238,8 @@ fn the_oracle_is_the_textbook() {
 }
 
 /// Weights come from memory or are computed again: both are those of the textbook, by the 2x
-/// rule.
+/// rule. What computes them again takes a kernel's LSE alone, of which one case of several tiles tells
+/// enough: the others run with the kernels that keep weights, and with one that does not.
 #[test]
 fn weights_are_those_of_the_textbook_with_every_kernel() {
     suite::on_every_core(dtypes_and(evaluated()), |(dtype, case)| {
@@ -252,7 +255,10 @@ fn weights_are_those_of_the_textbook_with_every_kernel() {
         let session = Session::new(suite::emulator());
         let module = MultiHeadAttention::new(&session, &draw.weights, HEADS).unwrap();
         let pass = Pass { weights: true, ..case.pass };
-        for kernel in KERNELS.iter().filter(|k| k.dtypes.contains(&dtype)) {
+        let kept = |k: &&KernelSpec| {
+            k.limits.features.weights || k.name == "flash_tiled" || case.name == "causal"
+        };
+        for kernel in KERNELS.iter().filter(|k| k.dtypes.contains(&dtype)).filter(kept) {
             let mask = draw.mask.as_deref();
             let (outputs, _) = module.forward(kernel, &draw.x, mask, &pass).unwrap();
             let weights = outputs.weights.unwrap();
