@@ -172,7 +172,8 @@ fn textbook(case: &Case, draw: &Draw, plain: bool) -> (Vec<f64>, Vec<f64>) {
     let dtype = draw.x.dtype();
     let round = |x: f64| if plain { dtype.round(x) } else { x };
     let f32 = |x: f64| if plain { DType::F32.round(x) } else { x };
-    let d = HIDDEN / HEADS;
+    // An f32, as 1 / sqrt(D) is kept.
+    let (d, scale) = (HIDDEN / HEADS, f64::from(case.problem(dtype).scale()));
     let tokens = draw.x.len() / HIDDEN;
     let project = |from: &[f64], index: usize| -> Vec<f64> {
         let linear = &draw.weights.projections()[index];
@@ -199,7 +200,7 @@ fn textbook(case: &Case, draw: &Draw, plain: bool) -> (Vec<f64>, Vec<f64>) {
                 return 0.0;
             }
             let s = (0..d).fold(0.0, |sum, e| f32(sum + q[at(i) + e] * k[at(j) + e]));
-            f32(round(s / (d as f64).sqrt()).exp())
+            f32(round(s * scale).exp())
         };
         let weights: Vec<f64> = (0..seq).map(weight).collect();
         let sum = weights.iter().fold(0.0, |sum, weight| f32(sum + weight));
