@@ -171,8 +171,11 @@ impl Case {
     }
 }
 
+/// A value, or the place where it is being computed.
+type Cell<T> = Arc<OnceLock<Arc<T>>>;
+
 /// What takes long to compute, once for each name.
-pub struct Known<T>(LazyLock<Mutex<HashMap<String, Arc<OnceLock<Arc<T>>>>>>);
+pub struct Known<T>(LazyLock<Mutex<HashMap<String, Cell<T>>>>);
 
 impl<T> Known<T> {
     pub const fn new() -> Self {
