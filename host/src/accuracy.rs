@@ -1,11 +1,11 @@
 //! A kernel's outputs against attention in f64, as results record it.
 
 use flash_attention::{
-    DType, Problem, Tensor,
+    DType, Layout, Problem, Tensor,
     module::oracle as module_oracle,
     oracle::{self, Rows},
-    session::{Inputs, Outputs},
-    verify::{Credit, Differences, Verification, Yardstick},
+    session::{Gradients, Inputs, Outputs},
+    verify::{Credit, Differences, GradientCredit, GradientVerification, Verification, Yardstick},
 };
 
 use crate::{
@@ -92,6 +92,118 @@ impl Oracle {
         }
         index
     }
+}
+
+/// The right gradients of some heads of K and V and of the heads of Q that share them, and how wrong
+/// the plain algorithm is.
+pub struct GradientOracle {
+    problem: Problem,
+    heads: Vec<usize>,
+    reference: oracle::Gradients,
+    credit: GradientCredit,
+}
+
+impl GradientOracle {
+    /// Computes in f64 as many heads as have `rows` rows together, spread over the problem. Of one
+    /// that has more, as many rows of dO are left, and the others made 0: they then add nothing to
+    /// any gradient, which takes no time to compute.
+    #[must_use]
+    pub fn new(problem: &Problem, inputs: &Inputs<'_>, d_o: &mut Tensor, rows: usize) -> Self {
+        let of_head = problem.group() * problem.seq_q();
+        let all = oracle::all_heads(problem);
+        let count = (rows / of_head).clamp(1, all.len());
+        let heads = Self::spread(&all, count);
+        if rows < of_head && problem.varlen().is_none() {
+            thin(problem, d_o, heads[0], rows);
+        }
+        let reference = oracle::gradients(problem, inputs, d_o, &heads);
+        let credit = GradientCredit::of(problem, inputs, d_o, &heads, &reference);
+        Self { problem: *problem, heads, reference, credit }
+    }
+
+    /// `count` of some heads, evenly apart.
+    #[must_use]
+    pub fn spread(heads: &[usize], count: usize) -> Vec<usize> {
+        let last = count.saturating_sub(1).max(1);
+        (0..count).map(|i| heads[i * (heads.len() - 1) / last]).collect()
+    }
+
+    /// How many rows of Q can be compared with about so many multiplications.
+    #[must_use]
+    pub fn affordable_rows(problem: &Problem, multiplications: usize) -> usize {
+        (multiplications / (5 * problem.seq_k() * problem.head_dim()).max(1)).max(64)
+    }
+
+    /// Compares dQ, dK and dV.
+    #[must_use]
+    pub fn checks(
+        &self,
+        kernel: &str,
+        inputs: &Inputs<'_>,
+        gradients: &Gradients,
+        threshold: Option<f64>,
+    ) -> Vec<Check> {
+        let Self { problem: p, heads, reference, credit } = self;
+        let v = GradientVerification::new(p, inputs, gradients, heads, reference, *credit);
+        let check_of = |(name, differences, plain): (&str, &Differences, Yardstick)| {
+            let tensor = name.to_lowercase();
+            let elements = match tensor.as_str() {
+                "dq" => p.q_elements(),
+                "dk" => p.k_elements(),
+                _ => p.v_elements(),
+            };
+            Check {
+                kernel: kernel.into(),
+                level: Level::Backward,
+                seq: p.seq_q(),
+                dtype: p.dtype(),
+                elements: elements as u64,
+                worst_index: gradient_index(p, heads, &tensor, differences.worst.index),
+                tensor,
+                ..check(differences, plain, threshold)
+            }
+        };
+        v.each().map(check_of).collect()
+    }
+
+    /// Compares dQ alone.
+    #[must_use]
+    pub fn check_dq(&self, kernel: &str, inputs: &Inputs<'_>, dq: Tensor) -> Check {
+        let zeros = |shape: [usize; 4]| Tensor::zeros(dq.dtype(), &shape);
+        let (dk, dv) = (zeros(self.problem.k_shape()), zeros(self.problem.v_shape()));
+        let gradients = Gradients { dq, dk, dv, d_bias: None, d_sinks: None };
+        self.checks(kernel, inputs, &gradients, None).swap_remove(0)
+    }
+}
+
+/// Leaves `rows` rows of dO of the heads of Q that share a head of K, and makes the others 0.
+fn thin(p: &Problem, d_o: &mut Tensor, head: usize, rows: usize) {
+    let (b, h_kv) = (head / p.kv_heads(), head % p.kv_heads());
+    let (all, row_bytes) = (p.group() * p.seq_q(), p.head_dim_v() * p.dtype().size());
+    let kept = |row: usize| (row + 1) * rows / all > row * rows / all;
+    for row in (0..all).filter(|&row| !kept(row)) {
+        let (h, i) = (h_kv * p.group() + row / p.seq_q(), row % p.seq_q());
+        let at = match p.layout() {
+            Layout::HeadsFirst => (b * p.heads() + h) * p.seq_q() + i,
+            Layout::TokensFirst => (b * p.seq_q() + i) * p.heads() + h,
+        };
+        d_o.as_bytes_mut()[at * row_bytes..][..row_bytes].fill(0);
+    }
+}
+
+/// `[b, h, i, d]` of an element of some heads' `dq`, `dk` or `dv`; of packed sequences its place among
+/// those compared.
+#[must_use]
+pub fn gradient_index(p: &Problem, heads: &[usize], tensor: &str, element: usize) -> Vec<usize> {
+    if p.varlen().is_some() {
+        return vec![element];
+    }
+    let (group, seq) = if tensor == "dq" { (p.group(), p.seq_q()) } else { (1, p.seq_k()) };
+    let width = if tensor == "dv" { p.head_dim_v() } else { p.head_dim() };
+    let (row, d) = (element / width, element % width);
+    let (head, of_head) = (heads[row / (group * seq)], row % (group * seq));
+    let h = head % p.kv_heads() * group + of_head / seq;
+    vec![head / p.kv_heads(), h, of_head % seq, d]
 }
 
 /// The right answer for some tokens of a module's output, and how wrong the plain algorithm

@@ -7,7 +7,7 @@ use flash_attention::{
     CpuDevice, DType, Problem,
     backend::gpu::{GpuDescription, describe_all},
     ptx,
-    registry::{KERNELS, LINEAR_KERNELS, Target, best_for},
+    registry::{AttentionLimits, Backward, KERNELS, Operation, Projection, Spec, Target, best_for},
 };
 
 use crate::{
@@ -124,29 +124,40 @@ fn chosen(target: &Target) -> String {
     }
 }
 
-/// A line for each kernel of attention and of projections: the module that it comes from, or
-/// why it cannot run.
+/// A line for each kernel of attention, of its gradients and of projections: the module that it
+/// comes from, or why it cannot run.
 fn kernels(target: &Target) -> String {
-    let attention = KERNELS.iter().map(|k| {
-        let has = format!("{}; head dims: {}", list(k.dtypes), k.limits.head_dims());
-        (k.name, k.summary, has, k.runs_on(target), module(k.capability, k.exact_capability))
-    });
-    let linear = LINEAR_KERNELS.iter().map(|k| {
-        let module = module(k.capability, k.exact_capability);
-        (k.name, k.summary, list(k.dtypes), k.runs_on(target), module)
-    });
-    let all: Vec<_> = attention.chain(linear).collect();
-    let width = all.iter().map(|k| k.0.len()).max().unwrap_or(0);
+    let head_dims = |limits: &AttentionLimits| format!("; head dims: {}", limits.head_dims());
+    let all = [
+        of_operation::<Problem>(target, head_dims),
+        of_operation::<Backward>(target, head_dims),
+        of_operation::<Projection>(target, |()| String::new()),
+    ]
+    .concat();
+    let width = all.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let mut text = String::new();
-    for (name, summary, has, runs, module) in all {
-        let what = match (runs, module) {
-            (Err(unsupported), _) => format!("no: {}", unsupported.reason),
-            (Ok(()), None) => "no: this build has no PTX for it".into(),
-            (Ok(()), Some(module)) => format!("yes, from {module}: {summary}; {has}"),
-        };
+    for (name, what) in all {
         let _ = writeln!(text, "  {name:width$}  {what}");
     }
     text
+}
+
+/// Name of each kernel of an operation, and what it is or why it cannot run.
+fn of_operation<P: Operation>(
+    target: &Target,
+    has: impl Fn(&P::Limits) -> String,
+) -> Vec<(&'static str, String)> {
+    let line = |k: &'static Spec<P>| {
+        let what = match (k.runs_on(target), module(k.capability, k.exact_capability)) {
+            (Err(unsupported), _) => format!("no: {}", unsupported.reason),
+            (Ok(()), None) => "no: this build has no PTX for it".into(),
+            (Ok(()), Some(module)) => {
+                format!("yes, from {module}: {}; {}{}", k.summary, list(k.dtypes), has(&k.limits))
+            }
+        };
+        (k.name, what)
+    };
+    P::kernels().iter().map(line).collect()
 }
 
 fn list<T: ToString>(values: &[T]) -> String {
@@ -196,6 +207,7 @@ mod tests {
         for part in ["GPU 1: A GPU", "80.0 GiB", "79.0 GiB free", "227 KiB", "CUDA 13.0", "580.1"] {
             assert!(text.contains(part), "{part}: {text}");
         }
+        let all = KERNELS.len() + Backward::kernels().len() + Projection::kernels().len();
         if !ptx::modules().is_empty() {
             let naive = text.lines().find(|line| line.trim_start().starts_with("naive")).unwrap();
             assert!(
@@ -205,7 +217,7 @@ mod tests {
         }
         assert_eq!(
             text.lines().filter(|line| line.contains("no: ")).count(),
-            if ptx::modules().is_empty() { KERNELS.len() + LINEAR_KERNELS.len() } else { 0 }
+            if ptx::modules().is_empty() { all } else { 0 }
         );
     }
 

@@ -18,7 +18,8 @@ pub const RUN: &str = "\
 Examples:
   flash-attention run --input qkv.safetensors --output o.safetensors --causal
   flash-attention run --input qkvo.safetensors --check --kernel flash_mma
-  flash-attention run --input x.safetensors --weights w.safetensors --heads 12 --check";
+  flash-attention run --input x.safetensors --weights w.safetensors --heads 12 --check
+  flash-attention run --backward --input qkv_do.safetensors --output gradients.safetensors";
 
 /// Below the options of `report`.
 pub const REPORT: &str = "\
@@ -41,6 +42,7 @@ const COMPARE: &str = "\
 Examples:
   flash-attention compare --seq 512,1024 --kernels naive,flash_tiled --level attention
   flash-attention compare --causal --dtype bf16 --report out
+  flash-attention compare --level backward --kernels backward_mma,backward_hopper
   flash-attention compare --json - | jq '.rows[].median_ms'";
 
 const VERIFY: &str = "\

@@ -52,6 +52,12 @@ impl Tensors {
     }
 }
 
+/// The gradient of O, from the normal distribution.
+#[must_use]
+pub fn gradient_of_o(problem: &Problem, seed: u64) -> Tensor {
+    beside(problem.dtype(), &problem.o_shape(), seed, 4)
+}
+
 /// Where packed sequences of random lengths begin in Q and in K: each has from one to the given number
 /// of rows, and as many keys as rows if those numbers are the same.
 #[must_use]

@@ -5,9 +5,10 @@ use std::fmt;
 use anyhow::Result;
 use clap::Args;
 use flash_attention::{
-    Alibi, DType, Dropout, Problem, Varlen, Window,
+    Alibi, DType, Dropout, Error, Problem, Varlen, Window,
+    error::Unsupported,
     problem::head_dim_of,
-    registry::{self, KERNELS, KernelSpec, Operation as _, Target},
+    registry::{Operation as _, Target},
 };
 
 use crate::{
@@ -15,6 +16,7 @@ use crate::{
     inputs::cu_seqlens,
     machine::DeviceChoice,
     results::{Level, LevelChoice, Options},
+    subject::{Kernel, Kind, kind},
     values,
 };
 
@@ -76,7 +78,10 @@ pub struct ProblemArgs {
     /// Drop attention weights with this probability
     #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = values::number)]
     pub dropout: f32,
-    /// Kernels by name, separated by commas; every kernel unless given
+    /// Ask for gradients with the same bits each time (--level backward)
+    #[arg(long)]
+    pub deterministic: bool,
+    /// Kernels by name, separated by commas; every kernel of the level unless given
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = values::kernel())]
     pub kernels: Option<Vec<String>>,
     /// Where to run: auto (a GPU if there is one), gpu, gpu:1 (a certain one) or cpu
@@ -136,6 +141,10 @@ impl ProblemArgs {
             let reason = format!("{option} is not for the module: add --level attention");
             return Err(Usage(reason).into());
         }
+        if self.deterministic && !level.covers(Level::Backward) {
+            let reason = "--deterministic is for gradients: add --level backward";
+            return Err(Usage(reason.into()).into());
+        }
         let heads = self.heads.unwrap_or(defaults.heads);
         let head_dim = match (self.head_dim, self.hidden) {
             (Some(head_dim), _) => head_dim,
@@ -175,8 +184,14 @@ impl ProblemArgs {
         seq.iter().map(problem).collect()
     }
 
-    /// The kernels, in the order of the ladder or as they were asked for. One that can do none of
-    /// the problems is among them, as long as another can do one.
+    /// What is run at a level.
+    #[must_use]
+    pub fn kind(&self, level: Level) -> &'static dyn Kind {
+        kind(level, self.deterministic)
+    }
+
+    /// The kernels of the levels, which all have the same, in the order of the ladder or as they were
+    /// asked for. One that can do none of the problems is among them, as long as another can do one.
     ///
     /// # Errors
     /// An unknown kernel; one that is listed twice; or no kernel that can do any problem.
@@ -184,35 +199,52 @@ impl ProblemArgs {
         &self,
         problems: &[Problem],
         target: &Target,
-    ) -> Result<Vec<&'static KernelSpec>> {
-        let mut kernels: Vec<&'static KernelSpec> = Vec::new();
+        levels: LevelChoice,
+    ) -> Result<Vec<Kernel>> {
+        let Some(kind) = levels.levels().next().map(|level| self.kind(level)) else {
+            return Ok(Vec::new());
+        };
+        let all = kind.kernels();
+        let mut kernels: Vec<Kernel> = Vec::new();
         match &self.kernels {
-            None => kernels.extend(KERNELS),
+            None => kernels.extend(&all),
             Some(names) => {
                 for name in names {
-                    let kernel = registry::find(name)?;
+                    let Some(kernel) = all.iter().find(|kernel| kernel.name == name) else {
+                        let level = kind.level();
+                        let known = all.iter().map(|kernel| kernel.name).collect::<Vec<_>>();
+                        let known = known.join(", ");
+                        let reason =
+                            format!("{name} is no kernel of --level {level}: it has {known}");
+                        return Err(Usage(reason).into());
+                    };
                     if kernels.iter().any(|k| k.name == kernel.name) {
                         let reason = format!("kernel {name} is listed twice: list it once");
                         return Err(Usage(reason).into());
                     }
-                    kernels.push(kernel);
+                    kernels.push(*kernel);
                 }
             }
         }
+        let supports =
+            |kernel: &Kernel, problem| match kind.needed_bytes(kernel.name, problem, target) {
+                Err(Error::Unsupported(obstacle)) => Err(obstacle),
+                _ => Ok(()),
+            };
         let obstacles =
-            || kernels.iter().flat_map(|k| problems.iter().map(|p| k.supports(p, target)));
+            || kernels.iter().flat_map(|k| problems.iter().map(move |p| supports(k, p)));
         if obstacles().all(|obstacle| obstacle.is_err()) {
             if self.kernels.is_none() {
                 problems.iter().try_for_each(Problem::check_sizes)?;
             }
-            obstacles().collect::<Result<(), _>>()?;
+            obstacles().collect::<Result<(), Unsupported>>()?;
         }
         Ok(kernels)
     }
 
     /// What results record of the problems that are run.
     #[must_use]
-    pub fn recorded(&self, problems: &[Problem], kernels: &[&KernelSpec]) -> Options {
+    pub fn recorded(&self, problems: &[Problem], kernels: &[Kernel]) -> Options {
         let Some(first) = problems.first() else { return Options::default() };
         Options {
             seq: problems.iter().map(Problem::seq_q).collect(),
@@ -220,6 +252,7 @@ impl ProblemArgs {
             problem: first.into(),
             kernels: kernels.iter().map(|k| k.name.to_owned()).collect(),
             seed: self.seed,
+            deterministic: self.deterministic,
             ..Options::default()
         }
     }

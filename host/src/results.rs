@@ -111,6 +111,8 @@ pub struct Options {
     pub level: LevelChoice,
     /// Whether PyTorch was run beside the kernels.
     pub peers: bool,
+    /// Whether gradients with the same bits each time were asked for.
+    pub deterministic: bool,
 }
 
 impl fmt::Display for Options {
@@ -123,7 +125,8 @@ impl fmt::Display for Options {
             None => write!(f, "batch {batch}")?,
         }
         write!(f, ", heads {heads}, head dim {head_dim} (hidden {hidden}), {dtype}")?;
-        write!(f, "{}", self.problem.features())
+        write!(f, "{}", self.problem.features())?;
+        if self.deterministic { f.write_str(", deterministic") } else { Ok(()) }
     }
 }
 
@@ -267,6 +270,8 @@ pub enum LevelChoice {
     Module,
     /// Both.
     Both,
+    /// The gradients of attention: dQ, dK and dV.
+    Backward,
 }
 
 impl fmt::Display for LevelChoice {
@@ -275,6 +280,7 @@ impl fmt::Display for LevelChoice {
             Self::Attention => "attention",
             Self::Module => "module",
             Self::Both => "both",
+            Self::Backward => "backward",
         })
     }
 }
@@ -282,7 +288,7 @@ impl fmt::Display for LevelChoice {
 impl LevelChoice {
     /// The levels covered.
     pub fn levels(self) -> impl Iterator<Item = Level> {
-        [Level::Attention, Level::Module].into_iter().filter(move |&level| self.covers(level))
+        Level::ALL.into_iter().filter(move |&level| self.covers(level))
     }
 
     /// Whether a level is covered.
@@ -290,7 +296,9 @@ impl LevelChoice {
     pub const fn covers(self, level: Level) -> bool {
         matches!(
             (self, level),
-            (Self::Both, _) | (Self::Attention, Level::Attention) | (Self::Module, Level::Module)
+            (Self::Both | Self::Attention, Level::Attention)
+                | (Self::Both | Self::Module, Level::Module)
+                | (Self::Backward, Level::Backward)
         )
     }
 }
@@ -304,6 +312,13 @@ pub enum Level {
     Attention,
     /// The whole forward pass of the module.
     Module,
+    /// The gradients of attention.
+    Backward,
+}
+
+impl Level {
+    /// Every level, in the order in which a run takes them.
+    pub const ALL: [Self; 3] = [Self::Attention, Self::Module, Self::Backward];
 }
 
 impl fmt::Display for Level {
@@ -311,6 +326,7 @@ impl fmt::Display for Level {
         f.pad(match self {
             Self::Attention => "attention",
             Self::Module => "module",
+            Self::Backward => "backward",
         })
     }
 }
@@ -395,7 +411,7 @@ pub struct Row {
     pub needed_bytes: Option<u64>,
     /// Memory that was free then; on `oom` rows.
     pub free_bytes: Option<u64>,
-    /// Median time of `naive` divided by this one's.
+    /// Median time of `naive`, or of `backward_naive`, divided by this one's.
     pub speedup: Option<f64>,
     /// Share of `naive`'s peak memory that this one does without; negative if it needs more.
     pub memory_saved: Option<f64>,
@@ -403,7 +419,7 @@ pub struct Row {
     pub speedup_standard: Option<f64>,
     /// Share of `standard`'s peak memory that this one does without.
     pub memory_saved_standard: Option<f64>,
-    /// Largest absolute difference of O, or of a module's y, from the f64 oracle, over the rows
+    /// Largest absolute difference of O, of a module's y or of dQ from the f64 oracle, over the rows
     /// compared.
     pub max_abs_err: Option<f64>,
     /// Whether times are those of the emulator: the algorithm, not GPU speed.
@@ -439,6 +455,8 @@ pub struct Row {
     pub mask: bool,
     /// Probability that a weight is dropped.
     pub dropout: f32,
+    /// Whether gradients with the same bits each time were asked for.
+    pub deterministic: bool,
 }
 
 impl Row {
@@ -447,7 +465,7 @@ impl Row {
     pub const fn parameter_bytes(&self) -> u64 {
         let hidden = (self.heads * self.head_dim) as u64;
         match self.level {
-            Level::Attention => 0,
+            Level::Attention | Level::Backward => 0,
             Level::Module => 4 * (hidden * hidden + hidden) * self.dtype.size() as u64,
         }
     }
@@ -465,7 +483,7 @@ pub struct Check {
     /// Storage type.
     #[serde(with = "text")]
     pub dtype: DType,
-    /// `o` or `lse`; `y` for the output of a module.
+    /// `o` or `lse`; `y` for the output of a module; `dq`, `dk` or `dv`.
     pub tensor: String,
     /// Elements compared.
     pub compared: u64,

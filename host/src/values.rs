@@ -3,7 +3,10 @@
 use std::num::IntErrorKind;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use flash_attention::{DType, Window, registry::KERNELS};
+use flash_attention::{
+    DType, Window,
+    registry::{BACKWARD_KERNELS, KERNELS},
+};
 
 /// A count of something that there must be one of.
 pub fn count(text: &str) -> Result<usize, String> {
@@ -85,14 +88,18 @@ pub fn dtype(text: &str) -> Result<DType, String> {
     text.parse().map_err(|_| "use f32, f16 or bf16".to_owned())
 }
 
+fn kernels() -> impl Iterator<Item = &'static str> {
+    KERNELS.iter().map(|k| k.name).chain(BACKWARD_KERNELS.iter().map(|k| k.name))
+}
+
 /// A kernel by name.
 pub fn kernel() -> impl TypedValueParser<Value = String> {
-    PossibleValuesParser::new(KERNELS.iter().map(|kernel| kernel.name))
+    PossibleValuesParser::new(kernels())
 }
 
 /// A kernel by name, or `best`.
 pub fn kernel_or_best() -> impl TypedValueParser<Value = String> {
-    PossibleValuesParser::new(["best"].into_iter().chain(KERNELS.iter().map(|k| k.name)))
+    PossibleValuesParser::new(["best"].into_iter().chain(kernels()))
 }
 
 #[cfg(test)]

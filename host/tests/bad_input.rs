@@ -93,6 +93,19 @@ fn impossible_values_are_named() {
         (&["--softcap", "0"], "softcap = 0 is not possible: it must be above 0"),
         (&["--softcap", "inf"], "softcap = inf is not possible"),
         (&["--level", "tokens"], "'tokens'"),
+        (&["--deterministic"], "--deterministic is for gradients: add --level backward"),
+        (
+            &["--level", "backward", "--kernels", "naive"],
+            "naive is no kernel of --level backward: it has backward_naive, ",
+        ),
+        (
+            &["--kernels", "backward_mma"],
+            "backward_mma is no kernel of --level attention: it has naive, ",
+        ),
+        (
+            &["--level", "backward", "--kernels", "backward_mma", "--dtype", "f32"],
+            "backward_mma does not support f32",
+        ),
         (&["--device", "tpu"], "use auto, gpu, gpu:1 or cpu"),
         (&["--device", "gpu:-1"], "use auto, gpu, gpu:1 or cpu"),
         (&["--device", "gpu"], "no GPU: "),
@@ -123,6 +136,10 @@ fn values_of_one_command_are_checked_too() {
             "[possible values: math, efficient, flash, cudnn, flex, flash_attn, ",
         ),
         (&["compare", "--peers=cudnn"], "--peers cudnn: those here are math, flash"),
+        (
+            &["compare", "--level", "backward", "--peers"],
+            "--peers is for the forward pass: leave out --level backward",
+        ),
         (&["compare", "--timeout", "0"], "use a number of seconds from 0.001"),
         (&["compare", "--csv", "/no/such/folder/a.csv"], "cannot be written"),
         (&["compare", "--report", "/dev/null/folder"], "cannot be written"),

@@ -3,7 +3,11 @@
 mod common;
 
 use common::{host, run, with_gpu};
-use flash_attention::{DType, Window, problem::Sequence, registry::KERNELS};
+use flash_attention::{
+    DType, Window,
+    problem::Sequence,
+    registry::{BACKWARD_KERNELS, KERNELS},
+};
 use host::{
     inputs, output,
     results::{Level, LevelChoice, Results, SCHEMA, Status},
@@ -199,6 +203,46 @@ fn one_kernel_that_cannot_stops_no_other() {
     }
 }
 
+/// Rows as those of the forward pass, with dQ, dK and dV checked: every feature, and a sample.
+#[test]
+fn gradients_are_measured_and_verified() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("a.json");
+    let small = ["--level", "backward", "--seq", "40", "--batch", "1", "--heads", "4"];
+    let features =
+        ["--kv-heads", "2", "--causal", "--softcap", "5", "--sinks", "--alibi", "--deterministic"];
+    let (code, stdout, stderr) = run(host()
+        .arg("compare")
+        .args(small)
+        .args(features)
+        .args(["--head-dim", "64", "--iters", "1", "--seq-k", "50", "--json"])
+        .arg(&json));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert!(stdout.contains("N = 40, backward") && stdout.contains("deterministic"), "{stdout}");
+    let results = Results::read_json(&json).unwrap();
+    let names: Vec<_> = results.rows.iter().map(|row| row.kernel.as_str()).collect();
+    assert_eq!(names, BACKWARD_KERNELS.iter().map(|k| k.name).collect::<Vec<_>>());
+    // Causal: half of all, by convention.
+    let pairs = 40 * 50 / 2;
+    for row in &results.rows {
+        assert_eq!((row.status, row.level), (Status::Ok, Level::Backward), "{row:?}");
+        assert_eq!(row.flops, 2.5 * (4 * 4 * 64 * pairs) as f64);
+        assert!(row.deterministic && row.peak_bytes == row.needed_bytes && row.tflops.is_some());
+        assert!(row.max_abs_err.is_some() && row.speedup.is_some());
+    }
+    assert_eq!(results.rows[0].speedup, Some(1.0));
+    let tensors: Vec<_> = results.checks.iter().map(|check| check.tensor.as_str()).collect();
+    assert_eq!(tensors, ["dq", "dk", "dv"].repeat(BACKWARD_KERNELS.len()));
+    assert!(results.checks.iter().all(|c| c.passed() && c.compared == c.elements));
+
+    // Half a head: dO is 0 in its other rows.
+    let (code, stdout, _) =
+        run(host().arg("verify").args(small).args(["--rows", "20", "--mask", "--dropout", "0.1"]));
+    assert_eq!(code, 0, "{stdout}");
+    assert!(stdout.contains("1 of 4 heads of K and V compared"), "{stdout}");
+    assert!(stdout.contains("every kernel that ran is right"), "{stdout}");
+}
+
 /// Where memory suffices for nothing, nothing is right or wrong, and nothing was done.
 #[test]
 fn nothing_that_ran_is_no_success_and_no_verdict() {
@@ -253,10 +297,10 @@ fn a_launch_that_takes_too_long_ends_the_run() {
     let on_gpu = with_gpu("9.0", 1 << 30);
     for mut program in [Some(host()), on_gpu].into_iter().flatten() {
         // Seconds for a launch that takes milliseconds, and for one that takes minutes.
-        program.args(["compare", "--timeout", "10"]).args(long).args(rest).arg(&json);
+        program.args(["compare", "--timeout", "3"]).args(long).args(rest).arg(&json);
         let (code, stdout, _) = run(&mut program);
         assert_eq!(code, 1, "{stdout}");
-        let text = "(timeout): a launch took longer than 10 s (--timeout)";
+        let text = "(timeout): a launch took longer than 3 s (--timeout)";
         assert!(stdout.contains(text) && stdout.contains("N = 8"), "{stdout}");
         let results = Results::read_json(&json).unwrap();
         let (last, before) = results.rows.split_last().unwrap();

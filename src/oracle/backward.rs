@@ -330,6 +330,13 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
             for i in 0..lengths.seq_q {
                 let row = self.case.row_at(b, h, i);
                 let mut d_scores = vec![0.0; if p.bias().is_some() { p.seq_k() } else { 0 }];
+                // Without a gradient of its own a row gives none: samples of dO take no longer.
+                let d_o = self.d_o.row(row.entry, h, row.of.first_q + i);
+                if d_o.iter().all(|&x| x == 0.0) {
+                    dq.resize(dq.len() + d, 0.0);
+                    d_bias.extend(d_scores);
+                    continue;
+                }
                 let sums: [&mut [f64]; 3] = [&mut dk_of_h, &mut dv_of_h, &mut d_scores];
                 let (dq_of_row, of_sink) = self.row(row, of.weights(row), sums);
                 dq.extend(dq_of_row);

@@ -163,6 +163,18 @@ impl<P: Operation> Spec<P> {
     fn unsupported(&self, reason: String) -> Unsupported {
         Unsupported { kernel: self.name, reason }
     }
+
+    /// The kernel of that name.
+    ///
+    /// # Errors
+    /// [`Error::UnknownKernel`], which lists the names.
+    pub fn find(name: &str) -> Result<&'static Self, Error> {
+        let kernels = P::kernels();
+        kernels.iter().find(|k| k.name == name).ok_or_else(|| Error::UnknownKernel {
+            given: name.into(),
+            known: list(&kernels.iter().map(|k| k.name).collect::<Vec<_>>()),
+        })
+    }
 }
 
 /// The kernel of that name.
@@ -170,7 +182,7 @@ impl<P: Operation> Spec<P> {
 /// # Errors
 /// [`Error::UnknownKernel`], which lists the names.
 pub fn find(name: &str) -> Result<&'static KernelSpec, Error> {
-    find_in(KERNELS, name)
+    Spec::find(name)
 }
 
 /// The kernel of the backward pass of that name.
@@ -178,7 +190,7 @@ pub fn find(name: &str) -> Result<&'static KernelSpec, Error> {
 /// # Errors
 /// [`Error::UnknownKernel`], which lists the names.
 pub fn find_backward(name: &str) -> Result<&'static BackwardSpec, Error> {
-    find_in(BACKWARD_KERNELS, name)
+    Spec::find(name)
 }
 
 /// The decode kernel of that name.
@@ -186,7 +198,7 @@ pub fn find_backward(name: &str) -> Result<&'static BackwardSpec, Error> {
 /// # Errors
 /// [`Error::UnknownKernel`], which lists the names.
 pub fn find_decode(name: &str) -> Result<&'static DecodeSpec, Error> {
-    find_in(DECODE_KERNELS, name)
+    Spec::find(name)
 }
 
 /// The linear kernel of that name.
@@ -194,17 +206,7 @@ pub fn find_decode(name: &str) -> Result<&'static DecodeSpec, Error> {
 /// # Errors
 /// [`Error::UnknownKernel`], which lists the names.
 pub fn find_linear(name: &str) -> Result<&'static LinearSpec, Error> {
-    find_in(LINEAR_KERNELS, name)
-}
-
-fn find_in<P: Operation>(
-    kernels: &'static [Spec<P>],
-    name: &str,
-) -> Result<&'static Spec<P>, Error> {
-    kernels.iter().find(|k| k.name == name).ok_or_else(|| Error::UnknownKernel {
-        given: name.into(),
-        known: list(&kernels.iter().map(|k| k.name).collect::<Vec<_>>()),
-    })
+    Spec::find(name)
 }
 
 /// The kernel chosen for a problem, and why not a better one.

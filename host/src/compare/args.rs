@@ -13,8 +13,8 @@ pub struct CompareArgs {
     /// The problem.
     #[command(flatten)]
     pub problem: ProblemArgs,
-    /// Run attention alone, the multi-head attention module with its projections, or
-    /// both
+    /// Run attention alone, the multi-head attention module with its projections, both, or the
+    /// gradients of attention
     #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
     pub level: LevelChoice,
     /// Timed runs of each kernel

@@ -47,7 +47,7 @@ pub fn measure(
 ) {
     let Some(process) = peers else { return };
     let subject = bench.subject;
-    progress.doing(format!("N {}, {}: PyTorch", subject.problem().seq_q(), subject.level()));
+    progress.doing(format!("N {}, {}: PyTorch", subject.problem().seq_q(), subject.kind().level()));
     let mut backends = process.backends().to_vec();
     if let Some(row) = too_large_for_the_cpu(bench) {
         backends.retain(|&backend| backend != "math");
@@ -91,7 +91,7 @@ fn too_large_for_the_cpu(bench: &Bench<'_>) -> Option<Row> {
 
 fn peer_row(bench: &Bench<'_>, name: &str) -> Row {
     let subject = bench.subject;
-    let mut row = row(subject.session(), subject.level(), name, subject.problem());
+    let mut row = row(subject.session(), subject.kind(), name, subject.problem());
     if row.emulated {
         row.device = "CPU".into();
         row.emulated = false;

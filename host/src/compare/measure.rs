@@ -4,7 +4,6 @@ use std::{thread, time::Duration};
 
 use flash_attention::{
     Error,
-    raw::Plan,
     session::work::{self, Work},
 };
 
@@ -37,14 +36,9 @@ pub struct Bench<'a> {
 impl Bench<'_> {
     /// Verifies and times a kernel. What goes wrong on the way ends in the row; there is none if
     /// a signal came before the kernel was verified.
-    pub fn measure(
-        &self,
-        plan: Plan,
-        mut row: Row,
-        progress: &Progress,
-    ) -> Option<(Row, Vec<Check>)> {
+    pub fn measure(&self, mut row: Row, progress: &Progress) -> Option<(Row, Vec<Check>)> {
         let mut checks = Vec::new();
-        if let Err(error) = self.try_measure(plan, &mut row, &mut checks, progress) {
+        if let Err(error) = self.try_measure(&mut row, &mut checks, progress) {
             if matches!(error, Error::Stopped) {
                 return None;
             } else if error.is_out_of_memory() {
@@ -62,7 +56,6 @@ impl Bench<'_> {
 
     fn try_measure(
         &self,
-        plan: Plan,
         row: &mut Row,
         checks: &mut Vec<Check>,
         progress: &Progress,
@@ -70,7 +63,7 @@ impl Bench<'_> {
         let title = format!("N {}, {}: {}", row.seq, row.level, row.kernel);
         progress.doing(format!("{title}: verifying"));
         let launch = |work: &mut dyn Work| self.watch.launch(Duration::ZERO, || work.launch());
-        let mut ran = self.subject.run(plan, None, &launch)?;
+        let mut ran = self.subject.run(&row.kernel, None, &launch)?;
         ran.write_to(row);
         checks.extend(ran.checks);
         progress.step();

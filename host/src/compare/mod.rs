@@ -12,14 +12,10 @@ use std::thread;
 use std::path::Path;
 
 use anyhow::Result;
-use flash_attention::{
-    Problem, module,
-    registry::{KernelSpec, Target},
-    session::Session,
-};
+use flash_attention::{Problem, module, registry::Target, session::Session};
 
 use crate::{
-    failure::{self, Outcome},
+    failure::{self, Outcome, Usage},
     interrupt,
     machine::{self, Opened},
     options::Defaults,
@@ -28,7 +24,7 @@ use crate::{
     progress::{Progress, print_lines, warn},
     report,
     results::{Level, Options, Repeats, Results, Row, Status},
-    subject::{Effort, foresee, kind},
+    subject::{Effort, Kernel, Kind, foresee},
     table,
 };
 use measure::Bench;
@@ -68,7 +64,11 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     };
     let session = Session::new(opened.device.clone());
     let problems = args.problem.problems(&defaults, args.level)?;
-    let kernels = args.problem.chosen_kernels(&problems, &session.target())?;
+    let kernels = args.problem.chosen_kernels(&problems, &session.target(), args.level)?;
+    if args.peers.is_some() && args.level.covers(Level::Backward) {
+        let reason = "--peers is for the forward pass: leave out --level backward";
+        return Err(Usage(reason.into()).into());
+    }
     let options =
         Options { repeats, level: args.level, ..args.problem.recorded(&problems, &kernels) };
     let mut results = machine::results("compare", &opened, options);
@@ -82,8 +82,8 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     };
     results.options.peers = peers.is_some();
 
-    let all: Vec<_> =
-        problems.iter().flat_map(|p| args.level.levels().map(move |level| (level, p))).collect();
+    let of_problem = |p| args.level.levels().map(move |level| (args.problem.kind(level), p));
+    let all: Vec<_> = problems.iter().flat_map(of_problem).collect();
     let progress = Progress::new(all.len() * kernels.len() * (1 + repeats.warmup + repeats.iters));
     let watch = Watch::new(args.timeout);
     let run = Run {
@@ -119,7 +119,7 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
 /// What is the same for every problem.
 struct Run<'a> {
     session: &'a Session,
-    kernels: &'a [&'static KernelSpec],
+    kernels: &'a [Kernel],
     repeats: Repeats,
     seed: u64,
     output: Printed<'a>,
@@ -137,13 +137,13 @@ impl Run<'_> {
     /// Measures and prints every problem at each level.
     fn compare_all(
         &self,
-        all: &[(Level, &Problem)],
+        all: &[(&dyn Kind, &Problem)],
         peers: &mut Option<Peers>,
         results: &mut Results,
     ) -> Result<()> {
-        for &(level, problem) in all {
+        for &(kind, problem) in all {
             let before = results.rows.len();
-            let compared = self.compare_one(level, problem, peers, results);
+            let compared = self.compare_one(kind, problem, peers, results);
             self.output.print(&mut results.rows[before..]);
             results.interrupted = interrupt::requested();
             compared?;
@@ -157,36 +157,36 @@ impl Run<'_> {
     /// Measures every kernel on one problem; rows are added as they are ready.
     fn compare_one(
         &self,
-        level: Level,
+        kind: &dyn Kind,
         problem: &Problem,
         peers: &mut Option<Peers>,
         results: &mut Results,
     ) -> Result<()> {
         let &Self { session, kernels, repeats, seed, watch, output: Printed { progress, .. } } =
             self;
-        let kind = kind(level);
         let problem = kind.pose(problem)?;
-        let foreseen = kernels.iter().map(|kernel| foresee(session, kind, kernel, &problem));
+        let foreseen = kernels.iter().map(|kernel| foresee(session, kind, kernel.name, &problem));
         let foreseen = foreseen.collect::<Result<Vec<_>, _>>()?;
         // Tensors may be too large for this computer when none of the kernels can run.
-        if foreseen.iter().all(|(_, plan)| plan.is_none()) {
-            results.rows.extend(foreseen.into_iter().map(|(row, _)| row));
+        if foreseen.iter().all(|row| row.status != Status::Ok) {
+            results.rows.extend(foreseen);
             return Ok(());
         }
+        let level = kind.level();
         progress.doing(format!("N {}, {level}: inputs and outputs in f64", problem.seq_q()));
         let subject = kind.draw(session, problem, seed, Effort::Quick)?;
         let bench = Bench { subject: &*subject, repeats, watch };
-        for (mut row, plan) in foreseen {
+        for mut row in foreseen {
             row.flops = subject.flops();
             if interrupt::requested() {
                 break;
             }
-            let Some(plan) = plan else {
+            if row.status != Status::Ok {
                 results.rows.push(row);
                 continue;
-            };
+            }
             watch.expect(results, &row);
-            let Some((row, checks)) = bench.measure(plan, row, progress) else { break };
+            let Some((row, checks)) = bench.measure(row, progress) else { break };
             results.rows.push(row);
             results.checks.extend(checks);
         }
@@ -239,7 +239,8 @@ fn heading(args: &CompareArgs, opened: &Opened, options: &Options, problems: &[P
     }
     let Repeats { warmup, iters, .. } = options.repeats;
     text + &format!(
-        "\n{options}; warm-ups {warmup}, runs {iters}; × and saved are against naive, by the median"
+        "\n{options}; warm-ups {warmup}, runs {iters}; × and saved are against {}, by the median",
+        if args.level.covers(Level::Backward) { "backward_naive" } else { "naive" }
     )
 }
 

@@ -53,8 +53,8 @@ pub fn runs_in(seconds: f64, row: &Row) -> usize {
     ((1e3 * seconds / ms) as usize).clamp(3, 100_000)
 }
 
-/// Fills in the ratios of the rows of one sequence length and level: against `naive`, and
-/// against `standard` where there is such a row.
+/// Fills in the ratios of the rows of one sequence length and level: against `naive` (of gradients
+/// `backward_naive`), and against `standard` where there is such a row.
 pub fn fill_ratios(rows: &mut [Row]) {
     for index in 0..rows.len() {
         let row = &rows[index];
@@ -62,7 +62,7 @@ pub fn fill_ratios(rows: &mut [Row]) {
         // divide into anything meaningful.
         let against = |name: &str| {
             let base = rows.iter().find(|base| {
-                base.kernel == name
+                base.kernel.strip_prefix("backward_").unwrap_or(&base.kernel) == name
                     && base.status == Status::Ok
                     && base.level == row.level
                     && base.seq == row.seq

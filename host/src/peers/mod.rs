@@ -162,7 +162,7 @@ impl Peers {
         let job = Job {
             device: &self.device,
             backends,
-            level: subject.level(),
+            level: subject.kind().level(),
             shapes: work.tensors.iter().map(|tensor| tensor.shape()).collect(),
             seq: problem.seq_q(),
             problem: problem.into(),
@@ -172,8 +172,8 @@ impl Peers {
             alibi_slopes: numbers(inputs.and_then(|inputs| inputs.alibi_slopes)),
             sink_scores: numbers(inputs.and_then(|inputs| inputs.sinks)),
             cu_seqlens: inputs.and_then(|i| Some([i.cu_seqlens_q?, i.cu_seqlens_k?])),
-            output: match subject.level() {
-                Level::Attention => problem.o_shape().to_vec(),
+            output: match subject.kind().level() {
+                Level::Attention | Level::Backward => problem.o_shape().to_vec(),
                 Level::Module => work.tensors[0].shape().to_vec(),
             },
         };

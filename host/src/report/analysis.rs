@@ -1,7 +1,7 @@
 //! What a run's figures say: series by kernel, fitted growth, conclusions. Nothing here
 //! knows how they are drawn.
 
-use flash_attention::registry::KERNELS;
+use flash_attention::registry::{BACKWARD_KERNELS, KERNELS};
 
 use crate::{
     format, peers,
@@ -124,7 +124,8 @@ pub fn moved(row: &Row) -> Option<u64> {
 pub fn style(results: &Results, kernel: &str) -> usize {
     let known = || {
         let ours = KERNELS.iter().map(|k| k.name.to_owned());
-        ours.chain(peers::names())
+        let gradients = BACKWARD_KERNELS.iter().map(|k| k.name.to_owned());
+        ours.chain(peers::names()).chain(gradients)
     };
     known().position(|name| name == kernel).unwrap_or_else(|| {
         let mut others = kernels(results);
@@ -168,7 +169,7 @@ pub fn views(results: &Results) -> Vec<View<'_>> {
         });
         (!series.is_empty()).then_some(View { level, series, baseline })
     };
-    [Level::Attention, Level::Module].into_iter().filter_map(view).collect()
+    Level::ALL.into_iter().filter_map(view).collect()
 }
 
 /// The exponent `p` of the power law `y = c x^p` nearest to the points (least squares of
@@ -417,6 +418,7 @@ impl Found<'_> {
         if !memory.is_empty() {
             let within = match view.level {
                 Level::Attention => "inputs and output, which grow as N, are in it",
+                Level::Backward => "inputs, outputs and gradients, which grow as N, are in it",
                 Level::Module => {
                     "input and output, which grow as N, and the parameters, which do not grow, are \
                      in it"

@@ -102,6 +102,7 @@ const fn heading(level: Level) -> &'static str {
     match level {
         Level::Attention => "Attention",
         Level::Module => "Multi-head attention module",
+        Level::Backward => "Gradients of attention",
     }
 }
 
@@ -196,6 +197,7 @@ fn columns(results: &Results, view: &View<'_>) -> Vec<Column> {
     let output = match view.level {
         Level::Attention => "max |ΔO|",
         Level::Module => "max |Δy|",
+        Level::Backward => "max |ΔdQ|",
     };
     add(output, |r| maybe(r.max_abs_err, format::scientific));
     columns

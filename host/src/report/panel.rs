@@ -330,13 +330,14 @@ fn saved_panel(view: &View<'_>, baseline: Baseline) -> Panel {
 /// sequence that was checked; two panels a level.
 #[must_use]
 pub fn differences(results: &Results) -> Vec<Panel> {
-    let outputs = || results.checks.iter().filter(|c| c.tensor != "lse");
+    // Of several tensors the first.
+    let outputs = || results.checks.iter().filter(|c| ["o", "y", "dq"].contains(&&*c.tensor));
     let Some(longest) = outputs().map(|c| c.seq).max() else { return Vec::new() };
-    let levels = [Level::Attention, Level::Module].map(|level| {
+    let levels = Level::ALL.map(|level| {
         let checks = outputs().filter(|c| c.seq == longest && c.level == level);
         (level, checks.collect::<Vec<&Check>>())
     });
-    let several = levels.iter().all(|(_, checks)| !checks.is_empty());
+    let several = levels.iter().filter(|(_, checks)| !checks.is_empty()).count() > 1;
     let panels = |(level, checks): &(Level, Vec<&Check>)| {
         let suffix = if several { format!(", {level}") } else { String::new() };
         level_differences(results, *level, &suffix, checks)

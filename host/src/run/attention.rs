@@ -14,6 +14,7 @@ use super::{
     Done, Given, RunArgs,
     check::{self, Comparison},
     file::{Stored, TensorFile, mask_of},
+    plan,
 };
 
 /// Multiplications that a check may spend on attention in f64.
@@ -33,6 +34,16 @@ pub struct GivenAttention<'a> {
     expected: Option<Expected>,
 }
 
+/// Copies of a file's tensors.
+pub struct Tensors {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Option<Tensor>,
+    bias: Option<Tensor>,
+    sinks: Option<Tensor>,
+}
+
 /// What a file says the outputs should be.
 pub(super) struct Expected {
     pub(super) o: Option<Tensor>,
@@ -44,7 +55,7 @@ impl<'a> GivenAttention<'a> {
     ///
     /// # Errors
     /// Which tensor is missing or wrong, what it is and what it must be.
-    pub fn read(file: &'a TensorFile, args: &RunArgs) -> Result<Self> {
+    pub fn read(file: &'a TensorFile, args: &RunArgs, check: bool) -> Result<Self> {
         let (q, k, v) = (file.get("q")?, file.get("k")?, file.get("v")?);
         let dtype = q.dtype()?;
         let layout = args.layout.into();
@@ -110,8 +121,40 @@ impl<'a> GivenAttention<'a> {
             }
         }
         let extras = Extras { mask, alibi_slopes, bias, sinks, ..Extras::default() };
-        let expected = if args.check { Some(Expected::read(file, &problem)?) } else { None };
+        let expected = if check { Some(Expected::read(file, &problem)?) } else { None };
         Ok(Self { q, k, v, extras, cu_seqlens, problem, expected })
+    }
+
+    /// The tensors in this process's memory.
+    ///
+    /// # Errors
+    /// None that reading the file did not have.
+    pub fn tensors(&self) -> Result<Tensors> {
+        let p = &self.problem;
+        let Extras { alibi_slopes, bias, sinks, .. } = self.extras;
+        let tensor = |stored: Option<Stored<'_>>| stored.map(|t| t.to_tensor()).transpose();
+        Ok(Tensors {
+            q: self.q.to_tensor()?.reshaped(&p.q_shape())?,
+            k: self.k.to_tensor()?.reshaped(&p.k_shape())?,
+            v: self.v.to_tensor()?.reshaped(&p.v_shape())?,
+            alibi_slopes: tensor(alibi_slopes)?,
+            bias: tensor(bias)?,
+            sinks: tensor(sinks)?,
+        })
+    }
+
+    /// The tensors as a session takes them.
+    pub fn inputs<'t>(&'t self, tensors: &'t Tensors) -> Inputs<'t> {
+        let Tensors { q, k, v, alibi_slopes, bias, sinks } = tensors;
+        Inputs {
+            mask: self.extras.mask.map(|mask| mask.bytes),
+            alibi_slopes: alibi_slopes.as_ref(),
+            bias: bias.as_ref(),
+            sinks: sinks.as_ref(),
+            cu_seqlens_q: self.cu_seqlens.as_ref().map(|[at_q, _]| at_q.as_slice()),
+            cu_seqlens_k: self.cu_seqlens.as_ref().map(|[_, at_k]| at_k.as_slice()),
+            ..Inputs::new(q, k, v)
+        }
     }
 
     /// At most `count` rows to compare; rows beyond the last packed sequence belong to none.
@@ -135,7 +178,7 @@ fn cu_seqlens_of(file: &TensorFile) -> Result<Option<[Vec<u32>; 2]>> {
 }
 
 /// A shape as files have it: packed sequences are no batch of one.
-fn in_file<'a>(problem: &Problem, shape: &'a [usize]) -> &'a [usize] {
+pub fn in_file<'a>(problem: &Problem, shape: &'a [usize]) -> &'a [usize] {
     if problem.varlen().is_some() { &shape[1..] } else { shape }
 }
 
@@ -149,7 +192,7 @@ impl Given for GivenAttention<'_> {
     }
 
     fn run(&self, session: &Session, args: &RunArgs) -> Result<Done> {
-        let plan = super::plan(args, &self.problem, session)?;
+        let plan = plan(args, &self.problem, session)?;
         let kernel = plan.kernel().name;
         let inputs = [self.q.bytes, self.k.bytes, self.v.bytes];
         let mut extras = self.extras.try_map(|tensor| Ok::<_, Error>(tensor.bytes))?;
@@ -180,23 +223,8 @@ impl Given for GivenAttention<'_> {
         if rows.is_empty() {
             return Ok(Vec::new());
         }
-        let (q, k, v) = (
-            self.q.to_tensor()?.reshaped(&p.q_shape())?,
-            self.k.to_tensor()?.reshaped(&p.k_shape())?,
-            self.v.to_tensor()?.reshaped(&p.v_shape())?,
-        );
-        let Extras { mask, alibi_slopes, bias, sinks, .. } = self.extras;
-        let tensor = |stored: Option<Stored<'_>>| stored.map(|t| t.to_tensor()).transpose();
-        let (alibi_slopes, bias, sinks) = (tensor(alibi_slopes)?, tensor(bias)?, tensor(sinks)?);
-        let inputs = Inputs {
-            mask: mask.map(|mask| mask.bytes),
-            alibi_slopes: alibi_slopes.as_ref(),
-            bias: bias.as_ref(),
-            sinks: sinks.as_ref(),
-            cu_seqlens_q: self.cu_seqlens.as_ref().map(|[at_q, _]| at_q.as_slice()),
-            cu_seqlens_k: self.cu_seqlens.as_ref().map(|[_, at_k]| at_k.as_slice()),
-            ..Inputs::new(&q, &k, &v)
-        };
+        let tensors = self.tensors()?;
+        let inputs = self.inputs(&tensors);
         let reference = oracle::reference(p, &inputs, &rows);
         let credit = Credit::of(p, &inputs, &rows, &reference);
         let rows_of = |o: &Tensor, lse: &Tensor| {
@@ -239,17 +267,29 @@ impl Expected {
     /// # Errors
     /// That it has neither, or what is wrong with them.
     pub(super) fn read(file: &TensorFile, problem: &Problem) -> Result<Self> {
-        let get = |name, shape: &[usize]| -> Result<Option<Tensor>> {
-            let Some(stored) = file.find(name) else { return Ok(None) };
-            let dtype = stored.dtype()?;
-            stored.expect(dtype, shape)?;
-            Ok(Some(stored.to_tensor()?))
-        };
-        let o = get("o", in_file(problem, &problem.o_shape()))?;
-        let lse = get("lse", in_file(problem, &problem.lse_shape()))?;
+        let [o, lse] = stored_outputs(file, problem)?;
         if o.is_none() && lse.is_none() {
             file.get("o")?;
         }
         Ok(Self { o, lse })
     }
+}
+
+/// O and the LSE of a file, where it has them.
+///
+/// # Errors
+/// What they are and what they must be.
+pub fn stored_outputs(file: &TensorFile, p: &Problem) -> Result<[Option<Tensor>; 2]> {
+    let o = stored(file, "o", in_file(p, &p.o_shape()))?;
+    Ok([o, stored(file, "lse", in_file(p, &p.lse_shape()))?])
+}
+
+/// The tensor of that name, of whichever storage type, where the file has one.
+///
+/// # Errors
+/// What it is and what it must be.
+pub fn stored(file: &TensorFile, name: &str, shape: &[usize]) -> Result<Option<Tensor>> {
+    let Some(stored) = file.find(name) else { return Ok(None) };
+    stored.expect(stored.dtype()?, shape)?;
+    Ok(Some(stored.to_tensor()?))
 }

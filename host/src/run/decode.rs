@@ -44,8 +44,12 @@ impl GivenDecode {
     /// # Errors
     /// Which tensor is missing or wrong, what it is and what it must be.
     pub fn read(file: &TensorFile, args: &RunArgs) -> Result<Self> {
-        if args.kernel != "best" || args.with_weights {
-            let option = if args.with_weights { "--with-weights" } else { "--kernel" };
+        let others = [
+            (args.with_weights, "--with-weights"),
+            (args.kernel != "best", "--kernel"),
+            (args.backward, "--backward"),
+        ];
+        if let Some((_, option)) = others.into_iter().find(|&(given, _)| given) {
             let reason =
                 format!("{option} is not for caches: leave it out, or seqused_k and page_table");
             return Err(Usage(reason).into());

@@ -1,6 +1,7 @@
 //! `run`: a kernel on the user's own tensors, from a safetensors file to another.
 
 mod attention;
+mod backward;
 mod check;
 mod decode;
 pub mod file;
@@ -11,7 +12,11 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use flash_attention::{
-    Layout, Problem, Tensor, Window, error::Shape, raw::Plan, registry, session::Session,
+    Layout, Problem, Tensor, Window,
+    error::Shape,
+    raw::Plan,
+    registry::{self, Operation, Spec},
+    session::Session,
 };
 
 use crate::{
@@ -23,6 +28,7 @@ use crate::{
     values,
 };
 use attention::GivenAttention;
+use backward::GivenBackward;
 use check::Comparison;
 use decode::GivenDecode;
 use file::TensorFile;
@@ -38,7 +44,8 @@ pub struct RunArgs {
     /// keys) and sinks (f32, heads). Where k and v have fewer heads, heads of q share them. With
     /// cu_seqlens_q and cu_seqlens_k (i32, u32 or i64, from 0 on, one more than sequences) q, k and v
     /// are packed: tokens, heads, features. With seqused_k (i32, keys of each sequence) k and v are a
-    /// cache; with page_table (i32, batch by pages) they are its pages
+    /// cache; with page_table (i32, batch by pages) they are its pages. With --backward do, of the
+    /// shape of o, and o and lse, which are computed where one of them is missing
     #[arg(long, value_name = "FILE")]
     pub input: PathBuf,
     /// Run the multi-head attention module whose state_dict is in this file: q_proj, k_proj,
@@ -49,8 +56,14 @@ pub struct RunArgs {
     /// Heads of the module
     #[arg(long, value_name = "H", value_parser = values::count, requires = "weights")]
     pub heads: Option<usize>,
-    /// Where to write o and lse, or the module's y; - is standard output, and text goes to
-    /// standard error
+    /// Compute the gradients dq, dk and dv for the gradient do of o
+    #[arg(long, conflicts_with_all = ["weights", "with_weights"])]
+    pub backward: bool,
+    /// Ask for gradients with the same bits each time
+    #[arg(long, requires = "backward")]
+    pub deterministic: bool,
+    /// Where to write o and lse, the module's y, or dq, dk and dv; - is standard output, and text
+    /// goes to standard error
     #[arg(long, value_name = "FILE", required_unless_present = "check")]
     pub output: Option<PathBuf>,
     /// Kernel by name; best is the fastest that can do it here
@@ -81,7 +94,7 @@ pub struct RunArgs {
     /// Write the attention weights too: those that the kernel kept, or computed again from LSE
     #[arg(long)]
     pub with_weights: bool,
-    /// Compare with o and lse, or y, of the input file, by the 2x rule
+    /// Compare with o and lse, y, or dq, dk and dv of the input file, by the 2x rule
     #[arg(long)]
     pub check: bool,
     /// Where to run: auto (a GPU if there is one), gpu, gpu:1 (a certain one) or cpu
@@ -121,8 +134,8 @@ trait Given {
     /// Runs a kernel on the tensors, which go to the device straight from the file.
     ///
     /// # Errors
-    /// [`flash_attention::Error::OutOfMemory`], before anything is allocated where that can be
-    /// foreseen; or what went wrong while the kernel ran.
+    /// Why the kernel cannot do the problem; [`flash_attention::Error::OutOfMemory`], before anything
+    /// is allocated where that can be foreseen; or what went wrong while the kernel ran.
     fn run(&self, session: &Session, args: &RunArgs) -> Result<Done>;
 
     /// Compares outputs with those of the file by the 2x rule: they may differ by twice the
@@ -158,7 +171,8 @@ pub fn run(args: &RunArgs) -> Result<Outcome> {
     let given: Box<dyn Given> = match (&args.weights, args.heads) {
         (Some(weights), Some(heads)) => Box::new(GivenModule::read(&input, weights, heads, args)?),
         _ if GivenDecode::is_in(&input) => Box::new(GivenDecode::read(&input, args)?),
-        _ => Box::new(GivenAttention::read(&input, args)?),
+        _ if args.backward => Box::new(GivenBackward::read(&input, args)?),
+        _ => Box::new(GivenAttention::read(&input, args, args.check)?),
     };
     let opened = machine::open(args.device, args.memory_limit)?;
     let session = Session::new(opened.device.clone());
@@ -194,12 +208,12 @@ pub fn run(args: &RunArgs) -> Result<Outcome> {
 }
 
 /// The plan of the kernel that `--kernel` names, or of the best one that can do the problem.
-fn plan(args: &RunArgs, problem: &Problem, session: &Session) -> Result<Plan> {
+fn plan<P: Operation>(args: &RunArgs, problem: &P, session: &Session) -> Result<Plan<P>> {
     let target = session.target();
     if args.kernel == "best" {
         return Ok(registry::best_for(problem, &target)?.plan);
     }
-    Ok(registry::find(&args.kernel)?.plan(problem, &target)?)
+    Ok(Spec::<P>::find(&args.kernel)?.plan(problem, &target)?)
 }
 
 /// Writing to the file that is read from would destroy the tensors while they are used.

@@ -17,6 +17,7 @@ use super::{
     Done, Given, RunArgs,
     check::Comparison,
     file::{Stored, TensorFile, mask_of},
+    plan,
 };
 
 /// Multiplications that a check may spend on the module in f64.
@@ -88,7 +89,7 @@ impl Given for GivenModule<'_> {
     }
 
     fn run(&self, session: &Session, args: &RunArgs) -> Result<Done> {
-        let plan = super::plan(args, &self.problem, session)?;
+        let plan = plan(args, &self.problem, session)?;
         let kernel = plan.kernel().name;
         let module = MultiHeadAttention::new(session, &self.weights, self.problem.heads())?;
         let mask = self.mask_bytes().unwrap_or_default();

@@ -2,12 +2,11 @@
 
 use flash_attention::{
     Error, Problem, Tensor,
-    raw::Plan,
-    registry::Target,
+    registry::{self, Target},
     session::{Inputs, Session, Work},
 };
 
-use super::{Effort, Kind, Ran, Subject, counted};
+use super::{Effort, Kernel, Kind, Ran, Subject, counted, kernels};
 use crate::{
     accuracy::Oracle,
     inputs::Tensors,
@@ -39,8 +38,12 @@ impl Kind for Attention {
         (problem.head_dim_v(), "rows")
     }
 
-    fn needed_bytes(&self, plan: &Plan, _: &Target) -> Result<u64, Error> {
-        Ok(plan.peak_bytes())
+    fn kernels(&self) -> Vec<Kernel> {
+        kernels::<Problem>()
+    }
+
+    fn needed_bytes(&self, kernel: &str, problem: &Problem, target: &Target) -> Result<u64, Error> {
+        Ok(registry::find(kernel)?.plan(problem, target)?.peak_bytes())
     }
 
     fn draw<'a>(
@@ -69,8 +72,8 @@ struct Drawn<'a> {
 }
 
 impl Subject for Drawn<'_> {
-    fn level(&self) -> Level {
-        Level::Attention
+    fn kind(&self) -> &dyn Kind {
+        &Attention
     }
 
     fn session(&self) -> &Session {
@@ -108,11 +111,11 @@ impl Subject for Drawn<'_> {
 
     fn run(
         &self,
-        plan: Plan,
+        kernel: &str,
         threshold: Option<f64>,
         launch: &dyn Fn(&mut dyn Work) -> Result<(), Error>,
     ) -> Result<Ran<'_>, Error> {
-        let name = plan.kernel().name;
+        let plan = registry::find(kernel)?.plan(&self.problem, &self.session.target())?;
         let inputs = self.tensors.inputs();
         let qkv = [inputs.q, inputs.k, inputs.v].map(Tensor::as_bytes);
         let mut prepared = self.session.prepare_with(plan, qkv, inputs.extras())?;
@@ -120,7 +123,7 @@ impl Subject for Drawn<'_> {
         let outputs = prepared.outputs_without_weights()?;
         let memory = prepared.memory();
         Ok(Ran {
-            checks: self.oracle.checks(name, &outputs, threshold).into(),
+            checks: self.oracle.checks(kernel, &outputs, threshold).into(),
             peak_bytes: memory.peak,
             workspace_bytes: memory.workspace,
             counters,

@@ -3,14 +3,14 @@
 //! [`Subject`] that it draws.
 
 mod attention;
+mod backward;
 mod module;
 
 use flash_attention::{
-    Error, Problem, Tensor,
+    DType, Error, Problem, Tensor,
     backend::{Counters, instruments::take_counters},
     error::Unsupported,
-    raw::Plan,
-    registry::{KernelSpec, Target},
+    registry::{Operation, Spec, Target},
     session::{Inputs, Session, Work},
 };
 
@@ -30,10 +30,33 @@ pub enum Effort {
     Thorough,
 }
 
+/// A kernel of a level.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    /// Its name.
+    pub name: &'static str,
+    /// Storage types that it has.
+    pub dtypes: &'static [DType],
+}
+
+/// The kernels of an operation, the slowest first.
+fn kernels<P: Operation>() -> Vec<Kernel> {
+    let kernel = |spec: &'static Spec<P>| Kernel { name: spec.name, dtypes: spec.dtypes };
+    P::kernels().iter().map(kernel).collect()
+}
+
 /// A level, as far as it needs no tensors.
 pub trait Kind: Sync {
     /// The level.
     fn level(&self) -> Level;
+
+    /// The kernels, the slowest first.
+    fn kernels(&self) -> Vec<Kernel>;
+
+    /// Whether kernels are asked for the same bits each time.
+    fn deterministic(&self) -> bool {
+        false
+    }
 
     /// The problem as the level poses it.
     ///
@@ -48,11 +71,12 @@ pub trait Kind: Sync {
     /// Elements of a row that is compared, and what such rows are called.
     fn compared(&self, problem: &Problem) -> (usize, &'static str);
 
-    /// Device memory that a run will need, everything included.
+    /// Device memory that a run of a kernel on a posed problem will need, everything included.
     ///
     /// # Errors
-    /// A part of the level besides the kernel that the device cannot do.
-    fn needed_bytes(&self, plan: &Plan, target: &Target) -> Result<u64, Error>;
+    /// [`Error::Unsupported`] where the kernel, or a part of the level beside it, cannot do the
+    /// problem on the device.
+    fn needed_bytes(&self, kernel: &str, problem: &Problem, target: &Target) -> Result<u64, Error>;
 
     /// Draws the tensors of a posed problem and computes the right answer.
     ///
@@ -67,19 +91,21 @@ pub trait Kind: Sync {
     ) -> Result<Box<dyn Subject + 'a>, Error>;
 }
 
-/// The kind of a level.
+/// The kind of a level; of the backward pass with the same bits each time if `deterministic`.
 #[must_use]
-pub fn kind(level: Level) -> &'static dyn Kind {
+pub fn kind(level: Level, deterministic: bool) -> &'static dyn Kind {
     match level {
         Level::Attention => &attention::Attention,
         Level::Module => &module::Module,
+        Level::Backward if deterministic => &backward::Backward { deterministic: true },
+        Level::Backward => &backward::Backward { deterministic: false },
     }
 }
 
 /// One level on one problem.
 pub trait Subject {
     /// The level.
-    fn level(&self) -> Level;
+    fn kind(&self) -> &dyn Kind;
 
     /// The device.
     fn session(&self) -> &Session;
@@ -101,7 +127,7 @@ pub trait Subject {
 
     /// Floating-point operations, by convention.
     fn flops(&self) -> f64 {
-        kind(self.level()).flops(self.problem())
+        self.kind().flops(self.problem())
     }
 
     /// Bytes of parameters, inputs and outputs.
@@ -116,7 +142,7 @@ pub trait Subject {
     /// [`Error::OutOfMemory`], or what went wrong while it ran.
     fn run(
         &self,
-        plan: Plan,
+        kernel: &str,
         threshold: Option<f64>,
         launch: &dyn Fn(&mut dyn Work) -> Result<(), Error>,
     ) -> Result<Ran<'_>, Error>;
@@ -159,11 +185,12 @@ fn counted(
 
 /// A row with what is known before anything runs.
 #[must_use]
-pub fn row(session: &Session, level: Level, kernel: &str, problem: &Problem) -> Row {
+pub fn row(session: &Session, kind: &dyn Kind, kernel: &str, problem: &Problem) -> Row {
     let (device, record) = (session.device(), ProblemRecord::from(problem));
     Row {
         kernel: kernel.into(),
-        level,
+        level: kind.level(),
+        deterministic: kind.deterministic(),
         device: device.name(),
         batch: problem.batch(),
         heads: problem.heads(),
@@ -183,40 +210,35 @@ pub fn row(session: &Session, level: Level, kernel: &str, problem: &Problem) -> 
         dropout: record.dropout,
         varlen: record.varlen,
         emulated: device.is_emulated(),
-        flops: kind(level).flops(problem),
+        flops: kind.flops(problem),
         ..Row::default()
     }
 }
 
-/// Foresees a kernel on a posed problem without running it: its row, and the plan to run. There is no
-/// plan where the kernel cannot do the problem or its memory is not free.
+/// Foresees a kernel on a posed problem without running it: its row, whose status is not
+/// [`Status::Ok`] where the kernel cannot do the problem or its memory is not free.
 ///
 /// # Errors
 /// When the device does not answer.
 pub fn foresee(
     session: &Session,
     kind: &dyn Kind,
-    kernel: &'static KernelSpec,
+    kernel: &str,
     problem: &Problem,
-) -> Result<(Row, Option<Plan>), Error> {
-    let target = session.target();
-    let mut row = row(session, kind.level(), kernel.name, problem);
-    let planned = kernel.plan(problem, &target).map_err(Error::from).and_then(|plan| {
-        let needed = kind.needed_bytes(&plan, &target)?;
-        Ok((plan, needed))
-    });
-    let (plan, needed) = match planned {
+) -> Result<Row, Error> {
+    let mut row = row(session, kind, kernel, problem);
+    let needed = match kind.needed_bytes(kernel, problem, &session.target()) {
         Err(Error::Unsupported(Unsupported { reason, .. })) => {
             row.status = Status::Unsupported;
             row.reason = reason;
-            return Ok((row, None));
+            return Ok(row);
         }
         other => other?,
     };
     row.needed_bytes = Some(needed);
     let free = session.device().memory_info()?.free;
     if needed <= free {
-        return Ok((row, Some(plan)));
+        return Ok(row);
     }
     row.status = Status::Oom;
     row.free_bytes = Some(free);
@@ -225,5 +247,5 @@ pub fn foresee(
         format::bytes(needed as f64),
         format::bytes(free as f64)
     );
-    Ok((row, None))
+    Ok(row)
 }

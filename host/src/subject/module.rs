@@ -3,12 +3,11 @@
 use flash_attention::{
     Error, Layout, Problem, Tensor,
     module::{self, MultiHeadAttention, oracle},
-    raw::Plan,
-    registry::Target,
+    registry::{self, Target},
     session::{Session, Work},
 };
 
-use super::{Effort, Kind, Ran, Subject, counted};
+use super::{Effort, Kernel, Kind, Ran, Subject, counted, kernels};
 use crate::{
     accuracy::ModuleOracle,
     inputs::ModuleTensors,
@@ -42,9 +41,14 @@ impl Kind for Module {
         (problem.heads() * problem.head_dim(), "tokens")
     }
 
-    fn needed_bytes(&self, plan: &Plan, target: &Target) -> Result<u64, Error> {
-        module::best_linear(plan.problem(), target)?;
-        Ok(module::parameter_bytes(plan.problem()) + module::pass_bytes(plan))
+    fn kernels(&self) -> Vec<Kernel> {
+        kernels::<Problem>()
+    }
+
+    fn needed_bytes(&self, kernel: &str, problem: &Problem, target: &Target) -> Result<u64, Error> {
+        let plan = registry::find(kernel)?.plan(problem, target)?;
+        module::best_linear(problem, target)?;
+        Ok(module::parameter_bytes(problem) + module::pass_bytes(&plan))
     }
 
     fn draw<'a>(
@@ -75,8 +79,8 @@ struct Drawn<'a> {
 }
 
 impl Subject for Drawn<'_> {
-    fn level(&self) -> Level {
-        Level::Module
+    fn kind(&self) -> &dyn Kind {
+        &Module
     }
 
     fn session(&self) -> &Session {
@@ -110,17 +114,17 @@ impl Subject for Drawn<'_> {
 
     fn run(
         &self,
-        plan: Plan,
+        kernel: &str,
         threshold: Option<f64>,
         launch: &dyn Fn(&mut dyn Work) -> Result<(), Error>,
     ) -> Result<Ran<'_>, Error> {
-        let name = plan.kernel().name;
+        let plan = registry::find(kernel)?.plan(&self.problem, &self.session.target())?;
         let mask = self.mask().unwrap_or_default();
         let mut forward = self.module.prepare_bytes(plan, self.tensors.x.as_bytes(), mask)?;
         let counters = counted(&mut forward, launch)?;
         let memory = forward.memory();
         Ok(Ran {
-            checks: vec![self.oracle.check(name, &forward.y()?, threshold)],
+            checks: vec![self.oracle.check(kernel, &forward.y()?, threshold)],
             peak_bytes: memory.peak,
             workspace_bytes: memory.workspace,
             counters,

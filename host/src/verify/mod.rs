@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use flash_attention::{DType, Error, Problem, registry::KernelSpec, session::Session};
+use flash_attention::{DType, Error, Problem, session::Session};
 
 use crate::{
     accuracy::complaint,
@@ -17,8 +17,8 @@ use crate::{
     options::{Defaults, ProblemArgs},
     output,
     progress::{Progress, print_lines},
-    results::{Check, Level, LevelChoice, Options, Results, Row, Status},
-    subject::{Effort, foresee, kind},
+    results::{Check, LevelChoice, Options, Results, Row, Status},
+    subject::{Effort, Kernel, Kind, foresee},
     table, values,
 };
 
@@ -38,16 +38,17 @@ pub struct VerifyArgs {
     /// The problem.
     #[command(flatten)]
     pub problem: ProblemArgs,
-    /// Verify attention alone, the multi-head attention module with its projections, or
-    /// both
+    /// Verify attention alone, the multi-head attention module with its projections, both, or the
+    /// gradients of attention
     #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
     pub level: LevelChoice,
     /// Largest absolute difference that passes; 1e-3 in f32, none in f16 and bf16,
     /// where twice the plain algorithm's error alone decides
     #[arg(long, value_name = "MAX", value_parser = values::threshold)]
     pub threshold: Option<f64>,
-    /// Rows of O, and tokens of a module's output, to compare, spread over the tensor; every one
-    /// unless given, as far as that takes seconds
+    /// Rows of O, tokens of a module's output, or rows of Q in whole heads whose gradients to
+    /// compare, spread over the tensor; every one unless given, as far as that takes seconds. Where a
+    /// head has more rows, dO is 0 in the others
     #[arg(long, value_name = "COUNT", value_parser = values::count)]
     pub rows: Option<usize>,
     /// Print every column, however wide the terminal is
@@ -97,15 +98,16 @@ pub fn run(args: &VerifyArgs) -> Result<Outcome> {
     let progress = Progress::new(args.level.levels().count() * steps);
     let mut failure = None;
     let each = groups.iter().flat_map(|group| {
-        let of_problem = move |p| args.level.levels().map(move |level| (group, p, level));
+        let of_problem =
+            move |p| args.level.levels().map(move |level| (group, p, args.problem.kind(level)));
         group.problems.iter().flat_map(of_problem)
     });
-    for (group, problem, level) in each {
+    for (group, problem, kind) in each {
         let (rows, checks) = (results.rows.len(), results.checks.len());
         let run = Run { session: &session, kernels: &group.kernels, args };
-        failure = run.verify_one(level, problem, &mut results, &progress).err();
+        failure = run.verify_one(kind, problem, &mut results, &progress).err();
         let (rows, checks) = (&results.rows[rows..], &results.checks[checks..]);
-        progress.print(&summary(level, problem, rows, checks, table::width(args.wide)));
+        progress.print(&summary(kind, problem, rows, checks, table::width(args.wide)));
         results.interrupted = interrupt::requested();
         if results.interrupted || failure.is_some() {
             break;
@@ -125,7 +127,7 @@ pub fn run(args: &VerifyArgs) -> Result<Outcome> {
 /// Kernels that run in the same storage type, and their problems.
 struct Group {
     dtype: DType,
-    kernels: Vec<&'static KernelSpec>,
+    kernels: Vec<Kernel>,
     problems: Vec<Problem>,
 }
 
@@ -145,7 +147,7 @@ fn groups(args: &VerifyArgs, defaults: &Defaults, session: &Session) -> Result<V
         groups.push(Group { dtype, kernels: Vec::new(), problems });
     }
     let all: Vec<Problem> = groups.iter().flat_map(|group| group.problems.clone()).collect();
-    for kernel in args.problem.chosen_kernels(&all, &session.target())? {
+    for kernel in args.problem.chosen_kernels(&all, &session.target(), args.level)? {
         let own = groups.iter().position(|group| kernel.dtypes.contains(&group.dtype));
         groups[own.unwrap_or(0)].kernels.push(kernel);
     }
@@ -156,7 +158,7 @@ fn groups(args: &VerifyArgs, defaults: &Defaults, session: &Session) -> Result<V
 /// What is the same for every problem.
 struct Run<'a> {
     session: &'a Session,
-    kernels: &'a [&'static KernelSpec],
+    kernels: &'a [Kernel],
     args: &'a VerifyArgs,
 }
 
@@ -164,20 +166,17 @@ impl Run<'_> {
     /// Runs every kernel once on one problem, and compares.
     fn verify_one(
         &self,
-        level: Level,
+        kind: &dyn Kind,
         problem: &Problem,
         results: &mut Results,
         progress: &Progress,
     ) -> Result<()> {
         let &Self { session, kernels, args } = self;
-        let kind = kind(level);
-        let problem = kind.pose(problem)?;
+        let (level, problem) = (kind.level(), kind.pose(problem)?);
         let mut able = Vec::new();
-        for &kernel in kernels {
-            match foresee(session, kind, kernel, &problem)? {
-                (row, Some(plan)) => able.push((row, plan)),
-                (row, None) => results.rows.push(row),
-            }
+        for kernel in kernels {
+            let row = foresee(session, kind, kernel.name, &problem)?;
+            if row.status == Status::Ok { &mut able } else { &mut results.rows }.push(row);
         }
         // Tensors may be too large for this computer when none of the kernels can run.
         if able.is_empty() {
@@ -189,13 +188,13 @@ impl Run<'_> {
         progress.step();
         let f32_threshold = (problem.dtype() == DType::F32).then_some(F32_THRESHOLD);
         let threshold = args.threshold.or(f32_threshold);
-        for (mut row, plan) in able {
+        for mut row in able {
             row.flops = subject.flops();
             if interrupt::requested() {
                 break;
             }
             progress.doing(format!("N {}, {level}: {}", problem.seq_q(), row.kernel));
-            match subject.run(plan, threshold, &|work| work.launch()) {
+            match subject.run(&row.kernel, threshold, &|work| work.launch()) {
                 Ok(ran) => {
                     ran.write_to(&mut row);
                     if let Some(bad) = ran.checks.iter().find(|check| !check.passed()) {
@@ -220,15 +219,15 @@ impl Run<'_> {
 
 /// What is printed for one sequence length and level.
 fn summary(
-    level: Level,
+    kind: &dyn Kind,
     problem: &Problem,
     rows: &[Row],
     checks: &[Check],
     width: Option<usize>,
 ) -> String {
-    let mut text = format!("\nN = {}, {level}, {}", problem.seq_q(), problem.dtype());
+    let mut text = format!("\nN = {}, {}, {}", problem.seq_q(), kind.level(), problem.dtype());
     if let Some(first) = checks.first().filter(|first| first.compared < first.elements) {
-        let (width, what) = kind(level).compared(problem);
+        let (width, what) = kind.compared(problem);
         let (some, all) = (first.compared / width as u64, first.elements / width as u64);
         text += &format!("; {some} of {all} {what} compared, spread over the tensor");
     }

@@ -2,6 +2,7 @@
 //! not as they must be.
 
 mod attention;
+mod backward;
 mod decode;
 mod module;
 
