@@ -45,6 +45,7 @@
 use half::{bf16, f16};
 use simt::{
     async_copy, atomic,
+    compiler::opaque,
     layout::{Swizzled, TileLayout},
     math, matrix,
     mma::{Ampere, Multiply, TensorCore},
@@ -329,6 +330,9 @@ pub unsafe fn backward_mma<
 
     // Copies that no row asked for.
     async_copy::wait::<0>();
+    // Found again, and opaque: kept, they would take registers of the loop.
+    let of_keys = Head::of_group(forward, opaque(Head::number_of_block()), 0);
+    let first_key = opaque(thread::block_idx_x()) * BC;
     let (scale, first, part) = (forward.scores.scale, first_key + place.key, place.part);
     let (dk_tensor, dv_tensor) = (&args.gradients.dk, &args.gradients.dv);
     // SAFETY: dK and dV are `[B, Hkv, Nk, D]`; this warp alone has these columns of these rows.
