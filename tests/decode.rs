@@ -2,10 +2,10 @@
 
 mod suite;
 
-use std::num::NonZeroU32;
+use std::{io::Write, num::NonZeroU32, sync::Arc};
 
 use flash_attention::{
-    Alibi, DType, Layout, Problem, Tensor, Window,
+    Alibi, DType, Device, Layout, Problem, Tensor, Window,
     problem::ProblemBuilder,
     registry::{DECODE_KERNELS, Decode, Pages},
     session::{DecodeInputs, Inputs, Outputs, Session, Work},
@@ -112,13 +112,21 @@ impl Setup {
     }
 
     fn run(&self) -> Outputs {
-        let session = Session::new(emulator());
+        self.run_on(&emulator())
+    }
+
+    fn run_on(&self, device: &Arc<dyn Device>) -> Outputs {
+        let session = Session::new(device.clone());
         session.run_decode(&DECODE_KERNELS[0], &self.decode, &self.inputs()).unwrap().0
     }
 
     /// What is wrong with what the kernel gives.
     fn fault(&self, label: &str) -> Option<String> {
-        let result = verify_decode(&self.decode, &self.inputs(), &self.run()).unwrap();
+        self.fault_on(&emulator(), label)
+    }
+
+    fn fault_on(&self, device: &Arc<dyn Device>, label: &str) -> Option<String> {
+        let result = verify_decode(&self.decode, &self.inputs(), &self.run_on(device)).unwrap();
         let p = self.decode.problem();
         (!result.passes()).then(|| format!("{label} {} d {}: {result}", p.dtype(), p.head_dim()))
     }
@@ -188,8 +196,8 @@ fn tile(d: usize) -> usize {
     (DECODE_KERNELS[0].limits.sizes)(DType::F16, if d <= 64 { 64 } else { 128 }).keys[0] as usize
 }
 
-#[test]
-fn edges_and_features_are_right() {
+/// Lengths beside a tile, rows beside a tile, and every feature alone and together.
+fn edges() -> Vec<(&'static str, Setup)> {
     let window = |left, right| Window { left: Some(left), right };
     let mut cases = Vec::new();
     for (dtype, d, d_v) in HEAD_DIMS {
@@ -227,10 +235,35 @@ fn edges_and_features_are_right() {
         let all = all.softcap(Some(3.0)).alibi(Some(Alibi::PerHead)).layout(Layout::HeadsFirst);
         add("everything", all, &[long, bc + 2]);
     }
+    cases
+}
+
+#[test]
+fn edges_and_features_are_right() {
     // Split or not, in turns: both take the same way up to their last step.
-    let cases = cases.into_iter().enumerate().map(|(at, case)| (case, [1, 3][at % 2]));
+    let cases = edges().into_iter().enumerate().map(|(at, case)| (case, [1, 3][at % 2]));
     check_all(on_every_core(cases, |((name, setup), splits)| {
         setup.splits(splits).fault(&format!("{name}, {splits} splits"))
+    }));
+}
+
+/// As above on a GPU, split and not, contiguous and in pages.
+#[test]
+fn edges_and_features_are_right_on_a_gpu() {
+    let gpu = match suite::gpu() {
+        Ok(gpu) => gpu,
+        Err(error) => return writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
+    };
+    check_all(edges().iter().enumerate().flat_map(|(at, (name, setup))| {
+        let gpu = &gpu;
+        [1, 3, 97].into_iter().flat_map(move |splits| {
+            let page_size = [1, 16, 48, 256][at % 4];
+            let (alone, paged) =
+                (setup.splits(splits), setup.in_pages(page_size, 1).splits(splits));
+            let label = format!("{name}, {splits} splits");
+            let in_pages = format!("{label}, pages of {page_size}");
+            [alone.fault_on(gpu, &label), paged.fault_on(gpu, &in_pages)]
+        })
     }));
 }
 
