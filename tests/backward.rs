@@ -316,16 +316,15 @@ impl Draws {
 
 #[test]
 fn random_combinations_are_right() {
-    let mut failures = Vec::new();
-    for (kernel, dtype) in kernels() {
+    let failures = suite::on_every_core(kernels(), |(kernel, dtype)| {
         let mut draws = Draws::new(seed());
-        for index in 0..12 {
+        let fault = |index: usize| {
             let p = draws.problem(kernel.limits.head_dims[index % 2], dtype);
-            let draw = Case::new("", p).draw(0);
-            failures.extend(faults(&format!("{p:?}"), kernel, &p, &draw.inputs(), &d_o(&p)));
-        }
-    }
-    check_all(failures);
+            faults_of(&emulator(), kernel, &Case::new(&format!("{p:?}"), p))
+        };
+        (0..12).filter_map(fault).collect::<Vec<_>>()
+    });
+    check_all(failures.concat());
 }
 
 /// A tensor of normal numbers times `size`, but for the first of each row.
@@ -338,10 +337,9 @@ fn with_first(dtype: DType, shape: [usize; 4], seed: u64, size: f64, first: f64)
 /// Checks every kernel on `n` rows and keys whose scores are all about -120: the LSE is far below the
 /// score 0 of rows that only fill a tile, and `exp(0 - LSE)` is infinite.
 fn scores_far_below_zero(lengths: &[(usize, usize)]) {
-    let mut failures = Vec::new();
-    for (kernel, dtype) in kernels() {
+    let failures = suite::on_every_core(kernels(), |(kernel, dtype)| {
         let d = kernel.limits.head_dims[1];
-        for &(seq_q, seq_k) in lengths {
+        let fault = |&(seq_q, seq_k): &(usize, usize)| {
             let p = Problem::builder(1, 1, seq_q, d).seq_k(seq_k).dtype(dtype).build().unwrap();
             let q = with_first(dtype, p.q_shape(), 1, 0.1, 1.0);
             let k = with_first(dtype, p.k_shape(), 2, 0.1, -120.0 * (d as f64).sqrt());
@@ -349,10 +347,11 @@ fn scores_far_below_zero(lengths: &[(usize, usize)]) {
             let inputs = Inputs::new(&q, &k, &v);
             let lse = oracle::reference(&p, &inputs, &[0]).lse[0];
             assert!(lse < -88.8, "{lse}");
-            failures.extend(faults(&format!("{seq_q} {seq_k}"), kernel, &p, &inputs, &d_o(&p)));
-        }
-    }
-    check_all(failures);
+            faults(&format!("{seq_q} {seq_k}"), kernel, &p, &inputs, &d_o(&p))
+        };
+        lengths.iter().filter_map(fault).collect::<Vec<_>>()
+    });
+    check_all(failures.concat());
 }
 
 #[test]
@@ -370,18 +369,18 @@ fn scores_far_below_zero_make_no_infinities_in_long_sequences() {
 /// dS of keys past the last overflows f16 where they are not hidden.
 #[test]
 fn large_inputs_of_few_keys_are_right() {
-    let mut failures = Vec::new();
-    for (kernel, dtype) in kernels() {
+    let failures = suite::on_every_core(kernels(), |(kernel, dtype)| {
         let d = kernel.limits.head_dims[1];
-        for n in [1, 2, 5, 17, 128] {
+        let fault = |n: usize| {
             let p = Problem::builder(1, 1, n, d).dtype(dtype).build().unwrap();
             let random = |seed, size| Tensor::random(dtype, &p.q_shape(), seed, 0.0).scaled(size);
             let (q, k, v) = (random(1, 5.0), random(2, 3.0), random(3, 3.0));
             let inputs = Inputs::new(&q, &k, &v);
-            failures.extend(faults(&format!("{n}"), kernel, &p, &inputs, &d_o(&p)));
-        }
-    }
-    check_all(failures);
+            faults(&format!("{n}"), kernel, &p, &inputs, &d_o(&p))
+        };
+        [1, 2, 5, 17, 128].into_iter().filter_map(fault).collect::<Vec<_>>()
+    });
+    check_all(failures.concat());
 }
 
 /// Rows before the first key see nothing: no gradient comes from them, and none goes to them.
