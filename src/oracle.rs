@@ -201,8 +201,7 @@ impl<'a> Beside<'a> {
     fn of(inputs: &Inputs<'a>) -> Self {
         let [alibi_slopes, bias, sinks] = [inputs.alibi_slopes, inputs.bias, inputs.sinks]
             .map(|tensor| tensor.map(Tensor::to_f32));
-        let cu_seqlens = inputs.cu_seqlens_q.zip(inputs.cu_seqlens_k).map(<[_; 2]>::from);
-        Self { mask: inputs.mask, alibi_slopes, bias, sinks, cu_seqlens }
+        Self { mask: inputs.mask, alibi_slopes, bias, sinks, cu_seqlens: inputs.cu_seqlens() }
     }
 }
 

@@ -3,7 +3,7 @@
 
 mod suite;
 
-use std::{io::Write, sync::Arc};
+use std::sync::Arc;
 
 use flash_attention::{
     Alibi, Bias, DType, Device, Dropout, Extras, Layout, Problem, Tensor, Varlen, Window,
@@ -189,26 +189,24 @@ fn edges_and_features_are_right() {
 /// As above and random problems, every kernel, type and head dim of a GPU.
 #[test]
 fn edges_and_features_are_right_on_a_gpu() {
-    let gpu = match suite::gpu() {
-        Ok(gpu) => gpu,
-        Err(error) => return writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
-    };
-    let target = Target::of(&*gpu);
-    let mut failures = Vec::new();
-    for (kernel, dtype) in kernels().filter(|(kernel, _)| kernel.runs_on(&target).is_ok()) {
-        failures.extend(edges(kernel, dtype).iter().filter_map(|c| faults_of(&gpu, kernel, c)));
-        let mut draws = Draws::new(seed());
-        for &head_dim in kernel.limits.head_dims {
-            let p = draws.problem(head_dim, dtype);
-            failures.extend(faults_of(&gpu, kernel, &Case::new(&format!("{p:?}"), p)));
+    suite::on_a_gpu(|gpu| {
+        let target = Target::of(&**gpu);
+        let mut failures = Vec::new();
+        for (kernel, dtype) in kernels().filter(|(kernel, _)| kernel.runs_on(&target).is_ok()) {
+            failures.extend(edges(kernel, dtype).iter().filter_map(|c| faults_of(gpu, kernel, c)));
+            let mut draws = Draws::new(seed());
+            for &head_dim in kernel.limits.head_dims {
+                let p = draws.problem(head_dim, dtype);
+                failures.extend(faults_of(gpu, kernel, &Case::new(&format!("{p:?}"), p)));
+            }
         }
-    }
-    check_all(failures);
+        check_all(failures);
+    });
 }
 
 /// The seed of random problems.
 fn seed() -> u64 {
-    std::env::var("FLASH_ATTENTION_TEST_SEED").map_or(23, |seed| seed.parse().unwrap())
+    suite::number("FLASH_ATTENTION_TEST_SEED", 23)
 }
 
 /// NaN in rows beyond the last packed sequence is never read, and gradients are 0 there.
@@ -223,13 +221,7 @@ fn rows_beyond_the_last_sequence_have_no_gradient() {
         let of = problem.varlen().unwrap();
         let more = Varlen { total_q: of.total_q + BEYOND, total_k: of.total_k + BEYOND };
         let p = problem.to_builder().varlen(Some(more)).build().unwrap();
-        let random = |shape: [usize; 4], seed| {
-            let mut tensor = Tensor::random(dtype, &shape, seed, 0.5);
-            let beyond = BEYOND * shape[2] * shape[3] * dtype.size();
-            let len = tensor.as_bytes().len();
-            tensor.as_bytes_mut()[len - beyond..].fill(0xff);
-            tensor
-        };
+        let random = |shape, seed| suite::with_nan_beyond(dtype, shape, BEYOND, seed);
         let (q, d_o) = (random(p.q_shape(), 1), random(p.o_shape(), 2));
         let (k, v) = (random(p.k_shape(), 3), random(p.v_shape(), 4));
         let inputs = Inputs {
@@ -252,30 +244,28 @@ fn rows_beyond_the_last_sequence_have_no_gradient() {
 /// More heads than a grid's `y` counts, and sums of dQ beyond 2^31 elements where a GPU has the memory.
 #[test]
 fn many_heads_have_their_gradients_on_a_gpu() {
-    let gpu = match suite::gpu() {
-        Ok(gpu) => gpu,
-        Err(error) => return writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
-    };
-    let target = Target::of(&*gpu);
-    for (kernel, dtype) in kernels().filter(|(kernel, _)| kernel.runs_on(&target).is_ok()) {
-        let p = Problem::builder(8300, 16, 1, 128).dtype(dtype).build().unwrap();
-        let [q, k, v] = [1, 2, 3].map(|seed| Tensor::random(dtype, &p.q_shape(), seed, 0.0));
-        let (inputs, d_o) = (Inputs::new(&q, &k, &v), d_o(&p));
-        let outputs = Outputs { o: v.clone(), lse: one_key_lse(&p, &q, &k), weights: None };
-        let session = Session::new(gpu.clone());
-        let found = session.run_backward(kernel, &Backward::new(p), &inputs, &outputs, &d_o);
-        let found = found.unwrap().0;
-        // One key has all the weight: dV is dO, to a rounding to the storage type and what the weight
-        // `exp(score - LSE)` has of the roundings in f32 of both, which are below 16.
-        let epsilon = dtype.unit_roundoff() + 2.0 * 16.0 * DType::F32.unit_roundoff();
-        for (index, (dv, d_o)) in found.dv.to_f64().into_iter().zip(d_o.to_f64()).enumerate() {
-            let within = (dv - d_o).abs() <= epsilon * d_o.abs();
-            assert!(within, "{} {index}: {dv} for {d_o}", kernel.name);
+    suite::on_a_gpu(|gpu| {
+        let target = Target::of(&**gpu);
+        for (kernel, dtype) in kernels().filter(|(kernel, _)| kernel.runs_on(&target).is_ok()) {
+            let p = Problem::builder(8300, 16, 1, 128).dtype(dtype).build().unwrap();
+            let [q, k, v] = [1, 2, 3].map(|seed| Tensor::random(dtype, &p.q_shape(), seed, 0.0));
+            let (inputs, d_o) = (Inputs::new(&q, &k, &v), d_o(&p));
+            let outputs = Outputs { o: v.clone(), lse: one_key_lse(&p, &q, &k), weights: None };
+            let session = Session::new(gpu.clone());
+            let found = session.run_backward(kernel, &Backward::new(p), &inputs, &outputs, &d_o);
+            let found = found.unwrap().0;
+            // One key has all the weight: dV is dO, to a rounding to the storage type and what the weight
+            // `exp(score - LSE)` has of the roundings in f32 of both, which are below 16.
+            let epsilon = dtype.unit_roundoff() + 2.0 * 16.0 * DType::F32.unit_roundoff();
+            for (index, (dv, d_o)) in found.dv.to_f64().into_iter().zip(d_o.to_f64()).enumerate() {
+                let within = (dv - d_o).abs() <= epsilon * d_o.abs();
+                assert!(within, "{} {index}: {dv} for {d_o}", kernel.name);
+            }
+            let heads = [0, 65_535, 65_536, 8300 * 16 - 1];
+            let result = verify_gradients(&p, &inputs, &d_o, &found, &heads);
+            assert!(result.passes(), "{} {dtype}: {result}", kernel.name);
         }
-        let heads = [0, 65_535, 65_536, 8300 * 16 - 1];
-        let result = verify_gradients(&p, &inputs, &d_o, &found, &heads);
-        assert!(result.passes(), "{} {dtype}: {result}", kernel.name);
-    }
+    });
 }
 
 /// The LSE of rows that see one key: its score.
@@ -508,6 +498,30 @@ fn gradients_follow_a_forward_pass_on_the_device() {
         assert_eq!(memory.peak, backward.plan().peak_bytes(), "{}", kernel.name);
         assert_eq!(memory.peak, memory.inputs + memory.outputs + memory.workspace);
     }
+}
+
+/// Beginnings of packed sequences, which a kernel would follow anywhere, are checked before they reach it.
+#[test]
+fn wrong_sequences_are_refused() {
+    let session = Session::new(emulator());
+    let p = Problem::packed(&[0, 3, 5], &[0, 4, 6], 1, 32).unwrap().build().unwrap();
+    let upload = |shape: &[usize]| session.upload(&Tensor::zeros(DType::F32, shape)).unwrap();
+    let (q, k, lse) = (upload(&p.q_shape()), upload(&p.k_shape()), upload(&p.lse_shape()));
+    let kernel = &BACKWARD_KERNELS[0];
+    let mut backward = session.backward(kernel, &Backward::new(p)).unwrap();
+    let forward = |extras| Forward { q: &q, k: &k, v: &k, extras, o: &q, lse: &lse };
+    let message = backward.run(forward(Extras::default()), &q).unwrap_err().to_string();
+    assert!(message.contains("cu_seqlens_q is missing"), "{message}");
+    let [at_q, at_k] =
+        [[0u32, 300, 500], [0, 4, 6]].map(|at| session.memory().upload(&at).unwrap());
+    let own = Extras { cu_seqlens_q: Some(&at_q), cu_seqlens_k: Some(&at_k), ..Extras::default() };
+    let message = backward.run(forward(own), &q).unwrap_err().to_string();
+    assert!(message.contains("tensor cu_seqlens_q was given"), "{message}");
+    let message = backward.set_sequences(&[0, 3, 6], &[0, 4, 6]).unwrap_err().to_string();
+    assert!(message.contains("cu_seqlens_q = 3 before 6"), "{message}");
+    backward.set_sequences(&[0, 3, 5], &[0, 4, 6]).unwrap();
+    backward.run(forward(Extras::default()), &q).unwrap();
+    assert_eq!(backward.gradients().unwrap().dq.shape(), p.q_shape());
 }
 
 #[test]

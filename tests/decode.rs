@@ -2,7 +2,7 @@
 
 mod suite;
 
-use std::{io::Write, num::NonZeroU32, sync::Arc};
+use std::{num::NonZeroU32, sync::Arc};
 
 use flash_attention::{
     Alibi, DType, Device, Layout, Problem, Tensor, Window,
@@ -250,21 +250,18 @@ fn edges_and_features_are_right() {
 /// As above on a GPU, split and not, contiguous and in pages.
 #[test]
 fn edges_and_features_are_right_on_a_gpu() {
-    let gpu = match suite::gpu() {
-        Ok(gpu) => gpu,
-        Err(error) => return writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
-    };
-    check_all(edges().iter().enumerate().flat_map(|(at, (name, setup))| {
-        let gpu = &gpu;
-        [1, 3, 97].into_iter().flat_map(move |splits| {
-            let page_size = [1, 16, 48, 256][at % 4];
-            let (alone, paged) =
-                (setup.splits(splits), setup.in_pages(page_size, 1).splits(splits));
-            let label = format!("{name}, {splits} splits");
-            let in_pages = format!("{label}, pages of {page_size}");
-            [alone.fault_on(gpu, &label), paged.fault_on(gpu, &in_pages)]
-        })
-    }));
+    suite::on_a_gpu(|gpu| {
+        check_all(edges().iter().enumerate().flat_map(|(at, (name, setup))| {
+            [1, 3, 97].into_iter().flat_map(move |splits| {
+                let page_size = [1, 16, 48, 256][at % 4];
+                let (alone, paged) =
+                    (setup.splits(splits), setup.in_pages(page_size, 1).splits(splits));
+                let label = format!("{name}, {splits} splits");
+                let in_pages = format!("{label}, pages of {page_size}");
+                [alone.fault_on(gpu, &label), paged.fault_on(gpu, &in_pages)]
+            })
+        }));
+    });
 }
 
 /// The pages of a cache are its rows somewhere else: the same bits, whatever their size and order.

@@ -3,8 +3,6 @@
 
 mod suite;
 
-use std::io::Write;
-
 use flash_attention::{
     Alibi, Bias, DType, Dropout, Layout, Problem, ProblemBuilder, Tensor, Window,
     backend::{DeviceTensor, Memory},
@@ -79,7 +77,7 @@ impl Draws {
 
 #[test]
 fn random_combinations_are_right_on_every_kind_of_rung() {
-    let seed = number("FLASH_ATTENTION_TEST_SEED", 17);
+    let seed = suite::number("FLASH_ATTENTION_TEST_SEED", 17);
     let problems = kernels().flat_map(|(kernel, dtype)| {
         let mut draws = Draws::new(seed);
         (0..RANDOM).map(move |index| (kernel, index, draws.case(kernel, dtype)))
@@ -100,32 +98,25 @@ fn random_combinations_are_right_on_every_kind_of_rung() {
 /// `FLASH_ATTENTION_TEST_PROBLEMS` says.
 #[test]
 fn random_combinations_are_right_on_a_gpu() {
-    let gpu = match suite::gpu() {
-        Ok(gpu) => gpu,
-        Err(error) => return writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
-    };
-    let count = number("FLASH_ATTENTION_TEST_PROBLEMS", 60) as usize;
-    let target = Target::of(&*gpu);
-    let all: Vec<_> =
-        suite::kernels().filter(|(kernel, _)| kernel.runs_on(&target).is_ok()).collect();
-    let mut draws = Draws::new(number("FLASH_ATTENTION_TEST_SEED", 1));
-    let mut failures = Vec::new();
-    for index in 0..count {
-        let (kernel, dtype) = all[index % all.len()];
-        let case = draws.case(kernel, dtype);
-        let case = Case { name: format!("number {index}: {}", case.name), ..case };
-        match case.check(&gpu, kernel) {
-            Ok(Some(_)) => {}
-            Ok(None) => failures.push(format!("{}: {} refused", kernel.name, case.name)),
-            Err(what) => failures.push(what),
+    suite::on_a_gpu(|gpu| {
+        let count = suite::number("FLASH_ATTENTION_TEST_PROBLEMS", 60) as usize;
+        let target = Target::of(&**gpu);
+        let all: Vec<_> =
+            suite::kernels().filter(|(kernel, _)| kernel.runs_on(&target).is_ok()).collect();
+        let mut draws = Draws::new(suite::number("FLASH_ATTENTION_TEST_SEED", 1));
+        let mut failures = Vec::new();
+        for index in 0..count {
+            let (kernel, dtype) = all[index % all.len()];
+            let case = draws.case(kernel, dtype);
+            let case = Case { name: format!("number {index}: {}", case.name), ..case };
+            match case.check(gpu, kernel) {
+                Ok(Some(_)) => {}
+                Ok(None) => failures.push(format!("{}: {} refused", kernel.name, case.name)),
+                Err(what) => failures.push(what),
+            }
         }
-    }
-    assert!(failures.is_empty(), "{} of {count}:\n{}", failures.len(), failures.join("\n"));
-}
-
-/// The number in an environment variable.
-fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable).map_or(default, |text| text.parse().expect(variable))
+        assert!(failures.is_empty(), "{} of {count}:\n{}", failures.len(), failures.join("\n"));
+    });
 }
 
 /// Runs a kernel on draw 0 of a problem.

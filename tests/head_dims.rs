@@ -3,7 +3,7 @@
 
 mod suite;
 
-use std::{io::Write, sync::Arc};
+use std::sync::Arc;
 
 use flash_attention::{
     DType, Device, Layout, Problem, Tensor, Window,
@@ -50,10 +50,7 @@ fn every_multiple_of_8_is_right_on_the_emulator() {
 
 #[test]
 fn every_multiple_of_8_is_right_on_a_gpu() {
-    match suite::gpu() {
-        Ok(gpu) => sweep(&gpu),
-        Err(error) => writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
-    }
+    suite::on_a_gpu(sweep);
 }
 
 /// D 192 with values of 128, and rows narrower still, over the edges of the tiles.
@@ -94,10 +91,7 @@ fn values_of_another_head_dim_are_right_on_the_emulator() {
 
 #[test]
 fn values_of_another_head_dim_are_right_on_a_gpu() {
-    match suite::gpu() {
-        Ok(gpu) => narrow_values(&gpu),
-        Err(error) => writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
-    }
+    suite::on_a_gpu(narrow_values);
 }
 
 /// Heads of the tensors that the one head of a problem stands among.
@@ -205,8 +199,5 @@ fn neighbouring_heads_are_neither_read_nor_written_on_the_emulator() {
 
 #[test]
 fn neighbouring_heads_are_neither_read_nor_written_on_a_gpu() {
-    match suite::gpu() {
-        Ok(gpu) => neighbours(&gpu),
-        Err(error) => writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
-    }
+    suite::on_a_gpu(neighbours);
 }

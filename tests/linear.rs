@@ -3,7 +3,7 @@
 
 mod suite;
 
-use std::{io::Write, sync::Arc};
+use std::sync::Arc;
 
 use flash_attention::{
     DType, Device, Tensor,
@@ -132,10 +132,7 @@ fn every_linear_kernel_on_the_emulator() {
 
 #[test]
 fn every_linear_kernel_on_a_gpu() {
-    match suite::gpu() {
-        Ok(gpu) => every_kernel(gpu),
-        Err(error) => writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
-    }
+    suite::on_a_gpu(|gpu| every_kernel(gpu.clone()));
 }
 
 /// What [`probe::probe`] says that it adds, by several clusters.
@@ -189,12 +186,11 @@ fn clusters_on_the_emulator() {
 
 #[test]
 fn clusters_on_a_gpu() {
-    let gpu = match suite::gpu() {
-        Ok(gpu) if gpu.compute_capability() == (9, 0) => gpu,
-        Ok(gpu) => {
-            return writeln!(std::io::stderr(), "skipped: {} has no clusters", gpu.name()).unwrap();
+    suite::on_a_gpu(|gpu| {
+        if gpu.compute_capability() == (9, 0) {
+            run_probe(gpu.clone());
+        } else {
+            suite::skipped(&format!("{} has no clusters", gpu.name()));
         }
-        Err(error) => return writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
-    };
-    run_probe(gpu);
+    });
 }

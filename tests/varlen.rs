@@ -3,7 +3,7 @@
 
 mod suite;
 
-use std::{io::Write, sync::Arc};
+use std::sync::Arc;
 
 use flash_attention::{
     Alibi, DType, Device, Layout, Problem, ProblemBuilder, Tensor, Varlen, Window,
@@ -53,13 +53,7 @@ fn packed_sequences_have_the_bits_of_each_alone() {
             let Varlen { total_q, total_k } = problem.varlen().unwrap();
             let more = Varlen { total_q: total_q + BEYOND, total_k: total_k + BEYOND };
             let problem = problem.to_builder().varlen(Some(more)).build().unwrap();
-            let random = |shape: [usize; 4], seed| {
-                let mut tensor = Tensor::random(dtype, &shape, seed, 0.5);
-                let beyond = BEYOND * shape[2] * shape[3] * dtype.size();
-                let len = tensor.as_bytes().len();
-                tensor.as_bytes_mut()[len - beyond..].fill(0xff);
-                tensor
-            };
+            let random = |shape, seed| suite::with_nan_beyond(dtype, shape, BEYOND, seed);
             let (q, k) = (random(problem.q_shape(), 1), random(problem.k_shape(), 2));
             let v = random(problem.k_shape(), 3);
             let f32_tensor = |shape: Option<Vec<usize>>, seed| {
@@ -303,8 +297,5 @@ fn many_heads_are_right_on_the_emulator() {
 
 #[test]
 fn many_heads_are_right_on_a_gpu() {
-    match suite::gpu() {
-        Ok(gpu) => many(&gpu),
-        Err(error) => writeln!(std::io::stderr(), "skipped: {error}").unwrap(),
-    }
+    suite::on_a_gpu(many);
 }

@@ -31,7 +31,7 @@ impl Oracle {
         Self { problem: *problem, rows, reference, credit }
     }
 
-    /// How many rows can be compared with about so many multiplications.
+    /// The number of rows whose outputs in f64 cost about `multiplications` multiplications; at least 64.
     #[must_use]
     pub fn affordable_rows(problem: &Problem, multiplications: usize) -> usize {
         let columns = problem.head_dim().max(problem.head_dim_v());
@@ -128,7 +128,8 @@ impl GradientOracle {
         (0..count).map(|i| heads[i * (heads.len() - 1) / last]).collect()
     }
 
-    /// How many rows of Q can be compared with about so many multiplications.
+    /// The number of query rows whose gradients in f64 cost about `multiplications` multiplications; at
+    /// least 64.
     #[must_use]
     pub fn affordable_rows(problem: &Problem, multiplications: usize) -> usize {
         (multiplications / (5 * problem.seq_k() * problem.head_dim()).max(1)).max(64)

@@ -29,7 +29,7 @@ const ITERS: [usize; 2] = [30, 1];
 /// Launches back to back for each timed run.
 const TOGETHER: usize = 20;
 
-/// What is run where nothing else is asked for.
+/// The values of options that are not given.
 #[derive(Clone, Copy, Debug)]
 pub struct Defaults {
     /// Keys.
@@ -154,8 +154,7 @@ impl DecodeRow {
 /// Runs the command.
 ///
 /// # Errors
-/// What is wrong with the request, or what failed; or a file that could not be written, after the lines were
-/// printed.
+/// An invalid request, a failed run, or a file that cannot be written: the lines are printed before it is.
 pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
     let [json] = output::open_all([("--json", args.json.as_deref())])?;
     let opened = machine::open(args.device, args.memory_limit)?;

@@ -95,7 +95,7 @@ pub struct ProblemArgs {
     pub memory_limit: Option<u64>,
 }
 
-/// What is run where nothing else is asked for.
+/// The values of options that are not given.
 #[derive(Clone, Copy, Debug)]
 pub struct Defaults {
     /// Sequence lengths.
@@ -184,7 +184,7 @@ impl ProblemArgs {
         seq.iter().map(problem).collect()
     }
 
-    /// What is run at a level.
+    /// The kind of a level, with these options.
     #[must_use]
     pub fn kind(&self, level: Level) -> &'static dyn Kind {
         kind(level, self.deterministic)

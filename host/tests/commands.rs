@@ -203,7 +203,8 @@ fn one_kernel_that_cannot_stops_no_other() {
     }
 }
 
-/// Rows as those of the forward pass, with dQ, dK and dV checked: every feature, and a sample.
+/// Rows of gradients have the columns of the forward pass, and checks of dQ, dK and dV: with every feature,
+/// and on a sample.
 #[test]
 fn gradients_are_measured_and_verified() {
     let folder = tempfile::tempdir().unwrap();

@@ -45,7 +45,6 @@ pub fn gradients_of(
     heads: &[usize],
 ) -> Gradients {
     let p = problem;
-    let cu_seqlens = inputs.cu_seqlens_q.zip(inputs.cu_seqlens_k).map(<[_; 2]>::from);
     let dq = View::new(p, gradients.dq.to_f32(), p.q_extents());
     let dk = View::new(p, gradients.dk.to_f32(), p.k_extents());
     let dv = View::new(p, gradients.dv.to_f32(), p.v_extents());
@@ -55,7 +54,7 @@ pub fn gradients_of(
     let widened = |row: &[f32]| row.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
     for &head in heads {
         let (b, h_kv) = (head / p.kv_heads(), head % p.kv_heads());
-        let (of, entry) = sequence(p, cu_seqlens, b);
+        let (of, entry) = sequence(p, inputs.cu_seqlens(), b);
         for h in h_kv * p.group()..(h_kv + 1) * p.group() {
             let rows = (of.first_q..of.first_q + of.seq_q).map(|i| dq.row(entry, h, i));
             rows.for_each(|row| result.dq.extend(widened(row)));

@@ -1,7 +1,7 @@
 //! Appending to a cache as an operation: new keys and values take their places, rotated on the way.
 
 use kernels_gpu::{
-    args::{self, AppendShape, CacheArgs},
+    args::{self, AppendShape},
     decode::decode_append,
 };
 
@@ -208,10 +208,9 @@ pub static APPEND_KERNELS: &[AppendSpec] = &[AppendSpec {
     limits: (),
     draft: |append, _| {
         let p = append.decode.problem();
-        let page = append.decode.pages().map_or(0, |pages| pages.page_size);
         let tokens = u32::try_from(p.batch() * p.seq_q()).unwrap_or(u32::MAX);
         let step = Step {
-            constants: Constants { page, ..Constants::default() },
+            constants: Constants { page: append.decode.page(), ..Constants::default() },
             grid: tokens.into(),
             ..Step::new(decode_append::ENTRIES, p.dtype(), 0, args)?
         };
@@ -224,7 +223,6 @@ fn args(call: &Call<'_, Append>) -> Vec<u8> {
     let &AppendArgs { new, cache, seqused_k, page_table, queries, angles } = call.args;
     let Append { decode, rotary } = call.problem;
     let p: &Problem = decode.problem();
-    let pages = decode.pages();
     let [q, q_rotated] = queries.unwrap_or_default();
     let [cos, sin] = angles.unwrap_or_default();
     args::AppendArgs {
@@ -234,12 +232,7 @@ fn args(call: &Call<'_, Append>) -> Vec<u8> {
         q_rotated: q_rotated.arg(),
         k: cache[0].arg(),
         v: cache[1].arg(),
-        cache: CacheArgs {
-            lengths: seqused_k.unwrap_or_default().arg(),
-            page_table: page_table.unwrap_or_default().arg(),
-            pages: pages.map_or(0, |pages| pages.pages),
-            max_pages: pages.map_or(0, |pages| pages.max_pages),
-        },
+        cache: decode.cache_args(seqused_k, page_table),
         cos: cos.arg(),
         sin: sin.arg(),
         shape: AppendShape {

@@ -179,12 +179,12 @@ impl Operation for Backward {
 
     fn check_sizes(&self) -> Result<(), Error> {
         let asked = [
-            ("d_bias", self.d_bias && self.problem.bias().is_none(), "a bias"),
+            ("d_bias", self.d_bias && self.problem.bias().is_none(), "bias"),
             ("d_sinks", self.d_sinks && !self.problem.has_sinks(), "sinks"),
         ];
-        for (what, wrong, of) in asked {
-            if wrong {
-                let remedy = format!("the problem has no {}", of.trim_start_matches("a "));
+        for (what, is_wrong, of) in asked {
+            if is_wrong {
+                let remedy = format!("the problem has no {of}");
                 return Err(Error::InvalidValue { what, given: "true".into(), remedy });
             }
         }
@@ -270,13 +270,8 @@ const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
     },
     draft: |b, _| {
         let p = &b.problem;
-        let (tile, threads) = (backward_naive::TILE, backward_naive::THREADS);
-        let score_tiles = tiles(p.seq_k(), tile).saturating_mul(tiles(p.seq_q(), tile));
-        let scores = Step {
-            grid: grid(score_tiles, heads(p)),
-            block: Dim3::new(tile, tile, 1),
-            ..step(b, backward_naive::SCORES)?
-        };
+        let threads = backward_naive::THREADS;
+        let scores = scores_step(b, backward_naive::SCORES, heads(p))?;
         let queries = Step {
             grid: grid(tiles(p.seq_q() * p.head_dim(), threads), heads(p)),
             ..step(b, backward_naive::QUERIES)?
@@ -357,8 +352,8 @@ const BACKWARD_MMA: BackwardSpec = BackwardSpec {
     },
 };
 
-/// Of kernels whose blocks have so many keys each and add to the same rows of dQ: whether the order of
-/// the sums may be any.
+/// Refuses determinism where several blocks, of `keys` keys each, add to the same rows of dQ in no fixed
+/// order.
 fn check_order(b: &Backward, keys: u32) -> Result<(), String> {
     if b.deterministic && b.problem.seq_k() > keys as usize {
         return Err(format!(
@@ -479,14 +474,9 @@ fn steps<const N: usize>(
     let p = &b.problem;
     let mut steps = vec![prepare_step(b)?];
     steps.extend(own);
-    if let Some([entries, heads, rows, keys]) = b.d_bias_shape() {
-        let tile = backward_naive::TILE;
+    if let Some([entries, heads, ..]) = b.d_bias_shape() {
         let matrices = u32::try_from(entries * heads).unwrap_or(u32::MAX);
-        steps.push(Step {
-            grid: grid(tiles(keys, tile).saturating_mul(tiles(rows, tile)), matrices),
-            block: Dim3::new(tile, tile, 1),
-            ..step(b, bias::ENTRIES)?
-        });
+        steps.push(scores_step(b, bias::ENTRIES, matrices)?);
     }
     if let Some([heads]) = b.d_sinks_shape() {
         steps.push(Step {
@@ -497,6 +487,14 @@ fn steps<const N: usize>(
         });
     }
     Ok(steps)
+}
+
+/// A launch with a thread for each pair of row and key of each of `matrices` matrices.
+fn scores_step(b: &Backward, entries: Instances, matrices: u32) -> Result<Step<Backward>, String> {
+    let (p, tile) = (&b.problem, backward_naive::TILE);
+    let of_matrix = tiles(p.seq_k(), tile).saturating_mul(tiles(p.seq_q(), tile));
+    let (grid, block) = (grid(of_matrix, matrices), Dim3::new(tile, tile, 1));
+    Ok(Step { grid, block, ..step(b, entries)? })
 }
 
 /// The first step of a backward pass.

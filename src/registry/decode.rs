@@ -175,6 +175,25 @@ impl Decode {
         }
     }
 
+    /// Lengths and pages of a call as kernels are given them.
+    pub(super) fn cache_args(
+        &self,
+        seqused_k: Option<Region>,
+        page_table: Option<Region>,
+    ) -> CacheArgs {
+        CacheArgs {
+            lengths: seqused_k.unwrap_or_default().arg(),
+            page_table: page_table.unwrap_or_default().arg(),
+            pages: self.pages.map_or(0, |pages| pages.pages),
+            max_pages: self.pages.map_or(0, |pages| pages.max_pages),
+        }
+    }
+
+    /// Keys of a page, as a constant of kernels; 0 where the cache is contiguous.
+    pub(super) fn page(&self) -> u32 {
+        self.pages.map_or(0, |pages| pages.page_size)
+    }
+
     /// Bytes of the keys and values that sequences of these lengths have: the least that can be read.
     #[must_use]
     pub fn cache_bytes(&self, lengths: impl IntoIterator<Item = usize>) -> u64 {
@@ -405,24 +424,17 @@ fn chosen(d: &Decode, split: &Step<Decode>, target: &Target) -> u32 {
 /// A launch of the least entry that has the columns of the problem.
 fn step(d: &Decode, entries: Instances) -> Result<Step<Decode>, String> {
     let size = entry_size(&d.problem, entries)?;
-    let page = d.pages.map_or(0, |pages| pages.page_size);
-    let constants = Constants { page, ..padded_constants(&d.problem, size) };
+    let constants = Constants { page: d.page(), ..padded_constants(&d.problem, size) };
     Ok(Step { constants, ..Step::new(entries, d.dtype(), size, args)? })
 }
 
 /// The arguments of decode kernels, as bytes.
 fn args(call: &Call<'_, Decode>) -> Vec<u8> {
-    let DecodeArgs { forward, seqused_k, page_table } = call.args;
+    let &DecodeArgs { ref forward, seqused_k, page_table } = call.args;
     let region = |usage| call.region(usage).arg();
-    let pages = call.problem.pages;
     let parts = call.region(Usage::PartSums).bytes / (call.problem.problem.rows() as u64 * 8);
     args::DecodeArgs {
-        cache: CacheArgs {
-            lengths: seqused_k.unwrap_or_default().arg(),
-            page_table: page_table.unwrap_or_default().arg(),
-            pages: pages.map_or(0, |pages| pages.pages),
-            max_pages: pages.map_or(0, |pages| pages.max_pages),
-        },
+        cache: call.problem.cache_args(seqused_k, page_table),
         parts: PartsArgs {
             o: region(Usage::Parts),
             sums: region(Usage::PartSums),

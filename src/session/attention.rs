@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{Outputs, POISON, Session, runner::Runner};
+use super::{Outputs, POISON, Session, runner::Runner, sequences::Sequences, view};
 use crate::{
     backend::{DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
     dtype::DType,
@@ -38,8 +38,7 @@ pub struct Attention {
     runner: Runner<Problem>,
     o: DeviceTensor,
     lse: DeviceTensor,
-    /// Where packed sequences begin in Q and in K: checked.
-    sequences: Option<[DeviceBuffer; 2]>,
+    pub(super) sequences: Sequences,
 }
 
 impl fmt::Debug for Attention {
@@ -77,7 +76,7 @@ impl Attention {
                 let bytes = plan.workspace_bytes_beside_lse();
                 Runner::new(memory, plan, bytes)?
             },
-            sequences: None,
+            sequences: Sequences::default(),
         })
     }
 
@@ -128,23 +127,9 @@ impl Attention {
         cu_seqlens_q: &[u32],
         cu_seqlens_k: &[u32],
     ) -> Result<(), Error> {
-        let p = self.problem();
-        let upload = |what: &'static str, cu_seqlens: &[u32]| {
-            if p.varlen().is_none() {
-                return Err(Error::UnexpectedTensor { what: what.into() });
-            }
-            p.check_cu_seqlens(what, cu_seqlens)?;
-            self.runner.memory.upload(cu_seqlens)
-        };
-        let both = [upload("cu_seqlens_q", cu_seqlens_q)?, upload("cu_seqlens_k", cu_seqlens_k)?];
-        self.sequences = Some(both);
+        let p = *self.problem();
+        self.sequences = Sequences::upload(&self.runner.memory, &p, cu_seqlens_q, cu_seqlens_k)?;
         Ok(())
-    }
-
-    /// Keeps the checked numbers of packed sequences, if there are any.
-    pub(super) fn take_sequences(&mut self, extras: &mut Extras<DeviceBuffer>) {
-        let both = (extras.cu_seqlens_q.take(), extras.cu_seqlens_k.take());
-        self.sequences = both.0.zip(both.1).map(<[_; 2]>::from);
     }
 
     /// Starts the kernel on inputs in device memory; does not wait.
@@ -190,22 +175,10 @@ impl Attention {
         {
             tensor.expect(what, &self.runner.memory, p.dtype(), &shape)?;
         }
-        let mut extras = extras;
-        for (what, given) in
-            [("cu_seqlens_q", extras.cu_seqlens_q), ("cu_seqlens_k", extras.cu_seqlens_k)]
-        {
-            if given.is_some() {
-                return Err(Error::UnexpectedTensor { what: what.into() });
-            }
-        }
-        if let Some([q, k]) = &self.sequences {
-            (extras.cu_seqlens_q, extras.cu_seqlens_k) = (Some(q), Some(k));
-        }
+        let extras = self.sequences.within(extras)?;
         extras.check(p, |what, _, _, buffer| expect_device(what, buffer, &self.runner.memory))?;
-        let view = |tensor: &DeviceTensor, [_, heads, seq, head_dim]: [usize; 4]| {
-            View::contiguous(tensor.region(), p.layout(), heads, seq, head_dim)
-        };
-        let inputs = [view(q, p.q_extents()), view(k, p.k_extents()), view(v, p.v_extents())];
+        let inputs =
+            [view(p, q, p.q_extents()), view(p, k, p.k_extents()), view(p, v, p.v_extents())];
         let region = |buffer: &DeviceBuffer| Ok::<_, Error>(buffer.region());
         Ok(self.args_of(inputs, extras.try_map(region)?))
     }
@@ -213,8 +186,7 @@ impl Attention {
     /// Inputs at these places, and the outputs of this value. A bias is contiguous.
     pub(crate) fn args_of(&self, [q, k, v]: [View; 3], extras: Extras<Region>) -> Args {
         let p = self.problem();
-        let [_, heads, rows, head_dim] = p.o_extents();
-        let o = View::contiguous(self.o.region(), p.layout(), heads, rows, head_dim);
+        let o = view(p, &self.o, p.o_extents());
         let args = Args::new(q, k, v, o).lse(self.lse.region()).workspace(self.runner.region());
         args.extras(p, extras)
     }

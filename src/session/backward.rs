@@ -2,13 +2,16 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{Inputs, MemoryReport, Outputs, POISON, Session, Work, check_lengths, runner::Runner};
+use super::{
+    Inputs, MemoryReport, Outputs, POISON, Session, Work, check_lengths, runner::Runner,
+    sequences::Sequences, view,
+};
 use crate::{
     backend::{Device, DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
     dtype::DType,
     error::Error,
     problem::Extras,
-    raw::{Args, BackwardArgs, Plan, View},
+    raw::{Args, BackwardArgs, Plan},
     registry::{Backward, BackwardSpec},
     tensor::Tensor,
 };
@@ -82,6 +85,7 @@ pub struct AttentionBackward {
     dv: DeviceTensor,
     d_bias: Option<DeviceTensor>,
     d_sinks: Option<DeviceTensor>,
+    sequences: Sequences,
 }
 
 impl fmt::Debug for AttentionBackward {
@@ -133,16 +137,12 @@ impl Session {
         let upload = |tensor: &Tensor| DeviceTensor::upload(&memory, tensor);
         let [q, k, v, d_o] = [inputs.q, inputs.k, inputs.v, d_o].map(upload);
         let (o, lse) = (upload(&outputs.o)?, upload(&outputs.lse)?);
-        let extras = extras.try_map(|bytes| memory.upload(bytes))?;
+        let mut extras = extras.try_map(|bytes| memory.upload(bytes))?;
         let input_bytes = memory.current();
-        let backward = AttentionBackward::new(&memory, plan)?;
+        let mut backward = AttentionBackward::new(&memory, plan)?;
+        backward.sequences = Sequences::take(&mut extras);
         let workspace = backward.runner.workspace.bytes();
-        let memory = MemoryReport {
-            inputs: input_bytes,
-            outputs: memory.current() - input_bytes - workspace,
-            workspace,
-            peak: memory.peak(),
-        };
+        let memory = MemoryReport::of(&memory, input_bytes, workspace);
         Ok(PreparedBackward { backward, inputs: [q?, k?, v?, o, lse, d_o?], extras, memory })
     }
 
@@ -177,6 +177,7 @@ impl AttentionBackward {
             dv: filled(p.v_shape())?,
             d_bias: plan.problem().d_bias_shape().map(filled).transpose()?,
             d_sinks: d_sinks.transpose()?,
+            sequences: Sequences::default(),
             runner: {
                 let bytes = plan.workspace_bytes();
                 Runner::new(memory, plan, bytes)?
@@ -220,7 +221,23 @@ impl AttentionBackward {
         self.d_sinks.as_ref()
     }
 
-    /// Starts to compute the gradients; does not wait.
+    /// Says where packed sequences begin, of the runs from now on: see
+    /// [`Attention::set_sequences`](super::Attention::set_sequences).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn set_sequences(
+        &mut self,
+        cu_seqlens_q: &[u32],
+        cu_seqlens_k: &[u32],
+    ) -> Result<(), Error> {
+        let p = self.plan().problem().problem;
+        self.sequences = Sequences::upload(&self.runner.memory, &p, cu_seqlens_q, cu_seqlens_k)?;
+        Ok(())
+    }
+
+    /// Starts to compute the gradients; does not wait. Where packed sequences begin is not among the
+    /// extras, but said before by [`set_sequences`](Self::set_sequences), which checks those numbers.
     ///
     /// # Errors
     /// A tensor of another shape, storage type or device; an error that the device reports.
@@ -245,15 +262,13 @@ impl AttentionBackward {
             tensor.expect(what, memory, p.dtype(), &shape)?;
         }
         lse.expect("lse", memory, DType::F32, &p.lse_shape())?;
+        let extras = self.sequences.within(extras)?;
         extras.check(p, |what, _, _, buffer| expect_device(what, buffer, memory))?;
         let extras = extras.try_map(|buffer| Ok::<_, Error>(buffer.region()))?;
-        let view = |tensor: &DeviceTensor, [_, heads, rows, columns]: [usize; 4]| {
-            View::contiguous(tensor.region(), p.layout(), heads, rows, columns)
-        };
-        let [q, dq] = [q, &self.dq].map(|tensor| view(tensor, p.q_extents()));
-        let [o, d_o] = [o, d_o].map(|tensor| view(tensor, p.o_extents()));
-        let [k, dk] = [k, &self.dk].map(|tensor| view(tensor, p.k_extents()));
-        let [v, dv] = [v, &self.dv].map(|tensor| view(tensor, p.v_extents()));
+        let [q, dq] = [q, &self.dq].map(|tensor| view(p, tensor, p.q_extents()));
+        let [o, d_o] = [o, d_o].map(|tensor| view(p, tensor, p.o_extents()));
+        let [k, dk] = [k, &self.dk].map(|tensor| view(p, tensor, p.k_extents()));
+        let [v, dv] = [v, &self.dv].map(|tensor| view(p, tensor, p.v_extents()));
         let forward = Args::new(q, k, v, o).lse(lse.region()).extras(p, extras);
         let forward = forward.workspace(self.runner.region());
         let mut args = BackwardArgs::new(forward, d_o, [dq, dk, dv]);

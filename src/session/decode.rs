@@ -2,13 +2,13 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{Inputs, MemoryReport, Outputs, POISON, Session, Work, runner::Runner};
+use super::{Inputs, MemoryReport, Outputs, POISON, Session, Work, runner::Runner, view};
 use crate::{
     backend::{Device, DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
     dtype::DType,
     error::Error,
     problem::Extras,
-    raw::{Args, DecodeArgs, Plan, View},
+    raw::{Args, DecodeArgs, Plan},
     registry::{Decode, DecodeSpec},
     tensor::Tensor,
 };
@@ -201,12 +201,7 @@ impl Session {
         let input_bytes = memory.current();
         let decode = AttentionDecode::new(&memory, plan)?;
         let workspace = decode.runner.workspace.bytes();
-        let memory = MemoryReport {
-            inputs: input_bytes,
-            outputs: memory.current() - input_bytes - workspace,
-            workspace,
-            peak: memory.peak(),
-        };
+        let memory = MemoryReport::of(&memory, input_bytes, workspace);
         Ok(PreparedDecode { decode, tensors, seqused_k, page_table, extras, memory })
     }
 
@@ -296,11 +291,8 @@ impl AttentionDecode {
         }
         extras.check(p, |what, _, _, buffer| expect_device(what, buffer, memory))?;
         let extras = extras.try_map(|buffer| Ok::<_, Error>(buffer.region()))?;
-        let view = |tensor: &DeviceTensor, [_, heads, rows, columns]: [usize; 4]| {
-            View::contiguous(tensor.region(), p.layout(), heads, rows, columns)
-        };
-        let [k, v] = [view(k, decode.k_extents()), view(v, decode.v_extents())];
-        let [q, o] = [view(q, p.q_extents()), view(&self.o, p.o_extents())];
+        let [k, v] = [view(p, k, decode.k_extents()), view(p, v, decode.v_extents())];
+        let [q, o] = [view(p, q, p.q_extents()), view(p, &self.o, p.o_extents())];
         let forward = Args::new(q, k, v, o).lse(self.lse.region()).extras(p, extras);
         let mut args = DecodeArgs::new(forward.workspace(self.runner.region()));
         if let Some(lengths) = seqused_k {

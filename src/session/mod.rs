@@ -6,6 +6,7 @@ mod backward;
 mod decode;
 mod kv_cache;
 mod runner;
+mod sequences;
 pub mod work;
 
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use crate::{
     dtype::DType,
     error::Error,
     problem::{Extras, Problem, Sequence},
-    raw::Plan,
+    raw::{Plan, View},
     registry::{KernelSpec, Target},
     tensor::Tensor,
 };
@@ -87,10 +88,16 @@ impl<'a> Inputs<'a> {
     /// own lengths.
     #[must_use]
     pub fn flops(&self, problem: &Problem) -> f64 {
-        match (self.cu_seqlens_q, self.cu_seqlens_k) {
-            (Some(q), Some(k)) => problem.flops_of(Sequence::all(q, k)),
-            _ => problem.flops(),
+        match self.cu_seqlens() {
+            Some([q, k]) => problem.flops_of(Sequence::all(q, k)),
+            None => problem.flops(),
         }
+    }
+
+    /// Where packed sequences begin in Q and in K.
+    #[must_use]
+    pub fn cu_seqlens(&self) -> Option<[&'a [u32]; 2]> {
+        Some([self.cu_seqlens_q?, self.cu_seqlens_k?])
     }
 
     /// Compares the tensors with a problem.
@@ -156,6 +163,19 @@ pub struct MemoryReport {
     pub workspace: u64,
     /// The most in use at once, as counted.
     pub peak: u64,
+}
+
+impl MemoryReport {
+    /// The report of a run that alone uses `memory`: `inputs` and `workspace` bytes; outputs are the rest.
+    fn of(memory: &Memory, inputs: u64, workspace: u64) -> Self {
+        let outputs = memory.current() - inputs - workspace;
+        Self { inputs, outputs, workspace, peak: memory.peak() }
+    }
+}
+
+/// A contiguous tensor of those extents, `[B, H, N, D]` in the problem's layout.
+fn view(p: &Problem, tensor: &DeviceTensor, [_, heads, rows, columns]: [usize; 4]) -> View {
+    View::contiguous(tensor.region(), p.layout(), heads, rows, columns)
 }
 
 /// A device and the count of its memory.
@@ -271,14 +291,8 @@ impl Session {
         let mut extras = extras.try_map(|bytes| memory.upload(bytes))?;
         let input_bytes = memory.current();
         let mut attention = Attention::new(&memory, plan)?;
-        attention.take_sequences(&mut extras);
-        let workspace = attention.workspace_bytes();
-        let memory = MemoryReport {
-            inputs: input_bytes,
-            outputs: memory.current() - input_bytes - workspace,
-            workspace,
-            peak: memory.peak(),
-        };
+        attention.sequences = sequences::Sequences::take(&mut extras);
+        let memory = MemoryReport::of(&memory, input_bytes, attention.workspace_bytes());
         Ok(Prepared { attention, inputs, extras, memory })
     }
 

@@ -11,7 +11,7 @@ use crate::{
 /// As [`verify_decode_rows`], of all rows.
 ///
 /// # Errors
-/// Inputs or outputs that are not those of the decode.
+/// Inputs or outputs of other shapes than the decode has.
 pub fn verify_decode(
     decode: &Decode,
     inputs: &DecodeInputs<'_>,
@@ -24,7 +24,7 @@ pub fn verify_decode(
 /// sequence has.
 ///
 /// # Errors
-/// Inputs or outputs that are not those of the decode.
+/// Inputs or outputs of other shapes than the decode has.
 pub fn verify_decode_rows(
     decode: &Decode,
     inputs: &DecodeInputs<'_>,

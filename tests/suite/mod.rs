@@ -4,6 +4,8 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    fmt::Display,
+    io::Write,
     sync::{
         Arc, LazyLock, Mutex, OnceLock,
         atomic::{AtomicUsize, Ordering},
@@ -358,7 +360,31 @@ pub fn emulator() -> Arc<dyn Device> {
     Arc::new(CpuDevice::new())
 }
 
-/// The first GPU, or why there is none.
-pub fn gpu() -> Result<Arc<dyn Device>, Error> {
-    Ok(Arc::new(GpuDevice::open(0)?))
+/// Runs a test on the first GPU, or says why there is none.
+pub fn on_a_gpu(test: impl FnOnce(&Arc<dyn Device>)) {
+    match GpuDevice::open(0) {
+        Ok(gpu) => test(&(Arc::new(gpu) as Arc<dyn Device>)),
+        Err(error) => skipped(&error),
+    }
+}
+
+/// Says why a test does nothing: straight to standard error, since the harness keeps what a passing test
+/// prints.
+pub fn skipped(reason: &dyn Display) {
+    let mut stderr = std::io::stderr();
+    writeln!(stderr, "skipped: {reason}").unwrap();
+}
+
+/// The number in an environment variable.
+pub fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |text| text.parse().expect(variable))
+}
+
+/// A tensor `[1, N, H, D]` of random numbers, with NaN in its last `beyond` rows.
+pub fn with_nan_beyond(dtype: DType, shape: [usize; 4], beyond: usize, seed: u64) -> Tensor {
+    let mut tensor = Tensor::random(dtype, &shape, seed, 0.5);
+    let bytes = beyond * shape[2] * shape[3] * dtype.size();
+    let len = tensor.as_bytes().len();
+    tensor.as_bytes_mut()[len - bytes..].fill(0xff);
+    tensor
 }

@@ -23,7 +23,7 @@ use crate::{
 /// Names the Python to run; `python3` unless set.
 pub const PYTHON: &str = "FLASH_ATTENTION_PYTHON";
 const SCRIPT: &str = include_str!("peers.py");
-/// What runs on a GPU: backends of PyTorch, and packages, which may be missing.
+/// The peers on a GPU: backends of PyTorch, and packages, which may be missing.
 pub const ON_GPU: [&str; 8] =
     ["math", "efficient", "flash", "cudnn", "flex", PACKAGES[0], PACKAGES[1], PACKAGES[2]];
 const PACKAGES: [&str; 3] = ["flash_attn", "flash_attn_interface", "flash_attn.cute"];
@@ -171,7 +171,7 @@ impl Peers {
             repeats,
             alibi_slopes: numbers(inputs.and_then(|inputs| inputs.alibi_slopes)),
             sink_scores: numbers(inputs.and_then(|inputs| inputs.sinks)),
-            cu_seqlens: inputs.and_then(|i| Some([i.cu_seqlens_q?, i.cu_seqlens_k?])),
+            cu_seqlens: inputs.and_then(|inputs| inputs.cu_seqlens()),
             output: match subject.kind().level() {
                 Level::Attention | Level::Backward => problem.o_shape().to_vec(),
                 Level::Module => work.tensors[0].shape().to_vec(),

@@ -47,12 +47,14 @@ SDPA = {
 }
 # FlashAttention's releases for Ampere, Hopper, and Hopper and Blackwell.
 PACKAGES = ["flash_attn", "flash_attn_interface", "flash_attn.cute"]
+# Aligned to the top left, PyTorch's own causal mask is another one.
+ALIGNED = "causal masks aligned to the bottom right"
 # What a backend is able to do beyond plain and causal attention.
 ABLE = {name: {"dropout", "padding masks"} for name in SDPA} | {
-    "flex": {"padding masks", "windows", "caps of scores", "ALiBi", "aligned"},
-    "flash_attn": {"dropout", "windows", "caps of scores", "ALiBi", "packed", "aligned"},
-    "flash_attn_interface": {"windows", "caps of scores", "packed", "aligned"},
-    "flash_attn.cute": {"windows", "caps of scores", "packed", "sinks", "aligned"},
+    "flex": {"padding masks", "windows", "caps of scores", "ALiBi", ALIGNED},
+    "flash_attn": {"dropout", "windows", "caps of scores", "ALiBi", "packed sequences", ALIGNED},
+    "flash_attn_interface": {"windows", "caps of scores", "packed sequences", ALIGNED},
+    "flash_attn.cute": {"windows", "caps of scores", "packed sequences", "sinks", ALIGNED},
 }
 # Before each backend that is measured at the power limit: what ran before has warmed the GPU for none
 # of them.
@@ -135,22 +137,18 @@ def sustained(run, seconds, once, device):
 def wanted(job):
     """What the job asks for beyond plain and causal attention, by the names of ABLE."""
     left, right = job["window"]
-    return {
-        what: name
-        for what, name, asked in (
-            ("dropout", "dropout", job["dropout"] > 0),
-            ("padding masks", "padding masks", job["mask"]),
-            ("windows", "windows", left is not None or right not in (None, 0)),
-            ("caps of scores", "caps of scores", job["softcap"] is not None),
-            ("ALiBi", "ALiBi", job["alibi"]),
-            ("packed", "packed sequences", job["varlen"]),
-            ("bias", "bias of its own", job["bias"]),
-            ("sinks", "sinks", job["sinks"]),
-            # Aligned to the top left, PyTorch's own causal mask is another one.
-            ("aligned", "causal masks aligned to the bottom right", job["causal"] and job["seq_k"] is not None),
-        )
-        if asked
+    asked = {
+        "dropout": job["dropout"] > 0,
+        "padding masks": job["mask"],
+        "windows": left is not None or right not in (None, 0),
+        "caps of scores": job["softcap"] is not None,
+        "ALiBi": job["alibi"],
+        "packed sequences": job["varlen"],
+        "bias of its own": job["bias"],
+        "sinks": job["sinks"],
+        ALIGNED: job["causal"] and job["seq_k"] is not None,
     }
+    return [what for what, is_asked in asked.items() if is_asked]
 
 
 def sdpa(job, device, mask):
@@ -246,7 +244,7 @@ def packaged(job, name, device):
 
 def attention(job, name, mask, device):
     """A function of q, k and v, by the backend of that name."""
-    lacks = [what for key, what in wanted(job).items() if key not in ABLE[name]]
+    lacks = [what for what in wanted(job) if what not in ABLE[name]]
     if lacks:
         raise NotImplementedError(f"it has no {', no '.join(lacks)}")
     if name in SDPA:

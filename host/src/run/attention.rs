@@ -5,17 +5,18 @@ use anyhow::Result;
 use flash_attention::{
     Alibi, Bias, DType, Dropout, Error, Extras, Layout, Problem, Tensor, Varlen,
     backend::instruments::time_ms,
-    oracle,
+    oracle::{self, Rows},
     session::{Inputs, Outputs, Session, Work},
     verify::{Credit, Differences},
 };
 
 use super::{
     Done, Given, RunArgs,
-    check::{self, Comparison},
+    check::{self, Comparison, Place},
     file::{Stored, TensorFile, mask_of},
     plan,
 };
+use crate::accuracy::Oracle;
 
 /// Multiplications that a check may spend on attention in f64.
 pub(super) const ORACLE_BUDGET: usize = 1 << 31;
@@ -46,8 +47,8 @@ pub struct Tensors {
 
 /// What a file says the outputs should be.
 pub(super) struct Expected {
-    pub(super) o: Option<Tensor>,
-    pub(super) lse: Option<Tensor>,
+    o: Option<Tensor>,
+    lse: Option<Tensor>,
 }
 
 impl<'a> GivenAttention<'a> {
@@ -216,10 +217,8 @@ impl Given for GivenAttention<'_> {
 
     fn compare(&self, done: &Done) -> Result<Vec<Comparison>> {
         let Some(expected) = &self.expected else { return Ok(Vec::new()) };
-        let [(_, o), (_, lse), ..] = done.tensors.as_slice() else { return Ok(Vec::new()) };
         let p = &self.problem;
-        let multiplications = (p.seq_k() * p.head_dim().max(p.head_dim_v())).max(1);
-        let rows = self.sample_rows((ORACLE_BUDGET / multiplications).max(64));
+        let rows = self.sample_rows(Oracle::affordable_rows(p, ORACLE_BUDGET));
         if rows.is_empty() {
             return Ok(Vec::new());
         }
@@ -227,32 +226,9 @@ impl Given for GivenAttention<'_> {
         let inputs = self.inputs(&tensors);
         let reference = oracle::reference(p, &inputs, &rows);
         let credit = Credit::of(p, &inputs, &rows, &reference);
-        let rows_of = |o: &Tensor, lse: &Tensor| {
-            let outputs = Outputs { o: o.clone(), lse: lse.clone(), weights: None };
-            oracle::rows_of(p, &outputs, &rows)
-        };
-        let ours = rows_of(o, lse);
-        // What the file lacks is filled with our own, and not reported.
-        let theirs =
-            rows_of(expected.o.as_ref().unwrap_or(o), expected.lse.as_ref().unwrap_or(lse));
-        let one = |name, width, ours: &[f64], theirs: &[f64], exact: &[f64], plain| Comparison {
-            name,
-            differences: Differences::new(ours, theirs),
-            plain,
-            ours_from_f64: Differences::new(ours, exact).max_abs,
-            theirs_from_f64: Differences::new(theirs, exact).max_abs,
-            place: check::place(p, &rows, width),
-            compared: (rows.len(), p.rows()),
-            rows: "rows",
-        };
-        let mut all = Vec::new();
-        if expected.o.is_some() {
-            all.push(one("o", p.head_dim_v(), &ours.o, &theirs.o, &reference.o, credit.o));
-        }
-        if expected.lse.is_some() {
-            all.push(one("lse", 1, &ours.lse, &theirs.lse, &reference.lse, credit.lse));
-        }
-        Ok(all)
+        let rows_of = |outputs: &Outputs| Ok(oracle::rows_of(p, outputs, &rows));
+        let place = |width| check::place(p, &rows, width);
+        expected.compare(done, rows_of, (&reference, credit), (p, rows.len()), place)
     }
 }
 
@@ -273,12 +249,50 @@ impl Expected {
         }
         Ok(Self { o, lse })
     }
+
+    /// Compares O and the LSE of a run with those that the file has, on the rows of which the f64 reference
+    /// and the plain algorithm's credit are. `rows_of` picks these rows, `place` says where an element of
+    /// rows of that width is.
+    pub(super) fn compare(
+        &self,
+        done: &Done,
+        rows_of: impl Fn(&Outputs) -> Result<Rows>,
+        (exact, credit): (&Rows, Credit),
+        (p, compared): (&Problem, usize),
+        place: impl Fn(usize) -> Place,
+    ) -> Result<Vec<Comparison>> {
+        let [(_, o), (_, lse), ..] = done.tensors.as_slice() else { return Ok(Vec::new()) };
+        let rows_of = |o: &Tensor, lse: &Tensor| {
+            rows_of(&Outputs { o: o.clone(), lse: lse.clone(), weights: None })
+        };
+        let ours = rows_of(o, lse)?;
+        // What the file lacks is filled with our own, and not reported.
+        let theirs = rows_of(self.o.as_ref().unwrap_or(o), self.lse.as_ref().unwrap_or(lse))?;
+        let one = |name, width, ours: &[f64], theirs: &[f64], exact: &[f64], plain| Comparison {
+            name,
+            differences: Differences::new(ours, theirs),
+            plain,
+            ours_from_f64: Differences::new(ours, exact).max_abs,
+            theirs_from_f64: Differences::new(theirs, exact).max_abs,
+            place: place(width),
+            compared: (compared, p.rows()),
+            rows: "rows",
+        };
+        let mut all = Vec::new();
+        if self.o.is_some() {
+            all.push(one("o", p.head_dim_v(), &ours.o, &theirs.o, &exact.o, credit.o));
+        }
+        if self.lse.is_some() {
+            all.push(one("lse", 1, &ours.lse, &theirs.lse, &exact.lse, credit.lse));
+        }
+        Ok(all)
+    }
 }
 
 /// O and the LSE of a file, where it has them.
 ///
 /// # Errors
-/// What they are and what they must be.
+/// One of another shape: the message names both shapes.
 pub fn stored_outputs(file: &TensorFile, p: &Problem) -> Result<[Option<Tensor>; 2]> {
     let o = stored(file, "o", in_file(p, &p.o_shape()))?;
     Ok([o, stored(file, "lse", in_file(p, &p.lse_shape()))?])
@@ -287,7 +301,7 @@ pub fn stored_outputs(file: &TensorFile, p: &Problem) -> Result<[Option<Tensor>;
 /// The tensor of that name, of whichever storage type, where the file has one.
 ///
 /// # Errors
-/// What it is and what it must be.
+/// One of another shape: the message names both shapes.
 pub fn stored(file: &TensorFile, name: &str, shape: &[usize]) -> Result<Option<Tensor>> {
     let Some(stored) = file.find(name) else { return Ok(None) };
     stored.expect(stored.dtype()?, shape)?;

@@ -1,4 +1,4 @@
-//! The gradients of attention on the tensors of a file: those of the forward pass, and `do`.
+//! The gradients of attention on the tensors of a file: the inputs of the forward pass, and `do`.
 
 use anyhow::Result;
 use flash_attention::{

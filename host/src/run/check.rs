@@ -18,15 +18,18 @@ pub struct Comparison {
     /// Largest error of the file's against f64.
     pub theirs_from_f64: f64,
     /// Index of an element, as `[b, h, i, d]`, from its place among those compared.
-    pub place: Box<dyn Fn(usize) -> Vec<usize>>,
+    pub place: Place,
     /// Rows compared, and rows that there are.
     pub compared: (usize, usize),
     /// What a row is called.
     pub rows: &'static str,
 }
 
+/// The index of an element from its place among those compared.
+pub type Place = Box<dyn Fn(usize) -> Vec<usize>>;
+
 /// Index of an element of the rows compared, `width` elements each.
-pub fn place(problem: &Problem, rows: &[usize], width: usize) -> Box<dyn Fn(usize) -> Vec<usize>> {
+pub fn place(problem: &Problem, rows: &[usize], width: usize) -> Place {
     // Rows are counted as the LSE's.
     let (rows, [_, heads, seq]) = (rows.to_vec(), problem.lse_shape());
     Box::new(move |element| {

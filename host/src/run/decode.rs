@@ -8,16 +8,16 @@ use flash_attention::{
     oracle::{self, Gathered},
     registry::{self, Decode, Pages},
     session::{DecodeInputs, Inputs, Outputs, Session, Work},
-    verify::{Credit, Differences},
+    verify::Credit,
 };
 
 use super::{
     Done, Given, RunArgs,
     attention::{Expected, ORACLE_BUDGET},
-    check::Comparison,
+    check::{Comparison, Place},
     file::{Stored, TensorFile},
 };
-use crate::failure::Usage;
+use crate::{accuracy::Oracle, failure::Usage};
 
 /// The tensors of a file and the decode that they pose.
 pub struct GivenDecode {
@@ -156,59 +156,27 @@ impl Given for GivenDecode {
 
     fn compare(&self, done: &Done) -> Result<Vec<Comparison>> {
         let Some(expected) = &self.expected else { return Ok(Vec::new()) };
-        let [(_, o), (_, lse)] = done.tensors.as_slice() else { return Ok(Vec::new()) };
         let gathered = Gathered::new(&self.decode, &self.inputs())?;
         let (p, inputs) = (&gathered.problem, gathered.inputs());
-        let multiplications = (p.seq_k() * p.head_dim().max(p.head_dim_v())).max(1);
-        let rows = oracle::sample_rows(p, (ORACLE_BUDGET / multiplications).max(64));
+        let rows = oracle::sample_rows(p, Oracle::affordable_rows(p, ORACLE_BUDGET));
         let reference = oracle::reference(p, &inputs, &rows);
         let credit = Credit::of(p, &inputs, &rows, &reference);
-        let rows_of = |o: &Tensor, lse: &Tensor| -> Result<oracle::Rows> {
-            let outputs = Outputs { o: o.clone(), lse: lse.clone(), weights: None };
-            let outputs = gathered.outputs(self.decode.problem(), &outputs)?;
-            Ok(oracle::rows_of(p, &outputs, &rows))
-        };
-        let ours = rows_of(o, lse)?;
-        // What the file lacks is filled with our own, and not reported.
-        let theirs =
-            rows_of(expected.o.as_ref().unwrap_or(o), expected.lse.as_ref().unwrap_or(lse))?;
-        let one = |name, width: usize, ours: &[f64], theirs: &[f64], exact: &[f64], plain| {
-            // Rows are counted as those of packed sequences: head, sequence, query.
-            let (rows, [_, heads, queries, _]) = (rows.clone(), extents(self.decode.problem()));
-            let batch = self.decode.problem().batch();
-            let place = move |element: usize| {
+        let of_file = self.decode.problem();
+        let rows_of =
+            |outputs: &Outputs| Ok(oracle::rows_of(p, &gathered.outputs(of_file, outputs)?, &rows));
+        let place = |width: usize| {
+            // Gathered sequences are packed ones: rows count heads, in them sequences, in them queries.
+            let (rows, batch, queries) = (rows.clone(), of_file.batch(), of_file.seq_q());
+            let place: Place = Box::new(move |element| {
                 let (row, d) = (rows[element / width], element % width);
-                let (h, b, i) =
-                    (row / queries / batch % heads, row / queries % batch, row % queries);
-                let mut index = vec![b, h, i];
+                let mut index = vec![row / queries % batch, row / queries / batch, row % queries];
                 if width > 1 {
                     index.push(d);
                 }
                 index
-            };
-            Comparison {
-                name,
-                differences: Differences::new(ours, theirs),
-                plain,
-                ours_from_f64: Differences::new(ours, exact).max_abs,
-                theirs_from_f64: Differences::new(theirs, exact).max_abs,
-                place: Box::new(place),
-                compared: (reference.lse.len(), p.rows()),
-                rows: "rows",
-            }
+            });
+            place
         };
-        let mut all = Vec::new();
-        if expected.o.is_some() {
-            all.push(one("o", p.head_dim_v(), &ours.o, &theirs.o, &reference.o, credit.o));
-        }
-        if expected.lse.is_some() {
-            all.push(one("lse", 1, &ours.lse, &theirs.lse, &reference.lse, credit.lse));
-        }
-        Ok(all)
+        expected.compare(done, rows_of, (&reference, credit), (p, rows.len()), place)
     }
-}
-
-/// Batch entries, heads, queries and columns.
-fn extents(p: &Problem) -> [usize; 4] {
-    [p.batch(), p.heads(), p.seq_q(), p.head_dim()]
 }

@@ -54,11 +54,8 @@ impl Kind for Attention {
         effort: Effort,
     ) -> Result<Box<dyn Subject + 'a>, Error> {
         let tensors = Tensors::random(&problem, seed);
-        let rows = match effort {
-            Effort::Rows(rows) => rows,
-            Effort::Quick => Oracle::affordable_rows(&problem, QUICK),
-            Effort::Thorough => Oracle::affordable_rows(&problem, THOROUGH),
-        };
+        let affordable = |multiplications| Oracle::affordable_rows(&problem, multiplications);
+        let rows = effort.rows([QUICK, THOROUGH], affordable);
         let oracle = Oracle::new(&problem, &tensors.inputs(), rows);
         Ok(Box::new(Drawn { session, problem, tensors, oracle }))
     }

@@ -78,11 +78,9 @@ impl Kind for Backward {
         effort: Effort,
     ) -> Result<Box<dyn Subject + 'a>, Error> {
         let tensors = Tensors::random(&problem, seed);
-        let rows = match effort {
-            Effort::Rows(rows) => rows,
-            Effort::Quick => GradientOracle::affordable_rows(&problem, QUICK),
-            Effort::Thorough => GradientOracle::affordable_rows(&problem, THOROUGH),
-        };
+        let affordable =
+            |multiplications| GradientOracle::affordable_rows(&problem, multiplications);
+        let rows = effort.rows([QUICK, THOROUGH], affordable);
         let mut d_o = gradient_of_o(&problem, seed);
         let inputs = tensors.inputs();
         let oracle = GradientOracle::new(&problem, &inputs, &mut d_o, rows);

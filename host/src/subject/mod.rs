@@ -30,6 +30,17 @@ pub enum Effort {
     Thorough,
 }
 
+impl Effort {
+    /// The number of rows: given, or those that the multiplications of a quick or a thorough check afford.
+    pub fn rows(self, [quick, thorough]: [usize; 2], affordable: impl Fn(usize) -> usize) -> usize {
+        match self {
+            Self::Rows(rows) => rows,
+            Self::Quick => affordable(quick),
+            Self::Thorough => affordable(thorough),
+        }
+    }
+}
+
 /// A kernel of a level.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernel {
@@ -120,7 +131,7 @@ pub trait Subject {
     /// The padding mask.
     fn mask(&self) -> Option<&[u8]>;
 
-    /// What attention takes besides, where that is the level.
+    /// The inputs of attention, at the level of attention alone.
     fn inputs(&self) -> Option<Inputs<'_>> {
         None
     }

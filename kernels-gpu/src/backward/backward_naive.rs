@@ -24,7 +24,7 @@ use half::{bf16, f16};
 use simt::{math, scalar::Scalar, thread};
 
 use crate::{
-    args::{BackwardArgs, Tensor},
+    args::{BackwardArgs, Shape, Tensor},
     entries,
     parts::{
         gradient::{self, Row},
@@ -56,27 +56,18 @@ pub const THREADS: u32 = 128;
 pub unsafe fn scores<T: Scalar>(args: &BackwardArgs) {
     let forward = &args.forward;
     let Some(head) = Head::of_block_yz(forward) else { return };
-    let key_tiles = forward.shape.seq_k.div_ceil(TILE);
-    let (row_tile, key_tile) = divide(thread::block_idx_x(), key_tiles);
-    let j = key_tile * TILE + thread::thread_idx_x();
-    let i = row_tile * TILE + thread::thread_idx_y();
+    let (i, j) = place(&forward.shape);
     if i >= head.seq_q || j >= head.seq_k {
         return;
     }
-    let (columns, columns_v) = (forward.shape.head_dim, forward.shape.head_dim_v);
     // SAFETY: the buffers have the shapes stated above; row and key exist.
     let (weights, d_scores, policy, row, products) = unsafe {
-        let (q, k) = (&forward.tensors.q, &forward.tensors.k);
-        let (d_o, v) = (&args.gradients.d_o, &forward.tensors.v);
         (
             forward.scratch.weights.view_mut::<T>(),
             args.steps.d_scores.view_mut::<T>(),
             Policy::new(forward, head),
             Row::read(args, head, i),
-            (
-                dot::<T>((q, head.query(q, i)), (k, head.key(k, j)), columns),
-                dot::<T>((d_o, head.query(d_o, i)), (v, head.key(v, j)), columns_v),
-            ),
+            products::<T>(args, &head, (i, j)),
         )
     };
     let scale = forward.scores.scale;
@@ -85,12 +76,41 @@ pub unsafe fn scores<T: Scalar>(args: &BackwardArgs) {
     d_scores.write(head.weight(i, j), T::from_f32(ds));
 }
 
+/// Row and key of this thread of a 16 x 16 block, where the grid's `x` counts tiles of keys, and with each of
+/// them tiles of rows. Past the last ones where tiles hang over.
+#[inline(always)]
+pub(super) fn place(shape: &Shape) -> (u32, u32) {
+    let (row_tile, key_tile) = divide(thread::block_idx_x(), shape.seq_k.div_ceil(TILE));
+    (row_tile * TILE + thread::thread_idx_y(), key_tile * TILE + thread::thread_idx_x())
+}
+
+/// `Q[i] · K[j]` and `dO[i] · V[j]` of a head.
+///
+/// # Safety
+/// The buffers of `args` must have the shapes that it says; row and key exist.
+#[inline(always)]
+pub(super) unsafe fn products<T: Scalar>(
+    args: &BackwardArgs,
+    head: &Head,
+    (i, j): (u32, u32),
+) -> (f32, f32) {
+    let (shape, tensors, d_o) = (&args.forward.shape, &args.forward.tensors, &args.gradients.d_o);
+    let (q, k, v) = (&tensors.q, &tensors.k, &tensors.v);
+    // SAFETY: the rows have that many columns.
+    unsafe {
+        (
+            dot::<T>((q, head.query(q, i)), (k, head.key(k, j)), shape.head_dim),
+            dot::<T>((d_o, head.query(d_o, i)), (v, head.key(v, j)), shape.head_dim_v),
+        )
+    }
+}
+
 /// The dot product of two rows, each from its first element on, [`SPAN`] products at a time.
 ///
 /// # Safety
 /// The tensors must hold `columns` elements there.
 #[inline(always)]
-pub(super) unsafe fn dot<T: Scalar>(a: (&Tensor, u64), b: (&Tensor, u64), columns: u32) -> f32 {
+unsafe fn dot<T: Scalar>(a: (&Tensor, u64), b: (&Tensor, u64), columns: u32) -> f32 {
     // SAFETY: passed on to the caller.
     let views = unsafe { (a.0.buffer.view::<T>(), b.0.buffer.view::<T>()) };
     let mut sum = 0.0;

@@ -14,9 +14,9 @@
 //! Source: the derivation in `docs/backward.md`.
 
 use half::{bf16, f16};
-use simt::{scalar::Scalar, thread};
+use simt::scalar::Scalar;
 
-use super::backward_naive::{TILE, dot};
+use super::backward_naive::{TILE, place, products};
 use crate::{
     args::BackwardArgs,
     entries,
@@ -47,9 +47,7 @@ pub unsafe fn bias<T: Scalar>(args: &BackwardArgs) {
     let own = |stride: u64, extent: u32| if stride == 0 { 1 } else { extent };
     let (entries, heads) = (own(to.stride_b, shape.batch), own(to.stride_h, shape.heads));
     let number = Head::number_of_block();
-    let (row_tile, key_tile) = divide(thread::block_idx_x(), shape.seq_k.div_ceil(TILE));
-    let j = key_tile * TILE + thread::thread_idx_x();
-    let i = row_tile * TILE + thread::thread_idx_y();
+    let (i, j) = place(shape);
     if number >= entries * heads || i >= shape.seq_q || j >= shape.seq_k {
         return;
     }
@@ -63,15 +61,10 @@ pub unsafe fn bias<T: Scalar>(args: &BackwardArgs) {
             let head = Head::new(forward, b, h);
             // SAFETY: the buffers have the shapes stated above; row and key exist.
             let (policy, row, products) = unsafe {
-                let (q, k) = (&forward.tensors.q, &forward.tensors.k);
-                let (d_o, v) = (&args.gradients.d_o, &forward.tensors.v);
                 (
                     Policy::new(forward, head),
                     Row::read(args, head, i),
-                    (
-                        dot::<T>((q, head.query(q, i)), (k, head.key(k, j)), shape.head_dim),
-                        dot::<T>((d_o, head.query(d_o, i)), (v, head.key(v, j)), shape.head_dim_v),
-                    ),
+                    products::<T>(args, &head, (i, j)),
                 )
             };
             let scale = forward.scores.scale;
