@@ -1,0 +1,294 @@
+//! The functions of candle-flash-attn, with its signatures: tensors `[B, N, H, D]`, packed ones
+//! `[total, H, D]`.
+
+use candle_core::{Result, Tensor};
+use flash_attention::{Layout, Window};
+
+use crate::{Options, Varlen, attention};
+
+/// Options of one of these functions.
+fn options(softmax_scale: f32, left: Option<usize>, right: Option<usize>) -> Options {
+    // No sequence is longer than a bound of 32 bits.
+    let bound = |size: usize| u32::try_from(size).unwrap_or(u32::MAX);
+    Options {
+        layout: Layout::TokensFirst,
+        scale: Some(softmax_scale),
+        window: Window { left: left.map(bound), right: right.map(bound) },
+        ..Options::default()
+    }
+}
+
+/// The right bound of a causal mask.
+const fn right_of(causal: bool) -> Option<usize> {
+    if causal { Some(0) } else { None }
+}
+
+/// No cap is written as 0.
+fn cap(softcap: f32) -> Option<f32> {
+    (softcap != 0.0).then_some(softcap)
+}
+
+/// `softmax(Q Kᵀ scale) V`.
+///
+/// `q`: `[B, Nq, H, D]`; `k`, `v`: `[B, Nk, Hkv, D]`, where `Hkv` divides `H`. The result has the shape of
+/// `q`. A causal row `i` sees the keys `j <= i + Nk - Nq`.
+///
+/// # Errors
+/// [What is wrong](crate#shapes-types-strides-errors) with a tensor.
+pub fn flash_attn(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    softmax_scale: f32,
+    causal: bool,
+) -> Result<Tensor> {
+    flash_attn_windowed(q, k, v, softmax_scale, None, right_of(causal))
+}
+
+/// As [`flash_attn`], where a row at key `i + Nk - Nq` sees so many keys before and after it. A right bound
+/// of 0 is a causal mask; no bound hides nothing.
+///
+/// # Errors
+/// As [`flash_attn`].
+pub fn flash_attn_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+) -> Result<Tensor> {
+    attention(q, k, v, &options(softmax_scale, window_size_left, window_size_right))
+}
+
+/// As [`flash_attn`], with ALiBi's slopes, f32 `[H]`.
+///
+/// # Errors
+/// As [`flash_attn`].
+pub fn flash_attn_alibi(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: &Tensor,
+    softmax_scale: f32,
+    causal: bool,
+) -> Result<Tensor> {
+    flash_attn_alibi_windowed(q, k, v, alibi_slopes, softmax_scale, None, right_of(causal))
+}
+
+/// As [`flash_attn_windowed`], with ALiBi's slopes, f32 `[H]`.
+///
+/// # Errors
+/// As [`flash_attn`].
+pub fn flash_attn_alibi_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: &Tensor,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+) -> Result<Tensor> {
+    flash_attn_alibi_windowed_softcap(
+        q,
+        k,
+        v,
+        Some(alibi_slopes),
+        softmax_scale,
+        window_size_left,
+        window_size_right,
+        0.0,
+    )
+}
+
+/// As [`flash_attn_windowed`], with ALiBi's slopes where they are given, and a cap of scaled scores,
+/// `softcap * tanh(s / softcap)`; 0 is none.
+///
+/// # Errors
+/// As [`flash_attn`].
+#[expect(clippy::too_many_arguments, reason = "the signature of candle-flash-attn")]
+pub fn flash_attn_alibi_windowed_softcap(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: Option<&Tensor>,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+    softcap: f32,
+) -> Result<Tensor> {
+    let options = Options {
+        alibi_slopes: alibi_slopes.cloned(),
+        softcap: cap(softcap),
+        ..options(softmax_scale, window_size_left, window_size_right)
+    };
+    attention(q, k, v, &options)
+}
+
+/// Attention of packed sequences.
+///
+/// `q`: `[total_q, H, D]`; `k`, `v`: `[total_k, Hkv, D]`; `seqlens_q`, `seqlens_k`: u32 `[B + 1]`, where the
+/// sequences begin in `q` and in `k`, from 0 on, and past the last. None has more than `max_seqlen_q` rows
+/// or `max_seqlen_k` keys: on a GPU only the device sees the numbers. The result has the shape of `q`.
+///
+/// # Errors
+/// As [`flash_attn`].
+#[expect(clippy::too_many_arguments, reason = "the signature of candle-flash-attn")]
+pub fn flash_attn_varlen(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    causal: bool,
+) -> Result<Tensor> {
+    flash_attn_varlen_windowed(
+        q,
+        k,
+        v,
+        seqlens_q,
+        seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        None,
+        right_of(causal),
+    )
+}
+
+/// As [`flash_attn_varlen`], in a window as of [`flash_attn_windowed`].
+///
+/// # Errors
+/// As [`flash_attn`].
+#[expect(clippy::too_many_arguments, reason = "the signature of candle-flash-attn")]
+pub fn flash_attn_varlen_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+) -> Result<Tensor> {
+    flash_attn_varlen_alibi_windowed_softcap(
+        q,
+        k,
+        v,
+        None,
+        seqlens_q,
+        seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        window_size_left,
+        window_size_right,
+        0.0,
+    )
+}
+
+/// As [`flash_attn_varlen`], with ALiBi's slopes, f32 `[H]`.
+///
+/// # Errors
+/// As [`flash_attn`].
+#[expect(clippy::too_many_arguments, reason = "the signature of candle-flash-attn")]
+pub fn flash_attn_varlen_alibi(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    causal: bool,
+) -> Result<Tensor> {
+    flash_attn_varlen_alibi_windowed(
+        q,
+        k,
+        v,
+        alibi_slopes,
+        seqlens_q,
+        seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        None,
+        right_of(causal),
+    )
+}
+
+/// As [`flash_attn_varlen_windowed`], with ALiBi's slopes, f32 `[H]`.
+///
+/// # Errors
+/// As [`flash_attn`].
+#[expect(clippy::too_many_arguments, reason = "the signature of candle-flash-attn")]
+pub fn flash_attn_varlen_alibi_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+) -> Result<Tensor> {
+    flash_attn_varlen_alibi_windowed_softcap(
+        q,
+        k,
+        v,
+        Some(alibi_slopes),
+        seqlens_q,
+        seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        window_size_left,
+        window_size_right,
+        0.0,
+    )
+}
+
+/// As [`flash_attn_varlen_windowed`], with ALiBi's slopes where they are given, and a cap of scaled scores;
+/// 0 is none.
+///
+/// # Errors
+/// As [`flash_attn`].
+#[expect(clippy::too_many_arguments, reason = "the signature of candle-flash-attn")]
+pub fn flash_attn_varlen_alibi_windowed_softcap(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: Option<&Tensor>,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+    softcap: f32,
+) -> Result<Tensor> {
+    let varlen = Varlen {
+        cu_seqlens_q: seqlens_q.clone(),
+        cu_seqlens_k: seqlens_k.clone(),
+        max_seqlen_q,
+        max_seqlen_k,
+    };
+    let options = Options {
+        alibi_slopes: alibi_slopes.cloned(),
+        softcap: cap(softcap),
+        varlen: Some(varlen),
+        ..options(softmax_scale, window_size_left, window_size_right)
+    };
+    attention(q, k, v, &options)
+}

@@ -1,0 +1,64 @@
+//! What attention is to do beside the two products and the softmax.
+
+use candle_core::Tensor;
+use flash_attention::{Dropout, Layout, Window};
+
+/// What [`attention`](crate::attention) is to do beside the two products and the softmax. The default is
+/// plain attention of `[B, H, N, D]`.
+///
+/// ```
+/// use flash_attention_candle::{Layout, Options, Window};
+///
+/// // As Mistral's layers: causal, 4096 keys, tensors as a projection leaves them.
+/// let options = Options {
+///     layout: Layout::TokensFirst,
+///     causal: true,
+///     window: Window { left: Some(4095), right: None },
+///     ..Options::default()
+/// };
+/// # _ = options;
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Order of the dimensions of Q, K, V and O: `[B, H, N, D]`, or `[B, N, H, D]` as candle-flash-attn has
+    /// them. Of packed sequences it is neither: `[total, H, D]`.
+    pub layout: Layout,
+    /// What products are multiplied by; `1 / sqrt(D)` unless given.
+    pub scale: Option<f32>,
+    /// Whether row `i` sees the keys `j <= i + Nk - Nq` only.
+    pub causal: bool,
+    /// How far before and after its own position, `i + Nk - Nq`, a row sees keys.
+    pub window: Window,
+    /// `cap * tanh(s / cap)` takes the place of a scaled score.
+    pub softcap: Option<f32>,
+    /// ALiBi, f32 `[H]` or `[B, H]`: `-slope * |i + Nk - Nq - j|` joins a score. Slopes get no gradient.
+    pub alibi_slopes: Option<Tensor>,
+    /// What joins the scores, `[B or 1, H or 1, Nq, Nk]` in the type of Q; -inf hides a key. It gets a
+    /// gradient where it is part of a graph.
+    pub bias: Option<Tensor>,
+    /// A score for each head that joins the sum and has no value, f32 `[H]`. It gets a gradient where it
+    /// is part of a graph.
+    pub sinks: Option<Tensor>,
+    /// Padding mask, u8 `[B, Nk]`: 0 hides a key.
+    pub mask: Option<Tensor>,
+    /// How many keys of a cache each batch entry has, u32 `[B]`; what lies beyond is never read. A causal
+    /// row is aligned to these ends. No gradients.
+    pub key_lengths: Option<Tensor>,
+    /// Dropout of weights. Both passes of a call drop the same; each call wants a seed of its own.
+    pub dropout: Option<Dropout>,
+    /// Sequences of lengths of their own, packed one after the other.
+    pub varlen: Option<Varlen>,
+}
+
+/// Where packed sequences begin: then Q and O are `[total_q, H, D]`, K and V `[total_k, Hkv, D]`.
+#[derive(Clone, Debug)]
+pub struct Varlen {
+    /// Where they begin in Q, and past the last: u32 `[B + 1]`, from 0 on, ascending.
+    pub cu_seqlens_q: Tensor,
+    /// The same in K and V.
+    pub cu_seqlens_k: Tensor,
+    /// Rows of the longest, or more.
+    pub max_seqlen_q: usize,
+    /// Keys of the longest, or more.
+    pub max_seqlen_k: usize,
+}
