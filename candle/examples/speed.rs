@@ -5,29 +5,12 @@
 //! cargo run --release -p flash-attention-candle --example speed -- 1 8 1024 64
 //! ```
 
+mod own;
+
 use std::time::{Duration, Instant};
 
-use candle_core::{D, DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use flash_attention_candle::{Options, attention};
-
-/// The formula in candle's operations.
-fn formula(q: &Tensor, k: &Tensor, v: &Tensor, hidden: Option<&Tensor>) -> Result<Tensor> {
-    let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
-    let scores = (q.matmul(&k.t()?)? * scale)?;
-    let scores = match hidden {
-        Some(hidden) => scores.broadcast_add(hidden)?,
-        None => scores,
-    };
-    // candle_nn::ops::softmax, whose last-dimension form has no gradient.
-    candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(v)
-}
-
-/// `-inf` after a row's own position, `[N, N]`.
-fn causal_mask(n: usize, dtype: DType, device: &Device) -> Result<Tensor> {
-    let of = |(i, j)| if j > i { f32::NEG_INFINITY } else { 0.0 };
-    let numbers: Vec<f32> = (0..n).flat_map(|i| (0..n).map(move |j| (i, j))).map(of).collect();
-    Tensor::from_vec(numbers, (n, n), device)?.to_dtype(dtype)
-}
 
 /// The median of five runs after one that does not count.
 fn time(mut run: impl FnMut() -> Result<()>) -> Result<Duration> {
@@ -54,9 +37,9 @@ fn main() -> anyhow::Result<()> {
         let random = || Tensor::randn(0f32, 1.0, (b, h, n, d), &device)?.to_dtype(dtype);
         let (q, k, v) = (random()?, random()?, random()?);
         for causal in [false, true] {
-            let hidden = if causal { Some(causal_mask(n, dtype, &device)?) } else { None };
+            let hidden = if causal { Some(own::causal(n, dtype, &device)?) } else { None };
             let options = Options { causal, ..Options::default() };
-            let own = || formula(&q, &k, &v, hidden.as_ref());
+            let own = || own::attention(&q, &k, &v, hidden.as_ref());
             let ours = || attention(&q, &k, &v, &options);
             let [q_var, k_var, v_var] =
                 [Var::from_tensor(&q)?, Var::from_tensor(&k)?, Var::from_tensor(&v)?];
@@ -72,7 +55,7 @@ fn main() -> anyhow::Result<()> {
             let forward = [time(|| own().map(drop))?, time(|| ours().map(drop))?].map(ms);
             let both = [
                 time(|| {
-                    formula(&q_var, &k_var, &v_var, hidden.as_ref())?
+                    own::attention(&q_var, &k_var, &v_var, hidden.as_ref())?
                         .sum_all()?
                         .backward()
                         .map(drop)

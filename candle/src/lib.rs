@@ -75,3 +75,8 @@ pub use compat::{
 pub use flash_attention::{Dropout, Layout, Window};
 pub use op::{attention, attention_with_lse};
 pub use options::{Options, Varlen};
+
+/// The page from candle-flash-attn, compiled as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

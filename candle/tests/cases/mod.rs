@@ -5,10 +5,12 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use flash_attention::{
     Alibi, Bias, Dropout, Layout, Problem, Window,
     half::{bf16, f16},
+    oracle::{all_heads, sample_rows},
     problem::ProblemBuilder,
-    session::Inputs,
+    session::{Gradients, Inputs, Outputs},
+    verify::{verify, verify_gradients},
 };
-use flash_attention_candle::{Options, Varlen};
+use flash_attention_candle::{Options, Varlen, attention_with_lse};
 
 /// A problem and how its tensors are drawn.
 pub struct Case {
@@ -165,6 +167,44 @@ pub fn oracle(tensor: &Tensor, shape: &[usize]) -> Result<flash_attention::Tenso
     let numbers = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     Ok(flash_attention::Tensor::from_f32(dtype, shape, &numbers).unwrap())
 }
+
+/// What is wrong with O, the LSE and the gradients of a case on a device.
+pub fn faults(case: &Case, device: &Device) -> Result<Vec<String>> {
+    let p = &case.problem;
+    let draw = case.draw(1);
+    let variables = draw.variables(p, device)?;
+    let Variables { q, k, v, bias, sinks, d_o, options } = &variables;
+    let (o, lse) = attention_with_lse(q, k, v, options)?;
+    let outputs =
+        Outputs { o: oracle(&o, &p.o_shape())?, lse: oracle(&lse, &p.lse_shape())?, weights: None };
+    let mut faults = Vec::new();
+    let rows = sample_rows(p, ROWS);
+    let verdict = verify(p, &draw.inputs(), &outputs, &rows);
+    if !verdict.passes() {
+        faults.push(format!("{} {}: {verdict}", p.dtype(), case.name));
+    }
+    let store = (o * d_o)?.sum_all()?.backward()?;
+    let of = |tensor: &Tensor, shape: &[usize]| -> Result<flash_attention::Tensor> {
+        oracle(store.get(tensor).expect("it is a variable"), shape)
+    };
+    let of_var = |var: &Option<Var>| var.as_ref().map(|var| of(var, var.dims())).transpose();
+    let gradients = Gradients {
+        dq: of(q, &p.q_shape())?,
+        dk: of(k, &p.k_shape())?,
+        dv: of(v, &p.v_shape())?,
+        d_bias: of_var(bias)?,
+        d_sinks: of_var(sinks)?,
+    };
+    let heads = if rows.len() < p.rows() { vec![0] } else { all_heads(p) };
+    let verdict = verify_gradients(p, &draw.inputs(), &draw.d_o, &gradients, &heads);
+    if !verdict.passes() {
+        faults.push(format!("{} gradients of {}: {verdict}", p.dtype(), case.name));
+    }
+    Ok(faults)
+}
+
+/// Rows that are compared of larger problems; of smaller ones all, and the gradients of every head.
+const ROWS: usize = 1 << 12;
 
 /// The cases in a storage type.
 pub fn cases(dtype: flash_attention::DType) -> Vec<Case> {
