@@ -27,6 +27,8 @@ impl ResultCode {
     pub const LIBRARY_NOT_FOUND: Self = Self(303);
     /// A name is not there (a kernel in a module, for one).
     pub const NOT_FOUND: Self = Self(500);
+    /// What was asked about has not ended yet.
+    pub const NOT_READY: Self = Self(600);
     /// A kernel accessed memory that it may not.
     pub const ILLEGAL_ADDRESS: Self = Self(700);
     /// A launch asked for more registers, threads or shared memory than there are.

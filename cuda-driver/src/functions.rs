@@ -137,10 +137,17 @@ functions! {
 
     /// Makes a stream; see [`STREAM_NON_BLOCKING`]
     fn stream_create = cuStreamCreate(flags: u32) -> Stream;
+    /// Makes a stream whose work goes before that of streams with a larger `priority`; beyond the range
+    /// that there is, it is the nearest
+    fn stream_create_with_priority = cuStreamCreateWithPriority(flags: u32, priority: i32) -> Stream;
     /// Destroys a stream, whose work goes on to its end
     unsafe fn stream_destroy = cuStreamDestroy_v2(stream: Stream), "1, 2";
     /// Waits until a stream is empty
     unsafe fn stream_synchronize = cuStreamSynchronize(stream: Stream), "1, 2";
+    /// Whether a stream is empty: code 600 ([`ResultCode::NOT_READY`]) if not
+    unsafe fn stream_query = cuStreamQuery(stream: Stream), "1, 2";
+    /// Has what a stream gets from now on wait until another has passed an event; `flags` is 0
+    unsafe fn stream_wait_event = cuStreamWaitEvent(stream: Stream, event: Event, flags: u32), "1, 2";
 
     /// Allocates device memory: its address
     fn mem_alloc = cuMemAlloc_v2(bytes: usize) -> u64;
@@ -150,10 +157,12 @@ functions! {
     unsafe fn copy_to_device = cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: Stream), "1 to 4";
     /// Copies from device memory to the host
     unsafe fn copy_to_host = cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: Stream), "1 to 4";
+    /// Copies from device memory to device memory
+    unsafe fn copy = cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: Stream), "1 to 3";
     /// Fills device memory with a byte
     unsafe fn fill = cuMemsetD8Async(address: u64, value: u8, bytes: usize, stream: Stream), "1 to 3";
 
-    /// Makes an event that takes the time; `flags` is 0
+    /// Makes an event that takes the time; `flags` is 0, or [`EVENT_WITHOUT_TIME`]
     fn event_create = cuEventCreate(flags: u32) -> Event;
     /// Destroys an event
     unsafe fn event_destroy = cuEventDestroy_v2(event: Event), "1, 2";
@@ -167,6 +176,9 @@ functions! {
 
 /// A stream that does not wait for the legacy default stream, nor that for it.
 pub const STREAM_NON_BLOCKING: u32 = 1;
+
+/// An event that takes no time, which costs the streams less.
+pub const EVENT_WITHOUT_TIME: u32 = 2;
 
 /// Numbers that the driver knows of GPUs and kernels.
 pub mod attribute {
@@ -302,4 +314,60 @@ pub unsafe fn launch(
         parameters.as_mut_ptr() => *mut *mut c_void,
         ptr::null_mut() => *mut *mut c_void,
     ))
+}
+
+/// Rows of equal length in device memory, `pitch` bytes apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PitchedRows {
+    /// Address of the first row.
+    pub address: u64,
+    /// Bytes from one row to the next.
+    pub pitch: usize,
+}
+
+/// Copies `rows` rows of `bytes` bytes from device memory to device memory. (`cuMemcpy2DAsync_v2`)
+///
+/// # Errors
+/// The driver's result code, or that there is no driver.
+///
+/// # Safety
+/// Facts 1 to 3 of the [list](self#safety).
+pub unsafe fn copy_rows(
+    to: PitchedRows,
+    from: PitchedRows,
+    bytes: usize,
+    rows: usize,
+    stream: Stream,
+) -> Result<(), Failure> {
+    /// One side of `CUDA_MEMCPY2D`.
+    #[repr(C)]
+    struct Side {
+        x_bytes: usize,
+        y: usize,
+        memory_type: u32,
+        host: *const c_void,
+        device: u64,
+        array: *const c_void,
+        pitch: usize,
+    }
+    #[repr(C)]
+    struct Copy {
+        from: Side,
+        to: Side,
+        width_bytes: usize,
+        height: usize,
+    }
+    /// `CU_MEMORYTYPE_DEVICE`.
+    const DEVICE: u32 = 2;
+    let side = |rows: PitchedRows| Side {
+        x_bytes: 0,
+        y: 0,
+        memory_type: DEVICE,
+        host: ptr::null(),
+        device: rows.address,
+        array: ptr::null(),
+        pitch: rows.pitch,
+    };
+    let copy = Copy { from: side(from), to: side(to), width_bytes: bytes, height: rows };
+    call!(cuMemcpy2DAsync_v2(&raw const copy => *const Copy, stream => Stream))
 }

@@ -109,3 +109,55 @@ extern "C" fn cuMemsetD8Async(address: u64, value: u8, count: usize, stream: P) 
         Ok(())
     })
 }
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: P) -> u32 {
+    call_in_context(|| {
+        let (to, from) = (range(to, bytes, stream)?, range(from, bytes, stream)?);
+        // SAFETY: the ranges were checked.
+        unsafe { std::ptr::copy(from, to, bytes) };
+        Ok(())
+    })
+}
+
+/// `CUDA_MEMCPY2D`, without arrays.
+#[repr(C)]
+struct Side {
+    x_bytes: usize,
+    y: usize,
+    memory_type: u32,
+    host: P,
+    device: u64,
+    array: P,
+    pitch: usize,
+}
+
+#[repr(C)]
+struct Copy2d {
+    from: Side,
+    to: Side,
+    width: usize,
+    height: usize,
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemcpy2DAsync_v2(copy: P, stream: P) -> u32 {
+    call_in_context(|| {
+        // SAFETY: the driver API's contract.
+        let Copy2d { from, to, width, height } = unsafe { &*copy.cast::<Copy2d>() };
+        let of_device = |side: &Side| {
+            side.memory_type == 2 && side.x_bytes == 0 && side.y == 0 && side.pitch >= *width
+        };
+        if !of_device(from) || !of_device(to) {
+            return Err(code::INVALID_VALUE);
+        }
+        for row in 0..*height {
+            let row_of =
+                |side: &Side| range(side.device + (row * side.pitch) as u64, *width, stream);
+            let (to, from) = (row_of(to)?, row_of(from)?);
+            // SAFETY: the ranges were checked.
+            unsafe { std::ptr::copy(from, to, *width) };
+        }
+        Ok(())
+    })
+}

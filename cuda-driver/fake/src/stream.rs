@@ -102,3 +102,21 @@ extern "C" fn cuEventDestroy_v2(event: P) -> u32 {
     // SAFETY: callers pass events.
     call(|| unsafe { unregister::<Event>(event as usize) })
 }
+
+#[unsafe(no_mangle)]
+extern "C" fn cuStreamQuery(stream: P) -> u32 {
+    call_in_context(|| {
+        check(stream)?;
+        // Everything has ended: as after a wait.
+        state().wait(stream as usize)
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuStreamWaitEvent(stream: P, event: P, _flags: u32) -> u32 {
+    call_in_context(|| {
+        check(stream)?;
+        // SAFETY: callers pass events.
+        unsafe { object::<Event>(event as usize) }?.recorded().map(drop)
+    })
+}
