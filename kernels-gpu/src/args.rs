@@ -20,11 +20,13 @@ pub use attention::{
 pub use backward::{BackwardArgs, BackwardScratch, Gradients};
 pub use decode::{AppendArgs, AppendShape, CacheArgs, DecodeArgs, PartsArgs};
 pub use linear::LinearArgs;
+pub use merge::MergeArgs;
 
 mod attention;
 mod backward;
 mod decode;
 mod linear;
+mod merge;
 
 /// A region of global memory: address and length in bytes. Empty when unused.
 #[repr(C)]

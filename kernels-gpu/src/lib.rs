@@ -6,6 +6,7 @@
 //! | [`backward`] | the ladder of attention's gradients |
 //! | [`decode`] | a few queries against a cache of keys and values |
 //! | [`linear`] | the ladder of projections |
+//! | [`merge`] | parts of attention and of gradients become one |
 //! | [`parts`] | what several rungs share |
 //! | [`args`] | what a kernel is given |
 //!
@@ -22,6 +23,7 @@ pub mod decode;
 pub mod entry;
 pub mod forward;
 pub mod linear;
+pub mod merge;
 pub mod parts;
 pub mod probe;
 
@@ -91,6 +93,7 @@ const TABLES: &[entry::Instances] = &[
     linear_tiled::ENTRIES,
     linear_mma::ENTRIES,
     linear_hopper::ENTRIES,
+    merge::ENTRIES,
     weights::ENTRIES,
     probe::ENTRIES,
     flash_hopper::THREE_CONSUMERS,

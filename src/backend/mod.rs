@@ -11,7 +11,7 @@ pub mod memory;
 
 use crate::error::Error;
 use kernels_gpu::args::{
-    AppendArgs, AttentionArgs, BackwardArgs, DecodeArgs, LinearArgs, WithMaps,
+    AppendArgs, AttentionArgs, BackwardArgs, DecodeArgs, LinearArgs, MergeArgs, WithMaps,
 };
 use simt::tma::TensorMap;
 
@@ -247,6 +247,13 @@ const _: () = assert!(std::mem::offset_of!(LinearArgs, out_features) == 4 * 16 +
 // SAFETY: the assertion above leaves no room for padding before the last field.
 unsafe impl KernelArgs for LinearArgs {
     const FIELD_BYTES: usize = 4 * 16 + 3 * 4;
+}
+
+// Three tensors of 40 bytes, three buffers, a number of 64 bits and six of 32.
+const _: () = assert!(size_of::<MergeArgs>() == 3 * 40 + 3 * 16 + 8 + 6 * 4);
+// SAFETY: the assertion above leaves no room for padding.
+unsafe impl KernelArgs for MergeArgs {
+    const FIELD_BYTES: usize = size_of::<MergeArgs>();
 }
 
 // SAFETY: there is no byte.

@@ -5,7 +5,8 @@
 //! lengths and strides ([`BackwardArgs`] those of a [`Backward`](crate::registry::Backward) pass,
 //! [`DecodeArgs`] those of a [`Decode`](crate::registry::Decode), [`AppendArgs`] those of an
 //! [`Append`](crate::registry::Append),
-//! [`LinearArgs`] those of a [`Projection`](crate::registry::Projection)). No
+//! [`LinearArgs`] those of a [`Projection`](crate::registry::Projection), [`MergeArgs`] those of a
+//! [`Merge`](crate::registry::Merge)). No
 //! type here comes from another CUDA library.
 //!
 //! | call | does |
@@ -37,6 +38,7 @@ pub use crate::registry::{
     backward::BackwardArgs,
     decode::DecodeArgs,
     linear::LinearArgs,
+    merge::MergeArgs,
     plan::Plan,
     tensors::{ALIGNMENT, BiasView, Region, View},
 };
