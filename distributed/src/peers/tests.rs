@@ -1,0 +1,123 @@
+use std::{
+    net::TcpListener,
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::*;
+
+const LIMIT: Duration = Duration::from_secs(20);
+const SHORT: Duration = Duration::from_millis(400);
+
+/// The ranks of a world, as threads with a board or with connections.
+fn worlds(world: usize, limit: Duration) -> Vec<Vec<Peers>> {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("127.0.0.1:{port}");
+    let connected = thread::scope(|scope| {
+        let ranks: Vec<_> = (0..world)
+            .map(|rank| {
+                let address = &address;
+                scope.spawn(move || Peers::connect(rank, world, address, limit).unwrap())
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    vec![Peers::of_threads(world, limit), connected]
+}
+
+fn on_each<T: Send>(ranks: Vec<Peers>, work: impl Fn(Peers) -> T + Sync) -> Vec<T> {
+    thread::scope(|scope| {
+        let work = &work;
+        let ranks: Vec<_> =
+            ranks.into_iter().map(|peers| scope.spawn(move || work(peers))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn everybody_hears_everybody() {
+    for ranks in worlds(5, LIMIT) {
+        on_each(ranks, |peers| {
+            for round in 0..20u8 {
+                let all = peers.gather(&[peers.rank() as u8, round]).unwrap();
+                let expected: Vec<_> = (0..5).map(|rank| vec![rank, round]).collect();
+                assert_eq!(all, expected);
+            }
+        });
+    }
+}
+
+#[test]
+fn other_values_are_named_on_every_rank() {
+    for ranks in worlds(3, LIMIT) {
+        let errors = on_each(ranks, |peers| {
+            peers.agree(&[("heads", "16".into())]).unwrap();
+            let rows = if peers.rank() == 1 { "31" } else { "32" };
+            peers.agree(&[("heads", "16".into()), ("rows", rows.into())]).unwrap_err().to_string()
+        });
+        let text = "rank 1 was called with rows = 31, this rank with 32: all need the same";
+        assert_eq!([&errors[0], &errors[2]], [text, text]);
+        assert!(errors[1].contains("rank 0 was called with rows = 32, this rank with 31"));
+    }
+}
+
+/// A rank that panics, leaves, or ends its process is named at once, not after the limit.
+#[test]
+fn a_rank_that_ends_is_named() {
+    for ranks in worlds(3, LIMIT) {
+        let begin = Instant::now();
+        let errors = on_each(ranks, |peers| {
+            peers.gather(&[]).unwrap();
+            if peers.rank() == 2 {
+                return String::new();
+            }
+            peers.gather(&[]).unwrap_err().to_string()
+        });
+        for error in &errors[..2] {
+            assert_eq!(error, "rank 2 is lost: it has left before the work was done");
+        }
+        assert!(begin.elapsed() < LIMIT / 2);
+    }
+    let (mut ranks, begin) = (Peers::of_threads(2, LIMIT), Instant::now());
+    let (one, zero) = (ranks.pop().unwrap(), ranks.pop().unwrap());
+    let panicked = thread::spawn(move || {
+        let _one = one;
+        panic!("on purpose");
+    });
+    assert_eq!(zero.gather(&[]).unwrap_err().to_string(), "rank 1 is lost: it panicked");
+    assert!(panicked.join().is_err() && begin.elapsed() < LIMIT / 2);
+}
+
+/// A rank that is there and does not come is named after the limit.
+#[test]
+fn a_rank_that_stands_still_is_named() {
+    for ranks in worlds(3, SHORT) {
+        let errors = on_each(ranks, |peers| {
+            if peers.rank() == 1 {
+                thread::sleep(4 * SHORT);
+                return String::new();
+            }
+            peers.reach();
+            // Processes hear of it with the next sign of life.
+            thread::sleep(SHORT);
+            let late = peers.late().to_string();
+            assert!(late.starts_with("rank 1 did not come to exchange 1 within"), "{late}");
+            peers.gather(&[]).unwrap_err().to_string()
+        });
+        for error in [&errors[0], &errors[2]] {
+            assert!(error.starts_with("rank 1 did not come to meeting 1 within 400"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_never_calls_is_named() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("127.0.0.1:{port}");
+    let error = Peers::connect(0, 2, &address, SHORT).unwrap_err().to_string();
+    assert!(error.starts_with("rank 1 did not come to 127.0.0.1:"), "{error}");
+    let error = Peers::connect(1, 2, &address, SHORT).unwrap_err().to_string();
+    assert!(error.starts_with("calling rank 0 at 127.0.0.1:"), "{error}");
+    let error = Peers::connect(2, 2, &address, SHORT).unwrap_err().to_string();
+    assert_eq!(error, "rank = 2 is not possible: with 2 ranks it is below 2");
+}
