@@ -8,6 +8,7 @@ pub mod decode;
 pub mod env;
 pub mod failure;
 pub mod format;
+pub mod gpus;
 pub mod help;
 pub mod inputs;
 pub mod interrupt;

@@ -7,9 +7,12 @@ use std::io::IsTerminal;
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 
+use flash_attention_distributed::measure::Times;
+
 use crate::{
     decode::DecodeRow,
     format,
+    gpus::GpusRow,
     results::{Check, Row, Status},
 };
 
@@ -165,6 +168,37 @@ pub fn decodes(rows: &[DecodeRow], width: Option<usize>) -> String {
     add("GB/s", 0, &|row| format::digits(row.rate(row.sustained_ms)));
     add("max error", 2, &|row| format!("{:.1e}", row.max_abs_err));
     add("≤ 2 × plain", 0, &|row| if row.passed { "yes" } else { "NO" }.to_owned());
+    table(columns, width)
+}
+
+/// Ways of several GPUs to share attention.
+#[must_use]
+pub fn gpus(rows: &[GpusRow], width: Option<usize>) -> String {
+    let mut columns = Vec::new();
+    let mut add = |name, rank, cell: &dyn Fn(&GpusRow) -> String| {
+        columns.push(Column { name, rank, cells: rows.iter().map(cell).collect() });
+    };
+    let ms = |show: fn(&Times) -> f64| {
+        move |row: &GpusRow| cell(row.times.as_ref(), |times| format::digits(show(times)))
+    };
+    let percent = |value: f64| format!("{:.0}%", 100.0 * value);
+    add("parallel", 0, &|row| row.parallel.to_owned());
+    add("heads x context", 5, &|row| format!("{}x{}", row.grid.heads, row.grid.context));
+    add("pass", 0, &|row| row.pass.to_owned());
+    if rows.iter().any(|row| row.times.is_some()) {
+        add("ms", 0, &ms(|times| times.all));
+        add("computation", 4, &ms(|times| times.computation));
+        add("transfers", 3, &ms(|times| times.transfers));
+        add("hidden", 1, &|row| cell(row.times.as_ref(), |times| percent(times.hidden())));
+        add("efficiency", 0, &|row| cell(row.efficiency, percent));
+    }
+    add("sent", 2, &|row| bytes(Some(row.sent)));
+    add("peak", 1, &|row| bytes(Some(row.peak)));
+    add("max error", 2, &|row| cell(row.error, |error| format!("{error:.1e}")));
+    add("≤ 2 × plain", 0, &|row| match (row.error, row.passed) {
+        (None, _) => "-".to_owned(),
+        (_, passed) => if passed { "yes" } else { "NO" }.to_owned(),
+    });
     table(columns, width)
 }
 

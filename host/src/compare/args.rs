@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::{options::ProblemArgs, peers, results::LevelChoice, values};
+use crate::{gpus::GpusArgs, options::ProblemArgs, peers, results::LevelChoice, values};
 
 /// Arguments of `compare`.
 #[derive(Args, Clone, Debug)]
@@ -17,6 +17,9 @@ pub struct CompareArgs {
     /// gradients of attention
     #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
     pub level: LevelChoice,
+    /// Several GPUs.
+    #[command(flatten)]
+    pub several: GpusArgs,
     /// Timed runs of each kernel
     #[arg(long, value_name = "COUNT", value_parser = values::count)]
     pub iters: Option<usize>,

@@ -16,7 +16,7 @@ use flash_attention::{Problem, module, registry::Target, session::Session};
 
 use crate::{
     failure::{self, Outcome, Usage},
-    interrupt,
+    gpus, interrupt,
     machine::{self, Opened},
     options::Defaults,
     output::{self, Output},
@@ -53,6 +53,21 @@ pub const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 2, sustained: 
 /// What is wrong with the request, found before anything is measured; or a file that
 /// could not be written, after the results were printed.
 pub fn run(args: &CompareArgs) -> Result<Outcome> {
+    if let Some(gpus) = args.several.gpus {
+        let others = [
+            (args.json.is_some(), "--json"),
+            (args.csv.is_some(), "--csv"),
+            (args.report.is_some(), "--report"),
+            (args.peers.is_some(), "--peers"),
+        ];
+        if let Some((_, option)) = others.into_iter().find(|&(given, _)| given) {
+            let reason = format!("{option} is not for several GPUs: leave it or --gpus out");
+            return Err(Usage(reason).into());
+        }
+        let parallel = args.several.parallel.as_deref();
+        let runs = args.iters.unwrap_or(gpus::RUNS);
+        return gpus::run(&args.problem, gpus, parallel, (runs, args.wide));
+    }
     let files = Files::open(args)?;
     let opened = machine::open(args.problem.device, args.problem.memory_limit)?;
     let (defaults, repeats) =

@@ -12,8 +12,10 @@ use flash_attention::{DType, Error, Problem, session::Session};
 
 use crate::{
     accuracy::complaint,
-    failure::Outcome,
-    format, interrupt, machine,
+    failure::{Outcome, Usage},
+    format,
+    gpus::{self, GpusArgs},
+    interrupt, machine,
     options::{Defaults, ProblemArgs},
     output,
     progress::{Progress, print_lines},
@@ -42,6 +44,9 @@ pub struct VerifyArgs {
     /// gradients of attention
     #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
     pub level: LevelChoice,
+    /// Several GPUs.
+    #[command(flatten)]
+    pub several: GpusArgs,
     /// Largest absolute difference that passes; 1e-3 in f32, none in f16 and bf16,
     /// where twice the plain algorithm's error alone decides
     #[arg(long, value_name = "MAX", value_parser = values::threshold)]
@@ -66,6 +71,14 @@ pub struct VerifyArgs {
 /// What is wrong with the request; or a file that could not be written, after the
 /// differences were printed.
 pub fn run(args: &VerifyArgs) -> Result<Outcome> {
+    if let Some(gpus) = args.several.gpus {
+        if args.json.is_some() {
+            let reason = "--json is not for several GPUs: leave it or --gpus out";
+            return Err(Usage(reason.into()).into());
+        }
+        let parallel = args.several.parallel.as_deref();
+        return gpus::run(&args.problem, gpus, parallel, (0, args.wide));
+    }
     let [json] = output::open_all([("--json", args.json.as_deref())])?;
     let opened = machine::open(args.problem.device, args.problem.memory_limit)?;
     let session = Session::new(opened.device.clone());

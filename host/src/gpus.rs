@@ -1,0 +1,282 @@
+//! `compare --gpus` and `verify --gpus`: attention and its gradients that several GPUs share, by heads, by
+//! context and by both. Ranks are threads of this process, each with a GPU through NCCL, or each with
+//! an emulator.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use flash_attention::{
+    DType, GpuDevice, Problem, Tensor,
+    backend::Memory,
+    oracle,
+    registry::{find, find_backward},
+    session::{Gradients, Inputs, Outputs},
+    verify::{verify, verify_gradients},
+};
+use flash_attention_distributed::{
+    Error as SeveralError, Grid, Share,
+    communicator::{NcclCommunicator, ThreadCommunicator},
+    emulated,
+    engine::GpuEngine,
+    measure::Times,
+    nccl::Nccl,
+    peers::{Peers, TIME_LIMIT},
+    whole::{Run, Setup, all, run_rank},
+};
+
+use crate::{
+    failure::{Outcome, Usage},
+    inputs::{cu_seqlens, gradient_of_o},
+    machine,
+    options::{Defaults, ProblemArgs},
+    progress::print_lines,
+    results::LevelChoice,
+    table, values,
+};
+
+/// On GPUs: enough work for the ring to be hidden.
+pub const ON_GPU: Defaults =
+    Defaults { seq: &[32_768], batch: 1, heads: 16, head_dim: 128, dtype: DType::F16 };
+/// Small enough for emulators.
+pub const EMULATED: Defaults =
+    Defaults { seq: &[128], batch: 1, heads: 4, head_dim: 32, dtype: DType::F16 };
+/// The most tokens whose gradients are compared with f64: each takes as long as a head has rows.
+const MOST_TOKENS_OF_GRADIENTS: usize = 2048;
+/// Timed runs unless given.
+pub const RUNS: usize = 3;
+/// Rows of O that are compared with f64, where there are more.
+const ROWS: usize = 2048;
+
+/// How GPUs share attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Parallel {
+    /// They divide the heads
+    Heads,
+    /// They divide the keys, in a ring
+    Context,
+    /// Two divide the heads, the ring links those pairs
+    Both,
+}
+
+impl Parallel {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Heads => "heads",
+            Self::Context => "context",
+            Self::Both => "both",
+        }
+    }
+
+    /// The ranks of that many GPUs; none where there are too few for both.
+    fn grid(self, gpus: usize) -> Option<Grid> {
+        match self {
+            Self::Heads => Some(Grid::of_heads(gpus)),
+            Self::Context => Some(Grid::of_context(gpus)),
+            Self::Both if gpus >= 4 && gpus.is_multiple_of(2) => {
+                Some(Grid { heads: 2, context: gpus / 2 })
+            }
+            Self::Both => None,
+        }
+    }
+}
+
+/// What both commands take for several GPUs.
+#[derive(Args, Clone, Debug)]
+pub struct GpusArgs {
+    /// Share attention between this many GPUs; on the CPU each is a thread with an emulator
+    #[arg(long, value_name = "COUNT", value_parser = values::count)]
+    pub gpus: Option<usize>,
+    /// How they share it (--gpus), separated by commas: all that their number allows unless given
+    #[arg(long, value_name = "WAY,…", value_delimiter = ',', requires = "gpus")]
+    pub parallel: Option<Vec<Parallel>>,
+}
+
+/// One way to share one pass of one problem.
+#[derive(Clone, Debug)]
+pub struct GpusRow {
+    /// How.
+    pub parallel: &'static str,
+    /// Ranks for heads and for context.
+    pub grid: Grid,
+    /// The pass.
+    pub pass: &'static str,
+    /// Its times, where it was timed.
+    pub times: Option<Times>,
+    /// Its speed against as many times that of one GPU.
+    pub efficiency: Option<f64>,
+    /// The most bytes that a rank sends.
+    pub sent: u64,
+    /// The most memory of a GPU, both passes together.
+    pub peak: u64,
+    /// The largest error of O, or of a gradient, where it was compared with f64.
+    pub error: Option<f64>,
+    /// Whether all are right by the 2x rule.
+    pub passed: bool,
+}
+
+/// Runs either command: `timed_runs` of each pass, after both were verified.
+///
+/// # Errors
+/// What is wrong with the request; what went wrong on a rank.
+pub fn run(
+    problem: &ProblemArgs,
+    gpus: usize,
+    parallel: Option<&[Parallel]>,
+    (timed_runs, wide): (usize, bool),
+) -> Result<Outcome> {
+    let opened = machine::open(problem.device, problem.memory_limit)?;
+    let emulated = opened.info.emulated;
+    let defaults = if emulated { EMULATED } else { ON_GPU };
+    let problems = problem.problems(&defaults, LevelChoice::Backward)?;
+    let each = [Parallel::Heads, Parallel::Context, Parallel::Both];
+    let ways: Vec<(&str, Grid)> = match parallel {
+        None => each.into_iter().filter_map(|way| Some((way.name(), way.grid(gpus)?))).collect(),
+        Some(ways) => ways
+            .iter()
+            .map(|way| {
+                let grid = way.grid(gpus).ok_or_else(|| {
+                    Usage(format!(
+                        "--parallel both needs an even number of GPUs from 4 on, not {gpus}"
+                    ))
+                })?;
+                Ok((way.name(), grid))
+            })
+            .collect::<Result<_, Usage>>()?,
+    };
+    let ranks = if emulated { "threads with an emulator" } else { "GPUs through NCCL" };
+    print_lines(&format!("{opened}\n{gpus} ranks, {ranks}"));
+    let mut outcome = Outcome::Good;
+    for p in &problems {
+        let run = OfProblem { args: problem, problem: p, timed_runs, emulated };
+        let rows = run.rows(gpus, &ways)?;
+        if rows.iter().any(|row| !row.passed) {
+            outcome = Outcome::Bad;
+        }
+        let table = table::gpus(&rows, table::width(wide));
+        print_lines(&format!("\nN = {}\n{table}", p.seq_q()));
+    }
+    if timed_runs == 0 {
+        let verdict =
+            if outcome == Outcome::Good { "every way is right" } else { "NOT all are right" };
+        print_lines(&format!("\nverdict: {verdict}"));
+    }
+    Ok(outcome)
+}
+
+struct OfProblem<'a> {
+    args: &'a ProblemArgs,
+    problem: &'a Problem,
+    timed_runs: usize,
+    emulated: bool,
+}
+
+impl OfProblem<'_> {
+    fn rows(&self, gpus: usize, ways: &[(&'static str, Grid)]) -> Result<Vec<GpusRow>> {
+        let (p, seed) = (self.problem, self.args.seed);
+        let draw =
+            |shape: [usize; 4], at| Tensor::random(p.dtype(), &shape, seed.wrapping_add(at), 0.0);
+        let (q, k, v) = (draw(p.q_shape(), 0), draw(p.k_shape(), 1), draw(p.v_shape(), 2));
+        let d_o = gradient_of_o(p, seed);
+        let lists = p.varlen().map(|_| cu_seqlens(p.batch(), [p.seq_q(), p.seq_k()], seed));
+        let with_gradients = p.seq_q().max(p.seq_k()) <= MOST_TOKENS_OF_GRADIENTS;
+        let one = (gpus > 1).then_some(("one", Grid::of_heads(1)));
+        let mut rows: Vec<GpusRow> = Vec::new();
+        for (parallel, grid) in one.into_iter().chain(ways.iter().copied()) {
+            let share = match &lists {
+                Some([q, k]) => Share::packed(*p, grid, [q, k])?,
+                None => Share::new(*p, grid)?,
+            };
+            let mut setup = Setup { timed_runs: self.timed_runs, ..Setup::of(share) };
+            setup.options.deterministic = self.args.deterministic;
+            for name in self.args.kernels.iter().flatten() {
+                match (find(name), find_backward(name)) {
+                    (Ok(kernel), _) => setup.options.kernel = Some(kernel),
+                    (_, Ok(kernel)) => setup.options.backward = Some(kernel),
+                    (Err(unknown), _) => return Err(unknown.into()),
+                }
+            }
+            let run = if self.emulated {
+                emulated::run(&setup, [&q, &k, &v], Some(&d_o))?
+            } else {
+                on_gpus(&setup, [&q, &k, &v], &d_o)?
+            };
+            let mut inputs = Inputs::new(&q, &k, &v);
+            if let Some([q, k]) = &lists {
+                (inputs.cu_seqlens_q, inputs.cu_seqlens_k) = (Some(&q[..]), Some(&k[..]));
+            }
+            let outputs = Outputs { o: run.o.clone(), lse: run.lse.clone(), weights: None };
+            let verdict = verify(p, &inputs, &outputs, &oracle::sample_rows(p, ROWS));
+            let mut errors = [(Some(verdict.o.max_abs), verdict.passes()), (None, true)];
+            if let (true, Some([dq, dk, dv])) = (with_gradients, run.gradients.clone()) {
+                let gradients = Gradients { dq, dk, dv, d_bias: None, d_sinks: None };
+                let heads: Vec<_> = (0..p.batch() * p.kv_heads()).collect();
+                let verdict = verify_gradients(p, &inputs, &d_o, &gradients, &heads);
+                let largest = verdict.each().map(|(_, d, _)| d.max_abs).fold(0.0, f64::max);
+                errors[1] = (Some(largest), verdict.passes());
+            }
+            rows.extend(of_run(parallel, grid, &run, errors));
+        }
+        let alone: Vec<_> = rows.iter().take(2).map(|row| row.times).collect();
+        for row in rows.iter_mut().filter(|_| gpus > 1) {
+            let at = usize::from(row.pass == "backward");
+            row.efficiency = alone[at]
+                .zip(row.times)
+                .map(|(one, own)| one.all / own.all / row.grid.ranks() as f64);
+        }
+        Ok(rows)
+    }
+}
+
+/// The rows of both passes.
+fn of_run(
+    parallel: &'static str,
+    grid: Grid,
+    run: &Run,
+    errors: [(Option<f64>, bool); 2],
+) -> [GpusRow; 2] {
+    let row = |at: usize, pass| GpusRow {
+        parallel,
+        grid,
+        pass,
+        times: run.times[at],
+        efficiency: None,
+        sent: run.bytes_sent.iter().map(|sent| sent[at]).max().unwrap_or_default(),
+        peak: run.peak_bytes.iter().copied().max().unwrap_or_default(),
+        error: errors[at].0,
+        passed: errors[at].1,
+    };
+    [row(0, "forward"), row(1, "backward")]
+}
+
+/// Runs ranks as threads, each with the GPU of its number.
+fn on_gpus(setup: &Setup, qkv: [&Tensor; 3], d_o: &Tensor) -> Result<Run> {
+    let nccl = (setup.share.grid().ranks() > 1).then(Nccl::get).transpose()?;
+    let rank = |peers: Peers| -> Result<_, SeveralError> {
+        let gpu = peers.rank() as u32;
+        let engine = GpuEngine::open(gpu)?;
+        let memory = Memory::new(Arc::new(GpuDevice::open(gpu)?));
+        match &nccl {
+            Some(nccl) => {
+                let communicator = NcclCommunicator::new(nccl.clone(), peers, &engine)?;
+                run_rank(setup, qkv, Some(d_o), (&engine, &memory), &communicator)
+            }
+            None => {
+                let alone = ThreadCommunicator::ranks(1, TIME_LIMIT).remove(0);
+                run_rank(setup, qkv, Some(d_o), (&engine, &memory), &alone)
+            }
+        }
+    };
+    let ranks = std::thread::scope(|scope| {
+        let rank = &rank;
+        let spawn = |peers: Peers| scope.spawn(move || rank(peers));
+        let peers = Peers::of_threads(setup.share.grid().ranks(), setup.limit);
+        let handles: Vec<_> = peers.into_iter().map(spawn).collect();
+        let lost = |rank| SeveralError::Lost { rank, reason: "panicked".into() };
+        let join = |(at, handle): (usize, std::thread::ScopedJoinHandle<'_, _>)| {
+            handle.join().unwrap_or_else(|_| Err(lost(at)))
+        };
+        handles.into_iter().enumerate().map(join).collect::<Vec<_>>()
+    });
+    Ok(Run::join(&setup.share, &all(ranks)?))
+}
