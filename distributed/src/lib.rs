@@ -56,3 +56,8 @@ pub use attention::Attention;
 pub use error::Error;
 pub use schedule::{Grid, Order};
 pub use share::Share;
+
+/// The chapter, compiled as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/distributed.md")]
+struct Chapter;

@@ -3,6 +3,7 @@
 
 use std::{
     env,
+    ffi::c_void,
     path::PathBuf,
     sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
     thread,
@@ -134,6 +135,43 @@ fn ranks_exchange_through_nccl() {
         check(&ranks, &setup);
         assert!(!file.exists());
     }
+}
+
+/// A communicator that the caller made, which must have the ranks of the line between them.
+#[test]
+fn a_communicator_of_the_caller_is_taken() {
+    type Init = unsafe extern "C" fn(*mut *mut c_void, i32, [u64; 16], i32, *const [u32; 6]) -> i32;
+    let _turn = driver();
+    let setup = setup(Grid::of_context(2));
+    let [q, k, v, d_o] = &tensors();
+    let made = |rank: usize, id: u64| {
+        // SAFETY: our own library, whose function has this signature: an id is 128 bytes.
+        unsafe {
+            let library = libloading::Library::new(library("fake_nccl")).unwrap();
+            let init = *library.get::<Init>("ncclCommInitRankConfig").unwrap();
+            std::mem::forget(library);
+            let mut id_bytes = [0; 16];
+            id_bytes[0] = id;
+            let (mut comm, config) = (std::ptr::null_mut(), [24, 0, 0xcafe_beef, 21_400, 0, 0]);
+            init(&raw mut comm, 2, id_bytes, rank as i32, &raw const config);
+            comm.expose_provenance()
+        }
+    };
+    let ranks = on_threads(Peers::of_threads(2, LIMIT), |rank, peers| {
+        let engine = GpuEngine::open(rank as u32).unwrap();
+        let comm = std::ptr::with_exposed_provenance_mut(made(rank, 1 << 40));
+        // SAFETY: made above, and used by this value alone.
+        let communicator = unsafe { NcclCommunicator::of_existing(nccl(), peers, comm) }.unwrap();
+        let device = (&engine, &memory(rank as u32));
+        run_rank(&setup, [q, k, v], Some(d_o), device, &communicator).unwrap()
+    });
+    check(&ranks, &setup);
+    let other = std::ptr::with_exposed_provenance_mut(made(1, 1 << 41));
+    let first = Peers::of_threads(2, LIMIT).remove(0);
+    // SAFETY: as above.
+    let error = unsafe { NcclCommunicator::of_existing(nccl(), first, other) }.unwrap_err();
+    let text = error.to_string();
+    assert!(text.starts_with("rank of the communicator = 1 is not possible"), "{text}");
 }
 
 /// A rank that ends in the middle does not hold the other in a transfer.

@@ -257,9 +257,10 @@ fn list<T: ToString>(values: &[T]) -> String {
 #[cfg(test)]
 mod tests {
     use super::{
-        attention::Args, backward::BackwardArgs, decode::DecodeArgs, linear::LinearArgs, *,
+        attention::Args, backward::BackwardArgs, decode::DecodeArgs, linear::LinearArgs,
+        merge::MergeArgs, *,
     };
-    use crate::backend::CpuDevice;
+    use crate::{backend::CpuDevice, problem::Layout};
 
     fn emulator() -> Target {
         Target::of(&CpuDevice::new())
@@ -313,6 +314,15 @@ mod tests {
                 for splits in [1, 3].map(std::num::NonZeroU32::new) {
                     check(kernel, &Decode::new(problem).splits(splits), &args);
                 }
+            }
+        }
+        for kernel in MERGE_KERNELS {
+            for &dtype in kernel.dtypes {
+                let merge = Merge::new([2, 3, 70, 64], dtype).weighted(true).out(true);
+                let view = tensors::View::contiguous(region, Layout::HeadsFirst, 3, 70, 64);
+                let tensor = (view, region);
+                let args = MergeArgs { part: tensor, sum: tensor, out: tensor, lse_stride: 70 };
+                check(kernel, &merge, &args);
             }
         }
         for kernel in LINEAR_KERNELS {

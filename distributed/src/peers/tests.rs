@@ -121,3 +121,53 @@ fn a_rank_that_never_calls_is_named() {
     let error = Peers::connect(2, 2, &address, SHORT).unwrap_err().to_string();
     assert_eq!(error, "rank = 2 is not possible: with 2 ranks it is below 2");
 }
+
+/// The address of rank 0, for the rank that is a process of its own.
+const CHILD: &str = "FLASH_ATTENTION_TEST_RANK_0";
+
+/// Rank 1 of [`a_process_that_is_killed_is_named`]: it meets rank 0 once and stays.
+#[test]
+fn child() {
+    let Ok(address) = std::env::var(CHILD) else { return };
+    let peers = Peers::connect(1, 2, &address, LIMIT).unwrap();
+    peers.gather(b"here").unwrap();
+    thread::sleep(LIMIT);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_process_that_is_killed_is_named() {
+    let limit = Duration::from_secs(2);
+    for (signal, names) in [
+        ("KILL", "rank 1 is lost: it closed its connection: its process has ended"),
+        ("STOP", "rank 1 is lost: it has said nothing for 2."),
+    ] {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let address = format!("127.0.0.1:{port}");
+        let mut process = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["peers::tests::child", "--exact"])
+            .env(CHILD, &address)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut peers = Peers::connect(0, 2, &address, LIMIT).unwrap();
+        assert_eq!(peers.gather(&[]).unwrap()[1], b"here");
+        // Processes take longer to start than to be missed.
+        peers.limit = limit;
+        peers.check().unwrap();
+        let begin = Instant::now();
+        let id = process.id().to_string();
+        assert!(
+            std::process::Command::new("kill")
+                .args(["-s", signal, &id])
+                .status()
+                .unwrap()
+                .success()
+        );
+        let error = peers.gather(&[]).unwrap_err().to_string();
+        assert!(error.starts_with(names), "{error}");
+        assert!(begin.elapsed() < 2 * limit);
+        process.kill().unwrap();
+        process.wait().unwrap();
+    }
+}
