@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// Rows of heads that share keys up to which keys are split between blocks: a tile of the decode kernel.
-const DECODE_ROWS: usize = 64;
+const DECODE_ROWS: usize = 16;
 /// Plans that a thread keeps of each operation.
 const PLANS: usize = 64;
 

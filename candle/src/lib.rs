@@ -47,7 +47,7 @@
 //! | slopes, sinks | f32 `[H]` (slopes: `[B, H]` too) |
 //! | bias | `[B or 1, H or 1, Nq, Nk]`, any strides |
 //! | padding mask | u8 `[B, Nk]` |
-//! | lengths | u32 `[B + 1]` (`cu_seqlens`), u32 `[B]` (`key_lengths`), contiguous |
+//! | lengths | u32 `[B + 1]` (`cu_seqlens`), u32 `[B]` (`key_lengths`), contiguous; on GPUs `key_lengths` go with f16 and bf16, without bias, padding mask and dropout |
 //! | scale | above 0, at most 262144 |
 //! | LSE | f32 `[B, H, Nq]`; packed `[H, total_q]`; natural log; no gradient |
 //! | a row that sees no key | O = 0, LSE = -inf or the sink, no gradient |
