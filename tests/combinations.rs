@@ -20,11 +20,11 @@ fn three_consumers_are_checked_in_all_that_they_are_launched_with() {
     let kernel = registry::find("flash_hopper").expect("a kernel");
     let target = Target::new((9, 0), 232_448, 132);
     let mut launched = BTreeSet::new();
-    for (dtype, features) in
-        [DType::F16, DType::BF16].into_iter().flat_map(|dtype| (0..8).map(move |i| (dtype, i)))
-    {
+    let dtypes = [DType::F16, DType::BF16].into_iter();
+    let sizes = dtypes.flat_map(|dtype| [64, 80, 96].map(|d| (dtype, d)));
+    for ((dtype, d), features) in sizes.flat_map(|size| (0..8).map(move |i| (size, i))) {
         let on = |feature: u32| features >> feature & 1 == 1;
-        let problem = Problem::builder(4, 12, 2048, 64)
+        let problem = Problem::builder(4, 12, 2048, d)
             .dtype(dtype)
             .causal(on(0))
             .mask(on(1))

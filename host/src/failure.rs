@@ -7,6 +7,7 @@
 use std::{fmt, process::ExitCode};
 
 use flash_attention::error::Unsupported;
+use flash_attention_distributed::Error as SeveralError;
 
 use crate::interrupt;
 
@@ -50,6 +51,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         cause.is::<Usage>()
             || cause.is::<Unsupported>()
             || cause.downcast_ref::<flash_attention::Error>().is_some_and(|e| e.is_usage())
+            || cause.downcast_ref::<SeveralError>().is_some_and(|e| e.is_usage())
     });
     if usage { 2 } else { 1 }
 }
@@ -106,6 +108,10 @@ mod tests {
         let unsupported = Unsupported { kernel: "naive", reason: "needs more".into() };
         assert_eq!(exit_code(&unsupported.clone().into()), 2);
         assert_eq!(exit_code(&flash_attention::Error::from(unsupported).into()), 2);
+        let shared = SeveralError::Unsupported { what: "dropout", by: "heads", remedy: "none" };
+        assert_eq!(exit_code(&shared.into()), 2);
+        let lost = SeveralError::Lost { rank: 1, reason: "ended".into() };
+        assert_eq!(exit_code(&lost.into()), 1);
         let failed = flash_attention::Error::BadAddress { address: 0, bytes: 1 };
         assert_eq!(exit_code(&failed.into()), 1);
     }

@@ -12,7 +12,7 @@ use common::{
 };
 use half::f16;
 use kernels_gpu::{
-    args::{AttentionArgs, DecodeArgs, LinearArgs, PartsArgs},
+    args::{AttentionArgs, DecodeArgs, LinearArgs, MergeArgs, PartsArgs, Tensor},
     decode::{decode_combine, decode_split},
     forward::{
         flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled,
@@ -22,6 +22,7 @@ use kernels_gpu::{
         linear_hopper::{self, LinearHopperArgs, TileShape},
         linear_mma, linear_tiled,
     },
+    merge,
     parts::queue::QUEUE_WORDS,
     probe::{self, ProbeArgs},
 };
@@ -386,6 +387,31 @@ fn decode_needs_its_barriers_and_waits() {
     }
 }
 
+#[test]
+fn merging_needs_its_barrier() {
+    let (rows, columns) = (5, 16);
+    change_all("merge", || {
+        let (part, part_lse) = (values::<f16>(rows * columns, 1), values::<f32>(rows, 2));
+        let (mut sum, mut sum_lse) = (values::<f32>(rows * columns, 3), values::<f32>(rows, 4));
+        let tensor = |buffer| Tensor { buffer, stride_n: columns.into(), ..Tensor::default() };
+        let args = MergeArgs {
+            part: tensor(buffer(&part)),
+            sum: tensor(buffer_mut(&mut sum)),
+            part_lse: buffer(&part_lse),
+            sum_lse: buffer_mut(&mut sum_lse),
+            lse_stride: rows.into(),
+            heads: 1,
+            rows,
+            total_rows: rows,
+            columns,
+            flags: merge::SUM | merge::PART | merge::WEIGHTED,
+            ..MergeArgs::default()
+        };
+        try_run("merge_f16", 1.into(), merge::THREADS.into(), 0, &args)?;
+        Ok(bits(&sum))
+    });
+}
+
 /// Outputs of a projection by `launch`.
 fn projection<T: Scalar>(
     (rows, in_features, out_features): (u32, u32, u32),
@@ -529,6 +555,13 @@ fn three_consumers() -> Subject {
 #[test]
 fn flash_hopper_with_three_consumers_needs_its_barriers_and_waits() {
     change_all("flash_hopper_x3", || three_consumers().run());
+}
+
+#[test]
+fn flash_hopper_with_three_consumers_and_one_stage_of_q_needs_its_barriers_and_waits() {
+    let case = Case { heads: 3, causal: true, ..Case::new(200, 300, 80) };
+    let hopper = Hopper { consumers: 3, blocks: 1 };
+    change_all("flash_hopper_x3_d80", || Subject { hopper, case }.run());
 }
 
 /// The synchronisation of that kind with `text` just before it.

@@ -270,6 +270,13 @@ macro_rules! with_groups {
         (4 16 17 18 19) (5 20 21 22 23) (6 24 25 26 27) (7 28 29 30 31)
         (8 32 33 34 35) (9 36 37 38 39) (10 40 41 42 43) (11 44 45 46 47) }
     };
+    (112 $then:ident $args:tt) => {
+        $then! { 112 $args
+        (0 0 1 2 3) (1 4 5 6 7) (2 8 9 10 11) (3 12 13 14 15)
+        (4 16 17 18 19) (5 20 21 22 23) (6 24 25 26 27) (7 28 29 30 31)
+        (8 32 33 34 35) (9 36 37 38 39) (10 40 41 42 43) (11 44 45 46 47)
+        (12 48 49 50 51) (13 52 53 54 55) }
+    };
     (128 $then:ident $args:tt) => {
         $then! { 128 $args
         (0 0 1 2 3) (1 4 5 6 7) (2 8 9 10 11) (3 12 13 14 15)
@@ -584,6 +591,7 @@ macro_rules! transposed_product {
 with_groups!(64 wait_group ());
 with_groups!(80 wait_group ());
 with_groups!(96 wait_group ());
+with_groups!(112 wait_group ());
 with_groups!(128 wait_group ());
 with_groups!(192 wait_group ());
 with_groups!(256 wait_group ());
@@ -593,6 +601,8 @@ with_groups!(256 wait_group ());
 with_groups!(64 shared_product (16 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]));
 with_groups!(80 shared_product (16 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]));
 with_groups!(96 shared_product (12 [0 1 2 3 4 5 6 7 8 9 10 11]));
+with_groups!(112 shared_product (5 [0 1 2 3 4]));
+with_groups!(112 shared_product (6 [0 1 2 3 4 5]));
 with_groups!(128 shared_product (4 [0 1 2 3]));
 with_groups!(128 shared_product (5 [0 1 2 3 4]));
 with_groups!(192 shared_product (4 [0 1 2 3]));
@@ -608,6 +618,14 @@ with_groups!(256 register_product (5 [(0 p0 p1 p2 p3) (1 p4 p5 p6 p7) (2 p8 p9 p
     (3 p12 p13 p14 p15) (4 p16 p17 p18 p19)]));
 with_groups!(192 register_product (6 [(0 p0 p1 p2 p3) (1 p4 p5 p6 p7) (2 p8 p9 p10 p11)
     (3 p12 p13 p14 p15) (4 p16 p17 p18 p19) (5 p20 p21 p22 p23)]));
+macro_rules! register_product_of_112_keys {
+    ($n:tt) => {
+        with_groups!($n register_product (7 [(0 p0 p1 p2 p3) (1 p4 p5 p6 p7) (2 p8 p9 p10 p11)
+            (3 p12 p13 p14 p15) (4 p16 p17 p18 p19) (5 p20 p21 p22 p23) (6 p24 p25 p26 p27)]));
+    };
+}
+register_product_of_112_keys!(80);
+register_product_of_112_keys!(96);
 macro_rules! register_product_of_128_keys {
     ($n:tt) => {
         with_groups!($n register_product (8 [(0 p0 p1 p2 p3) (1 p4 p5 p6 p7) (2 p8 p9 p10 p11)

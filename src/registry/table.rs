@@ -304,9 +304,9 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
         }
         // Columns beyond those of the problem: the tensor maps end before them.
         let size = entry_size(p, flash_hopper::TWO_CONSUMERS)?;
-        let (d, seq_q) = (size as u32, p.seq_q() as u64);
+        let (d, seq) = (size as u32, [p.seq_q(), p.seq_k()].map(|n| n as u64));
         let multiprocessors = target.multiprocessors;
-        let best = Tiles::best(d, constants(p), seq_q, heads(p).into(), multiprocessors);
+        let best = Tiles::best(d, constants(p), seq, heads(p).into(), multiprocessors);
         let (hopper, entries) = match best.consumers {
             _ if size == 192 && p.head_dim_v() <= 128 => {
                 (Tiles::with_values(192, 128, 2), flash_hopper::VALUES_OF_128)

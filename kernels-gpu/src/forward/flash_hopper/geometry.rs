@@ -139,7 +139,9 @@ macro_rules! geometry {
 
 geometry!(64, 64, 3);
 geometry!(64, 64, 2);
+geometry!(80, 80, 3);
 geometry!(80, 80, 2);
+geometry!(96, 96, 3);
 geometry!(96, 96, 2);
 geometry!(128, 128, 2);
 geometry!(192, 128, 2);

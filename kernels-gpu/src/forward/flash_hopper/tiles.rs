@@ -44,9 +44,11 @@ impl Tiles {
     /// The same, where values have head dim `d_v`.
     #[must_use]
     pub const fn with_values(d: u32, d_v: u32, consumers: u32) -> Self {
-        let keys = match (d, d_v) {
-            (0..=192, 0..=128) => 128,
-            (0..=192, _) => 96,
+        let keys = match (d, d_v, consumers) {
+            // O is wider than at 64, and S must make room for it.
+            (65..=96, _, 3) => 112,
+            (0..=192, 0..=128, _) => 128,
+            (0..=192, ..) => 96,
             _ => 64,
         };
         let kv_stages = if keys * d <= 128 * 64 { 4 } else { 2 };
@@ -153,35 +155,50 @@ impl Tiles {
 /// enough for 160 registers a thread. These leave none for padding and dropout.
 #[must_use]
 pub const fn max_consumers(d: u32) -> u32 {
-    if d <= 64 { 3 } else { 2 }
+    if d <= 96 { 3 } else { 2 }
 }
 
 impl Tiles {
-    /// Those that are done first with `heads` heads of `seq_q` rows on `multiprocessors`, which
-    /// run one block each.
+    /// Those that are done first with `heads` heads of `seq_q` rows and `seq_k` keys on
+    /// `multiprocessors`, which run one block each.
     ///
-    /// Three consumers take less time a row, by up to a sixth, but tasks of 192 rows leave
-    /// more of a short launch's last round idle: measured on an H100 at D = 64, two were
-    /// ahead with 1.5 tasks a multiprocessor, level with 3, behind with 6.
+    /// Three consumers take less time a row, by an eighth or more, but tasks of 192 rows leave
+    /// more of a short launch's last round idle (measured on an H100 at D = 64: two were
+    /// ahead with 1.5 tasks a multiprocessor, level with 3, behind with 6), and more rows and keys
+    /// past the end (measured on an H200 at D = 80, in time of three by time of two: 1.05 at N 1024,
+    /// where their tiles cover a fifth more, 0.94 at 2048, 0.90 at 4096, 0.88 at 16,384; with a
+    /// diagonal 1.03 at 768, 1.00 at 1536, 0.99 at 2048, 0.90 at 16,384).
     #[must_use]
     pub fn best(
         d: u32,
         constants: Constants,
-        seq_q: u64,
+        [seq_q, seq_k]: [u64; 2],
         heads: u64,
         multiprocessors: u32,
     ) -> Self {
         /// Tasks a multiprocessor from which three are worth it.
         const MANY: u64 = 4;
+        /// Keys from which a diagonal through tiles of 192 rows costs less than three gain.
+        const MANY_KEYS: u64 = 2048;
         let two = Self::of(d, 2);
         let tasks = seq_q.div_ceil(two.rows().into()).saturating_mul(heads);
         let plain = Constants { causal: 0, group: 0, ..constants } == Constants::NONE
             && constants.causal < 2;
-        if max_consumers(d) == 3 && plain && tasks >= MANY * u64::from(multiprocessors) {
-            Self::of(d, 3)
-        } else {
-            two
+        let short = constants.causal == 1 && d > 64 && seq_k < MANY_KEYS;
+        if max_consumers(d) == 3 && plain && !short && tasks >= MANY * u64::from(multiprocessors) {
+            let three = Self::of(d, 3);
+            // An eighth more at most.
+            if 8 * three.covered(seq_q, seq_k) <= 9 * two.covered(seq_q, seq_k) {
+                return three;
+            }
         }
+        two
+    }
+
+    /// Scores of the tiles of a head.
+    fn covered(&self, seq_q: u64, seq_k: u64) -> u128 {
+        let up = |n: u64, tile: u32| n.div_ceil(tile.into()) as u128 * u128::from(tile);
+        up(seq_q, self.rows()) * up(seq_k, self.keys)
     }
 }
 
@@ -204,10 +221,26 @@ mod tests {
     #[test]
     fn three_consumers_where_there_are_many_tasks() {
         let full = Constants::default();
-        let consumers = |d, constants, n| Tiles::best(d, constants, n, 48, 132).consumers;
+        let consumers = |d, constants, n| Tiles::best(d, constants, [n, n], 48, 132).consumers;
         assert_eq!((consumers(64, full, 1024), consumers(64, full, 2048)), (2, 3));
         assert_eq!((consumers(128, full, 2048), consumers(256, full, 2048)), (2, 2));
+        assert_eq!((consumers(80, full, 2048), consumers(96, full, 2048)), (3, 3));
         assert_eq!(consumers(64, Constants { causal: 1, ..full }, 2048), 3);
         assert_eq!(consumers(64, Constants { dropout: 1, ..full }, 2048), 2);
+    }
+
+    #[test]
+    fn three_consumers_where_their_tiles_cover_little_beyond_the_end() {
+        let consumers = |d, n| Tiles::best(d, Constants::default(), [n, n], 1024, 132).consumers;
+        // 192 rows a task; 128 keys a tile at 64, 112 above.
+        let of_80 = [512, 768, 1024, 2048, 16_384].map(|n| consumers(80, n));
+        assert_eq!(of_80, [2, 3, 2, 3, 3]);
+        assert_eq!([512, 640, 1024].map(|n| consumers(64, n)), [3, 2, 3]);
+        let causal =
+            |n| Tiles::best(96, Constants { causal: 1, ..Constants::NONE }, [n, n], 1024, 132);
+        assert_eq!([1536, 2048].map(|n| causal(n).consumers), [2, 3]);
+        // No size overflows.
+        let largest = [u64::from(u32::MAX); 2];
+        assert_eq!(Tiles::best(80, Constants::default(), largest, u64::MAX, 132).consumers, 3);
     }
 }
