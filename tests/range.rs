@@ -73,7 +73,7 @@ enum Allowed {
     RightOrNan,
 }
 
-/// Runs `constant` full, causal and with padding, and looks at every row.
+/// Runs `constant` full, and causal with padding, and looks at every row.
 fn check(
     kernel: &'static KernelSpec,
     (dtype, d): (DType, usize),
@@ -81,7 +81,7 @@ fn check(
     scale: Option<f32>,
     allowed: Allowed,
 ) {
-    for (causal, padding) in [(false, false), (true, false), (true, true)] {
+    for (causal, padding) in [(false, false), (true, true)] {
         let batch = 1 + usize::from(padding);
         let problem = Problem::builder(batch, 1, SEQ_Q, d).seq_k(SEQ_K).dtype(dtype).scale(scale);
         let problem = problem.causal(causal).mask(padding).build().unwrap();

@@ -77,10 +77,8 @@ impl Peers {
     /// # Errors
     /// [`Error::Invalid`] names a variable that is missing or no number; as [`Peers::connect`].
     pub fn from_environment(limit: Duration) -> Result<Self, Error> {
-        let [rank, world] = [number("RANK")?, number("WORLD_SIZE")?];
-        let host = std::env::var("MASTER_ADDR").unwrap_or_else(|_| "127.0.0.1".into());
-        let port = number("MASTER_PORT").unwrap_or(29_500) + 1;
-        Self::connect(rank, world, &format!("{host}:{port}"), limit)
+        let (rank, world, address) = of_variables(|name| std::env::var(name).ok())?;
+        Self::connect(rank, world, &address, limit)
     }
 
     fn new(rank: usize, world: usize, limit: Duration, board: Arc<Board>) -> Self {
@@ -227,13 +225,25 @@ impl Drop for Peers {
     }
 }
 
-fn number(name: &'static str) -> Result<usize, Error> {
-    let given = std::env::var(name).unwrap_or_default();
-    given.parse().map_err(|_| Error::Invalid {
-        what: name,
-        given: format!("'{given}'"),
-        remedy: "launchers as torchrun set this variable to a number".into(),
-    })
+/// Rank, world and address from a launcher's variables.
+fn of_variables(
+    get: impl Fn(&'static str) -> Option<String>,
+) -> Result<(usize, usize, String), Error> {
+    let number = |what: &'static str, default: Option<&str>| {
+        let given = get(what).or(default.map(Into::into)).unwrap_or_default();
+        given.parse::<usize>().map_err(|_| {
+            let remedy = "launchers as torchrun set this variable to a number".into();
+            Error::Invalid { what, given: format!("'{given}'"), remedy }
+        })
+    };
+    let [rank, world] = [number("RANK", None)?, number("WORLD_SIZE", None)?];
+    let host = get("MASTER_ADDR").unwrap_or_else(|| "127.0.0.1".into());
+    let port = number("MASTER_PORT", Some("29500"))?;
+    if port >= usize::from(u16::MAX) {
+        let remedy = "the port after it is used: at most 65534".into();
+        return Err(Error::Invalid { what: "MASTER_PORT", given: port.to_string(), remedy });
+    }
+    Ok((rank, world, format!("{host}:{}", port + 1)))
 }
 
 #[cfg(test)]

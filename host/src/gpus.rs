@@ -115,6 +115,18 @@ pub struct GpusRow {
     pub passed: bool,
 }
 
+/// Refuses options that only one device takes, where they are given.
+///
+/// # Errors
+/// The first one given.
+pub fn refuse(options: &[(bool, &str)]) -> Result<(), Usage> {
+    let reason = |option| format!("{option} is not for several GPUs: leave it or --gpus out");
+    options
+        .iter()
+        .find(|(given, _)| *given)
+        .map_or(Ok(()), |(_, option)| Err(Usage(reason(option))))
+}
+
 /// Runs either command: `timed_runs` of each pass, after both were verified.
 ///
 /// # Errors
@@ -145,7 +157,12 @@ pub fn run(
             .collect::<Result<_, Usage>>()?,
     };
     let ranks = if emulated { "threads with an emulator" } else { "GPUs through NCCL" };
-    print_lines(&format!("{opened}\n{gpus} ranks, {ranks}"));
+    let of_times = if emulated && timed_runs > 0 {
+        "\nEmulated times show nothing of GPUs; what is sent, and memory, is the same on any machine."
+    } else {
+        ""
+    };
+    print_lines(&format!("{opened}\n{gpus} ranks, {ranks}{of_times}"));
     let mut outcome = Outcome::Good;
     for p in &problems {
         let run = OfProblem { args: problem, problem: p, timed_runs, emulated };

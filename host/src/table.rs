@@ -189,7 +189,8 @@ pub fn gpus(rows: &[GpusRow], width: Option<usize>) -> String {
         add("ms", 0, &ms(|times| times.all));
         add("computation", 4, &ms(|times| times.computation));
         add("transfers", 3, &ms(|times| times.transfers));
-        add("hidden", 1, &|row| cell(row.times.as_ref(), |times| percent(times.hidden())));
+        let sends = |row: &GpusRow| row.times.filter(|_| row.sent > 0);
+        add("hidden", 1, &|row| cell(sends(row), |times| percent(times.hidden())));
         add("efficiency", 0, &|row| cell(row.efficiency, percent));
     }
     add("sent", 2, &|row| bytes(Some(row.sent)));

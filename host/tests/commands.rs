@@ -48,6 +48,44 @@ fn rows_name_the_features_of_a_problem() {
     assert!(stdout.contains("every kernel that ran is right"), "{stdout}");
 }
 
+/// Ranks as threads with an emulator each: every way of sharing is right, and what cannot be shared is
+/// refused.
+#[test]
+fn several_ranks_share_attention() {
+    let small = ["--device", "cpu", "--seq", "64", "--heads", "4", "--causal"];
+    let (code, stdout, stderr) =
+        run(host().args(["verify", "--gpus", "4", "--kv-heads", "4"]).args(small));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert!(stdout.contains("verdict: every way is right"), "{stdout}");
+    for (way, grid) in [("heads", "4x1"), ("context", "1x4"), ("both", "2x2")] {
+        let rows = stdout.lines().filter(|l| l.contains(way) && l.contains(grid));
+        assert_eq!(rows.filter(|l| l.ends_with("yes")).count(), 2, "{way}: {stdout}");
+    }
+    let (code, stdout, _) = run(host()
+        .args(["compare", "--gpus", "2", "--parallel", "context", "--iters", "1"])
+        .args(small)
+        .arg("--wide"));
+    assert_eq!(code, 0, "{stdout}");
+    assert!(stdout.contains("Emulated times show nothing of GPUs"), "{stdout}");
+    let row = |way| stdout.lines().find(|l| l.contains(way) && l.contains("forward")).unwrap();
+    // One GPU sends nothing, so that nothing is hidden; its efficiency is its own.
+    assert!(row(" one ").contains(" - ") && row(" one ").contains("100%"), "{stdout}");
+    assert!(row(" context ").contains("1x2"), "{stdout}");
+    for (wrong, what) in [
+        (&["compare", "--gpus", "2", "--dropout", "0.1"][..], "dropout cannot be shared"),
+        (
+            &["compare", "--gpus", "2", "--parallel", "both"],
+            "an even number of GPUs from 4 on, not 2",
+        ),
+        (&["compare", "--gpus", "2", "--warmup", "1"], "--warmup is not for several GPUs"),
+        (&["verify", "--gpus", "2", "--rows", "9"], "--rows is not for several GPUs"),
+    ] {
+        let (code, _, stderr) = run(host().args(wrong).args(small));
+        assert_eq!(code, 2, "{wrong:?}: {stderr}");
+        assert!(stderr.contains(what), "{wrong:?}: {stderr}");
+    }
+}
+
 #[test]
 fn compare_writes_what_it_prints() {
     let folder = tempfile::tempdir().unwrap();

@@ -380,6 +380,16 @@ pub fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().expect(variable))
 }
 
+/// Cases that the emulator runs: of bf16 every third, unless `FLASH_ATTENTION_TEST_ALL` is 1. All but
+/// the conversion is the code of f16, which runs every case.
+pub fn thinned<T>(dtype: DType, cases: Vec<T>) -> Vec<T> {
+    let every = match (dtype, number("FLASH_ATTENTION_TEST_ALL", 0)) {
+        (DType::BF16, 0) => 3,
+        _ => 1,
+    };
+    cases.into_iter().step_by(every).collect()
+}
+
 /// A tensor `[1, N, H, D]` of random numbers, with NaN in its last `beyond` rows.
 pub fn with_nan_beyond(dtype: DType, shape: [usize; 4], beyond: usize, seed: u64) -> Tensor {
     let mut tensor = Tensor::random(dtype, &shape, seed, 0.5);

@@ -35,6 +35,27 @@ fn on_each<T: Send>(ranks: Vec<Peers>, work: impl Fn(Peers) -> T + Sync) -> Vec<
 }
 
 #[test]
+fn a_launchers_variables_are_read() {
+    let of = |given: &[(&str, &str)]| {
+        let get = |name| given.iter().find(|(of, _)| *of == name).map(|(_, v)| (*v).to_owned());
+        of_variables(get).map_err(|error| error.to_string())
+    };
+    let ranks = [("RANK", "3"), ("WORLD_SIZE", "8")];
+    assert_eq!(of(&ranks), Ok((3, 8, "127.0.0.1:29501".into())));
+    let all = [ranks[0], ranks[1], ("MASTER_ADDR", "host"), ("MASTER_PORT", "1234")];
+    assert_eq!(of(&all), Ok((3, 8, "host:1235".into())));
+    for (wrong, what) in [
+        (vec![ranks[1]], "RANK = '' is not possible"),
+        (vec![ranks[0], ("WORLD_SIZE", "two")], "WORLD_SIZE = 'two' is not possible"),
+        (vec![ranks[0], ranks[1], ("MASTER_PORT", "x")], "MASTER_PORT = 'x' is not possible"),
+        (vec![ranks[0], ranks[1], ("MASTER_PORT", "65535")], "at most 65534"),
+    ] {
+        let error = of(&wrong).unwrap_err();
+        assert!(error.contains(what), "{error}");
+    }
+}
+
+#[test]
 fn everybody_hears_everybody() {
     for ranks in worlds(5, LIMIT) {
         on_each(ranks, |peers| {

@@ -54,16 +54,15 @@ pub const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 2, sustained: 
 /// could not be written, after the results were printed.
 pub fn run(args: &CompareArgs) -> Result<Outcome> {
     if let Some(gpus) = args.several.gpus {
-        let others = [
+        gpus::refuse(&[
             (args.json.is_some(), "--json"),
             (args.csv.is_some(), "--csv"),
             (args.report.is_some(), "--report"),
             (args.peers.is_some(), "--peers"),
-        ];
-        if let Some((_, option)) = others.into_iter().find(|&(given, _)| given) {
-            let reason = format!("{option} is not for several GPUs: leave it or --gpus out");
-            return Err(Usage(reason).into());
-        }
+            (args.warmup.is_some(), "--warmup"),
+            (args.sustained.is_some(), "--sustained"),
+            (args.timeout.is_some(), "--timeout"),
+        ])?;
         let parallel = args.several.parallel.as_deref();
         let runs = args.iters.unwrap_or(gpus::RUNS);
         return gpus::run(&args.problem, gpus, parallel, (runs, args.wide));

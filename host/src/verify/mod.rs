@@ -72,10 +72,11 @@ pub struct VerifyArgs {
 /// differences were printed.
 pub fn run(args: &VerifyArgs) -> Result<Outcome> {
     if let Some(gpus) = args.several.gpus {
-        if args.json.is_some() {
-            let reason = "--json is not for several GPUs: leave it or --gpus out";
-            return Err(Usage(reason.into()).into());
-        }
+        gpus::refuse(&[
+            (args.json.is_some(), "--json"),
+            (args.threshold.is_some(), "--threshold"),
+            (args.rows.is_some(), "--rows"),
+        ])?;
         let parallel = args.several.parallel.as_deref();
         return gpus::run(&args.problem, gpus, parallel, (0, args.wide));
     }
