@@ -12,7 +12,7 @@ use flash_attention::{DType, Error, Problem, session::Session};
 
 use crate::{
     accuracy::complaint,
-    failure::{Outcome, Usage},
+    failure::Outcome,
     format,
     gpus::{self, GpusArgs},
     interrupt, machine,
