@@ -9,7 +9,7 @@ use std::{
     io::{BufRead as _, BufReader, Read as _},
     os::unix::{
         fs::{FileTypeExt as _, PermissionsExt as _, symlink},
-        process::ExitStatusExt as _,
+        process::{CommandExt as _, ExitStatusExt as _},
     },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
@@ -291,6 +291,16 @@ struct Endless {
 
 impl Endless {
     fn start(command: &mut Command) -> Self {
+        // Whoever started the tests may ignore signals, as nohup does: the program would too.
+        let listen = || {
+            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+                // SAFETY: it may be called between fork and exec, and these signals can be set.
+                unsafe { libc::signal(signal, libc::SIG_DFL) };
+            }
+            Ok(())
+        };
+        // SAFETY: `listen` allocates nothing and takes no lock.
+        unsafe { command.pre_exec(listen) };
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let mut endless = Self { child, stdout };
