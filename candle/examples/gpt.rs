@@ -145,7 +145,7 @@ fn norm(x: &Tensor) -> Result<Tensor> {
     x.broadcast_div(&(mean + 1e-5)?.sqrt()?)
 }
 
-/// What a training leaves.
+/// The results of a training.
 struct Trained {
     model: Model,
     losses: Vec<f32>,

@@ -190,7 +190,7 @@ fn fused_formula(q: &Tensor, k: &Tensor, v: &Tensor, hidden: Option<&Tensor>) ->
     candle_nn::ops::softmax_last_dim(&scores)?.matmul(v)
 }
 
-/// What a call costs.
+/// The cost of a call.
 struct Cost {
     /// Microseconds of the device for each of calls that follow one another.
     device: f64,

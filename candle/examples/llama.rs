@@ -258,7 +258,7 @@ fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     x.reshape((b * n, c))?.matmul(&w.t()?)?.reshape((b, n, ()))
 }
 
-/// What a run gives.
+/// The results of a run.
 struct Written {
     tokens: Vec<u32>,
     /// Tokens per second, of reading and of writing.

@@ -28,6 +28,12 @@ fn cap(softcap: f32) -> Option<f32> {
     (softcap != 0.0).then_some(softcap)
 }
 
+/// Packed sequences, of Q and of K.
+fn packed([q, k]: [&Tensor; 2], [max_seqlen_q, max_seqlen_k]: [usize; 2]) -> Option<Varlen> {
+    let [cu_seqlens_q, cu_seqlens_k] = [q.clone(), k.clone()];
+    Some(Varlen { cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k })
+}
+
 /// `softmax(Q Kᵀ scale) V`.
 ///
 /// `q`: `[B, Nq, H, D]`; `k`, `v`: `[B, Nk, Hkv, D]`, where `Hkv` divides `H`. The result has the shape of
@@ -42,10 +48,10 @@ pub fn flash_attn(
     softmax_scale: f32,
     causal: bool,
 ) -> Result<Tensor> {
-    flash_attn_windowed(q, k, v, softmax_scale, None, right_of(causal))
+    attention(q, k, v, &options(softmax_scale, None, right_of(causal)))
 }
 
-/// As [`flash_attn`], where a row at key `i + Nk - Nq` sees so many keys before and after it. A right bound
+/// As [`flash_attn`], where row `i` sees that many keys before and after key `i + Nk - Nq`. A right bound
 /// of 0 is a causal mask; no bound hides nothing.
 ///
 /// # Errors
@@ -73,7 +79,9 @@ pub fn flash_attn_alibi(
     softmax_scale: f32,
     causal: bool,
 ) -> Result<Tensor> {
-    flash_attn_alibi_windowed(q, k, v, alibi_slopes, softmax_scale, None, right_of(causal))
+    let alibi_slopes = Some(alibi_slopes.clone());
+    let options = options(softmax_scale, None, right_of(causal));
+    attention(q, k, v, &Options { alibi_slopes, ..options })
 }
 
 /// As [`flash_attn_windowed`], with ALiBi's slopes, f32 `[H]`.
@@ -89,16 +97,9 @@ pub fn flash_attn_alibi_windowed(
     window_size_left: Option<usize>,
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
-    flash_attn_alibi_windowed_softcap(
-        q,
-        k,
-        v,
-        Some(alibi_slopes),
-        softmax_scale,
-        window_size_left,
-        window_size_right,
-        0.0,
-    )
+    let alibi_slopes = Some(alibi_slopes.clone());
+    let options = options(softmax_scale, window_size_left, window_size_right);
+    attention(q, k, v, &Options { alibi_slopes, ..options })
 }
 
 /// As [`flash_attn_windowed`], with ALiBi's slopes where they are given, and a cap of scaled scores,
@@ -145,18 +146,9 @@ pub fn flash_attn_varlen(
     softmax_scale: f32,
     causal: bool,
 ) -> Result<Tensor> {
-    flash_attn_varlen_windowed(
-        q,
-        k,
-        v,
-        seqlens_q,
-        seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        None,
-        right_of(causal),
-    )
+    let varlen = packed([seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k]);
+    let options = options(softmax_scale, None, right_of(causal));
+    attention(q, k, v, &Options { varlen, ..options })
 }
 
 /// As [`flash_attn_varlen`], in a window as of [`flash_attn_windowed`].
@@ -176,20 +168,9 @@ pub fn flash_attn_varlen_windowed(
     window_size_left: Option<usize>,
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
-    flash_attn_varlen_alibi_windowed_softcap(
-        q,
-        k,
-        v,
-        None,
-        seqlens_q,
-        seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        window_size_left,
-        window_size_right,
-        0.0,
-    )
+    let varlen = packed([seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k]);
+    let options = options(softmax_scale, window_size_left, window_size_right);
+    attention(q, k, v, &Options { varlen, ..options })
 }
 
 /// As [`flash_attn_varlen`], with ALiBi's slopes, f32 `[H]`.
@@ -209,19 +190,10 @@ pub fn flash_attn_varlen_alibi(
     softmax_scale: f32,
     causal: bool,
 ) -> Result<Tensor> {
-    flash_attn_varlen_alibi_windowed(
-        q,
-        k,
-        v,
-        alibi_slopes,
-        seqlens_q,
-        seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        None,
-        right_of(causal),
-    )
+    let varlen = packed([seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k]);
+    let alibi_slopes = Some(alibi_slopes.clone());
+    let options = options(softmax_scale, None, right_of(causal));
+    attention(q, k, v, &Options { alibi_slopes, varlen, ..options })
 }
 
 /// As [`flash_attn_varlen_windowed`], with ALiBi's slopes, f32 `[H]`.
@@ -242,20 +214,10 @@ pub fn flash_attn_varlen_alibi_windowed(
     window_size_left: Option<usize>,
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
-    flash_attn_varlen_alibi_windowed_softcap(
-        q,
-        k,
-        v,
-        Some(alibi_slopes),
-        seqlens_q,
-        seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        window_size_left,
-        window_size_right,
-        0.0,
-    )
+    let varlen = packed([seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k]);
+    let alibi_slopes = Some(alibi_slopes.clone());
+    let options = options(softmax_scale, window_size_left, window_size_right);
+    attention(q, k, v, &Options { alibi_slopes, varlen, ..options })
 }
 
 /// As [`flash_attn_varlen_windowed`], with ALiBi's slopes where they are given, and a cap of scaled scores;
@@ -278,16 +240,10 @@ pub fn flash_attn_varlen_alibi_windowed_softcap(
     window_size_right: Option<usize>,
     softcap: f32,
 ) -> Result<Tensor> {
-    let varlen = Varlen {
-        cu_seqlens_q: seqlens_q.clone(),
-        cu_seqlens_k: seqlens_k.clone(),
-        max_seqlen_q,
-        max_seqlen_k,
-    };
     let options = Options {
         alibi_slopes: alibi_slopes.cloned(),
         softcap: cap(softcap),
-        varlen: Some(varlen),
+        varlen: packed([seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k]),
         ..options(softmax_scale, window_size_left, window_size_right)
     };
     attention(q, k, v, &options)

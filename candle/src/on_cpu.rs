@@ -1,7 +1,7 @@
 //! Between candle's tensors on the CPU and the kernels of [`cpu`](crate::cpu).
 
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType, bail};
-use flash_attention::{Problem, problem::Sequence};
+use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
+use flash_attention::{DType, Problem, problem::Sequence};
 use half::{bf16, f16};
 
 use crate::{
@@ -25,9 +25,9 @@ pub fn forward(call: &Call, qkv: [Stored<'_>; 3]) -> Result<(CpuStorage, CpuStor
         })
     }
     match call.problem.dtype() {
-        flash_attention::DType::F32 => of::<f32>(call, qkv),
-        flash_attention::DType::F16 => of::<f16>(call, qkv),
-        flash_attention::DType::BF16 => of::<bf16>(call, qkv),
+        DType::F32 => of::<f32>(call, qkv),
+        DType::F16 => of::<f16>(call, qkv),
+        DType::BF16 => of::<bf16>(call, qkv),
     }
 }
 
@@ -39,10 +39,10 @@ pub fn backward(
     d_o: &Tensor,
     wanted: Wanted,
 ) -> Result<Gradients> {
-    match qkvo[0].dtype() {
+    match call.problem.dtype() {
         DType::F32 => backward_of::<f32>(call, qkvo, lse, d_o, wanted),
         DType::F16 => backward_of::<f16>(call, qkvo, lse, d_o, wanted),
-        _ => backward_of::<bf16>(call, qkvo, lse, d_o, wanted),
+        DType::BF16 => backward_of::<bf16>(call, qkvo, lse, d_o, wanted),
     }
 }
 

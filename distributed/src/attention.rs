@@ -14,6 +14,8 @@ mod forward;
 mod heads;
 mod memory;
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use flash_attention::{
     raw::{MergeArgs, Plan, Region},
     registry::{self, Backward, BackwardSpec, KernelSpec, Merge, Operation, Target},
@@ -70,6 +72,8 @@ pub struct Attention {
     steps: Vec<Step>,
     /// How the parts join, in the order of the steps.
     merges: Merges,
+    /// The plans of merges so far.
+    merge_plans: Mutex<Vec<Arc<Plan<Merge>>>>,
     /// Rows of Q and of K that the ranks of this rank's group for heads hold.
     group_rows: [Vec<usize>; 2],
     forward: forward::Sections,
@@ -133,6 +137,7 @@ impl Attention {
             rank,
             steps,
             merges,
+            merge_plans: Mutex::default(),
             group_rows,
             forward: forward::Sections::default(),
             backward: None,
@@ -336,9 +341,20 @@ impl Attention {
         merge: Merge,
         args: MergeArgs,
     ) -> Result<(), Error> {
-        let plan = plan(None, &merge, &self.target)?;
+        let plan = self.merge_plan(merge)?;
         // SAFETY: passed on to the caller.
         unsafe { engine.start(&plan, &args) }
+    }
+
+    /// The plan of a merge, made in the first call that needs it.
+    fn merge_plan(&self, merge: Merge) -> Result<Arc<Plan<Merge>>, Error> {
+        let mut plans = self.merge_plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = plans.iter().find(|plan| *plan.problem() == merge) {
+            return Ok(known.clone());
+        }
+        let plan = Arc::new(plan(None, &merge, &self.target)?);
+        plans.push(plan.clone());
+        Ok(plan)
     }
 }
 

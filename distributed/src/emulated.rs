@@ -1,6 +1,6 @@
 //! Ranks as threads on the CPU, each with an emulator: whole tensors in, whole tensors out.
 
-use std::{thread, time::Duration};
+use std::time::Duration;
 
 use flash_attention::{CpuDevice, Tensor};
 
@@ -8,7 +8,7 @@ use crate::{
     Error,
     communicator::{Communicator, ThreadCommunicator},
     engine::CpuEngine,
-    whole::{Run, Setup, all, run_rank},
+    whole::{Run, Setup, all, on_threads, run_rank},
 };
 
 /// Runs attention once, with its gradients if that of O is given.
@@ -31,24 +31,10 @@ pub fn on_ranks<T: Send>(
     limit: Duration,
     work: impl Fn(&CpuEngine, &ThreadCommunicator<CpuEngine>) -> Result<T, Error> + Sync,
 ) -> Vec<Result<T, Error>> {
-    let work = &work;
-    thread::scope(|scope| {
-        let handles: Vec<_> = ThreadCommunicator::ranks(ranks, limit)
-            .into_iter()
-            .map(|communicator| {
-                scope.spawn(move || {
-                    let engine = CpuEngine::new(CpuDevice::new());
-                    work(&engine, &communicator).inspect_err(|error| {
-                        let peers = Communicator::<CpuEngine>::peers(&communicator);
-                        peers.give_up(&error.to_string());
-                    })
-                })
-            })
-            .collect();
-        let ended = |(rank, handle): (usize, thread::ScopedJoinHandle<'_, _>)| {
-            let lost = |_| Err(Error::Lost { rank, reason: "panicked".into() });
-            handle.join().unwrap_or_else(lost)
-        };
-        handles.into_iter().enumerate().map(ended).collect()
+    on_threads(ThreadCommunicator::ranks(ranks, limit), |communicator| {
+        let engine = CpuEngine::new(CpuDevice::new());
+        work(&engine, &communicator).inspect_err(|error| {
+            Communicator::<CpuEngine>::peers(&communicator).give_up(&error.to_string());
+        })
     })
 }

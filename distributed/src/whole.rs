@@ -1,7 +1,7 @@
 //! A rank's work from whole tensors on the host to the rows that it holds, on any device: for tests, and
 //! for programs that do it once.
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, thread, time::Duration};
 
 use flash_attention::{
     DType, Problem, Tensor,
@@ -219,6 +219,23 @@ pub fn run_rank<E: Engine, C: Communicator<E>>(
     Ok(Rows { o, lse, gradients, peak_bytes: memory.peak(), bytes_sent, times })
 }
 
+/// Runs `work` on every rank, each a thread; the results by rank. A thread that panics is a lost rank.
+pub fn on_threads<R: Send, T: Send>(
+    ranks: impl IntoIterator<Item = R>,
+    work: impl Fn(R) -> Result<T, Error> + Sync,
+) -> Vec<Result<T, Error>> {
+    let work = &work;
+    thread::scope(|scope| {
+        let handles: Vec<_> =
+            ranks.into_iter().map(|rank| scope.spawn(move || work(rank))).collect();
+        let ended = |(rank, handle): (usize, thread::ScopedJoinHandle<'_, _>)| {
+            let lost = |_| Err(Error::Lost { rank, reason: "panicked".into() });
+            handle.join().unwrap_or_else(lost)
+        };
+        handles.into_iter().enumerate().map(ended).collect()
+    })
+}
+
 /// What all returned, or the error that came first: not one that says that another rank is lost, if any
 /// else says more.
 ///
@@ -253,7 +270,7 @@ fn done_or_given_up<E: Engine, C: Communicator<E>, T>(
             communicator.abort();
             // Transfers have ended; kernels do so by themselves.
             while matches!(engine.is_idle(), Ok(false)) {
-                std::thread::sleep(Duration::from_millis(1));
+                thread::sleep(Duration::from_millis(1));
             }
             Err(error)
         }

@@ -22,7 +22,7 @@ use flash_attention_distributed::{
     measure::Times,
     nccl::Nccl,
     peers::{Peers, TIME_LIMIT},
-    whole::{Run, Setup, all, run_rank},
+    whole::{Run, Setup, all, on_threads, run_rank},
 };
 
 use crate::{
@@ -284,16 +284,7 @@ fn on_gpus(setup: &Setup, qkv: [&Tensor; 3], d_o: &Tensor) -> Result<Run> {
             }
         }
     };
-    let ranks = std::thread::scope(|scope| {
-        let rank = &rank;
-        let spawn = |peers: Peers| scope.spawn(move || rank(peers));
-        let peers = Peers::of_threads(setup.share.grid().ranks(), setup.limit);
-        let handles: Vec<_> = peers.into_iter().map(spawn).collect();
-        let lost = |rank| SeveralError::Lost { rank, reason: "panicked".into() };
-        let join = |(at, handle): (usize, std::thread::ScopedJoinHandle<'_, _>)| {
-            handle.join().unwrap_or_else(|_| Err(lost(at)))
-        };
-        handles.into_iter().enumerate().map(join).collect::<Vec<_>>()
-    });
+    let peers = Peers::of_threads(setup.share.grid().ranks(), setup.limit);
+    let ranks = on_threads(peers, rank);
     Ok(Run::join(&setup.share, &all(ranks)?))
 }

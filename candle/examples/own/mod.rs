@@ -32,7 +32,7 @@ fn repeat(x: &Tensor, heads: usize) -> Result<Tensor> {
     x.unsqueeze(2)?.broadcast_as((b, kv_heads, group, n, d))?.reshape((b, heads, n, d))
 }
 
-/// What hides keys from rows, `[rows, keys]`: -inf outside of the window, and 0.
+/// The mask that hides keys from rows, `[rows, keys]`: -inf outside of the window, 0 inside.
 pub fn hidden(
     rows: usize,
     keys: usize,

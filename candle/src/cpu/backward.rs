@@ -8,7 +8,7 @@
 //!         S = Q Kᵀ; P = 2^(S - LSE); dP = dO Vᵀ     [ROWS, KEYS]
 //!         dV += Pᵀ dO; dS = P (dP - rowsum(dO ∘ O)); dK += dSᵀ Q; dQ += dS K
 //! ```
-//! Each part sums a dQ of its own, and those of a head are added in order: the bits are the same each time,
+//! Each part sums its own dQ. The parts of a head are added in order: the bits are the same each time,
 //! whatever the number of threads. Memory is Q, dO and dQ of a head in f32 for each part.
 
 use std::{f32::consts::LOG2_E, ops::Range};
@@ -16,7 +16,7 @@ use std::{f32::consts::LOG2_E, ops::Range};
 use rayon::prelude::*;
 
 use super::{
-    call::{Call, Group, Rows, exponentials},
+    call::{Call, Group, Rows, exponentials, parts},
     element::Element,
     matmul::{Mat, matmul},
 };
@@ -28,7 +28,7 @@ const KEYS: usize = 128;
 /// Tasks that a call has at least, where there are keys enough: several for each of a few threads.
 const TASKS: usize = 8;
 
-/// What the forward pass left, and the gradient of O.
+/// The outputs of the forward pass, and the gradient of O.
 #[derive(Clone, Copy, Debug)]
 pub struct Passed<'a, T> {
     /// The output.
@@ -53,11 +53,11 @@ pub struct Gradients<T> {
 /// Which gradients are asked for.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Wanted {
-    /// Those of Q, K and V.
+    /// The gradients of Q, K and V.
     pub qkv: bool,
-    /// That of the bias.
+    /// The gradient of the bias.
     pub bias: bool,
-    /// That of the sinks.
+    /// The gradient of the sinks.
     pub sinks: bool,
 }
 
@@ -74,8 +74,7 @@ pub fn backward<T: Element>(
         .iter()
         .flat_map(|&group| {
             let part = group.of.seq_k.div_ceil(of_group).next_multiple_of(KEYS).max(1);
-            let starts = (0..group.of.seq_k).step_by(part);
-            starts.map(move |start| (group, start..(start + part).min(group.of.seq_k)))
+            parts(0..group.of.seq_k, part).map(move |keys| (group, keys))
         })
         .collect();
     let done: Vec<Part> = tasks
@@ -146,7 +145,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// What a task sums, in f32.
+/// The sums of a task, in f32.
 struct Part {
     /// Of all rows of the group.
     dq: Vec<f32>,
@@ -213,15 +212,14 @@ fn part<T: Element>(
     tiles.capped.resize(KEYS, 0.0);
     tiles.before.resize(KEYS, 0.0);
     let arch = pulp::Arch::new();
-    for start in part.clone().step_by(KEYS) {
-        let keys = start..(start + KEYS).min(part.end);
+    for keys in parts(part.clone(), KEYS) {
         let within = keys.start - part.start;
         let (k, v) = (
             call.keys(&call.k, group, keys.clone(), k),
             call.keys(&call.v, group, keys.clone(), v),
         );
-        for first in (0..rows).step_by(ROWS) {
-            let of = first..(first + ROWS).min(rows);
+        for of in parts(0..rows, ROWS) {
+            let first = of.start;
             let seen = group.keys_of_rows(p.window(), of.clone());
             if seen.start >= keys.end || seen.end <= keys.start {
                 continue;

@@ -11,6 +11,11 @@ use super::{
     matmul::Mat,
 };
 
+/// A range in parts of `size`, of which the last may be shorter.
+pub fn parts(of: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+    of.clone().step_by(size).map(move |start| start..(start + size).min(of.end))
+}
+
 /// A tensor `[B, H, N, D]` seen through strides; a row's D elements are contiguous.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a, T> {
@@ -67,7 +72,7 @@ pub struct Beside<'a, T> {
     pub sinks: Option<Vec<f32>>,
 }
 
-/// What a call reads.
+/// The inputs of a call.
 #[derive(Debug)]
 pub struct Call<'a, T> {
     /// What is to be computed.
@@ -78,7 +83,7 @@ pub struct Call<'a, T> {
     pub k: Rows<'a, T>,
     /// Values.
     pub v: Rows<'a, T>,
-    /// What else there is.
+    /// The other tensors.
     pub beside: Beside<'a, T>,
     /// The sequences, one for each batch entry of the problem.
     pub sequences: Vec<Sequence>,

@@ -20,7 +20,7 @@ use std::{
 use rayon::prelude::*;
 
 use super::{
-    call::{Call, Group, exponentials},
+    call::{Call, Group, exponentials, parts},
     element::Element,
     math::exp2,
     matmul::{Mat, matmul},
@@ -41,10 +41,7 @@ pub fn forward<T: Element>(call: &Call<'_, T>) -> (Vec<T>, Vec<f32>) {
     let rows = if tiles < ENOUGH_TILES { ROWS[1] } else { ROWS[0] };
     let tasks: Vec<(Group, Range<usize>)> = groups
         .iter()
-        .flat_map(|&group| {
-            let starts = (0..group.rows()).step_by(rows);
-            starts.map(move |start| (group, start..(start + rows).min(group.rows())))
-        })
+        .flat_map(|&group| parts(0..group.rows(), rows).map(move |rows| (group, rows)))
         .collect();
     let done: Vec<_> = tasks
         .par_iter()
@@ -91,8 +88,7 @@ fn tile<T: Element>(
     let mut state = vec![(f32::NEG_INFINITY, 0.0f32); rows.len()];
     let arch = pulp::Arch::new();
     let seen = group.keys_of_rows(p.window(), rows.clone());
-    for start in seen.clone().step_by(KEYS) {
-        let keys = start..(start + KEYS).min(seen.end);
+    for keys in parts(seen, KEYS) {
         matmul(s, KEYS, false, q, call.keys(&call.k, group, keys.clone(), k).t());
         arch.dispatch(|| softmax(call, group, rows.clone(), &keys, s, &mut state, &mut o));
         let weights = Mat::new(s, rows.len(), keys.len(), KEYS);

@@ -15,7 +15,7 @@ use super::{
     start,
 };
 use crate::{
-    communicator::{Communicator, Transfer},
+    communicator::Communicator,
     engine::{Engine, Rows},
     error::Error,
 };
@@ -177,7 +177,6 @@ impl Attention {
             // SAFETY: passed on to the caller.
             unsafe { engine.fill(shape.region(address), 0) }?;
         }
-        let [to, from] = self.neighbours();
         let mut sums_here: Option<E::Mark> = None;
         for (number, step) in self.steps.iter().enumerate() {
             let block = |at| self.block([k, v], sections.blocks, at, workspace);
@@ -212,19 +211,9 @@ impl Attention {
             }
             // The next block's sums come as this one's go; the last come home.
             let next = self.steps.get(number + 1).map_or(self.steps[0].keys, |next| next.keys);
-            let (sent, received) = (in_f32(step.keys), in_f32(next));
-            let mut transfers: Vec<_> = (0..2)
-                .flat_map(|i| {
-                    let send = Transfer::send(to, sent[i].region(sums(number)[i]));
-                    let receive = received[i].region(sums(number + 1)[i]);
-                    [send, Transfer::receive(from, receive)]
-                })
-                .collect();
-            transfers.retain(|transfer| transfer.region.bytes > 0);
-            engine.fork()?;
+            let passed = [(in_f32(step.keys), sums(number)), (in_f32(next), sums(number + 1))];
             // SAFETY: passed on to the caller.
-            unsafe { communicator.exchange(engine, &transfers) }?;
-            sums_here = Some(engine.mark()?);
+            sums_here = Some(unsafe { self.pass(engine, communicator, passed) }?);
             if let Some(mark) = mark {
                 engine.join(&mark)?;
             }

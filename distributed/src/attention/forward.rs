@@ -196,20 +196,35 @@ impl Attention {
         [here, next]: [[u64; 2]; 2],
     ) -> Result<Option<E::Mark>, Error> {
         let Some(following) = self.steps.get(step + 1) else { return Ok(None) };
-        let [to, from] = self.neighbours();
         let sent = self.member_shapes_k(self.steps[step].keys);
         let received = self.member_shapes_k(following.keys);
+        // SAFETY: passed on to the caller.
+        unsafe { self.pass(engine, communicator, [(sent, here), (received, next)]) }.map(Some)
+    }
+
+    /// Starts to send a tensor for K and one for V to the next rank of the ring, and to receive those of
+    /// the rank before; the mark is their end.
+    ///
+    /// # Safety
+    /// The tensors are live memory of the device.
+    pub(super) unsafe fn pass<E: Engine, C: Communicator<E>>(
+        &self,
+        engine: &E,
+        communicator: &C,
+        [(sent, from_here), (received, to_here)]: [([Shape; 2], [u64; 2]); 2],
+    ) -> Result<E::Mark, Error> {
+        let [to, from] = self.neighbours();
         let mut transfers: Vec<_> = (0..2)
             .flat_map(|i| {
-                let send = Transfer::send(to, sent[i].region(here[i]));
-                [send, Transfer::receive(from, received[i].region(next[i]))]
+                let send = Transfer::send(to, sent[i].region(from_here[i]));
+                [send, Transfer::receive(from, received[i].region(to_here[i]))]
             })
             .collect();
         transfers.retain(|transfer| transfer.region.bytes > 0);
         engine.fork()?;
         // SAFETY: passed on to the caller.
         unsafe { communicator.exchange(engine, &transfers) }?;
-        engine.mark().map(Some)
+        engine.mark()
     }
 
     /// O and the LSE of the member's rows, from all keys. `tensors` are Q, K, V, O and the LSE.

@@ -34,6 +34,7 @@ use flash_attention_distributed::{
     model::{H200, Work, table},
     nccl::Nccl,
     peers::Peers,
+    whole::on_threads,
 };
 
 const HEADS: usize = 16;
@@ -180,25 +181,20 @@ fn process(options: &Options) -> Result<(), Error> {
 /// Ranks that are threads on one GPU.
 fn threads(options: &Options) -> Result<(), Error> {
     let first = GpuEngine::open(0)?;
+    let communicators = ThreadCommunicator::ranks(options.ranks, options.limit).into_iter();
+    let ranks = communicators.map(|communicator| Ok((communicator, first.sibling()?)));
+    let ranks: Vec<_> = ranks.collect::<Result<_, Error>>()?;
+    let ended = on_threads(ranks, |(communicator, engine)| {
+        let memory = Memory::new(Arc::new(GpuDevice::open(0)?));
+        rank(options, &engine, &memory, &communicator)
+    });
     let mut failed = Vec::new();
-    std::thread::scope(|scope| {
-        let mut handles = Vec::new();
-        for communicator in ThreadCommunicator::ranks(options.ranks, options.limit) {
-            let engine = first.sibling()?;
-            handles.push(scope.spawn(move || {
-                let memory = Memory::new(Arc::new(GpuDevice::open(0)?));
-                rank(options, &engine, &memory, &communicator)
-            }));
+    for (rank, ended) in ended.into_iter().enumerate() {
+        if let Err(error) = ended {
+            eprintln!("rank {rank}: error: {error}");
+            failed.push(error);
         }
-        for (rank, handle) in handles.into_iter().enumerate() {
-            let lost = |_| Err(Error::Lost { rank, reason: "panicked".into() });
-            if let Err(error) = handle.join().unwrap_or_else(lost) {
-                eprintln!("rank {rank}: error: {error}");
-                failed.push(error);
-            }
-        }
-        Ok::<_, Error>(())
-    })?;
+    }
     failed.pop().map_or(Ok(()), Err)
 }
 
