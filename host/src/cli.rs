@@ -9,6 +9,7 @@ use crate::{
     decode::DecodeCommandArgs,
     failure::{Outcome, Usage},
     help,
+    microscope::break_sync::BreakArgs,
     progress::print_lines,
     report::ReportArgs,
     run::RunArgs,
@@ -41,6 +42,9 @@ pub enum Command {
     /// Compute attention, or the attention module, of your own tensors, from a safetensors file
     #[command(after_long_help = help::RUN)]
     Run(Box<RunArgs>),
+    /// Leave out a barrier, wait or fence of a kernel, and see what the emulator says
+    #[command(after_long_help = help::BREAK)]
+    Break(Box<BreakArgs>),
     /// Make the report of a run anew from the JSON that it wrote
     #[command(after_long_help = help::REPORT)]
     Report(ReportArgs),

@@ -140,7 +140,7 @@ pub fn run(
     let opened = machine::open(problem.device, problem.memory_limit)?;
     let emulated = opened.info.emulated;
     let defaults = if emulated { EMULATED } else { ON_GPU };
-    let problems = problem.problems(&defaults, LevelChoice::Backward)?;
+    let problems = problem.shape.problems(&defaults, LevelChoice::Backward)?;
     let each = [Parallel::Heads, Parallel::Context, Parallel::Both];
     let ways: Vec<(&str, Grid)> = match parallel {
         None => each.into_iter().filter_map(|way| Some((way.name(), way.grid(gpus)?))).collect(),
@@ -190,7 +190,7 @@ struct OfProblem<'a> {
 
 impl OfProblem<'_> {
     fn rows(&self, gpus: usize, ways: &[(&'static str, Grid)]) -> Result<Vec<GpusRow>> {
-        let (p, seed) = (self.problem, self.args.seed);
+        let (p, seed) = (self.problem, self.args.shape.seed);
         let draw =
             |shape: [usize; 4], at| Tensor::random(p.dtype(), &shape, seed.wrapping_add(at), 0.0);
         let (q, k, v) = (draw(p.q_shape(), 0), draw(p.k_shape(), 1), draw(p.v_shape(), 2));
@@ -205,7 +205,7 @@ impl OfProblem<'_> {
                 None => Share::new(*p, grid)?,
             };
             let mut setup = Setup { timed_runs: self.timed_runs, ..Setup::of(share) };
-            setup.options.deterministic = self.args.deterministic;
+            setup.options.deterministic = self.args.shape.deterministic;
             for name in self.args.kernels.iter().flatten() {
                 match (find(name), find_backward(name)) {
                     (Ok(kernel), _) => setup.options.kernel = Some(kernel),

@@ -21,6 +21,14 @@ Examples:
   flash-attention run --input x.safetensors --weights w.safetensors --heads 12 --check
   flash-attention run --backward --input qkv_do.safetensors --output gradients.safetensors";
 
+/// Below the options of `break`.
+pub const BREAK: &str = "\
+Examples:
+  flash-attention break --kernel flash_tiled
+  flash-attention break --kernel flash_tiled --without 1
+  flash-attention break --kernel flash_hopper --without 12 --other-parity
+  flash-attention break --kernel backward_mma --all";
+
 /// Below the options of `report`.
 pub const REPORT: &str = "\
 Example:

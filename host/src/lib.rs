@@ -13,6 +13,7 @@ pub mod help;
 pub mod inputs;
 pub mod interrupt;
 pub mod machine;
+pub mod microscope;
 pub mod options;
 pub mod output;
 pub mod peers;
@@ -51,6 +52,7 @@ pub fn main() -> ExitCode {
         Command::Verify(args) => verify::run(args),
         Command::Decode(args) => decode::run(args),
         Command::Run(args) => run::run(args),
+        Command::Break(args) => microscope::break_sync::run(args),
         Command::Report(args) => report::remake(args),
         Command::Completions { shell } => Ok(cli::completions(*shell)),
         Command::Man { command } => cli::man(command.as_deref()),

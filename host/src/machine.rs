@@ -117,11 +117,8 @@ pub fn driver(gpu: &GpuDescription) -> Driver {
 }
 
 fn emulator(limit: Option<u64>, why_emulated: Option<String>) -> Opened {
-    // Half of what is free: inputs stand in the host's memory and in the emulated device's,
-    // and the oracle widens them once more.
-    let limit = limit.or_else(|| available_bytes().map(|bytes| bytes / 2));
-    let device = limit.map_or_else(CpuDevice::new, CpuDevice::with_memory_limit);
-    let device = device.stopped_by(interrupt::stop());
+    let limit = limit.or_else(memory_for_the_emulator);
+    let device = cpu(limit);
     let info = DeviceInfo {
         name: device.name(),
         emulated: true,
@@ -131,6 +128,20 @@ fn emulator(limit: Option<u64>, why_emulated: Option<String>) -> Opened {
         multiprocessors: device.multiprocessors(),
     };
     Opened { device: Arc::new(device), info, driver: None, why_emulated }
+}
+
+/// Half of what is free: inputs stand in the host's memory and in the emulated device's, and the
+/// oracle widens them once more.
+#[must_use]
+pub fn memory_for_the_emulator() -> Option<u64> {
+    available_bytes().map(|bytes| bytes / 2)
+}
+
+/// The emulator, with at most `limit` bytes of memory; a signal stops it.
+#[must_use]
+pub fn cpu(limit: Option<u64>) -> CpuDevice {
+    let device = limit.map_or_else(CpuDevice::new, CpuDevice::with_memory_limit);
+    device.stopped_by(interrupt::stop())
 }
 
 /// A version or compute capability as it is written: `9.0`.

@@ -20,9 +20,9 @@ use crate::{
     values,
 };
 
-/// What both `compare` and `verify` take.
+/// The problem that a command runs.
 #[derive(Args, Clone, Debug)]
-pub struct ProblemArgs {
+pub struct ShapeArgs {
     /// Sequence lengths, separated by commas
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = values::count)]
     pub seq: Option<Vec<usize>>,
@@ -81,15 +81,23 @@ pub struct ProblemArgs {
     /// Ask for gradients with the same bits each time (--level backward)
     #[arg(long)]
     pub deterministic: bool,
+    /// Seed of the random inputs and of dropout
+    #[arg(long, default_value_t = 42, value_parser = values::seed)]
+    pub seed: u64,
+}
+
+/// What both `compare` and `verify` take.
+#[derive(Args, Clone, Debug)]
+pub struct ProblemArgs {
+    /// The problem.
+    #[command(flatten)]
+    pub shape: ShapeArgs,
     /// Kernels by name, separated by commas; every kernel of the level unless given
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = values::kernel())]
     pub kernels: Option<Vec<String>>,
     /// Where to run: auto (a GPU if there is one), gpu, gpu:1 (a certain one) or cpu
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     pub device: DeviceChoice,
-    /// Seed of the random inputs and of dropout
-    #[arg(long, default_value_t = 42, value_parser = values::seed)]
-    pub seed: u64,
     /// Memory that the emulator has, as 512MiB or 2GiB; half of what is free unless given
     #[arg(long, value_name = "SIZE", value_parser = values::bytes)]
     pub memory_limit: Option<u64>,
@@ -121,7 +129,7 @@ impl fmt::Display for Defaults {
     }
 }
 
-impl ProblemArgs {
+impl ShapeArgs {
     /// The problems, one a sequence length, checked.
     ///
     /// # Errors
@@ -183,11 +191,13 @@ impl ProblemArgs {
         };
         seq.iter().map(problem).collect()
     }
+}
 
+impl ProblemArgs {
     /// The kind of a level, with these options.
     #[must_use]
     pub fn kind(&self, level: Level) -> &'static dyn Kind {
-        kind(level, self.deterministic)
+        kind(level, self.shape.deterministic)
     }
 
     /// The kernels of the levels, which all have the same, in the order of the ladder or as they were
@@ -248,11 +258,11 @@ impl ProblemArgs {
         let Some(first) = problems.first() else { return Options::default() };
         Options {
             seq: problems.iter().map(Problem::seq_q).collect(),
-            tokens: self.tokens,
+            tokens: self.shape.tokens,
             problem: first.into(),
             kernels: kernels.iter().map(|k| k.name.to_owned()).collect(),
-            seed: self.seed,
-            deterministic: self.deterministic,
+            seed: self.shape.seed,
+            deterministic: self.shape.deterministic,
             ..Options::default()
         }
     }

@@ -5,7 +5,7 @@ use std::num::IntErrorKind;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use flash_attention::{
     DType, Window,
-    registry::{BACKWARD_KERNELS, KERNELS},
+    registry::{BACKWARD_KERNELS, DECODE_KERNELS, KERNELS},
 };
 
 /// A count of something that there must be one of.
@@ -95,6 +95,11 @@ fn kernels() -> impl Iterator<Item = &'static str> {
 /// A kernel by name.
 pub fn kernel() -> impl TypedValueParser<Value = String> {
     PossibleValuesParser::new(kernels())
+}
+
+/// A kernel by name, decode kernels among them.
+pub fn any_kernel() -> impl TypedValueParser<Value = String> {
+    PossibleValuesParser::new(kernels().chain(DECODE_KERNELS.iter().map(|k| k.name)))
 }
 
 /// A kernel by name, or `best`.

@@ -465,6 +465,7 @@ fn help_has_examples_and_the_defaults_of_both_devices() {
         ("verify", &["--seq 512 --batch 2 --heads 12", "--batch 1 --heads 2"]),
         ("decode", &["--seq-k 4096,32768,131072", "--seq-k 256,1000", "--splits 3"]),
         ("run", &["[default: best]", "[default: bhnd]", "--check --kernel flash_mma"]),
+        ("break", &["--kernel flash_tiled --without 1", "--schedules"]),
         ("report", &["report results.json --out report"]),
     ] {
         let (code, stdout, _) = run(host().args([command, "--help"]));
@@ -478,7 +479,7 @@ fn help_has_examples_and_the_defaults_of_both_devices() {
     }
     // The examples are arguments that there are.
     let (_, all, _) = run(host().arg("--help"));
-    let texts = ["compare", "verify", "decode", "run", "report", "completions", "man"]
+    let texts = ["compare", "verify", "decode", "run", "break", "report", "completions", "man"]
         .map(|command| run(host().args([command, "--help"])).1);
     let examples = texts.iter().chain([&all]).flat_map(|text| text.lines());
     let examples = examples.filter_map(|line| line.strip_prefix("  flash-attention "));

@@ -14,7 +14,9 @@ use std::{
 };
 
 use kernels_gpu::entry::ArgsCopy;
-use simt::{emulator, tma};
+/// What a launch under the emulator can be asked for, and what it answers.
+pub use simt::emulator;
+use simt::tma;
 
 use crate::{
     backend::{Counters, Device, Instruments, Launch, MemoryInfo, TensorMapSpec},
@@ -33,6 +35,7 @@ struct State {
     allocations: BTreeMap<u64, u64>,
     allocated: u64,
     counters: Counters,
+    options: emulator::Options,
 }
 
 /// The emulator.
@@ -65,6 +68,13 @@ impl CpuDevice {
     pub fn stopped_by(mut self, stop: Arc<AtomicBool>) -> Self {
         self.stop = stop;
         self
+    }
+
+    /// Sets how launches run from now on: their seed, checks, budget, a change of one synchronisation,
+    /// and what is noted. Constants are the launch's, and [`stopped_by`](Self::stopped_by) says what
+    /// stops it, whatever `options` has.
+    pub fn set_options(&self, options: emulator::Options) {
+        self.state().options = options;
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -215,11 +225,10 @@ unsafe impl Device for CpuDevice {
             cluster: entry.cluster,
             shared_bytes: launch.shared_bytes,
         };
-        let constants = launch.constants.values();
-        let stop = Some(self.stop.clone());
-        let mut options = emulator::Options { constants, stop, ..emulator::Options::default() };
+        let mut options = self.state().options.clone();
+        (options.constants, options.stop) = (launch.constants.values(), Some(self.stop.clone()));
         // The record of global memory doubles the time, and tells nothing of a repeated run.
-        options.checks.global_races = !self.timing.load(Ordering::Relaxed);
+        options.checks.global_races &= !self.timing.load(Ordering::Relaxed);
         let stats =
             emulator::launch_with(extent, &options, &kernel).map_err(|fault| match fault.kind {
                 emulator::FaultKind::Stopped => Error::Stopped,

@@ -77,7 +77,7 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
         sustained: args.sustained,
     };
     let session = Session::new(opened.device.clone());
-    let problems = args.problem.problems(&defaults, args.level)?;
+    let problems = args.problem.shape.problems(&defaults, args.level)?;
     let kernels = args.problem.chosen_kernels(&problems, &session.target(), args.level)?;
     if args.peers.is_some() && args.level.covers(Level::Backward) {
         let reason = "--peers is for the forward pass: leave out --level backward";
@@ -104,7 +104,7 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
         session: &session,
         kernels: &kernels,
         repeats,
-        seed: args.problem.seed,
+        seed: args.problem.shape.seed,
         output: Printed { progress: &progress, width: table::width(args.wide) },
         watch: &watch,
     };
@@ -242,7 +242,7 @@ fn heading(args: &CompareArgs, opened: &Opened, options: &Options, problems: &[P
     if opened.info.emulated {
         text += "\nEmulated times show the algorithm, not GPU speed. FLOP, bytes read and written in \
                  global memory, and peak memory are comparable on any machine.";
-        if args.problem.seq.is_none() && args.problem.batch.is_none() {
+        if args.problem.shape.seq.is_none() && args.problem.shape.batch.is_none() {
             text += "\nThe defaults are smaller here than on a GPU, to end within seconds.";
         }
     }

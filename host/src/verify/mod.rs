@@ -91,7 +91,10 @@ pub fn run(args: &VerifyArgs) -> Result<Outcome> {
     let options = Options { level: args.level, ..args.problem.recorded(first, &kernels) };
     let mut results = machine::results("verify", &opened, options);
     let mut heading = opened.to_string();
-    if opened.info.emulated && args.problem.batch.is_none() && args.problem.heads.is_none() {
+    if opened.info.emulated
+        && args.problem.shape.batch.is_none()
+        && args.problem.shape.heads.is_none()
+    {
         heading += "\nThe defaults are smaller here than on a GPU, to end within seconds: --batch 2 --heads 12 \
                     makes them the same.";
     }
@@ -151,13 +154,13 @@ struct Group {
 /// # Errors
 /// What is wrong with the request.
 fn groups(args: &VerifyArgs, defaults: &Defaults, session: &Session) -> Result<Vec<Group>> {
-    let mut dtypes = vec![args.problem.dtype.unwrap_or(defaults.dtype)];
-    if args.problem.dtype.is_none() {
+    let mut dtypes = vec![args.problem.shape.dtype.unwrap_or(defaults.dtype)];
+    if args.problem.shape.dtype.is_none() {
         dtypes.extend(DType::ALL.iter().filter(|&&dtype| dtype != defaults.dtype));
     }
     let mut groups = Vec::new();
     for &dtype in &dtypes {
-        let problems = args.problem.problems(&Defaults { dtype, ..*defaults }, args.level)?;
+        let problems = args.problem.shape.problems(&Defaults { dtype, ..*defaults }, args.level)?;
         groups.push(Group { dtype, kernels: Vec::new(), problems });
     }
     let all: Vec<Problem> = groups.iter().flat_map(|group| group.problems.clone()).collect();
@@ -198,7 +201,7 @@ impl Run<'_> {
         }
         progress.doing(format!("N {}, {level}: inputs and outputs in f64", problem.seq_q()));
         let effort = args.rows.map_or(Effort::Thorough, Effort::Rows);
-        let subject = kind.draw(session, problem, args.problem.seed, effort)?;
+        let subject = kind.draw(session, problem, args.problem.shape.seed, effort)?;
         progress.step();
         let f32_threshold = (problem.dtype() == DType::F32).then_some(F32_THRESHOLD);
         let threshold = args.threshold.or(f32_threshold);

@@ -112,6 +112,7 @@ pub unsafe fn flash_async<T: Scalar, const D: usize, const COLUMN_TILES: usize>(
     }
     for kv_tile in kv_tiles.clone() {
         let stage = kv_tile % tile::STAGES;
+        // Hazard: this thread's copies of the tile may not have landed.
         async_copy::wait::<0>();
         // Hazards: tiles are read by threads that did not copy them; and the other stage,
         // which is overwritten next, may still be read for the tile before.

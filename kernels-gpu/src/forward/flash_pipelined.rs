@@ -280,6 +280,7 @@ pub unsafe fn flash_pipelined<
         let kv_tiles = policy.key_tiles(task.first_row, task.first_row + BR, BC);
         let kv_tiles = kv_tiles.start..kv_tiles.end.max(kv_tiles.start + 1);
         let queries = if q_in_registers {
+            // Hazard: this thread's copies of Q may not have landed.
             async_copy::wait::<0>();
             // Hazard: Q is read by threads that did not copy it.
             thread::sync_threads();
@@ -290,6 +291,7 @@ pub unsafe fn flash_pipelined<
 
         let mut stage = 0;
         for kv_tile in kv_tiles.clone() {
+            // Hazard: this thread's copies of the tile may not have landed.
             async_copy::wait::<0>();
             // Hazards: K and V (and Q) are read by threads that did not copy them; and the
             // other stage (in turns, V), which is overwritten next, may still be read for the

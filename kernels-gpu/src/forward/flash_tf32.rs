@@ -206,6 +206,7 @@ pub unsafe fn flash_tf32<
     }
     let mut stage = 0;
     for kv_tile in kv_tiles.clone() {
+        // Hazard: this thread's copies of the tile may not have landed.
         async_copy::wait::<0>();
         // Hazards: tiles (Q too, at first) are read by threads that did not copy them; and
         // the other stage, which is overwritten next, may still be read for the tile before.

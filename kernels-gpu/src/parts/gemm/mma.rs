@@ -158,6 +158,7 @@ pub unsafe fn tile<
     let mut acc = [[[0.0f32; 4]; N_TILES]; M_TILES];
     let (mut stage, mut free_stage) = (0, STAGES - 1);
     for slice in 0..num_slices {
+        // Hazard: this thread's copies of the slice may not have landed.
         async_copy::wait::<{ STAGES - 2 }>();
         // Hazards: the slice was loaded by all threads; and the free stage, which is
         // overwritten next, may still be read until every warp is done with it.
