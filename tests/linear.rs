@@ -9,7 +9,7 @@ use flash_attention::{
     DType, Device, Tensor,
     backend::{Constants, KernelArgs, Launch, Memory, TensorMapSpec},
     raw::LinearArgs,
-    registry::{LINEAR_KERNELS, LinearSpec, Projection, Target},
+    registry::{LINEAR_KERNELS, LinearProduct, LinearSpec, Projection, Target},
     verify::{Differences, Yardstick},
 };
 use kernels_gpu::probe::{self, ProbeArgs};
@@ -33,67 +33,115 @@ fn shapes(kernel: &LinearSpec) -> &'static [Shape] {
     if is_scalar { &SCALAR_SHAPES } else { &SHAPES }
 }
 
+/// The terms of each element of what a product computes, and what is added to their sum.
+type Sums<'a> = Box<dyn Fn(usize, usize) -> (Vec<f64>, f64) + 'a>;
+
 /// The worst error of a kernel against sums in f64, and what it is measured by: that of sums in f32,
-/// one after the other, rounded to the storage type.
+/// one after the other, rounded to the storage type. Of each result: a weight's gradient comes with
+/// that of the bias.
 fn worst(
     memory: &Arc<Memory>,
     kernel: &'static LinearSpec,
     p: &Projection,
     with_bias: bool,
-) -> Result<(f64, Yardstick), flash_attention::Error> {
+) -> Result<Vec<(f64, Yardstick)>, flash_attention::Error> {
     let device = &**memory.device();
     let plan = kernel.plan(p, &Target::of(device))?;
+    let Projection { rows, in_features, out_features, .. } = *p;
     let random = |shape: &[usize], seed| Tensor::random(p.dtype, shape, seed, 0.0);
-    let x = random(&[p.rows, p.in_features], 1);
-    let w = random(&[p.out_features, p.in_features], 2);
-    let bias = random(&[if with_bias { p.out_features } else { 0 }], 3);
-    let upload = |tensor: &Tensor| memory.upload(tensor.as_bytes());
-    let (dx, dw, dbias) = (upload(&x)?, upload(&w)?, upload(&bias)?);
-    let mut y = Tensor::zeros(p.dtype, &[p.rows, p.out_features]);
-    let dy = memory.filled(y.as_bytes().len() as u64, 0xff)?;
-    let args = LinearArgs {
-        x: dx.region(),
-        w: dw.region(),
-        bias: with_bias.then(|| dbias.region()),
-        y: dy.region(),
+    let x = random(&[rows, in_features], 1);
+    let w = random(&[out_features, in_features], 2);
+    let bias = random(&[if with_bias { out_features } else { 0 }], 3);
+    let y = random(&[rows, out_features], 4);
+    let tensors = [&x, &w, &bias, &y];
+    let results: &[usize] = match p.product {
+        LinearProduct::Y => &[3],
+        LinearProduct::Dx => &[0],
+        LinearProduct::Dw if with_bias => &[1, 2],
+        LinearProduct::Dw => &[1],
     };
+    let mut buffers = Vec::new();
+    for (index, tensor) in tensors.iter().enumerate() {
+        buffers.push(if results.contains(&index) {
+            memory.filled(tensor.as_bytes().len() as u64, 0xff)?
+        } else {
+            memory.upload(tensor.as_bytes())?
+        });
+    }
+    let [bx, bw, bbias, by] = [0, 1, 2, 3].map(|index| buffers[index].region());
+    let args = LinearArgs { x: bx, w: bw, bias: with_bias.then_some(bbias), y: by };
     for launch in plan.launches_for(device, &args)? {
         // SAFETY: the arguments are the buffers above, which live until the end.
         unsafe { device.launch(&launch)? };
     }
     device.synchronize()?;
-    dy.read(y.as_bytes_mut())?;
 
-    let (x, w, bias, y) = (x.to_f64(), w.to_f64(), bias.to_f64(), y.to_f64());
+    let [x, w, bias, y] = tensors.map(Tensor::to_f64);
+    let of = |result: usize| -> Result<_, flash_attention::Error> {
+        let mut found = tensors[result].clone();
+        buffers[result].read(found.as_bytes_mut())?;
+        let [x, w, bias, y] = [&x, &w, &bias, &y];
+        let (sums, columns): (Sums<'_>, usize) = match result {
+            3 => (
+                Box::new(move |r, o| {
+                    let term = |i| x[r * in_features + i] * w[o * in_features + i];
+                    let bias = bias.get(o).copied().unwrap_or(0.0);
+                    ((0..in_features).map(term).collect(), bias)
+                }),
+                out_features,
+            ),
+            0 => (
+                Box::new(move |r, i| {
+                    let term = |o| y[r * out_features + o] * w[o * in_features + i];
+                    ((0..out_features).map(term).collect(), 0.0)
+                }),
+                in_features,
+            ),
+            1 => (
+                Box::new(move |o, i| {
+                    let term = |r| y[r * out_features + o] * x[r * in_features + i];
+                    ((0..rows).map(term).collect(), 0.0)
+                }),
+                in_features,
+            ),
+            _ => {
+                let column =
+                    move |_, o| ((0..rows).map(|r| y[r * out_features + o]).collect(), 0.0);
+                (Box::new(column), out_features)
+            }
+        };
+        Ok(compared(p.dtype, &found.to_f64(), columns, &sums))
+    };
+    results.iter().map(|&result| of(result)).collect()
+}
+
+/// The error of a result, and what it is measured by.
+fn compared(dtype: DType, found: &[f64], columns: usize, sums: &Sums<'_>) -> (f64, Yardstick) {
     let (mut expected, mut plain) = (Vec::new(), Vec::new());
-    for index in 0..y.len() {
-        let (row, column) = (index / p.out_features, index % p.out_features);
-        let features = |i: usize| i * p.in_features..(i + 1) * p.in_features;
-        let pairs = x[features(row)].iter().zip(&w[features(column)]);
-        let bias = bias.get(column).copied().unwrap_or(0.0);
-        let (mut exact, mut sum) = (0.0, 0.0f32);
-        for (a, b) in pairs {
-            exact += a * b;
-            sum = (f64::from(sum) + a * b) as f32;
-        }
-        expected.push(exact + bias);
-        plain.push(p.dtype.round(f64::from(sum) + bias));
+    for index in 0..found.len() {
+        let (terms, more) = sums(index / columns, index % columns);
+        let sum = terms.iter().fold(0.0f32, |sum, term| (f64::from(sum) + term) as f32);
+        expected.push(terms.iter().sum::<f64>() + more);
+        plain.push(dtype.round(f64::from(sum) + more));
     }
-    // NaN, which y was filled with, is an infinite error.
-    let error = Differences::new(&y, &expected).max_abs;
+    // NaN, which results were filled with, is an infinite error.
+    let error = Differences::new(found, &expected).max_abs;
     let plain = Differences::new(&plain, &expected);
     // The plain sum of a few terms may be exact by luck.
-    let rounding = p.dtype.unit_roundoff() * plain.max_expected;
-    Ok((error, Yardstick::new(plain.max_abs, rounding)))
+    let rounding = dtype.unit_roundoff() * plain.max_expected;
+    (error, Yardstick::new(plain.max_abs, rounding))
 }
 
 fn every_kernel(device: Arc<dyn Device>) {
+    const PRODUCTS: [LinearProduct; 3] = [LinearProduct::Y, LinearProduct::Dx, LinearProduct::Dw];
     let memory = Memory::new(device);
     let target = Target::of(&**memory.device());
     let problems = LINEAR_KERNELS.iter().flat_map(|kernel| {
         let of_type = move |&dtype| {
-            shapes(kernel).iter().map(move |&(rows, in_features, out_features)| {
-                (kernel, Projection { dtype, rows, in_features, out_features })
+            shapes(kernel).iter().flat_map(move |&(rows, in_features, out_features)| {
+                PRODUCTS.map(|product| {
+                    (kernel, Projection { dtype, rows, in_features, out_features, product })
+                })
             })
         };
         kernel.dtypes.iter().flat_map(of_type)
@@ -105,10 +153,11 @@ fn every_kernel(device: Arc<dyn Device>) {
     let without = problems.filter(without).map(|(kernel, p)| (kernel, p, false));
     let results = suite::on_every_core(with_bias.chain(without), |(kernel, p, bias)| {
         let failure = match worst(&memory, kernel, &p, bias) {
-            Ok((error, plain)) if plain.allows(error) => None,
-            Ok((error, plain)) => {
-                Some(format!("{} {p:?} {bias}: {error} > {}", kernel.name, plain.limit()))
-            }
+            Ok(results) => results.into_iter().find(|(error, plain)| !plain.allows(*error)).map(
+                |(error, plain)| {
+                    format!("{} {p:?} {bias}: {error} > {}", kernel.name, plain.limit())
+                },
+            ),
             Err(error) if error.is_usage() => {
                 println!("skipped: {error}");
                 return None;

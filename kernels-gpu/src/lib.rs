@@ -52,7 +52,7 @@ use {
         flash_async, flash_hopper, flash_mma, flash_pipelined, flash_swizzled, flash_tf32,
         flash_tiled, naive, standard, weights,
     },
-    linear::{linear_hopper, linear_mma, linear_naive, linear_tiled},
+    linear::{linear_bias, linear_hopper, linear_mma, linear_naive, linear_tiled},
 };
 
 /// The tables of all rungs.
@@ -90,9 +90,18 @@ const TABLES: &[entry::Instances] = &[
     decode_combine::ENTRIES,
     decode_append::ENTRIES,
     linear_naive::ENTRIES,
+    linear_naive::DX,
+    linear_naive::DW,
     linear_tiled::ENTRIES,
+    linear_tiled::DX,
+    linear_tiled::DW,
     linear_mma::ENTRIES,
+    linear_mma::DX,
+    linear_mma::DW,
     linear_hopper::ENTRIES,
+    linear_hopper::DX,
+    linear_hopper::DW,
+    linear_bias::ENTRIES,
     merge::ENTRIES,
     weights::ENTRIES,
     probe::ENTRIES,

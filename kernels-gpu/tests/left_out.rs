@@ -7,8 +7,8 @@ mod common;
 use std::{cell::OnceCell, fs, path::Path, sync::Arc};
 
 use common::{
-    Case, Hopper, Problem, blocks_of, buffer, buffer_mut, map, options, try_run, values,
-    with_constants, with_options, with_queue,
+    Case, Hopper, Linear, LinearShape, LinearTensors, Problem, blocks_of, buffer, buffer_mut,
+    options, try_run, values, with_constants, with_options, with_queue,
 };
 use half::f16;
 use kernels_gpu::{
@@ -19,7 +19,8 @@ use kernels_gpu::{
         standard::{self, softmax},
     },
     linear::{
-        linear_hopper::{self, LinearHopperArgs, TileShape},
+        linear_bias,
+        linear_hopper::{self, TileShape},
         linear_mma, linear_tiled,
     },
     merge,
@@ -412,73 +413,73 @@ fn merging_needs_its_barrier() {
     });
 }
 
-/// Outputs of a projection by `launch`.
+/// Outputs of a product of a projection by `launch`.
 fn projection<T: Scalar>(
-    (rows, in_features, out_features): (u32, u32, u32),
+    product: Linear,
+    shape: LinearShape,
     launch: impl Fn(&LinearArgs) -> Result<Stats, Fault>,
 ) -> Result<Outputs, Fault> {
-    let x = values::<T>(rows * in_features, 1);
-    let w = values::<T>(out_features * in_features, 2);
-    let mut y = vec![T::from_f32(f32::NAN); (rows * out_features) as usize];
-    launch(&LinearArgs {
-        x: buffer(&x),
-        w: buffer(&w),
-        y: buffer_mut(&mut y),
-        rows,
-        in_features,
-        out_features,
-        ..LinearArgs::default()
-    })?;
-    Ok(bits(&y))
+    let mut tensors = LinearTensors::<T>::new(product, shape, false);
+    launch(&tensors.args())?;
+    Ok(bits(tensors.result()))
 }
 
 #[test]
 fn projections_need_their_barriers_and_waits() {
-    change_all("linear_tiled", || {
-        projection::<f32>((70, 40, 66), |args| {
-            let grid = Dim3::new(
-                70u32.div_ceil(linear_tiled::TILE),
-                66u32.div_ceil(linear_tiled::TILE),
-                1,
-            );
-            try_run("linear_tiled_f32", grid, linear_tiled::THREADS.into(), 0, args)
-        })
-    });
-    // Rows of whole chunks, and not.
-    for (features, name) in [(256, "linear_mma_chunks"), (133, "linear_mma_elements")] {
+    for product in [Linear::Y, Linear::Dw] {
+        let shape = (70, 40, 66);
+        change_all("linear_tiled", || {
+            projection::<f32>(product, shape, |args| {
+                let grid = product.grid(shape, linear_tiled::TILE);
+                let symbol = format!("linear_tiled_f32{}", product.end());
+                try_run(&symbol, grid, linear_tiled::THREADS.into(), 0, args)
+            })
+        });
+    }
+    // Rows of whole chunks, and not; terms for more slices than stages.
+    for (product, shape, name) in [
+        (Linear::Y, (130, 256, 136), "linear_mma_chunks"),
+        (Linear::Y, (130, 133, 136), "linear_mma_elements"),
+        (Linear::Dx, (130, 136, 256), "linear_mma_chunks"),
+        (Linear::Dw, (256, 136, 136), "linear_mma_chunks"),
+        (Linear::Dw, (133, 131, 133), "linear_mma_elements"),
+    ] {
         change_all(name, || {
-            projection::<f16>((130, features, 136), |args| {
-                let tile = linear_mma::TILE;
-                let grid = Dim3::new(130u32.div_ceil(tile), 136u32.div_ceil(tile), 1);
+            projection::<f16>(product, shape, |args| {
+                let grid = product.grid(shape, linear_mma::TILE);
+                let symbol = format!("linear_mma_f16{}", product.end());
                 let threads = linear_mma::THREADS.into();
-                try_run("linear_mma_f16", grid, threads, linear_mma::SHARED_BYTES, args)
+                try_run(&symbol, grid, threads, linear_mma::SHARED_BYTES, args)
             })
         });
     }
 }
 
 #[test]
+fn the_gradient_of_a_bias_needs_its_barrier() {
+    change_all("linear_bias", || {
+        let mut tensors = LinearTensors::<f16>::new(Linear::Dw, (70, 1, 24), true);
+        try_run("linear_bias_f16", 2.into(), linear_bias::THREADS.into(), 0, &tensors.args())?;
+        Ok(bits(&tensors.bias))
+    });
+}
+
+#[test]
 fn linear_hopper_needs_its_barriers_and_waits() {
     // An odd number of chunks to store; more slices than stages, several tiles a cluster.
     let tile = TileShape { columns: 192 };
-    change_all("linear_hopper", || {
-        projection::<f16>((257, 328, 200), |args| {
-            let [x, w] = tile.boxes();
-            let of = |address, rows: u32, box_dims: [u32; 4]| {
-                let (columns, rows) = (u64::from(args.in_features), u64::from(rows));
-                map(
-                    address,
-                    &[columns, rows, 1, 1],
-                    &[columns, columns * rows, columns * rows],
-                    &box_dims,
-                )
-            };
-            let maps = [of(args.x.address, args.rows, x), of(args.w.address, args.out_features, w)];
-            let args = LinearHopperArgs { maps, args: *args };
-            let (threads, shared) = (linear_hopper::THREADS, tile.shared_bytes());
-            try_run("linear_hopper_f16_n192", 2.into(), threads.into(), shared, &args)
-        })
-    });
+    for (product, shape) in
+        [(Linear::Y, (257, 328, 200)), (Linear::Dx, (257, 200, 328)), (Linear::Dw, (328, 200, 264))]
+    {
+        change_all("linear_hopper", || {
+            projection::<f16>(product, shape, |args| {
+                let args = product.hopper(args, tile);
+                let symbol = format!("linear_hopper_f16_n192{}", product.end());
+                let (threads, shared) = (linear_hopper::THREADS, tile.shared_bytes());
+                try_run(&symbol, 2.into(), threads.into(), shared, &args)
+            })
+        });
+    }
 }
 
 #[test]

@@ -15,6 +15,7 @@ use ptx_builder::{Workspace, ptxas};
 const EX2: &str = "ex2.approx.ftz.f32 ";
 const MMA: &str = "mma.sync.aligned.m16n8k16.row.col.f32.DTYPE.DTYPE.f32 {";
 const LDMATRIX: &str = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {";
+const LDMATRIX_TRANS: &str = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {";
 const CP_ASYNC: &str = "cp.async.cg.shared.global.L2::128B [";
 const BAR: &str = "bar.sync 0;";
 const STORE: &str = "st.global.v4.b32 [";
@@ -82,6 +83,11 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("decode_combine", &[EX2, BAR, "ld.global.v4.b32 {"]),
     ("linear_tiled", &["ld.shared", BAR, "fma.rn.f32"]),
     ("linear_mma", &[MMA, LDMATRIX, CP_ASYNC, BAR, STORE]),
+    ("linear_mma_f16_dx", &[MMA, LDMATRIX, LDMATRIX_TRANS, CP_ASYNC, BAR, STORE]),
+    ("linear_mma_bf16_dx", &[MMA, LDMATRIX, LDMATRIX_TRANS, CP_ASYNC, BAR, STORE]),
+    ("linear_mma_f16_dw", &[MMA, LDMATRIX_TRANS, CP_ASYNC, BAR, STORE]),
+    ("linear_mma_bf16_dw", &[MMA, LDMATRIX_TRANS, CP_ASYNC, BAR, STORE]),
+    ("linear_bias", &["ld.global.v4.b32 {", BAR, "shfl.sync.bfly.b32 "]),
     (
         "linear_hopper",
         &[

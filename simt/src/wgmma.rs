@@ -75,6 +75,31 @@ macro_rules! operand {
 operand!(f16, false);
 operand!(bf16, true);
 
+/// Which way the rows of an operand run.
+pub trait Major: 'static {
+    /// Whether they run along the rows or columns of the result, and not along the dimension that is
+    /// summed over.
+    const IS_MN: bool;
+    /// From one step of 16 to the next, in units of 16 bytes: along a swizzled row, or 16 rows on.
+    const STEP_UNITS: u32 = if Self::IS_MN { STEP * CHUNK_ROW_BYTES / 16 } else { 2 };
+}
+
+/// Rows run along the dimension that is summed over: [`Descriptor::k_major`].
+#[derive(Clone, Copy, Debug)]
+pub struct KMajor;
+
+/// Rows run along the rows or columns of the result: [`Descriptor::n_major`].
+#[derive(Clone, Copy, Debug)]
+pub struct MnMajor;
+
+impl Major for KMajor {
+    const IS_MN: bool = false;
+}
+
+impl Major for MnMajor {
+    const IS_MN: bool = true;
+}
+
 /// Where a tile lies in shared memory and how: the lower half of the 64 bits that wgmma
 /// takes. The upper half is the same for every tile here, and address arithmetic in 32 bits
 /// needs no carries.
@@ -202,16 +227,6 @@ pub trait WaitGroup {
 
 /// Products with both operands in shared memory, over `STEPS` steps of 16 columns.
 pub trait SharedProduct<const STEPS: usize>: WaitGroup {
-    /// Starts `self += A Bᵀ`, otherwise as [`product_shared`](Self::product_shared).
-    ///
-    /// # Safety
-    /// As for [`product_shared`](Self::product_shared).
-    unsafe fn accumulate_shared<T: Operand, const A_CHUNK: u32, const B_CHUNK: u32>(
-        &mut self,
-        a: Descriptor,
-        b: Descriptor,
-    );
-
     /// Starts `self = A Bᵀ` with A `[64, 16 * STEPS]` and B `[8 * GROUPS, 16 * STEPS]`, both
     /// [`Descriptor::k_major`], whose chunks are `A_CHUNK` and `B_CHUNK` bytes apart.
     ///
@@ -219,6 +234,19 @@ pub trait SharedProduct<const STEPS: usize>: WaitGroup {
     /// All threads of the warpgroup call it alike. The operands stay as they are, and
     /// the accumulator untouched, until it is waited for.
     unsafe fn product_shared<T: Operand, const A_CHUNK: u32, const B_CHUNK: u32>(
+        &mut self,
+        a: Descriptor,
+        b: Descriptor,
+    );
+}
+
+/// Products of slices of 64 terms, four steps of 16, with both operands in shared memory.
+pub trait SliceProduct: WaitGroup {
+    /// Starts `self += A B` with A `[64, 64]` and B `[64, 8 * GROUPS]`, each stored as its type says.
+    ///
+    /// # Safety
+    /// As for [`SharedProduct::product_shared`].
+    unsafe fn accumulate_slice<T: Operand, A: Major, B: Major>(
         &mut self,
         a: Descriptor,
         b: Descriptor,
@@ -350,7 +378,7 @@ macro_rules! wait_group {
 /// on to the next chunk; addresses count 16 bytes.
 #[cfg(target_arch = "nvptx64")]
 macro_rules! shared_step {
-    ($n:literal $type:literal $k:literal $from:literal $list:expr) => {
+    ($n:literal $type:literal $k:literal $list:expr) => {
         concat!(
             "add.s32 low, {a}, (",
             $k,
@@ -372,9 +400,7 @@ macro_rules! shared_step {
             $list,
             ", a, b, (",
             $k,
-            ">=",
-            $from,
-            "), 1, 1, 0, 0; "
+            ">=1), 1, 1, 0, 0; "
         )
     };
 }
@@ -386,20 +412,9 @@ macro_rules! shared_product {
     (@impl $n:literal $steps:literal [$($k:literal)*] ($list:expr)
      $(($g:literal $a:literal $b:literal $c:literal $d:literal))*) => {
         impl SharedProduct<$steps> for Accumulator<{ $n / 8 }> {
-            // What is there counts from the second step on.
-            shared_product!(@start product_shared out 1 false
-                $n $steps [$($k)*] ($list) $(($g $a $b $c $d))*);
-            // And here from the first.
-            shared_product!(@start accumulate_shared inout 0 true
-                $n $steps [$($k)*] ($list) $(($g $a $b $c $d))*);
-        }
-    };
-    (@start $name:ident $direction:ident $from:literal $accumulate:literal
-     $n:literal $steps:literal [$($k:literal)*] ($list:expr)
-     $(($g:literal $a:literal $b:literal $c:literal $d:literal))*) => {
             #[inline(always)]
             #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-            unsafe fn $name<T: Operand, const A_CHUNK: u32, const B_CHUNK: u32>(
+            unsafe fn product_shared<T: Operand, const A_CHUNK: u32, const B_CHUNK: u32>(
                 &mut self,
                 a: Descriptor,
                 b: Descriptor,
@@ -413,10 +428,10 @@ macro_rules! shared_product {
                             unsafe {
                                 core::arch::asm!(
                                     "{{ .reg .b64 a, b; .reg .b32 low; wgmma.fence.sync.aligned; ",
-                                    $(shared_step!($n $type $k $from $list),)*
+                                    $(shared_step!($n $type $k $list),)*
                                     "wgmma.commit_group.sync.aligned; }}",
-                                    $($direction(reg32) d[$g][0], $direction(reg32) d[$g][1],
-                                      $direction(reg32) d[$g][2], $direction(reg32) d[$g][3],)*
+                                    $(out(reg32) d[$g][0], out(reg32) d[$g][1],
+                                      out(reg32) d[$g][2], out(reg32) d[$g][3],)*
                                     a = in(reg32) a.0, b = in(reg32) b.0,
                                     high = const Descriptor::HIGH,
                                     a_chunk = const A_CHUNK / 16, b_chunk = const B_CHUNK / 16,
@@ -431,10 +446,98 @@ macro_rules! shared_product {
                 {
                     let a = SharedTile::KMajor { tile: a.bits(), chunk: A_CHUNK };
                     let b = SharedTile::KMajor { tile: b.bits(), chunk: B_CHUNK };
-                    self.start(OperandA::Shared(a, $steps), b, $accumulate, T::IS_BF16, Location::caller());
+                    self.start(OperandA::Shared(a, $steps), b, false, T::IS_BF16, Location::caller());
                 }
             }
+        }
     };
+}
+
+/// One step of a slice.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! slice_step {
+    ($n:literal $type:literal $k:literal $list:expr) => {
+        concat!(
+            "add.s32 low, {a}, ",
+            $k,
+            "*{a_step}; mov.b64 a, {{low, {high}}}; ",
+            "add.s32 low, {b}, ",
+            $k,
+            "*{b_step}; mov.b64 b, {{low, {high}}}; ",
+            "wgmma.mma_async.sync.aligned.m64n",
+            $n,
+            "k16.f32.",
+            $type,
+            ".",
+            $type,
+            " ",
+            $list,
+            ", a, b, 1, 1, 1, {a_mn}, {b_mn}; "
+        )
+    };
+}
+
+macro_rules! slice_product {
+    ($n:literal () $($groups:tt)*) => {
+        slice_product!(@impl $n (register_list!($($groups)*)) $($groups)*);
+    };
+    (@impl $n:literal ($list:expr)
+     $(($g:literal $a:literal $b:literal $c:literal $d:literal))*) => {
+        impl SliceProduct for Accumulator<{ $n / 8 }> {
+            #[inline(always)]
+            #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+            unsafe fn accumulate_slice<T: Operand, A: Major, B: Major>(
+                &mut self,
+                a: Descriptor,
+                b: Descriptor,
+            ) {
+                #[cfg(target_arch = "nvptx64")]
+                {
+                    let d = &mut self.values;
+                    macro_rules! issue {
+                        ($type:literal) => {
+                            // SAFETY: passed on to the caller.
+                            unsafe {
+                                core::arch::asm!(
+                                    "{{ .reg .b64 a, b; .reg .b32 low; wgmma.fence.sync.aligned; ",
+                                    slice_step!($n $type 0 $list),
+                                    slice_step!($n $type 1 $list),
+                                    slice_step!($n $type 2 $list),
+                                    slice_step!($n $type 3 $list),
+                                    "wgmma.commit_group.sync.aligned; }}",
+                                    $(inout(reg32) d[$g][0], inout(reg32) d[$g][1],
+                                      inout(reg32) d[$g][2], inout(reg32) d[$g][3],)*
+                                    a = in(reg32) a.0, b = in(reg32) b.0,
+                                    high = const Descriptor::HIGH,
+                                    a_step = const A::STEP_UNITS, b_step = const B::STEP_UNITS,
+                                    a_mn = const A::IS_MN as u32, b_mn = const B::IS_MN as u32,
+                                    options(nostack)
+                                );
+                            }
+                        };
+                    }
+                    if T::IS_BF16 { issue!("bf16") } else { issue!("f16") }
+                }
+                #[cfg(not(target_arch = "nvptx64"))]
+                {
+                    let (a, b) = (SharedTile::of_slice::<A>(a), SharedTile::of_slice::<B>(b));
+                    self.start(OperandA::Shared(a, 4), b, true, T::IS_BF16, Location::caller());
+                }
+            }
+        }
+    };
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+impl SharedTile {
+    /// A slice of an operand; of terms it has one chunk.
+    const fn of_slice<M: Major>(tile: Descriptor) -> Self {
+        if M::IS_MN {
+            Self::MnMajor { tile: tile.bits() }
+        } else {
+            Self::KMajor { tile: tile.bits(), chunk: 0 }
+        }
+    }
 }
 
 /// One step with A in registers: 16 rows of B further on are 2048 bytes.
@@ -596,8 +699,12 @@ with_groups!(128 wait_group ());
 with_groups!(192 wait_group ());
 with_groups!(256 wait_group ());
 
-// S = QKᵀ: the width of the tile of keys, and the head dims in steps of 16. Projections: the
-// columns of a tile, and a chunk in steps of 16.
+// Projections: the columns of a tile.
+with_groups!(128 slice_product ());
+with_groups!(192 slice_product ());
+with_groups!(256 slice_product ());
+
+// S = QKᵀ: the width of the tile of keys, and the head dims in steps of 16.
 with_groups!(64 shared_product (16 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]));
 with_groups!(80 shared_product (16 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]));
 with_groups!(96 shared_product (12 [0 1 2 3 4 5 6 7 8 9 10 11]));
@@ -605,8 +712,6 @@ with_groups!(112 shared_product (5 [0 1 2 3 4]));
 with_groups!(112 shared_product (6 [0 1 2 3 4 5]));
 with_groups!(128 shared_product (4 [0 1 2 3]));
 with_groups!(128 shared_product (5 [0 1 2 3 4]));
-with_groups!(192 shared_product (4 [0 1 2 3]));
-with_groups!(256 shared_product (4 [0 1 2 3]));
 with_groups!(128 shared_product (6 [0 1 2 3 4 5]));
 with_groups!(128 shared_product (8 [0 1 2 3 4 5 6 7]));
 with_groups!(128 shared_product (12 [0 1 2 3 4 5 6 7 8 9 10 11]));

@@ -1,10 +1,12 @@
-//! The ladder of linear kernels: projections `y = x wᵀ + bias`. As in the table of
-//! attention kernels, the best one for a projection is the last that can do it; a kernel
+//! The ladder of linear kernels: projections `y = x wᵀ + bias`, and their gradients. As in the
+//! table of attention kernels, the best one for a projection is the last that can do it; a kernel
 //! joins with one entry here.
 
 use kernels_gpu::{
     args,
+    entry::Instances,
     linear::{
+        Dw, Dx, Y, linear_bias,
         linear_hopper::{self, TileShape},
         linear_mma, linear_naive, linear_tiled,
     },
@@ -12,7 +14,7 @@ use kernels_gpu::{
 use simt::Dim3;
 
 use super::{
-    Call, LinearSpec, Map, Operation, Step,
+    Call, Draft, LinearSpec, Map, Operation, Step,
     table::tiles,
     tensors::{ALIGNMENT, Region},
 };
@@ -21,6 +23,18 @@ use crate::{
     dtype::DType,
     error::Error,
 };
+
+/// What is computed of a projection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LinearProduct {
+    /// The output, `y = x wᵀ + bias`.
+    #[default]
+    Y,
+    /// The gradient of the input, `dx = dy w`.
+    Dx,
+    /// The gradients of the weight and the bias, `dw = dyᵀ x` and the column sums of `dy`.
+    Dw,
+}
 
 /// A projection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,18 +47,39 @@ pub struct Projection {
     pub in_features: usize,
     /// Columns of `y`, rows of `w` and elements of `bias: [out]`.
     pub out_features: usize,
+    /// Which of its products.
+    pub product: LinearProduct,
 }
 
-/// The tensors of one projection, contiguous.
+impl Projection {
+    /// Rows and columns of what is computed, the bias aside.
+    #[must_use]
+    pub const fn result_shape(&self) -> [usize; 2] {
+        match self.product {
+            LinearProduct::Y => [self.rows, self.out_features],
+            LinearProduct::Dx => [self.rows, self.in_features],
+            LinearProduct::Dw => [self.out_features, self.in_features],
+        }
+    }
+}
+
+/// The tensors of one projection, contiguous; those that its [`LinearProduct`] has a gradient of are
+/// the gradients.
+///
+/// | product | reads | writes |
+/// |---|---|---|
+/// | [`Y`](LinearProduct::Y) | `x`, `w`, `bias` | `y` |
+/// | [`Dx`](LinearProduct::Dx) | `w`; dy from `y` | dx to `x` |
+/// | [`Dw`](LinearProduct::Dw) | `x`; dy from `y` | dw to `w`; db to `bias`, where there is one |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinearArgs {
-    /// Input, `[rows, in]`.
+    /// Input or its gradient, `[rows, in]`.
     pub x: Region,
-    /// Weight, `[out, in]`.
+    /// Weight or its gradient, `[out, in]`.
     pub w: Region,
-    /// Bias, `[out]`.
+    /// Bias or its gradient, `[out]`.
     pub bias: Option<Region>,
-    /// Output, `[rows, out]`.
+    /// Output or its gradient, `[rows, out]`.
     pub y: Region,
 }
 
@@ -95,7 +130,7 @@ pub static LINEAR_KERNELS: &[LinearSpec] = &[LINEAR_NAIVE, LINEAR_TILED, LINEAR_
 
 const LINEAR_NAIVE: LinearSpec = LinearSpec {
     name: "linear_naive",
-    summary: "a thread per element of y",
+    summary: "a thread per element of the result",
     idea: "a projection as the textbook has it",
     dtypes: &DType::ALL,
     capability: (7, 5),
@@ -105,9 +140,9 @@ const LINEAR_NAIVE: LinearSpec = LinearSpec {
         let step = Step {
             grid: grid(p, linear_naive::TILE),
             block: Dim3::new(linear_naive::TILE, linear_naive::TILE, 1),
-            ..Step::new(linear_naive::ENTRIES, p.dtype, 0, args)?
+            ..step(p, [linear_naive::ENTRIES, linear_naive::DX, linear_naive::DW], 0)?
         };
-        Ok(step.into())
+        draft(p, step)
     },
 };
 
@@ -122,9 +157,9 @@ const LINEAR_TILED: LinearSpec = LinearSpec {
     draft: |p, _| {
         let step = Step {
             grid: grid(p, linear_tiled::TILE),
-            ..Step::new(linear_tiled::ENTRIES, p.dtype, 0, args)?
+            ..step(p, [linear_tiled::ENTRIES, linear_tiled::DX, linear_tiled::DW], 0)?
         };
-        Ok(step.into())
+        draft(p, step)
     },
 };
 
@@ -140,9 +175,9 @@ const LINEAR_MMA: LinearSpec = LinearSpec {
         let step = Step {
             grid: grid(p, linear_mma::TILE),
             shared_bytes: linear_mma::SHARED_BYTES,
-            ..Step::new(linear_mma::ENTRIES, p.dtype, 0, args)?
+            ..step(p, [linear_mma::ENTRIES, linear_mma::DX, linear_mma::DW], 0)?
         };
-        Ok(step.into())
+        draft(p, step)
     },
 };
 
@@ -156,27 +191,54 @@ const LINEAR_HOPPER: LinearSpec = LinearSpec {
     limits: (),
     draft: |p, target| {
         copied_in_units(p)?;
-        let tile = TileShape::best(p.rows as u32, p.out_features as u32, target.multiprocessors);
-        let (row_tiles, column_tiles) = tile.grid(p.rows as u32, p.out_features as u32);
+        let [rows, columns] = p.result_shape().map(|extent| extent as u32);
+        let tile = TileShape::best(rows, columns, target.multiprocessors);
+        let (row_tiles, column_tiles) = tile.grid(rows, columns);
         let clusters = target.multiprocessors / linear_hopper::CLUSTER;
         let clusters = row_tiles.saturating_mul(column_tiles).min(clusters.max(1));
-        let [x, w] = tile.boxes();
+        let [a, b] = match p.product {
+            LinearProduct::Y => tile.boxes::<Y>(),
+            LinearProduct::Dx => tile.boxes::<Dx>(),
+            LinearProduct::Dw => tile.boxes::<Dw>(),
+        };
+        let tables = [linear_hopper::ENTRIES, linear_hopper::DX, linear_hopper::DW];
         let step = Step {
             // One block a multiprocessor: shared memory and registers leave no room for two.
             grid: (linear_hopper::CLUSTER * clusters).into(),
             shared_bytes: tile.shared_bytes(),
             maps: vec![
-                Map { box_dims: x, spec: |c, b| map(c.problem, c.args.x, c.problem.rows, b) },
-                Map {
-                    box_dims: w,
-                    spec: |c, b| map(c.problem, c.args.w, c.problem.out_features, b),
-                },
+                Map { box_dims: a, spec: |c, box_dims| operands(c, box_dims)[0].clone() },
+                Map { box_dims: b, spec: |c, box_dims| operands(c, box_dims)[1].clone() },
             ],
-            ..Step::new(linear_hopper::ENTRIES, p.dtype, tile.columns as usize, args)?
+            ..step(p, tables, tile.columns as usize)?
         };
-        Ok(step.into())
+        draft(p, step)
     },
 };
+
+/// A launch of a kernel's entry for what is computed, of its tables for each product.
+fn step(p: &Projection, tables: [Instances; 3], size: usize) -> Result<Step<Projection>, String> {
+    let [y, dx, dw] = tables;
+    let entries = match p.product {
+        LinearProduct::Y => y,
+        LinearProduct::Dx => dx,
+        LinearProduct::Dw => dw,
+    };
+    Step::new(entries, p.dtype, size, args)
+}
+
+/// A rung's own step, and the one that all rungs have beside the gradient of the weight.
+fn draft(p: &Projection, own: Step<Projection>) -> Result<Draft<Projection>, String> {
+    let mut draft = Draft::from(own);
+    if p.product == LinearProduct::Dw {
+        let columns = linear_bias::columns(p.dtype.size() as u32);
+        draft.steps.push(Step {
+            grid: tiles(p.out_features, columns).into(),
+            ..Step::new(linear_bias::ENTRIES, p.dtype, 0, args)?
+        });
+    }
+    Ok(draft)
+}
 
 /// The copy engine's coordinates are signed, and it counts rows in units of 16 bytes.
 fn copied_in_units(p: &Projection) -> Result<(), String> {
@@ -196,14 +258,26 @@ fn copied_in_units(p: &Projection) -> Result<(), String> {
     }
 }
 
-/// The tensor map of `rows` rows of `in_features` elements, row-major, with two dimensions of one
-/// element beyond columns and rows.
-fn map(p: &Projection, at: Region, rows: usize, box_dims: [u32; 4]) -> TensorMapSpec {
-    let (columns, rows) = (p.in_features as u64, rows as u64);
-    let row = columns * p.dtype.size() as u64;
+/// The tensor maps of the operands A and B, as they are stored.
+fn operands(call: &Call<'_, Projection>, box_dims: [u32; 4]) -> [TensorMapSpec; 2] {
+    let (p, args) = (call.problem, call.args);
+    let x = map(p.dtype, args.x, p.rows, p.in_features, box_dims);
+    let w = map(p.dtype, args.w, p.out_features, p.in_features, box_dims);
+    let y = map(p.dtype, args.y, p.rows, p.out_features, box_dims);
+    match p.product {
+        LinearProduct::Y => [x, w],
+        LinearProduct::Dx => [y, w],
+        LinearProduct::Dw => [y, x],
+    }
+}
+
+/// The tensor map of a matrix, row-major, with two dimensions of one element beyond columns and rows.
+fn map(dtype: DType, at: Region, rows: usize, columns: usize, box_dims: [u32; 4]) -> TensorMapSpec {
+    let (columns, rows) = (columns as u64, rows as u64);
+    let row = columns * dtype.size() as u64;
     TensorMapSpec {
         address: at.address,
-        dtype: p.dtype,
+        dtype,
         dims: vec![columns, rows, 1, 1],
         strides_bytes: vec![row, row * rows, row * rows],
         box_dims: box_dims.to_vec(),
@@ -211,9 +285,10 @@ fn map(p: &Projection, at: Region, rows: usize, box_dims: [u32; 4]) -> TensorMap
     }
 }
 
-/// A block per tile of `y`: `x` counts tiles of rows, `y` tiles of columns.
+/// A block per tile of the result: `x` counts tiles of rows, `y` tiles of columns.
 fn grid(p: &Projection, tile: u32) -> Dim3 {
-    Dim3::new(tiles(p.rows, tile), tiles(p.out_features, tile), 1)
+    let [rows, columns] = p.result_shape();
+    Dim3::new(tiles(rows, tile), tiles(columns, tile), 1)
 }
 
 #[cfg(test)]
@@ -230,7 +305,13 @@ mod tests {
 
     #[test]
     fn the_best_is_the_last_that_can() {
-        let projection = Projection { dtype: DType::F32, rows: 5, in_features: 7, out_features: 9 };
+        let projection = Projection {
+            dtype: DType::F32,
+            rows: 5,
+            in_features: 7,
+            out_features: 9,
+            product: LinearProduct::Y,
+        };
         let best = best_for(&projection, &emulator()).unwrap().kernel;
         assert!(LINEAR_KERNELS[1..].iter().any(|kernel| kernel.name == best.name));
         let old = Target { capability: (6, 1), ..emulator() };

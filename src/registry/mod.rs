@@ -35,7 +35,7 @@ pub use append::{APPEND_KERNELS, Append, AppendSpec, Rotary};
 pub use attention::{AttentionLimits, Features, HEAD_DIM_STEP, Sizes};
 pub use backward::{BACKWARD_KERNELS, Backward, BackwardSpec};
 pub use decode::{DECODE_KERNELS, Decode, DecodeSpec, MAX_SPLITS, Pages, SplitWork, splits};
-pub use linear::{LINEAR_KERNELS, Projection};
+pub use linear::{LINEAR_KERNELS, LinearProduct, Projection};
 pub use merge::{MERGE_KERNELS, Merge, MergeSpec};
 use plan::Plan;
 pub use plan::{Call, Draft, Map, Section, Step, Usage};
@@ -327,9 +327,12 @@ mod tests {
         }
         for kernel in LINEAR_KERNELS {
             for &dtype in kernel.dtypes {
-                let projection = Projection { dtype, rows: 5, in_features: 8, out_features: 16 };
-                let args = LinearArgs { x: region, w: region, bias: None, y: region };
-                check(kernel, &projection, &args);
+                for product in [LinearProduct::Y, LinearProduct::Dx, LinearProduct::Dw] {
+                    let (rows, in_features, out_features) = (5, 8, 16);
+                    let projection = Projection { dtype, rows, in_features, out_features, product };
+                    let args = LinearArgs { x: region, w: region, bias: None, y: region };
+                    check(kernel, &projection, &args);
+                }
             }
         }
     }

@@ -2,17 +2,19 @@
 
 use super::Buffer;
 
-/// What every linear kernel is given: `y = x wᵀ + bias`.
+/// What every linear kernel is given: the tensors of `y = x wᵀ + bias`, or their gradients. Which of
+/// them a kernel reads and which it writes is said by its
+/// [`LinearProduct`](crate::linear::LinearProduct).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LinearArgs {
-    /// Input, `[rows, in_features]` row-major.
+    /// Input or its gradient, `[rows, in_features]` row-major.
     pub x: Buffer,
-    /// Weight, `[out_features, in_features]` row-major (PyTorch's `nn.Linear`).
+    /// Weight or its gradient, `[out_features, in_features]` row-major (PyTorch's `nn.Linear`).
     pub w: Buffer,
-    /// Bias, `[out_features]`; empty when there is none.
+    /// Bias or its gradient, `[out_features]`; empty when there is none.
     pub bias: Buffer,
-    /// Output, `[rows, out_features]` row-major.
+    /// Output or its gradient, `[rows, out_features]` row-major.
     pub y: Buffer,
     /// Rows of `x`.
     pub rows: u32,

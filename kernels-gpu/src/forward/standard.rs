@@ -41,7 +41,7 @@ use crate::{
     args::AttentionArgs,
     entries,
     parts::{
-        gemm::{AsStored, MatrixMut, Plain, Product, Scaled, Transposed, mma, tiled},
+        gemm::{KMajor, MatrixMut, MnMajor, Plain, Product, Scaled, mma, tiled},
         head::Head,
         policy::Policy,
         softmax::STORED_UNIT,
@@ -177,7 +177,7 @@ pub unsafe fn scores<T: Scalar, C: TensorCore<T>>(args: &AttentionArgs) {
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     unsafe {
         if let Some((product, row, column)) = scores_product::<T>(args, MMA_TILE) {
-            mma::tile::<T, C, Transposed, Scaled, { MMA_TILE as usize }, 4, 8>(
+            mma::tile::<T, C, KMajor, KMajor, Scaled, { MMA_TILE as usize }, 4, 8>(
                 &product, row, column,
             );
         }
@@ -192,7 +192,7 @@ pub unsafe fn scores<T: Scalar, C: TensorCore<T>>(args: &AttentionArgs) {
 pub unsafe fn scores_tiled<T: Scalar>(args: &AttentionArgs) {
     // SAFETY: the buffers have the shapes that `args` says.
     if let Some((product, row, column)) = unsafe { scores_product::<T>(args, TILED_TILE) } {
-        tiled::tile::<T, Transposed, Scaled>(&product, row, column);
+        tiled::tile::<T, KMajor, KMajor, Scaled>(&product, row, column);
     }
 }
 
@@ -222,7 +222,9 @@ pub unsafe fn output<
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     unsafe {
         if let Some((product, row, column)) = output_product(args, MMA_TILE, COLUMNS as u32) {
-            mma::tile::<T, C, AsStored, Plain, COLUMNS, M_TILES, N_TILES>(&product, row, column);
+            mma::tile::<T, C, KMajor, MnMajor, Plain, COLUMNS, M_TILES, N_TILES>(
+                &product, row, column,
+            );
         }
     }
 }
@@ -236,7 +238,7 @@ pub unsafe fn output_tiled<T: Scalar>(args: &AttentionArgs) {
     // SAFETY: the buffers have the shapes that `args` says.
     let tile = unsafe { output_product::<T>(args, TILED_TILE, TILED_TILE) };
     if let Some((product, row, column)) = tile {
-        tiled::tile::<T, AsStored, Plain>(&product, row, column);
+        tiled::tile::<T, KMajor, MnMajor, Plain>(&product, row, column);
     }
 }
 

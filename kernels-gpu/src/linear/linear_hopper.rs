@@ -43,6 +43,12 @@
 //!
 //! Which BN depends on how many tiles there are for how many multiprocessors ([`TileShape::best`]).
 //!
+//! The gradients ([`Dx`], [`Dw`]) have other tensors as operands A and B; x and w stand for A and B
+//! above. An operand whose rows run along the result's rows or columns ([`MnMajor`]) comes as chunks
+//! of 64 x 64, terms below each other, and wgmma transposes it. Of such a B each block fetches half of the
+//! terms of every chunk, in place of half of the columns: shares of 192 columns would not be whole
+//! chunks.
+//!
 //! One slice at a time: a consumer waits for its product before it asks for the next. The tensor
 //! cores do not wait, since the other consumer's product is behind it.
 //!
@@ -63,15 +69,19 @@ use simt::{
     shared::Shared,
     thread, tma, unroll, warp, warpgroup,
     wgmma::{
-        Accumulator, CHUNK_COLUMNS, CHUNK_ROW_BYTES, Descriptor, Operand, SharedProduct, WaitGroup,
+        Accumulator, CHUNK_COLUMNS, CHUNK_ROW_BYTES, Descriptor, Major, Operand, SliceProduct,
+        WaitGroup as _,
     },
 };
 
+use super::{Dw, Dx, LinearProduct, Y};
+#[cfg(doc)]
+use crate::parts::gemm::MnMajor;
 use crate::{
     args::{LinearArgs, Maps, WithMaps},
     entries,
     parts::{
-        gemm::{Matrix, MatrixMut},
+        gemm::MatrixMut,
         pipeline::{Ring, Stage, Stages},
         schedule,
     },
@@ -79,9 +89,9 @@ use crate::{
 
 /// Consumer warpgroups of a block.
 const CONSUMERS: u32 = 2;
-/// Rows of `y` that a consumer computes.
+/// Rows of the result that a consumer computes.
 const CONSUMER_ROWS: u32 = 64;
-/// Rows of `y` that a block computes at a time.
+/// Rows of the result that a block computes at a time.
 pub const ROWS: u32 = CONSUMERS * CONSUMER_ROWS;
 /// Blocks of a cluster.
 pub const CLUSTER: u32 = 2;
@@ -95,11 +105,15 @@ const _: () = assert!(
 );
 /// Stages of the ring.
 const STAGES: u32 = 4;
-/// Input features of a slice: a row of a chunk.
+/// Terms of a slice: a row of a chunk of K-major operands, and as many rows of others.
 const SLICE: u32 = CHUNK_COLUMNS;
-/// Bytes of a slice of `x`.
-const X_BYTES: u32 = ROWS * CHUNK_ROW_BYTES;
-/// Rows of `y` that a warp stores.
+/// Bytes of a slice of A.
+const A_BYTES: u32 = ROWS * CHUNK_ROW_BYTES;
+/// Bytes of a chunk of a slice.
+const CHUNK_BYTES: u32 = SLICE * CHUNK_ROW_BYTES;
+/// Terms of an MN-major B that each block of the cluster fetches.
+const TERMS_SHARE: u32 = SLICE / CLUSTER;
+/// Rows of the result that a warp stores.
 const OUTPUT_ROWS: u32 = 16;
 /// Elements of the buffer through which a warp stores 64 columns; it has two.
 const OUTPUT_CHUNK: u32 = OUTPUT_ROWS * CHUNK_COLUMNS;
@@ -110,29 +124,29 @@ const BAND: u32 = 8;
 /// What a block works with, for tiles of so many columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TileShape {
-    /// Columns of `y`, rows of `w`.
+    /// Columns of the result.
     pub columns: u32,
 }
 
 impl TileShape {
-    /// Bytes of a slice of `w`.
-    const fn w_bytes(self) -> u32 {
+    /// Bytes of a slice of B.
+    const fn b_bytes(self) -> u32 {
         self.columns * CHUNK_ROW_BYTES
     }
 
-    /// Rows of `w` that each block of the cluster fetches.
+    /// Columns of a K-major B that each block of the cluster fetches.
     const fn share(self) -> u32 {
         self.columns / CLUSTER
     }
 
-    /// Offset of the stages of `w`; those of `x` come first.
-    const fn w(self) -> u32 {
-        STAGES * X_BYTES
+    /// Offset of the stages of B; those of A come first.
+    const fn b(self) -> u32 {
+        STAGES * A_BYTES
     }
 
-    /// Offset of the buffers through which `y` is stored.
+    /// Offset of the buffers through which the result is stored.
     const fn outputs(self) -> u32 {
-        self.w() + STAGES * self.w_bytes()
+        self.b() + STAGES * self.b_bytes()
     }
 
     const fn barriers(self) -> u32 {
@@ -149,8 +163,8 @@ impl TileShape {
     /// Tiles of clusters: along the rows, along the columns.
     #[inline(always)]
     #[must_use]
-    pub const fn grid(self, rows: u32, out_features: u32) -> (u32, u32) {
-        (rows.div_ceil(CLUSTER * ROWS), out_features.div_ceil(self.columns))
+    pub const fn grid(self, rows: u32, columns: u32) -> (u32, u32) {
+        (rows.div_ceil(CLUSTER * ROWS), columns.div_ceil(self.columns))
     }
 
     /// The tiles that there are kernels for, and what each takes of a cluster's time, by
@@ -158,24 +172,31 @@ impl TileShape {
     const COSTS: [(Self, u64); 3] =
         [(Self { columns: 256 }, 100), (Self { columns: 192 }, 78), (Self { columns: 128 }, 57)];
 
-    /// The tile for a product on so many multiprocessors: the one with which the last cluster is
+    /// The tile for a result of so many rows and columns on so many multiprocessors: the one with which the last cluster is
     /// done first.
     #[must_use]
-    pub fn best(rows: u32, out_features: u32, multiprocessors: u32) -> Self {
+    pub fn best(rows: u32, columns: u32, multiprocessors: u32) -> Self {
         let clusters = u64::from((multiprocessors / CLUSTER).max(1));
         let time = |(tile, cost): (Self, u64)| {
-            let (row_tiles, column_tiles) = tile.grid(rows, out_features);
+            let (row_tiles, column_tiles) = tile.grid(rows, columns);
             (u64::from(row_tiles) * u64::from(column_tiles)).div_ceil(clusters) * cost
         };
         let [wide, others @ ..] = Self::COSTS;
         others.into_iter().fold(wide, |best, t| if time(t) < time(best) { t } else { best }).0
     }
 
-    /// Extents of the boxes of the tensor maps of x and w over `[features, rows, 1, 1]`.
+    /// Extents of the boxes of the tensor maps of A and B as they are stored: `[columns, rows, 1, 1]`.
     /// Swizzle: 128 bytes.
     #[must_use]
-    pub const fn boxes(self) -> [[u32; 4]; 2] {
-        [[SLICE, ROWS, 1, 1], [SLICE, self.share(), 1, 1]]
+    pub const fn boxes<P: LinearProduct>(self) -> [[u32; 4]; 2] {
+        [
+            if P::A::IS_MN { [CHUNK_COLUMNS, SLICE, 1, 1] } else { [SLICE, ROWS, 1, 1] },
+            if P::B::IS_MN {
+                [CHUNK_COLUMNS, TERMS_SHARE, 1, 1]
+            } else {
+                [SLICE, self.share(), 1, 1]
+            },
+        ]
     }
 }
 
@@ -192,8 +213,8 @@ struct ClusterTiles {
 
 impl ClusterTiles {
     #[inline(always)]
-    fn of_this_cluster(args: &LinearArgs, tile: TileShape) -> Self {
-        let (row_tiles, column_tiles) = tile.grid(args.rows, args.out_features);
+    fn of_this_cluster(rows: u32, columns: u32, tile: TileShape) -> Self {
+        let (row_tiles, column_tiles) = tile.grid(rows, columns);
         Self {
             row_tiles,
             column_tiles,
@@ -219,35 +240,35 @@ impl ClusterTiles {
     }
 }
 
-/// The tensor maps of x and w, and what every linear kernel is given.
+/// The tensor maps of A and B, and what every linear kernel is given.
 pub type LinearHopperArgs = WithMaps<LinearArgs, 2>;
 type LinearMaps = Maps<2>;
 
-/// `y = x wᵀ + bias` by clusters of two blocks.
+/// A product of a projection by clusters of two blocks.
 ///
 /// # Layout
-/// `x: [rows, in]`, `w: [out, in]`, `bias: [out]` or empty, `y: [rows, out]`; maps of x and w,
-/// in this order, boxes as [`TileShape::boxes`] says. The bias is aligned to 4 bytes.
+/// `x: [rows, in]`, `w: [out, in]`, `bias: [out]` or empty, `y: [rows, out]`; maps of the operands A
+/// and B of `P`, in this order, boxes as [`TileShape::boxes`] says. The bias is aligned to 4 bytes.
 ///
 /// # Thread mapping
 /// At most as many clusters along x as there are tiles ([`TileShape::grid`]), which they share; at
 /// best one block a multiprocessor. [`THREADS`] each. Warpgroup 0 is the producer.
 ///
 /// # Shared memory
-/// Dynamic, [`TileShape::shared_bytes`]: the stages of x, the stages of w, the staging buffers of y,
-/// the mbarriers.
+/// Dynamic, [`TileShape::shared_bytes`]: the stages of A, the stages of B, the staging buffers of the
+/// result, the mbarriers.
 ///
 /// # Safety
 /// `args` must be the parameter of the running entry, its buffers and maps must have these
 /// shapes, and the launch the threads, the clusters and the shared memory stated here.
 #[inline(always)]
-pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const GROUPS: usize>(
+pub unsafe fn linear_hopper<T: Operand, P: LinearProduct, const BN: u32, const GROUPS: usize>(
     args: &LinearHopperArgs,
 ) where
-    Accumulator<GROUPS>: SharedProduct<{ SLICE as usize / 16 }>,
+    Accumulator<GROUPS>: SliceProduct,
 {
     let tile = const { TileShape { columns: BN } };
-    const { assert!(GROUPS as u32 * 8 == BN && W_BYTES == TileShape { columns: BN }.w_bytes()) };
+    const { assert!(GROUPS as u32 * 8 == BN) };
 
     // SAFETY: the caller passes the entry's parameter.
     let (maps, args) = unsafe { args.split() };
@@ -267,38 +288,43 @@ pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const
     // Hazard: the barriers are used by threads and copies of the other block, too.
     cluster::sync();
 
-    let tiles = ClusterTiles::of_this_cluster(args, tile);
+    let [rows, columns, terms] = P::extents(args);
+    let slices = terms.div_ceil(SLICE);
+    let tiles = ClusterTiles::of_this_cluster(rows, columns, tile);
     if warpgroup == 0 {
         warpgroup::decrease_registers::<{ REGISTERS[0] }>();
         if thread::thread_idx_x() == 0 {
             // SAFETY: the maps have the shapes stated above.
-            unsafe { produce(args, maps, tile, tiles, smem, ring) };
+            unsafe { produce::<P>(slices, maps, tile, tiles, smem, ring) };
         }
         return;
     }
     warpgroup::increase_registers::<{ REGISTERS[1] }>();
     let own_rows = (warpgroup - 1) * CONSUMER_ROWS;
-    let x = Descriptor::k_major(smem + own_rows * CHUNK_ROW_BYTES);
-    let w = Descriptor::k_major(smem + tile.w());
+    // A consumer's rows are a chunk, whichever way they run.
+    let a = descriptor::<P::A>(smem + own_rows * CHUNK_ROW_BYTES);
+    let b = descriptor::<P::B>(smem + tile.b());
     let warp_rows = own_rows + warpgroup::thread_id() / warp::LANES * OUTPUT_ROWS;
     // SAFETY: the caller gives the shared memory.
     let output = unsafe {
         let first = tile.outputs() + warp_rows / OUTPUT_ROWS * 2 * OUTPUT_CHUNK * T::BYTES;
         Shared::<T>::dynamic(first, 2 * OUTPUT_CHUNK)
     };
+    // SAFETY: the buffers have the shapes stated above.
+    let product = unsafe { P::product::<T>(args) };
 
-    let slices = args.in_features.div_ceil(SLICE);
     let mut stage = Stage::FIRST;
     let mut tiles = tiles;
     while let Some((row, column)) = tiles.next() {
         // SAFETY: the bias is empty or `[out]`. It is there long before it is needed.
-        let bias = unsafe { bias_of::<GROUPS>(args, column) };
+        let bias = unsafe { bias_of::<P, GROUPS>(args, column) };
         let mut acc = Accumulator::<GROUPS>::zero();
         for _ in 0..slices {
             ring.wait(stage);
-            let (x, w) = (x.offset(stage.index() * X_BYTES), w.offset(stage.index() * W_BYTES));
+            let index = stage.index();
+            let (a, b) = (a.offset(index * A_BYTES), b.offset(index * tile.b_bytes()));
             // SAFETY: the whole warpgroup is here, and the ring keeps what is multiplied.
-            unsafe { acc.accumulate_shared::<T, X_BYTES, W_BYTES>(x, w) };
+            unsafe { acc.accumulate_slice::<T, P::A, P::B>(a, b) };
             // The other consumer's products run while this one's end is waited for.
             acc.wait_group::<0>();
             if warpgroup::thread_id() < CLUSTER {
@@ -306,9 +332,14 @@ pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const
             }
             stage.advance();
         }
-        // SAFETY: `y` is `[rows, out]`.
-        unsafe { store(args, output, acc.values(), &bias, row + warp_rows, column) };
+        store(&product.c, output, acc.values(), &bias, row + warp_rows, column);
     }
+}
+
+/// The slice of an operand at `address`.
+#[inline(always)]
+fn descriptor<M: Major>(address: u32) -> Descriptor {
+    if M::IS_MN { Descriptor::n_major(address, CHUNK_BYTES) } else { Descriptor::k_major(address) }
 }
 
 /// The producer of a block: one thread that starts every copy, as far ahead as the ring has
@@ -317,8 +348,8 @@ pub unsafe fn linear_hopper<T: Operand, const BN: u32, const W_BYTES: u32, const
 /// # Safety
 /// As for [`linear_hopper`].
 #[inline(always)]
-unsafe fn produce(
-    args: &LinearArgs,
+unsafe fn produce<P: LinearProduct>(
+    slices: u32,
     maps: LinearMaps,
     tile: TileShape,
     mut tiles: ClusterTiles,
@@ -326,23 +357,40 @@ unsafe fn produce(
     ring: Ring<Stages<STAGES>>,
 ) {
     const ALL_BLOCKS: u16 = (1 << CLUSTER) - 1;
-    let (map_x, map_w) = (maps.address::<0>(), maps.address::<1>());
+    let (map_a, map_b) = (maps.address::<0>(), maps.address::<1>());
     maps.prefetch();
-    let own_share = cluster::block_rank() * tile.share();
-    let slices = args.in_features.div_ceil(SLICE);
+    let rank = cluster::block_rank();
     let mut stage = Stage::FIRST;
     while let Some((row, column)) = tiles.next() {
         for slice in 0..slices {
-            let full = ring.acquire(stage, X_BYTES + tile.w_bytes());
-            let to_x = smem + stage.index() * X_BYTES;
-            let to_w =
-                smem + tile.w() + stage.index() * tile.w_bytes() + own_share * CHUNK_ROW_BYTES;
-            let from_x = [slice * SLICE, row, 0, 0];
-            let from_w = [slice * SLICE, column + own_share, 0, 0];
+            let full = ring.acquire(stage, A_BYTES + tile.b_bytes());
+            let to_a = smem + stage.index() * A_BYTES;
+            let to_b = smem + tile.b() + stage.index() * tile.b_bytes();
+            let term = slice * SLICE;
             // SAFETY: the parameter holds the maps; the ring keeps readers away.
             unsafe {
-                tma::load_4d(to_x, map_x, from_x, full);
-                tma::load_4d_multicast(to_w, map_w, from_w, full, ALL_BLOCKS);
+                if P::A::IS_MN {
+                    unroll!(for CHUNK in 0..2 {
+                        let at = [row + CHUNK as u32 * CHUNK_COLUMNS, term, 0, 0];
+                        tma::load_4d(to_a + CHUNK as u32 * CHUNK_BYTES, map_a, at, full);
+                    });
+                } else {
+                    tma::load_4d(to_a, map_a, [term, row, 0, 0], full);
+                }
+                if P::B::IS_MN {
+                    let own = rank * TERMS_SHARE;
+                    unroll!(for CHUNK in 0..4 {
+                        if (CHUNK as u32 * CHUNK_COLUMNS) < tile.columns {
+                            let to = to_b + CHUNK as u32 * CHUNK_BYTES + own * CHUNK_ROW_BYTES;
+                            let at = [column + CHUNK as u32 * CHUNK_COLUMNS, term + own, 0, 0];
+                            tma::load_4d_multicast(to, map_b, at, full, ALL_BLOCKS);
+                        }
+                    });
+                } else {
+                    let own = rank * tile.share();
+                    let to = to_b + own * CHUNK_ROW_BYTES;
+                    tma::load_4d_multicast(to, map_b, [term, column + own, 0, 0], full, ALL_BLOCKS);
+                }
             }
             stage.advance();
         }
@@ -356,14 +404,17 @@ unsafe fn produce(
 }
 
 /// The bias of the columns that this thread has, pairs packed, from column `column` of the
-/// tile on; 0 without a bias.
+/// tile on; 0 without a bias and for gradients.
 ///
 /// # Safety
 /// As for [`linear_hopper`].
 #[inline(always)]
-unsafe fn bias_of<const GROUPS: usize>(args: &LinearArgs, column: u32) -> [u32; GROUPS] {
+unsafe fn bias_of<P: LinearProduct, const GROUPS: usize>(
+    args: &LinearArgs,
+    column: u32,
+) -> [u32; GROUPS] {
     let mut pairs = [0; GROUPS];
-    if !args.bias.is_empty() {
+    if P::BIASED && !args.bias.is_empty() {
         // SAFETY: the bias is `[out]`, aligned to 4 bytes.
         let bias = unsafe { args.bias.view::<u32>() };
         // Columns past the last are not stored: any value does.
@@ -380,12 +431,9 @@ unsafe fn bias_of<const GROUPS: usize>(args: &LinearArgs, column: u32) -> [u32; 
 
 /// Stores a warp's 16 rows of a tile, from row `row` and column `column` on: through shared
 /// memory, so that neighbouring lanes write neighbouring bytes, 64 columns at a time.
-///
-/// # Safety
-/// As for [`linear_hopper`].
 #[inline(always)]
-unsafe fn store<T: Operand, const GROUPS: usize>(
-    args: &LinearArgs,
+fn store<T: Operand, const GROUPS: usize>(
+    to: &MatrixMut<T>,
     output: Shared<T>,
     values: &[[f32; 4]; GROUPS],
     bias: &[u32; GROUPS],
@@ -393,12 +441,6 @@ unsafe fn store<T: Operand, const GROUPS: usize>(
     column: u32,
 ) {
     type Buffer = Swizzled<{ CHUNK_COLUMNS as usize }>;
-    // SAFETY: `y` is `[rows, out]`.
-    let y = unsafe {
-        let columns = args.out_features;
-        let place = Matrix::<T>::new(&args.y, 0, columns.into(), args.rows, columns);
-        MatrixMut::new(place, &args.y)
-    };
     let lane = warp::lane_id();
     // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the first, the
     // others to their right.
@@ -424,19 +466,27 @@ unsafe fn store<T: Operand, const GROUPS: usize>(
             unroll!(for QUARTER in 0..4 {
                 let (r, c) = (4 * QUARTER as u32 + lane / 8, lane % 8 * 8);
                 let chunk = buffer.read_as::<[u32; 4]>(Buffer::index(r, c));
-                y.write_chunk_if_inside(row + r, column + CHUNK as u32 * CHUNK_COLUMNS + c, chunk);
+                to.write_chunk_if_inside(row + r, column + CHUNK as u32 * CHUNK_COLUMNS + c, chunk);
             });
         }
     });
 }
 
 entries! {
-    /// Instances of [`linear_hopper`], by the columns of a tile.
+    /// Instances of [`linear_hopper`] for [`Y`], by the columns of a tile.
     pub static ENTRIES: LinearHopperArgs => "sm_90a", threads THREADS, min_blocks 1, cluster CLUSTER;
-    linear_hopper: T in [f16, bf16], n BN in [256, 192, 128] = linear_hopper::<
-        T,
-        { BN as u32 },
-        { TileShape { columns: BN as u32 }.w_bytes() },
-        { BN / 8 },
-    >;
+    linear_hopper: T in [f16, bf16], n BN in [256, 192, 128] =
+        linear_hopper::<T, Y, { BN as u32 }, { BN / 8 }>;
+}
+entries! {
+    /// Instances of [`linear_hopper`] for [`Dx`], by the columns of a tile.
+    pub static DX: LinearHopperArgs => "sm_90a", threads THREADS, min_blocks 1, cluster CLUSTER;
+    linear_hopper: T in [f16, bf16], n BN in [256, 192, 128], "_dx" =
+        linear_hopper::<T, Dx, { BN as u32 }, { BN / 8 }>;
+}
+entries! {
+    /// Instances of [`linear_hopper`] for [`Dw`], by the columns of a tile.
+    pub static DW: LinearHopperArgs => "sm_90a", threads THREADS, min_blocks 1, cluster CLUSTER;
+    linear_hopper: T in [f16, bf16], n BN in [256, 192, 128], "_dw" =
+        linear_hopper::<T, Dw, { BN as u32 }, { BN / 8 }>;
 }

@@ -35,26 +35,27 @@ use simt::{
     thread,
 };
 
+use super::{Dw, Dx, LinearProduct, Y};
 use crate::{
     args::LinearArgs,
     entries,
-    parts::gemm::{Biased, Product, Transposed, mma},
+    parts::gemm::{Biased, mma},
 };
 
-/// Rows and columns of `y` that a block computes.
+/// Rows and columns of the result that a block computes.
 pub const TILE: u32 = mma::BM;
 /// Threads of a block.
 pub const THREADS: u32 = mma::THREADS;
 /// Dynamic shared memory of a block in bytes.
 pub const SHARED_BYTES: u32 = mma::shared_bytes(TILE);
 
-/// `y = x wᵀ + bias` on tensor cores `C`.
+/// A product of a projection on tensor cores `C`.
 ///
 /// # Layout
 /// `x: [rows, in]`, `w: [out, in]`, `bias: [out]` or empty, `y: [rows, out]`.
 ///
 /// # Thread mapping
-/// A block per tile of 128 x 128 elements of `y`; the grid has as many blocks in `x` as there
+/// A block per tile of 128 x 128 elements of the result; the grid has as many blocks in `x` as there
 /// are tiles of rows, in `y` as there are tiles of columns. Within a block as in
 /// [`mma::tile`].
 ///
@@ -65,7 +66,7 @@ pub const SHARED_BYTES: u32 = mma::shared_bytes(TILE);
 /// The buffers of `args` must have these shapes, and the launch the grid, the threads and the
 /// shared memory stated here.
 #[inline(always)]
-pub unsafe fn linear_mma<T: Scalar, C: TensorCore<T>>(args: &LinearArgs) {
+pub unsafe fn linear_mma<T: Scalar, C: TensorCore<T>, P: LinearProduct>(args: &LinearArgs) {
     // Blocks start in the order of `x`, then `y`. They take the tiles of a row one after the
     // other, so that those at work at the same time share what they read of x and w.
     let block = thread::block_idx_y() * thread::grid_dim_x() + thread::block_idx_x();
@@ -75,8 +76,8 @@ pub unsafe fn linear_mma<T: Scalar, C: TensorCore<T>>(args: &LinearArgs) {
 
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
     unsafe {
-        mma::tile::<T, C, Transposed, Biased<T>, { TILE as usize }, 4, 8>(
-            &Product::linear(args),
+        mma::tile::<T, C, P::A, P::B, Biased<T>, { TILE as usize }, 4, 8>(
+            &P::product(args),
             row_tile * TILE,
             column_tile * TILE,
         );
@@ -84,7 +85,17 @@ pub unsafe fn linear_mma<T: Scalar, C: TensorCore<T>>(args: &LinearArgs) {
 }
 
 entries! {
-    /// Instances of [`linear_mma`].
+    /// Instances of [`linear_mma`] for [`Y`].
     pub static ENTRIES: LinearArgs => "sm_80", threads THREADS, min_blocks 2;
-    linear_mma: T in [f16, bf16] = linear_mma::<T, Ampere>;
+    linear_mma: T in [f16, bf16] = linear_mma::<T, Ampere, Y>;
+}
+entries! {
+    /// Instances of [`linear_mma`] for [`Dx`].
+    pub static DX: LinearArgs => "sm_80", threads THREADS, min_blocks 2;
+    linear_mma: T in [f16, bf16], "_dx" = linear_mma::<T, Ampere, Dx>;
+}
+entries! {
+    /// Instances of [`linear_mma`] for [`Dw`].
+    pub static DW: LinearArgs => "sm_80", threads THREADS, min_blocks 2;
+    linear_mma: T in [f16, bf16], "_dw" = linear_mma::<T, Ampere, Dw>;
 }

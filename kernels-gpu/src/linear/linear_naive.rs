@@ -16,16 +16,17 @@
 use half::{bf16, f16};
 use simt::{math, scalar::Scalar, thread};
 
+use super::{Dw, Dx, LinearProduct, Y};
 use crate::{
     args::LinearArgs,
     entries,
-    parts::gemm::{Biased, Epilogue},
+    parts::gemm::{Epilogue as _, Storage as _},
 };
 
 /// Rows and columns of a block.
 pub const TILE: u32 = 16;
 
-/// `y = x wᵀ + bias`, as the formula says.
+/// A product of a projection, as its formula says.
 ///
 /// # Layout
 /// `x: [rows, in]`, `w: [out, in]`, `bias: [out]` or empty, `y: [rows, out]`.
@@ -37,28 +38,35 @@ pub const TILE: u32 = 16;
 /// # Safety
 /// The buffers of `args` must have these shapes.
 #[inline(always)]
-pub unsafe fn linear_naive<T: Scalar>(args: &LinearArgs) {
+pub unsafe fn linear_naive<T: Scalar, P: LinearProduct>(args: &LinearArgs) {
     let row = thread::block_idx_x() * TILE + thread::thread_idx_y();
     let column = thread::block_idx_y() * TILE + thread::thread_idx_x();
-    if row >= args.rows || column >= args.out_features {
+    // SAFETY: the buffers have the shapes that `args` says.
+    let product = unsafe { P::product::<T>(args) };
+    if !product.c.place().has(row, column) {
         return;
     }
-    // SAFETY: the buffers have the shapes that `args` says.
-    let (x, w, y) = unsafe { (args.x.view::<T>(), args.w.view::<T>(), args.y.view_mut::<T>()) };
-    let features = args.in_features as u64;
-    let (x_row, w_row) = (row as u64 * features, column as u64 * features);
     let mut acc = 0.0;
-    for i in 0..features {
-        acc = math::fma(x.read(x_row + i).to_f32(), w.read(w_row + i).to_f32(), acc);
+    for term in 0..product.depth {
+        let (a, b) = (P::A::place(row, term), P::B::place(column, term));
+        acc = math::fma(product.a.read(a.0, a.1).to_f32(), product.b.read(b.0, b.1).to_f32(), acc);
     }
-    // SAFETY: the bias is empty or `[out]`.
-    let bias = unsafe { Biased::<T>::new(&args.bias) };
-    let value = bias.apply(acc, bias.column(column));
-    y.write(row as u64 * args.out_features as u64 + column as u64, T::from_f32(value));
+    let value = product.epilogue.apply(acc, product.epilogue.column(column));
+    product.c.write_if_inside(row, column, T::from_f32(value));
 }
 
 entries! {
-    /// Instances of [`linear_naive`].
+    /// Instances of [`linear_naive`] for [`Y`].
     pub static ENTRIES: LinearArgs => "sm_75", threads TILE * TILE, min_blocks 1;
-    linear_naive: T in [f32, f16, bf16] = linear_naive::<T>;
+    linear_naive: T in [f32, f16, bf16] = linear_naive::<T, Y>;
+}
+entries! {
+    /// Instances of [`linear_naive`] for [`Dx`].
+    pub static DX: LinearArgs => "sm_75", threads TILE * TILE, min_blocks 1;
+    linear_naive: T in [f32, f16, bf16], "_dx" = linear_naive::<T, Dx>;
+}
+entries! {
+    /// Instances of [`linear_naive`] for [`Dw`].
+    pub static DW: LinearArgs => "sm_75", threads TILE * TILE, min_blocks 1;
+    linear_naive: T in [f32, f16, bf16], "_dw" = linear_naive::<T, Dw>;
 }

@@ -24,10 +24,11 @@
 use half::{bf16, f16};
 use simt::{scalar::Scalar, thread};
 
+use super::{Dw, Dx, LinearProduct, Y};
 use crate::{
     args::LinearArgs,
     entries,
-    parts::gemm::{Biased, Product, Transposed, tiled},
+    parts::gemm::{Biased, tiled},
 };
 
 /// Rows and columns of `y` that a block computes.
@@ -35,13 +36,13 @@ pub const TILE: u32 = tiled::TILE;
 /// Threads of a block.
 pub const THREADS: u32 = tiled::THREADS;
 
-/// `y = x wᵀ + bias` over tiles in shared memory.
+/// A product of a projection over tiles in shared memory.
 ///
 /// # Layout
 /// `x: [rows, in]`, `w: [out, in]`, `bias: [out]` or empty, `y: [rows, out]`.
 ///
 /// # Thread mapping
-/// A block per tile of 64 x 64 elements of `y`; `x` counts tiles of rows, `y` tiles of
+/// A block per tile of 64 x 64 elements of the result; `x` counts tiles of rows, `y` tiles of
 /// columns. Within a block as in [`tiled::tile`].
 ///
 /// # Shared memory
@@ -50,10 +51,10 @@ pub const THREADS: u32 = tiled::THREADS;
 /// # Safety
 /// The buffers of `args` must have these shapes.
 #[inline(always)]
-pub unsafe fn linear_tiled<T: Scalar>(args: &LinearArgs) {
+pub unsafe fn linear_tiled<T: Scalar, P: LinearProduct>(args: &LinearArgs) {
     // SAFETY: the buffers have the shapes that `args` says.
-    let product = unsafe { Product::linear(args) };
-    tiled::tile::<T, Transposed, Biased<T>>(
+    let product = unsafe { P::product::<T>(args) };
+    tiled::tile::<T, P::A, P::B, Biased<T>>(
         &product,
         thread::block_idx_x() * TILE,
         thread::block_idx_y() * TILE,
@@ -61,7 +62,17 @@ pub unsafe fn linear_tiled<T: Scalar>(args: &LinearArgs) {
 }
 
 entries! {
-    /// Instances of [`linear_tiled`].
+    /// Instances of [`linear_tiled`] for [`Y`].
     pub static ENTRIES: LinearArgs => "sm_75", threads THREADS, min_blocks 2;
-    linear_tiled: T in [f32, f16, bf16] = linear_tiled::<T>;
+    linear_tiled: T in [f32, f16, bf16] = linear_tiled::<T, Y>;
+}
+entries! {
+    /// Instances of [`linear_tiled`] for [`Dx`].
+    pub static DX: LinearArgs => "sm_75", threads THREADS, min_blocks 2;
+    linear_tiled: T in [f32, f16, bf16], "_dx" = linear_tiled::<T, Dx>;
+}
+entries! {
+    /// Instances of [`linear_tiled`] for [`Dw`].
+    pub static DW: LinearArgs => "sm_75", threads THREADS, min_blocks 2;
+    linear_tiled: T in [f32, f16, bf16], "_dw" = linear_tiled::<T, Dw>;
 }

@@ -1,5 +1,5 @@
 //! Sixteen bytes of a tensor as f32 values, for kernels that read and write rows in the
-//! largest accesses there are. From sm_80 on.
+//! largest accesses there are. Packing 16-bit types needs sm_80.
 
 use half::{bf16, f16};
 use simt::{

@@ -5,7 +5,7 @@
 //! | | choices |
 //! |---|---|
 //! | arithmetic | [`tiled`]: scalar fma, any type; [`mma`]: tensor cores, 16-bit types |
-//! | right operand | [`Transposed`]: `[N, K]`, as in `x wᵀ` and `Q Kᵀ`; [`AsStored`]: `[K, N]`, as in `P V` |
+//! | operands | [`KMajor`]: `[M, K]` and `[N, K]`, as in `x wᵀ` and `Q Kᵀ`; [`MnMajor`]: `[K, M]` and `[K, N]`, as `V` in `P V` |
 //! | epilogue | an [`Epilogue`]: what happens to a sum before it is stored |
 //!
 //! Operands are [`Matrix`] views with a stride, so that a head is read from and written to
@@ -18,12 +18,12 @@ use simt::{
     memory::Memory,
     scalar::Scalar,
     shared::Shared,
+    wgmma::Major,
 };
 
-use crate::{
-    args::{Buffer, LinearArgs},
-    parts::fragment,
-};
+pub use simt::wgmma::{KMajor, MnMajor};
+
+use crate::{args::Buffer, parts::fragment};
 
 pub mod mma;
 pub mod tiled;
@@ -71,22 +71,37 @@ impl<T: Memory> Matrix<T> {
         self.origin + row as u64 * self.stride + column as u64
     }
 
+    /// Whether the element is inside.
     #[inline(always)]
-    const fn has(&self, row: u32, column: u32) -> bool {
+    #[must_use]
+    pub const fn has(&self, row: u32, column: u32) -> bool {
         row < self.rows && column < self.columns
+    }
+
+    /// The bits of the 16 bytes from this element on, of a matrix that is aligned; 0 outside.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn chunk_or_zero(&self, row: u32, column: u32) -> [u32; 4] {
+        if self.has(row, column) { self.view.read_as(self.index(row, column)) } else { [0; 4] }
     }
 }
 
 impl<T: Scalar> Matrix<T> {
+    /// The element, which is inside.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn read(&self, row: u32, column: u32) -> T {
+        self.view.read(self.index(row, column))
+    }
+
     /// The element, or 0 outside of the matrix: there it adds nothing to a product.
     #[inline(always)]
+    #[must_use]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn read_or_zero(&self, row: u32, column: u32) -> T {
-        if self.has(row, column) {
-            self.view.read(self.index(row, column))
-        } else {
-            T::from_f32(0.0)
-        }
+    pub fn read_or_zero(&self, row: u32, column: u32) -> T {
+        if self.has(row, column) { self.read(row, column) } else { T::from_f32(0.0) }
     }
 }
 
@@ -109,6 +124,13 @@ impl<T: Memory> MatrixMut<T> {
         Self { place, view: unsafe { buffer.view_mut::<T>() } }
     }
 
+    /// Where it is.
+    #[inline(always)]
+    #[must_use]
+    pub const fn place(&self) -> Matrix<T> {
+        self.place
+    }
+
     /// Writes the bits of the 16 bytes from this element on, in a matrix that is aligned.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
@@ -118,9 +140,10 @@ impl<T: Memory> MatrixMut<T> {
         }
     }
 
+    /// Writes the element, if it is inside.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn write_if_inside(&self, row: u32, column: u32, value: T) {
+    pub fn write_if_inside(&self, row: u32, column: u32, value: T) {
         if self.place.has(row, column) {
             self.view.write(self.place.index(row, column), value);
         }
@@ -172,6 +195,9 @@ pub struct Biased<T> {
 }
 
 impl<T: Scalar> Biased<T> {
+    /// Without a bias.
+    pub const NONE: Self = Self { bias: None };
+
     /// With the bias in `buffer`; an empty one means none.
     ///
     /// # Safety
@@ -199,129 +225,128 @@ impl<T: Scalar> Epilogue for Biased<T> {
     }
 }
 
-/// How the right operand of a product is stored.
-pub trait Right: 'static {
-    /// Shared tile of [`mma::DEPTH`] terms and `COLUMNS` columns of B.
-    type Tile<const COLUMNS: usize>: TileLayout;
+/// How an operand of a product is stored. Its *lines* are the rows of A, or the columns of B.
+pub trait Storage: Major {
+    /// Row and column of the stored matrix at which term `term` of line `line` is.
+    fn place(line: u32, term: u32) -> (u32, u32);
 
-    /// Row and column of the stored matrix at which B has column `column` of term `term`.
-    fn place(term: u32, column: u32) -> (u32, u32);
+    /// Line and term that a thread loads as its `element` of a tile of `lines` lines and `terms`
+    /// terms, so that neighbours read neighbouring elements.
+    fn share(element: u32, lines: u32, terms: u32) -> (u32, u32);
 
-    /// Term and column that a thread loads as its `element` of a tile of `terms` terms and
-    /// `columns` columns, so that neighbours read neighbouring elements.
-    fn share(element: u32, terms: u32, columns: u32) -> (u32, u32);
-
-    /// Starts to load a tile of B from its term `term` and column `column` on.
-    fn load<T: Scalar, const COLUMNS: usize>(
-        b: &Matrix<T>,
+    /// Starts to load a tile of [`mma::DEPTH`] terms of LINES lines, from `line` and `term` on.
+    fn load<T: Scalar, const LINES: usize>(
+        matrix: &Matrix<T>,
+        line: u32,
         term: u32,
-        column: u32,
         tile: Shared<T>,
     );
 
-    /// Where this lane's address points for the first fragment at column `column` of a tile.
-    fn origin<const COLUMNS: usize>(column: u32) -> u32;
+    /// Where this lane's address points for the first fragment of A at line `line` of a tile, a
+    /// multiple of 64 (of 16 where lines are rows).
+    fn a_origin<const LINES: usize>(line: u32) -> u32;
 
-    /// The fragments of two products side by side: `terms` (a constant multiple of 16) below
-    /// the origin, `columns` (a constant multiple of 16) to the right of it.
-    fn fragments<T: Scalar, const COLUMNS: usize>(
+    /// As [`a_origin`](Self::a_origin), for B.
+    fn b_origin<const LINES: usize>(line: u32) -> u32;
+
+    /// A fragment of A, or those of two products side by side of B: `lines` and `terms` (constant
+    /// multiples of 16) from the origin.
+    fn fragments<T: Scalar, const LINES: usize>(
         tile: Shared<T>,
         origin: u32,
+        lines: u32,
         terms: u32,
-        columns: u32,
     ) -> [u32; 4];
 }
 
-/// B is stored by columns: the matrix is `[N, K]`, `C = A bᵀ`.
-#[derive(Clone, Copy, Debug)]
-pub struct Transposed;
-
-/// B is stored as it is: the matrix is `[K, N]`, `C = A b`.
-#[derive(Clone, Copy, Debug)]
-pub struct AsStored;
-
-/// The tile of rows of DEPTH terms, of A and of a transposed B.
+/// The tile of rows of DEPTH terms.
 type ByTerms = Swizzled<{ mma::DEPTH as usize }>;
 
-impl Right for Transposed {
-    type Tile<const COLUMNS: usize> = ByTerms;
-
+impl Storage for KMajor {
     #[inline(always)]
-    fn place(term: u32, column: u32) -> (u32, u32) {
-        (column, term)
+    fn place(line: u32, term: u32) -> (u32, u32) {
+        (line, term)
     }
     #[inline(always)]
-    fn share(element: u32, terms: u32, _: u32) -> (u32, u32) {
-        (element % terms, element / terms)
+    fn share(element: u32, _: u32, terms: u32) -> (u32, u32) {
+        (element / terms, element % terms)
     }
     #[inline(always)]
-    fn load<T: Scalar, const COLUMNS: usize>(
-        b: &Matrix<T>,
+    fn load<T: Scalar, const LINES: usize>(
+        matrix: &Matrix<T>,
+        line: u32,
         term: u32,
-        column: u32,
         tile: Shared<T>,
     ) {
-        mma::load::<T, ByTerms, { mma::DEPTH as usize }, COLUMNS>(b, column, term, tile);
+        mma::load::<T, ByTerms, { mma::DEPTH as usize }, LINES>(matrix, line, term, tile);
     }
     #[inline(always)]
-    fn origin<const COLUMNS: usize>(column: u32) -> u32 {
-        fragment::b_origin::<ByTerms>(column)
+    fn a_origin<const LINES: usize>(line: u32) -> u32 {
+        fragment::a_origin::<ByTerms>(line)
+    }
+    #[inline(always)]
+    fn b_origin<const LINES: usize>(line: u32) -> u32 {
+        fragment::b_origin::<ByTerms>(line)
     }
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn fragments<T: Scalar, const COLUMNS: usize>(
+    fn fragments<T: Scalar, const LINES: usize>(
         tile: Shared<T>,
         origin: u32,
+        lines: u32,
         terms: u32,
-        columns: u32,
     ) -> [u32; 4] {
-        matrix::load_x4(tile, ByTerms::down(ByTerms::right(origin, terms), columns))
+        matrix::load_x4(tile, ByTerms::down(ByTerms::right(origin, terms), lines))
     }
 }
 
-impl Right for AsStored {
-    type Tile<const COLUMNS: usize> = Swizzled<COLUMNS>;
-
+/// Matrices are transposed as they are loaded. That takes those of A in the order that B has
+/// otherwise, and the reverse.
+impl Storage for MnMajor {
     #[inline(always)]
-    fn place(term: u32, column: u32) -> (u32, u32) {
-        (term, column)
+    fn place(line: u32, term: u32) -> (u32, u32) {
+        (term, line)
     }
     #[inline(always)]
-    fn share(element: u32, _: u32, columns: u32) -> (u32, u32) {
-        (element / columns, element % columns)
+    fn share(element: u32, lines: u32, _: u32) -> (u32, u32) {
+        (element % lines, element / lines)
     }
     #[inline(always)]
-    fn load<T: Scalar, const COLUMNS: usize>(
-        b: &Matrix<T>,
+    fn load<T: Scalar, const LINES: usize>(
+        matrix: &Matrix<T>,
+        line: u32,
         term: u32,
-        column: u32,
         tile: Shared<T>,
     ) {
-        mma::load::<T, Swizzled<COLUMNS>, COLUMNS, { mma::DEPTH as usize }>(b, term, column, tile);
+        mma::load::<T, Swizzled<LINES>, LINES, { mma::DEPTH as usize }>(matrix, term, line, tile);
     }
     #[inline(always)]
-    fn origin<const COLUMNS: usize>(column: u32) -> u32 {
+    fn a_origin<const LINES: usize>(line: u32) -> u32 {
         // Whole spans of a swizzled row to the right the exchange is the same.
-        fragment::a_origin::<Swizzled<COLUMNS>>(0) + column
+        fragment::b_origin::<Swizzled<LINES>>(0) + line
+    }
+    #[inline(always)]
+    fn b_origin<const LINES: usize>(line: u32) -> u32 {
+        fragment::a_origin::<Swizzled<LINES>>(0) + line
     }
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn fragments<T: Scalar, const COLUMNS: usize>(
+    fn fragments<T: Scalar, const LINES: usize>(
         tile: Shared<T>,
         origin: u32,
+        lines: u32,
         terms: u32,
-        columns: u32,
     ) -> [u32; 4] {
-        let right = Swizzled::<COLUMNS>::right(origin, columns);
-        matrix::load_x4_transposed(tile, Swizzled::<COLUMNS>::down(right, terms))
+        let right = Swizzled::<LINES>::right(origin, lines);
+        matrix::load_x4_transposed(tile, Swizzled::<LINES>::down(right, terms))
     }
 }
 
 /// One product: `c = epilogue(a b)`, over the first `depth` of the terms.
 pub struct Product<T, E> {
-    /// Left operand, `[M, K]`.
+    /// Left operand: `[M, K]` or `[K, M]`, as the kernel is made for.
     pub a: Matrix<T>,
-    /// Right operand: `[N, K]` or `[K, N]`, as the kernel is made for.
+    /// Right operand: `[N, K]` or `[K, N]`, likewise.
     pub b: Matrix<T>,
     /// Result, `[M, N]`.
     pub c: MatrixMut<T>,
@@ -329,29 +354,6 @@ pub struct Product<T, E> {
     pub depth: u32,
     /// What happens to a sum before it is stored.
     pub epilogue: E,
-}
-
-impl<T: Scalar> Product<T, Biased<T>> {
-    /// `y = x wᵀ + bias`, with a [`Transposed`] right operand.
-    ///
-    /// # Safety
-    /// The buffers must have the shapes that `args` says.
-    #[inline(always)]
-    #[must_use]
-    pub unsafe fn linear(args: &LinearArgs) -> Self {
-        let LinearArgs { x, w, bias, y, rows, in_features, out_features, .. } = *args;
-        let (in_stride, out_stride) = (in_features as u64, out_features as u64);
-        // SAFETY: the buffers have the shapes that `args` says.
-        unsafe {
-            Self {
-                a: Matrix::new(&x, 0, in_stride, rows, in_features),
-                b: Matrix::new(&w, 0, in_stride, out_features, in_features),
-                c: MatrixMut::new(Matrix::new(&y, 0, out_stride, rows, out_features), &y),
-                depth: in_features,
-                epilogue: Biased::new(&bias),
-            }
-        }
-    }
 }
 
 #[cfg(test)]

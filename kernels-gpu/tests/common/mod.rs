@@ -14,6 +14,10 @@ use kernels_gpu::{
     },
     constants::Constants,
     forward::flash_hopper::{HopperArgs, Tiles},
+    linear::{
+        self,
+        linear_hopper::{LinearHopperArgs, TileShape},
+    },
     parts::{dropout, queue::QUEUE_WORDS, ragged},
 };
 use simt::{
@@ -138,40 +142,158 @@ pub fn epsilon<T: Scalar>() -> f64 {
     f64::from(step) / 2.0
 }
 
+/// What is computed of a projection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Linear {
+    Y,
+    Dx,
+    Dw,
+}
+
+/// Rows, input features, output features.
+pub type LinearShape = (u32, u32, u32);
+
+impl Linear {
+    pub const GRADIENTS: [Self; 2] = [Self::Dx, Self::Dw];
+
+    /// How the names of its entries end.
+    pub fn end(self) -> &'static str {
+        match self {
+            Self::Y => "",
+            Self::Dx => "_dx",
+            Self::Dw => "_dw",
+        }
+    }
+
+    /// Rows and columns of the result.
+    pub fn result(self, (rows, in_features, out_features): LinearShape) -> [u32; 2] {
+        match self {
+            Self::Y => [rows, out_features],
+            Self::Dx => [rows, in_features],
+            Self::Dw => [out_features, in_features],
+        }
+    }
+
+    /// The grid of a kernel with a block per tile of `tile` rows and columns.
+    pub fn grid(self, shape: LinearShape, tile: u32) -> Dim3 {
+        let [rows, columns] = self.result(shape);
+        Dim3::new(rows.div_ceil(tile), columns.div_ceil(tile), 1)
+    }
+
+    /// The arguments of linear_hopper.
+    pub fn hopper(self, args: &LinearArgs, tile: TileShape) -> LinearHopperArgs {
+        let LinearArgs { x, w, y, rows, in_features, out_features, .. } = *args;
+        let (x, w, y) =
+            ((x, rows, in_features), (w, out_features, in_features), (y, rows, out_features));
+        let ([a, b], boxes) = match self {
+            Self::Y => ([x, w], tile.boxes::<linear::Y>()),
+            Self::Dx => ([y, w], tile.boxes::<linear::Dx>()),
+            Self::Dw => ([y, x], tile.boxes::<linear::Dw>()),
+        };
+        let map = |(at, rows, columns): (Buffer, u32, u32), box_dims: [u32; 4]| {
+            let (rows, columns) = (u64::from(rows), u64::from(columns));
+            let strides = [columns, columns * rows, columns * rows];
+            map(at.address, &[columns, rows, 1, 1], &strides, &box_dims)
+        };
+        LinearHopperArgs { maps: [map(a, boxes[0]), map(b, boxes[1])], args: *args }
+    }
+}
+
+/// The tensors of a projection: random, but for the result, which is NaN.
+pub struct LinearTensors<T> {
+    pub x: Vec<T>,
+    pub w: Vec<T>,
+    pub bias: Vec<T>,
+    pub y: Vec<T>,
+    pub shape: LinearShape,
+    pub product: Linear,
+}
+
+impl<T: Scalar> LinearTensors<T> {
+    pub fn new(product: Linear, shape: LinearShape, with_bias: bool) -> Self {
+        let (rows, in_features, out_features) = shape;
+        let mut tensors = Self {
+            x: values(rows * in_features, 1),
+            w: values(out_features * in_features, 2),
+            bias: values(if with_bias { out_features } else { 0 }, 3),
+            y: values(rows * out_features, 4),
+            shape,
+            product,
+        };
+        let nan = T::from_f32(f32::NAN);
+        tensors.result().fill(nan);
+        if product != Linear::Y {
+            // Nobody reads it.
+            tensors.bias.fill(nan);
+        }
+        tensors
+    }
+
+    pub fn result(&mut self) -> &mut [T] {
+        match self.product {
+            Linear::Y => &mut self.y,
+            Linear::Dx => &mut self.x,
+            Linear::Dw => &mut self.w,
+        }
+    }
+
+    pub fn args(&mut self) -> LinearArgs {
+        let (rows, in_features, out_features) = self.shape;
+        LinearArgs {
+            x: buffer_mut(&mut self.x),
+            w: buffer_mut(&mut self.w),
+            bias: buffer_mut(&mut self.bias),
+            y: buffer_mut(&mut self.y),
+            rows,
+            in_features,
+            out_features,
+        }
+    }
+
+    /// The terms of an element of the result.
+    fn terms(&self, row: usize, column: usize) -> Vec<f64> {
+        let (rows, in_features, out_features) = self.shape;
+        let [rows, n_in, n_out] = [rows, in_features, out_features].map(|n| n as usize);
+        let (x, w, y) = (&self.x, &self.w, &self.y);
+        let of = |a: T, b: T| f64::from(a.to_f32()) * f64::from(b.to_f32());
+        match self.product {
+            Linear::Y => (0..n_in).map(|i| of(x[row * n_in + i], w[column * n_in + i])).collect(),
+            Linear::Dx => {
+                (0..n_out).map(|o| of(y[row * n_out + o], w[o * n_in + column])).collect()
+            }
+            Linear::Dw => (0..rows).map(|r| of(y[r * n_out + row], x[r * n_in + column])).collect(),
+        }
+    }
+}
+
 /// Checks a linear kernel on one shape.
 pub fn check_linear<T: Scalar>(
-    (rows, in_features, out_features): (u32, u32, u32),
+    product: Linear,
+    shape: LinearShape,
     with_bias: bool,
     launch: impl Fn(&LinearArgs),
 ) {
-    let x = values::<T>(rows * in_features, 1);
-    let w = values::<T>(out_features * in_features, 2);
-    let bias = values::<T>(if with_bias { out_features } else { 0 }, 3);
-    let mut y = vec![T::from_f32(f32::NAN); (rows * out_features) as usize];
-    launch(&LinearArgs {
-        x: buffer(&x),
-        w: buffer(&w),
-        bias: buffer(&bias),
-        y: buffer_mut(&mut y),
-        rows,
-        in_features,
-        out_features,
-    });
-    let features = in_features as usize;
-    for (index, y) in y.iter().enumerate() {
-        let (r, c) = (index / out_features as usize, index % out_features as usize);
-        let terms = (0..features).map(|i| {
-            f64::from(x[r * features + i].to_f32()) * f64::from(w[c * features + i].to_f32())
-        });
-        let bias = bias.get(c).map_or(0.0, |b| f64::from(b.to_f32()));
-        let size: f64 = terms.clone().map(f64::abs).sum::<f64>() + bias.abs();
-        let expected = terms.sum::<f64>() + bias;
-        // The sum in f32, and one rounding to the storage type.
-        let bound = size * 2f64.powi(-22) + expected.abs() * epsilon::<T>() * 1.01;
-        let y = f64::from(y.to_f32());
-        let close = abs_diff_eq!(y, expected, epsilon = bound);
-        assert!(close, "y[{r}, {c}] is {y}, not {expected} within {bound}");
+    let mut tensors = LinearTensors::<T>::new(product, shape, with_bias);
+    launch(&tensors.args());
+    let result = tensors.result().to_vec();
+    let columns = product.result(shape)[1] as usize;
+    for (index, found) in result.iter().enumerate() {
+        let (r, c) = (index / columns, index % columns);
+        let terms = tensors.terms(r, c);
+        let bias = tensors.bias.get(c).filter(|_| product == Linear::Y);
+        let bias = bias.map_or(0.0, |b| f64::from(b.to_f32()));
+        check_sum(&terms, bias, *found, &format!("{product:?} {shape:?} [{r}, {c}]"));
     }
+}
+
+/// Checks a sum in f32 that is rounded once, to the storage type.
+pub fn check_sum<T: Scalar>(terms: &[f64], more: f64, found: T, place: &str) {
+    let size = terms.iter().copied().map(f64::abs).sum::<f64>() + more.abs();
+    let expected = terms.iter().sum::<f64>() + more;
+    let bound = size * 2f64.powi(-22) + expected.abs() * epsilon::<T>() * 1.01;
+    let found = f64::from(found.to_f32());
+    let close = abs_diff_eq!(found, expected, epsilon = bound);
+    assert!(close, "{place} is {found}, not {expected} within {bound}");
 }
 
 /// The tensors of an attention problem.

@@ -16,7 +16,10 @@ use simt::{
     scalar::Scalar,
     shared::Shared,
     shared_array, thread, tma, warp, warpgroup,
-    wgmma::{Accumulator, Descriptor, RegisterProduct, SharedProduct, TransposedProduct, WaitGroup},
+    wgmma::{
+        Accumulator, Descriptor, KMajor, MnMajor, RegisterProduct, SharedProduct, SliceProduct,
+        TransposedProduct, WaitGroup,
+    },
 };
 
 simt::declare_dynamic_shared!();
@@ -170,9 +173,21 @@ entries! {
         s.wait_group::<0>();
         one(out).write(0, s.values()[3][1]);
     }
-    wgmma_shared_accumulate(out: u64, a: u32, b: u32) {
+    wgmma_slice_y(out: u64, a: u32, b: u32) {
         let mut s = Accumulator::<16>::zero();
-        SharedProduct::<4>::accumulate_shared::<bf16, 8192, 16384>(&mut s, Descriptor::k_major(a), Descriptor::k_major(b));
+        s.accumulate_slice::<bf16, KMajor, KMajor>(Descriptor::k_major(a), Descriptor::k_major(b));
+        s.wait_group::<1>();
+        one(out).write(0, s.values()[3][1]);
+    }
+    wgmma_slice_dx(out: u64, a: u32, b: u32) {
+        let mut s = Accumulator::<16>::zero();
+        s.accumulate_slice::<f16, KMajor, MnMajor>(Descriptor::k_major(a), Descriptor::n_major(b, 8192));
+        s.wait_group::<1>();
+        one(out).write(0, s.values()[3][1]);
+    }
+    wgmma_slice_dw(out: u64, a: u32, b: u32) {
+        let mut s = Accumulator::<16>::zero();
+        s.accumulate_slice::<f16, MnMajor, MnMajor>(Descriptor::n_major(a, 8192), Descriptor::n_major(b, 8192));
         s.wait_group::<1>();
         one(out).write(0, s.values()[3][1]);
     }

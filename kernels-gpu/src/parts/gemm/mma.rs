@@ -25,14 +25,13 @@
 use simt::{
     async_copy,
     layout::{CHUNK, Swizzled, TileLayout},
-    matrix,
     mma::TensorCore,
     scalar::Scalar,
     shared::Shared,
     thread, unroll, warp,
 };
 
-use super::{ByTerms, Epilogue, Matrix, Product, Right};
+use super::{Epilogue, Matrix, Product, Storage};
 use crate::parts::{fragment, online::transpose_quad, tile};
 
 /// Rows of C that a block computes.
@@ -100,7 +99,8 @@ pub fn load<T: Scalar, L: TileLayout, const COLUMNS: usize, const ROWS: usize>(
 pub unsafe fn tile<
     T: Scalar,
     C: TensorCore<T>,
-    R: Right,
+    A: Storage,
+    B: Storage,
     E: Epilogue,
     const BN: usize,
     const M_TILES: usize,
@@ -117,18 +117,19 @@ pub unsafe fn tile<
         assert!(side_by_side * 8 * N_TILES as u32 == BN as u32, "columns are divided evenly");
         assert!(WARPS / side_by_side * 16 * M_TILES as u32 == BM, "every row has its warp");
         assert!(side_by_side == 1 || N_TILES % 8 == 0, "a warp begins at a whole span");
+        assert!(!A::IS_MN || M_TILES % 4 == 0, "a warp begins at a whole span of rows");
         assert!(BM * BN as u32 * 2 <= shared_bytes(BN as u32), "C fits where the stages were");
         assert!(M_TILES <= 4 && N_TILES <= 16 && N_TILES % 4 == 0, "as the loops are written");
         side_by_side
     };
-    let (a_len, b_len) = (ByTerms::len(BM), const { BN as u32 * DEPTH });
+    let (a_len, b_len) = const { (BM * DEPTH, BN as u32 * DEPTH) };
 
     // Who am I.
     let warp = warp::warp_id();
     let warp_row = warp / warps_side_by_side * warp_rows;
     let warp_column = warp % warps_side_by_side * warp_columns;
-    let a_origin = fragment::a_origin::<ByTerms>(warp_row);
-    let b_origin = R::origin::<BN>(warp_column);
+    let a_origin = A::a_origin::<{ BM as usize }>(warp_row);
+    let b_origin = B::b_origin::<BN>(warp_column);
     // SAFETY: the launch gives the shared memory.
     let (a_stages, b_stages) = unsafe {
         (
@@ -142,11 +143,9 @@ pub unsafe fn tile<
         if slice < num_slices {
             let term = slice * DEPTH;
             let a_smem = a_stages.slice(stage * a_len, a_len);
-            load::<T, ByTerms, { DEPTH as usize }, { BM as usize }>(
-                &product.a, first_row, term, a_smem,
-            );
+            A::load::<T, { BM as usize }>(&product.a, first_row, term, a_smem);
             let b_smem = b_stages.slice(stage * b_len, b_len);
-            R::load::<T, BN>(&product.b, term, first_column, b_smem);
+            B::load::<T, BN>(&product.b, first_column, term, b_smem);
         }
         // An empty group too: slices and groups are counted alike.
         async_copy::commit();
@@ -172,13 +171,13 @@ pub unsafe fn tile<
             let mut a = [[0u32; 4]; M_TILES];
             unroll!(for M in 0..4 {
                 if M < M_TILES {
-                    let right = ByTerms::right(a_origin, term);
-                    a[M] = matrix::load_x4(a_smem, ByTerms::down(right, 16 * M as u32));
+                    let row = 16 * M as u32;
+                    a[M] = A::fragments::<T, { BM as usize }>(a_smem, a_origin, row, term);
                 }
             });
             unroll!(for PAIR in 0..8 {
                 if PAIR < N_TILES / 2 {
-                    let b = R::fragments::<T, BN>(b_smem, b_origin, term, 16 * PAIR as u32);
+                    let b = B::fragments::<T, BN>(b_smem, b_origin, 16 * PAIR as u32, term);
                     unroll!(for M in 0..4 {
                         if M < M_TILES {
                             C::multiply(&mut acc[M][2 * PAIR], a[M], [b[0], b[1]]);

@@ -11,7 +11,7 @@
 
 use simt::{math, memory::Memory, scalar::Scalar, shared::Shared, shared_array, thread, unroll};
 
-use super::{Epilogue, Product, Right};
+use super::{Epilogue, Product, Storage};
 
 /// Rows and columns of C that a block computes.
 pub const TILE: u32 = 64;
@@ -39,7 +39,7 @@ const _: () = assert!(DEPTH * TILE % THREADS == 0, "every load has its thread");
 /// # Shared memory
 /// Static, 8,704 bytes: the slices of A and B, as f32, term by term.
 #[inline(always)]
-pub fn tile<T: Scalar, R: Right, E: Epilogue>(
+pub fn tile<T: Scalar, A: Storage, B: Storage, E: Epilogue>(
     product: &Product<T, E>,
     first_row: u32,
     first_column: u32,
@@ -56,12 +56,11 @@ pub fn tile<T: Scalar, R: Right, E: Epilogue>(
         // Hazard: the slice before may still be read while this one is written.
         thread::sync_threads();
         for element in (tid..DEPTH * TILE).step_by(THREADS as usize) {
-            // Neighbouring threads read neighbouring columns of a row.
-            let (line, term) = (element / DEPTH, element % DEPTH);
-            let value = product.a.read_or_zero(first_row + line, first_term + term);
-            a_smem.write(term * PITCH + line, value.to_f32());
-            let (term, line) = R::share(element, DEPTH, TILE);
-            let (row, column) = R::place(first_term + term, first_column + line);
+            let (line, term) = A::share(element, TILE, DEPTH);
+            let (row, column) = A::place(first_row + line, first_term + term);
+            a_smem.write(term * PITCH + line, product.a.read_or_zero(row, column).to_f32());
+            let (line, term) = B::share(element, TILE, DEPTH);
+            let (row, column) = B::place(first_column + line, first_term + term);
             b_smem.write(term * PITCH + line, product.b.read_or_zero(row, column).to_f32());
         }
         // Hazard: the slices are read by threads that did not write them.
