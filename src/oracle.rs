@@ -23,6 +23,9 @@ pub use backward::{
     Gradients, absolute_gradients, all_heads, gradients, gradients_of, plain_gradients,
     plain_gradients_with_f32_scores,
 };
+pub(crate) use backward::{
+    Rounded, absolute_gradients_of, gradients_of_values, plain_gradients_of,
+};
 pub use decode::Gathered;
 
 /// Keys whose scores are summed side by side, to hide the latency of an addition.

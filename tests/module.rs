@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use flash_attention::{
     DType, Device, Error, Problem, Tensor,
-    module::{Mode, MultiHeadAttention, Pass, Weights, oracle},
-    registry::{KERNELS, KernelSpec, LINEAR_KERNELS, LinearSpec, find},
+    module::{Kernels, Mode, ModuleGradients, MultiHeadAttention, Pass, Weights, oracle},
+    registry::{
+        BACKWARD_KERNELS, KERNELS, KernelSpec, LINEAR_KERNELS, LinearSpec, find, find_backward,
+    },
     session::Session,
     verify::{Differences, Yardstick},
 };
@@ -96,18 +98,62 @@ impl Case {
         linear: Option<&'static LinearSpec>,
         dtype: DType,
     ) -> Result<Option<Tensor>, Error> {
-        let Draw { weights, x, mask } = self.draw(dtype, 0);
-        let session = Session::new(device.clone());
-        let mut module = MultiHeadAttention::new(&session, &weights, HEADS)?;
-        if let Some(linear) = linear {
-            module = module.with_linear(linear);
-        }
-        let module = module.with_dropout(DROPOUT)?;
+        let draw = self.draw(dtype, 0);
+        let module = draw.module(device, linear)?;
+        let Draw { x, mask, .. } = draw;
         match module.forward(kernel, &x, mask.as_deref(), &self.pass) {
             Ok((outputs, _)) => Ok(Some(outputs.y)),
             Err(Error::Unsupported { .. }) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// The gradient of y in draw 0.
+    fn dy(&self, dtype: DType) -> Tensor {
+        Tensor::random(dtype, &[self.batch, self.seq, HIDDEN], 9, 0.0)
+    }
+
+    /// The gradients of draw 0, and what the plain algorithm is credited with on each.
+    fn gradients(&self, dtype: DType) -> (oracle::Gradients, [Yardstick; 9]) {
+        let (problem, dy) = (self.problem(dtype), self.dy(dtype));
+        let Draw { weights, x, mask } = self.draw(dtype, 0);
+        let mask = mask.as_deref();
+        let reference = oracle::gradients(&problem, &weights, &x, mask, &dy);
+        let credit = oracle::credit_gradients(&problem, &weights, &x, mask, &dy, &reference);
+        (reference, credit)
+    }
+
+    /// The gradients of draw 0 by kernels; `None` where they cannot.
+    fn backward(
+        &self,
+        device: &Arc<dyn Device>,
+        kernels: Kernels,
+        linear: Option<&'static LinearSpec>,
+        dtype: DType,
+    ) -> Result<Option<ModuleGradients>, Error> {
+        let draw = self.draw(dtype, 0);
+        let module = draw.module(device, linear)?;
+        let (dy, mask) = (self.dy(dtype), draw.mask.as_deref());
+        match module.backward(kernels, &draw.x, &dy, mask, &self.pass) {
+            Ok((gradients, _)) => Ok(Some(gradients)),
+            Err(Error::Unsupported { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Draw {
+    fn module(
+        &self,
+        device: &Arc<dyn Device>,
+        linear: Option<&'static LinearSpec>,
+    ) -> Result<MultiHeadAttention, Error> {
+        let session = Session::new(device.clone());
+        let mut module = MultiHeadAttention::new(&session, &self.weights, HEADS)?;
+        if let Some(linear) = linear {
+            module = module.with_linear(linear);
+        }
+        module.with_dropout(DROPOUT)
     }
 }
 
@@ -160,6 +206,62 @@ fn every_kernel_in_the_module_on_the_emulator() {
 #[test]
 fn every_kernel_in_the_module_on_a_gpu() {
     suite::on_a_gpu(run);
+}
+
+/// Every kernel of the backward pass with the best linear kernel, and every linear kernel with
+/// `backward_tiled`. The forward pass is by `flash_tiled`, which has every type.
+fn run_backward(device: &Arc<dyn Device>) {
+    let forward = find("flash_tiled").unwrap();
+    let kernels = |backward| Kernels { forward, backward };
+    let best = BACKWARD_KERNELS.iter().map(|kernel| (kernels(kernel), None));
+    let tiled = kernels(find_backward("backward_tiled").unwrap());
+    let linear = LINEAR_KERNELS.iter().map(|linear| (tiled, Some(linear)));
+    let pairs: Vec<_> = best.chain(linear).collect();
+    let of_case = |(dtype, case): (DType, Case)| {
+        let (mut failures, mut compared) = (Vec::new(), 0);
+        let (reference, credit) = case.gradients(dtype);
+        let of_linear = OF_LINEAR.contains(&case.name);
+        for &(kernels, linear) in pairs.iter().filter(|(_, linear)| of_linear || linear.is_none()) {
+            let name = kernels.backward.name;
+            let linear_name = linear.map_or("best linear", |l| l.name);
+            let label = format!("{name} {dtype} {linear_name}: {}", case.name);
+            let found = match case.backward(device, kernels, linear, dtype) {
+                Ok(Some(found)) => oracle::Gradients::of(found),
+                Ok(None) => continue,
+                Err(error) => panic!("{label}: {error}"),
+            };
+            compared += 1;
+            for (((tensor, found), (_, expected)), credit) in
+                found.each().zip(reference.each()).zip(credit)
+            {
+                let d = Differences::new(found, expected);
+                let (error, plain) = (d.max_abs, credit.error());
+                println!("{label}, {tensor}: {:.2} times the plain algorithm's", error / plain);
+                if !credit.allows(error) {
+                    failures.push(format!(
+                        "{label}, {tensor}: {error:.2e} for {plain:.2e}, {:?}",
+                        d.worst
+                    ));
+                }
+            }
+        }
+        (failures, compared)
+    };
+    let (failures, compared): (Vec<_>, Vec<usize>) =
+        suite::on_every_core(dtypes_and(cases()), of_case).into_iter().unzip();
+    let failures = failures.concat();
+    assert!(compared.iter().all(|&compared| compared > 0), "no kernel could run");
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn gradients_of_the_module_on_the_emulator() {
+    run_backward(&suite::emulator());
+}
+
+#[test]
+fn gradients_of_the_module_on_a_gpu() {
+    suite::on_a_gpu(run_backward);
 }
 
 /// The module as its formula says, one element after the other: y and the attention weights.

@@ -8,7 +8,7 @@ use crate::{
     backend::{Device, DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
     error::Error,
     problem::{Extras, Problem},
-    raw::{LinearArgs, Plan, Region, View},
+    raw::{Args, LinearArgs, Plan, Region, View},
     registry::{KernelSpec, Projection},
     session::{Attention, POISON, Work},
     tensor::Tensor,
@@ -144,8 +144,7 @@ impl Forward {
         }
         let [qkv, out] = module.parameters();
         self.project(0, x.region(), qkv, self.qkv.region())?;
-        let thirds = [0, 1, 2].map(|third| self.third(third));
-        let args = self.attention.args_of(thirds, Extras::mask(mask.map(DeviceBuffer::region)));
+        let args = self.attention_args(Extras::mask(mask.map(DeviceBuffer::region)));
         // SAFETY: q, k and v are parts of this value's buffer; the mask was checked above.
         unsafe { self.attention.run_on(args)? };
         self.project(1, self.attention.o().region(), out, self.y.region())?;
@@ -162,23 +161,15 @@ impl Forward {
     ) -> Result<(), Error> {
         let device = &**self.memory.device();
         let args = LinearArgs { x, w: w.region(), bias: Some(bias.region()), y };
-        for launch in self.linear[which].launches_for(device, &args)? {
-            // SAFETY: the plan checked the lengths; x is the caller's tensor or a buffer of this
-            // value, as y is, and the parameters belong to the module: all on this device, and
-            // freeing one waits for the launch.
-            unsafe { device.launch(&launch)? };
-        }
-        Ok(())
+        // SAFETY: x is the caller's tensor or a buffer of this value, as y is, and the parameters
+        // belong to the module: all on this device, and freeing one waits for the launch.
+        unsafe { launch_linear(device, &self.linear[which], &args) }
     }
 
-    /// Q, K or V, of which a token has a third each: `[B, N, 3, H, D]` at `third`.
-    fn third(&self, third: u64) -> View {
+    /// The tensors of attention.
+    pub(super) fn attention_args(&self, extras: Extras<Region>) -> Args {
         let p = self.problem();
-        let offset = third * (p.heads() * p.head_dim() * p.dtype().size()) as u64;
-        let region = self.qkv.region().part(offset, self.qkv.bytes() - offset);
-        let View { strides: [b, h, n], .. } =
-            View::contiguous(region, p.layout(), p.heads(), p.seq_q(), p.head_dim());
-        View::new(region, [3 * b, h, 3 * n])
+        self.attention.args_of([0, 1, 2].map(|index| third(p, &self.qkv, index)), extras)
     }
 
     /// The attention weights of the last run: see [`Prepared::weights`](crate::session::Prepared::weights).
@@ -192,6 +183,32 @@ impl Forward {
         // SAFETY: q, k and v belong to this value; the mask is there by the caller's word.
         unsafe { self.attention.weights() }
     }
+}
+
+/// Starts the launches of a projection.
+///
+/// # Safety
+/// The tensors in `args` are live memory of the device, whose owners are freed through it; nobody else
+/// uses those that are written.
+pub(super) unsafe fn launch_linear(
+    device: &dyn Device,
+    plan: &Plan<Projection>,
+    args: &LinearArgs,
+) -> Result<(), Error> {
+    for launch in plan.launches_for(device, args)? {
+        // SAFETY: the plan checked the lengths; the rest is passed on to the caller.
+        unsafe { device.launch(&launch)? };
+    }
+    Ok(())
+}
+
+/// Q, K or V, or a gradient of one, of which a token has a third each: `[B, N, 3, H, D]` at `third`.
+pub(super) fn third(p: &Problem, all: &DeviceBuffer, third: u64) -> View {
+    let offset = third * (p.heads() * p.head_dim() * p.dtype().size()) as u64;
+    let region = all.region().part(offset, all.bytes() - offset);
+    let View { strides: [b, h, n], .. } =
+        View::contiguous(region, p.layout(), p.heads(), p.seq_q(), p.head_dim());
+    View::new(region, [3 * b, h, 3 * n])
 }
 
 /// A pass with its input in device memory, to be run as often as wanted.

@@ -15,6 +15,7 @@
 //!
 //! Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
 
+mod backward;
 mod forward;
 #[cfg(feature = "verify")]
 pub mod oracle;
@@ -28,11 +29,12 @@ use crate::{
     error::{Error, Shape},
     problem::{Dropout, Layout, Problem, head_dim_of},
     raw::Plan,
-    registry::{self, KernelSpec, LinearSpec, Projection, Target},
+    registry::{self, KernelSpec, LinearProduct, LinearSpec, Projection, Target},
     session::Session,
     tensor::Tensor,
 };
 
+pub use backward::{Backward, Kernels, ModuleGradients, Passes, PreparedBackward};
 pub use forward::{Forward, ModuleMemory, ModuleOutputs, PreparedForward};
 pub use weights::{Linear, Weights};
 
@@ -45,6 +47,8 @@ pub struct Pass {
     pub mode: Mode,
     /// Whether the attention weights are wanted too.
     pub weights: bool,
+    /// Whether gradients are to have the same bits each time.
+    pub deterministic: bool,
 }
 
 /// Training or not.
@@ -214,6 +218,13 @@ impl MultiHeadAttention {
         mask: Option<&[u8]>,
         pass: &Pass,
     ) -> Result<PreparedForward<'_>, Error> {
+        let problem = self.problem_of(x, mask, pass)?;
+        let plan = kernel.plan(&problem, &Target::of(&**self.memory.device()))?;
+        self.prepare_bytes(plan, x.as_bytes(), mask.unwrap_or_default())
+    }
+
+    /// Checks an input and a mask, and says which problem they pose.
+    fn problem_of(&self, x: &Tensor, mask: Option<&[u8]>, pass: &Pass) -> Result<Problem, Error> {
         let &[batch, seq, hidden] = x.shape() else { return Err(self.wrong_shape(x)) };
         if hidden != self.hidden() {
             return Err(self.wrong_shape(x));
@@ -228,9 +239,7 @@ impl MultiHeadAttention {
                 given: [mask.len()].into(),
             });
         }
-        let problem = self.problem(batch, seq, mask.is_some(), pass)?;
-        let plan = kernel.plan(&problem, &Target::of(&**self.memory.device()))?;
-        self.prepare_bytes(plan, x.as_bytes(), mask.unwrap_or_default())
+        self.problem(batch, seq, mask.is_some(), pass)
     }
 
     /// As [`MultiHeadAttention::prepare`], of a plan at hand for a problem of this module, from the
@@ -246,25 +255,31 @@ impl MultiHeadAttention {
         x: &[u8],
         mask: &[u8],
     ) -> Result<PreparedForward<'_>, Error> {
-        let (problem, device) = (*plan.problem(), &**self.memory.device());
+        let problem = *plan.problem();
         let linear = self.linear(&problem)?;
+        let mask = self.expect_inputs(&problem, x, mask, pass_bytes(&plan))?;
+        PreparedForward::new(self, plan, linear, x, mask)
+    }
+
+    /// Checks the bytes of x and of a mask, and that as much memory is free as the pass needs. The mask,
+    /// where the problem has one.
+    fn expect_inputs<'a>(
+        &self,
+        problem: &Problem,
+        x: &[u8],
+        mask: &'a [u8],
+        needed: u64,
+    ) -> Result<Option<&'a [u8]>, Error> {
         let tokens = problem.batch() * problem.seq_q();
-        let x_bytes = problem.q_elements() * self.dtype.size();
         let mask_bytes = if problem.has_mask() { tokens } else { 0 };
-        for (what, expected, given) in
-            [("bytes of x", x_bytes, x.len()), ("bytes of the mask", mask_bytes, mask.len())]
-        {
-            if expected != given {
-                let (expected, given) = ([expected].into(), [given].into());
-                return Err(Error::ShapeMismatch { what: what.into(), expected, given });
-            }
-        }
-        let (needed, free) = (pass_bytes(&plan), device.memory_info()?.free);
+        expect_bytes("x", problem.q_elements() * self.dtype.size(), x.len())?;
+        expect_bytes("the mask", mask_bytes, mask.len())?;
+        let device = &**self.memory.device();
+        let free = device.memory_info()?.free;
         if needed > free {
             return Err(Error::OutOfMemory { device: device.name(), needed, free });
         }
-        let mask = problem.has_mask().then_some(mask);
-        PreparedForward::new(self, plan, linear, x, mask)
+        Ok(problem.has_mask().then_some(mask))
     }
 
     /// The buffers of forward passes over a problem of this module
@@ -344,13 +359,29 @@ impl MultiHeadAttention {
     }
 }
 
-/// Floating-point operations of a pass: those of attention by convention
+fn expect_bytes(what: &str, expected: usize, given: usize) -> Result<(), Error> {
+    if expected == given {
+        return Ok(());
+    }
+    let (what, expected, given) = (format!("bytes of {what}"), [expected].into(), [given].into());
+    Err(Error::ShapeMismatch { what, expected, given })
+}
+
+/// Floating-point operations of a forward pass: those of attention by convention
 /// ([`Problem::flops`]), and a multiplication and an addition for each product of the four
 /// projections.
 #[must_use]
 pub fn flops(problem: &Problem) -> f64 {
     let hidden = (problem.heads() * problem.head_dim()) as f64;
     problem.flops() + 8.0 * problem.q_elements() as f64 * hidden
+}
+
+/// Floating-point operations of a backward pass: 2.5 times those of attention by convention, and two
+/// products for each of the projections' one.
+#[must_use]
+pub fn backward_flops(problem: &Problem) -> f64 {
+    let attention = problem.flops();
+    2.5 * attention + 2.0 * (flops(problem) - attention)
 }
 
 /// The projections around a problem: that of q, k and v together, and that of the output.
@@ -362,6 +393,7 @@ pub const fn projections(problem: &Problem) -> [Projection; 2] {
         rows: problem.batch() * problem.seq_q(),
         in_features: hidden,
         out_features: hidden,
+        product: LinearProduct::Y,
     };
     [Projection { out_features: 3 * hidden, ..last }, last]
 }
@@ -375,6 +407,29 @@ pub fn best_linear(problem: &Problem, target: &Target) -> Result<[Plan<Projectio
     let first = registry::best_for(&first, target)?.plan;
     let last = first.kernel().plan(&last, target)?;
     Ok([first, last])
+}
+
+/// The plans of the gradients of the projections around a problem, on a kernel or on the best one for
+/// them on a device: see [`Backward::linear`].
+///
+/// # Errors
+/// As [`registry::best_for`].
+pub fn linear_backward(
+    problem: &Problem,
+    target: &Target,
+    kernel: Option<&'static LinearSpec>,
+) -> Result<[[Plan<Projection>; 2]; 2], Error> {
+    let gradients = [LinearProduct::Dx, LinearProduct::Dw];
+    let [first, last] =
+        projections(problem).map(|p| gradients.map(|product| Projection { product, ..p }));
+    let kernel = match kernel {
+        Some(kernel) => kernel,
+        None => registry::best_for(&first[0], target)?.kernel,
+    };
+    let plans = |[of_input, of_parameters]: [Projection; 2]| -> Result<_, Error> {
+        Ok([kernel.plan(&of_input, target)?, kernel.plan(&of_parameters, target)?])
+    };
+    Ok([plans(first)?, plans(last)?])
 }
 
 /// Bytes of the parameters of a module for such problems.
@@ -391,6 +446,17 @@ pub fn pass_bytes(plan: &Plan) -> u64 {
     // Attention, and x and y, which are as large as O each.
     let x = plan.problem().q_elements() as u64 * plan.problem().dtype().size() as u64;
     plan.peak_bytes() + 2 * x
+}
+
+/// Device memory of a forward and a backward pass beyond the parameters, by the plans of their
+/// attention.
+#[must_use]
+pub fn training_bytes(forward: &Plan, backward: &Plan<registry::Backward>) -> u64 {
+    let problem = forward.problem();
+    let x = problem.q_elements() as u64 * problem.dtype().size() as u64;
+    // dy, dx and the gradients of q, k, v and o; those of the parameters.
+    let gradients = 6 * x + parameter_bytes(problem);
+    pass_bytes(forward) + gradients + backward.workspace_bytes()
 }
 
 #[cfg(test)]

@@ -2,6 +2,8 @@
 //! precision, whose error is the yardstick. As for attention ([`crate::oracle`]), which both
 //! of them use between their projections.
 
+mod backward;
+
 use std::ops::{AddAssign, Mul};
 
 use rayon::prelude::*;
@@ -14,6 +16,8 @@ use crate::{
     tensor::Tensor,
     verify::{Yardstick, beside, draws, largest_difference},
 };
+
+pub use backward::{Gradients, credit_gradients, gradients, plain_gradients, thin};
 
 /// Tokens that are projected side by side, so that a row of weights is read once for them.
 const SIDE_BY_SIDE: usize = 8;
@@ -66,7 +70,20 @@ pub fn reference(
     mask: Option<&[u8]>,
     tokens: &[usize],
 ) -> Vec<f64> {
-    let [q, k, v, out] = weights.projections().each_ref().map(|l| Matrix::new(l, f64::from));
+    let out = Matrix::new(&weights.projections()[3], f64::from);
+    let (_, o) = exact_attention(problem, weights, x, mask, tokens);
+    out.project(&o, &all(tokens), |y| y)
+}
+
+/// q, k and v, where there are any, and o of some tokens, in f64.
+fn exact_attention(
+    problem: &Problem,
+    weights: &Weights,
+    x: &Tensor,
+    mask: Option<&[u8]>,
+    tokens: &[usize],
+) -> ([Vec<f64>; 3], Vec<f64>) {
+    let [q, k, v, _] = weights.projections().each_ref().map(|l| Matrix::new(l, f64::from));
     let x: Vec<f64> = x.to_f64();
     let keys = tokens_of_entries(problem, tokens);
     let qkv = [
@@ -74,10 +91,9 @@ pub fn reference(
         k.project_in_place(&x, &keys, |y| y),
         v.project_in_place(&x, &keys, |y| y),
     ];
-    let o =
-        reference_of(problem, qkv, Beside { mask, ..Beside::default() }, &rows_of(problem, tokens))
-            .o;
-    out.project(&o, &all(tokens), |y| y)
+    let beside = Beside { mask, ..Beside::default() };
+    let o = reference_of(problem, qkv.clone(), beside, &rows_of(problem, tokens)).o;
+    (qkv, o)
 }
 
 /// The plain algorithm in the storage precision: q, k and v are accumulated in f32 and
@@ -103,7 +119,22 @@ fn plain_with(
     mask: Option<&[u8]>,
     tokens: &[usize],
 ) -> Vec<f64> {
-    let [q, k, v, out] = weights.projections().each_ref().map(|l| Matrix::new(l, |x| x));
+    let out = Matrix::new(&weights.projections()[3], |x| x);
+    let (_, o) = plain_attention(problem, scores, weights, x, mask, tokens);
+    let y = out.project(&o, &all(tokens), |y| round(problem.dtype(), y));
+    y.into_iter().map(f64::from).collect()
+}
+
+/// q, k and v, where there are any, and o of some tokens, by the plain algorithm with scores of a type.
+fn plain_attention(
+    problem: &Problem,
+    scores: DType,
+    weights: &Weights,
+    x: &Tensor,
+    mask: Option<&[u8]>,
+    tokens: &[usize],
+) -> ([Vec<f32>; 3], Vec<f32>) {
+    let [q, k, v, _] = weights.projections().each_ref().map(|l| Matrix::new(l, |x| x));
     let x = x.to_f32();
     let keys = tokens_of_entries(problem, tokens);
     let rounded = |y| round(problem.dtype(), y);
@@ -113,10 +144,9 @@ fn plain_with(
         v.project_in_place(&x, &keys, rounded),
     ];
     let beside = Beside { mask, ..Beside::default() };
-    let o = plain_of(problem, scores, qkv, beside, &rows_of(problem, tokens)).o;
+    let o = plain_of(problem, scores, qkv.clone(), beside, &rows_of(problem, tokens)).o;
     // They are values of the storage type: f32 holds them exactly.
-    let o: Vec<f32> = o.into_iter().map(|x| x as f32).collect();
-    out.project(&o, &all(tokens), rounded).into_iter().map(f64::from).collect()
+    (qkv, o.into_iter().map(|x| x as f32).collect())
 }
 
 /// What the plain algorithm is credited with, by the rule of [`crate::verify`]: its largest error
@@ -182,6 +212,10 @@ fn rows_of(problem: &Problem, tokens: &[usize]) -> Vec<usize> {
     tokens.iter().flat_map(rows).collect()
 }
 
+/// A number that is summed.
+trait Number: Copy + Default + AddAssign + Mul<Output = Self> + Send + Sync {}
+impl<T: Copy + Default + AddAssign + Mul<Output = T> + Send + Sync> Number for T {}
+
 /// A projection with its weight transposed, so that neighbouring outputs are neighbours.
 struct Matrix<T> {
     /// `[in, out]`.
@@ -189,7 +223,7 @@ struct Matrix<T> {
     bias: Vec<T>,
 }
 
-impl<T: Copy + Default + AddAssign + Mul<Output = T> + Send + Sync> Matrix<T> {
+impl<T: Number> Matrix<T> {
     fn new(linear: &Linear, widen: impl Fn(f32) -> T) -> Self {
         let (w, hidden) = (linear.weight.to_f32(), linear.bias.len());
         let transposed = (0..hidden * hidden).map(|i| w[i % hidden * hidden + i / hidden]);
@@ -199,15 +233,24 @@ impl<T: Copy + Default + AddAssign + Mul<Output = T> + Send + Sync> Matrix<T> {
         }
     }
 
+    /// What the gradient of a projection's input is of that of its output: the weights
+    /// `[out, in]` below each other, as they are.
+    fn of_gradients(linears: &[Linear], widen: impl Fn(f32) -> T) -> Self {
+        let weights = linears.iter().flat_map(|linear| linear.weight.to_f32());
+        let bias = vec![T::default(); linears.first().map_or(0, |linear| linear.bias.len())];
+        Self { weight: weights.map(widen).collect(), bias }
+    }
+
     /// Some rows of `x: [rows, in]` projected: the products summed in their order, then the
     /// bias; `finish` sees each sum.
     fn project(&self, x: &[T], rows: &[usize], finish: impl Fn(T) -> T + Sync) -> Vec<T> {
-        let hidden = self.bias.len();
+        let out_features = self.bias.len();
+        let in_features = self.weight.len() / out_features;
         let few = |rows: &[usize]| {
-            let mut y = vec![T::default(); rows.len() * hidden];
-            for (i, w) in self.weight.chunks_exact(hidden).enumerate() {
-                for (&row, y) in rows.iter().zip(y.chunks_exact_mut(hidden)) {
-                    let x = x[row * hidden + i];
+            let mut y = vec![T::default(); rows.len() * out_features];
+            for (i, w) in self.weight.chunks_exact(out_features).enumerate() {
+                for (&row, y) in rows.iter().zip(y.chunks_exact_mut(out_features)) {
+                    let x = x[row * in_features + i];
                     for (y, &w) in y.iter_mut().zip(w) {
                         *y += x * w;
                     }
@@ -226,7 +269,8 @@ impl<T: Copy + Default + AddAssign + Mul<Output = T> + Send + Sync> Matrix<T> {
     /// between them: memory that nobody touches, and that costs nothing therefore.
     fn project_in_place(&self, x: &[T], rows: &[usize], finish: impl Fn(T) -> T + Sync) -> Vec<T> {
         let hidden = self.bias.len();
-        let mut y = vec![T::default(); x.len()];
+        let in_features = self.weight.len() / hidden;
+        let mut y = vec![T::default(); x.len() / in_features * hidden];
         for (&row, values) in rows.iter().zip(self.project(x, rows, finish).chunks_exact(hidden)) {
             y[row * hidden..(row + 1) * hidden].copy_from_slice(values);
         }

@@ -3,7 +3,7 @@ use safetensors::{Dtype, tensor::TensorView};
 use super::*;
 use crate::{
     backend::CpuDevice,
-    registry::{KERNELS, KernelSpec, LINEAR_KERNELS, find},
+    registry::{BACKWARD_KERNELS, KERNELS, KernelSpec, LINEAR_KERNELS, find},
     session::counting::{Calls, Counting},
 };
 
@@ -42,6 +42,80 @@ fn memory_is_as_predicted() {
     }
     drop(module);
     assert_eq!(session.memory().current(), 0);
+}
+
+#[test]
+fn memory_of_the_backward_pass_is_as_predicted() {
+    let session = session();
+    let module = module(&session, DType::F16);
+    let random = |seed| Tensor::random(DType::F16, &[2, 40, HIDDEN], seed, 0.0);
+    let (x, dy, mask) = (random(1), random(2), vec![1; 80]);
+    let forward = find("flash_tiled").unwrap();
+    for backward in BACKWARD_KERNELS {
+        let pass = Pass::default();
+        let problem = module.problem(2, 40, true, &pass).unwrap();
+        let (_, memory) =
+            module.backward(Kernels { forward, backward }, &x, &dy, Some(&mask), &pass).unwrap();
+        let plans = (
+            forward.plan(&problem, &session.target()).unwrap(),
+            backward.plan(&registry::Backward::new(problem), &session.target()).unwrap(),
+        );
+        let predicted = memory.parameters + training_bytes(&plans.0, &plans.1);
+        assert_eq!(memory.peak, predicted, "{}", backward.name);
+        let (x_bytes, parameters) = (2 * 40 * 128 * 2, parameter_bytes(&problem));
+        assert_eq!(memory.inputs, 2 * x_bytes + 80);
+        assert_eq!(memory.outputs, 2 * x_bytes + parameters);
+        assert_eq!(session.memory().current(), memory.parameters);
+        // One byte less, and nothing is tried.
+        let limited = Session::new(Arc::new(CpuDevice::with_memory_limit(predicted - 1)));
+        let module = self::module(&limited, DType::F16);
+        let kernels = Kernels { forward, backward };
+        let error = module.backward(kernels, &x, &dy, Some(&mask), &pass).unwrap_err();
+        assert!(error.is_out_of_memory(), "{error}");
+    }
+}
+
+/// The backward pass's buffers, used again: by another layer, and for other inputs.
+#[test]
+fn layers_are_trained_on_the_device_without_the_host_between() {
+    let device = Arc::new(Counting::default());
+    let session = Session::new(device.clone());
+    let layer = |seed| {
+        let weights = Weights::random(DType::F16, HIDDEN, seed).unwrap();
+        MultiHeadAttention::new(&session, &weights, 2).unwrap()
+    };
+    let layers = [layer(1), layer(2)];
+    let pass = Pass { causal: true, ..Pass::default() };
+    let problem = layers[0].problem(1, 40, false, &pass).unwrap();
+    let gradients = registry::Backward::new(problem);
+    let kernels = Kernels::best(&gradients, &session.target()).unwrap();
+    let random = |seed| Tensor::random(DType::F16, &[1, 40, HIDDEN], seed, 0.0);
+    let (x, dy) = (random(5), random(6));
+    // The host between the layers.
+    let (inner, _) = layers[0].forward(kernels.forward, &x, None, &pass).unwrap();
+    let (outer, _) = layers[1].backward(kernels, &inner.y, &dy, None, &pass).unwrap();
+    let (first, _) = layers[0].backward(kernels, &x, &outer.dx, None, &pass).unwrap();
+
+    let forward = || layers[0].forward_buffers(kernels.forward, &problem).unwrap();
+    let backward = || layers[0].backward_buffers(kernels.backward, &gradients).unwrap();
+    let (mut forwards, mut backwards) = ([forward(), forward()], [backward(), backward()]);
+    let (x, dy) = (session.upload(&x).unwrap(), session.upload(&dy).unwrap());
+    for round in 0..2 {
+        device.reset();
+        let [inner, outer] = &mut forwards;
+        let y = inner.run(&layers[0], &x, None).unwrap();
+        outer.run(&layers[1], y, None).unwrap();
+        let [of_inner, of_outer] = &mut backwards;
+        let dx = of_outer.run(&layers[1], outer, inner.y(), None, &dy).unwrap();
+        of_inner.run(&layers[0], inner, &x, None, dx).unwrap();
+        let calls = device.calls();
+        // The first round zeroes each queue once.
+        let fill = if round == 0 { calls.fill } else { 0 };
+        let uncounted = Calls { launch: 0, encode: 0, fill: 0, ..calls };
+        assert_eq!((uncounted, calls.fill), (Calls::default(), fill));
+        let found = of_inner.gradients().unwrap();
+        assert_eq!((&found.dx, &found.weights), (&first.dx, &first.weights));
+    }
 }
 
 #[test]

@@ -90,6 +90,12 @@ impl Weights {
         &self.projections
     }
 
+    /// As [`Weights::projections`], without a copy.
+    #[must_use]
+    pub fn into_projections(self) -> [Linear; 4] {
+        self.projections
+    }
+
     /// The weights rounded to another storage type.
     #[must_use]
     pub fn cast(&self, dtype: DType) -> Self {

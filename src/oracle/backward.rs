@@ -4,6 +4,8 @@
 //! Gradients are computed a head of K and V at a time, with all heads of Q that share it: its dK and
 //! dV are sums over every row.
 
+use std::marker::PhantomData;
+
 use rayon::prelude::*;
 
 use super::{Beside, CHAINS, Case, Row, View, round, sequence};
@@ -76,7 +78,24 @@ pub fn gradients(
     d_o: &Tensor,
     heads: &[usize],
 ) -> Gradients {
-    Pass::new(problem, inputs, d_o, Exact).collect(heads)
+    let (values, d_o) = values_of(inputs, d_o);
+    gradients_of_values(problem, values, Beside::of(inputs), d_o, heads)
+}
+
+/// Q, K and V; and dO.
+fn values_of(inputs: &Inputs<'_>, d_o: &Tensor) -> ([Vec<f32>; 3], Vec<f32>) {
+    ([inputs.q, inputs.k, inputs.v].map(Tensor::to_f32), d_o.to_f32())
+}
+
+/// [`gradients()`] of values that no storage type holds: the projections of a module.
+pub(crate) fn gradients_of_values<T: Copy + Into<f64> + Sync + 'static>(
+    problem: &Problem,
+    qkv: [Vec<T>; 3],
+    beside: Beside<'_>,
+    d_o: Vec<T>,
+    heads: &[usize],
+) -> Gradients {
+    Pass::new(problem, qkv, beside, d_o, Exact(PhantomData)).collect(heads)
 }
 
 /// The plain algorithm's gradients: every tensor that a framework keeps between two steps is
@@ -89,8 +108,9 @@ pub fn plain_gradients(
     d_o: &Tensor,
     heads: &[usize],
 ) -> Gradients {
-    let dtype = problem.dtype();
-    Pass::new(problem, inputs, d_o, Rounded { dtype, scores: dtype }).collect(heads)
+    let (values, d_o) = values_of(inputs, d_o);
+    let arithmetic = Rounded::new(problem.dtype(), problem.dtype());
+    plain_gradients_of(problem, arithmetic, values, Beside::of(inputs), d_o, heads)
 }
 
 /// [`plain_gradients`] with S in f32, for scores that the storage type cannot hold.
@@ -101,8 +121,21 @@ pub fn plain_gradients_with_f32_scores(
     d_o: &Tensor,
     heads: &[usize],
 ) -> Gradients {
-    let rounded = Rounded { dtype: problem.dtype(), scores: DType::F32 };
-    Pass::new(problem, inputs, d_o, rounded).collect(heads)
+    let (values, d_o) = values_of(inputs, d_o);
+    let arithmetic = Rounded::new(problem.dtype(), DType::F32);
+    plain_gradients_of(problem, arithmetic, values, Beside::of(inputs), d_o, heads)
+}
+
+/// [`plain_gradients`] of values of the storage type.
+pub(crate) fn plain_gradients_of(
+    problem: &Problem,
+    rounded: Rounded,
+    qkv: [Vec<f32>; 3],
+    beside: Beside<'_>,
+    d_o: Vec<f32>,
+    heads: &[usize],
+) -> Gradients {
+    Pass::new(problem, qkv, beside, d_o, rounded).collect(heads)
 }
 
 /// What gradients are made of: the sum of the sizes of all products in them, with dP and delta as
@@ -116,26 +149,29 @@ pub fn absolute_gradients(
     d_o: &Tensor,
     heads: &[usize],
 ) -> Gradients {
-    let absolute = |tensor: &Tensor| tensor.to_f32().into_iter().map(f32::abs).collect();
-    let pass = Pass::new(problem, inputs, d_o, Exact);
-    let view = |values, extents| View::new(problem, values, extents);
-    let sizes = Pass {
-        case: Case {
-            problem,
-            beside: Beside { cu_seqlens: pass.case.beside.cu_seqlens, ..Beside::default() },
-            q: view(absolute(inputs.q), problem.q_extents()),
-            k: view(absolute(inputs.k), problem.k_extents()),
-            v: view(absolute(inputs.v), problem.v_extents()),
-            dropout: pass.case.dropout,
-        },
-        d_o: view(absolute(d_o), problem.o_extents()),
-        arithmetic: Absolute,
-    };
-    sizes.collect_with(heads, &pass)
+    let (values, d_o) = values_of(inputs, d_o);
+    absolute_gradients_of(problem, values, Beside::of(inputs), d_o, heads)
+}
+
+/// [`absolute_gradients`] of values.
+pub(crate) fn absolute_gradients_of(
+    problem: &Problem,
+    qkv: [Vec<f32>; 3],
+    beside: Beside<'_>,
+    d_o: Vec<f32>,
+    heads: &[usize],
+) -> Gradients {
+    let absolute = |values: &Vec<f32>| values.iter().map(|x| x.abs()).collect();
+    let of_sizes = Beside { cu_seqlens: beside.cu_seqlens, ..Beside::default() };
+    let (sizes, d_o_sizes) = (qkv.each_ref().map(absolute), absolute(&d_o));
+    let sizes = Pass::new(problem, sizes, of_sizes, d_o_sizes, Absolute);
+    sizes.collect_with(heads, &Pass::new(problem, qkv, beside, d_o, Exact(PhantomData)))
 }
 
 /// Where a computation rounds what f64 holds.
 trait Arithmetic: Copy + Sync {
+    /// An element as it is given.
+    type Value: Copy + Into<f64> + Sync;
     /// The result of an operation. (One of f32 rounds as this does: f64 has more than twice its
     /// digits.)
     fn computed(self, x: f64) -> f64;
@@ -147,17 +183,21 @@ trait Arithmetic: Copy + Sync {
     fn difference(self, a: f64, b: f64) -> f64 {
         self.computed(a - b)
     }
+    /// Whether `rowsum(P ∘ dP)` is `rowsum(dO ∘ O)`, of an O that is stored.
+    fn reads_o(self) -> bool {
+        false
+    }
     /// A weight, whose scaled product is `s`.
     fn weight(self, weight: &Weight, _s: impl FnOnce() -> f64) -> f64 {
         weight.p
     }
 
     /// `a · b`, in several partial sums.
-    fn dot(self, a: &[f32], b: &[f32]) -> f64 {
+    fn dot(self, a: &[Self::Value], b: &[Self::Value]) -> f64 {
         let mut sums = [0.0; CHAINS];
-        let mut add = |a: &[f32], b: &[f32]| {
+        let mut add = |a: &[Self::Value], b: &[Self::Value]| {
             for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
-                *sum += f64::from(a) * f64::from(b);
+                *sum += a.into() * b.into();
             }
         };
         let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<CHAINS>(), b.as_chunks::<CHAINS>());
@@ -167,17 +207,18 @@ trait Arithmetic: Copy + Sync {
     }
 
     /// `sum += a * x`.
-    fn add(self, sum: &mut [f64], a: f64, x: &[f32]) {
+    fn add(self, sum: &mut [f64], a: f64, x: &[Self::Value]) {
         for (sum, &x) in sum.iter_mut().zip(x) {
-            *sum += a * f64::from(x);
+            *sum += a * x.into();
         }
     }
 }
 
 #[derive(Clone, Copy)]
-struct Exact;
+struct Exact<T>(PhantomData<fn() -> T>);
 
-impl Arithmetic for Exact {
+impl<T: Copy + Into<f64> + Sync + 'static> Arithmetic for Exact<T> {
+    type Value = T;
     fn computed(self, x: f64) -> f64 {
         x
     }
@@ -194,6 +235,7 @@ impl Arithmetic for Exact {
 struct Absolute;
 
 impl Arithmetic for Absolute {
+    type Value = f32;
     fn computed(self, x: f64) -> f64 {
         x
     }
@@ -211,13 +253,30 @@ impl Arithmetic for Absolute {
     }
 }
 
+/// Everything in f32, and every tensor rounded to its type.
 #[derive(Clone, Copy)]
-struct Rounded {
+pub(crate) struct Rounded {
     dtype: DType,
     scores: DType,
+    reads_o: bool,
+}
+
+impl Rounded {
+    pub(crate) const fn new(dtype: DType, scores: DType) -> Self {
+        Self { dtype, scores, reads_o: false }
+    }
+
+    /// With `rowsum(dO ∘ O)` for `rowsum(P ∘ dP)`.
+    pub(crate) const fn reading_o(self) -> Self {
+        Self { reads_o: true, ..self }
+    }
 }
 
 impl Arithmetic for Rounded {
+    type Value = f32;
+    fn reads_o(self) -> bool {
+        self.reads_o
+    }
     fn computed(self, x: f64) -> f64 {
         f64::from(x as f32)
     }
@@ -239,9 +298,9 @@ impl Arithmetic for Rounded {
 }
 
 /// A backward pass.
-struct Pass<'a, A> {
-    case: Case<'a, f32>,
-    d_o: View<f32>,
+struct Pass<'a, A: Arithmetic> {
+    case: Case<'a, A::Value>,
+    d_o: View<A::Value>,
     arithmetic: A,
 }
 
@@ -267,13 +326,15 @@ impl Weight {
 }
 
 impl<'a, A: Arithmetic> Pass<'a, A> {
-    fn new(problem: &'a Problem, inputs: &Inputs<'a>, d_o: &Tensor, arithmetic: A) -> Self {
-        let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
-        Self {
-            case: Case::new(problem, values, Beside::of(inputs)),
-            d_o: View::new(problem, d_o.to_f32(), problem.o_extents()),
-            arithmetic,
-        }
+    fn new(
+        problem: &'a Problem,
+        qkv: [Vec<A::Value>; 3],
+        beside: Beside<'a>,
+        d_o: Vec<A::Value>,
+        arithmetic: A,
+    ) -> Self {
+        let d_o = View::new(problem, d_o, problem.o_extents());
+        Self { case: Case::new(problem, qkv, beside), d_o, arithmetic }
     }
 
     fn collect(&self, heads: &[usize]) -> Gradients {
@@ -331,7 +392,7 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
                 let mut d_scores = vec![0.0; if p.bias().is_some() { p.seq_k() } else { 0 }];
                 // Without a gradient of its own a row gives none: samples of dO take no longer.
                 let d_o = self.d_o.row(row.entry, h, row.of.first_q + i);
-                if d_o.iter().all(|&x| x == 0.0) {
+                if d_o.iter().all(|&x| x.into() == 0.0) {
                     dq.resize(dq.len() + d, 0.0);
                     d_bias.extend(d_scores);
                     continue;
@@ -385,7 +446,15 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
         };
         let dp: Vec<f64> = weights.iter().map(dp_of).collect();
         let products = weights.iter().zip(&dp).map(|(weight, dp)| a.computed(weight.p * dp));
-        let mean = products.fold(0.0, |sum, x| a.computed(sum + x));
+        let mut mean = products.fold(0.0, |sum, x| a.computed(sum + x));
+        if a.reads_o() {
+            let mut o = vec![0.0; d_v];
+            for Weight { j, p: weight, .. } in &weights {
+                a.add(&mut o, a.stored(weight * kept(*j)), case.v(row, *j));
+            }
+            let products = o.into_iter().zip(d_o).map(|(o, &d_o)| a.stored(o) * d_o.into());
+            mean = products.fold(0.0, |sum, x| a.computed(sum + a.computed(x)));
+        }
         let mut dq = vec![0.0; d];
         for (Weight { j, p: weight, slope, .. }, dp) in weights.into_iter().zip(dp) {
             let ds = a.stored(weight * a.difference(dp, mean));

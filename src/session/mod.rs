@@ -25,6 +25,7 @@ pub use attention::Attention;
 pub use backward::{AttentionBackward, Forward, Gradients, PreparedBackward};
 pub use decode::{AttentionDecode, Cached, DecodeInputs, PreparedDecode};
 pub use kv_cache::{Angles, CacheBatch, KvCache, KvCacheShape, SequenceId};
+pub(crate) use runner::Runner;
 pub use work::Work;
 
 /// Outputs and workspace are filled with this before a launch: all bits set is NaN in

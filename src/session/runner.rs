@@ -11,24 +11,24 @@ use crate::{
 };
 
 /// A plan with a workspace of its own, which every run uses again.
-pub(super) struct Runner<P: Operation> {
-    pub(super) memory: Arc<Memory>,
-    pub(super) plan: Plan<P>,
-    pub(super) workspace: DeviceBuffer,
+pub(crate) struct Runner<P: Operation> {
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) plan: Plan<P>,
+    pub(crate) workspace: DeviceBuffer,
     /// The launches of the run before: tensors at the same addresses need no others.
-    pub(super) ready: Option<(P::Args, Vec<Launch>)>,
+    pub(crate) ready: Option<(P::Args, Vec<Launch>)>,
     /// Whether the queue is known to be zero: not after a launch that failed.
     queue_is_zero: bool,
 }
 
 impl<P: Operation> Runner<P> {
     /// Allocates a workspace of `bytes` bytes, filled with NaN.
-    pub(super) fn new(memory: &Arc<Memory>, plan: Plan<P>, bytes: u64) -> Result<Self, Error> {
+    pub(crate) fn new(memory: &Arc<Memory>, plan: Plan<P>, bytes: u64) -> Result<Self, Error> {
         let workspace = memory.filled(bytes, POISON)?;
         Ok(Self { memory: memory.clone(), plan, workspace, ready: None, queue_is_zero: false })
     }
 
-    pub(super) fn region(&self) -> Region {
+    pub(crate) fn region(&self) -> Region {
         self.workspace.region()
     }
 
@@ -38,7 +38,7 @@ impl<P: Operation> Runner<P> {
     /// - The inputs in `args` are live memory of this device, whose owners are freed through it.
     /// - Its outputs belong to the owner of this value, and nobody else can use them meanwhile.
     /// - Its workspace is that of this value.
-    pub(super) unsafe fn run(&mut self, args: P::Args) -> Result<(), Error> {
+    pub(crate) unsafe fn run(&mut self, args: P::Args) -> Result<(), Error> {
         let device = &**self.memory.device();
         let ready = self.ready.take().filter(|(before, _)| *before == args);
         let (_, launches) = match ready {
@@ -64,7 +64,7 @@ impl<P: Operation> Runner<P> {
     ///
     /// # Errors
     /// The fault of the kernel, if it had one.
-    pub(super) fn synchronize(&mut self) -> Result<(), Error> {
+    pub(crate) fn synchronize(&mut self) -> Result<(), Error> {
         let done = self.memory.device().synchronize();
         self.queue_is_zero &= done.is_ok();
         done
