@@ -23,26 +23,22 @@ use crate::emulator::{
 };
 use crate::{hardware::MBARRIER_BYTES, shared::Shared};
 
-/// Asks with `$instruction` until the phase of that parity has completed.
+/// Asks with `$instruction` whether the phase of that parity has completed.
 #[cfg(target_arch = "nvptx64")]
-macro_rules! wait_for {
-    ($instruction:literal, $barrier:expr, $parity:expr) => {
-        loop {
-            let done: u32;
-            // SAFETY: an element of a view of `u64`: eight bytes of shared memory, aligned to 8.
-            unsafe {
-                core::arch::asm!(
-                    "{{ .reg .pred done;",
-                    concat!($instruction, " done, [{1}], {2};"),
-                    "selp.u32 {0}, 1, 0, done; }}",
-                    out(reg32) done, in(reg32) $barrier.address, in(reg32) $parity, options(nostack)
-                );
-            }
-            if done != 0 {
-                break;
-            }
+macro_rules! ask {
+    ($instruction:literal, $barrier:expr, $parity:expr) => {{
+        let done: u32;
+        // SAFETY: an element of a view of `u64`: eight bytes of shared memory, aligned to 8.
+        unsafe {
+            core::arch::asm!(
+                "{{ .reg .pred done;",
+                concat!($instruction, " done, [{1}], {2};"),
+                "selp.u32 {0}, 1, 0, done; }}",
+                out(reg32) done, in(reg32) $barrier.address, in(reg32) $parity, options(nostack)
+            );
         }
-    };
+        done != 0
+    }};
 }
 
 /// One barrier: 8 bytes of shared memory.
@@ -160,9 +156,21 @@ impl Mbarrier {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn wait(self, parity: u32) {
         #[cfg(target_arch = "nvptx64")]
-        wait_for!("mbarrier.try_wait.parity.shared::cta.b64", self, parity);
+        while !ask!("mbarrier.try_wait.parity.shared::cta.b64", self, parity) {}
         #[cfg(not(target_arch = "nvptx64"))]
         mbarriers::wait(self.address, parity, Scope::Block, Location::caller());
+    }
+
+    /// Whether the phase of `parity` (0 or 1) has completed: asks once. `true` acquires as
+    /// [`wait`](Self::wait) does, and the next phase must not complete before either.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn is_complete(self, parity: u32) -> bool {
+        #[cfg(target_arch = "nvptx64")]
+        return ask!("mbarrier.test_wait.parity.shared::cta.b64", self, parity);
+        #[cfg(not(target_arch = "nvptx64"))]
+        mbarriers::is_complete(self.address, parity, Scope::Block, Location::caller())
     }
 
     /// [`wait`](Self::wait), which also acquires what other blocks of the cluster released.
@@ -170,7 +178,7 @@ impl Mbarrier {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn wait_cluster(self, parity: u32) {
         #[cfg(target_arch = "nvptx64")]
-        wait_for!("mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64", self, parity);
+        while !ask!("mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64", self, parity) {}
         #[cfg(not(target_arch = "nvptx64"))]
         mbarriers::wait(self.address, parity, Scope::Cluster, Location::caller());
     }

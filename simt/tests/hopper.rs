@@ -574,6 +574,38 @@ fn reading_a_stage_that_was_not_waited_for_is_a_race() {
     assert!(kind.to_string().contains("wgmma of warpgroup 0"), "{kind}");
 }
 
+#[test]
+fn a_phase_that_is_asked_for_is_acquired_if_the_answer_is_yes() {
+    let data = matrix(8, 64, 1);
+    // Warp 0 asks; warp 1 copies, and then lets it go on.
+    let kernel = |heed: bool| {
+        let data = data.clone();
+        move || {
+            let map = Map::new(&data, 8, 64, 8);
+            init(1, 1);
+            if thread::thread_idx_x() == 32 {
+                load(&map, A, 8, 64, bar(0));
+            }
+            if thread::thread_idx_x() == 0 {
+                let is_there = bar(0).is_complete(0);
+                if heed && !is_there {
+                    // Hazard: the copy has not landed yet.
+                    bar(0).wait(0);
+                }
+                assert_eq!(tile(0).read(0), data[0]);
+            }
+            barrier::sync(Barrier::Done, 64);
+        }
+    };
+    for seed in 0..16 {
+        try_launch_with(&Options::seeded(seed), 64, kernel(true))
+            .unwrap_or_else(|fault| panic!("seed {seed}: {fault}"));
+    }
+    assert!(
+        (0..16).any(|seed| try_launch_with(&Options::seeded(seed), 64, kernel(false)).is_err())
+    );
+}
+
 /// One copy of 8 rows with the announced bytes and the parity given.
 fn one_copy(bytes: u32, parity: u32, fence: bool) -> impl Fn() + Sync {
     let data = matrix(8, 64, 1);

@@ -229,6 +229,7 @@ pub unsafe fn flash_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
         v_ring: rings.v,
         q_stage: Stage::FIRST,
         k_stage: Stage::FIRST,
+        k_is_there: false,
         v_stage: Stage::FIRST,
         m_i: [f32::NEG_INFINITY; ROWS],
         l_i: [0.0; ROWS],

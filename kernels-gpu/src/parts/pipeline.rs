@@ -143,6 +143,14 @@ impl<S: Depth> Ring<S> {
         self.full(stage.index()).wait(stage.parity());
     }
 
+    /// Consumer: whether the stage's data is there, asked once. `true` stands for [`wait`](Self::wait).
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn is_full(&self, stage: Stage<S>) -> bool {
+        self.full(stage.index()).is_complete(stage.parity())
+    }
+
     /// Consumer: gives the stage back; by one thread of each.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]

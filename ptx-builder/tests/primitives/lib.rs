@@ -112,6 +112,7 @@ entries! {
     mbarrier_signal_at(rank: u32) { bar().signal_at(rank) }
     mbarrier_arrive_expect_tx(bytes: u32) { bar().arrive_expect_tx(bytes) }
     mbarrier_wait(parity: u32) { bar().wait(parity) }
+    mbarrier_is_complete(out: u64, parity: u32) { one(out).write(0, u32::from(bar().is_complete(parity))) }
     mbarrier_wait_cluster(parity: u32) { bar().wait_cluster(parity) }
     mbarrier_fence_init() { mbarrier::fence_init() }
     mbarrier_fence_proxy_async() { mbarrier::fence_proxy_async() }

@@ -420,38 +420,60 @@ impl Block {
         let (address, phase) = (m.address, before + 1);
         Err(FaultKind::PhaseUnknown { address, phase, this: self.site(at) })
     }
+
+    /// The mbarrier whose phase of `parity` is not complete. If it is, the current lane has seen it.
+    fn incomplete_phase(
+        &mut self,
+        address: u32,
+        parity: u32,
+        scope: Scope,
+        at: Place,
+    ) -> Result<Option<usize>, FaultKind> {
+        if parity > 1 {
+            let message = format!("parity {parity}: the phases of an mbarrier have parity 0 or 1");
+            return Err(FaultKind::Misuse { message, this: self.site(at) });
+        }
+        let index = self.mbarrier(self.rank(), address, at)?;
+        let lane = self.current as u16;
+        // Phase n has parity n % 2; the one before the first counts as complete.
+        let is_incomplete = self.mbarriers.0[index].phases % 2 == parity;
+        self.check_phase_before(index, is_incomplete, at)?;
+        if is_incomplete {
+            return Ok(Some(index));
+        }
+        let m = &self.mbarriers.0[index];
+        if m.pending == 0 && self.options.checks.missed_phases {
+            let last = *m.arrived.last().expect("a phase without pending arrivals had one");
+            return Err(self.phase_missed(index, site(lane, at), last));
+        }
+        self.see_phase(index, lane, scope, at)?;
+        Ok(None)
+    }
 }
 
 pub(crate) fn wait(address: u32, parity: u32, scope: Scope, at: Place) {
-    let parity = match current::with(|b| b.alteration(SyncKind::MbarrierWait, at)) {
-        Some(Alteration::LeaveOut) => return,
-        Some(Alteration::OtherParity) => parity ^ 1,
-        _ => parity,
-    };
+    let Some(parity) = altered(parity, at) else { return };
     let suspended = current::checked(|b| {
-        if parity > 1 {
-            let message = format!("parity {parity}: the phases of an mbarrier have parity 0 or 1");
-            return Err(FaultKind::Misuse { message, this: b.site(at) });
-        }
-        let index = b.mbarrier(b.rank(), address, at)?;
-        let lane = b.current as u16;
-        // Phase n has parity n % 2; the one before the first counts as complete.
-        let waits = b.mbarriers.0[index].phases % 2 == parity;
-        b.check_phase_before(index, waits, at)?;
-        let m = &mut b.mbarriers.0[index];
-        if waits {
-            m.waiting.push((lane, scope, at));
-            b.set_state(b.current, LaneState::AtMbarrier { address, parity, at });
-            return Ok(true);
-        }
-        if m.pending == 0 && b.options.checks.missed_phases {
-            let last = *m.arrived.last().expect("a phase without pending arrivals had one");
-            return Err(b.phase_missed(index, site(lane, at), last));
-        }
-        b.see_phase(index, lane, scope, at)?;
-        Ok(false)
+        let Some(index) = b.incomplete_phase(address, parity, scope, at)? else { return Ok(false) };
+        b.mbarriers.0[index].waiting.push((b.current as u16, scope, at));
+        b.set_state(b.current, LaneState::AtMbarrier { address, parity, at });
+        Ok(true)
     });
     if suspended {
         current::suspend();
+    }
+}
+
+pub(crate) fn is_complete(address: u32, parity: u32, scope: Scope, at: Place) -> bool {
+    let Some(parity) = altered(parity, at) else { return true };
+    current::checked(|b| Ok(b.incomplete_phase(address, parity, scope, at)?.is_none()))
+}
+
+/// The parity that a lane asks for, as the launch alters it; `None`: it takes the phase for complete.
+fn altered(parity: u32, at: Place) -> Option<u32> {
+    match current::with(|b| b.alteration(SyncKind::MbarrierWait, at)) {
+        Some(Alteration::LeaveOut) => None,
+        Some(Alteration::OtherParity) => Some(parity ^ 1),
+        _ => Some(parity),
     }
 }

@@ -44,6 +44,8 @@ pub(super) struct Consumer<'a, T, G: Geometry> {
     pub q_stage: Stage<G::QStages>,
     pub k_stage: Stage<G::KvStages>,
     pub v_stage: Stage<G::KvStages>,
+    /// Whether the K of `k_stage` is known to be there.
+    pub k_is_there: bool,
     /// What is subtracted from the scaled scores: the running maximum, or up to
     /// [`SLACK`] less.
     pub m_i: [f32; ROWS],
@@ -165,6 +167,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
             self.release_k();
             self.release_v();
         }
+        self.k_is_there = false;
     }
 
     /// The tiles of a task that each of this warpgroup's rows sees whole: the first and the end.
@@ -222,6 +225,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         self.s.wait_group::<0>();
         self.scores_done(task, task.end_tile - 1);
         self.first_weights(task);
+        self.look_for_k();
         self.pack(task, task.end_tile - 1);
     }
 
@@ -247,6 +251,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
             }
             let factors = self.store_lse(before, m_i, l_i);
             self.release_v();
+            self.look_for_k();
             self.pack(task, task.end_tile - 1);
             self.store_output(before, factors);
         }

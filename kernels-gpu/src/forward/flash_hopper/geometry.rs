@@ -25,6 +25,9 @@ pub trait Geometry {
     const CONSUMERS: u32 = Self::TILES.consumers;
     /// Whether consumers take turns at the tensor cores: two do.
     const TURNS: bool = Self::CONSUMERS == 2;
+    /// Whether a consumer asks for the next K ahead of its products. Of three consumers with two stages
+    /// none does: K has seldom landed by then, and the question costs them 1 %.
+    const ASKS_AHEAD: bool = Self::TURNS || Self::TILES.kv_stages > 2;
 
     /// Stages of Q.
     type QStages: Depth;

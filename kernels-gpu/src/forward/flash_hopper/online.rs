@@ -63,6 +63,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
             self.l_i = [self.l_i[0] + sums[0], self.l_i[1] + sums[1]];
         }
         self.release_v();
+        self.look_for_k();
         self.pack(task, tile);
     }
 
