@@ -2,7 +2,7 @@
 
 use flash_attention::{
     DType, Layout, Problem, Tensor,
-    module::oracle as module_oracle,
+    module::{ModuleGradients, oracle as module_oracle},
     oracle::{self, Rows},
     session::{Gradients, Inputs, Outputs},
     verify::{Credit, Differences, GradientCredit, GradientVerification, Verification, Yardstick},
@@ -246,6 +246,87 @@ impl ModuleOracle {
             worst_index: vec![token / p.seq_q(), token % p.seq_q(), worst % hidden],
             ..check(&differences, self.credit, threshold)
         }
+    }
+}
+
+/// The right gradients of a module, and how wrong the plain algorithm is.
+pub struct ModuleGradientOracle {
+    problem: Problem,
+    reference: module_oracle::Gradients,
+    credit: [Yardstick; module_oracle::Gradients::COUNT],
+}
+
+impl ModuleGradientOracle {
+    /// Computes every gradient in f64. dy is made 0 for all but some tokens: the others then add
+    /// nothing to any gradient, which takes no time to compute.
+    #[must_use]
+    pub fn new(
+        problem: &Problem,
+        tensors: &ModuleTensors,
+        dy: &mut Tensor,
+        tokens: &[usize],
+    ) -> Self {
+        let ModuleTensors { weights, x, mask } = tensors;
+        let mask = mask.as_deref();
+        module_oracle::thin(dy, tokens);
+        let reference = module_oracle::gradients(problem, weights, x, mask, dy);
+        let credit = module_oracle::credit_gradients(problem, weights, x, mask, dy, &reference);
+        Self { problem: *problem, reference, credit }
+    }
+
+    /// Compares the gradients of x and of the parameters.
+    #[must_use]
+    pub fn checks(
+        &self,
+        kernel: &str,
+        gradients: ModuleGradients,
+        threshold: Option<f64>,
+    ) -> Vec<Check> {
+        let found = module_oracle::Gradients::of(gradients);
+        let each = self.reference.each().zip(&found.0).zip(self.credit);
+        let check_of = |(((tensor, expected), found), plain): (((&str, &[f64]), &Vec<f64>), _)| {
+            self.check(kernel, tensor, [found, expected], (plain, threshold))
+        };
+        each.map(check_of).collect()
+    }
+
+    /// Compares dx alone.
+    #[must_use]
+    pub fn check_dx(&self, kernel: &str, dx: &Tensor) -> Check {
+        let [expected, ..] = &self.reference.0;
+        self.check(kernel, "dx", [&dx.to_f64(), expected], (self.credit[0], None))
+    }
+
+    fn check(
+        &self,
+        kernel: &str,
+        tensor: &str,
+        [found, expected]: [&[f64]; 2],
+        (plain, threshold): (Yardstick, Option<f64>),
+    ) -> Check {
+        let p = &self.problem;
+        let differences = Differences::new(found, expected);
+        Check {
+            kernel: kernel.into(),
+            level: Level::ModuleBackward,
+            seq: p.seq_q(),
+            dtype: p.dtype(),
+            worst_index: module_gradient_index(p, tensor, differences.worst.index),
+            tensor: tensor.into(),
+            ..check(&differences, plain, threshold)
+        }
+    }
+}
+
+/// `[b, n, i]` of an element of dx, `[o, i]` of a weight's gradient, `[o]` of a bias's.
+#[must_use]
+pub fn module_gradient_index(p: &Problem, tensor: &str, element: usize) -> Vec<usize> {
+    let hidden = p.heads() * p.head_dim();
+    let (row, column) = (element / hidden, element % hidden);
+    match tensor {
+        "dx" => vec![row / p.seq_q(), row % p.seq_q(), column],
+        bias if bias.ends_with("bias") => vec![element],
+        _ => vec![row, column],
     }
 }
 

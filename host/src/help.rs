@@ -19,7 +19,8 @@ Examples:
   flash-attention run --input qkv.safetensors --output o.safetensors --causal
   flash-attention run --input qkvo.safetensors --check --kernel flash_mma
   flash-attention run --input x.safetensors --weights w.safetensors --heads 12 --check
-  flash-attention run --backward --input qkv_do.safetensors --output gradients.safetensors";
+  flash-attention run --backward --input qkv_do.safetensors --output gradients.safetensors
+  flash-attention run --backward --input x_dy.safetensors --weights w.safetensors --heads 12 --output g.safetensors";
 
 /// Below the options of `break`.
 pub const BREAK: &str = "\
@@ -51,6 +52,7 @@ Examples:
   flash-attention compare --seq 512,1024 --kernels naive,flash_tiled --level attention
   flash-attention compare --causal --dtype bf16 --report out
   flash-attention compare --level backward --kernels backward_mma,backward_hopper
+  flash-attention compare --level module-backward
   flash-attention compare --json - | jq '.rows[].median_ms'";
 
 const VERIFY: &str = "\

@@ -58,6 +58,13 @@ pub fn gradient_of_o(problem: &Problem, seed: u64) -> Tensor {
     beside(problem.dtype(), &problem.o_shape(), seed, 4)
 }
 
+/// The gradient of a module's y, from the normal distribution.
+#[must_use]
+pub fn gradient_of_y(problem: &Problem, seed: u64) -> Tensor {
+    let hidden = problem.heads() * problem.head_dim();
+    beside(problem.dtype(), &[problem.batch(), problem.seq_q(), hidden], seed, 4)
+}
+
 /// Where packed sequences of random lengths begin in Q and in K: each has from one to the given number
 /// of rows, and as many keys as rows if those numbers are the same.
 #[must_use]

@@ -144,12 +144,12 @@ impl ShapeArgs {
             (self.varlen, "--varlen"),
         ];
         if let Some((_, option)) = of_attention.into_iter().find(|&(given, _)| given)
-            && level.covers(Level::Module)
+            && level.levels().any(Level::is_module)
         {
             let reason = format!("{option} is not for the module: add --level attention");
             return Err(Usage(reason).into());
         }
-        if self.deterministic && !level.covers(Level::Backward) {
+        if self.deterministic && !level.levels().any(Level::is_backward) {
             let reason = "--deterministic is for gradients: add --level backward";
             return Err(Usage(reason.into()).into());
         }

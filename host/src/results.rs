@@ -272,6 +272,9 @@ pub enum LevelChoice {
     Both,
     /// The gradients of attention: dQ, dK and dV.
     Backward,
+    /// A forward and a backward pass of the module.
+    #[serde(rename = "module-backward")]
+    ModuleBackward,
 }
 
 impl fmt::Display for LevelChoice {
@@ -281,6 +284,7 @@ impl fmt::Display for LevelChoice {
             Self::Module => "module",
             Self::Both => "both",
             Self::Backward => "backward",
+            Self::ModuleBackward => "module-backward",
         })
     }
 }
@@ -299,6 +303,7 @@ impl LevelChoice {
             (Self::Both | Self::Attention, Level::Attention)
                 | (Self::Both | Self::Module, Level::Module)
                 | (Self::Backward, Level::Backward)
+                | (Self::ModuleBackward, Level::ModuleBackward)
         )
     }
 }
@@ -314,11 +319,27 @@ pub enum Level {
     Module,
     /// The gradients of attention.
     Backward,
+    /// A forward and a backward pass of the module.
+    #[serde(rename = "module-backward")]
+    ModuleBackward,
 }
 
 impl Level {
     /// Every level, in the order in which a run takes them.
-    pub const ALL: [Self; 3] = [Self::Attention, Self::Module, Self::Backward];
+    pub const ALL: [Self; 4] =
+        [Self::Attention, Self::Module, Self::Backward, Self::ModuleBackward];
+
+    /// Whether gradients are computed.
+    #[must_use]
+    pub const fn is_backward(self) -> bool {
+        matches!(self, Self::Backward | Self::ModuleBackward)
+    }
+
+    /// Whether the module is run, with its projections.
+    #[must_use]
+    pub const fn is_module(self) -> bool {
+        matches!(self, Self::Module | Self::ModuleBackward)
+    }
 }
 
 impl fmt::Display for Level {
@@ -327,6 +348,7 @@ impl fmt::Display for Level {
             Self::Attention => "attention",
             Self::Module => "module",
             Self::Backward => "backward",
+            Self::ModuleBackward => "module-backward",
         })
     }
 }
@@ -403,6 +425,12 @@ pub struct Row {
     pub sustained_ms: Option<f64>,
     /// 10^12 floating-point operations a second then.
     pub sustained_tflops: Option<f64>,
+    /// Median time of the forward pass alone, where both passes are measured.
+    pub forward_ms: Option<f64>,
+    /// Median time of the backward pass alone, likewise.
+    pub backward_ms: Option<f64>,
+    /// Most device memory that the forward pass alone uses at once, likewise.
+    pub forward_peak_bytes: Option<u64>,
     /// Most device memory in use at once, in bytes, inputs, outputs and parameters included.
     pub peak_bytes: Option<u64>,
     /// Device memory beyond inputs and outputs, and parameters of a module, in bytes.
@@ -419,8 +447,8 @@ pub struct Row {
     pub speedup_standard: Option<f64>,
     /// Share of `standard`'s peak memory that this one does without.
     pub memory_saved_standard: Option<f64>,
-    /// Largest absolute difference of O, of a module's y or of dQ from the f64 oracle, over the rows
-    /// compared.
+    /// Largest absolute difference of O, of a module's y, of dQ or of a module's dx from the f64 oracle,
+    /// over the rows compared.
     pub max_abs_err: Option<f64>,
     /// Whether times are those of the emulator: the algorithm, not GPU speed.
     pub emulated: bool,
@@ -460,13 +488,15 @@ pub struct Row {
 }
 
 impl Row {
-    /// Bytes of the parameters of a module, which its peak memory includes.
+    /// Bytes of the parameters of a module and of their gradients, which its peak memory includes.
     #[must_use]
     pub const fn parameter_bytes(&self) -> u64 {
         let hidden = (self.heads * self.head_dim) as u64;
         match self.level {
             Level::Attention | Level::Backward => 0,
             Level::Module => 4 * (hidden * hidden + hidden) * self.dtype.size() as u64,
+            // Their gradients, too.
+            Level::ModuleBackward => 8 * (hidden * hidden + hidden) * self.dtype.size() as u64,
         }
     }
 }

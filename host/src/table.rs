@@ -117,10 +117,17 @@ pub fn rows(rows: &[Row], width: Option<usize>) -> String {
         add("sustained ms", 1, 1, &|row| number(row.sustained_ms));
         add("sustained TFLOP/s", 8, 16, &|row| number(row.sustained_tflops));
     }
+    if rows.iter().any(|row| row.forward_ms.is_some()) {
+        add("forward ms", 0, 0, &|row| number(row.forward_ms));
+        add("backward ms", 0, 0, &|row| number(row.backward_ms));
+    }
     add("× naive", 2, 7, &|row| number(row.speedup));
     add("peak", 3, 1, &|row| {
         bytes(if row.status == Status::Oom { row.needed_bytes } else { row.peak_bytes })
     });
+    if rows.iter().any(|row| row.forward_peak_bytes.is_some()) {
+        add("forward peak", 4, 4, &|row| bytes(row.forward_peak_bytes));
+    }
     add("saved", 6, 5, &|row| percent(row.memory_saved));
     if rows.iter().any(|row| row.kernel == "standard") {
         add("× standard", 7, 8, &|row| number(row.speedup_standard));

@@ -85,6 +85,7 @@ fn impossible_values_are_named() {
         (&["--alibi"], "--alibi is not for the module"),
         (&["--sinks"], "--sinks is not for the module"),
         (&["--varlen"], "--varlen is not for the module"),
+        (&["--varlen", "--level", "module-backward"], "--varlen is not for the module"),
         (&["--varlen", "--mask", "--level", "attention"], "cannot be used with"),
         (&["--window", "3"], "'3' for '--window <L,R>': use two whole numbers up to 4294967295"),
         (&["--window", "-2,0"], "'-2,0' for '--window <L,R>'"),
@@ -139,6 +140,10 @@ fn values_of_one_command_are_checked_too() {
         (
             &["compare", "--level", "backward", "--peers"],
             "--peers is for the forward pass: leave out --level backward",
+        ),
+        (
+            &["compare", "--level", "module-backward", "--peers"],
+            "--peers is for the forward pass: leave out --level module-backward",
         ),
         (&["compare", "--timeout", "0"], "use a number of seconds from 0.001"),
         (&["compare", "--csv", "/no/such/folder/a.csv"], "cannot be written"),

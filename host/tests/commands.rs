@@ -5,6 +5,7 @@ mod common;
 use common::{host, run, with_gpu};
 use flash_attention::{
     DType, Window,
+    module::ModuleGradients,
     problem::Sequence,
     registry::{BACKWARD_KERNELS, KERNELS},
 };
@@ -315,6 +316,52 @@ fn verify_runs_every_kernel_in_a_type_that_it_has() {
         assert_eq!(checks.clone().count(), 2);
         assert!(checks.clone().all(|check| check.dtype == own && check.passed()));
     }
+}
+
+/// Rows of a module's training have the times of both passes together and alone and the memory of both,
+/// and checks of every gradient.
+#[test]
+fn gradients_of_the_module_are_measured_and_verified() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("a.json");
+    let small = ["--level", "module-backward", "--seq", "40", "--batch", "2", "--heads", "2"];
+    let (code, stdout, stderr) = run(host()
+        .arg("compare")
+        .args(small)
+        .args(["--causal", "--mask", "--dropout", "0.1", "--iters", "1", "--wide", "--json"])
+        .arg(&json));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert!(stdout.contains("N = 40, module-backward"), "{stdout}");
+    assert!(stdout.contains("by linear_hopper, and its forward pass by flash_hopper."), "{stdout}");
+    assert!(stdout.contains(" forward_ms ") && stdout.contains(" forward_peak "), "{stdout}");
+    let results = Results::read_json(&json).unwrap();
+    let names: Vec<_> = results.rows.iter().map(|row| row.kernel.as_str()).collect();
+    assert_eq!(names, BACKWARD_KERNELS.iter().map(|k| k.name).collect::<Vec<_>>());
+    let (tokens, hidden) = (2.0 * 40.0, 128.0);
+    let attention = 4.0 * (2 * 2 * 64 * 40 * 40 / 2) as f64;
+    for row in &results.rows {
+        assert_eq!((row.status, row.level), (Status::Ok, Level::ModuleBackward), "{row:?}");
+        assert_eq!(row.flops, 3.5 * attention + 3.0 * 8.0 * tokens * hidden * hidden);
+        assert_eq!(row.peak_bytes, row.needed_bytes);
+        assert!(row.forward_peak_bytes.unwrap() < row.peak_bytes.unwrap());
+        assert!(row.forward_ms.is_some() && row.backward_ms.is_some() && row.speedup.is_some());
+    }
+    let tensors: Vec<_> = results.checks.iter().map(|check| check.tensor.as_str()).collect();
+    assert_eq!(tensors, ModuleGradients::NAMES.repeat(BACKWARD_KERNELS.len()));
+    assert!(results.checks.iter().all(|c| c.passed() && c.compared == c.elements));
+    let report = folder.path().join("report");
+    let (code, stdout, _) = run(host().arg("report").arg(&json).arg("--out").arg(&report));
+    assert_eq!(code, 0, "{stdout}");
+
+    // Of a sample of tokens, in f32.
+    let only = ["--kernels", "backward_tiled", "--rows", "3", "--deterministic", "--json"];
+    let (code, stdout, stderr) = run(host().arg("verify").args(small).args(only).arg(&json));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    let results = Results::read_json(&json).unwrap();
+    assert_eq!(results.checks.len(), ModuleGradients::NAMES.len());
+    let dx = &results.checks[0];
+    assert_eq!((dx.tensor.as_str(), dx.worst_index.len()), ("dx", 3));
+    assert_eq!((dx.compared, dx.elements), (2 * 40 * 128, 2 * 40 * 128));
 }
 
 /// A launch that takes too long is a row, and what came before it is kept.

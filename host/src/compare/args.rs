@@ -13,8 +13,8 @@ pub struct CompareArgs {
     /// The problem.
     #[command(flatten)]
     pub problem: ProblemArgs,
-    /// Run attention alone, the multi-head attention module with its projections, both, or the
-    /// gradients of attention
+    /// Run attention alone, the multi-head attention module with its projections, both, the
+    /// gradients of attention, or a forward and a backward pass of the module
     #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
     pub level: LevelChoice,
     /// Several GPUs.

@@ -4,6 +4,7 @@ use std::{thread, time::Duration};
 
 use flash_attention::{
     Error,
+    module::Passes,
     session::work::{self, Work},
 };
 
@@ -16,7 +17,7 @@ use crate::{
     interrupt,
     progress::Progress,
     results::{Check, Repeats, Row, Status},
-    subject::Subject,
+    subject::{Subject, Timed},
 };
 
 /// Before each row that is measured at the power limit: what ran before has warmed the GPU for none
@@ -77,7 +78,7 @@ impl Bench<'_> {
 
     fn time(
         &self,
-        work: &mut dyn Work,
+        work: &mut dyn Timed,
         row: &mut Row,
         title: &str,
         progress: &Progress,
@@ -113,6 +114,7 @@ impl Bench<'_> {
             Some(times) => times.write_to(row),
             None => row.reason = "stopped before it was timed".into(),
         }
+        self.time_passes(work, row, title, progress)?;
         if let Some(seconds) = self.repeats.sustained.filter(|_| !interrupt::requested()) {
             progress.doing(format!("{title}: back to back"));
             let runs = runs_in(seconds, row);
@@ -123,6 +125,33 @@ impl Bench<'_> {
                 write_sustained(row, ms);
             }
         }
+        Ok(())
+    }
+
+    /// Times the forward and the backward pass alone, where there are both.
+    fn time_passes(
+        &self,
+        work: &mut dyn Timed,
+        row: &mut Row,
+        title: &str,
+        progress: &Progress,
+    ) -> Result<(), Error> {
+        let passes = [
+            (Passes::Forward, "forward", &mut row.forward_ms),
+            (Passes::Backward, "backward", &mut row.backward_ms),
+        ];
+        for (pass, name, to) in passes {
+            if interrupt::requested() || !work.take(pass) {
+                return Ok(());
+            }
+            progress.doing(format!("{title}: {name} alone"));
+            let device = self.subject.session().device();
+            let timed = || work::time_ms(device, work, 0, self.repeats.iters);
+            let together = Duration::from_secs(0);
+            let Some(times) = unless_stopped(self.watch.launch(together, timed))? else { break };
+            *to = Times::of(&times).map(|times| times.median());
+        }
+        work.take(Passes::Both);
         Ok(())
     }
 }

@@ -12,7 +12,11 @@ use std::thread;
 use std::path::Path;
 
 use anyhow::Result;
-use flash_attention::{Problem, module, registry::Target, session::Session};
+use flash_attention::{
+    Problem, module,
+    registry::{Target, best_for},
+    session::Session,
+};
 
 use crate::{
     failure::{self, Outcome, Usage},
@@ -79,9 +83,9 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     let session = Session::new(opened.device.clone());
     let problems = args.problem.shape.problems(&defaults, args.level)?;
     let kernels = args.problem.chosen_kernels(&problems, &session.target(), args.level)?;
-    if args.peers.is_some() && args.level.covers(Level::Backward) {
-        let reason = "--peers is for the forward pass: leave out --level backward";
-        return Err(Usage(reason.into()).into());
+    if args.peers.is_some() && args.level.levels().any(Level::is_backward) {
+        let reason = format!("--peers is for the forward pass: leave out --level {}", args.level);
+        return Err(Usage(reason).into());
     }
     let options =
         Options { repeats, level: args.level, ..args.problem.recorded(&problems, &kernels) };
@@ -246,15 +250,22 @@ fn heading(args: &CompareArgs, opened: &Opened, options: &Options, problems: &[P
             text += "\nThe defaults are smaller here than on a GPU, to end within seconds.";
         }
     }
-    let module = problems.first().filter(|_| args.level.covers(Level::Module));
+    let module = problems.first().filter(|_| args.level.levels().any(Level::is_module));
     let target = Target::of(&*opened.device);
     if let Some(Ok([linear, _])) = module.map(|p| module::best_linear(p, &target)) {
-        text += &format!("\nThe module's projections are by {}.", linear.kernel().name);
+        text += &format!("\nThe module's projections are by {}", linear.kernel().name);
+        if let Some(Ok(best)) = module
+            .filter(|_| args.level.covers(Level::ModuleBackward))
+            .map(|p| best_for(p, &target))
+        {
+            text += &format!(", and its forward pass by {}", best.kernel.name);
+        }
+        text.push('.');
     }
     let Repeats { warmup, iters, .. } = options.repeats;
     text + &format!(
         "\n{options}; warm-ups {warmup}, runs {iters}; × and saved are against {}, by the median",
-        if args.level.covers(Level::Backward) { "backward_naive" } else { "naive" }
+        if args.level.levels().any(Level::is_backward) { "backward_naive" } else { "naive" }
     )
 }
 

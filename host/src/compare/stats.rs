@@ -28,6 +28,12 @@ impl Times {
         Some(Self { mean, std, min, max, median })
     }
 
+    /// The median in milliseconds.
+    #[must_use]
+    pub const fn median(&self) -> f64 {
+        self.median
+    }
+
     /// Fills in the times and the rate.
     pub fn write_to(&self, row: &mut Row) {
         row.mean_ms = Some(self.mean);

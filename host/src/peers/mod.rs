@@ -174,7 +174,7 @@ impl Peers {
             cu_seqlens: inputs.and_then(|inputs| inputs.cu_seqlens()),
             output: match subject.kind().level() {
                 Level::Attention | Level::Backward => problem.o_shape().to_vec(),
-                Level::Module => work.tensors[0].shape().to_vec(),
+                Level::Module | Level::ModuleBackward => work.tensors[0].shape().to_vec(),
             },
         };
         self.link.run(&job, &work).context("PyTorch's process")

@@ -419,6 +419,10 @@ impl Found<'_> {
             let within = match view.level {
                 Level::Attention => "inputs and output, which grow as N, are in it",
                 Level::Backward => "inputs, outputs and gradients, which grow as N, are in it",
+                Level::ModuleBackward => {
+                    "inputs, outputs and what the backward pass reads, which grow as N, and the \
+                     parameters and their gradients, which do not grow, are in it"
+                }
                 Level::Module => {
                     "input and output, which grow as N, and the parameters, which do not grow, are \
                      in it"

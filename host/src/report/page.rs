@@ -103,6 +103,7 @@ const fn heading(level: Level) -> &'static str {
         Level::Attention => "Attention",
         Level::Module => "Multi-head attention module",
         Level::Backward => "Gradients of attention",
+        Level::ModuleBackward => "Forward and backward pass of the module",
     }
 }
 
@@ -198,6 +199,7 @@ fn columns(results: &Results, view: &View<'_>) -> Vec<Column> {
         Level::Attention => "max |ΔO|",
         Level::Module => "max |Δy|",
         Level::Backward => "max |ΔdQ|",
+        Level::ModuleBackward => "max |Δdx|",
     };
     add(output, |r| maybe(r.max_abs_err, format::scientific));
     columns

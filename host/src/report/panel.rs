@@ -331,7 +331,7 @@ fn saved_panel(view: &View<'_>, baseline: Baseline) -> Panel {
 #[must_use]
 pub fn differences(results: &Results) -> Vec<Panel> {
     // Of several tensors the first.
-    let outputs = || results.checks.iter().filter(|c| ["o", "y", "dq"].contains(&&*c.tensor));
+    let outputs = || results.checks.iter().filter(|c| ["o", "y", "dq", "dx"].contains(&&*c.tensor));
     let Some(longest) = outputs().map(|c| c.seq).max() else { return Vec::new() };
     let levels = Level::ALL.map(|level| {
         let checks = outputs().filter(|c| c.seq == longest && c.level == level);

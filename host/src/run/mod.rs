@@ -6,6 +6,7 @@ mod check;
 mod decode;
 pub mod file;
 mod module;
+mod module_backward;
 
 use std::path::PathBuf;
 
@@ -33,6 +34,7 @@ use check::Comparison;
 use decode::GivenDecode;
 use file::TensorFile;
 use module::GivenModule;
+use module_backward::GivenModuleBackward;
 
 /// Arguments of `run`.
 #[derive(Args, Clone, Debug)]
@@ -45,7 +47,8 @@ pub struct RunArgs {
     /// cu_seqlens_q and cu_seqlens_k (i32, u32 or i64, from 0 on, one more than sequences) q, k and v
     /// are packed: tokens, heads, features. With seqused_k (i32, keys of each sequence) k and v are a
     /// cache; with page_table (i32, batch by pages) they are its pages. With --backward do, of the
-    /// shape of o, and o and lse, which are computed where one of them is missing
+    /// shape of o, and o and lse, which are computed where one of them is missing; with --weights dy, of
+    /// the shape of x
     #[arg(long, value_name = "FILE")]
     pub input: PathBuf,
     /// Run the multi-head attention module whose state_dict is in this file: q_proj, k_proj,
@@ -56,13 +59,14 @@ pub struct RunArgs {
     /// Heads of the module
     #[arg(long, value_name = "H", value_parser = values::count, requires = "weights")]
     pub heads: Option<usize>,
-    /// Compute the gradients dq, dk and dv for the gradient do of o
-    #[arg(long, conflicts_with_all = ["weights", "with_weights"])]
+    /// Compute the gradients dq, dk and dv for the gradient do of o; with --weights dx, and those of the
+    /// weights and biases under their names, for the gradient dy of y
+    #[arg(long, conflicts_with = "with_weights")]
     pub backward: bool,
     /// Ask for gradients with the same bits each time
     #[arg(long, requires = "backward")]
     pub deterministic: bool,
-    /// Where to write o and lse, the module's y, or dq, dk and dv; - is standard output, and text
+    /// Where to write o and lse, the module's y, or gradients; - is standard output, and text
     /// goes to standard error
     #[arg(long, value_name = "FILE", required_unless_present = "check")]
     pub output: Option<PathBuf>,
@@ -94,7 +98,7 @@ pub struct RunArgs {
     /// Write the attention weights too: those that the kernel kept, or computed again from LSE
     #[arg(long)]
     pub with_weights: bool,
-    /// Compare with o and lse, y, or dq, dk and dv of the input file, by the 2x rule
+    /// Compare with o and lse, y, or gradients of the input file, by the 2x rule
     #[arg(long)]
     pub check: bool,
     /// Where to run: auto (a GPU if there is one), gpu, gpu:1 (a certain one) or cpu
@@ -169,7 +173,12 @@ pub fn run(args: &RunArgs) -> Result<Outcome> {
     let [output] = output::open_all([("--output", args.output.as_deref())])?;
     output.as_ref().map_or(Ok(()), |output| refuse_same_file(args, output))?;
     let given: Box<dyn Given> = match (&args.weights, args.heads) {
-        (Some(weights), Some(heads)) => Box::new(GivenModule::read(&input, weights, heads, args)?),
+        (Some(weights), Some(heads)) if args.backward => {
+            Box::new(GivenModuleBackward::read(&input, weights, heads, args)?)
+        }
+        (Some(weights), Some(heads)) => {
+            Box::new(GivenModule::read(&input, weights, heads, (args, args.check))?)
+        }
         _ if GivenDecode::is_in(&input) => Box::new(GivenDecode::read(&input, args)?),
         _ if args.backward => Box::new(GivenBackward::read(&input, args)?),
         _ => Box::new(GivenAttention::read(&input, args, args.check)?),

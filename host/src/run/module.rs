@@ -25,16 +25,17 @@ const ORACLE_BUDGET: u64 = 1 << 33;
 
 /// The tensors of the files and the problem that they pose.
 pub struct GivenModule<'a> {
-    x: Stored<'a>,
+    pub x: Stored<'a>,
     mask: Option<Stored<'a>>,
-    weights: Weights,
-    problem: Problem,
+    pub weights: Weights,
+    pub problem: Problem,
     /// y, to be compared with.
     expected: Option<Tensor>,
 }
 
 impl<'a> GivenModule<'a> {
-    /// Looks the tensors up and derives the problem from their shapes.
+    /// Looks the tensors up, y among them if it is to be compared with, and derives the problem from
+    /// their shapes.
     ///
     /// # Errors
     /// Which tensor is missing or wrong, what it is and what it must be.
@@ -42,7 +43,7 @@ impl<'a> GivenModule<'a> {
         file: &'a TensorFile,
         weights: &Path,
         heads: usize,
-        args: &RunArgs,
+        (args, check): (&RunArgs, bool),
     ) -> Result<Self> {
         let x = file.get("x")?;
         let path = weights.display();
@@ -64,7 +65,7 @@ impl<'a> GivenModule<'a> {
             .dropout(Some(Dropout { p: args.dropout, seed: args.seed }))
             .layout(Layout::TokensFirst)
             .build()?;
-        let expected = if args.check {
+        let expected = if check {
             let y = file.get("y")?;
             y.expect(dtype, x.shape)?;
             Some(y.to_tensor()?)
@@ -74,7 +75,7 @@ impl<'a> GivenModule<'a> {
         Ok(Self { x, mask, weights, problem, expected })
     }
 
-    fn mask_bytes(&self) -> Option<&'a [u8]> {
+    pub fn mask_bytes(&self) -> Option<&'a [u8]> {
         self.mask.map(|mask| mask.bytes)
     }
 }

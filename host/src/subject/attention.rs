@@ -122,6 +122,7 @@ impl Subject for Drawn<'_> {
         Ok(Ran {
             checks: self.oracle.checks(kernel, &outputs, threshold).into(),
             peak_bytes: memory.peak,
+            forward_peak_bytes: None,
             workspace_bytes: memory.workspace,
             counters,
             work: Box::new(prepared),

@@ -156,6 +156,7 @@ impl Subject for Drawn<'_> {
         Ok(Ran {
             checks: self.oracle.checks(kernel, &inputs, &prepared.gradients()?, threshold),
             peak_bytes: memory.peak,
+            forward_peak_bytes: None,
             workspace_bytes: memory.workspace,
             counters,
             work: Box::new(prepared),

@@ -5,13 +5,15 @@
 mod attention;
 mod backward;
 mod module;
+mod module_backward;
 
 use flash_attention::{
     DType, Error, Problem, Tensor,
     backend::{Counters, instruments::take_counters},
     error::Unsupported,
+    module::{Passes, PreparedForward},
     registry::{Operation, Spec, Target},
-    session::{Inputs, Session, Work},
+    session::{Inputs, Prepared, PreparedBackward, Session, Work},
 };
 
 use crate::{
@@ -110,6 +112,10 @@ pub fn kind(level: Level, deterministic: bool) -> &'static dyn Kind {
         Level::Module => &module::Module,
         Level::Backward if deterministic => &backward::Backward { deterministic: true },
         Level::Backward => &backward::Backward { deterministic: false },
+        Level::ModuleBackward if deterministic => {
+            &module_backward::ModuleBackward { deterministic: true }
+        }
+        Level::ModuleBackward => &module_backward::ModuleBackward { deterministic: false },
     }
 }
 
@@ -125,7 +131,7 @@ pub trait Subject {
     fn problem(&self) -> &Problem;
 
     /// Tensors in the order in which another library takes them: q, k and v; or x, and weight
-    /// and bias of each projection.
+    /// and bias of each projection; then the gradient of the output, where gradients are computed.
     fn tensors(&self) -> Vec<&Tensor>;
 
     /// The padding mask.
@@ -159,14 +165,28 @@ pub trait Subject {
     ) -> Result<Ran<'_>, Error>;
 }
 
+/// Work of which parts may be timed alone.
+pub trait Timed: Work {
+    /// Runs these passes alone from now on. `false` where there is one only.
+    fn take(&mut self, _passes: Passes) -> bool {
+        false
+    }
+}
+
+impl Timed for Prepared {}
+impl Timed for PreparedBackward {}
+impl Timed for PreparedForward<'_> {}
+
 /// A kernel that has run once.
 pub struct Ran<'a> {
     /// The prepared kernel, ready to run again.
-    pub work: Box<dyn Work + 'a>,
+    pub work: Box<dyn Timed + 'a>,
     /// Its outputs against the right answer.
     pub checks: Vec<Check>,
     /// The most device memory in use at once, in bytes.
     pub peak_bytes: u64,
+    /// The most that the forward pass alone uses, where there is a backward pass after it.
+    pub forward_peak_bytes: Option<u64>,
     /// Device memory beyond parameters, inputs and outputs, in bytes.
     pub workspace_bytes: u64,
     /// The emulator's counts.
@@ -177,6 +197,7 @@ impl Ran<'_> {
     /// Writes what is known before anything is timed to a row.
     pub fn write_to(&self, row: &mut Row) {
         row.peak_bytes = Some(self.peak_bytes);
+        row.forward_peak_bytes = self.forward_peak_bytes;
         row.workspace_bytes = Some(self.workspace_bytes);
         row.global_bytes_read = self.counters.map(|c| c.global_bytes_read);
         row.global_bytes_written = self.counters.map(|c| c.global_bytes_written);

@@ -126,6 +126,7 @@ impl Subject for Drawn<'_> {
         Ok(Ran {
             checks: vec![self.oracle.check(kernel, &forward.y()?, threshold)],
             peak_bytes: memory.peak,
+            forward_peak_bytes: None,
             workspace_bytes: memory.workspace,
             counters,
             work: Box::new(forward),

@@ -40,8 +40,8 @@ pub struct VerifyArgs {
     /// The problem.
     #[command(flatten)]
     pub problem: ProblemArgs,
-    /// Verify attention alone, the multi-head attention module with its projections, both, or the
-    /// gradients of attention
+    /// Verify attention alone, the multi-head attention module with its projections, both, the
+    /// gradients of attention, or those of the module
     #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
     pub level: LevelChoice,
     /// Several GPUs.
@@ -53,7 +53,7 @@ pub struct VerifyArgs {
     pub threshold: Option<f64>,
     /// Rows of O, tokens of a module's output, or rows of Q in whole heads whose gradients to
     /// compare, spread over the tensor; every one unless given, as far as that takes seconds. Where a
-    /// head has more rows, dO is 0 in the others
+    /// head has more rows, dO is 0 in the others; for a module's gradients dy is 0 for other tokens
     #[arg(long, value_name = "COUNT", value_parser = values::count)]
     pub rows: Option<usize>,
     /// Print every column, however wide the terminal is

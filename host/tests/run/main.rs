@@ -5,6 +5,7 @@ mod attention;
 mod backward;
 mod decode;
 mod module;
+mod module_backward;
 
 use std::path::PathBuf;
 
