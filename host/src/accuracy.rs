@@ -283,11 +283,12 @@ impl ModuleGradientOracle {
         threshold: Option<f64>,
     ) -> Vec<Check> {
         let found = module_oracle::Gradients::of(gradients);
-        let each = self.reference.each().zip(&found.0).zip(self.credit);
-        let check_of = |(((tensor, expected), found), plain): (((&str, &[f64]), &Vec<f64>), _)| {
-            self.check(kernel, tensor, [found, expected], (plain, threshold))
-        };
-        each.map(check_of).collect()
+        let mut checks = Vec::new();
+        for (index, (tensor, expected)) in self.reference.each().enumerate() {
+            let values = [&found.0[index], expected];
+            checks.push(self.check(kernel, tensor, values, (self.credit[index], threshold)));
+        }
+        checks
     }
 
     /// Compares dx alone.

@@ -3,7 +3,7 @@ use safetensors::{Dtype, tensor::TensorView};
 use super::*;
 use crate::{
     backend::CpuDevice,
-    registry::{BACKWARD_KERNELS, KERNELS, KernelSpec, LINEAR_KERNELS, find},
+    registry::{BACKWARD_KERNELS, KERNELS, KernelSpec, LINEAR_KERNELS, find, find_backward},
     session::counting::{Calls, Counting},
 };
 
@@ -170,6 +170,64 @@ fn wrong_requests_are_named() {
     let error = module.with_dropout(1.0).err().unwrap();
     assert!(error.to_string().contains("dropout = 1 "), "{error}");
     assert!(Weights::random(DType::F32, 0, 7).unwrap_err().to_string().contains("hidden = 0"));
+}
+
+#[test]
+fn wrong_requests_of_the_backward_pass_are_named() {
+    let session = session();
+    let module = module(&session, DType::F16);
+    let zeros = |seq| Tensor::zeros(DType::F16, &[1, seq, HIDDEN]);
+    let kernels = |backward| Kernels {
+        forward: find("flash_tiled").unwrap(),
+        backward: find_backward(backward).unwrap(),
+    };
+    let pass = Pass::default();
+    let message = |x: &Tensor, dy: &Tensor, mask: Option<&[u8]>| {
+        let error = module.backward(kernels("backward_mma"), x, dy, mask, &pass).unwrap_err();
+        assert!(error.is_usage());
+        error.to_string()
+    };
+    let text = message(&zeros(5), &zeros(4), None);
+    assert_eq!(text, "tensor dy has shape [1, 4, 128], expected [1, 5, 128]");
+    let text = message(&zeros(5), &Tensor::zeros(DType::F32, &[1, 5, HIDDEN]), None);
+    assert!(text.starts_with("tensor dy is f32, expected f16"), "{text}");
+    assert!(message(&Tensor::zeros(DType::F16, &[5, HIDDEN]), &zeros(5), None).contains("of x = "));
+    assert!(message(&zeros(5), &zeros(5), Some(&[1; 4])).contains("mask has shape [4]"));
+
+    // More keys than one block has, which add to dQ in no fixed order.
+    let ordered = Pass { deterministic: true, ..pass };
+    let (x, seq) = (zeros(130), 130);
+    let run = |name| module.backward(kernels(name), &x, &x, None, &ordered).err();
+    let text = run("backward_mma").unwrap().to_string();
+    assert!(text.contains("backward_tiled gives the same bits each time"), "{text}");
+    assert!(run("backward_tiled").is_none());
+
+    // Buffers of another pass.
+    let problem = |pass: &Pass| module.problem(1, seq, false, pass).unwrap();
+    let causal = Pass { causal: true, ..pass };
+    let mut forward =
+        module.forward_buffers(find("flash_tiled").unwrap(), &problem(&causal)).unwrap();
+    let gradients = registry::Backward::new(problem(&pass));
+    let tiled = find_backward("backward_tiled").unwrap();
+    let mut backward = module.backward_buffers(tiled, &gradients).unwrap();
+    let x = session.upload(&x).unwrap();
+    forward.run(&module, &x, None).unwrap();
+    let error = backward.run(&module, &forward, &x, None, &x).unwrap_err();
+    assert!(error.to_string().starts_with("problem of the forward pass = "), "{error}");
+    let other = Weights::random(DType::F16, HIDDEN, 1).unwrap();
+    let other = MultiHeadAttention::new(&session, &other, 4).unwrap();
+    let mut forward =
+        module.forward_buffers(find("flash_tiled").unwrap(), &gradients.problem).unwrap();
+    forward.run(&module, &x, None).unwrap();
+    let text = backward.run(&other, &forward, &x, None, &x).unwrap_err().to_string();
+    assert!(text.contains("heads = 2 is not possible: the module has 4"), "{text}");
+    let target = session.target();
+    let plans = (
+        find("flash_tiled").unwrap().plan(&problem(&causal), &target).unwrap(),
+        tiled.plan(&gradients, &target).unwrap(),
+    );
+    let error = module.prepare_backward(plans, &[], &[], &[]).unwrap_err();
+    assert!(error.to_string().starts_with("problem of the backward pass = "), "{error}");
 }
 
 #[test]

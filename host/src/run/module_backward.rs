@@ -104,23 +104,22 @@ impl Given for GivenModuleBackward<'_> {
         let mask = self.forward.mask_bytes();
         let exact = oracle::gradients(p, weights, &x, mask, &dy);
         let credit = oracle::credit_gradients(p, weights, &x, mask, &dy, &exact);
-        let all = done.tensors.iter().zip(expected).zip(exact.0.iter().zip(credit));
-        let one = |(((name, ours), theirs), (exact, plain)): (
-            (&(&'static str, Tensor), &Option<Tensor>),
-            (&Vec<f64>, _),
-        )| {
-            let (ours, theirs, name, p) = (ours.to_f64(), theirs.as_ref()?.to_f64(), *name, *p);
-            Some(Comparison {
+        let mut comparisons = Vec::new();
+        for (index, ((name, ours), theirs)) in done.tensors.iter().zip(expected).enumerate() {
+            let Some(theirs) = theirs else { continue };
+            let (ours, theirs, exact) = (ours.to_f64(), theirs.to_f64(), &exact.0[index]);
+            let (name, p) = (*name, *p);
+            comparisons.push(Comparison {
                 name,
                 differences: Differences::new(&ours, &theirs),
-                plain,
+                plain: credit[index],
                 ours_from_f64: Differences::new(&ours, exact).max_abs,
                 theirs_from_f64: Differences::new(&theirs, exact).max_abs,
                 compared: (ours.len(), ours.len()),
                 place: Box::new(move |element| module_gradient_index(&p, name, element)),
                 rows: "elements",
-            })
-        };
-        Ok(all.filter_map(one).collect())
+            });
+        }
+        Ok(comparisons)
     }
 }
