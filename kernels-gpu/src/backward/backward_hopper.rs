@@ -43,12 +43,17 @@
 //! run. Its elements lie in memory as the registers have them: a thread's 16 bytes, and then the next
 //! thread's, so that a warp adds 512 neighbouring bytes. `convert` puts them in order.
 //!
-//! Measured: 593 TFLOP/s at D 128, 513 at D 64, causal 576 and 495, where cuDNN took 589, 474, 563 and
-//! 447 (f16, 16k tokens, hidden 2048, N 16,384, bursts, prepare and convert included, one H200). Below N
-//! 2048 prepare and convert are a quarter of the time: cuDNN is ahead at D 128. Starting S of a tile
-//! before dQ of the one before hides more in theory and lost 2 to 8 %: it spills. Limits: f16 and bf16;
-//! head dims up to 128, in tiles of 64 or 128 columns; strides and addresses in multiples of 16 bytes (TMA's rule); no fixed order of
-//! the sums of dQ.
+//! Measured (f16, 16k tokens, hidden 2048, prepare and convert included, one H200): at N 16,384 593
+//! TFLOP/s at D 128, 513 at D 64, causal 576 and 495, where cuDNN took 589, 474, 563 and 447; at N 512
+//! 308 and 281, causal 188 and 161 (bursts). FlashAttention's CuTe kernel is 1.1 to 1.3 times as fast from
+//! N 2048 on, back to back, and up to 1.6 times at N 512.
+//!
+//! Tried, and no faster: dQ through shared memory and a bulk reduction (D 128 2 % faster, D 64 3 %
+//! slower); dK behind dP of the next tile, with dSᵀ from shared memory (causal 3 % faster, full 1 to 7 %
+//! slower); S of a tile before dQ of the one before (2 to 8 % slower: it spills).
+//!
+//! Limits: f16 and bf16; head dims up to 128, in tiles of 64 or 128 columns; strides and addresses in
+//! multiples of 16 bytes (TMA's rule); no fixed order of the sums of dQ.
 //!
 //! Source: Shah et al., "FlashAttention-3", 2024, section 3.4 and appendix B.1 (backward pass with
 //! warp specialisation).
