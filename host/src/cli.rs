@@ -9,7 +9,7 @@ use crate::{
     decode::DecodeCommandArgs,
     failure::{Outcome, Usage},
     help,
-    microscope::break_sync::BreakArgs,
+    microscope::{break_sync::BreakArgs, profile::ProfileArgs},
     progress::print_lines,
     report::ReportArgs,
     run::RunArgs,
@@ -45,6 +45,9 @@ pub enum Command {
     /// Leave out a barrier, wait or fence of a kernel, and see what the emulator says
     #[command(after_long_help = help::BREAK)]
     Break(Box<BreakArgs>),
+    /// Count what a kernel does line by line, and what bounds it on a GPU
+    #[command(after_long_help = help::PROFILE)]
+    Profile(Box<ProfileArgs>),
     /// Make the report of a run anew from the JSON that it wrote
     #[command(after_long_help = help::REPORT)]
     Report(ReportArgs),

@@ -30,6 +30,13 @@ Examples:
   flash-attention break --kernel flash_hopper --without 12 --other-parity
   flash-attention break --kernel backward_mma --all";
 
+/// Below the options of `profile`.
+pub const PROFILE: &str = "\
+Examples:
+  flash-attention profile --kernel flash_tiled
+  flash-attention profile --kernel flash_swizzled --html profile.html
+  flash-attention profile --kernel flash_mma --gpu a100 --seq 512 --causal";
+
 /// Below the options of `report`.
 pub const REPORT: &str = "\
 Example:

@@ -93,7 +93,10 @@ pub fn wait<const PENDING: u32>() {
         core::arch::asm!("cp.async.wait_group {0};", const PENDING, options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    if let Some(pending) = current::pending(SyncKind::CopyWait, PENDING, Location::caller()) {
-        current::with(|b| b.wait_copies(pending as usize));
+    {
+        let at = Location::caller();
+        if let Some(pending) = current::pending(SyncKind::CopyWait, PENDING, at) {
+            current::with(|b| b.wait_copies(pending as usize, at));
+        }
     }
 }

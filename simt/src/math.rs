@@ -3,9 +3,16 @@
 //! Nothing is fused or approximated unless a function here says so: rustc's nvptx
 //! backend has no fast-math.
 
+#[cfg(not(target_arch = "nvptx64"))]
+use std::panic::Location;
+
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::emulator::{record, recording};
+
 /// `a * b + c`, rounded once.
 #[inline(always)]
 #[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     #[cfg(target_arch = "nvptx64")]
     {
@@ -13,6 +20,9 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     {
+        if record::is_on() {
+            recording::math(2, 0, Location::caller());
+        }
         a.mul_add(b, c)
     }
 }
@@ -23,6 +33,7 @@ macro_rules! unary {
         $(#[$doc])*
         #[inline(always)]
         #[must_use]
+        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
         pub fn $name(x: f32) -> f32 {
             #[cfg(target_arch = "nvptx64")]
             {
@@ -35,6 +46,9 @@ macro_rules! unary {
             }
             #[cfg(not(target_arch = "nvptx64"))]
             {
+                if record::is_on() {
+                    recording::math(0, 1, Location::caller());
+                }
                 $host(x)
             }
         }
@@ -57,6 +71,7 @@ unary! {
 /// Hyperbolic tangent with the digits of f32: 3 ulp.
 #[inline(always)]
 #[must_use]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn tanh(x: f32) -> f32 {
     // tanh(x) = x + x^3 p(x^2): interpolated at the Chebyshev nodes of x^2 in [0, 0.36].
     const P: [f32; 5] = [-0.333_333_3, 0.133_329_15, -0.053_873_95, 0.021_110_96, -0.006_269_12];

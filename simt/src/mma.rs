@@ -27,7 +27,10 @@ use std::panic::Location;
 use crate::scalar::Scalar;
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::{
-    emulator::collectives::{self, WarpCall},
+    emulator::{
+        Action, Counts,
+        collectives::{self, WarpCall},
+    },
     hardware::widen_f16,
     warp::FULL_MASK,
 };
@@ -394,6 +397,13 @@ fn product<E: Elements, const K: usize, const A: usize, const B: usize>(
                 }
             }
             E::add(&mut c, &a, &b);
+            let counts = Counts {
+                // 16 x 8 elements of C, each of K products and additions.
+                tensor_flops: 2 * 16 * 8 * K as u64,
+                tensor_instructions: 1,
+                ..Counts::default()
+            };
+            call.block.record_together((call.warp, call.mask), Action::Mma, counts, at);
             for lane in 0..32 {
                 let (g, t) = (lane / 4, lane % 4);
                 for i in 0..4 {

@@ -168,6 +168,45 @@ impl Specimen<'_> {
         Ok(checks.iter().find(|check| !check.passed()).map(complaint))
     }
 
+    /// Operations by convention.
+    #[must_use]
+    pub fn flops(&self) -> f64 {
+        match &self.drawn {
+            Drawn::Level(subject) => subject.flops(),
+            Drawn::Decode(_) => self.problem.flops(),
+        }
+    }
+
+    /// Bytes of inputs and outputs.
+    #[must_use]
+    pub fn own_bytes(&self) -> u64 {
+        match &self.drawn {
+            Drawn::Level(subject) => subject.own_bytes(),
+            Drawn::Decode(_) => self.problem.input_bytes() + self.problem.output_bytes(),
+        }
+    }
+
+    /// Why a GPU of that compute capability does not run the kernel.
+    #[must_use]
+    pub fn obstacle_on(&self, (major, minor): (u32, u32)) -> Option<String> {
+        let of = |least, exact| (least, exact);
+        let forward = KERNELS.iter().map(|k| (k.name, of(k.capability, k.exact_capability)));
+        let backward =
+            BACKWARD_KERNELS.iter().map(|k| (k.name, of(k.capability, k.exact_capability)));
+        let decode = DECODE_KERNELS.iter().map(|k| (k.name, of(k.capability, k.exact_capability)));
+        let mut all = forward.chain(backward).chain(decode);
+        let (name, (least, exact)) = all.find(|(name, _)| *name == self.kernel)?;
+        let runs = if exact { (major, minor) == least } else { (major, minor) >= least };
+        let or_later = if exact { "exactly" } else { "at least" };
+        (!runs).then(|| {
+            format!(
+                "{name} needs compute capability {or_later} {}.{}, this GPU has {major}.{minor}: it does \
+                 not run there",
+                least.0, least.1
+            )
+        })
+    }
+
     /// The kernel and the problem in one line.
     #[must_use]
     pub fn describe(&self) -> String {

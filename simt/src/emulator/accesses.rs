@@ -10,6 +10,7 @@ use super::{
     fault::{FaultKind, Place},
     global_memory::GlobalAccess,
     options::SyncKind,
+    record::Action,
     shadow::{Access, window},
 };
 
@@ -37,6 +38,9 @@ impl Block {
         self.shared_bounds(rank, offset, bytes, "read", at)?;
         self.count_step(Some(at))?;
         self.stats.shared_bytes_read += u64::from(bytes);
+        if self.recording.is_some() {
+            self.record_access(Action::SharedRead, offset.into(), bytes, at);
+        }
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.read(offset, bytes, by)?;
         if self.blocks() > 1 {
@@ -67,6 +71,9 @@ impl Block {
     ) -> Result<*mut u8, FaultKind> {
         self.shared_bounds(rank, offset, bytes, "write", at)?;
         self.stats.shared_bytes_written += u64::from(bytes);
+        if self.recording.is_some() {
+            self.record_access(Action::SharedWrite, offset.into(), bytes, at);
+        }
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.write(offset, bytes, by)?;
         Ok(self.shared.at(offset))
@@ -83,6 +90,9 @@ impl Block {
         self.shared_bounds(self.rank(), offset, bytes, "asynchronous copy", at)?;
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.pend(offset, bytes, by)?;
+        if self.recording.is_some() {
+            self.record_access(Action::CopyStart, offset.into(), bytes, at);
+        }
         let (lane, present) = (self.current, self.present(self.warp()));
         if let Some(offsets) =
             self.copies.start(lane, present.count_ones(), Copy { offset, source, at })
@@ -95,12 +105,14 @@ impl Block {
     /// Makes the current lane's copies since the last commit a group.
     pub fn commit_copies(&mut self, at: Place) {
         if self.alteration(SyncKind::CopyCommit, at).is_none() {
+            self.record_event(|| Action::CopyCommit, at);
             self.copies.commit(self.current);
         }
     }
 
     /// Lets the current lane's groups land, all but the newest `pending`.
-    pub fn wait_copies(&mut self, pending: usize) {
+    pub fn wait_copies(&mut self, pending: usize, at: Place) {
+        self.record_event(|| Action::CopyWait(pending as u32), at);
         let (lane, now) = (self.current as u16, self.time);
         for copy in self.copies.finish(self.current, pending) {
             self.stats.shared_bytes_written += u64::from(Copy::BYTES);
@@ -131,6 +143,9 @@ impl Block {
     ) -> Result<*mut u8, FaultKind> {
         self.shared_bounds(self.rank(), offset, bytes, "atomic", at)?;
         self.count_step(Some(at))?;
+        if self.recording.is_some() {
+            self.record_access(Action::SharedAtomic, offset.into(), bytes, at);
+        }
         let by = access(&self.lanes, self.current, self.time, at);
         self.shared.atomic(offset, bytes, by)?;
         Ok(self.shared.at(offset))
@@ -179,6 +194,14 @@ impl Block {
         match kind {
             GlobalAccess::Read => self.stats.global_bytes_read += bytes,
             _ => self.stats.global_bytes_written += bytes,
+        }
+        if self.recording.is_some() {
+            let action = match kind {
+                GlobalAccess::Read => Action::GlobalRead,
+                GlobalAccess::Write => Action::GlobalWrite,
+                GlobalAccess::Atomic => Action::GlobalAtomic,
+            };
+            self.record_access(action, address, bytes as u32, at);
         }
         self.count_step(Some(at))?;
         if !self.options.checks.global_races {

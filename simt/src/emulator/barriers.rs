@@ -9,6 +9,7 @@ use super::{
     current::{checked, left_out, suspend, with},
     fault::{FaultKind, Place, Site},
     options::SyncKind,
+    record::{Action, Counts, Visit},
 };
 use crate::hardware::LANES;
 
@@ -45,16 +46,24 @@ pub(super) struct NamedBarrier {
     arrived: Vec<(u16, Place)>,
     waiting: Vec<u16>,
     clock: Clock,
+    /// Times that it was opened.
+    opened: u64,
 }
 
 impl NamedBarrier {
     pub fn new() -> Self {
-        Self { expected: 0, arrived: Vec::new(), waiting: Vec::new(), clock: Clock::new(0) }
+        Self {
+            expected: 0,
+            arrived: Vec::new(),
+            waiting: Vec::new(),
+            clock: Clock::new(0),
+            opened: 0,
+        }
     }
 
     /// Forgets what another block did.
     pub fn reset(&mut self) {
-        (self.expected, self.clock.floor) = (0, 0);
+        (self.expected, self.clock.floor, self.opened) = (0, 0, 0);
         self.clock.reset(0);
         self.arrived.clear();
         self.waiting.clear();
@@ -166,6 +175,8 @@ fn wait_at(kind: SyncKind, id: impl FnOnce(&Block) -> BarrierId, expected: u32, 
     let suspended = checked(|b| {
         let (lane, id) = (b.current as u16, id(b));
         let slot = b.come_to_barrier(id, expected, &[lane], at)?;
+        let opened = b.barriers[slot].opened;
+        b.record_event(|| Action::Barrier(Visit { slot, opened }), at);
         let barrier = &mut b.barriers[slot];
         barrier.waiting.push(lane);
         if barrier.arrived.len() < expected as usize {
@@ -197,6 +208,9 @@ pub(crate) fn arrive(id: u32, expected: u32, at: Place) {
         let (lanes, b) = (call.lanes_of_block(), call.block);
         let id = BarrierId::Named { rank: b.rank(), number: id };
         let slot = b.come_to_barrier(id, expected, &lanes, at)?;
+        let (opened, together) = (b.barriers[slot].opened, (call.warp, call.mask));
+        let action = Action::BarrierArrive(Visit { slot, opened });
+        b.record_together(together, action, Counts::default(), at);
         // What these lanes did so far is released now, not when the last one comes.
         let now = b.tick();
         let mut clock = std::mem::replace(&mut b.barriers[slot].clock, Clock::new(0));
@@ -259,6 +273,7 @@ impl Block {
 fn complete_barrier(b: &mut Block, id: BarrierId) -> Result<(), FaultKind> {
     let slot = b.slot(id);
     let barrier = &mut b.barriers[slot];
+    barrier.opened += 1;
     let arrived = std::mem::take(&mut barrier.arrived);
     let waiting = std::mem::take(&mut barrier.waiting);
     let mut clock = std::mem::replace(&mut barrier.clock, Clock::new(0));
@@ -302,6 +317,10 @@ fn complete_barrier(b: &mut Block, id: BarrierId) -> Result<(), FaultKind> {
         for &lane in &waiting {
             b.lanes[usize::from(lane)].clock.join(&clock);
         }
+    }
+    if b.recording.is_some() {
+        let met = (0..MAX_WARPS).filter(|&warp| masks[warp] != 0);
+        met.for_each(|warp| b.record_meeting(warp));
     }
     for lane in waiting {
         b.set_state(lane.into(), LaneState::Ready);

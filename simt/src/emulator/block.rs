@@ -20,6 +20,7 @@ use super::{
     mbarriers::Mbarriers,
     options::{Alteration, SyncKind, SyncSite},
     progress::Visits,
+    recording::Recording,
     registers::Registers,
     shadow::SharedMemory,
     tensor_core::TensorCores,
@@ -96,6 +97,8 @@ pub(crate) struct Block {
     /// Accesses and switches since the last progress.
     pub(super) idle: u64,
     pub(super) visits: Visits,
+    /// What the launch records of this cluster.
+    pub(super) recording: Option<Box<Recording>>,
     /// Whether anyone but the lanes has accessed shared memory.
     pub has_agents: bool,
     /// Blocks of the cluster.
@@ -139,6 +142,7 @@ impl Block {
             registers: Registers::default(),
             idle: 0,
             visits: Visits::default(),
+            recording: None,
             has_agents: false,
             blocks: 1,
             block_threads: 0,

@@ -12,6 +12,8 @@ use super::{
     fault::{FaultKind, Place, Site},
     global_memory::GlobalAccess,
     options::SyncKind,
+    record::{Action, Counts},
+    recording::Sectors,
     shadow::{Access, window},
     tensor_map::{Element, TensorMapSpec},
 };
@@ -171,6 +173,41 @@ impl Block {
         self.stats.global_bytes_written += written;
     }
 
+    /// Records a bulk copy that the current lane starts: a load with its destinations, or a store.
+    fn record_bulk(
+        &mut self,
+        map: &TensorMapSpec,
+        coordinates: &[u32],
+        destinations: Option<&[(u32, usize)]>,
+        at: Place,
+    ) {
+        if self.recording.is_none() {
+            return;
+        }
+        let mut sectors = Sectors::default();
+        map.for_each_unit(coordinates, |_, address, valid| sectors.add(address, valid));
+        let mut counts =
+            Counts { global_requests: 1, global_sectors: sectors.count, ..Counts::default() };
+        let box_bytes = u64::from(map.box_bytes());
+        let action = match destinations {
+            Some(destinations) => {
+                counts.global_bytes_read = sectors.bytes;
+                counts.shared_bytes_written = box_bytes * destinations.len() as u64;
+                let phase = |&(_, index): &(u32, usize)| self.mbarriers.phase(index);
+                Action::BulkLoad(destinations.iter().map(phase).collect())
+            }
+            None => {
+                counts.global_bytes_written = sectors.bytes;
+                counts.shared_bytes_read = box_bytes;
+                Action::BulkStore
+            }
+        };
+        if let Some(recording) = &mut self.recording {
+            recording.count(at, counts);
+        }
+        self.record_event_of(|| (action, counts), at);
+    }
+
     /// Checks that no copy is on its way when the blocks end.
     pub(super) fn finish_bulk(&self) -> Result<(), FaultKind> {
         if let Some(load) = self.bulk.loads.first() {
@@ -282,6 +319,7 @@ pub(crate) fn load_multicast(
             b.reach_as(lane, rank as usize, now, at)?;
             destinations.push((destination, index));
         }
+        b.record_bulk(&map, coordinates, Some(&destinations), at);
         let (lane, clock) = (b.current as u16, b.own_knowledge());
         let coordinates = coordinates.to_vec();
         b.bulk.loads.push(Load { map, coordinates, destinations, clock, lane, at });
@@ -324,6 +362,7 @@ fn write(write: Write, map: u64, coordinates: &[u32], source: u32, at: Place) {
         });
         read?;
         b.stats.shared_bytes_read += u64::from(map.box_bytes());
+        b.record_bulk(&map, coordinates, None, at);
         let (group, coordinates) = (None, coordinates.to_vec());
         let store = Store { map, coordinates, source, write, lane, group, time: now, at };
         b.bulk.stores.push(store);
@@ -336,6 +375,7 @@ pub(crate) fn commit_group(at: Place) {
         return;
     }
     current::with(|b| {
+        b.record_event(|| Action::BulkCommit, at);
         let lane = b.current as u16;
         let copies = &mut b.bulk;
         let count = match copies.groups.iter_mut().find(|(l, _)| *l == lane) {
@@ -355,6 +395,7 @@ pub(crate) fn commit_group(at: Place) {
 pub(crate) fn wait_group_read(pending: u32, at: Place) {
     let Some(pending) = current::pending(SyncKind::BulkWait, pending, at) else { return };
     current::with(|b| {
+        b.record_event(|| Action::BulkWait(pending), at);
         let lane = b.current as u16;
         let committed = b.bulk.groups.iter().find(|(l, _)| *l == lane).map_or(0, |g| g.1);
         let complete = committed.saturating_sub(pending.into());

@@ -109,6 +109,9 @@ pub(crate) fn collective<const I: usize, const O: usize>(
             output: &mut call.output,
         });
         b.spare = Some(std::mem::replace(&mut b.warps[warp], call));
+        if b.recording.is_some() {
+            b.record_collective(name, warp, mask, at);
+        }
         for other in (0..32).filter(|l| mask >> l & 1 == 1) {
             b.set_state(warp * 32 + other, LaneState::Ready);
         }

@@ -58,6 +58,14 @@ pub(crate) fn with<R>(f: impl FnOnce(&mut Block) -> R) -> R {
     f(unsafe { &mut *block })
 }
 
+/// [`with`], where a block runs.
+#[cfg_attr(not(feature = "emulator"), allow(dead_code))]
+pub(super) fn if_inside(f: impl FnOnce(&mut Block)) {
+    if is_inside() {
+        with(f);
+    }
+}
+
 /// Like [`with`]; an error ends the launch with that fault.
 #[inline]
 pub(crate) fn checked<R>(f: impl FnOnce(&mut Block) -> Result<R, FaultKind>) -> R {
@@ -105,5 +113,11 @@ pub(super) fn run_current_lane(yielder: &LaneYielder) {
     });
     // SAFETY: the launch keeps the kernel alive until all its blocks are done.
     unsafe { (*kernel)() };
-    with(|b| b.set_state(b.current, LaneState::Done));
+    with(|b| {
+        b.set_state(b.current, LaneState::Done);
+        let lane = b.current;
+        if let Some(recording) = &mut b.recording {
+            recording.lane_done(lane);
+        }
+    });
 }

@@ -14,6 +14,7 @@ use super::{
     current,
     fault::{Fault, FaultKind, Site},
     launch::Run,
+    recording::Recording,
     schedule::{Next, Schedule},
 };
 use crate::Dim3;
@@ -82,6 +83,10 @@ impl Engine {
             }
         }
         self.block.start(launch, options, self.first_block, kernel);
+        self.block.recording = options
+            .recorder
+            .as_deref()
+            .map(|recorder| Box::new(Recording::new(recorder, &launch, index)));
         Ok(())
     }
 
@@ -98,6 +103,11 @@ impl Engine {
             let block = self.index * u64::from(run.launch.cluster);
             let added = run.between.add(&self.block.global, block, run.launch.grid);
             result = added.map(|()| true);
+        }
+        if let Ok(true) = result
+            && let Some(recording) = self.block.recording.take()
+        {
+            run.gathered.add(*recording);
         }
         result.map_err(|kind| {
             // Suspended lanes stand in the middle of the kernel: they are of no use.

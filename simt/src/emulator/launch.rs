@@ -9,8 +9,8 @@ use std::{
 use rayon::prelude::*;
 
 use super::{
-    Fault, FaultKind, Launch, Options, Stats, global_memory::BetweenBlocks, lanes::Engine,
-    schedule::Random,
+    Fault, FaultKind, Launch, Options, Stats, global_memory::BetweenBlocks, lanes::Engine, record,
+    recording::Gathered, schedule::Random,
 };
 
 thread_local! {
@@ -24,6 +24,7 @@ pub(super) struct Run<'a> {
     pub launch: Launch,
     pub options: &'a Options,
     pub between: &'a BetweenBlocks,
+    pub gathered: &'a Gathered,
     pub kernel: &'a (dyn Fn() + Sync),
 }
 
@@ -54,9 +55,16 @@ pub fn launch_with(
         return Err(Fault::of_launch(FaultKind::Launch(reason)));
     }
     let clusters = launch.grid.count() / u64::from(launch.cluster);
-    let run = &Run { launch, options, between: &BetweenBlocks::default(), kernel };
+    let recorder = options.recorder.as_deref();
+    let (gathered, on) = (Gathered::default(), record::On::new(recorder));
+    let between = &BetweenBlocks::default();
+    let run = &Run { launch, options, between, gathered: &gathered, kernel };
     let result =
         if options.seed == 0 { side_by_side(run, clusters) } else { in_turn(run, clusters) };
+    drop(on);
+    if let (Ok(_), Some(recorder)) = (&result, recorder) {
+        recorder.add(gathered.finish(launch));
+    }
     result.map_err(|fault| *fault)
 }
 

@@ -6,6 +6,7 @@ use super::{
     current,
     fault::{FaultKind, Place, Site},
     options::{Alteration, SyncKind},
+    record::Action,
 };
 use crate::hardware::MBARRIER_BYTES;
 
@@ -113,6 +114,11 @@ impl Mbarriers {
                 seen.gathered = Some(time);
             }
         }
+    }
+
+    /// Address of the one at `index`, and its current phase.
+    pub fn phase(&self, index: usize) -> (u32, u32) {
+        (self.0[index].address, self.0[index].phases)
     }
 
     /// State of the one at `address`, for the report of a deadlock.
@@ -254,7 +260,10 @@ impl Block {
 /// Makes what the current lane has written visible to copies and wgmma; `kind` says by which name.
 pub(crate) fn fence(kind: SyncKind, at: Place) {
     if !current::left_out(kind, at) {
-        current::with(Block::fence_proxy_async);
+        current::with(|b| {
+            b.record_event(|| Action::Fence, at);
+            b.fence_proxy_async();
+        });
     }
 }
 
@@ -331,6 +340,8 @@ fn arrive_in(rank: u32, address: u32, bytes: u32, scope: Scope, at: Place) {
         }
         let index = b.mbarrier(rank as usize, address, at)?;
         b.check_arrival(index, at)?;
+        let (barrier, phase) = b.mbarriers.phase(index);
+        b.record_event(|| Action::MbarrierArrive(barrier, phase), at);
         let now = b.tick();
         let lane = b.current as u16;
         let mut clock = std::mem::replace(&mut b.mbarriers.0[index].arriving, Clock::new(0));
@@ -446,6 +457,8 @@ impl Block {
             let last = *m.arrived.last().expect("a phase without pending arrivals had one");
             return Err(self.phase_missed(index, site(lane, at), last));
         }
+        let phase = self.mbarriers.0[index].phases.checked_sub(1);
+        self.record_event(|| Action::MbarrierWait(address, phase), at);
         self.see_phase(index, lane, scope, at)?;
         Ok(None)
     }
@@ -455,6 +468,8 @@ pub(crate) fn wait(address: u32, parity: u32, scope: Scope, at: Place) {
     let Some(parity) = altered(parity, at) else { return };
     let suspended = current::checked(|b| {
         let Some(index) = b.incomplete_phase(address, parity, scope, at)? else { return Ok(false) };
+        let (_, phase) = b.mbarriers.phase(index);
+        b.record_event(|| Action::MbarrierWait(address, Some(phase)), at);
         b.mbarriers.0[index].waiting.push((b.current as u16, scope, at));
         b.set_state(b.current, LaneState::AtMbarrier { address, parity, at });
         Ok(true)

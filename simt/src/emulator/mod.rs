@@ -22,6 +22,8 @@
 //! its operands before is a race. Missing proxy fences and arrivals are reported too, and a
 //! wait for an mbarrier that on a GPU could come a phase too late.
 //!
+//! A [`Recorder`] counts by source line what launches do, and keeps it in order.
+//!
 //! The blocks of a cluster run together, as one block of several windows of shared memory.
 //!
 //! Without the feature `emulator` nothing can be launched, and neither coroutines nor a
@@ -49,6 +51,8 @@ mod launch;
 pub(crate) mod mbarriers;
 mod options;
 mod progress;
+pub(crate) mod record;
+pub(crate) mod recording;
 pub(crate) mod registers;
 mod schedule;
 mod shadow;
@@ -61,6 +65,8 @@ pub use fault::{Fault, FaultKind, Site};
 #[cfg(feature = "emulator")]
 pub use launch::{launch, launch_with};
 pub use options::{Alteration, Change, Checks, Options, Sites, SyncKind, SyncSite};
+
+pub use record::{Action, ClusterTrace, Counts, Event, LaunchRecord, LineRecord, Recorder, Visit};
 
 use crate::Dim3;
 

@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use super::fault::Place;
+use super::{fault::Place, record::Recorder};
 use crate::hardware::MAX_CONSTANTS;
 
 /// How a launch runs and what it checks.
@@ -32,6 +32,8 @@ pub struct Options {
     pub change: Option<Change>,
     /// Where to note every synchronisation that the launch passes.
     pub sites: Option<Arc<Sites>>,
+    /// Where to record what the launch does, line by line.
+    pub recorder: Option<Arc<Recorder>>,
     /// Once this is true the launch ends, with [`FaultKind::Stopped`](super::FaultKind::Stopped),
     /// when lanes next wait.
     pub stop: Option<Arc<AtomicBool>>,
@@ -62,6 +64,7 @@ impl Default for Options {
             budget: Self::BUDGET,
             change: None,
             sites: None,
+            recorder: None,
             stop: None,
         }
     }

@@ -10,6 +10,7 @@ use super::{
     current,
     fault::{FaultKind, Place, Site},
     options::SyncKind,
+    record::{Action, Counts},
     shadow::{Access, window},
     tensor_map::swizzle,
 };
@@ -62,6 +63,21 @@ struct Common {
     accumulate: bool,
     bf16: bool,
     at: Place,
+}
+
+impl Common {
+    /// What the warpgroup's product does.
+    fn counts(&self) -> Counts {
+        let depth = self.steps * STEP;
+        // Elements of 16 bits: of B, and of A where it is there.
+        let rows = self.columns + if self.a.is_some() { ROWS } else { 0 };
+        Counts {
+            tensor_flops: (2 * ROWS * self.columns * depth) as u64,
+            tensor_instructions: self.steps as u64,
+            shared_bytes_read: (2 * rows * depth) as u64,
+            ..Counts::default()
+        }
+    }
 }
 
 struct Running {
@@ -129,6 +145,7 @@ pub(crate) fn start(
         let common = Common { a, b: operand_b, steps, columns, accumulate, bf16, at };
         let number = b.tensor_cores.asked[lane];
         b.tensor_cores.asked[lane] += 1;
+        b.record_event_of(|| (Action::WgmmaStart(number), common.counts()), at);
         let running = &mut b.tensor_cores.running[group];
         if running.back().is_none_or(|r| r.number < number) {
             running.push_back(Running {
@@ -176,6 +193,9 @@ pub(crate) fn start(
         r.arrived += 1;
         if r.arrived == LANES {
             b.has_agents = true;
+            if let Some(recording) = &mut b.recording {
+                recording.count(at, common.counts());
+            }
             compute(b, group, product_index)?;
             let time = b.tensor_cores.running[group][product_index].time;
             b.mbarriers.gathered(group, number, time);
@@ -200,10 +220,15 @@ pub(crate) fn wait_group(pending: u32, in_flight: &mut Option<u64>, values: &mut
     let _: [u32; 0] = collective("wait_group", FULL_MASK, [pending], at, |call| {
         call.whole_warp("wait_group", at)
     });
+    let mut has_come = false;
     loop {
         let suspended = current::with(|b| {
             let (lane, group) = (b.current, b.current / LANES);
             let complete = b.tensor_cores.asked[lane].saturating_sub(pending.into());
+            if !has_come {
+                b.record_event(|| Action::WgmmaWait(complete), at);
+            }
+            has_come = true;
             let running = &mut b.tensor_cores.running[group];
             if running.iter().any(|r| r.number < complete && r.arrived < LANES) {
                 b.set_state(lane, LaneState::AtWgmma { at });
