@@ -9,7 +9,7 @@ use crate::{
     decode::DecodeCommandArgs,
     failure::{Outcome, Usage},
     help,
-    microscope::{break_sync::BreakArgs, profile::ProfileArgs},
+    microscope::{break_sync::BreakArgs, profile::ProfileArgs, trace::TraceArgs},
     progress::print_lines,
     report::ReportArgs,
     run::RunArgs,
@@ -48,6 +48,9 @@ pub enum Command {
     /// Count what a kernel does line by line, and what bounds it on a GPU
     #[command(after_long_help = help::PROFILE)]
     Profile(Box<ProfileArgs>),
+    /// Trace what warps, copies and tensor cores do, for Perfetto or Chrome: an estimate of time
+    #[command(after_long_help = help::TRACE)]
+    Trace(Box<TraceArgs>),
     /// Make the report of a run anew from the JSON that it wrote
     #[command(after_long_help = help::REPORT)]
     Report(ReportArgs),

@@ -37,6 +37,12 @@ Examples:
   flash-attention profile --kernel flash_swizzled --html profile.html
   flash-attention profile --kernel flash_mma --gpu a100 --seq 512 --causal";
 
+/// Below the options of `trace`.
+pub const TRACE: &str = "\
+Examples:
+  flash-attention trace --kernel flash_hopper --out trace.json
+  flash-attention trace --kernel flash_tiled --seq 64 --head-dim 32 --html steps.html";
+
 /// Below the options of `report`.
 pub const REPORT: &str = "\
 Example:

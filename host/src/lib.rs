@@ -54,6 +54,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Break(args) => microscope::break_sync::run(args),
         Command::Profile(args) => microscope::profile::run(args),
+        Command::Trace(args) => microscope::trace::run(args),
         Command::Report(args) => report::remake(args),
         Command::Completions { shell } => Ok(cli::completions(*shell)),
         Command::Man { command } => cli::man(command.as_deref()),

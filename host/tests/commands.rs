@@ -514,6 +514,7 @@ fn help_has_examples_and_the_defaults_of_both_devices() {
         ("run", &["[default: best]", "[default: bhnd]", "--check --kernel flash_mma"]),
         ("break", &["--kernel flash_tiled --without 1", "--schedules"]),
         ("profile", &["--kernel flash_tiled", "[default: h100]", "--html profile.html"]),
+        ("trace", &["--kernel flash_hopper", "[default: 1]", "--out trace.json"]),
         ("report", &["report results.json --out report"]),
     ] {
         let (code, stdout, _) = run(host().args([command, "--help"]));
@@ -527,9 +528,19 @@ fn help_has_examples_and_the_defaults_of_both_devices() {
     }
     // The examples are arguments that there are.
     let (_, all, _) = run(host().arg("--help"));
-    let texts =
-        ["compare", "verify", "decode", "run", "break", "profile", "report", "completions", "man"]
-            .map(|command| run(host().args([command, "--help"])).1);
+    let texts = [
+        "compare",
+        "verify",
+        "decode",
+        "run",
+        "break",
+        "profile",
+        "trace",
+        "report",
+        "completions",
+        "man",
+    ]
+    .map(|command| run(host().args([command, "--help"])).1);
     let examples = texts.iter().chain([&all]).flat_map(|text| text.lines());
     let examples = examples.filter_map(|line| line.strip_prefix("  flash-attention "));
     let mut count = 0;

@@ -6,3 +6,4 @@ pub mod gpu;
 pub mod profile;
 pub mod source;
 pub mod specimen;
+pub mod trace;
