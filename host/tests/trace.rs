@@ -184,3 +184,30 @@ fn requests_that_cannot_be_met_are_refused_in_one_line() {
         assert_eq!(stdout, "", "{arguments:?}");
     }
 }
+
+#[test]
+fn the_steps_are_one_page() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("steps.html");
+    let arguments = ["trace", "--kernel", "flash_tiled", "--seq", "70", "--head-dim", "32"];
+    let (code, stdout, stderr) = run(host().args(arguments).arg("--html").arg(&file));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    // Q, three tiles of seven steps and the mask of the last, the end.
+    assert!(stdout.contains(": 24 steps"), "{stdout}");
+    let page = std::fs::read_to_string(&file).unwrap();
+    for outside in ["http", " src=", "@import", "url("] {
+        assert!(!page.contains(outside), "{outside}");
+    }
+    let data = page.split("id=\"data\">").nth(1).unwrap().split("</script>").next().unwrap();
+    let data: Value = serde_json::from_str(data).unwrap();
+    assert_eq!(data["steps"].as_array().unwrap().len(), 24);
+    assert_eq!(data["tiles"].as_array().unwrap().len(), 3);
+    assert_eq!(data["tiles"][2]["s"][31], Value::Null, "there is no key 95");
+    for (arguments, part) in [
+        (&["--kernel", "flash_mma"][..], "--html goes through flash_tiled alone, not flash_mma"),
+        (&["--kernel", "flash_tiled", "--softcap", "5"], "attention without further features"),
+    ] {
+        let (code, _, stderr) = run(host().arg("trace").args(arguments).arg("--html").arg(&file));
+        assert!(code == 2 && stderr.contains(part), "{arguments:?}: {stderr}");
+    }
+}

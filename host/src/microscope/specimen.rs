@@ -8,7 +8,7 @@ use flash_attention::{
     DType, Error, Layout, Problem,
     backend::cpu::{CpuDevice, emulator},
     registry::{BACKWARD_KERNELS, DECODE_KERNELS, Decode, DecodeSpec, KERNELS},
-    session::{DecodeInputs, Session, Work},
+    session::{DecodeInputs, Inputs, Session, Work},
     verify::verify_decode,
 };
 
@@ -174,6 +174,17 @@ impl Specimen<'_> {
         match &self.drawn {
             Drawn::Level(subject) => subject.flops(),
             Drawn::Decode(_) => self.problem.flops(),
+        }
+    }
+
+    /// Q, K and V of attention that has no feature but a causal mask.
+    #[must_use]
+    pub fn plain_inputs(&self) -> Option<Inputs<'_>> {
+        let record = ProblemRecord::from(&self.problem);
+        let is_plain = ["", ", causal"].contains(&record.features().to_string().as_str());
+        match &self.drawn {
+            Drawn::Level(subject) => subject.inputs().filter(|_| is_plain),
+            Drawn::Decode(_) => None,
         }
     }
 

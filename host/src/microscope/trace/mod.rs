@@ -2,6 +2,8 @@
 
 pub mod chrome;
 pub mod costs;
+mod page;
+pub mod steps;
 pub mod timeline;
 
 use std::{collections::HashSet, path::PathBuf, sync::Arc};
@@ -23,11 +25,14 @@ use crate::{
     values,
 };
 use chrome::{Cluster, Document};
+use steps::Steps;
 use timeline::Timeline;
 
 /// A block with several tiles of keys.
 pub const DEFAULTS: Defaults =
     Defaults { seq: &[256], batch: 1, heads: 1, head_dim: 64, dtype: DType::F16 };
+/// The kernel that has steps.
+const STEPPED: &str = "flash_tiled";
 /// Clocks between the launches of a kernel.
 const BETWEEN_LAUNCHES: f64 = 1000.0;
 /// Slices beyond which no viewer is pleasant.
@@ -42,8 +47,12 @@ pub struct TraceArgs {
     pub specimen: SpecimenArgs,
     /// Write the trace here, to be opened in ui.perfetto.dev or chrome://tracing; - is standard output,
     /// and text goes to standard error
+    #[arg(long, value_name = "FILE", required_unless_present = "html")]
+    pub out: Option<PathBuf>,
+    /// Write a page that goes through the first block step by step, with the numbers of S, P, m, l and O (of
+    /// flash_tiled alone)
     #[arg(long, value_name = "FILE")]
-    pub out: PathBuf,
+    pub html: Option<PathBuf>,
     /// Trace this many blocks of each launch (clusters, where there are any), from the first on
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = values::count)]
     pub blocks: usize,
@@ -54,7 +63,15 @@ pub struct TraceArgs {
 /// # Errors
 /// What is wrong with the request; a kernel that is wrong; a file that cannot be written.
 pub fn run(args: &TraceArgs) -> Result<Outcome> {
-    let [out] = output::open_all([("--out", Some(args.out.as_path()))])?;
+    if args.html.is_some() && args.specimen.kernel != STEPPED {
+        let kernel = &args.specimen.kernel;
+        let reason = format!(
+            "--html goes through {STEPPED} alone, not {kernel}: leave it out, or use --kernel {STEPPED}"
+        );
+        return Err(Usage(reason).into());
+    }
+    let [out, html] =
+        output::open_all([("--out", args.out.as_deref()), ("--html", args.html.as_deref())])?;
     interrupt::listen();
     let bench = Bench::new();
     let specimen = bench.draw(&args.specimen, &DEFAULTS)?;
@@ -71,6 +88,16 @@ pub fn run(args: &TraceArgs) -> Result<Outcome> {
         out.write(|to| Ok(serde_json::to_writer(to, &traced.document)?))?;
         print_lines(&traced.summary(&specimen.describe()));
         print_lines(&format!("wrote {}", out.path().display()));
+    }
+    if let Some(html) = html {
+        let Some(inputs) = specimen.plain_inputs() else {
+            let reason = "--html goes through attention without further features, causal or not: leave them out";
+            return Err(Usage(reason.into()).into());
+        };
+        let steps = Steps::new(&specimen.problem, [inputs.q, inputs.k, inputs.v])?;
+        let page = page::page(&specimen.describe(), &steps)?;
+        html.write(|to| Ok(to.write_all(page.as_bytes())?))?;
+        print_lines(&format!("wrote {}: {} steps", html.path().display(), steps.steps.len()));
     }
     Ok(Outcome::Good)
 }

@@ -1,0 +1,72 @@
+//! The steps as one page: the source, S, P, m, l and O, shared memory and the lanes, step by step.
+
+use anyhow::Result;
+use maud::{DOCTYPE, PreEscaped, html};
+
+use super::steps::Steps;
+
+const STYLE: &str = include_str!("../../report/style.css");
+const OWN_STYLE: &str = include_str!("steps.css");
+const SCRIPT: &str = include_str!("steps.js");
+
+/// The page; `title` is the kernel and its problem.
+///
+/// # Errors
+/// None that numbers can cause.
+pub fn page(title: &str, steps: &Steps) -> Result<String> {
+    // What ends a script would end the data.
+    let data = serde_json::to_string(steps)?.replace("</", "<\\/");
+    let first = steps.first_line;
+    let markup = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                title { "Step by step: " (title) }
+                style { (PreEscaped(STYLE)) (PreEscaped(OWN_STYLE)) }
+            }
+            body {
+                h1 { "Step by step" }
+                p.lead { (title) ": the first block" }
+                div.controls role="group" aria-label="Steps" {
+                    button type="button" id="first" title="Home" { "first" }
+                    button type="button" id="back" title="←" { "← back" }
+                    button type="button" id="next" title="→" { "next →" }
+                    button type="button" id="tile" title="Page down" { "next tile" }
+                    input type="range" id="at" min="0" max=(steps.steps.len() - 1) value="0" aria-label="Step";
+                    span id="count" {}
+                }
+                div.now aria-live="polite" { h2 id="title" {} p id="note" {} }
+                div.view {
+                    div.code { pre id="source" { @for (i, line) in steps.source.iter().enumerate() {
+                        span.line id={ "l" (first + i as u32) } {
+                            span.number { (first + i as u32) } (line) "\n"
+                        }
+                    } } }
+                    div.state {
+                        figure { h3 { "S = Q Kᵀ, scaled" } canvas id="s" {} }
+                        figure { h3 { "P = exp(S - m)" } canvas id="p" {} }
+                        figure { h3 { "m, l and α, a column for each row" } canvas id="ml" {} }
+                        figure { h3 id="oname" { "O" } canvas id="o" {} }
+                        p.readout id="readout" { "Point at a cell to read its number." }
+                        h3 { "Shared memory" }
+                        div.memory id="memory" {}
+                        h3 { "Lanes" }
+                        div.lanes id="lanes" {}
+                        p.key {
+                            span.work {} " at work" span.wait {} " wait at the barrier"
+                        }
+                    }
+                }
+                p.note {
+                    "The numbers are worked out in f64 from the same Q, K and V, tile by tile as the kernel goes. Keys: \
+                     ← and → a step, page up and page down a tile, home and end."
+                }
+                script type="application/json" id="data" { (PreEscaped(data)) }
+                script { (PreEscaped(SCRIPT)) }
+            }
+        }
+    };
+    Ok(markup.into_string())
+}
