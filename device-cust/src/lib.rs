@@ -103,6 +103,13 @@ unsafe impl Owner for CustOwner {
             .map_err(codes::of)
     }
 
+    unsafe fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), ResultCode> {
+        // SAFETY: passed on to the caller.
+        let [mut to, from] = unsafe { [to, from].map(|address| slice(address, bytes as usize)) };
+        // SAFETY: passed on to the caller.
+        unsafe { to.async_copy_from(&from, &self.stream) }.map_err(codes::of)
+    }
+
     fn synchronize(&self) -> Result<(), ResultCode> {
         self.stream.synchronize().map_err(codes::of)
     }

@@ -7,6 +7,7 @@ use anyhow::Result;
 use clap::Args;
 use flash_attention::{
     DType, Error, Layout, Problem, Tensor, Window,
+    backend::Instruments,
     registry::{self, Decode, Pages},
     session::{DecodeInputs, Inputs, Session, Work as _, work},
     verify::{Verification, verify_decode_rows},
@@ -137,6 +138,9 @@ pub struct DecodeRow {
     pub median_ms: f64,
     /// Time of a launch among others, back to back, in milliseconds.
     pub sustained_ms: f64,
+    /// What of the rate at which the GPU copies its memory the keys and values are read at, from a cold L2
+    /// cache; the copy is measured in the same run. Nothing under the emulator.
+    pub share_of_copy: Option<f64>,
     /// Largest error of O.
     pub max_abs_err: f64,
     /// Whether O and the LSE are right by the 2x rule.
@@ -171,7 +175,8 @@ pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
         }
     }
     interrupt::listen();
-    print_lines(&heading(&opened, &decodes));
+    let copy_rate = opened.device.instruments().map_or(Ok(None), Instruments::copy_rate)?;
+    print_lines(&heading(&opened, &decodes, copy_rate));
     let iters = args.iters.unwrap_or(ITERS[usize::from(emulated)]);
     let progress = Progress::new(decodes.len());
     let mut rows = Vec::new();
@@ -181,7 +186,9 @@ pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
         }
         let page_size = decode.pages().map_or(0, |pages| pages.page_size);
         progress.doing(format!("Nk {}, pages of {page_size}", decode.problem().seq_k()));
-        rows.push(measure(&session, decode, args.seed, iters)?);
+        let mut row = measure(&session, decode, args.seed, iters)?;
+        row.share_of_copy = copy_rate.map(|rate| row.rate(row.median_ms) / rate);
+        rows.push(row);
         progress.step();
     }
     drop(progress);
@@ -201,7 +208,7 @@ pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
     Ok(if good { Outcome::Good } else { Outcome::Bad })
 }
 
-fn heading(opened: &machine::Opened, decodes: &[Decode]) -> String {
+fn heading(opened: &machine::Opened, decodes: &[Decode], copy_rate: Option<f64>) -> String {
     let mut text = opened.to_string();
     if opened.info.emulated {
         text += "\nEmulated times show the algorithm, not GPU speed.";
@@ -216,6 +223,9 @@ fn heading(opened: &machine::Opened, decodes: &[Decode]) -> String {
             p.dtype(),
             p.seq_q()
         );
+    }
+    if let Some(rate) = copy_rate {
+        text += &format!("\na copy of the GPU's memory: {rate:.0} GB/s, read and written");
     }
     text
 }
@@ -299,6 +309,7 @@ fn measure(session: &Session, decode: &Decode, seed: u64, iters: usize) -> Resul
         cache_bytes: decode.cache_bytes(std::iter::repeat_n(p.seq_k(), p.batch())),
         median_ms: times.get(times.len() / 2).copied().unwrap_or(f64::NAN),
         sustained_ms,
+        share_of_copy: None,
         max_abs_err: o.max_abs,
         passed: verification.passes(),
     })

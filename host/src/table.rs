@@ -171,6 +171,11 @@ pub fn decodes(rows: &[DecodeRow], width: Option<usize>) -> String {
     add("splits", 1, &|row| row.splits.to_string());
     add("median µs", 0, &|row| micros(row.median_ms));
     add("GB/s", 0, &|row| format::digits(row.rate(row.median_ms)));
+    if rows.iter().any(|row| row.share_of_copy.is_some()) {
+        add("of a copy", 1, &|row| {
+            cell(row.share_of_copy, |share| format!("{:.0}%", 100.0 * share))
+        });
+    }
     add("back to back µs", 0, &|row| micros(row.sustained_ms));
     add("GB/s", 0, &|row| format::digits(row.rate(row.sustained_ms)));
     add("max error", 2, &|row| format!("{:.1e}", row.max_abs_err));

@@ -264,6 +264,10 @@ impl Instruments for CpuDevice {
         Ok(())
     }
 
+    fn copy_rate(&self) -> Result<Option<f64>, Error> {
+        Ok(None)
+    }
+
     fn take_counters(&self) -> Option<Counters> {
         Some(std::mem::take(&mut self.state().counters))
     }

@@ -30,6 +30,12 @@ pub trait Instruments {
     /// # Errors
     /// An error that the device reports.
     fn flush_l2(&self) -> Result<(), Error>;
+    /// Gigabytes that the device reads and writes in a second while it copies its own memory, the best of
+    /// several copies: what its memory gives. `None` under the emulator, or without memory for it.
+    ///
+    /// # Errors
+    /// An error that the device reports.
+    fn copy_rate(&self) -> Result<Option<f64>, Error>;
     /// The counters since they were last taken; `None` on a GPU.
     fn take_counters(&self) -> Option<Counters>;
 }

@@ -273,6 +273,18 @@ fn flushing_writes_twice_the_cache() {
 }
 
 #[test]
+fn the_copy_rate_is_measured_and_its_memory_given_back() {
+    let fake = open();
+    let gpu = gpu();
+    fake.set_memory_bytes(1 << 22);
+    let rate = gpu.copy_rate().unwrap().expect("there is memory for it");
+    assert!(rate > 0.0 && rate.is_finite(), "{rate}");
+    assert_eq!(fake.used_bytes(), 0);
+    fake.set_memory_bytes(1000);
+    assert_eq!(gpu.copy_rate().unwrap(), None);
+}
+
+#[test]
 fn flushing_makes_do_with_the_memory_there_is() {
     let fake = open();
     let gpu = gpu();

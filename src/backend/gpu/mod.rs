@@ -300,6 +300,27 @@ impl<O: Owner> Instruments for Gpu<O> {
         })
     }
 
+    fn copy_rate(&self) -> Result<Option<f64>, Error> {
+        // Many times what an L2 cache holds.
+        const BYTES: u64 = 1 << 31;
+        const COPIES: usize = 5;
+        let Some(buffer) = self.flush_buffer(BYTES)? else { return Ok(None) };
+        let half = buffer.bytes / 2;
+        let copy = || {
+            self.time_ms(&mut || {
+                self.call("copying the GPU's memory", |owner| {
+                    // SAFETY: the halves of a buffer of which nobody else knows; `free_flush_buffer`
+                    // waits for the stream.
+                    unsafe { owner.copy(buffer.address, buffer.address + half, half) }
+                })
+            })
+        };
+        let times: Result<Vec<f64>, Error> = (0..COPIES).map(|_| copy()).collect();
+        self.free_flush_buffer(&buffer);
+        let best = times?.into_iter().fold(f64::INFINITY, f64::min);
+        Ok((best > 0.0).then(|| 2.0 * half as f64 / best * 1e-6))
+    }
+
     fn take_counters(&self) -> Option<Counters> {
         None
     }

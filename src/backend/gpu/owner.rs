@@ -79,6 +79,14 @@ pub unsafe trait Owner: Send + Sync + Sized {
     /// # Safety
     /// As for [`Owner::upload`], until the stream has passed the fill.
     unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), ResultCode>;
+    /// Copies device memory to other device memory; does not wait.
+    ///
+    /// # Errors
+    /// The driver's code, possibly of earlier work.
+    ///
+    /// # Safety
+    /// As for [`Owner::upload`], at both addresses, until the stream has passed the copy.
+    unsafe fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), ResultCode>;
     /// Waits until the stream is empty.
     ///
     /// # Errors
@@ -196,6 +204,11 @@ unsafe impl Owner for DriverOwner {
     unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), ResultCode> {
         // SAFETY: the context is current; the rest is the caller's.
         unsafe { functions::fill(address, value, bytes as usize, self.stream) }.map_err(code)
+    }
+
+    unsafe fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), ResultCode> {
+        // SAFETY: the context is current; the rest is the caller's.
+        unsafe { functions::copy(to, from, bytes as usize, self.stream) }.map_err(code)
     }
 
     fn synchronize(&self) -> Result<(), ResultCode> {
