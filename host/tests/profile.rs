@@ -175,7 +175,7 @@ fn every_kernel_has_a_profile() {
     let names = KERNELS.iter().map(|k| k.name).chain(BACKWARD_KERNELS.iter().map(|k| k.name));
     for kernel in names.chain(DECODE_KERNELS.iter().map(|k| k.name)) {
         let text = good(&["--kernel", kernel, "--seq", "70", "--heads", "1"]);
-        assert!(text.contains("\nlaunches\n  1  "), "{kernel}: {text}");
+        assert!(text.contains("\nlaunches\n  1  ") && text.contains("_f"), "{kernel}: {text}");
         assert_ne!(total(&text, "global memory read"), "0B", "{kernel}");
     }
 }

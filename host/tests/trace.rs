@@ -112,7 +112,7 @@ fn a_block_has_a_track_for_each_warp() {
     check(&events);
     let processes = of_phase(&events, "M").into_iter().filter(|e| e["name"] == "process_name");
     let names: Vec<&str> = processes.map(|e| e["args"]["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["launch 1, block 0", "launch 1, block 1"]);
+    assert_eq!(names, ["flash_tiled_f16_d64, block 0", "flash_tiled_f16_d64, block 1"]);
 }
 
 /// Copies land beside the warps, products run on tensor cores, and both end waits.

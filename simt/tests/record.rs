@@ -294,6 +294,29 @@ fn products_of_tensor_cores_are_counted_once_for_their_warp_or_warpgroup() {
     }
 }
 
+/// The lane that comes to a barrier first, before another has done its work, does not decide the order.
+#[test]
+fn a_barrier_comes_after_what_every_lane_does_before_it() {
+    for seed in 0..4 {
+        let (record, _) = record_with(seed, 1, 64, || {
+            // The last lane to come goes on first.
+            warp::sync_warp(FULL);
+            if thread::thread_idx_x() == 0 {
+                words(0, 1).write(0, 1.0);
+            }
+            thread::sync_threads();
+            let _ = words(0, 1).read(0);
+        });
+        let actions = |warp: usize| record.traces[0].warps[warp].iter().map(|e| e.action.clone());
+        let barrier = Action::Barrier(Visit { slot: 0, opened: 0 });
+        let rest = [Action::WarpBarrier, barrier, Action::SharedRead];
+        assert!(actions(1).eq(rest.clone()), "seed {seed}: {:?}", record.traces);
+        let [first, last @ ..] = rest;
+        let zero = [first, Action::SharedWrite].into_iter().chain(last);
+        assert!(actions(0).eq(zero), "seed {seed}: {:?}", record.traces);
+    }
+}
+
 /// A loop is one event for each of its lines, up to a synchronisation.
 #[test]
 fn loops_fold_between_synchronisations() {

@@ -71,7 +71,7 @@ impl CpuDevice {
     }
 
     /// Sets how launches run from now on: their seed, checks, budget, a change of one synchronisation,
-    /// and what is noted. Constants are the launch's, and [`stopped_by`](Self::stopped_by) says what
+    /// and what is noted. Constants and the name are the launch's, and [`stopped_by`](Self::stopped_by) says what
     /// stops it, whatever `options` has.
     pub fn set_options(&self, options: emulator::Options) {
         self.state().options = options;
@@ -227,6 +227,7 @@ unsafe impl Device for CpuDevice {
         };
         let mut options = self.state().options.clone();
         (options.constants, options.stop) = (launch.constants.values(), Some(self.stop.clone()));
+        options.name = entry.symbol;
         // The record of global memory doubles the time, and tells nothing of a repeated run.
         options.checks.global_races &= !self.timing.load(Ordering::Relaxed);
         let stats =

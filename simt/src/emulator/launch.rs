@@ -63,7 +63,7 @@ pub fn launch_with(
         if options.seed == 0 { side_by_side(run, clusters) } else { in_turn(run, clusters) };
     drop(on);
     if let (Ok(_), Some(recorder)) = (&result, recorder) {
-        recorder.add(gathered.finish(launch));
+        recorder.add(gathered.finish(options.name, launch));
     }
     result.map_err(|fault| *fault)
 }

@@ -32,6 +32,8 @@ pub struct Options {
     pub change: Option<Change>,
     /// Where to note every synchronisation that the launch passes.
     pub sites: Option<Arc<Sites>>,
+    /// Name of the launch, for records of it.
+    pub name: &'static str,
     /// Where to record what the launch does, line by line.
     pub recorder: Option<Arc<Recorder>>,
     /// Once this is true the launch ends, with [`FaultKind::Stopped`](super::FaultKind::Stopped),
@@ -64,6 +66,7 @@ impl Default for Options {
             budget: Self::BUDGET,
             change: None,
             sites: None,
+            name: "",
             recorder: None,
             stop: None,
         }

@@ -76,6 +76,8 @@ impl Recorder {
 /// What one launch did.
 #[derive(Clone, Debug)]
 pub struct LaunchRecord {
+    /// Its name, by [`Options::name`](super::Options::name).
+    pub name: &'static str,
     /// Its extent.
     pub launch: Launch,
     /// Places of the source, in its order.

@@ -166,6 +166,15 @@ impl Recording {
         let seen = &mut series.seen[lane % WARP];
         *seen += 1;
         let is_first = *seen > series.most;
+        if traced && !is_first && matches!(action, Action::Barrier(_)) {
+            // No lane goes on before the last has come: what the others did until then comes first.
+            let event = &mut warp.events[series.event].1;
+            let moved = event.clone();
+            event.times = 0;
+            series.event = warp.events.len();
+            warp.events.push((place, moved));
+            warp.growing = warp.events.len();
+        }
         if is_first {
             if series.most == 0 {
                 warp.touched.push(index);
@@ -460,7 +469,10 @@ impl Gathered {
             }
         }
         if recording.traced {
-            let events = |warp: WarpRecording| warp.events.into_iter().map(|(_, e)| e).collect();
+            let is_there = |event: &Event| event.times > 0;
+            let events = |warp: WarpRecording| {
+                warp.events.into_iter().map(|(_, event)| event).filter(is_there).collect()
+            };
             traces.push(ClusterTrace {
                 cluster: recording.cluster,
                 block_warps: recording.block_warps,
@@ -470,7 +482,7 @@ impl Gathered {
     }
 
     /// The record of a launch that has ended.
-    pub fn finish(self, launch: Launch) -> LaunchRecord {
+    pub fn finish(self, name: &'static str, launch: Launch) -> LaunchRecord {
         let launched = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
         let Launched { lines, mut traces } = launched;
         traces.sort_by_key(|trace| trace.cluster);
@@ -478,6 +490,6 @@ impl Gathered {
         for line in &mut lines {
             line.clusters.sort_unstable();
         }
-        LaunchRecord { launch, lines, traces }
+        LaunchRecord { name, launch, lines, traces }
     }
 }

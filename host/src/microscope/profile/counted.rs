@@ -44,7 +44,7 @@ pub struct CountedLine {
 /// A launch of the kernel.
 #[derive(Clone, Debug)]
 pub struct CountedLaunch {
-    /// Blocks, threads of a block, blocks of a cluster, dynamic shared memory of a block in bytes.
+    /// Blocks.
     pub blocks: u64,
     /// Threads of a block.
     pub threads: u64,
@@ -52,8 +52,8 @@ pub struct CountedLaunch {
     pub cluster: u32,
     /// Dynamic shared memory of a block in bytes.
     pub shared_bytes: u32,
-    /// The file that most of its instructions stand in.
-    pub file: &'static str,
+    /// The entry's symbol.
+    pub name: &'static str,
     /// All of it.
     pub total: Counts,
 }
@@ -89,9 +89,7 @@ impl Counted {
             }
             let launch = record.launch;
             let blocks = launch.grid.count();
-            let mut files: BTreeMap<&'static str, u64> = BTreeMap::new();
             for (line, (counts, clusters)) in of_line {
-                *files.entry(line.file).or_default() += counts.warps;
                 let clusters = clusters.into_values();
                 let spread = Spread::of(clusters, blocks / u64::from(launch.cluster));
                 let counted = lines.entry(line).or_insert_with(|| CountedLine {
@@ -110,7 +108,7 @@ impl Counted {
                 threads: launch.block.count(),
                 cluster: launch.cluster,
                 shared_bytes: launch.shared_bytes,
-                file: files.into_iter().max_by_key(|(_, warps)| *warps).map_or("", |(f, _)| f),
+                name: record.name,
                 total: of_launch,
             });
         }

@@ -118,14 +118,13 @@ fn totals(profile: &Profile) -> Markup {
         div.table tabindex="0" role="region" aria-label="Launches" {
             table.units {
                 thead { tr {
-                    th { "launch" } th { "blocks" } th { "threads" } th { "cluster" } th { "shared memory" }
-                    th { "global read" } th { "written" } th { "mostly" }
+                    th { "launch" } th { "entry" } th { "blocks" } th { "threads" } th { "cluster" } th { "shared memory" }
+                    th { "global read" } th { "written" }
                 } }
                 tbody { @for (i, launch) in profile.counted.launches.iter().enumerate() { tr {
-                    td { (i + 1) } td { (launch.blocks) } td { (launch.threads) } td { (launch.cluster) }
+                    td { (i + 1) } td { (launch.name) } td { (launch.blocks) } td { (launch.threads) } td { (launch.cluster) }
                     td { (format::bytes(f64::from(launch.shared_bytes))) }
                     td { (bytes(launch.total.global_bytes_read)) } td { (bytes(launch.total.global_bytes_written)) }
-                    td { (launch.file) }
                 } } }
             }
         }

@@ -100,15 +100,14 @@ fn launches(profile: &Profile) -> String {
             blocks => format!(" in clusters of {blocks}"),
         };
         text += &format!(
-            "  {}  {} of {} threads{cluster}, {} dynamic shared memory; \
-             reads {}, writes {} of global memory; mostly {}\n",
+            "  {}  {}: {} of {} threads{cluster}, {} dynamic shared memory; reads {}, writes {} of global memory\n",
             index + 1,
+            launch.name,
             format::counted(launch.blocks as usize, "block"),
             launch.threads,
             format::bytes(f64::from(launch.shared_bytes)),
             bytes(launch.total.global_bytes_read),
-            bytes(launch.total.global_bytes_written),
-            launch.file
+            bytes(launch.total.global_bytes_written)
         );
     }
     text

@@ -94,7 +94,7 @@ impl Document {
         blocks.dedup();
         for pid in blocks {
             let block = cluster.first_block + (pid - cluster.first_process) as u64;
-            let name = format!("launch {}, block {block}", cluster.launch + 1);
+            let name = format!("{}, block {block}", cluster.name);
             self.trace_events.push(json!({
                 "ph": "M", "name": "process_name", "pid": pid, "args": { "name": name },
             }));
@@ -121,8 +121,8 @@ impl Document {
 /// Where a cluster stands in the document.
 #[derive(Clone, Copy, Debug)]
 pub struct Cluster {
-    /// Number of its launch, from 0 on.
-    pub launch: usize,
+    /// Its launch's entry.
+    pub name: &'static str,
     /// Number of its first block.
     pub first_block: u64,
     /// Process of its first block.

@@ -128,7 +128,7 @@ impl Traced {
                 let timeline = Timeline::new(&without_async_reads(trace));
                 let blocks = trace.warps.len() / trace.block_warps.max(1);
                 let cluster = Cluster {
-                    launch,
+                    name: record.name,
                     first_block: trace.cluster * u64::from(record.launch.cluster),
                     first_process: traced.blocks + 1,
                     block_warps: trace.block_warps.max(1),
