@@ -12,7 +12,8 @@ use simt::{
     shared::Shared,
     thread, tma, warp, warpgroup,
     wgmma::{
-        Accumulator, Descriptor, RegisterProduct, SharedProduct, TransposedProduct, WaitGroup,
+        Accumulator, Descriptor, KMajor, Major, MnMajor, RegisterProduct, SharedProduct,
+        SliceProduct, TransposedProduct, WaitGroup,
     },
 };
 
@@ -165,6 +166,61 @@ fn register_product_takes_a_from_an_accumulators_layout() {
         }
     })
     .unwrap_or_else(|fault| panic!("{fault}"));
+}
+
+/// A slice of A times one of B, each with rows along the terms or across them, twice: the second is
+/// added to the first.
+fn slice_product<MA: Major, MB: Major>() {
+    // 64 x 64 times 64 x 128, or either of them transposed.
+    let rows_of = |is_mn: bool, lines: u32| if is_mn { (64, lines) } else { (lines, 64) };
+    let ((a_rows, a_columns), (b_rows, b_columns)) =
+        (rows_of(MA::IS_MN, 64), rows_of(MB::IS_MN, 128));
+    let new = |rows: u32, columns: u32, seed| matrix(rows as usize, columns as usize, seed);
+    let (a, b) = (new(a_rows, a_columns, 7), new(b_rows, b_columns, 8));
+    let map_a = Map::new(&a, a_rows as usize, a_columns as usize, a_rows);
+    let map_b = Map::new(&b, b_rows as usize, b_columns as usize, b_rows);
+    try_launch(128, || {
+        init(1, 2);
+        if thread::thread_idx_x() == 0 {
+            load(&map_a, A, a_rows, a_columns, bar(0));
+            load(&map_b, B, b_rows, b_columns, bar(0));
+        }
+        // Hazard: the copies may not have landed.
+        bar(0).wait(0);
+        let descriptor = |is_mn, at| match is_mn {
+            true => Descriptor::n_major(at, 64 * 128),
+            false => Descriptor::k_major(at),
+        };
+        let mut s = Accumulator::<16>::zero();
+        for _ in 0..2 {
+            let (a, b) = (descriptor(MA::IS_MN, A), descriptor(MB::IS_MN, B));
+            // SAFETY: the whole warpgroup is here, and nothing is overwritten.
+            unsafe { s.accumulate_slice::<f16, MA, MB>(a, b) };
+            s.wait_group::<0>();
+        }
+        let at = |values: &[f16], is_mn: bool, columns: u32, line: usize, term: usize| {
+            let (row, column) = if is_mn { (term, line) } else { (line, term) };
+            values[row * columns as usize + column]
+        };
+        for (g, group) in s.values().iter().enumerate() {
+            for (e, &value) in group.iter().enumerate() {
+                let (row, column) = place(g, e);
+                let of_row: Vec<f16> =
+                    (0..64).map(|k| at(&a, MA::IS_MN, a_columns, row, k)).collect();
+                let expected = 2.0 * dot(&of_row, |k| at(&b, MB::IS_MN, b_columns, column, k));
+                assert_eq!(value, expected, "s[{row}, {column}]");
+            }
+        }
+    })
+    .unwrap_or_else(|fault| panic!("{fault}"));
+}
+
+#[test]
+fn slice_product_takes_operands_whichever_way_their_rows_run() {
+    slice_product::<KMajor, KMajor>();
+    slice_product::<KMajor, MnMajor>();
+    slice_product::<MnMajor, KMajor>();
+    slice_product::<MnMajor, MnMajor>();
 }
 
 #[test]
