@@ -126,7 +126,7 @@ pub fn rows(rows: &[Row], width: Option<usize>) -> String {
         bytes(if row.status == Status::Oom { row.needed_bytes } else { row.peak_bytes })
     });
     if rows.iter().any(|row| row.forward_peak_bytes.is_some()) {
-        add("forward peak", 4, 4, &|row| bytes(row.forward_peak_bytes));
+        add("forward peak", 4, 1, &|row| bytes(row.forward_peak_bytes));
     }
     add("saved", 6, 5, &|row| percent(row.memory_saved));
     if rows.iter().any(|row| row.kernel == "standard") {
