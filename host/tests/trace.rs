@@ -203,8 +203,31 @@ fn the_steps_are_one_page() {
     assert_eq!(data["steps"].as_array().unwrap().len(), 24);
     assert_eq!(data["tiles"].as_array().unwrap().len(), 3);
     assert_eq!(data["tiles"][2]["s"][31], Value::Null, "there is no key 95");
+    let arguments = ["trace", "--kernel", "flash_swizzled", "--seq", "130", "--causal"];
+    let (code, stdout, stderr) = run(host().args(arguments).arg("--html").arg(&file));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    // Q, a tile of keys with a mask, the end.
+    assert!(stdout.contains(": 9 steps"), "{stdout}");
+    // The regions are all of the shared memory that the launch gives.
+    for kernel in ["flash_tiled", "flash_mma", "flash_swizzled", "flash_turing"] {
+        for head_dim in ["64", "40", "104"] {
+            let problem =
+                ["--kernel", kernel, "--seq", "40", "--heads", "1", "--head-dim", head_dim];
+            let (code, _, stderr) = run(host().arg("trace").args(problem).arg("--html").arg(&file));
+            assert_eq!(code, 0, "{stderr}");
+            let page = std::fs::read_to_string(&file).unwrap();
+            let data =
+                page.split("id=\"data\">").nth(1).unwrap().split("</script>").next().unwrap();
+            let data: Value = serde_json::from_str(data).unwrap();
+            let regions = data["regions"].as_array().unwrap();
+            let bytes: u64 = regions.iter().map(|region| region[1].as_u64().unwrap()).sum();
+            let (_, profile, _) = run(host().arg("profile").args(problem));
+            let expected = format!("{} dynamic shared memory", host::format::bytes(bytes as f64));
+            assert!(profile.contains(&expected), "{kernel}, {head_dim}: no {expected}: {profile}");
+        }
+    }
     for (arguments, part) in [
-        (&["--kernel", "flash_mma"][..], "--html goes through flash_tiled alone, not flash_mma"),
+        (&["--kernel", "naive"][..], "flash_swizzled and flash_turing, not naive: leave it out"),
         (&["--kernel", "flash_tiled", "--softcap", "5"], "attention without further features"),
     ] {
         let (code, _, stderr) = run(host().arg("trace").args(arguments).arg("--html").arg(&file));

@@ -3,6 +3,7 @@
 pub mod chrome;
 pub mod costs;
 mod page;
+pub mod rungs;
 pub mod steps;
 pub mod timeline;
 
@@ -25,14 +26,13 @@ use crate::{
     values,
 };
 use chrome::{Cluster, Document};
+use rungs::Rung;
 use steps::Steps;
 use timeline::Timeline;
 
 /// A block with several tiles of keys.
 pub const DEFAULTS: Defaults =
     Defaults { seq: &[256], batch: 1, heads: 1, head_dim: 64, dtype: DType::F16 };
-/// The kernel that has steps.
-const STEPPED: &str = "flash_tiled";
 /// Clocks between the launches of a kernel.
 const BETWEEN_LAUNCHES: f64 = 1000.0;
 /// Slices beyond which no viewer is pleasant.
@@ -50,7 +50,7 @@ pub struct TraceArgs {
     #[arg(long, value_name = "FILE", required_unless_present = "html")]
     pub out: Option<PathBuf>,
     /// Write a page that goes through the first block step by step, with the numbers of S, P, m, l and O (of
-    /// flash_tiled alone)
+    /// flash_tiled, flash_mma, flash_swizzled and flash_turing)
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
     /// Trace this many blocks of each launch (clusters, where there are any), from the first on
@@ -63,12 +63,11 @@ pub struct TraceArgs {
 /// # Errors
 /// What is wrong with the request; a kernel that is wrong; a file that cannot be written.
 pub fn run(args: &TraceArgs) -> Result<Outcome> {
-    if args.html.is_some() && args.specimen.kernel != STEPPED {
-        let kernel = &args.specimen.kernel;
-        let reason = format!(
-            "--html goes through {STEPPED} alone, not {kernel}: leave it out, or use --kernel {STEPPED}"
+    if args.html.is_some() && Rung::find(&args.specimen.kernel).is_none() {
+        let (kernel, known) = (&args.specimen.kernel, format::list(&Rung::kernels()));
+        return Err(
+            Usage(format!("--html goes through {known}, not {kernel}: leave it out")).into()
         );
-        return Err(Usage(reason).into());
     }
     let [out, html] =
         output::open_all([("--out", args.out.as_deref()), ("--html", args.html.as_deref())])?;
@@ -94,7 +93,7 @@ pub fn run(args: &TraceArgs) -> Result<Outcome> {
             let reason = "--html goes through attention without further features, causal or not: leave them out";
             return Err(Usage(reason.into()).into());
         };
-        let steps = Steps::new(&specimen.problem, [inputs.q, inputs.k, inputs.v])?;
+        let steps = Steps::new(specimen.kernel, &specimen.problem, [inputs.q, inputs.k, inputs.v])?;
         let page = page::page(&specimen.describe(), &steps)?;
         html.write(|to| Ok(to.write_all(page.as_bytes())?))?;
         print_lines(&format!("wrote {}: {} steps", html.path().display(), steps.steps.len()));

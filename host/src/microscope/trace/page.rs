@@ -16,7 +16,6 @@ const SCRIPT: &str = include_str!("steps.js");
 pub fn page(title: &str, steps: &Steps) -> Result<String> {
     // What ends a script would end the data.
     let data = serde_json::to_string(steps)?.replace("</", "<\\/");
-    let first = steps.first_line;
     let markup = html! {
         (DOCTYPE)
         html lang="en" {
@@ -39,11 +38,14 @@ pub fn page(title: &str, steps: &Steps) -> Result<String> {
                 }
                 div.now aria-live="polite" { h2 id="title" {} p id="note" {} }
                 div.view {
-                    div.code { pre id="source" { @for (i, line) in steps.source.iter().enumerate() {
-                        span.line id={ "l" (first + i as u32) } {
-                            span.number { (first + i as u32) } (line) "\n"
-                        }
-                    } } }
+                    div.code { @for (i, excerpt) in steps.sources.iter().enumerate() {
+                        h3 { (excerpt.file) }
+                        pre { @for (line, number) in excerpt.lines.iter().zip(excerpt.first..) {
+                            span.line id={ "l" (i) "-" (number) } {
+                                span.number { (number) } (line) "\n"
+                            }
+                        } }
+                    } }
                     div.state {
                         figure { h3 { "S = Q Kᵀ, scaled" } canvas id="s" {} }
                         figure { h3 { "P = exp(S - m)" } canvas id="p" {} }

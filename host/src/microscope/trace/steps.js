@@ -62,8 +62,8 @@ function show(index) {
   byId("first").disabled = byId("back").disabled = at === 0;
   byId("next").disabled = byId("tile").disabled = at === steps.length - 1;
   document.querySelectorAll(".line.on").forEach((line) => line.classList.remove("on"));
-  for (let line = step.lines[0]; line <= step.lines[1]; line++) byId(`l${line}`)?.classList.add("on");
-  const code = document.querySelector(".code"), line = byId(`l${step.lines[0]}`);
+  for (let line = step.lines[0]; line <= step.lines[1]; line++) byId(`l${step.source}-${line}`)?.classList.add("on");
+  const code = document.querySelector(".code"), line = byId(`l${step.source}-${step.lines[0]}`);
   if (line) code.scrollTop = line.offsetTop - code.offsetTop - code.clientHeight / 3;
   draw("s", now.s, keys, (i) => `S of row ${Math.floor(i / keys)}, key ${step.tile * keys + (i % keys)}`);
   draw("p", now.p, keys, (i) => `P of row ${Math.floor(i / keys)}, key ${i % keys} of its tile`);
@@ -76,7 +76,7 @@ function show(index) {
 }
 
 function memory(step) {
-  const owners = ["--line3", "--line1", "--line5", "--line0"];
+  const owners = ["--line3", "--line1", "--line5", "--line0"]; // Q, K, V, P
   byId("memory").replaceChildren(...data.regions.map(([name, bytes], i) => {
     const [holds, does] = step.memory[i] ?? ["", ""], box = document.createElement("div");
     box.style.flex = bytes;

@@ -1,4 +1,4 @@
-//! The steps of flash_tiled's first block on a small problem, with the numbers that it has after each: S, P, the
+//! The steps of a kernel's first block on a small problem, with the numbers that it has after each: S, P, the
 //! running maximum and sum, O; what lies in shared memory; where the lanes are. The numbers are worked out here in
 //! f64 from the same Q, K and V, tile by tile as the kernel goes; the lines are the kernel's.
 
@@ -6,13 +6,8 @@ use anyhow::{Context as _, Result};
 use flash_attention::{Problem, Tensor};
 use serde::Serialize;
 
+use super::rungs::{Phase, Rung, To};
 use crate::microscope::source::{self, Line};
-
-/// The kernel's file, and that of its tiles.
-const FILE: &str = "kernels-gpu/src/forward/flash_tiled.rs";
-const TILES: &str = "kernels-gpu/src/parts/scalar_tile.rs";
-/// Elements that a row of a tile in shared memory is longer by.
-const PADDING: usize = 4;
 
 /// Everything that the page shows.
 #[derive(Clone, Debug, Serialize)]
@@ -35,10 +30,19 @@ pub struct Steps {
     pub regions: Vec<(&'static str, usize)>,
     /// The steps.
     pub steps: Vec<Step>,
-    /// The kernel's body: the first line's number, and the lines.
-    pub first_line: u32,
+    /// What is shown of the source.
+    pub sources: Vec<Excerpt>,
+}
+
+/// Lines of a file.
+#[derive(Clone, Debug, Serialize)]
+pub struct Excerpt {
+    /// The file.
+    pub file: &'static str,
+    /// Number of the first line.
+    pub first: u32,
     /// The lines.
-    pub source: Vec<&'static str>,
+    pub lines: Vec<&'static str>,
 }
 
 /// The numbers after a tile of keys.
@@ -81,7 +85,9 @@ pub struct Step {
     pub title: String,
     /// More about it.
     pub note: String,
-    /// Lines of the source, first and last.
+    /// Number of its excerpt.
+    pub source: usize,
+    /// Lines of it, first and last.
     pub lines: [u32; 2],
     /// The tile of keys.
     pub tile: usize,
@@ -93,21 +99,6 @@ pub struct Step {
     pub memory: Vec<(String, &'static str)>,
 }
 
-/// The number that a constant of the source has.
-fn constant(file: &str, name: &str) -> Result<usize> {
-    let begin = format!("pub const {name}: u32 = ");
-    let line = source::text(file).lines().find_map(|line| line.trim().strip_prefix(&begin));
-    let number = line.and_then(|rest| rest.trim_end_matches(';').parse().ok());
-    number.with_context(|| format!("{file} has no number {name}"))
-}
-
-/// The first line from `after` on that contains `text`.
-fn line_of(text: &str, after: u32) -> Result<u32> {
-    let lines = source::text(FILE).lines().enumerate().skip(after as usize);
-    let found = lines.map(|(i, line)| (i as u32 + 1, line)).find(|(_, line)| line.contains(text));
-    found.map(|(number, _)| number).with_context(|| format!("{FILE} has no line {text:?}"))
-}
-
 fn digits(value: f64) -> f64 {
     if value == 0.0 || !value.is_finite() {
         return value;
@@ -117,36 +108,29 @@ fn digits(value: f64) -> f64 {
 }
 
 impl Steps {
-    /// Of the first block of a problem with Q, K and V, `[B, H, N, D]`.
+    /// Of the first block of a kernel on a problem with Q, K and V, `[B, H, N, D]`.
     ///
     /// # Errors
-    /// A source file that no longer has the lines that the steps are at.
-    pub fn new(problem: &Problem, [q, k, v]: [&Tensor; 3]) -> Result<Self> {
-        let tile = constant(TILES, "ROWS")?;
-        let threads = constant(TILES, "THREADS")?;
+    /// A kernel that has no steps; a source file that no longer has the lines that they are at.
+    pub fn new(kernel: &str, problem: &Problem, [q, k, v]: [&Tensor; 3]) -> Result<Self> {
+        let rung = Rung::find(kernel).with_context(|| format!("{kernel} has no steps"))?;
         let d = problem.head_dim();
-        let rows = tile.min(problem.seq_q());
+        let shape = rung.shape(kernel, d)?;
         let mut steps = Self {
-            rows,
+            rows: shape.rows.min(problem.seq_q()),
             columns: d,
-            keys: tile,
-            warps: threads / 32,
+            keys: shape.keys,
+            warps: shape.warps,
             tiles: Vec::new(),
             o: Vec::new(),
             lse: Vec::new(),
-            regions: Self::regions(tile, d),
+            regions: shape.regions,
             steps: Vec::new(),
-            first_line: 0,
-            source: Vec::new(),
+            sources: rung.excerpts()?,
         };
         steps.compute(problem, [q, k, v]);
-        steps.tell(problem)?;
+        steps.tell(rung, problem)?;
         Ok(steps)
-    }
-
-    fn regions(tile: usize, d: usize) -> Vec<(&'static str, usize)> {
-        let bytes = |columns: usize| 4 * tile * (columns + PADDING);
-        vec![("Q", bytes(d)), ("K", bytes(d)), ("V", bytes(d)), ("P", bytes(tile))]
     }
 
     /// Goes over the tiles of keys that the rows see.
@@ -205,145 +189,116 @@ impl Steps {
     }
 
     /// The steps, with their lines.
-    fn tell(&mut self, problem: &Problem) -> Result<()> {
-        let body = line_of("pub unsafe fn flash_tiled", 0)?;
-        let end = line_of("entries! {", body)? - 1;
-        let at = |text: &str, after: u32| line_of(text, after);
-        let load_q = at("// Load Q.", body)?;
-        let start = at("let mut m_i", load_q)?;
-        let barrier = at("thread::sync_threads();", start)?;
-        let loaded = at("thread::sync_threads();", barrier)?;
-        let product = at("scalar_tile::product", loaded)?;
-        let mask = at("// Shape and mask.", product)?;
-        let softmax = at("// Online softmax", mask)?;
-        let dropout = at("if Policy::drops()", softmax)?;
-        let warp_barrier = at("warp::sync_warp(FULL_MASK);", dropout)?;
-        let output = at("// O += P V.", warp_barrier)?;
-        let normalise = at("// Normalise, store", output)?;
-        let tile_name = |name: &str, tile: usize| format!("{name}, tile {tile}");
-        let why = |line: u32| Line { file: FILE, number: line }.comment().unwrap_or_default();
-        let nothing = || (String::new(), "");
-        let q = |what| ("Q".to_owned(), what);
-
-        self.first_line = body;
-        self.source = source::text(FILE)
-            .lines()
-            .skip(body as usize - 1)
-            .take((end - body) as usize)
-            .collect();
-        let mut steps = vec![Step {
-            title: "Load Q".into(),
-            note: format!(
-                "All {} threads copy {} rows of Q to shared memory, as f32. m = -∞, l = 0, O = 0.",
-                32 * self.warps,
-                self.rows
-            ),
-            lines: [load_q, start + 2],
-            tile: 0,
-            stage: Stage::Before,
-            barrier: "",
-            memory: vec![q("write"), nothing(), nothing(), nothing()],
-        }];
-        for tile in 0..self.tiles.len() {
-            let [k, v, p] = ["K", "V", "P"].map(|name| tile_name(name, tile));
-            let before = |name: &str| match tile {
-                0 => nothing(),
-                _ => (tile_name(name, tile - 1), ""),
-            };
-            let hidden = self.tiles[tile].s.iter().filter(|s| s.is_none()).count();
-            let mut step = |title: &str, note: String, lines, stage, barrier, memory| {
-                steps.push(Step { title: title.into(), note, lines, tile, stage, barrier, memory });
-            };
-            step(
-                "Barrier of the block",
-                why(barrier),
-                [barrier, barrier],
-                Stage::Before,
-                "block",
-                vec![q(""), before("K"), before("V"), before("P")],
-            );
-            step(
-                "Load K and V",
-                format!(
-                    "Keys {} to {} and their values.",
-                    tile * self.keys,
-                    (tile + 1) * self.keys - 1
-                ),
-                [barrier + 1, loaded - 2],
-                Stage::Before,
-                "",
-                vec![q(""), (k.clone(), "write"), (v.clone(), "write"), before("P")],
-            );
-            step(
-                "Barrier of the block",
-                why(loaded),
-                [loaded, loaded],
-                Stage::Before,
-                "block",
-                vec![q(""), (k.clone(), ""), (v.clone(), ""), before("P")],
-            );
-            step(
-                "S = Q Kᵀ",
-                "Each thread computes 2 rows and 4 keys of S in its registers.".into(),
-                [product - 1, product],
-                Stage::Scores,
-                "",
-                vec![q("read"), (k.clone(), "read"), (v.clone(), ""), before("P")],
-            );
-            if hidden > 0 {
-                let what = if problem.causal() { "are later than their row, or" } else { "are" };
-                step(
-                    "Mask",
-                    format!("{hidden} entries {what} beyond the last key: -∞."),
-                    [mask, softmax - 2],
-                    Stage::Scores,
-                    "",
-                    vec![q(""), (k.clone(), ""), (v.clone(), ""), before("P")],
-                );
-            }
-            step(
-                "Online softmax",
-                "m grows to the largest score so far; α = exp(m before - m) scales l and O of the tiles before; \
-                 P = exp(S - m) goes to shared memory, and l takes its row sums."
-                    .into(),
-                [softmax, dropout - 1],
-                Stage::Softmax,
-                "",
-                vec![q(""), (k.clone(), ""), (v.clone(), ""), (p.clone(), "write")],
-            );
-            step(
-                "Barrier of the warp",
-                why(warp_barrier),
-                [warp_barrier, warp_barrier],
-                Stage::Softmax,
-                "warp",
-                vec![q(""), (k.clone(), ""), (v.clone(), ""), (p.clone(), "")],
-            );
-            step(
-                "O += P V",
-                "Each thread reads its rows of P and all of V.".into(),
-                [output, normalise - 3],
-                Stage::Output,
-                "",
-                vec![q(""), (k, ""), (v, "read"), (p, "read")],
-            );
+    fn tell(&mut self, rung: &Rung, problem: &Problem) -> Result<()> {
+        let mut holds = vec![String::new(); self.regions.len()];
+        let mut after = vec![0; self.sources.len()];
+        let mut places = Vec::new();
+        for phase in rung.phases {
+            places.push(self.lines_of(phase, &mut after)?);
         }
-        let last = self.tiles.len().saturating_sub(1);
-        let memory = steps.last().map_or_else(Vec::new, |step| {
-            step.memory.iter().map(|(name, _)| (name.clone(), "")).collect()
-        });
-        steps.push(Step {
-            title: "Normalise and store".into(),
-            note: "O / l goes to global memory, and LSE = m + log(l).".into(),
-            lines: [normalise, end - 2],
-            tile: last,
-            stage: Stage::Done,
-            barrier: "",
-            memory,
-        });
-        self.steps = steps;
+        let all = rung.phases.iter().zip(places);
+        let (before, rest): (Vec<_>, Vec<_>) =
+            all.partition(|(phase, _)| phase.once == Some(false));
+        let (last, each): (Vec<_>, Vec<_>) =
+            rest.into_iter().partition(|(phase, _)| phase.once == Some(true));
+        for (phase, lines) in before {
+            self.add(phase, lines, 0, String::new(), &mut holds);
+        }
+        for tile in 0..self.tiles.len() {
+            let hidden = self.tiles[tile].s.iter().filter(|s| s.is_none()).count();
+            for (phase, lines) in &each {
+                let mut note = String::new();
+                if phase.is_mask {
+                    if hidden == 0 {
+                        continue;
+                    }
+                    let what =
+                        if problem.causal() { "are later than their row, or" } else { "are" };
+                    note = format!("{hidden} entries {what} beyond the last key: -∞.");
+                }
+                self.add(phase, *lines, tile, note, &mut holds);
+            }
+        }
+        for (phase, lines) in last {
+            self.add(phase, lines, self.tiles.len().saturating_sub(1), String::new(), &mut holds);
+        }
         Ok(())
     }
+
+    /// The lines of a phase, which come after those of the phase before.
+    fn lines_of(&self, phase: &Phase, after: &mut [u32]) -> Result<[u32; 2]> {
+        let excerpt = &self.sources[phase.source];
+        let find = |text: &str, after: u32| {
+            let mut lines = excerpt.lines.iter().zip(excerpt.first..);
+            let found = lines.find(|(line, number)| *number > after && line.contains(text));
+            found.map(|(_, number)| number).ok_or_else(|| {
+                anyhow::anyhow!("{} has no line {text:?} after line {after}", excerpt.file)
+            })
+        };
+        let first = find(phase.from, after[phase.source])?;
+        let last = match phase.to {
+            To::Lines(count) => first + count - 1,
+            To::Before(text) => find(text, first)? - 1,
+            To::End => excerpt.first + excerpt.lines.len() as u32 - 1,
+        };
+        // Without the blank lines at the end.
+        let is_blank =
+            |number: u32| excerpt.lines[(number - excerpt.first) as usize].trim().is_empty();
+        let last = (first..=last).rev().find(|&number| !is_blank(number)).unwrap_or(first);
+        after[phase.source] = last;
+        Ok([first, last])
+    }
+
+    fn add(
+        &mut self,
+        phase: &Phase,
+        lines: [u32; 2],
+        tile: usize,
+        note: String,
+        holds: &mut [String],
+    ) {
+        let mut memory = Vec::new();
+        for ((name, _), holds) in self.regions.iter().zip(holds) {
+            let mut does = "";
+            if phase.writes.contains(name) {
+                *holds = if *name == "Q" { "Q".to_owned() } else { format!("{name}, tile {tile}") };
+                does = "write";
+            } else if phase.reads.contains(name) {
+                does = "read";
+            }
+            memory.push((holds.clone(), does));
+        }
+        let file = self.sources[phase.source].file;
+        let comment = || Line { file, number: lines[0] }.comment().unwrap_or_default();
+        let note = match (note.is_empty(), phase.note) {
+            (false, _) => note,
+            (true, "") => comment(),
+            (true, text) => text.to_owned(),
+        };
+        self.steps.push(Step {
+            title: phase.title.into(),
+            note,
+            source: phase.source,
+            lines,
+            tile,
+            stage: phase.stage,
+            barrier: phase.barrier,
+            memory,
+        });
+    }
+}
+
+/// The lines of a file from the one that contains `from` up to the one before `to`.
+///
+/// # Errors
+/// A file without such lines.
+pub fn excerpt(file: &'static str, from: &str, to: &str) -> Result<Excerpt> {
+    let lines: Vec<&'static str> = source::text(file).lines().collect();
+    let first = lines.iter().position(|line| line.contains(from));
+    let first = first.ok_or_else(|| anyhow::anyhow!("{file} has no line {from:?}"))?;
+    let end = lines[first..].iter().position(|line| line.starts_with(to));
+    let end = end.map_or(lines.len(), |end| first + end);
+    Ok(Excerpt { file, first: first as u32 + 1, lines: lines[first..end].to_vec() })
 }
 
 #[cfg(test)]
@@ -354,12 +309,12 @@ mod tests {
     use super::*;
     use crate::inputs::Tensors;
 
-    fn steps(seq: usize, causal: bool) -> (Steps, oracle::Rows) {
-        let problem = Problem::builder(1, 1, seq, 32).dtype(DType::F16).causal(causal);
+    fn steps(kernel: &str, seq: usize, causal: bool) -> (Steps, oracle::Rows) {
+        let problem = Problem::builder(1, 1, seq, 64).dtype(DType::F16).causal(causal);
         let problem = problem.build().unwrap();
         let tensors = Tensors::random(&problem, 7);
         let inputs = tensors.inputs();
-        let steps = Steps::new(&problem, [inputs.q, inputs.k, inputs.v]).unwrap();
+        let steps = Steps::new(kernel, &problem, [inputs.q, inputs.k, inputs.v]).unwrap();
         let rows: Vec<usize> = (0..steps.rows).collect();
         let right = oracle::reference(&problem, &inputs, &rows);
         (steps, right)
@@ -367,9 +322,15 @@ mod tests {
 
     #[test]
     fn the_last_step_has_the_right_answer() {
-        for (seq, causal, tiles) in [(80, false, 3), (80, true, 1), (20, false, 1)] {
-            let (steps, right) = steps(seq, causal);
-            assert_eq!((steps.tiles.len(), steps.rows), (tiles, seq.min(32)));
+        for (kernel, rows, seq, causal, tiles) in [
+            ("flash_tiled", 32, 80, false, 3),
+            ("flash_tiled", 32, 80, true, 1),
+            ("flash_tiled", 20, 20, false, 1),
+            ("flash_mma", 64, 130, false, 3),
+            ("flash_swizzled", 64, 70, true, 1),
+        ] {
+            let (steps, right) = steps(kernel, seq, causal);
+            assert_eq!((steps.tiles.len(), steps.rows), (tiles, rows), "{kernel}");
             assert_eq!(steps.o.len(), right.o.len());
             for (step, right) in steps.o.iter().zip(&right.o) {
                 assert_relative_eq!(*step, *right, max_relative = 1e-3, epsilon = 1e-4);
@@ -383,7 +344,7 @@ mod tests {
     /// O of a tile is O of the tile before, scaled, and P V: as long as m does not change, α is 1.
     #[test]
     fn maxima_grow_and_scale_what_was_there() {
-        let (steps, _) = steps(96, false);
+        let (steps, _) = steps("flash_tiled", 96, false);
         for pair in steps.tiles.windows(2) {
             for row in 0..steps.rows {
                 let [before, after] = [&pair[0], &pair[1]].map(|tile| tile.m[row].unwrap());
@@ -397,13 +358,7 @@ mod tests {
     /// Every step is at lines of the kernel that say so.
     #[test]
     fn steps_are_at_their_lines() {
-        let (steps, _) = steps(40, true);
-        let text = |step: &Step| {
-            let [first, last] = step.lines.map(|line| (line - steps.first_line) as usize);
-            assert!(first <= last && last < steps.source.len(), "{}", step.title);
-            steps.source[first..=last].join("\n")
-        };
-        for (title, part) in [
+        let of_tiled = [
             ("Load Q", "scalar_tile::load"),
             ("Barrier of the block", "thread::sync_threads();"),
             ("Load K and V", "v_smem"),
@@ -413,16 +368,35 @@ mod tests {
             ("Barrier of the warp", "warp::sync_warp"),
             ("O += P V", "scalar_tile::add_row"),
             ("Normalise and store", "lse.write"),
-        ] {
-            let found: Vec<&Step> = steps.steps.iter().filter(|s| s.title == title).collect();
-            assert!(!found.is_empty(), "{title}");
-            assert!(
-                found.iter().all(|step| text(step).contains(part)),
-                "{title}: {}",
-                text(found[0])
-            );
+        ];
+        let of_mma = [
+            ("Load Q", "tile::load"),
+            ("Barrier of the block", "thread::sync_threads();"),
+            ("Load K and V", "v_smem"),
+            ("S = Q Kᵀ", "fragment::add_scores"),
+            ("Mask", "policy.hide"),
+            ("Online softmax", "self.rows.update"),
+            ("O += P V", "fragment::add_output"),
+            ("Normalise and store", "online::store"),
+        ];
+        for (kernel, phases) in
+            [("flash_tiled", &of_tiled[..]), ("flash_mma", &of_mma), ("flash_turing", &of_mma)]
+        {
+            let (steps, _) = steps(kernel, 70, true);
+            let text = |step: &Step| {
+                let Excerpt { first, lines, .. } = &steps.sources[step.source];
+                let [from, to] = step.lines.map(|line| (line - first) as usize);
+                assert!(from <= to && to < lines.len(), "{}", step.title);
+                lines[from..=to].join("\n")
+            };
+            for (title, part) in phases {
+                let found: Vec<&Step> = steps.steps.iter().filter(|s| s.title == *title).collect();
+                assert!(!found.is_empty(), "{kernel}: {title}");
+                let at_its_lines = |step: &&Step| text(step).contains(part);
+                assert!(found.iter().all(at_its_lines), "{kernel}, {title}: {}", text(found[0]));
+            }
+            let barriers = steps.steps.iter().filter(|step| !step.barrier.is_empty());
+            assert!(barriers.into_iter().all(|step| step.note.starts_with("Hazard: ")));
         }
-        let barriers = steps.steps.iter().filter(|step| !step.barrier.is_empty());
-        assert!(barriers.into_iter().all(|step| step.note.starts_with("Hazard: ")));
     }
 }

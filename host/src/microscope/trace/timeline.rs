@@ -386,7 +386,7 @@ mod tests {
         Timeline::new(&ClusterTrace { cluster: 0, block_warps, warps })
     }
 
-    fn of<'a>(timeline: &'a Timeline, track: Track, line: u32) -> &'a Slice {
+    fn of(timeline: &Timeline, track: Track, line: u32) -> &Slice {
         let found = timeline.slices.iter().find(|s| s.track == track && s.event.line == line);
         found.unwrap_or_else(|| panic!("line {line} of {track:?}"))
     }
