@@ -20,7 +20,7 @@ Examples:
   flash-attention run --input qkvo.safetensors --check --kernel flash_mma
   flash-attention run --input x.safetensors --weights w.safetensors --heads 12 --check
   flash-attention run --backward --input qkv_do.safetensors --output gradients.safetensors
-  flash-attention run --backward --input x_dy.safetensors --weights w.safetensors --heads 12 --output g.safetensors";
+  flash-attention run --backward --input in.safetensors --weights w.safetensors --heads 8 --output g";
 
 /// Below the options of `break`.
 pub const BREAK: &str = "\
