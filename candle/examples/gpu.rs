@@ -21,7 +21,9 @@ use flash_attention::{
     raw::{Args, BackwardArgs, Context, Plan, Region, View},
     registry::{Backward, Operation, best_for},
 };
-use flash_attention_candle::{Layout, Options, attention, attention_with_lse};
+use flash_attention_candle::{
+    Layout, Options, attention, attention_with_lse, flash_attn_varlen_paged_windowed,
+};
 
 fn main() -> Result<()> {
     let gpu = CudaDevice::new_with_stream(0)?;
@@ -35,6 +37,7 @@ fn main() -> Result<()> {
                 check(&default)?,
                 check_views(&default)?,
                 check_lengths(&default)?,
+                check_pages(&default)?,
                 check_views(&device)?,
             ];
             match wrong.into_iter().sum::<usize>() {
@@ -165,6 +168,59 @@ fn check_lengths(device: &Device) -> Result<usize> {
         }
     }
     println!("caches: {wrong} wrong");
+    Ok(wrong)
+}
+
+/// Caches in pages, beside the CPU: a query a sequence, several, and different numbers of them.
+fn check_pages(device: &Device) -> Result<usize> {
+    let mut wrong = 0;
+    let starts_k = Tensor::new(&[0u32, 1500, 1517, 1517, 2500], device)?;
+    for (dtype, limit) in [(DType::F16, 2e-3), (DType::BF16, 2e-2)] {
+        for (size, max_pages) in [(7, 230), (64, 24), (256, 6)] {
+            let cache = random(&[max_pages, 2, size, 2, 128], dtype, device)?;
+            let part = |at: usize| cache.narrow(1, at, 1)?.squeeze(1);
+            let (k, v) = (part(0)?, part(1)?);
+            let page = |at: usize| (at * 5 + 3) as u32 % max_pages as u32;
+            let table: Vec<u32> = (0..4 * max_pages).map(page).collect();
+            let table = Tensor::from_vec(table, (4, max_pages), device)?;
+            for (starts, most) in
+                [([0u32, 1, 2, 3, 4], 1), ([0, 3, 6, 9, 12], 3), ([0, 40, 41, 41, 60], 40)]
+            {
+                let starts_q = Tensor::new(&starts, device)?;
+                let q = random(&[starts[4] as usize, 8, 128], dtype, device)?;
+                for window in [[None, Some(0)], [Some(100), Some(3)]] {
+                    let of = |device: &Device| -> Result<Tensor> {
+                        let [q, k, v, starts_q, starts_k, table] =
+                            [&q, &k, &v, &starts_q, &starts_k, &table].map(|x| x.to_device(device));
+                        flash_attn_varlen_paged_windowed(
+                            &q?,
+                            &k?,
+                            &v?,
+                            &starts_q?,
+                            &starts_k?,
+                            &table?,
+                            None,
+                            most,
+                            1500,
+                            0.1,
+                            window[0],
+                            window[1],
+                            size,
+                            Some(20.0),
+                        )
+                    };
+                    let far = far(&of(device)?.to_device(&Device::Cpu)?, &of(&Device::Cpu)?)?;
+                    if far.is_nan() || far > limit {
+                        wrong += 1;
+                        println!(
+                            "WRONG {dtype:?} pages of {size}, {starts:?}: {far} from the CPU's"
+                        );
+                    }
+                }
+            }
+        }
+    }
+    println!("pages: {wrong} wrong");
     Ok(wrong)
 }
 

@@ -26,8 +26,8 @@ pub fn problem(q: &Tensor, k: &Tensor, v: &Tensor, options: &Options) -> Result<
         }
     }
     let builder = match &options.varlen {
-        Some(varlen) => packed(q, k, v, varlen)?,
-        None => dense(q, k, v, options.layout)?,
+        Some(varlen) => packed(q, k, v, varlen, options.page_table.as_ref())?,
+        None => dense(q, k, v, options.layout, options.page_table.as_ref())?,
     };
     let builder = builder
         .dtype(dtype(q)?)
@@ -68,49 +68,95 @@ pub fn problem(q: &Tensor, k: &Tensor, v: &Tensor, options: &Options) -> Result<
     Ok(p)
 }
 
-/// A problem of tensors of rank 4.
-fn dense(q: &Tensor, k: &Tensor, v: &Tensor, layout: Layout) -> Result<ProblemBuilder> {
-    for (name, tensor) in [("q", q), ("k", k), ("v", v)] {
-        if tensor.rank() != 4 {
-            let order = match layout {
-                Layout::HeadsFirst => "[B, H, N, D]",
-                Layout::TokensFirst => "[B, N, H, D]",
+/// Extents `[B, H, N, D]` of a tensor; of a cache in pages, `[pages, H, page_size, D]`.
+fn extents(name: &str, tensor: &Tensor, layout: Layout, in_pages: bool) -> Result<[usize; 4]> {
+    match (tensor.dims(), layout) {
+        (&[b, heads, rows, d], Layout::HeadsFirst)
+        | (&[b, rows, heads, d], Layout::TokensFirst) => Ok([b, heads, rows, d]),
+        _ => {
+            let order = match (in_pages, layout) {
+                (false, Layout::HeadsFirst) => "[B, H, N, D]",
+                (false, Layout::TokensFirst) => "[B, N, H, D]",
+                (true, Layout::HeadsFirst) => "[pages, H, page_size, D]",
+                (true, Layout::TokensFirst) => "[pages, page_size, H, D]",
             };
             bail!("{name} has shape {:?}: it must be {order}", tensor.shape())
         }
     }
-    let dims = |tensor: &Tensor| -> Result<[usize; 4]> {
-        let (b, second, third, d) = tensor.dims4()?;
-        Ok(match layout {
-            Layout::HeadsFirst => [b, second, third, d],
-            Layout::TokensFirst => [b, third, second, d],
-        })
+}
+
+/// A problem of tensors of rank 4.
+fn dense(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    layout: Layout,
+    page_table: Option<&Tensor>,
+) -> Result<ProblemBuilder> {
+    let of = |name, tensor| extents(name, tensor, layout, page_table.is_some() && name != "q");
+    let ([b, heads, seq_q, d], k_extents, v_extents) = (of("q", q)?, of("k", k)?, of("v", v)?);
+    let [k_b, kv_heads, k_rows, k_d] = k_extents;
+    let seq_k = match page_table {
+        Some(table) => keys_in_pages(table, q, b, [k_b, k_rows])?,
+        None if k_b != b => {
+            bail!("k has shape {:?}, and q {:?}: B and D must agree", k.shape(), q.shape())
+        }
+        None => k_rows,
     };
-    let ([b, heads, seq_q, d], [k_b, kv_heads, seq_k, k_d]) = (dims(q)?, dims(k)?);
-    let [v_b, v_heads, v_seq, d_v] = dims(v)?;
-    if [k_b, k_d] != [b, d] {
+    if k_d != d {
         bail!("k has shape {:?}, and q {:?}: B and D must agree", k.shape(), q.shape())
     }
-    if [v_b, v_heads, v_seq] != [k_b, kv_heads, seq_k] {
+    if v_extents[..3] != k_extents[..3] {
         bail!("v has shape {:?}, and k {:?}: all but D must agree", v.shape(), k.shape())
     }
     let builder = Problem::builder(b, heads, seq_q, d).kv_heads(kv_heads).seq_k(seq_k);
-    Ok(builder.head_dim_v(d_v).layout(layout))
+    Ok(builder.head_dim_v(v_extents[3]).layout(layout))
+}
+
+/// Keys that the page table has room for in each of `batch` sequences, where the cache has that many pages
+/// of that many keys.
+fn keys_in_pages(
+    table: &Tensor,
+    q: &Tensor,
+    batch: usize,
+    [pages, page_size]: [usize; 2],
+) -> Result<usize> {
+    if pages == 0 || page_size == 0 {
+        bail!("k has {pages} pages of {page_size} keys: both must be at least 1")
+    }
+    if !matches!(table.dtype(), DType::U32 | DType::I32) {
+        bail!("page_table is {:?}: it must be U32 or I32", table.dtype())
+    }
+    check_device("page_table", table, q)?;
+    match table.dims() {
+        &[entries, columns] if entries == batch => Ok(columns * page_size),
+        _ => bail!("page_table has shape {:?}: it must be [{batch}, max_pages]", table.shape()),
+    }
 }
 
 /// A problem of packed sequences.
-fn packed(q: &Tensor, k: &Tensor, v: &Tensor, varlen: &Varlen) -> Result<ProblemBuilder> {
-    for (name, tensor) in [("q", q), ("k", k), ("v", v)] {
-        if tensor.rank() != 3 {
-            bail!("{name} has shape {:?}: packed sequences are [total, H, D]", tensor.shape())
+fn packed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    varlen: &Varlen,
+    page_table: Option<&Tensor>,
+) -> Result<ProblemBuilder> {
+    let of = |name, tensor: &Tensor| {
+        if page_table.is_some() && name != "q" {
+            return extents(name, tensor, Layout::TokensFirst, true);
         }
-    }
-    let ((total_q, heads, d), (total_k, kv_heads, k_d)) = (q.dims3()?, k.dims3()?);
-    let (v_total, v_heads, d_v) = v.dims3()?;
+        match tensor.dims() {
+            &[total, heads, d] => Ok([1, heads, total, d]),
+            _ => bail!("{name} has shape {:?}: packed sequences are [total, H, D]", tensor.shape()),
+        }
+    };
+    let ([_, heads, total_q, d], k_extents, v_extents) = (of("q", q)?, of("k", k)?, of("v", v)?);
+    let [k_b, kv_heads, k_rows, k_d] = k_extents;
     if k_d != d {
         bail!("k has shape {:?}, and q {:?}: D must agree", k.shape(), q.shape())
     }
-    if [v_total, v_heads] != [total_k, kv_heads] {
+    if v_extents[..3] != k_extents[..3] {
         bail!("v has shape {:?}, and k {:?}: all but D must agree", v.shape(), k.shape())
     }
     let Varlen { cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k } = varlen;
@@ -124,9 +170,24 @@ fn packed(q: &Tensor, k: &Tensor, v: &Tensor, varlen: &Varlen) -> Result<Problem
             bail!("{name} must be contiguous, and its strides are {:?}", tensor.stride())
         }
     }
+    let total_k = match page_table {
+        Some(table) => {
+            let room = keys_in_pages(table, q, numbers - 1, [k_b, k_rows])?;
+            if *max_seqlen_k > room {
+                bail!(
+                    "max_seqlen_k = {max_seqlen_k}: page_table {:?} has room for {room} keys in pages \
+                     of {k_rows}",
+                    table.shape()
+                )
+            }
+            // Keys in pages are not packed: there are as many as sequences have.
+            *max_seqlen_k
+        }
+        None => k_rows,
+    };
     let totals = flash_attention::Varlen { total_q, total_k };
     let builder = Problem::builder(numbers - 1, heads, (*max_seqlen_q).max(1), d);
-    let builder = builder.kv_heads(kv_heads).seq_k(*max_seqlen_k).head_dim_v(d_v);
+    let builder = builder.kv_heads(kv_heads).seq_k(*max_seqlen_k).head_dim_v(v_extents[3]);
     Ok(builder.varlen(Some(totals)))
 }
 

@@ -1,7 +1,7 @@
 //! The functions of candle-flash-attn, with its signatures: tensors `[B, N, H, D]`, packed ones
 //! `[total, H, D]`.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use flash_attention::{Layout, Window};
 
 use crate::{Options, Varlen, attention};
@@ -244,6 +244,54 @@ pub fn flash_attn_varlen_alibi_windowed_softcap(
         alibi_slopes: alibi_slopes.cloned(),
         softcap: cap(softcap),
         varlen: packed([seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k]),
+        ..options(softmax_scale, window_size_left, window_size_right)
+    };
+    attention(q, k, v, &options)
+}
+
+/// As [`flash_attn_varlen_windowed`], for a cache in pages, with a cap of scaled scores where it is given.
+///
+/// `q`: `[total_q, H, D]`; `k`, `v`: `[pages, page_block_size, Hkv, D]`; `block_table`: u32 or i32
+/// `[B, max_pages]`. Key `j` of sequence `b` is key `j % page_block_size` of page
+/// `block_table[b][j / page_block_size]`. `seqlens_k` holds cumulative lengths; it indexes nothing in `k`. The
+/// call never reads pages beyond a length. Every row of `q` must belong to a sequence: `seqlens_q` ends at
+/// `total_q`. The function has no gradients.
+///
+/// On a GPU each sequence takes the time of `max_seqlen_q` queries: the function serves decoding.
+///
+/// # Errors
+/// As [`flash_attn`]; `mm_prefix_ranges` must be `None`.
+#[expect(clippy::too_many_arguments, reason = "the signature of candle-flash-attn")]
+pub fn flash_attn_varlen_paged_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    seqlens_q: &Tensor,
+    seqlens_k: &Tensor,
+    block_table: &Tensor,
+    mm_prefix_ranges: Option<&Tensor>,
+    max_seqlen_q: usize,
+    max_seqlen_k: usize,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+    page_block_size: usize,
+    softcap: Option<f32>,
+) -> Result<Tensor> {
+    if mm_prefix_ranges.is_some() {
+        bail!(
+            "mm_prefix_ranges is given: only a window and a causal mask are supported, so pass None"
+        )
+    }
+    if let &[_, rows, ..] = k.dims()
+        && rows != page_block_size
+    {
+        bail!("page_block_size = {page_block_size}: k has shape {:?}, pages of {rows}", k.shape())
+    }
+    let options = Options {
+        softcap: softcap.and_then(cap),
+        varlen: packed([seqlens_q, seqlens_k], [max_seqlen_q, max_seqlen_k]),
+        page_table: Some(block_table.clone()),
         ..options(softmax_scale, window_size_left, window_size_right)
     };
     attention(q, k, v, &options)

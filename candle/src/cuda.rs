@@ -24,7 +24,7 @@ use candle_core::{
 use flash_attention::{
     DType, Problem,
     raw::{Args, BackwardArgs, BiasView, Context, DecodeArgs, Plan, Region, View},
-    registry::{self, Backward, Decode, Operation},
+    registry::{self, Backward, Decode, Operation, Pages},
 };
 use half::{bf16, f16};
 
@@ -80,32 +80,63 @@ fn forward_of<T: Number>(
             ),
         );
         let args = beside.join(args.lse(uses.written(&mut lse)), &held, &mut uses)?;
-        let lengths = uses.beside(held.key_lengths.as_ref())?;
-        launch_forward(call, &device, args, lengths)?;
+        let cache = Cache {
+            decode: decode(call, k.1)?,
+            lengths: uses.beside(held.key_lengths.as_ref())?,
+            page_table: uses.beside(held.page_table.as_ref())?,
+        };
+        launch_forward(&device, args, &cache)?;
     }
     let wrapped = CudaStorage::wrap_cuda_slice(o, device.clone());
     Ok((wrapped, CudaStorage::wrap_cuda_slice(lse, device)))
 }
 
-/// Launches the decode kernel where few rows see many keys or keys have lengths, and the best attention
-/// kernel otherwise.
-fn launch_forward(
-    call: &Call,
-    device: &CudaDevice,
-    args: Args,
+/// Keys and values as a cache.
+struct Cache {
+    decode: Decode,
     lengths: Option<Region>,
-) -> Result<()> {
-    let p = &call.problem;
-    let gpu = context(device)?;
-    if let Some(lengths) = lengths {
-        let plan = plan(&gpu, Decode::new(*p))?;
-        return launch(&gpu, device, &plan, |workspace| {
-            DecodeArgs::new(args.workspace(workspace)).seqused_k(lengths)
-        });
+    page_table: Option<Region>,
+}
+
+impl Cache {
+    fn args(&self, forward: Args) -> DecodeArgs {
+        let mut args = DecodeArgs::new(forward);
+        if let Some(lengths) = self.lengths {
+            args = args.seqused_k(lengths);
+        }
+        if let Some(table) = self.page_table {
+            args = args.page_table(table);
+        }
+        args
     }
+}
+
+/// The call as the decode operation has it.
+fn decode(call: &Call, k: &Layout) -> Result<Decode> {
+    let p = call.problem;
+    let Some(table) = &call.options.page_table else { return Ok(Decode::new(p)) };
+    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let [pages, page_size] = crate::op::pages(&p, k).map(number);
+    let max_pages = number(table.dims2()?.1);
+    Decode::paged(p, Pages { page_size, pages, max_pages }).map_err(wrap)
+}
+
+/// Launches the decode kernel where few rows see many keys, keys have lengths or lie in pages, and the best
+/// attention kernel otherwise.
+fn launch_forward(device: &CudaDevice, args: Args, cache: &Cache) -> Result<()> {
+    let p = cache.decode.problem();
+    let gpu = context(device)?;
+    let is_cache = cache.lengths.is_some() || cache.page_table.is_some();
     let has_few_rows = p.seq_q() * p.group() <= DECODE_ROWS && p.seq_k() > 0;
-    if has_few_rows && let Ok(plan) = plan(&gpu, Decode::new(*p)) {
-        return launch(&gpu, device, &plan, |workspace| DecodeArgs::new(args.workspace(workspace)));
+    if is_cache || has_few_rows {
+        match plan(&gpu, cache.decode) {
+            Ok(plan) => {
+                let args = |workspace| cache.args(args.workspace(workspace));
+                return launch(&gpu, device, &plan, args);
+            }
+            Err(error) if is_cache => return Err(error),
+            Err(_) => {}
+        }
     }
     let plan = plan(&gpu, *p)?;
     launch(&gpu, device, &plan, |workspace| args.workspace(workspace))
@@ -252,6 +283,7 @@ struct Beside {
     alibi_slopes: Option<Tensor>,
     sinks: Option<Tensor>,
     key_lengths: Option<Tensor>,
+    page_table: Option<Tensor>,
     cu_seqlens: Option<[Tensor; 2]>,
 }
 
@@ -265,6 +297,7 @@ struct HeldBeside<'a> {
     alibi_slopes: Option<Held<'a>>,
     sinks: Option<Held<'a>>,
     key_lengths: Option<Held<'a>>,
+    page_table: Option<Held<'a>>,
     cu_seqlens: Option<[Held<'a>; 2]>,
 }
 
@@ -278,6 +311,7 @@ impl Beside {
             alibi_slopes: contiguous(&options.alibi_slopes)?,
             sinks: contiguous(&options.sinks)?,
             key_lengths: contiguous(&options.key_lengths)?,
+            page_table: contiguous(&options.page_table)?,
             cu_seqlens: options
                 .varlen
                 .as_ref()
@@ -295,6 +329,7 @@ impl Beside {
             alibi_slopes: hold(&self.alibi_slopes),
             sinks: hold(&self.sinks),
             key_lengths: hold(&self.key_lengths),
+            page_table: hold(&self.page_table),
             cu_seqlens: self
                 .cu_seqlens
                 .as_ref()
@@ -318,10 +353,10 @@ impl Beside {
         if let Some(sinks) = uses.beside(held.sinks.as_ref())? {
             args = args.sinks(sinks);
         }
-        if let Some([q, k]) = &held.cu_seqlens {
-            if let (Some(q), Some(k)) = (uses.beside(Some(q))?, uses.beside(Some(k))?) {
-                args = args.cu_seqlens(q, k);
-            }
+        if let Some([q, k]) = &held.cu_seqlens
+            && let (Some(q), Some(k)) = (uses.beside(Some(q))?, uses.beside(Some(k))?)
+        {
+            args = args.cu_seqlens(q, k);
         }
         if let (Some(region), Some((_, layout))) = (uses.beside(held.bias.as_ref())?, &held.bias)
             && let &[b, h, i, j] = layout.stride()
@@ -351,6 +386,7 @@ impl<'a> Uses<'a> {
             CudaStorageSlice::F16(slice) => self.read(slice, first),
             CudaStorageSlice::BF16(slice) => self.read(slice, first),
             CudaStorageSlice::U32(slice) => self.read(slice, first),
+            CudaStorageSlice::I32(slice) => self.read(slice, first),
             CudaStorageSlice::U8(slice) => self.read(slice, first),
             _ => bail!("a tensor of {:?} has no place in attention", storage.dtype()),
         })
@@ -476,7 +512,8 @@ fn launch<P: Kept>(
         // borrowed until this returns, or of a workspace; it is freed in the stream's order, after the
         // launches. Outputs and workspace were allocated for this call, or belong to this thread and
         // stream, whose launches follow one another; a kept workspace was zeroed, and each launch leaves
-        // it zero. cu_seqlens and key_lengths are as the caller promises.
+        // it zero. The kernels clamp
+        // key_lengths and page numbers to the cache; cu_seqlens are as the caller promises.
         unsafe { gpu.context.enqueue(plan, &args(workspace), stream.cu_stream().cast()) }
             .map_err(wrap)
     };

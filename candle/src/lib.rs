@@ -1,9 +1,9 @@
 //! Attention for candle.
 //!
 //! [`flash_attn`] and its variants have the signatures of candle-flash-attn: replace the crate's name.
-//! [`attention`] has more: softcap, sinks, an additive bias, padding masks, caches, dropout.
-//! [`attention_with_lse`] gives the log-sum-exp too. All of them have gradients, in f32, f16 and bf16, on
-//! CPUs and, with feature `cuda`, on GPUs.
+//! [`attention`] has more: sinks, an additive bias, padding masks, caches, dropout.
+//! [`attention_with_lse`] gives the log-sum-exp too. All of them have gradients but of caches, in f32, f16
+//! and bf16, on CPUs and, with feature `cuda`, on GPUs.
 //!
 //! ```
 //! use candle_core::{DType, Device, Result, Tensor, Var};
@@ -29,6 +29,7 @@
 //! # On a GPU
 //! With feature `cuda` a tensor on a CUDA device is computed on that device, in its context, on its stream.
 //! Nothing is copied: tensors are read through their strides, and the outputs come from candle's allocator.
+//! One case may copy Q and O: packed queries against a cache in pages, unless each sequence has one query.
 //! What a call launches is planned once for each problem. The driver is called through functions that are
 //! opened on first use: no `cu*` symbol is exported, and none of candle's is taken.
 //!
@@ -41,20 +42,21 @@
 //! |---|---|
 //! | types | f32, f16, bf16, one for Q, K, V and bias; candle-flash-attn has f16 and bf16 |
 //! | Q, O | `[B, Nq, H, D]` for [`flash_attn`] and its variants, `[B, H, Nq, D]` or either for [`attention`]; packed `[total_q, H, D]` |
-//! | K, V | as Q, with Nk keys and Hkv heads, which divides H |
+//! | K, V | as Q, with Nk keys and Hkv heads, which divides H; in pages `[pages, page_size, Hkv, D]`, or `[pages, Hkv, page_size, D]` as Q has it |
+//! | page table | u32 or i32 `[B, max_pages]` |
 //! | D | on GPUs multiples of 8 up to 256 (candle-flash-attn: 512); on CPUs up to 256. V may have another D than Q and K |
 //! | strides | any, as long as the last dimension is contiguous; on GPUs steps and addresses are multiples of 16 bytes |
 //! | slopes, sinks | f32 `[H]` (slopes: `[B, H]` too) |
 //! | bias | `[B or 1, H or 1, Nq, Nk]`, any strides |
 //! | padding mask | u8 `[B, Nk]` |
-//! | lengths | u32 `[B + 1]` (`cu_seqlens`), u32 `[B]` (`key_lengths`), contiguous; on GPUs `key_lengths` go with f16 and bf16, without bias, padding mask and dropout |
+//! | lengths | u32 `[B + 1]` (`cu_seqlens`), u32 `[B]` (`key_lengths`), contiguous; on GPUs `key_lengths` and page tables go with f16 and bf16, without bias, padding mask and dropout |
 //! | scale | above 0, at most 262144 |
 //! | LSE | f32 `[B, H, Nq]`; packed `[H, total_q]`; natural log; no gradient |
 //! | a row that sees no key | O = 0, LSE = -inf or the sink, no gradient |
 //!
 //! An error is a [`candle_core::Error`] that names the tensor, what it is, and what it must be: a shape, a
-//! type, a device, strides, numbers out of range. On a GPU nobody looks at the numbers of `cu_seqlens` and
-//! `key_lengths`, which only the device sees: they are as the functions say.
+//! type, a device, strides, numbers out of range. On a GPU nobody looks at the numbers of `cu_seqlens`,
+//! `key_lengths` and page tables, which only the device sees: they are as the functions say.
 
 #![warn(missing_debug_implementations)]
 
@@ -66,11 +68,13 @@ mod cuda;
 mod on_cpu;
 mod op;
 mod options;
+mod paged;
 
 pub use compat::{
     flash_attn, flash_attn_alibi, flash_attn_alibi_windowed, flash_attn_alibi_windowed_softcap,
     flash_attn_varlen, flash_attn_varlen_alibi, flash_attn_varlen_alibi_windowed,
-    flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_windowed, flash_attn_windowed,
+    flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_paged_windowed,
+    flash_attn_varlen_windowed, flash_attn_windowed,
 };
 pub use flash_attention::{Dropout, Layout, Window};
 pub use op::{attention, attention_with_lse};

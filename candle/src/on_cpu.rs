@@ -1,12 +1,12 @@
 //! Between candle's tensors on the CPU and the kernels of [`cpu`](crate::cpu).
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
-use flash_attention::{DType, Problem, problem::Sequence};
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType, bail};
+use flash_attention::{Problem, problem::Sequence};
 use half::{bf16, f16};
 
 use crate::{
     check::wrap,
-    cpu::{self, Beside, Element, Passed, Rows, Wanted},
+    cpu::{self, Beside, Element, Pages, Passed, Rows, Wanted},
     op::{Call, Gradients},
     options::Varlen,
 };
@@ -25,9 +25,9 @@ pub fn forward(call: &Call, qkv: [Stored<'_>; 3]) -> Result<(CpuStorage, CpuStor
         })
     }
     match call.problem.dtype() {
-        DType::F32 => of::<f32>(call, qkv),
-        DType::F16 => of::<f16>(call, qkv),
-        DType::BF16 => of::<bf16>(call, qkv),
+        flash_attention::DType::F32 => of::<f32>(call, qkv),
+        flash_attention::DType::F16 => of::<f16>(call, qkv),
+        flash_attention::DType::BF16 => of::<bf16>(call, qkv),
     }
 }
 
@@ -40,9 +40,9 @@ pub fn backward(
     wanted: Wanted,
 ) -> Result<Gradients> {
     match call.problem.dtype() {
-        DType::F32 => backward_of::<f32>(call, qkvo, lse, d_o, wanted),
-        DType::F16 => backward_of::<f16>(call, qkvo, lse, d_o, wanted),
-        DType::BF16 => backward_of::<bf16>(call, qkvo, lse, d_o, wanted),
+        flash_attention::DType::F32 => backward_of::<f32>(call, qkvo, lse, d_o, wanted),
+        flash_attention::DType::F16 => backward_of::<f16>(call, qkvo, lse, d_o, wanted),
+        flash_attention::DType::BF16 => backward_of::<bf16>(call, qkvo, lse, d_o, wanted),
     }
 }
 
@@ -122,14 +122,35 @@ fn with_call<T: Element + WithDType, R>(
         sinks: numbers(options.sinks.as_ref())?,
     };
     let sequences = match &options.varlen {
-        Some(varlen) => packed(p, varlen)?,
+        Some(varlen) => packed(p, varlen, options.page_table.is_some())?,
         None => {
             let lengths: Option<Vec<u32>> = numbers(options.key_lengths.as_ref())?;
             dense(p, lengths.as_deref())?
         }
     };
+    let pages = match &options.page_table {
+        Some(table) => Some(pages(table, p, k.1, &sequences)?),
+        None => None,
+    };
     let [q, k, v] = [rows(p, q)?, rows(p, k)?, rows(p, v)?];
-    then(&cpu::Call { problem: *p, q, k, v, beside, sequences })
+    then(&cpu::Call { problem: *p, q, k, v, beside, sequences, pages })
+}
+
+/// The pages of the sequences: those that are read are checked.
+fn pages(table: &Tensor, p: &Problem, k: &Layout, sequences: &[Sequence]) -> Result<Pages> {
+    let (_, per_sequence) = table.dims2()?;
+    let [count, page_size] = crate::op::pages(p, k);
+    let numbers = table.to_dtype(DType::I64)?.flatten_all()?.to_vec1::<i64>()?;
+    for (b, of) in sequences.iter().enumerate() {
+        let read = of.seq_k.div_ceil(page_size);
+        for (at, &page) in numbers[b * per_sequence..][..read].iter().enumerate() {
+            if !usize::try_from(page).is_ok_and(|page| page < count) {
+                bail!("page_table[{b}, {at}] = {page}: there are {count} pages")
+            }
+        }
+    }
+    let numbers = numbers.into_iter().map(|page| usize::try_from(page).unwrap_or(count)).collect();
+    Ok(Pages { numbers, per_sequence, page_size })
 }
 
 /// The numbers of a tensor in order.
@@ -147,8 +168,8 @@ fn dense(p: &Problem, lengths: Option<&[u32]>) -> Result<Vec<Sequence>> {
     Ok(lengths.iter().map(|&length| of(length as usize)).collect())
 }
 
-/// Packed sequences, checked.
-fn packed(p: &Problem, varlen: &Varlen) -> Result<Vec<Sequence>> {
+/// Packed sequences, checked. Of a cache in pages only queries are packed.
+fn packed(p: &Problem, varlen: &Varlen, in_pages: bool) -> Result<Vec<Sequence>> {
     let [q, k] = [&varlen.cu_seqlens_q, &varlen.cu_seqlens_k].map(Tensor::to_vec1::<u32>);
     let (q, k) = (q?, k?);
     let actual =
@@ -163,11 +184,15 @@ fn packed(p: &Problem, varlen: &Varlen) -> Result<Vec<Sequence>> {
         }
     }
     let (Some(given), Some(actual)) = (p.varlen(), actual.varlen()) else { return Ok(Vec::new()) };
+    if in_pages && actual.total_q != given.total_q {
+        let (end, total) = (actual.total_q, given.total_q);
+        bail!("cu_seqlens_q ends at {end}: q has {total} rows, and each must be of a sequence")
+    }
     for (name, total, end) in [
         ("cu_seqlens_q", given.total_q, actual.total_q),
         ("cu_seqlens_k", given.total_k, actual.total_k),
     ] {
-        if end > total {
+        if end > total && !in_pages {
             bail!("{name} ends at {end}: there are {total} rows")
         }
     }

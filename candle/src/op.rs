@@ -8,7 +8,7 @@ use candle_core::{
 };
 use flash_attention::Problem;
 
-use crate::{check, cpu::Wanted, on_cpu, options::Options};
+use crate::{check, cpu::Wanted, on_cpu, options::Options, paged};
 
 /// Attention of `q`, `k` and `v`: `softmax(Q Kᵀ scale) V`, with what the options ask for.
 ///
@@ -33,6 +33,11 @@ pub fn attention_with_lse(
     options: &Options,
 ) -> Result<(Tensor, Tensor)> {
     let problem = check::problem(q, k, v, options)?;
+    if let (Some(_), Some(varlen), true) =
+        (&options.page_table, &options.varlen, q.device().is_cuda())
+    {
+        return paged::padded(q, k, v, options, varlen);
+    }
     let [bias, sinks] = [&options.bias, &options.sinks]
         .map(|tensor| tensor.as_ref().filter(|tensor| tensor.track_op()));
     // The passes read them; their gradients are operations of their own.
@@ -95,8 +100,12 @@ impl Call {
 
     /// The gradients, of the gradient of O.
     fn gradients(&self, qkvo: [&Tensor; 4], d_o: &Tensor, wanted: Wanted) -> Result<Gradients> {
-        if self.options.key_lengths.is_some() {
-            bail!("attention with key_lengths has no gradient: a cache is not trained through")
+        for (name, tensor) in
+            [("key_lengths", &self.options.key_lengths), ("page_table", &self.options.page_table)]
+        {
+            if tensor.is_some() {
+                bail!("attention with {name} has no gradient: a cache is not trained through")
+            }
         }
         let Some(lse) = self.lse.get() else { bail!("attention left no LSE") };
         let d_o = d_o.contiguous()?;
@@ -218,5 +227,14 @@ pub fn strides(p: &Problem, layout: &Layout) -> [usize; 3] {
             flash_attention::Layout::TokensFirst => [batch, third, second],
         },
         _ => [0; 3],
+    }
+}
+
+/// Pages of a cache, and keys of each.
+pub fn pages(p: &Problem, k: &Layout) -> [usize; 2] {
+    match (k.dims(), p.layout()) {
+        (&[pages, _, size, _], flash_attention::Layout::HeadsFirst)
+        | (&[pages, size, ..], flash_attention::Layout::TokensFirst) => [pages, size],
+        _ => [0; 2],
     }
 }

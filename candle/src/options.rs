@@ -44,6 +44,12 @@ pub struct Options {
     /// How many keys of a cache each batch entry has, u32 `[B]`; what lies beyond is never read. A causal
     /// row is aligned to these ends. No gradients.
     pub key_lengths: Option<Tensor>,
+    /// The pages of each sequence, u32 or i32 `[B, max_pages]`. K and V are then caches in pages:
+    /// `[pages, page_size, Hkv, D]` if tokens come first or queries are packed, else
+    /// `[pages, Hkv, page_size, D]`. Key `j` of sequence `b` is key `j % page_size` of page
+    /// `page_table[b][j / page_size]`. `key_lengths` or `cu_seqlens_k` give the number of keys; without
+    /// them each sequence fills its pages. Attention never reads pages beyond the last key. No gradients.
+    pub page_table: Option<Tensor>,
     /// Dropout of weights. Both passes of a call drop the same; each call wants a seed of its own.
     pub dropout: Option<Dropout>,
     /// Sequences of lengths of their own, packed one after the other.
@@ -53,9 +59,10 @@ pub struct Options {
 /// Where packed sequences begin: then Q and O are `[total_q, H, D]`, K and V `[total_k, Hkv, D]`.
 #[derive(Clone, Debug)]
 pub struct Varlen {
-    /// Where they begin in Q, and past the last: u32 `[B + 1]`, from 0 on, ascending.
+    /// Where they begin in Q, and past the last: u32 `[B + 1]`, from 0 on, ascending. With a page table
+    /// every row of Q belongs to a sequence.
     pub cu_seqlens_q: Tensor,
-    /// The same in K and V.
+    /// The same in K and V; of a cache in pages, sums of lengths.
     pub cu_seqlens_k: Tensor,
     /// Rows of the longest, or more.
     pub max_seqlen_q: usize,

@@ -87,6 +87,27 @@ pub struct Call<'a, T> {
     pub beside: Beside<'a, T>,
     /// The sequences, one for each batch entry of the problem.
     pub sequences: Vec<Sequence>,
+    /// Where keys and values lie, if in pages.
+    pub pages: Option<Pages>,
+}
+
+/// The pages of keys and values: K and V are `[pages, Hkv, page_size, D]`.
+#[derive(Debug)]
+pub struct Pages {
+    /// The page numbers of one sequence after the other. Up to its last key they are pages that there are.
+    pub numbers: Vec<usize>,
+    /// Numbers of each.
+    pub per_sequence: usize,
+    /// Keys of a page.
+    pub page_size: usize,
+}
+
+impl Pages {
+    /// Page, and place in it, of a key of a sequence.
+    fn place(&self, sequence: usize, key: usize) -> (usize, usize) {
+        let of_sequence = &self.numbers[sequence * self.per_sequence..][..self.per_sequence];
+        (of_sequence[key / self.page_size], key % self.page_size)
+    }
 }
 
 /// The queries of one sequence that share a head of K and V. They are rows of one matrix: row `r` is
@@ -208,6 +229,14 @@ impl<T: Element> Call<'_, T> {
         keys: Range<usize>,
         scratch: &'b mut Vec<f32>,
     ) -> Mat<'b> {
+        if let Some(pages) = &self.pages {
+            scratch.resize(keys.len() * tensor.d, 0.0);
+            for (key, to) in keys.clone().zip(scratch.chunks_exact_mut(tensor.d)) {
+                let (page, at) = pages.place(group.index, key);
+                T::widen(tensor.row(page, group.kv_head, at), to);
+            }
+            return Mat::new(scratch, keys.len(), tensor.d, tensor.d);
+        }
         let first = group.of.first_k;
         let keys = first + keys.start..first + keys.end;
         tensor.block(self.batch_of(group), group.kv_head, keys, scratch)

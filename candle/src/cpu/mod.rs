@@ -12,6 +12,6 @@ mod math;
 mod matmul;
 
 pub use backward::{Passed, Wanted, backward};
-pub use call::{Beside, Call, Rows};
+pub use call::{Beside, Call, Pages, Rows};
 pub use element::Element;
 pub use forward::forward;

@@ -133,6 +133,7 @@ impl Draw {
             sinks: as_tensor(&sinks),
             mask: mask.transpose()?,
             key_lengths: None,
+            page_table: None,
             dropout: p.dropout(),
             varlen: varlen.transpose()?,
         };
