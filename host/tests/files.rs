@@ -339,6 +339,41 @@ fn endless(json: &Path) -> Command {
     command
 }
 
+/// The microscope's commands print nothing before they are done, and stop wherever they are: while the inputs
+/// are drawn, by a forward pass of their own, and while the kernel runs.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_microscope_stops_for_a_signal() {
+    for (command, kernel) in [("break", "backward_naive"), ("profile", "naive"), ("trace", "naive")]
+    {
+        let mut program = host();
+        program.args([command, "--kernel", kernel, "--seq", "600", "--heads", "1"]);
+        if command == "trace" {
+            program.args(["--out", "-"]);
+        }
+        let child = program.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let status = format!("/proc/{}/status", child.id());
+        let handles_signals = || {
+            let status = std::fs::read_to_string(&status).unwrap();
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+            u64::from_str_radix(caught.trim(), 16).unwrap() >> (libc::SIGTERM - 1) & 1 == 1
+        };
+        while !handles_signals() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let kill = Command::new("kill").args(["-s", "TERM", &child.id().to_string()]).status();
+        assert!(kill.unwrap().success());
+        let Output { status, stdout, stderr } = child.wait_with_output().unwrap();
+        let [stdout, stderr] = [stdout, stderr].map(|text| String::from_utf8(text).unwrap());
+        assert_eq!(status.code(), Some(143), "{command}: {stdout}{stderr}");
+        assert!(
+            stdout.is_empty() && stderr.starts_with("stopping; "),
+            "{command}: {stdout}{stderr}"
+        );
+        assert!(!stderr.contains("error"), "{command}: {stderr}");
+    }
+}
+
 #[test]
 fn signals_lose_nothing() {
     let folder = tempfile::tempdir().unwrap();

@@ -62,7 +62,10 @@ pub struct BreakArgs {
 pub fn run(args: &BreakArgs) -> Result<Outcome> {
     interrupt::listen();
     let bench = Bench::new();
-    let specimen = bench.draw(&args.specimen, &DEFAULTS)?;
+    let specimen = match bench.draw(&args.specimen, &DEFAULTS) {
+        Err(_) if interrupt::requested() => return Ok(Outcome::Interrupted),
+        drawn => drawn?,
+    };
     let sites = match sites(&specimen) {
         Err(_) if interrupt::requested() => return Ok(Outcome::Interrupted),
         sites => sites?,

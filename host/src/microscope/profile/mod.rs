@@ -85,7 +85,10 @@ pub fn run(args: &ProfileArgs) -> Result<Outcome> {
     let [html] = output::open_all([("--html", args.html.as_deref())])?;
     interrupt::listen();
     let bench = Bench::new();
-    let specimen = bench.draw(&args.specimen, &DEFAULTS)?;
+    let specimen = match bench.draw(&args.specimen, &DEFAULTS) {
+        Err(_) if interrupt::requested() => return Ok(Outcome::Interrupted),
+        drawn => drawn?,
+    };
     let recorder = Arc::new(Recorder::default());
     let options = Options { recorder: Some(recorder.clone()), ..Options::default() };
     match specimen.run(&options) {

@@ -73,7 +73,10 @@ pub fn run(args: &TraceArgs) -> Result<Outcome> {
         output::open_all([("--out", args.out.as_deref()), ("--html", args.html.as_deref())])?;
     interrupt::listen();
     let bench = Bench::new();
-    let specimen = bench.draw(&args.specimen, &DEFAULTS)?;
+    let specimen = match bench.draw(&args.specimen, &DEFAULTS) {
+        Err(_) if interrupt::requested() => return Ok(Outcome::Interrupted),
+        drawn => drawn?,
+    };
     let recorder = Arc::new(Recorder::new(args.blocks as u64));
     let options = Options { recorder: Some(recorder.clone()), ..Options::default() };
     match specimen.run(&options) {
