@@ -1,4 +1,4 @@
-//! The types that tensors are stored in. Arithmetic is always accumulated in f32.
+//! The storage types of tensors. Arithmetic always accumulates in f32.
 
 use std::{fmt, str::FromStr};
 
@@ -22,7 +22,7 @@ impl DType {
     /// Every storage type, in the order in which tables list them.
     pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::BF16];
 
-    /// Name as the command line and kernel symbols write it.
+    /// The name in the command line and in kernel symbols.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -86,7 +86,7 @@ impl FromStr for DType {
 
 /// A Rust type that is one of the storage types.
 pub trait Element: bytemuck::Pod + Send + Sync {
-    /// The storage type it is.
+    /// The storage type.
     const DTYPE: DType;
     /// The value, exactly.
     fn to_f64(self) -> f64;

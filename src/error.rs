@@ -1,14 +1,13 @@
-//! What can go wrong, in one enum. Each message is one line that names the value that
-//! is wrong and what would be right.
+//! All errors, in one enum. Each message is one line that names the wrong value and the right one.
 
 use std::{fmt, path::PathBuf};
 
 use crate::dtype::DType;
 
-/// Everything that can go wrong in this library.
+/// The errors of this library.
 ///
-/// [`Error::is_usage`] separates requests that cannot be met (a command line exits
-/// with 2) from work that failed.
+/// [`Error::is_usage`] separates requests that cannot be met (a command line exits with 2) from
+/// failed work.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -23,10 +22,10 @@ pub enum Error {
     UnknownKernel {
         /// What was asked for.
         given: String,
-        /// The names that exist, separated by commas.
+        /// The existing names, separated by commas.
         known: String,
     },
-    /// A value of the problem is not one that attention can be computed for.
+    /// A value of the problem is outside of the supported range.
     #[error("{what} = {given} is not possible: {remedy}")]
     InvalidValue {
         /// Name of the value.
@@ -54,23 +53,23 @@ pub enum Error {
         /// Heads.
         heads: usize,
     },
-    /// A tensor cannot be described to the copy engine.
+    /// A tensor map cannot describe the tensor to the copy engine.
     #[error("{reason}")]
     TensorMap {
         /// Which value is wrong, and what would be right.
         reason: String,
     },
-    /// A kernel cannot do this problem, or not on this device.
+    /// A kernel does not support this problem, or not on this device.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
-    /// A device cannot do what was asked of it.
+    /// A device does not support the request.
     #[error("{device} cannot {what}: {remedy}")]
     DeviceLacks {
         /// Name of the device.
         device: String,
         /// What it cannot do.
         what: String,
-        /// What would be possible.
+        /// The supported alternative.
         remedy: String,
     },
     /// A tensor has another storage type than the problem.
@@ -93,15 +92,15 @@ pub enum Error {
         /// What the tensor has.
         given: Shape,
     },
-    /// A tensor that is needed was not given.
+    /// A required tensor is missing.
     #[error("tensor {what} is missing{context}")]
     MissingTensor {
         /// Name of the tensor.
         what: String,
-        /// Where it was looked for, or why it is needed, beginning with a separator.
+        /// The place searched, or the reason that the tensor is needed, beginning with a separator.
         context: String,
     },
-    /// A tensor was given that the problem has no use for.
+    /// A tensor was given that the problem does not use.
     #[error(
         "tensor {what} was given but the problem has none: enable it in the problem or leave it out"
     )]
@@ -109,7 +108,7 @@ pub enum Error {
         /// Name of the tensor.
         what: String,
     },
-    /// Device memory did not suffice.
+    /// Device memory ran out.
     #[error(
         "out of memory on {device}: {needed} bytes needed, {free} free; use a smaller batch or \
          sequence, or a kernel that does not keep the N x N weights"
@@ -125,15 +124,15 @@ pub enum Error {
     /// There is no GPU to use, or its driver cannot be opened.
     #[error("no GPU: {reason}; {remedy}")]
     NoGpu {
-        /// What was found missing.
+        /// The missing part.
         reason: String,
-        /// What to do about it.
+        /// The remedy.
         remedy: String,
     },
     /// A call into the CUDA driver failed.
     #[error("CUDA driver: {call} failed: {message}")]
     Driver {
-        /// The call, or what it was made for.
+        /// The call, or its purpose.
         call: String,
         /// The driver's own words, with a remedy where one is known.
         message: String,
@@ -158,7 +157,7 @@ pub enum Error {
         /// What it must be, or must not exceed.
         expected: u64,
     },
-    /// A device address range was used that is not allocated.
+    /// A device address range is not allocated.
     #[error("device memory at {address:#x}, {bytes} bytes: not inside one allocation")]
     BadAddress {
         /// First byte.
@@ -166,15 +165,15 @@ pub enum Error {
         /// Length.
         bytes: u64,
     },
-    /// A kernel did something wrong while it ran.
+    /// A kernel faulted while it ran.
     #[error("kernel {symbol}: {fault}")]
     Kernel {
         /// Name of the entry.
         symbol: String,
-        /// What it did, with the place in the kernel source under the emulator.
+        /// The fault, with the place in the kernel source under the emulator.
         fault: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A launch was stopped before its end; its outputs are of no use.
+    /// A launch was stopped before its end; its outputs are invalid.
     #[error("the launch was stopped on request")]
     Stopped,
     /// A file could not be read or written.
@@ -185,7 +184,7 @@ pub enum Error {
         /// The operating system's reason.
         source: std::io::Error,
     },
-    /// A file is not what it should be.
+    /// A file has wrong contents.
     #[error("{}: {reason}", path.display())]
     BadFile {
         /// The file.
@@ -196,7 +195,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the request was wrong (exit code 2), as opposed to work that failed.
+    /// Whether the request was wrong (exit code 2), as opposed to failed work.
     #[must_use]
     pub const fn is_usage(&self) -> bool {
         match self {
@@ -225,20 +224,20 @@ impl Error {
         }
     }
 
-    /// Whether device memory did not suffice: a row of a table, not the end of a run.
+    /// Whether device memory ran out: a row of a table, not the end of a run.
     #[must_use]
     pub const fn is_out_of_memory(&self) -> bool {
         matches!(self, Self::OutOfMemory { .. })
     }
 }
 
-/// What a kernel cannot do, or not on that device.
+/// A request that a kernel does not support, or not on that device.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("kernel {kernel} {reason}")]
 pub struct Unsupported {
     /// Name of the kernel.
     pub kernel: &'static str,
-    /// Why not, and what would be possible.
+    /// The reason, and the supported alternative.
     pub reason: String,
 }
 
@@ -264,7 +263,7 @@ impl<const R: usize> From<[usize; R]> for Shape {
     }
 }
 
-/// Names as messages list them: sorted, and no more than one can read.
+/// Names as messages list them: sorted, and cut to a readable number.
 #[must_use]
 pub fn listed<T: Into<String>>(names: impl IntoIterator<Item = T>) -> String {
     const MOST: usize = 16;

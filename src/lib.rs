@@ -1,7 +1,7 @@
 //! FlashAttention kernels in Rust.
 //!
-//! A [`Problem`] says what is to be computed, the [`registry`] which kernels can, a
-//! [`Session`](session::Session) runs one on a [`Device`]:
+//! A [`Problem`] describes the attention to compute, the [`registry`] finds the kernels that
+//! support it, and a [`Session`](session::Session) runs a kernel on a [`Device`]:
 //!
 //! ```
 //! use std::sync::Arc;
@@ -38,16 +38,16 @@
 //! | a model's layers | [`MultiHeadAttention`](module::MultiHeadAttention) and its [`Forward`](module::Forward) buffers | `examples/layers.rs` |
 //! | tensors that stay on the device | [`Session::attention`](session::Session::attention), [`DeviceTensor`](backend::DeviceTensor) | [`session::Attention`] |
 //! | a cache of keys and values | [`KvCache`](session::KvCache), or [`Session::decode`](session::Session::decode) on your own | [`session::KvCache`] |
-//! | a context, a stream and device memory | [`raw::Plan`], [`raw::Context`] | `examples/raw_pointers.rs` |
-//! | a loader of your own for PTX | [`raw::Plan::launches`], [`ptx`] | |
+//! | your own context, stream and device memory | [`raw::Plan`], [`raw::Context`] | `examples/raw_pointers.rs` |
+//! | your own loader for PTX | [`raw::Plan::launches`], [`ptx`] | |
 //! | a kernel to choose, or a table to print | [`registry`] | |
-//! | doubts about a result | [`oracle`], [`verify`] | |
+//! | a result to check | [`oracle`], [`verify`] | |
 //!
 //! # Features
-//! All are on by default. `emulator`: kernels run on the CPU too ([`CpuDevice`]), every access
-//! checked. Without it no kernel is compiled for the host. `ptx`: the kernels' PTX, for GPUs.
-//! `safetensors`: weights from files ([`module::Weights::load`]). `verify`: [`Tensor::random`],
-//! [`oracle`] and [`verify`].
+//! All are on by default. `emulator`: kernels also run on the CPU ([`CpuDevice`]), with every
+//! access checked; without it, the build compiles no kernel for the host. `ptx`: the kernels' PTX,
+//! for GPUs. `safetensors`: weights from files ([`module::Weights::load`]). `verify`:
+//! [`Tensor::random`], [`oracle`] and [`verify`].
 
 #![warn(missing_debug_implementations)]
 

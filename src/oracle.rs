@@ -1,10 +1,9 @@
-//! What attention should give: a reference in f64, and the plain algorithm in the
-//! storage precision whose error is the yardstick for every kernel (see
-//! [`verify`](crate::verify)).
+//! The expected results of attention: a reference in f64, and the plain algorithm in the storage
+//! precision, whose error is the yardstick for every kernel (see [`verify`](crate::verify)).
 //!
-//! Both follow the same rules as the kernels: hidden keys have weight 0, a row that sees
-//! no key has O = 0 and LSE = -inf, or its sink; dropout draws by position. A score is scaled, then
-//! capped; ALiBi and the bias join it; a bias of -inf hides its key.
+//! Both follow the same rules as the kernels: hidden keys have weight 0, a row that sees no key has
+//! O = 0 and LSE = -inf, or its sink; dropout draws by position. The oracle scales a score, caps
+//! it, then adds ALiBi and the bias; a bias of -inf hides its key.
 
 use kernels_gpu::{args::DropoutArgs, parts::dropout};
 use rayon::prelude::*;
@@ -34,14 +33,14 @@ const CHAINS: usize = 8;
 /// O and LSE of some rows, widened to f64.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rows {
-    /// O, `head_dim_v` elements a row.
+    /// O, `head_dim_v` elements per row.
     pub o: Vec<f64>,
     /// Log-sum-exp of each row.
     pub lse: Vec<f64>,
 }
 
-/// Every row of a problem: row `(b * H + h) * Nq + i`, of packed sequences `h * total_q` and the row in Q.
-/// Rows beyond the last sequence are rows that see no key here; kernels leave them as they are.
+/// Every row of a problem: row `(b * H + h) * Nq + i`; for packed sequences, `h * total_q` plus the
+/// row in Q. Here rows beyond the last sequence see no key; kernels leave them unchanged.
 #[must_use]
 pub fn all_rows(problem: &Problem) -> Vec<usize> {
     (0..problem.rows()).collect()
@@ -73,15 +72,14 @@ pub fn rows_of(problem: &Problem, outputs: &Outputs, rows: &[usize]) -> Rows {
     result
 }
 
-/// Attention in f64: the inputs are taken as they are stored, and nothing is rounded
-/// that f64 would not round.
+/// Attention in f64: the oracle takes the inputs as stored, and rounds only as f64 rounds.
 #[must_use]
 pub fn reference(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows {
     let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
     reference_of(problem, values, Beside::of(inputs), rows)
 }
 
-/// [`reference()`] of q, k and v that no storage type holds: the projections of a module.
+/// [`reference()`] of q, k and v in no storage type: the projections of a module.
 pub(crate) fn reference_of<T: Copy + Into<f64> + Sync>(
     problem: &Problem,
     qkv: [Vec<T>; 3],
@@ -92,11 +90,11 @@ pub(crate) fn reference_of<T: Copy + Into<f64> + Sync>(
     collect(rows, |row| case.reference_row(row))
 }
 
-/// The plain algorithm in the storage precision: `S = Q Kᵀ * scale` rounded to the
-/// storage type, as is every step that follows (quotient, tanh and product of a cap, the sum with
-/// ALiBi's term, the sum with the bias), `P = softmax(S)` computed in f32 and rounded, `O = P V` accumulated in f32
-/// and rounded. It is what a framework does without a fused kernel. LSE in f32, from the
-/// rounded S.
+/// The plain algorithm in the storage precision: `S = Q Kᵀ * scale` rounded to the storage type, as
+/// is every step that follows (quotient, tanh and product of a cap, the sum with ALiBi's term, the
+/// sum with the bias), `P = softmax(S)` computed in f32 and rounded, `O = P V` accumulated in f32
+/// and rounded. A framework without a fused kernel computes this way. LSE in f32, from the rounded
+/// S.
 #[must_use]
 pub fn plain(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize]) -> Rows {
     let values = [inputs.q, inputs.k, inputs.v].map(Tensor::to_f32);
@@ -123,10 +121,10 @@ pub(crate) fn plain_of(
     collect(rows, |row| case.plain_row(row, scores))
 }
 
-/// What each row's scores are made of: `scale * sum over d of |q_d k_jd|`, the mean over the keys
-/// `j` as attention weighs them. Where products cancel it is larger than any score. A cap takes the
-/// share of it that gets through, and adds the capped score; ALiBi's term and the bias add their
-/// sizes. `lse`: of the same rows, from [`reference()`].
+/// The absolute terms of each row's scores: `scale * sum over d of |q_d k_jd|`, the mean over the
+/// keys `j` with the attention weights. Where products cancel, it is larger than any score. A cap
+/// keeps the share of it that gets through, and adds the capped score; ALiBi's term and the bias
+/// add their absolute values. `lse`: the LSE of the same rows, from [`reference()`].
 #[must_use]
 pub fn absolute_scores(
     problem: &Problem,
@@ -150,14 +148,14 @@ fn collect(rows: &[usize], compute: impl Fn(usize) -> (Vec<f64>, f64) + Sync) ->
     result
 }
 
-/// Batch entry, head and row of Q in memory, of which packed sequences are one batch entry.
+/// Batch entry, head and row of Q in memory, where packed sequences are one batch entry.
 fn place(problem: &Problem, row: usize) -> (usize, usize, usize) {
     let [_, heads, rows, _] = problem.q_extents();
     let (bh, i) = (row / rows, row % rows);
     (bh / heads, bh % heads, i)
 }
 
-/// A row of Q, and the sequence that it is of.
+/// A row of Q, and its sequence.
 #[derive(Clone, Copy)]
 struct Row {
     /// Batch entry: the sequence.
@@ -189,7 +187,7 @@ impl<T> View<T> {
     }
 }
 
-/// What a problem has beside Q, K and V. f32 holds every storage type exactly.
+/// The tensors of a problem beside Q, K and V. f32 holds every storage type exactly.
 #[derive(Default)]
 pub(crate) struct Beside<'a> {
     pub mask: Option<&'a [u8]>,
@@ -243,7 +241,7 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
         Row { b, h, i, of, entry }
     }
 
-    /// A row of Q. One beyond the last packed sequence is of one that is empty.
+    /// A row of Q. A row beyond the last packed sequence belongs to an empty sequence.
     fn row(&self, row: usize) -> Row {
         let (entry, h, i) = place(self.problem, row);
         let Some([q, k]) = self.beside.cu_seqlens else { return self.row_at(entry, h, i) };
@@ -284,7 +282,7 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
         self.v.row(row.entry, row.h / self.problem.group(), row.of.first_k + j)
     }
 
-    /// What ALiBi takes from a score: 0 without.
+    /// ALiBi's term, subtracted from a score: 0 without ALiBi.
     fn alibi(&self, Row { b, h, i, of, .. }: Row, j: usize) -> f64 {
         let Some(slopes) = &self.beside.alibi_slopes else { return 0.0 };
         let p = self.problem;
@@ -293,7 +291,7 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
         f64::from(slopes[entry + h]) * distance as f64
     }
 
-    /// What joins a score: 0 without a bias.
+    /// The bias of a score: 0 without a bias.
     fn bias(&self, Row { b, h, i, .. }: Row, j: usize) -> f32 {
         let (Some(values), Some(bias)) = (&self.beside.bias, self.problem.bias()) else {
             return 0.0;
@@ -304,7 +302,7 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
         values[((b * heads + h) * p.seq_q() + i) * p.seq_k() + j]
     }
 
-    /// The sink of a head: -inf without.
+    /// The sink of a head: -inf without sinks.
     fn sink(&self, h: usize) -> f32 {
         self.beside.sinks.as_ref().map_or(f32::NEG_INFINITY, |sinks| sinks[h])
     }
@@ -318,7 +316,7 @@ impl<'a, T: Copy + Into<f64>> Case<'a, T> {
         capped - self.alibi(row, j) + f64::from(self.bias(row, j))
     }
 
-    /// What the weight of key `j` is multiplied by: 0 or the rescale; 1 without dropout.
+    /// Dropout's factor for the weight of key `j`: 0 or the rescale; 1 without dropout.
     fn kept(&self, Row { b, h, i, .. }: Row, j: usize) -> f32 {
         if self.dropout.threshold == 0 {
             return 1.0;
@@ -375,7 +373,7 @@ impl Case<'_, f32> {
         self.seen(row).into_iter().map(of_key).sum::<f64>() + of_sink
     }
 
-    /// [`Case::score`] with every step rounded, as a framework takes them.
+    /// [`Case::score`] with every step rounded, as in a framework.
     fn plain_score(&self, dtype: DType, s: f32, row: Row, j: usize) -> f32 {
         let rounded = |x| round(dtype, x);
         let mut score = s;
@@ -529,7 +527,7 @@ mod tests {
         assert_eq!(reference(&p, &inputs, &all_rows(&p)), expected);
     }
 
-    /// One key, whose product is 6: every step by hand.
+    /// One key with the product 6: every step by hand.
     #[test]
     fn a_score_is_scaled_capped_and_joined_in_that_order() {
         let p = Problem::builder(2, 4, 3, 2).kv_heads(2).seq_k(1).scale(Some(0.5));

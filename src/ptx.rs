@@ -1,11 +1,9 @@
-//! The PTX modules embedded in this library (feature `ptx`): compressed, and unpacked when
-//! they are first asked for.
+//! The PTX modules embedded in this library (feature `ptx`), compressed, and unpacked on first use.
 //!
-//! An entry belongs to the module of the least architecture that can run it, and to
-//! no other. PTX is a virtual instruction set: the driver compiles a module for its
-//! GPU when it loads it, so an ordinary module serves every later generation too. An
-//! `a` architecture is the exception: its instructions (wgmma, setmaxnreg) exist on
-//! that one compute capability alone.
+//! An entry belongs only to the module of the lowest architecture that can run it. PTX is a virtual
+//! instruction set: the driver compiles a module for its GPU when it loads it, so an ordinary
+//! module serves every later generation too. An `a` architecture is the exception: its instructions
+//! (wgmma, setmaxnreg) exist on that one compute capability alone.
 //!
 //! | module | loads on | for |
 //! |---|---|---|
@@ -13,23 +11,23 @@
 //! | `sm_80` | 8.0 and later | `mma.sync` on bf16 and tf32, `cp.async` |
 //! | `sm_90a` | 9.0 only | wgmma, TMA |
 //!
-//! So a GPU's kernels are the entries of all modules that load on it ([`loadable`]),
-//! and the choice between kernels is the registry's, not this module's.
+//! So a GPU's kernels are the entries of all modules that load on it ([`loadable`]). The registry
+//! chooses between kernels.
 
 use std::sync::LazyLock;
 
 use kernels_gpu::constants::Constants;
 
-/// What is embedded: compiled just now if a kernel was edited, else what is checked in.
+/// The embedded PTX: freshly compiled if a kernel was edited, otherwise the checked-in text.
 #[cfg(all(feature = "ptx", fresh_ptx))]
 static PACK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ptx/modules.ptx.zst"));
 #[cfg(all(feature = "ptx", not(fresh_ptx)))]
 use kernels_gpu::PTX as PACK;
 
-/// How a line of the pack begins that names the module of the text below it.
+/// The start of a pack's line that names the module of the text below it.
 const HEADING: &str = "// module ";
 
-/// How the comment begins that names a text's constants.
+/// The start of the comment that names a text's constants.
 const CONSTANTS: &str = "// constants: ";
 
 /// Every module's text.
@@ -39,11 +37,11 @@ static MODULES: LazyLock<Vec<PtxModule>> = LazyLock::new(|| modules_of(&TEXT));
 /// A PTX module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PtxModule {
-    /// Its name, as entries state it: `sm_80`.
+    /// The module's name in entries: `sm_80`.
     pub name: &'static str,
-    /// The least compute capability that loads it, major and minor.
+    /// The lowest compute capability that loads the module, major and minor.
     pub compute_capability: (u32, u32),
-    /// Whether it loads on that compute capability and on no later one.
+    /// Whether the module loads only on that compute capability.
     pub exact: bool,
     /// The PTX.
     pub text: &'static str,
@@ -58,7 +56,7 @@ impl PtxModule {
         Some(Self { name, compute_capability: (number / 10, number % 10), exact, text })
     }
 
-    /// Whether a GPU of that compute capability loads the module.
+    /// Whether a GPU of this compute capability loads the module.
     #[must_use]
     pub fn loads_on(&self, compute_capability: (u32, u32)) -> bool {
         if self.exact {
@@ -79,8 +77,7 @@ impl PtxModule {
     }
 }
 
-/// Every module, least architecture first; empty in a library built without the feature
-/// `ptx`.
+/// Every module, lowest architecture first; empty in a library built without the feature `ptx`.
 #[must_use]
 pub fn modules() -> &'static [PtxModule] {
     &MODULES
@@ -111,7 +108,7 @@ fn modules_of(pack: &'static str) -> Vec<PtxModule> {
         .collect()
 }
 
-/// The modules that a GPU of that compute capability loads, best first.
+/// The modules that a GPU of this compute capability loads, best first.
 pub fn loadable(compute_capability: (u32, u32)) -> impl Iterator<Item = &'static PtxModule> {
     modules().iter().rev().filter(move |module| module.loads_on(compute_capability))
 }

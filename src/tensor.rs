@@ -1,4 +1,4 @@
-//! Tensors on the host, in the storage type: what goes to a device and comes back.
+//! Tensors on the host, in the storage type, before they go to a device and after they come back.
 
 use half::{bf16, f16, slice::HalfFloatSliceExt as _};
 
@@ -15,7 +15,7 @@ enum Data {
     BF16(Vec<bf16>),
 }
 
-/// Runs one expression for whichever type the elements have.
+/// Runs one expression for the elements' type.
 macro_rules! each {
     ($data:expr, $values:ident => $body:expr) => {
         match $data {
@@ -71,7 +71,7 @@ impl Tensor {
         use rand_distr::{Distribution, StandardNormal};
         use rayon::prelude::*;
 
-        /// Elements that come from one stream of the generator; streams are drawn in parallel.
+        /// Elements from one stream of the generator; streams run in parallel.
         const STREAM: usize = 1 << 20;
         let len: usize = shape.iter().product();
         let data = make!(dtype, T => {
@@ -132,7 +132,7 @@ impl Tensor {
     /// The elements, where the storage type is `T`.
     ///
     /// # Errors
-    /// [`Error::DTypeMismatch`] where it is another.
+    /// [`Error::DTypeMismatch`] for another storage type.
     pub fn as_slice<T: Element>(&self) -> Result<&[T], Error> {
         if self.dtype() == T::DTYPE {
             return Ok(each!(&self.data, values => bytemuck::cast_slice(values)));
@@ -147,7 +147,7 @@ impl Tensor {
     /// Takes elements in the machine's (little-endian) byte order, at any alignment.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] when the bytes are more or fewer than the shape has.
+    /// [`Error::ShapeMismatch`] when the number of bytes differs from the shape's.
     pub fn from_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Result<Self, Error> {
         expect_bytes(dtype, shape, bytes.len())?;
         let data = make!(dtype, T => bytemuck::allocation::pod_collect_to_vec::<u8, T>(bytes));
@@ -188,7 +188,7 @@ impl Tensor {
         each!(&self.data, values => bytemuck::cast_slice(values))
     }
 
-    /// The elements as bytes, to be overwritten.
+    /// The elements as mutable bytes.
     #[must_use]
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
         each!(&mut self.data, values => bytemuck::cast_slice_mut(values))
@@ -197,7 +197,7 @@ impl Tensor {
     /// Element `index`, counted over all dimensions, exactly.
     ///
     /// # Panics
-    /// When there is no such element.
+    /// When the index is out of range.
     #[must_use]
     pub fn get(&self, index: usize) -> f64 {
         each!(&self.data, values => values[index].to_f64())
@@ -227,8 +227,8 @@ impl Tensor {
         Self { shape: self.shape.clone(), data }
     }
 
-    /// Each element moved by one unit in its last place up or down, or left, as its share of `seed`'s
-    /// bytes says: about a third each. What would be infinite stays.
+    /// Moves each element up or down by one unit in its last place, or leaves it, as its share of
+    /// `seed`'s bytes says: about a third each. An element that would become infinite stays.
     #[cfg(feature = "verify")]
     pub(crate) fn beside(&self, seed: u64) -> Self {
         use rand_chacha::{
@@ -292,7 +292,7 @@ impl Tensor {
         Ok(swapped)
     }
 
-    /// Checks type and shape against what is needed; `what` names the tensor.
+    /// Checks type and shape against the expected ones; `what` names the tensor.
     ///
     /// # Errors
     /// [`Error::DTypeMismatch`] or [`Error::ShapeMismatch`].
@@ -335,7 +335,7 @@ pub(crate) fn bytes_of(dtype: DType, shape: &[usize]) -> Result<u64, Error> {
     })
 }
 
-/// Checks that there are exactly the bytes of a tensor.
+/// Checks that the number of bytes is the tensor's.
 pub(crate) fn expect_bytes(dtype: DType, shape: &[usize], given: usize) -> Result<(), Error> {
     if bytes_of(dtype, shape)? == given as u64 {
         return Ok(());

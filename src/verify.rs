@@ -1,32 +1,31 @@
-//! Is a kernel right? Its O and LSE are compared with attention in f64
-//! ([`oracle::reference`]), and its error may be at most twice
-//! that of the plain algorithm in the same storage precision
-//! ([`oracle::plain`]), which is compared with f64 too.
+//! Is a kernel right? This module compares its O and LSE with attention in f64
+//! ([`oracle::reference`]). The error may be at most twice the error of the plain algorithm in the
+//! same storage precision ([`oracle::plain`]), also against f64.
 //!
-//! Why a ratio: how far a correct kernel is from f64 depends on the type, the size of
-//! the scores and the number of keys. A fixed tolerance is too wide for one problem and too
-//! narrow for another; the plain algorithm has met the same problem. (The rule is that
-//! of FlashAttention's own tests.)
+//! Why a ratio: the distance of a correct kernel from f64 depends on the type, the size of the
+//! scores and the number of keys. A fixed tolerance is too wide for one problem and too narrow for
+//! another; the plain algorithm solves the same problem. (FlashAttention's own tests use the same
+//! rule.)
 //!
-//! An error of the plain algorithm is a matter of luck on a few elements, or where scores are so
-//! large that one row decides: whether two keys come so close that rounding swaps them. So it is
-//! the worst error over several draws, each an input beside the given one (every element moved by
-//! one unit in its last place, or left): the same problem, rounded otherwise. There are as many
-//! draws as [`draws`] says: one where there are rows enough.
+//! On a few elements the plain algorithm's error is a matter of luck. So it is where scores are so
+//! large that one row decides: two keys may come so close that rounding swaps them. The yardstick
+//! is therefore the worst error over several draws. Each draw is an input beside the given one
+//! (every element moved by one unit in its last place, or left): the same problem with other
+//! roundings. [`draws`] gives the number of draws: one where there are enough rows.
 //!
-//! The plain algorithm is credited with the roundings that nobody can avoid, too. Of the largest |O|:
-//! one to the storage type, and three in f32 (of the weight, of its product with V, of the division
-//! by the sum of weights). Of the LSE: two in f32, of the result and of the score, whose products are
-//! rounded before they cancel. In any order of summation a dot product of length n errs by at most
-//! `n u / (1 - n u) * sum |q_d k_d|` (Higham, "Accuracy and Stability of Numerical Algorithms",
-//! section 3.1), `u` the unit roundoff: one `u` of it is credited, a rounding per product, at the
-//! weighted mean of those sums ([`oracle::absolute_scores`]). With one key, or when every product is
-//! exact, the plain algorithm has no error at all, and twice nothing would forbid the rounding of a
-//! different order of operations.
+//! The plain algorithm is also credited with the unavoidable roundings. For the largest |O| these
+//! are one to the storage type, and three in f32 (of the weight, of its product with V, of the
+//! division by the sum of weights). For the LSE these are two in f32, of the result and of the
+//! score, whose products are rounded before they cancel. In any order of summation a dot product of
+//! length n errs by at most `n u / (1 - n u) * sum |q_d k_d|` (Higham, "Accuracy and Stability of
+//! Numerical Algorithms", section 3.1), `u` the unit roundoff. The credit is one `u` of this bound,
+//! one rounding per product, at the weighted mean of those sums ([`oracle::absolute_scores`]). With
+//! one key, or when every product is exact, the plain algorithm has no error at all, and twice
+//! nothing would forbid the rounding of a different order of operations.
 //!
-//! Where scores overflow the storage type the plain algorithm gives NaN or worse. It is then run
-//! with its scores in f32, and every other tensor in the storage type. A [`Yardstick`] is finite
-//! whatever happens: an infinite error, or a NaN, fails.
+//! Where scores overflow the storage type, the plain algorithm gives NaN or worse. It then runs
+//! with its scores in f32, and every other tensor in the storage type. A [`Yardstick`] is always
+//! finite: an infinite error, or a NaN, fails.
 
 mod backward;
 mod decode;
@@ -42,15 +41,16 @@ use crate::{
     tensor::Tensor,
 };
 
-/// A kernel's error may be this many times that of the plain algorithm.
+/// A kernel's error may be this many times the plain algorithm's error.
 pub const FACTOR: f64 = 2.0;
 /// Multiplications that draws after the first may take.
 const DRAWS_BUDGET: u64 = 1 << 23;
-/// Rows that the largest error must be taken from: among so many independent errors one is large.
-/// (Of 64 from a normal distribution the largest is below half of a new one's size once in 10^5.)
+/// The number of rows from which the largest error must come: among this many independent errors
+/// one is large. (The largest of 64 from a normal distribution is below half of a new one's size
+/// once in 10^5.)
 const LEAST_ROWS: u64 = 64;
 
-/// How two sets of values differ.
+/// The differences between two sets of values.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Differences {
     /// Values compared.
@@ -71,7 +71,7 @@ pub struct Differences {
     pub rel_rms: f64,
     /// Largest finite |expected|.
     pub max_expected: f64,
-    /// Where the largest difference is.
+    /// The place of the largest difference.
     pub worst: Worst,
     /// Absolute differences by size.
     pub abs_histogram: Histogram,
@@ -79,14 +79,14 @@ pub struct Differences {
     pub rel_histogram: Histogram,
 }
 
-/// The place of the largest difference, and what stands there.
+/// The place of the largest difference, and the values there.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Worst {
     /// Index into the values compared.
     pub index: usize,
     /// The value there.
     pub actual: f64,
-    /// What it should be.
+    /// The expected value.
     pub expected: f64,
 }
 
@@ -211,13 +211,13 @@ fn median(values: &mut [f64]) -> f64 {
     *values.select_nth_unstable_by(middle, f64::total_cmp).1
 }
 
-/// What an error is measured by: the plain algorithm's. Always finite.
+/// The measure of an error: the plain algorithm's error. Always finite.
 #[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd)]
 pub struct Yardstick(f64);
 
 impl Yardstick {
-    /// The larger of the plain algorithm's largest error and a rounding that nobody can avoid. An
-    /// error that is not finite measures nothing: the rounding is left.
+    /// The larger of the plain algorithm's largest error and an unavoidable rounding. An error that
+    /// is not finite is no measure; then the rounding remains.
     #[must_use]
     pub fn new(plain_error: f64, rounding: f64) -> Self {
         let finite = |x: f64| if x.is_finite() { x } else { 0.0 };
@@ -249,17 +249,16 @@ impl Yardstick {
     }
 }
 
-/// How many draws the plain algorithm's error is taken from, where one takes so many
-/// multiplications and compares so many rows: as many as take no time to speak of, and no fewer
-/// than it takes to see 64 rows.
+/// The number of draws for the plain algorithm's error, given the multiplications and the compared
+/// rows of one draw: as many draws as take negligible time, and enough to see 64 rows.
 #[must_use]
 pub fn draws(multiplications: u64, rows: u64) -> u64 {
     let affordable = DRAWS_BUDGET / multiplications.max(1);
     affordable.max(LEAST_ROWS.div_ceil(rows.max(1))).clamp(1, LEAST_ROWS)
 }
 
-/// The tensor, or for draws after the first one beside it: every element moved by at most one unit
-/// in its last place.
+/// The tensor, or for draws after the first a neighbour of it: every element moved by at most one
+/// unit in its last place.
 pub(crate) fn beside(tensor: &Tensor, draw: u64, stream: u64) -> Tensor {
     if draw == 0 {
         return tensor.clone();
@@ -270,14 +269,15 @@ pub(crate) fn beside(tensor: &Tensor, draw: u64, stream: u64) -> Tensor {
 /// What the plain algorithm is credited with.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Credit {
-    /// Its largest error of O.
+    /// The largest error of O.
     pub o: Yardstick,
-    /// Its largest error of LSE.
+    /// The largest error of LSE.
     pub lse: Yardstick,
 }
 
 impl Credit {
-    /// The plain algorithm's worst errors on a problem. `reference`: of the inputs themselves.
+    /// The plain algorithm's worst errors on a problem. `reference`: the reference for the inputs
+    /// themselves.
     #[must_use]
     pub fn of(problem: &Problem, inputs: &Inputs<'_>, rows: &[usize], reference: &Rows) -> Self {
         let of_key = problem.head_dim().max(problem.head_dim_v());
@@ -311,7 +311,7 @@ impl Credit {
     }
 }
 
-/// The roundings of the LSE that nobody can avoid: of the result, and of the score's products.
+/// The unavoidable roundings of the LSE: of the result, and of the score's products.
 fn lse_rounding(
     problem: &Problem,
     inputs: &Inputs<'_>,

@@ -1,6 +1,6 @@
-//! The emulator as a device: kernels run on the CPU, on host memory, and every access
-//! is checked. For computing without a GPU and for finding mistakes in kernels; its
-//! times say nothing about a GPU's.
+//! The emulator as a device: kernels run on the CPU, on host memory, and the emulator checks every
+//! access. It serves to compute without a GPU and to find mistakes in kernels. Its times do not
+//! predict a GPU's.
 
 use std::{
     alloc::{self, Layout},
@@ -14,7 +14,7 @@ use std::{
 };
 
 use kernels_gpu::entry::ArgsCopy;
-/// What a launch under the emulator can be asked for, and what it answers.
+/// The options of a launch under the emulator, and its counts.
 pub use simt::emulator;
 use simt::tma;
 
@@ -26,7 +26,7 @@ use crate::{
 
 /// Alignment of allocations, as the CUDA driver's.
 const ALIGNMENT: usize = 256;
-/// Reported as total memory when no limit is set: what an address can span.
+/// Reported as total memory without a limit: the range of an address.
 const UNLIMITED: u64 = 1 << 47;
 
 #[derive(Debug, Default)]
@@ -42,20 +42,20 @@ struct State {
 #[derive(Debug, Default)]
 pub struct CpuDevice {
     limit: Option<u64>,
-    /// While launches are timed they do without the check of races on global memory.
+    /// Timed launches skip the check for races on global memory.
     timing: AtomicBool,
     stop: Arc<AtomicBool>,
     state: Mutex<State>,
 }
 
 impl CpuDevice {
-    /// An emulator with as much memory as the machine gives.
+    /// An emulator with as much memory as the machine has.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// An emulator that is out of memory beyond `bytes`.
+    /// An emulator with a memory limit of `bytes`.
     #[must_use]
     pub fn with_memory_limit(bytes: u64) -> Self {
         let mut device = Self::new();
@@ -70,9 +70,10 @@ impl CpuDevice {
         self
     }
 
-    /// Sets how launches run from now on: their seed, checks, budget, a change of one synchronisation,
-    /// and what is noted. Constants and the name are the launch's, and [`stopped_by`](Self::stopped_by) says what
-    /// stops it, whatever `options` has.
+    /// Sets how launches run from now on: their seed, checks, budget, a change of one
+    /// synchronisation, and the recorder. The launch supplies the constants and the name, and
+    /// [`stopped_by`](Self::stopped_by) supplies the stop flag; `options`' values for these are
+    /// ignored.
     pub fn set_options(&self, options: emulator::Options) {
         self.state().options = options;
     }
@@ -107,7 +108,7 @@ unsafe impl Device for CpuDevice {
         true
     }
 
-    /// That of the newest GPU whose instructions are emulated: Hopper's.
+    /// The compute capability of Hopper, the newest GPU whose instructions the emulator has.
     fn compute_capability(&self) -> (u32, u32) {
         (9, 0)
     }
@@ -116,8 +117,7 @@ unsafe impl Device for CpuDevice {
         emulator::MAX_SHARED_BYTES
     }
 
-    /// Few, so that the blocks of a kernel that stays on the GPU have several tiles each,
-    /// as they do there.
+    /// Few, so that each block of a persistent kernel has several tiles, as on a GPU.
     fn multiprocessors(&self) -> u32 {
         2
     }

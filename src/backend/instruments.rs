@@ -1,18 +1,18 @@
-//! Measuring: times, a cold cache, counts of what kernels did.
+//! Measuring instruments: times, a cold cache, counts of the kernels' work.
 
 use std::time::Instant;
 
 use super::Device;
 use crate::error::Error;
 
-/// Counts of the emulator while kernels ran; a GPU counts nothing.
+/// Counts of the emulator while kernels ran; a GPU has no counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Bytes that kernels asked to read from global memory.
     pub global_bytes_read: u64,
     /// Bytes that kernels asked to write to global memory.
     pub global_bytes_written: u64,
-    /// Extra shared-memory passes caused by bank conflicts, where they are counted.
+    /// Extra shared-memory passes caused by bank conflicts, for the counted kinds of access.
     pub bank_conflicts: u64,
 }
 
@@ -24,19 +24,20 @@ pub trait Instruments {
     /// # Errors
     /// The error of `work`, or the fault of a kernel.
     fn time_ms(&self, work: &mut dyn FnMut() -> Result<(), Error>) -> Result<f64, Error>;
-    /// Overwrites the L2 cache, so that the next launch starts cold; nothing under the
+    /// Overwrites the L2 cache, so that the next launch starts cold; does nothing under the
     /// emulator.
     ///
     /// # Errors
     /// An error that the device reports.
     fn flush_l2(&self) -> Result<(), Error>;
-    /// Gigabytes that the device reads and writes in a second while it copies its own memory, the best of
-    /// several copies: what its memory gives. `None` under the emulator, or without memory for it.
+    /// The memory's copy rate: gigabytes that the device reads and writes per second while it
+    /// copies its own memory, the best of several copies. `None` under the emulator, or without
+    /// memory for the copy.
     ///
     /// # Errors
     /// An error that the device reports.
     fn copy_rate(&self) -> Result<Option<f64>, Error>;
-    /// The counters since they were last taken; `None` on a GPU.
+    /// The counts since the last call; `None` on a GPU.
     fn take_counters(&self) -> Option<Counters>;
 }
 
@@ -67,7 +68,7 @@ pub fn flush_l2(device: &dyn Device) -> Result<(), Error> {
     device.instruments().map_or(Ok(()), Instruments::flush_l2)
 }
 
-/// The counters of a device since they were last taken, where it counts.
+/// The counts of a device since the last call, where the device counts.
 #[allow(clippy::must_use_candidate, reason = "taking sets the counters back")]
 pub fn take_counters(device: &dyn Device) -> Option<Counters> {
     device.instruments().and_then(Instruments::take_counters)

@@ -1,5 +1,5 @@
-//! Exact accounting of device memory: every buffer is counted when it is allocated and
-//! when it is dropped, so that the peak of a run is known to the byte.
+//! Exact accounting of device memory. Every allocation and every drop of a buffer counts, so the
+//! peak of a run is known to the byte.
 
 use std::{
     fmt,
@@ -23,11 +23,11 @@ struct Count {
     peak: u64,
 }
 
-/// The memory of a device, with a count of what is in use and of the most that was.
+/// The memory of a device, with a count of the bytes in use and of their peak.
 ///
-/// Counted are the bytes asked for; what an allocator adds for alignment is not. Several counts
-/// over one device are independent; a [part](Memory::part) counts what is allocated through it,
-/// and the whole counts that too.
+/// The count includes the requested bytes, without an allocator's padding for alignment. Several
+/// counts over one device are independent. A [part](Memory::part) counts the allocations made
+/// through it, and the whole counts them too.
 pub struct Memory {
     device: Arc<dyn Device>,
     whole: Option<Arc<Memory>>,
@@ -52,14 +52,14 @@ impl Memory {
         Arc::new(Self { device, whole: None, count: Mutex::default() })
     }
 
-    /// A count of its own, from zero, of what is allocated through it: `self` counts it too.
+    /// A separate count, from zero, of the allocations made through it; `self` counts them too.
     #[must_use]
     pub fn part(self: &Arc<Self>) -> Arc<Self> {
         let (device, whole) = (self.device.clone(), Some(self.clone()));
         Arc::new(Self { device, whole, count: Mutex::default() })
     }
 
-    /// The device whose memory this is.
+    /// The device that has this memory.
     #[must_use]
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.device
@@ -105,7 +105,7 @@ impl Memory {
         self.count().peak
     }
 
-    /// Allocates uninitialised memory; no bytes need no memory.
+    /// Allocates uninitialised memory; zero bytes need no allocation.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], after which the device stays usable.
@@ -172,7 +172,7 @@ impl DeviceBuffer {
     /// Copies `data` to the start of the buffer.
     ///
     /// # Errors
-    /// [`Error::BadAddress`] when it does not fit, or an error that the device reports.
+    /// [`Error::BadAddress`] when `data` does not fit, or an error that the device reports.
     pub fn write<T: Pod>(&mut self, data: &[T]) -> Result<(), Error> {
         let data: &[u8] = bytemuck::cast_slice(data);
         self.check(data.len() as u64)?;
@@ -205,7 +205,7 @@ impl DeviceBuffer {
         unsafe { self.memory.device.download(self.address + offset, data) }
     }
 
-    /// The whole buffer as elements; bytes of an incomplete last element are left out.
+    /// The whole buffer as elements, without the bytes of an incomplete last element.
     ///
     /// # Errors
     /// An error that the device reports.
@@ -218,7 +218,7 @@ impl DeviceBuffer {
     /// Fills the first `bytes` bytes with `value`.
     ///
     /// # Errors
-    /// [`Error::BadAddress`] when there are fewer, or an error that the device reports.
+    /// [`Error::BadAddress`] when the buffer is shorter, or an error that the device reports.
     pub fn fill_start(&mut self, bytes: u64, value: u8) -> Result<(), Error> {
         self.check(bytes)?;
         if bytes == 0 {
@@ -289,7 +289,7 @@ impl DeviceTensor {
     /// A tensor with these elements, in the machine's (little-endian) byte order.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] when the bytes are more or fewer than the shape has;
+    /// [`Error::ShapeMismatch`] when the number of bytes differs from the shape's;
     /// [`Error::OutOfMemory`].
     pub fn from_bytes(
         memory: &Arc<Memory>,
@@ -310,7 +310,7 @@ impl DeviceTensor {
         self.buffer.write(tensor.as_bytes())
     }
 
-    /// Waits for what was started before, and copies the tensor to the host.
+    /// Waits for earlier work, and copies the tensor to the host.
     ///
     /// # Errors
     /// The fault of a kernel that ran before.
@@ -339,7 +339,7 @@ impl DeviceTensor {
         self.buffer.bytes
     }
 
-    /// The count that its memory belongs to.
+    /// The count that the tensor's memory belongs to.
     #[must_use]
     pub const fn memory(&self) -> &Arc<Memory> {
         self.buffer.memory()
@@ -354,7 +354,7 @@ impl DeviceTensor {
     /// Checks the storage type, the shape and the device.
     ///
     /// # Errors
-    /// Which of them is wrong.
+    /// An error that names the wrong one.
     pub fn expect(
         &self,
         what: &str,

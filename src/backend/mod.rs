@@ -1,7 +1,7 @@
 //! Where kernels run: a GPU through the CUDA driver, or the emulator on the CPU.
 //!
-//! Both offer the same few operations ([`Device`]), so that everything above them
-//! (the session that runs a problem, benchmarks, verification) is written once.
+//! Both offer the same few operations ([`Device`]), so the layers above (the session that runs a
+//! problem, benchmarks, verification) exist once.
 
 #[cfg(feature = "emulator")]
 pub mod cpu;
@@ -21,14 +21,14 @@ pub use gpu::GpuDevice;
 pub use instruments::{Counters, Instruments};
 pub use memory::{DeviceBuffer, DeviceTensor, Memory};
 
-/// What a launch fixes before its entry is compiled.
+/// The values that a launch fixes before the driver compiles its entry.
 pub use kernels_gpu::constants::Constants;
-/// An entry of the kernels' PTX, as launches name it.
+/// An entry of the kernels' PTX, under the name that launches use.
 pub use kernels_gpu::entry::Entry;
 /// Grid or block extent.
 pub use simt::Dim3;
 
-/// An entry with its specialisation constants: what the driver compiles.
+/// An entry with its specialisation constants, for the driver to compile.
 #[derive(Clone, Copy, Debug)]
 pub struct Specialised {
     /// The entry.
@@ -82,17 +82,17 @@ impl MemoryInfo {
 
 /// A machine that runs kernels. All addresses are the device's own.
 ///
-/// Its operations take effect in the order of the calls. Whoever wants memory with an owner
-/// uses [`Memory`]; the raw operations here are its basis.
+/// Operations take effect in the order of the calls. For memory with an owner use [`Memory`], which
+/// builds on the raw operations here.
 ///
 /// # Safety
 /// Safe code relies on these facts:
 /// - `allocate` returns memory that overlaps no other live allocation.
-/// - `free` gives memory back only after everything launched, copied or filled before has
-///   ended, so that no operation outlives its memory.
-/// - `download` returns after the bytes are there; `upload` has read its source when it returns.
+/// - `free` gives memory back only after all earlier launches, copies and fills have ended, so no
+///   operation outlives its memory.
+/// - `download` returns after the bytes have arrived; `upload` has read its source when it returns.
 pub unsafe trait Device: Send + Sync {
-    /// A name to print: the GPU's, or that of the emulator.
+    /// A name to print: the GPU's or the emulator's.
     fn name(&self) -> String;
     /// Whether kernels run under the emulator: then times show the algorithm only.
     fn is_emulated(&self) -> bool;
@@ -100,7 +100,7 @@ pub unsafe trait Device: Send + Sync {
     fn compute_capability(&self) -> (u32, u32);
     /// The most dynamic shared memory a block may have, in bytes.
     fn max_shared_bytes(&self) -> u32;
-    /// Multiprocessors: how many blocks a kernel that stays on the GPU launches.
+    /// Multiprocessors, from which a persistent kernel takes its number of blocks.
     fn multiprocessors(&self) -> u32;
     /// Free and total memory.
     ///
@@ -142,7 +142,7 @@ pub unsafe trait Device: Send + Sync {
     /// # Errors
     /// An error that the device reports.
     unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error>;
-    /// Encodes a tensor map for TMA, as kernels have it in their parameter (`WithMaps`).
+    /// Encodes a tensor map for TMA, for the kernel's parameter (`WithMaps`).
     ///
     /// # Errors
     /// A layout that the copy engine cannot describe.
@@ -153,23 +153,24 @@ pub unsafe trait Device: Send + Sync {
     /// - `launch.args` holds the entry's argument struct.
     /// - Every buffer in it lies in a live allocation of this device, and stays allocated until
     ///   the launch has ended ([`Device::free`] waits for that).
-    /// - No other thread writes those buffers meanwhile, nor reads those that the kernel writes.
+    /// - Until then, no other thread writes those buffers, and none reads the buffers that the
+    ///   kernel writes.
     ///
     /// # Errors
     /// A launch that does not fit its entry; an error that the device reports.
     unsafe fn launch(&self, launch: &Launch) -> Result<(), Error>;
-    /// Waits for everything started, and reports what went wrong on the way.
+    /// Waits for all earlier work, and reports its faults.
     ///
     /// # Errors
     /// The fault of a kernel that ran before.
     fn synchronize(&self) -> Result<(), Error>;
-    /// How the device measures, where it can.
+    /// The device's measuring instruments, where it has any.
     fn instruments(&self) -> Option<&dyn Instruments> {
         None
     }
 }
 
-/// A tensor map to encode: a strided view that TMA copies boxes of.
+/// A tensor map to encode: a strided view whose boxes TMA copies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorMapSpec {
     /// Device address of the first element, aligned to 16.

@@ -1,4 +1,4 @@
-//! The backward pass of a module: its buffers, used again from call to call, and a pass with its
+//! The backward pass of a module: its buffers, reused from call to call, and a pass with its
 //! inputs.
 //!
 //! ```text
@@ -34,7 +34,7 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// The best for a problem on a device.
+    /// The best kernels for a problem on a device.
     ///
     /// # Errors
     /// As [`registry::best_for`].
@@ -57,7 +57,7 @@ pub struct ModuleGradients {
 }
 
 impl ModuleGradients {
-    /// Names of the gradients: that of x, and those of the parameters as in a `state_dict`.
+    /// Names of the gradients: x's name, and the parameters' names as in a `state_dict`.
     pub const NAMES: [&str; 9] = [
         "dx",
         "q_proj.weight",
@@ -70,7 +70,7 @@ impl ModuleGradients {
         "out_proj.bias",
     ];
 
-    /// The gradients in that order.
+    /// The gradients in the order of [`NAMES`](Self::NAMES).
     #[must_use]
     pub fn into_tensors(self) -> [Tensor; 9] {
         let [q, k, v, out] = self.weights.into_projections();
@@ -78,8 +78,9 @@ impl ModuleGradients {
     }
 }
 
-/// The buffers of a backward pass over sequences of one shape: the gradients of x, the parameters and
-/// what is between them, and workspace. As [`Forward`], they serve every module of that shape.
+/// The buffers of a backward pass over sequences of one shape: the gradients of x, of the
+/// parameters and of the intermediate tensors, and workspace. Like [`Forward`], they serve every
+/// module of that shape.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -110,8 +111,8 @@ impl ModuleGradients {
 /// ```
 pub struct Backward {
     memory: Arc<Memory>,
-    /// Of the projection of q, k and v, and that of the output: the gradients of its input, and of its
-    /// parameters.
+    /// For the joint projection of q, k and v, and for the output projection: the gradients of its
+    /// input, and of its parameters.
     linear: [[Plan<Projection>; 2]; 2],
     attention: Runner<registry::Backward>,
     d_o: DeviceBuffer,
@@ -168,8 +169,8 @@ impl Backward {
         &self.plan().problem().problem
     }
 
-    /// The plans of the projections' gradients, of q, k and v together, and of the output: that of the
-    /// input, and those of weight and bias.
+    /// The plans of the projections' gradients, for q, k and v together, and for the output: one
+    /// plan for the input, and the plans for weight and bias.
     #[must_use]
     pub const fn linear(&self) -> &[[Plan<Projection>; 2]; 2] {
         &self.linear
@@ -181,8 +182,8 @@ impl Backward {
         &self.dx
     }
 
-    /// Starts the backward pass of what `forward` ran last, which was this module on this x and mask;
-    /// does not wait. `dy: [B, N, hidden]` is the gradient of y.
+    /// Starts the backward pass of `forward`'s last run, which must be of this module on this x and
+    /// mask; does not wait. `dy: [B, N, hidden]` is the gradient of y.
     ///
     /// # Errors
     /// A module, a forward pass or an input of another shape, storage type or device; an error that the
@@ -247,7 +248,7 @@ impl Backward {
     /// Waits and downloads the gradients of the last run.
     ///
     /// # Errors
-    /// The fault of a kernel, if it had one.
+    /// The fault of a kernel, if there was one.
     pub fn gradients(&mut self) -> Result<ModuleGradients, Error> {
         self.attention.synchronize()?;
         let (dtype, hidden) = (self.problem().dtype(), self.dx.shape()[2]);
@@ -269,18 +270,18 @@ impl Backward {
     }
 }
 
-/// Which passes a [`PreparedBackward`] runs.
+/// The passes of a [`PreparedBackward`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Passes {
     /// The forward pass.
     Forward,
-    /// The backward pass of a forward pass that ran before.
+    /// The backward pass of an earlier forward pass.
     Backward,
     /// One after the other.
     Both,
 }
 
-/// A forward and a backward pass with their inputs in device memory, to be run as often as wanted.
+/// A forward and a backward pass with their inputs in device memory, ready for any number of runs.
 #[derive(Debug)]
 pub struct PreparedBackward<'a> {
     module: &'a MultiHeadAttention,
@@ -306,7 +307,7 @@ impl PreparedBackward<'_> {
         &self.backward
     }
 
-    /// Which passes a run is from now on. Where that is the backward pass alone, the forward pass must
+    /// Sets the passes of a run from now on. Before the backward pass alone, the forward pass must
     /// have run.
     pub const fn set_passes(&mut self, passes: Passes) {
         self.passes = passes;
@@ -320,8 +321,9 @@ impl PreparedBackward<'_> {
         self.backward.gradients()
     }
 
-    /// Device memory of both passes, and of the module's parameters. Outputs are y, dx and the gradients
-    /// of the parameters; what the forward pass keeps for the backward pass is workspace.
+    /// Device memory of both passes, and of the module's parameters. Outputs are y, dx and the
+    /// gradients of the parameters; the tensors that the forward pass keeps for the backward pass
+    /// count as workspace.
     #[must_use]
     pub fn memory(&self) -> ModuleMemory {
         let parameters = self.module.parameter_bytes();
@@ -357,8 +359,8 @@ impl Work for PreparedBackward<'_> {
 }
 
 impl MultiHeadAttention {
-    /// The plans of the gradients of a problem's projections: on the best kernel that can, unless a
-    /// certain one was asked for. See [`Backward::linear`].
+    /// The plans of the gradients of a problem's projections, on the best kernel that supports
+    /// them, unless the caller named a kernel. See [`Backward::linear`].
     ///
     /// # Errors
     /// [`Error::Unsupported`] with the reason.
@@ -381,12 +383,12 @@ impl MultiHeadAttention {
         Backward::new(&self.memory.part(), plan, self.linear_backward(&backward.problem)?)
     }
 
-    /// Gets a forward and a backward pass ready to run, from the elements of x and of dy,
-    /// `[B, N, hidden]`, as bytes, and a mask that is empty where the problem has none. See
+    /// Prepares a forward and a backward pass, from the elements of x and of dy, `[B, N, hidden]`,
+    /// as bytes, and a mask that is empty where the problem has no mask. See
     /// [`MultiHeadAttention::prepare_bytes`].
     ///
     /// # Errors
-    /// As there; [`Error::InvalidValue`] for plans of two problems.
+    /// The errors of `prepare_bytes`; [`Error::InvalidValue`] for plans of two problems.
     pub fn prepare_backward(
         &self,
         (forward, backward): (Plan, Plan<registry::Backward>),
@@ -421,12 +423,12 @@ impl MultiHeadAttention {
         })
     }
 
-    /// Runs a forward pass and its backward pass once, from the host and back: the gradients of x and of
-    /// the parameters, of `dy: [B, N, hidden]`.
+    /// Runs a forward pass and its backward pass once, from the host and back: the gradients of x
+    /// and of the parameters, given `dy: [B, N, hidden]`.
     ///
     /// # Errors
-    /// What is wrong with x, dy, the mask or a kernel; [`Error::OutOfMemory`] (before anything
-    /// is allocated where that can be foreseen), or the fault of a kernel.
+    /// An error that names the wrong x, dy, mask or kernel; [`Error::OutOfMemory`] (where
+    /// predictable, before any allocation), or the fault of a kernel.
     pub fn backward(
         &self,
         kernels: Kernels,

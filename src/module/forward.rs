@@ -1,5 +1,4 @@
-//! Forward passes: the buffers of a pass, used again from call to call, and a pass with its
-//! input.
+//! Forward passes: the buffers of a pass, reused from call to call, and a pass with its input.
 
 use std::sync::Arc;
 
@@ -14,13 +13,13 @@ use crate::{
     tensor::Tensor,
 };
 
-/// What a module gives.
+/// The outputs of a module.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ModuleOutputs {
     /// `[B, N, hidden]`.
     pub y: Tensor,
-    /// Attention weights `[B, H, N, N]` after dropout, where they were asked for.
+    /// Attention weights `[B, H, N, N]` after dropout, if the caller asked for them.
     pub weights: Option<Tensor>,
 }
 
@@ -28,22 +27,22 @@ pub struct ModuleOutputs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ModuleMemory {
-    /// Weights and biases of the projections, which stay from pass to pass.
+    /// Weights and biases of the projections, which persist from pass to pass.
     pub parameters: u64,
     /// x and the padding mask.
     pub inputs: u64,
     /// y.
     pub outputs: u64,
-    /// Everything else: q, k, v, o, the log-sum-exp and what the kernel needs; the attention
-    /// weights, once they were asked for.
+    /// Everything else: q, k, v, o, the log-sum-exp and the kernel's workspace; the attention
+    /// weights, once the caller has asked for them.
     pub workspace: u64,
-    /// The most in use at once, as counted.
+    /// The counted peak.
     pub peak: u64,
 }
 
 /// The buffers of a forward pass over sequences of one shape: q, k, v, o, y and workspace. They
-/// serve every module of that shape, layer after layer, and every call after the first allocates,
-/// fills and uploads nothing.
+/// serve every module of that shape, layer after layer. Calls after the first allocate, fill and
+/// upload nothing.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -114,7 +113,7 @@ impl Forward {
         &self.attention
     }
 
-    /// The plans of the projections: that of q, k and v together, and that of the output.
+    /// The plans of the projections: one for q, k and v together, and one for the output.
     #[must_use]
     pub const fn linear(&self) -> &[Plan<Projection>; 2] {
         &self.linear
@@ -188,8 +187,8 @@ impl Forward {
 /// Starts the launches of a projection.
 ///
 /// # Safety
-/// The tensors in `args` are live memory of the device, whose owners are freed through it; nobody else
-/// uses those that are written.
+/// The tensors in `args` are live memory of the device, whose owners are freed through the device.
+/// No other work uses the written tensors.
 pub(super) unsafe fn launch_linear(
     device: &dyn Device,
     plan: &Plan<Projection>,
@@ -202,7 +201,8 @@ pub(super) unsafe fn launch_linear(
     Ok(())
 }
 
-/// Q, K or V, or a gradient of one, of which a token has a third each: `[B, N, 3, H, D]` at `third`.
+/// Q, K or V, or the gradient of one of them: a third of each token's row, `[B, N, 3, H, D]` at
+/// `third`.
 pub(super) fn third(p: &Problem, all: &DeviceBuffer, third: u64) -> View {
     let offset = third * (p.heads() * p.head_dim() * p.dtype().size()) as u64;
     let region = all.region().part(offset, all.bytes() - offset);
@@ -211,7 +211,7 @@ pub(super) fn third(p: &Problem, all: &DeviceBuffer, third: u64) -> View {
     View::new(region, [3 * b, h, 3 * n])
 }
 
-/// A pass with its input in device memory, to be run as often as wanted.
+/// A pass with its input in device memory, ready for any number of runs.
 #[derive(Debug)]
 pub struct PreparedForward<'a> {
     module: &'a MultiHeadAttention,

@@ -8,10 +8,9 @@
 //! y         = o Woᵀ + bo              [B, N, hidden]
 //! ```
 //!
-//! The first three projections are one launch: their weights stand below each other in memory,
-//! so that a token's q, k and v come out side by side. Heads are split and joined by strides
-//! alone: `[B, N, hidden]` is `[B, N, H, D]` in memory ([`Layout::TokensFirst`]). Nothing is
-//! transposed.
+//! The first three projections are one launch: their weights are stacked in memory, so a token's q,
+//! k and v come out side by side. Strides alone split and join the heads: `[B, N, hidden]` is
+//! `[B, N, H, D]` in memory ([`Layout::TokensFirst`]). No launch transposes a tensor.
 //!
 //! Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
 
@@ -38,34 +37,34 @@ pub use backward::{Backward, Kernels, ModuleGradients, Passes, PreparedBackward}
 pub use forward::{Forward, ModuleMemory, ModuleOutputs, PreparedForward};
 pub use weights::{Linear, Weights};
 
-/// What a forward pass is asked for.
+/// The options of a forward pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pass {
     /// Whether token `i` sees tokens up to `i` only.
     pub causal: bool,
     /// Whether attention weights are dropped.
     pub mode: Mode,
-    /// Whether the attention weights are wanted too.
+    /// Whether the pass also returns the attention weights.
     pub weights: bool,
-    /// Whether gradients are to have the same bits each time.
+    /// Whether gradients have the same bits in each run.
     pub deterministic: bool,
 }
 
 /// Training or not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// Nothing is dropped.
+    /// No dropout.
     #[default]
     Eval,
-    /// Attention weights are dropped with the module's probability.
+    /// Dropout of attention weights with the module's probability.
     Train {
         /// Key of the generator: the same seed drops the same weights with every kernel.
         seed: u64,
     },
 }
 
-/// Multi-head self-attention with its parameters in device memory. Which attention kernel
-/// runs is chosen for each pass: all of them use the same parameters.
+/// Multi-head self-attention with its parameters in device memory. Each pass chooses its attention
+/// kernel; all kernels use the same parameters.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -137,8 +136,8 @@ impl MultiHeadAttention {
         Ok(self)
     }
 
-    /// The module with its projections on a certain kernel, not on the best that the device
-    /// can run.
+    /// The module with its projections on a certain kernel, instead of the best kernel that the
+    /// device supports.
     #[must_use]
     pub const fn with_linear(mut self, linear: &'static LinearSpec) -> Self {
         self.linear = Some(linear);
@@ -188,8 +187,8 @@ impl MultiHeadAttention {
             .build()
     }
 
-    /// The plans of a problem's projections: on the best kernel that can, unless a certain one was
-    /// asked for.
+    /// The plans of a problem's projections, on the best kernel that supports them, unless the
+    /// caller named a kernel.
     ///
     /// # Errors
     /// [`Error::Unsupported`] with the reason.
@@ -206,11 +205,11 @@ impl MultiHeadAttention {
         self.qkv.iter().chain(&self.out).map(DeviceBuffer::bytes).sum()
     }
 
-    /// Checks an input and gets a pass ready to run.
+    /// Checks an input and prepares a pass.
     ///
     /// # Errors
-    /// What is wrong with x, the mask or the kernel; [`Error::OutOfMemory`] (before anything
-    /// is allocated where that can be foreseen), or an error that the device reports.
+    /// An error that names the wrong x, mask or kernel; [`Error::OutOfMemory`] (where predictable,
+    /// before any allocation), or an error that the device reports.
     pub fn prepare(
         &self,
         kernel: &'static KernelSpec,
@@ -223,7 +222,7 @@ impl MultiHeadAttention {
         self.prepare_bytes(plan, x.as_bytes(), mask.unwrap_or_default())
     }
 
-    /// Checks an input and a mask, and says which problem they pose.
+    /// Checks an input and a mask, and returns the problem that they define.
     fn problem_of(&self, x: &Tensor, mask: Option<&[u8]>, pass: &Pass) -> Result<Problem, Error> {
         let &[batch, seq, hidden] = x.shape() else { return Err(self.wrong_shape(x)) };
         if hidden != self.hidden() {
@@ -242,9 +241,9 @@ impl MultiHeadAttention {
         self.problem(batch, seq, mask.is_some(), pass)
     }
 
-    /// As [`MultiHeadAttention::prepare`], of a plan at hand for a problem of this module, from the
-    /// elements of `x: [B, N, hidden]` as bytes and a mask that is empty where the problem has none:
-    /// what a mapped file holds goes to the device without a copy.
+    /// As [`MultiHeadAttention::prepare`], with an existing plan for a problem of this module. The
+    /// elements of `x: [B, N, hidden]` come as bytes, with a mask that is empty where the problem
+    /// has no mask, so the contents of a mapped file go to the device without a copy.
     ///
     /// # Errors
     /// As [`MultiHeadAttention::prepare`]; [`Error::ShapeMismatch`] when there are more or
@@ -261,8 +260,8 @@ impl MultiHeadAttention {
         PreparedForward::new(self, plan, linear, x, mask)
     }
 
-    /// Checks the bytes of x and of a mask, and that as much memory is free as the pass needs. The mask,
-    /// where the problem has one.
+    /// Checks the bytes of x and of a mask, and that the pass's memory is free. Returns the mask,
+    /// if the problem has one.
     fn expect_inputs<'a>(
         &self,
         problem: &Problem,
@@ -367,7 +366,7 @@ fn expect_bytes(what: &str, expected: usize, given: usize) -> Result<(), Error> 
     Err(Error::ShapeMismatch { what, expected, given })
 }
 
-/// Floating-point operations of a forward pass: those of attention by convention
+/// Floating-point operations of a forward pass: the attention's operations by convention
 /// ([`Problem::flops`]), and a multiplication and an addition for each product of the four
 /// projections.
 #[must_use]
@@ -376,15 +375,15 @@ pub fn flops(problem: &Problem) -> f64 {
     problem.flops() + 8.0 * problem.q_elements() as f64 * hidden
 }
 
-/// Floating-point operations of a backward pass: 2.5 times those of attention by convention, and two
-/// products for each of the projections' one.
+/// Floating-point operations of a backward pass: 2.5 times the attention's operations by
+/// convention, and two products for each product of the projections.
 #[must_use]
 pub fn backward_flops(problem: &Problem) -> f64 {
     let attention = problem.flops();
     2.5 * attention + 2.0 * (flops(problem) - attention)
 }
 
-/// The projections around a problem: that of q, k and v together, and that of the output.
+/// The projections around a problem: one for q, k and v together, and one for the output.
 #[must_use]
 pub const fn projections(problem: &Problem) -> [Projection; 2] {
     let hidden = problem.heads() * problem.head_dim();
@@ -409,8 +408,8 @@ pub fn best_linear(problem: &Problem, target: &Target) -> Result<[Plan<Projectio
     Ok([first, last])
 }
 
-/// The plans of the gradients of the projections around a problem, on a kernel or on the best one for
-/// them on a device: see [`Backward::linear`].
+/// The plans of the gradients of the projections around a problem, on a given kernel or on the
+/// device's best kernel for them: see [`Backward::linear`].
 ///
 /// # Errors
 /// As [`registry::best_for`].
@@ -439,8 +438,8 @@ pub const fn parameter_bytes(problem: &Problem) -> u64 {
     4 * (hidden * hidden + hidden) * problem.dtype().size() as u64
 }
 
-/// Device memory of a pass beyond the parameters, by the plan of its attention; attention weights
-/// that are asked for, and that the kernel does not keep, come on top.
+/// Device memory of a pass beyond the parameters, by the plan of its attention. Attention weights
+/// that the caller asks for, and that the kernel does not keep, come on top.
 #[must_use]
 pub fn pass_bytes(plan: &Plan) -> u64 {
     // Attention, and x and y, which are as large as O each.

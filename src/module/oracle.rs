@@ -1,6 +1,6 @@
-//! What a module should give: a reference in f64, and the plain algorithm in the storage
-//! precision, whose error is the yardstick. As for attention ([`crate::oracle`]), which both
-//! of them use between their projections.
+//! The expected results of a module: a reference in f64, and the plain algorithm in the storage
+//! precision, whose error is the yardstick. Both use the attention references ([`crate::oracle`])
+//! between their projections.
 
 mod backward;
 
@@ -19,7 +19,7 @@ use crate::{
 
 pub use backward::{Gradients, credit_gradients, gradients, plain_gradients, thin};
 
-/// Tokens that are projected side by side, so that a row of weights is read once for them.
+/// Tokens that are projected together, so that one read of a row of weights serves all of them.
 const SIDE_BY_SIDE: usize = 8;
 
 /// At most `count` tokens of a problem, as `b * N + n`, spread evenly over batch entries and
@@ -30,9 +30,9 @@ pub fn sample_tokens(problem: &Problem, count: usize) -> Vec<usize> {
     spread(all, count.min(all))
 }
 
-/// As many tokens as can be compared with about so many multiplications; every token where
-/// that is affordable. At least one batch entry is computed, whose keys all have to be
-/// projected.
+/// As many tokens as can be compared with about the given number of multiplications; every token
+/// where that is affordable. The comparison covers at least one batch entry, all of whose keys need
+/// their projections.
 #[must_use]
 pub fn affordable_tokens(problem: &Problem, multiplications: u64) -> Vec<usize> {
     let (batch, seq) = (problem.batch(), problem.seq_q());
@@ -58,10 +58,10 @@ fn spread(all: usize, count: usize) -> Vec<usize> {
     (0..count).map(|i| (i as u128 * (all as u128 - 1) / last as u128) as usize).collect()
 }
 
-/// The module in f64: input and weights are taken as they are stored, and nothing is rounded
-/// that f64 would not round. `hidden` elements for each of `tokens`.
+/// The module in f64: it takes input and weights as stored, and rounds only as f64 rounds. `hidden`
+/// elements for each of `tokens`.
 ///
-/// `problem` is one of [`MultiHeadAttention::problem`](super::MultiHeadAttention::problem).
+/// `problem` comes from [`MultiHeadAttention::problem`](super::MultiHeadAttention::problem).
 #[must_use]
 pub fn reference(
     problem: &Problem,
@@ -96,9 +96,9 @@ fn exact_attention(
     (qkv, o)
 }
 
-/// The plain algorithm in the storage precision: q, k and v are accumulated in f32 and
-/// rounded to the storage type, attention is [`crate::oracle::plain`]'s, and the output is
-/// accumulated in f32 and rounded. It is what a framework does without a fused kernel.
+/// The plain algorithm in the storage precision: q, k and v are accumulated in f32 and rounded to
+/// the storage type, attention is [`crate::oracle::plain`]'s, and the output is accumulated in f32
+/// and rounded. A framework without a fused kernel computes this way.
 #[must_use]
 pub fn plain(
     problem: &Problem,
@@ -149,9 +149,9 @@ fn plain_attention(
     (qkv, o.into_iter().map(|x| x as f32).collect())
 }
 
-/// What the plain algorithm is credited with, by the rule of [`crate::verify`]: its largest error
+/// The error credited to the plain algorithm, by the rule of [`crate::verify`]: its largest error
 /// over draws of x, and no less than one rounding of the largest output to the storage type.
-/// `reference`: of x itself.
+/// `reference`: the reference for x itself.
 #[must_use]
 pub fn credit(
     problem: &Problem,
@@ -212,7 +212,7 @@ fn rows_of(problem: &Problem, tokens: &[usize]) -> Vec<usize> {
     tokens.iter().flat_map(rows).collect()
 }
 
-/// A number that is summed.
+/// A number to sum.
 trait Number: Copy + Default + AddAssign + Mul<Output = Self> + Send + Sync {}
 impl<T: Copy + Default + AddAssign + Mul<Output = T> + Send + Sync> Number for T {}
 
@@ -233,8 +233,8 @@ impl<T: Number> Matrix<T> {
         }
     }
 
-    /// What the gradient of a projection's input is of that of its output: the weights
-    /// `[out, in]` below each other, as they are.
+    /// The matrix that takes the gradient of a projection's output to the gradient of its input:
+    /// the stacked weights `[out, in]`, as they are.
     fn of_gradients(linears: &[Linear], widen: impl Fn(f32) -> T) -> Self {
         let weights = linears.iter().flat_map(|linear| linear.weight.to_f32());
         let bias = vec![T::default(); linears.first().map_or(0, |linear| linear.bias.len())];
@@ -265,8 +265,8 @@ impl<T: Number> Matrix<T> {
         rows.par_chunks(SIDE_BY_SIDE).flat_map_iter(few).collect()
     }
 
-    /// As [`Matrix::project`], with each row of the result where its row of `x` is, and zeros
-    /// between them: memory that nobody touches, and that costs nothing therefore.
+    /// As [`Matrix::project`], with each row of the result at the place of its row of `x`, and
+    /// zeros between the rows: untouched memory, which costs nothing.
     fn project_in_place(&self, x: &[T], rows: &[usize], finish: impl Fn(T) -> T + Sync) -> Vec<T> {
         let hidden = self.bias.len();
         let in_features = self.weight.len() / hidden;

@@ -7,8 +7,8 @@ mod state_dict;
 
 use crate::{dtype::DType, error::Error, tensor::Tensor};
 
-/// Standard deviation of random biases: of the size of a trained module's, and no zeros,
-/// which would hide a bias that is left out.
+/// Standard deviation of random biases: the size of a trained module's biases. Zeros would hide a
+/// bias that is left out.
 #[cfg(feature = "verify")]
 const RANDOM_BIAS: f64 = 0.1;
 
@@ -34,8 +34,8 @@ impl Weights {
     /// The projections of queries, keys, values and output.
     ///
     /// # Errors
-    /// Which tensor is of another shape or storage type than the weight of the first
-    /// projection, which must be square, asks for.
+    /// An error that names the tensor whose shape or storage type does not fit the weight of the
+    /// first projection, which must be square.
     pub fn new(projections: [Linear; 4]) -> Result<Self, Error> {
         let first = &projections[0].weight;
         let dtype = first.dtype();
@@ -54,8 +54,8 @@ impl Weights {
         Ok(Self { projections })
     }
 
-    /// Weights from the normal distribution that keep the size of what they project
-    /// (standard deviation 1/sqrt(hidden)), and small biases.
+    /// Weights from the normal distribution that keep the size of their input (standard deviation
+    /// 1/sqrt(hidden)), and small biases.
     ///
     /// # Errors
     /// [`Error::InvalidValue`] for `hidden` = 0.
@@ -84,7 +84,7 @@ impl Weights {
         self.projections[0].weight.dtype()
     }
 
-    /// Those of queries, keys, values and output.
+    /// The projections of queries, keys, values and output, by reference.
     #[must_use]
     pub const fn projections(&self) -> &[Linear; 4] {
         &self.projections

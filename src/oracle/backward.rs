@@ -1,8 +1,8 @@
-//! What the backward pass should give: gradients in f64, and those of the plain algorithm in the
-//! storage precision.
+//! The expected results of the backward pass: gradients in f64, and the gradients of the plain
+//! algorithm in the storage precision.
 //!
-//! Gradients are computed a head of K and V at a time, with all heads of Q that share it: its dK and
-//! dV are sums over every row.
+//! The oracle computes gradients one head of K and V at a time, with all heads of Q that share this
+//! head: its dK and dV are sums over every row.
 
 use std::marker::PhantomData;
 
@@ -19,14 +19,14 @@ use crate::{
 /// Gradients of some heads of K and V, widened to f64.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Gradients {
-    /// Gradient of Q: of each head of K the heads of Q that share it, each `[Nq, D]`.
+    /// Gradient of Q: for each head of K, the heads of Q that share it, each `[Nq, D]`.
     pub dq: Vec<f64>,
-    /// Gradient of K, `[Nk, D]` a head.
+    /// Gradient of K, `[Nk, D]` per head.
     pub dk: Vec<f64>,
     /// Gradient of V, likewise.
     pub dv: Vec<f64>,
-    /// Gradient of the bias, as the bias is: of all heads together, of those heads alone where they are
-    /// not all. Empty without a bias.
+    /// Gradient of the bias, in the shape of the bias. It covers all heads together, or only the
+    /// computed heads where these are not all. Empty without a bias.
     pub d_bias: Vec<f64>,
     /// Gradient of the sinks, `[H]`, likewise.
     pub d_sinks: Vec<f64>,
@@ -38,7 +38,8 @@ pub fn all_heads(problem: &Problem) -> Vec<usize> {
     (0..problem.batch() * problem.kv_heads()).collect()
 }
 
-/// Those heads of a kernel's gradients; of packed sequences nothing that lies beyond the last.
+/// The given heads of a kernel's gradients; for packed sequences, without the rows beyond the last
+/// sequence.
 #[must_use]
 pub fn gradients_of(
     problem: &Problem,
@@ -69,8 +70,8 @@ pub fn gradients_of(
     result
 }
 
-/// Gradients of `sum(O ∘ dO)` in f64: inputs and dO are taken as they are stored, and nothing is
-/// rounded that f64 would not round.
+/// Gradients of `sum(O ∘ dO)` in f64: the oracle takes inputs and dO as stored, and rounds only as
+/// f64 rounds.
 #[must_use]
 pub fn gradients(
     problem: &Problem,
@@ -87,7 +88,7 @@ fn values_of(inputs: &Inputs<'_>, d_o: &Tensor) -> ([Vec<f32>; 3], Vec<f32>) {
     ([inputs.q, inputs.k, inputs.v].map(Tensor::to_f32), d_o.to_f32())
 }
 
-/// [`gradients()`] of values that no storage type holds: the projections of a module.
+/// [`gradients()`] of values in no storage type: the projections of a module.
 pub(crate) fn gradients_of_values<T: Copy + Into<f64> + Sync + 'static>(
     problem: &Problem,
     qkv: [Vec<T>; 3],
@@ -98,8 +99,8 @@ pub(crate) fn gradients_of_values<T: Copy + Into<f64> + Sync + 'static>(
     Pass::new(problem, qkv, beside, d_o, Exact(PhantomData)).collect(heads)
 }
 
-/// The plain algorithm's gradients: every tensor that a framework keeps between two steps is
-/// rounded to the storage type, and everything is computed in f32. Scores and weights are those of
+/// The plain algorithm's gradients: it rounds every tensor that a framework keeps between two steps
+/// to the storage type, and computes in f32. Scores and weights are those of
 /// [`plain`](super::plain); the softmax's step is `dS = P ∘ (dP - rowsum(P ∘ dP))`.
 #[must_use]
 pub fn plain_gradients(
@@ -138,10 +139,11 @@ pub(crate) fn plain_gradients_of(
     Pass::new(problem, qkv, beside, d_o, rounded).collect(heads)
 }
 
-/// What gradients are made of: the sum of the sizes of all products in them, with dP and delta as
-/// sums of sizes too. Where products cancel it is larger than any gradient. A weight that is computed
-/// again, `exp(s - LSE)`, counts `1 + |LSE| + |s|` times, with `|s|` a sum of sizes: as many times as
-/// a rounding error of each is one of the weight.
+/// The absolute terms of the gradients: the sum of the absolute values of all products in them,
+/// with dP and delta as sums of absolute values too. Where products cancel, this sum is larger than
+/// any gradient. A recomputed weight, `exp(s - LSE)`, counts `1 + |LSE| + |s|` times, with `|s|` a
+/// sum of absolute values: by this factor a rounding error of the LSE and of the score becomes an
+/// error of the weight.
 #[must_use]
 pub fn absolute_gradients(
     problem: &Problem,
@@ -168,9 +170,9 @@ pub(crate) fn absolute_gradients_of(
     sizes.collect_with(heads, &Pass::new(problem, qkv, beside, d_o, Exact(PhantomData)))
 }
 
-/// Where a computation rounds what f64 holds.
+/// The points at which a computation rounds below f64.
 trait Arithmetic: Copy + Sync {
-    /// An element as it is given.
+    /// An element as given.
     type Value: Copy + Into<f64> + Sync;
     /// The result of an operation. (One of f32 rounds as this does: f64 has more than twice its
     /// digits.)
@@ -183,7 +185,7 @@ trait Arithmetic: Copy + Sync {
     fn difference(self, a: f64, b: f64) -> f64 {
         self.computed(a - b)
     }
-    /// Whether `rowsum(P ∘ dP)` is `rowsum(dO ∘ O)`, of an O that is stored.
+    /// Whether `rowsum(dO ∘ O)`, with the stored O, replaces `rowsum(P ∘ dP)`.
     fn reads_o(self) -> bool {
         false
     }
@@ -253,7 +255,7 @@ impl Arithmetic for Absolute {
     }
 }
 
-/// Everything in f32, and every tensor rounded to its type.
+/// All arithmetic in f32, with every tensor rounded to its type.
 #[derive(Clone, Copy)]
 pub(crate) struct Rounded {
     dtype: DType,
@@ -304,7 +306,7 @@ struct Pass<'a, A: Arithmetic> {
     arithmetic: A,
 }
 
-/// A weight, and what it is to a score.
+/// A weight, and its relation to a score.
 struct Weight {
     /// The key.
     j: usize,
@@ -419,8 +421,8 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
         Gradients { dq, dk, dv, d_bias, d_sinks }
     }
 
-    /// The row of dQ, and what the row adds to the gradient of its sink; what it adds to dK and dV, and
-    /// the gradient of its scores after the cap.
+    /// The row of dQ, and the row's contribution to the gradient of its sink. Adds the row's
+    /// contributions to dK and dV, and the gradient of its scores after the cap.
     fn row(
         &self,
         row: Row,
@@ -471,7 +473,7 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
         (dq.into_iter().map(|x| a.stored(x)).collect(), of_sink)
     }
 
-    /// The weights of a row, of the keys that it sees; last that of its sink, if it has one.
+    /// The weights of the keys that a row sees; the sink's weight comes last, if there is a sink.
     fn weights(&self, row: Row) -> Vec<Weight> {
         let (case, p, a) = (&self.case, self.case.problem, self.arithmetic);
         let (scale, sink) = (f64::from(p.scale()), f64::from(case.sink(row.h)));

@@ -1,4 +1,4 @@
-//! A decode as attention of packed sequences: what the other references work on.
+//! A decode as attention of packed sequences, the input of the other references.
 
 use crate::{
     error::Error,
@@ -8,7 +8,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// The queries of a decode and the keys and values that its sequences have, gathered from the cache, as
+/// The queries of a decode and its sequences' keys and values, gathered from the cache, as
 /// attention of packed sequences.
 #[derive(Clone, Debug)]
 pub struct Gathered<'a> {
@@ -22,7 +22,7 @@ pub struct Gathered<'a> {
 }
 
 impl<'a> Gathered<'a> {
-    /// Gathers what a decode reads.
+    /// Gathers the data that a decode reads.
     ///
     /// # Errors
     /// As [`DecodeInputs::check`].
@@ -68,10 +68,10 @@ impl<'a> Gathered<'a> {
         }
     }
 
-    /// The outputs of a decode as those of [`problem`](Self::problem).
+    /// The outputs of a decode as the outputs of [`problem`](Self::problem).
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] where they are not those of `p`.
+    /// [`Error::ShapeMismatch`] where their shapes are not the shapes of `p`.
     pub fn outputs(&self, p: &Problem, outputs: &Outputs) -> Result<Outputs, Error> {
         let o = tokens_first(p, &outputs.o)?.reshaped(&self.problem.o_shape())?;
         // [B, H, Nq] to [H, B, Nq].
@@ -89,7 +89,7 @@ fn tokens_first(p: &Problem, tensor: &Tensor) -> Result<Tensor, Error> {
     }
 }
 
-/// The rows of a cache that sequences have, one after the other: `[1, total_k, Hkv, D]`.
+/// The sequences' rows of a cache, one sequence after the other: `[1, total_k, Hkv, D]`.
 fn gather(
     decode: &Decode,
     inputs: &DecodeInputs<'_>,

@@ -1,4 +1,4 @@
-//! Collects what a problem is made of, and checks it.
+//! Collects the values of a problem, and checks them.
 
 use super::{
     Alibi, Bias, Dropout, Layout, MAX_ELEMENTS, MAX_HEAD_DIM, MAX_SCALE, MAX_SCORE, MAX_SEQ,
@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{dtype::DType, error::Error};
 
-/// Collects what a [`Problem`] is made of.
+/// Collects the values of a [`Problem`].
 #[derive(Clone, Copy, Debug)]
 #[must_use]
 pub struct ProblemBuilder {
@@ -45,7 +45,7 @@ impl Problem {
         ProblemBuilder { problem, causal: false }
     }
 
-    /// Goes back to the builder, to make a problem that differs in some values.
+    /// Returns to the builder, to make a problem that differs in some values.
     pub const fn to_builder(self) -> ProblemBuilder {
         let causal = self.causal();
         let mut problem = self;
@@ -58,19 +58,20 @@ impl Problem {
 }
 
 impl ProblemBuilder {
-    /// Keys per head, where it is not the number of queries.
+    /// Keys per head, where their number differs from the number of queries.
     pub const fn seq_k(mut self, seq_k: usize) -> Self {
         self.problem.seq_k = seq_k;
         self
     }
 
-    /// Heads of K and V, where there are fewer than of Q: the number of heads is a multiple of it.
+    /// Heads of K and V, where there are fewer than heads of Q: the number of heads of Q is a
+    /// multiple of this number.
     pub const fn kv_heads(mut self, kv_heads: usize) -> Self {
         self.problem.kv_heads = kv_heads;
         self
     }
 
-    /// Elements of a row of V and O, where they are not as many as of Q and K.
+    /// Elements of a row of V and O, where their number differs from Q's and K's.
     pub const fn head_dim_v(mut self, head_dim_v: usize) -> Self {
         self.problem.head_dim_v = head_dim_v;
         self
@@ -82,8 +83,8 @@ impl ProblemBuilder {
         self
     }
 
-    /// Whether row `i` sees the keys `j <= i + Nk - Nq` only: a right bound of 0, whatever the
-    /// window's.
+    /// Whether row `i` sees only the keys `j <= i + Nk - Nq`: a right bound of 0, whatever the
+    /// window's right bound.
     pub const fn causal(mut self, causal: bool) -> Self {
         self.causal = causal;
         self
@@ -107,15 +108,15 @@ impl ProblemBuilder {
         self
     }
 
-    /// Softmax scale, where it is not `1 / sqrt(D)`: above 0, at most [`MAX_SCALE`]. One that is
-    /// subnormal in f32 makes all keys equal.
+    /// Softmax scale, where it is not `1 / sqrt(D)`: above 0, at most [`MAX_SCALE`]. A scale that
+    /// is subnormal in f32 gives all keys equal scores.
     pub const fn scale(mut self, scale: Option<f32>) -> Self {
         self.problem.scale = scale;
         self
     }
 
-    /// The cap `c` of scores: `c * tanh(s / c)` takes the place of `s`, before anything joins or
-    /// hides it. Above 0, at most [`MAX_SCORE`].
+    /// The cap `c` of scores: `c * tanh(s / c)` replaces `s`, before ALiBi, bias and masks. Above
+    /// 0, at most [`MAX_SCORE`].
     pub const fn softcap(mut self, softcap: Option<f32>) -> Self {
         self.problem.softcap = softcap;
         self
@@ -134,15 +135,15 @@ impl ProblemBuilder {
     }
 
     /// Whether each head has a sink, f32 `[H]`: a score that joins the sum of exponentials and the
-    /// LSE of every row, and has no value; -inf is none. A row that sees no key has O = 0 and the
-    /// sink as its LSE.
+    /// LSE of every row, and has no value; -inf means no sink. A row that sees no key has O = 0 and
+    /// the sink as its LSE.
     pub const fn sinks(mut self, sinks: bool) -> Self {
         self.problem.sinks = sinks;
         self
     }
 
-    /// Packs sequences of lengths of their own: those of the problem are of the longest, and the layout is
-    /// tokens first. [`Problem::packed`] begins with all that.
+    /// Packs sequences of different lengths. The problem's lengths are the longest sequence's
+    /// lengths, and the layout is tokens first. [`Problem::packed`] sets all of these.
     pub const fn varlen(mut self, varlen: Option<Varlen>) -> Self {
         self.problem.varlen = varlen;
         self
@@ -248,7 +249,7 @@ impl ProblemBuilder {
     }
 }
 
-/// What packed sequences cannot have.
+/// The features that packed sequences cannot have.
 fn check_packed(p: &Problem, Varlen { total_q, total_k }: Varlen) -> Result<(), Error> {
     for (what, value, least) in
         [("rows of packed q", total_q, 1), ("rows of packed k and v", total_k, 0)]

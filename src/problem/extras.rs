@@ -3,8 +3,8 @@
 use super::Problem;
 use crate::{dtype::DType, error::Error};
 
-/// The tensors that a problem may have beside Q, K and V, each where the problem has it: as bytes,
-/// in device memory, or whatever `T` is.
+/// The tensors that a problem may have beside Q, K and V, each present where the problem has it: as
+/// bytes, in device memory, or as any `T`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extras<T> {
     /// Padding mask, u8 `[B, Nk]`, 0 = hidden.
@@ -15,14 +15,14 @@ pub struct Extras<T> {
     pub bias: Option<T>,
     /// Sinks, f32 `[H]`.
     pub sinks: Option<T>,
-    /// Where packed sequences begin in Q, and past the last: u32 `[B + 1]`.
+    /// The rows of Q at which packed sequences begin, and the end of the last: u32 `[B + 1]`.
     pub cu_seqlens_q: Option<T>,
     /// The same in K and V.
     pub cu_seqlens_k: Option<T>,
 }
 
 impl<T> Default for Extras<T> {
-    /// None of them.
+    /// No tensors.
     fn default() -> Self {
         Self {
             mask: None,
@@ -42,7 +42,7 @@ impl<T> Extras<T> {
         Self { mask, ..Self::default() }
     }
 
-    /// References to them.
+    /// References to the tensors.
     #[must_use]
     pub const fn as_ref(&self) -> Extras<&T> {
         let Self { mask, alibi_slopes, bias, sinks, cu_seqlens_q, cu_seqlens_k } = self;
@@ -56,10 +56,10 @@ impl<T> Extras<T> {
         }
     }
 
-    /// Makes something of each.
+    /// Maps each tensor with `make`.
     ///
     /// # Errors
-    /// The first of `make`.
+    /// The first error of `make`.
     pub fn try_map<U, E>(self, mut make: impl FnMut(T) -> Result<U, E>) -> Result<Extras<U>, E> {
         let Self { mask, alibi_slopes, bias, sinks, cu_seqlens_q, cu_seqlens_k } = self;
         Ok(Extras {
@@ -72,8 +72,8 @@ impl<T> Extras<T> {
         })
     }
 
-    /// Checks that each is there exactly where the problem has it, and those that are there by
-    /// `check`: name, bytes of an element, shape.
+    /// Checks that each tensor is present exactly where the problem has it, and checks the present
+    /// tensors by `check`: name, bytes of an element, shape.
     pub(crate) fn check(
         &self,
         p: &Problem,

@@ -6,7 +6,7 @@ pub enum Layout {
     /// `[B, H, N, D]`: the rows of a head are neighbours.
     #[default]
     HeadsFirst,
-    /// `[B, N, H, D]`: as a projection writes it, the heads of a token are neighbours.
+    /// `[B, N, H, D]`, the order in which a projection writes: the heads of a token are neighbours.
     TokensFirst,
 }
 

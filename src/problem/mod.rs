@@ -1,5 +1,5 @@
-//! What is to be computed: shapes, storage type, what hides keys, what happens to scores. A
-//! [`Problem`] is valid once it exists; [`ProblemBuilder::build`] says what is wrong otherwise.
+//! The attention to compute: shapes, storage type, masks, changes to scores. Every existing
+//! [`Problem`] is valid; [`ProblemBuilder::build`] returns an error for a wrong one.
 
 mod builder;
 mod extras;
@@ -26,9 +26,10 @@ pub const MAX_SEQ: usize = (1 << 31) - 1 - 4096;
 /// The most elements of a tensor or of the weights: sizes in bytes stay below 2^63.
 pub const MAX_ELEMENTS: u64 = 1 << 60;
 
-/// The largest score, `q · k * scale`, that every kernel but `naive` and `standard` in f16 computes
-/// with, 2^26: a row with a larger one may be NaN, O and LSE. Those two keep scores in f16, up to
-/// 2^19. f32 rounds a score of 2^26 by 2: to weights it says no more than which key is the first.
+/// The largest score, `q · k * scale`, that every kernel supports (but `naive` and `standard` in
+/// f16), 2^26. A row with a larger score may have NaN in O and LSE. `naive` and `standard` keep
+/// scores in f16, up to 2^19. f32 rounds a score of 2^26 by 2, so its weights say no more than
+/// which key is the first.
 pub const MAX_SCORE: f32 = (1 << 26) as f32;
 /// The largest softmax scale: elements of Q and K up to 1 have scores up to [`MAX_SCORE`] at
 /// [`MAX_HEAD_DIM`].
@@ -53,7 +54,7 @@ pub struct Problem {
     head_dim: usize,
     head_dim_v: usize,
     dtype: DType,
-    /// A right bound of 0 is a causal mask, however it was asked for.
+    /// A right bound of 0 is a causal mask, whichever method set it.
     window: Window,
     mask: bool,
     dropout: Option<Dropout>,
@@ -85,19 +86,19 @@ impl Problem {
         self.kv_heads
     }
 
-    /// Heads of Q that share one of K and V: head `h` of Q uses head `h / group`.
+    /// Heads of Q that share one head of K and V: head `h` of Q uses head `h / group`.
     #[must_use]
     pub const fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
 
-    /// Query rows of a head; of packed sequences, those of the longest.
+    /// Query rows of a head; for packed sequences, the longest sequence's rows.
     #[must_use]
     pub const fn seq_q(&self) -> usize {
         self.seq_q
     }
 
-    /// Key and value rows of a head; of packed sequences, those of the longest.
+    /// Key and value rows of a head; for packed sequences, the longest sequence's rows.
     #[must_use]
     pub const fn seq_k(&self) -> usize {
         self.seq_k
@@ -134,7 +135,7 @@ impl Problem {
         self.window
     }
 
-    /// The window without bounds that hide nothing at these lengths: what kernels are asked for.
+    /// The window for kernels: without bounds that hide no key at these lengths.
     #[must_use]
     pub const fn bounds(&self) -> Window {
         self.window.without_idle_bounds(self.seq_q, self.seq_k)
@@ -146,13 +147,13 @@ impl Problem {
         self.mask
     }
 
-    /// Dropout that drops something: none for a probability of 0.
+    /// The dropout, or `None` for a probability of 0.
     #[must_use]
     pub fn dropout(&self) -> Option<Dropout> {
         self.dropout.filter(|d| d.p > 0.0)
     }
 
-    /// The softmax scale: `1 / sqrt(D)` unless another was given.
+    /// The softmax scale; `1 / sqrt(D)` by default.
     #[must_use]
     pub fn scale(&self) -> f32 {
         self.scale.unwrap_or_else(|| (1.0 / (self.head_dim as f64).sqrt()) as f32)
@@ -164,13 +165,13 @@ impl Problem {
         self.softcap
     }
 
-    /// Which slopes of ALiBi there are.
+    /// The shape of ALiBi's slopes, if there are any.
     #[must_use]
     pub const fn alibi(&self) -> Option<Alibi> {
         self.alibi
     }
 
-    /// What the additive bias is given for, if there is one.
+    /// The dimensions that the additive bias has, if there is one.
     #[must_use]
     pub const fn bias(&self) -> Option<Bias> {
         self.bias
@@ -182,7 +183,7 @@ impl Problem {
         self.sinks
     }
 
-    /// How many rows packed sequences have together, if they are packed.
+    /// The total rows of packed sequences, if the sequences are packed.
     #[must_use]
     pub const fn varlen(&self) -> Option<Varlen> {
         self.varlen
@@ -269,8 +270,8 @@ impl Problem {
         [batch, self.heads, rows]
     }
 
-    /// Shape of the attention weights: `[B, H, Nq, Nk]` in every layout. Of packed sequences, nothing is
-    /// said of what lies past the lengths of one.
+    /// Shape of the attention weights: `[B, H, Nq, Nk]` in every layout. For packed sequences, the
+    /// elements past a sequence's lengths are unspecified.
     #[must_use]
     pub const fn weights_shape(&self) -> [usize; 4] {
         [self.batch, self.heads, self.seq_q, self.seq_k]
@@ -343,11 +344,11 @@ impl Problem {
 
     /// Floating-point operations, as attention kernels are rated by convention:
     /// `2 * B * H * Nq * Nk * (D + Dv)` (a multiplication and an addition for each product of
-    /// `Q Kᵀ` and of `P V`; the softmax is not counted), and half of that when causal,
-    /// since half of a square matrix is hidden. The half is kept for `Nq != Nk` too. With any other
-    /// window that hides something: `2 * (D + Dv)` for each row and key that it sees, counted exactly.
-    /// The padding mask and -inf in a bias are not considered. Packed sequences count as if all were as
-    /// long as the longest: [`flops_of`](Self::flops_of) knows their lengths.
+    /// `Q Kᵀ` and of `P V`; the softmax is not counted), and half of that when causal, since half
+    /// of a square matrix is hidden. The half is kept for `Nq != Nk` too. With any other window
+    /// that hides something: `2 * (D + Dv)` for each row and key that it sees, counted exactly. The
+    /// padding mask and -inf in a bias are not considered. Packed sequences count as if all were as
+    /// long as the longest; [`flops_of`](Self::flops_of) takes their lengths.
     #[must_use]
     pub fn flops(&self) -> f64 {
         let pairs = self.pairs(self.seq_q, self.seq_k);
@@ -358,7 +359,7 @@ impl Problem {
         2.0 * pairs * (self.head_dim + self.head_dim_v) as f64
     }
 
-    /// Pairs of row and key of a head that operations are counted for.
+    /// Pairs of row and key of a head for which operations count.
     fn pairs(&self, seq_q: usize, seq_k: usize) -> f64 {
         let bounds = self.window.without_idle_bounds(seq_q, seq_k);
         match (bounds.left, self.causal()) {
@@ -367,8 +368,8 @@ impl Problem {
         }
     }
 
-    /// Bytes of Q, K, V and what else the problem reads: padding mask, slopes, bias, sinks, and where
-    /// packed sequences begin.
+    /// Bytes of Q, K, V and the other inputs: padding mask, slopes, bias, sinks, and the begins of
+    /// packed sequences.
     #[must_use]
     pub fn input_bytes(&self) -> u64 {
         let bytes = |shape: Option<Vec<usize>>, size: usize| {
@@ -390,8 +391,7 @@ impl Problem {
         self.o_elements() as u64 * self.dtype.size() as u64 + self.rows() as u64 * 4
     }
 
-    /// Bytes of the attention weights in the storage type: what the flash kernels do
-    /// without.
+    /// Bytes of the attention weights in the storage type, which the flash kernels save.
     #[must_use]
     pub const fn weights_bytes(&self) -> u64 {
         let [batch, heads, seq_q, seq_k] = self.weights_shape();
@@ -411,7 +411,7 @@ impl Problem {
         self.window.sees(i, j, self.seq_q, self.seq_k)
     }
 
-    /// Dropout as kernels are given it; all zeros drop nothing.
+    /// Dropout in the kernels' form; all zeros drop nothing.
     #[must_use]
     pub fn dropout_args(&self) -> args::DropoutArgs {
         self.dropout().map_or_else(args::DropoutArgs::default, |d| args::DropoutArgs {

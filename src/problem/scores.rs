@@ -1,4 +1,4 @@
-//! What happens to scores and weights between the two products.
+//! Changes to scores and weights between the two products.
 
 /// Dropout of attention weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,12 +28,12 @@ impl Alibi {
     }
 }
 
-/// What joins the scores, `[B or 1, H or 1, Nq, Nk]` in the storage type. An element of -inf hides
-/// its key.
+/// The matrix added to the scores, `[B or 1, H or 1, Nq, Nk]` in the storage type. An element of
+/// -inf hides its key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Bias {
-    /// Whether each batch entry has its own; else all have the same.
+    /// Whether each batch entry has its own matrix; otherwise all share one.
     pub per_batch: bool,
-    /// Whether each head has its own; else all have the same.
+    /// Whether each head has its own matrix; otherwise all share one.
     pub per_head: bool,
 }

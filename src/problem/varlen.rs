@@ -1,14 +1,14 @@
-//! Sequences of lengths of their own, packed one after the other.
+//! Sequences of different lengths, packed one after the other.
 
 use super::{MAX_SEQ, Problem, ProblemBuilder};
 use crate::error::Error;
 
-/// Sequences of lengths of their own, packed one after the other without padding: batch entry `b` of Q
+/// Sequences of different lengths, packed one after the other without padding: batch entry `b` of Q
 /// has the rows from `cu_seqlens_q[b]` to before `cu_seqlens_q[b + 1]`, and its keys lie likewise.
 ///
-/// Then Q and O are `[total_q, H, D]`, K and V `[total_k, Hkv, D]`, the LSE is `[H, total_q]`, and the
-/// lengths of the problem are those of the longest sequence. Sequences may be empty. Rows and keys
-/// beyond the last sequence are never read, and O and LSE stay there as they were.
+/// Then Q and O are `[total_q, H, D]`, K and V `[total_k, Hkv, D]`, the LSE is `[H, total_q]`, and
+/// the lengths of the problem are the longest sequence's lengths. Sequences may be empty. Kernels
+/// never read rows and keys beyond the last sequence, and leave O and LSE there unchanged.
 ///
 /// ```
 /// use flash_attention::Problem;
@@ -27,7 +27,7 @@ pub struct Varlen {
     pub total_k: usize,
 }
 
-/// One of packed sequences.
+/// One sequence of a pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sequence {
     /// Its first row in Q and O.
@@ -41,8 +41,8 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// Sequence `b` of those that begin at these rows of Q, and at these of K. Panics where there are
-    /// not as many.
+    /// Sequence `b` of the sequences that begin at these rows of Q and these rows of K. Panics
+    /// where there are too few.
     #[must_use]
     pub fn at(cu_seqlens_q: &[u32], cu_seqlens_k: &[u32], b: usize) -> Self {
         let span = |at: &[u32]| (at[b] as usize, at[b + 1].saturating_sub(at[b]) as usize);
@@ -50,7 +50,7 @@ impl Sequence {
         Self { first_q, seq_q, first_k, seq_k }
     }
 
-    /// The sequences that begin at these rows of Q, and at these of K.
+    /// The sequences that begin at these rows of Q and these rows of K.
     pub fn all(cu_seqlens_q: &[u32], cu_seqlens_k: &[u32]) -> impl Iterator<Item = Self> {
         let count = cu_seqlens_q.len().min(cu_seqlens_k.len()).saturating_sub(1);
         (0..count).map(|b| Self::at(cu_seqlens_q, cu_seqlens_k, b))
@@ -58,11 +58,11 @@ impl Sequence {
 }
 
 impl Problem {
-    /// Starts a problem of packed sequences: see [`Varlen`]. `cu_seqlens_q` and `cu_seqlens_k` begin
-    /// with 0, ascend, and have a number more than there are sequences.
+    /// Starts a problem of packed sequences: see [`Varlen`]. `cu_seqlens_q` and `cu_seqlens_k`
+    /// begin with 0, ascend, and have one number more than there are sequences.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] where they do not.
+    /// [`Error::InvalidValue`] where they break these rules.
     pub fn packed(
         cu_seqlens_q: &[u32],
         cu_seqlens_k: &[u32],
@@ -91,17 +91,17 @@ impl Problem {
         self.varlen.map(|_| vec![self.batch + 1])
     }
 
-    /// As [`Problem::flops`], of packed sequences with their own lengths.
+    /// As [`Problem::flops`], for packed sequences with their own lengths.
     #[must_use]
     pub fn flops_of(&self, sequences: impl Iterator<Item = Sequence>) -> f64 {
         let pairs = sequences.map(|of| self.pairs(of.seq_q, of.seq_k)).sum::<f64>();
         self.flops_of_pairs(self.heads as f64 * pairs)
     }
 
-    /// Checks where packed sequences begin.
+    /// Checks the begins of packed sequences.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] names the number that is wrong.
+    /// [`Error::InvalidValue`] names the wrong number.
     pub(crate) fn check_cu_seqlens(&self, what: &'static str, at: &[u32]) -> Result<(), Error> {
         let Some(Varlen { total_q, total_k }) = self.varlen else { return Ok(()) };
         let limits =
@@ -110,8 +110,8 @@ impl Problem {
     }
 }
 
-/// Checks where sequences begin, of which none is longer than `longest`, and all of them no longer than
-/// `total`.
+/// Checks the begins of sequences: no sequence is longer than `longest`, and all together are no
+/// longer than `total`.
 fn check(
     what: &'static str,
     cu_seqlens: &[u32],

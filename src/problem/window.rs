@@ -1,8 +1,8 @@
-//! Which keys a row sees by position.
+//! The keys that a row sees by position.
 
 use std::fmt;
 
-/// How many keys before and after its own position a row sees; `None` is no bound.
+/// The number of keys that a row sees before and after its own position; `None` means no bound.
 ///
 /// The last row's own position is the last key: row `i` of `Nq` is at `i + Nk - Nq`, which lies
 /// before the first key for the first rows of `Nq > Nk`.
@@ -42,8 +42,8 @@ impl Window {
         by_left && by_right
     }
 
-    /// The same window without bounds that hide nothing: the last row is the one that a left bound
-    /// hides most from, the first row the one for a right bound.
+    /// The same window without bounds that hide no key. A left bound hides most from the last row,
+    /// and a right bound from the first row.
     #[must_use]
     pub const fn without_idle_bounds(self, seq_q: usize, seq_k: usize) -> Self {
         if seq_q == 0 || seq_k == 0 {
@@ -60,7 +60,7 @@ impl Window {
         Self { left, right }
     }
 
-    /// The number of rows times the keys that each sees.
+    /// The number of pairs of a row and a key that it sees.
     #[must_use]
     pub fn visible_pairs(self, seq_q: usize, seq_k: usize) -> u64 {
         let (seq_q, seq_k) = (seq_q as i64, seq_k as i64);

@@ -1,4 +1,4 @@
-//! A CUDA context, whoever made it, as far as launches need one.
+//! Launches in a CUDA context of any origin.
 
 use std::{ffi::c_void, fmt, marker::PhantomData};
 
@@ -16,11 +16,10 @@ use crate::{
     registry::Target,
 };
 
-/// A CUDA context that kernels are launched in, with the kernels loaded into it so far.
+/// A CUDA context for launches, with the kernels loaded into it so far.
 ///
-/// It owns neither the context nor a stream nor memory: those are the caller's, who may have
-/// them from any library. A launch changes nothing of the calling thread: its current context
-/// is afterwards what it was before.
+/// The value owns neither the context nor a stream nor memory. The caller owns these, and may have
+/// them from any library. A launch leaves the calling thread's current context unchanged.
 pub struct Context {
     handle: functions::Context,
     name: String,
@@ -59,17 +58,17 @@ impl Context {
         unsafe { Self::from_handle(handle) }
     }
 
-    /// The context of that handle, a `CUcontext`.
+    /// The context with this handle, a `CUcontext`.
     ///
     /// # Errors
     /// [`Error::NoGpu`] when there is no driver; [`Error::Driver`] when the context does not
-    /// answer.
+    /// respond.
     ///
     /// # Safety
     /// - `handle` is a context of the driver that this process uses.
     /// - The context is destroyed (a primary one: released) only after the value is dropped.
-    /// - When the value is dropped, every launch made through it has ended, and no CUDA graph
-    ///   that captured one is launched any more: its kernels are unloaded.
+    /// - When the value is dropped, every launch made through it has ended, and no CUDA graph that
+    ///   captured one will run again: the drop unloads the kernels.
     pub unsafe fn from_handle(handle: *mut c_void) -> Result<Self, Error> {
         driver()?;
         let _entered = Entered::new(handle).map_err(asking)?;
@@ -99,20 +98,20 @@ impl Context {
         self.target
     }
 
-    /// Has the driver compile entries that it has not compiled in this context yet, so that
-    /// no launch has to (up to a second each). A stream that is being captured must not meet
-    /// an entry for the first time: prepare before.
+    /// Compiles the entries that the driver has not yet compiled in this context, so that no launch
+    /// has to (up to a second each). A stream under capture must not compile an entry: prepare
+    /// before the capture.
     ///
     /// # Errors
-    /// An entry that this GPU cannot run; [`Error::Module`] with the compiler's log; what else
-    /// the driver reports.
+    /// An entry that this GPU cannot run; [`Error::Module`] with the compiler's log; another error
+    /// of the driver.
     pub fn prepare(&self, entries: impl IntoIterator<Item = Specialised>) -> Result<(), Error> {
         let _entered = self.enter().map_err(|code| self.failed("preparing kernels", code))?;
         entries.into_iter().try_for_each(|entry| self.kernels.get(entry, self).map(drop))
     }
 
-    /// Encodes a tensor map for TMA. Of a layout that was encoded before, the driver only exchanges
-    /// the address.
+    /// Encodes a tensor map for TMA. If the layout was encoded before, the driver only replaces the
+    /// address.
     ///
     /// # Errors
     /// A layout that the copy engine cannot describe.
@@ -129,23 +128,23 @@ impl Context {
     /// thread's default stream.
     ///
     /// # Errors
-    /// A launch that does not fit its entry or the GPU; what the driver reports, possibly of
-    /// work before this launch.
+    /// A launch that does not fit its entry or the GPU; an error of the driver, possibly from
+    /// earlier work.
     ///
     /// # Safety
     /// - `stream` is live and belongs to this context.
     /// - `launch.args` holds the entry's argument struct.
     /// - Every buffer in it is memory that this GPU can access, and stays so until the launch
     ///   has ended.
-    /// - From the launch to its end, nothing else writes those buffers, nor reads those that
-    ///   the kernel writes.
+    /// - From the launch to its end, no other work writes those buffers, and none reads the buffers
+    ///   that the kernel writes.
     pub unsafe fn launch(&self, launch: &Launch, stream: *mut c_void) -> Result<(), Error> {
         // SAFETY: passed on to the caller.
         unsafe { self.start(launch, stream) }?
             .map_err(|code| self.failed(Description(launch), code))
     }
 
-    /// As [`Context::launch`], for an owner who has more to say of the driver's code.
+    /// As [`Context::launch`], for an owner that adds information to the driver's code.
     ///
     /// # Safety
     /// As for [`Context::launch`].
@@ -188,12 +187,12 @@ impl Context {
         Ok(done.map_err(|failure| failure.code))
     }
 
-    /// Makes the context the calling thread's until the value is dropped.
+    /// Makes the context current on the calling thread until the value is dropped.
     pub(crate) fn enter(&self) -> Result<Entered, ResultCode> {
         Entered::new(self.handle).map_err(|failure| failure.code)
     }
 
-    /// The error of a call that was made in this context.
+    /// The error of a call in this context.
     pub(super) fn failed(&self, what: impl fmt::Display, code: ResultCode) -> Error {
         failure::driver(&self.name, &what.to_string(), code)
     }
@@ -273,11 +272,12 @@ fn refused(failure: Failure, map: &TensorMapSpec) -> Error {
     }
 }
 
-/// While it lives, a context is the calling thread's; then the one before is again.
+/// While the value lives, a context is current on the calling thread; its drop restores the
+/// previous context.
 pub(crate) struct Entered {
-    /// The context that was current, if another.
+    /// The previous context, if it was another.
     before: Option<functions::Context>,
-    /// Belongs to the thread that made it.
+    /// The value belongs to the thread that made it.
     _thread: PhantomData<*const ()>,
 }
 
@@ -294,7 +294,7 @@ impl Entered {
         Ok(entered)
     }
 
-    /// Leaves the current context as it is, and has it back at the end.
+    /// Keeps the current context, and restores it at the end.
     pub(crate) fn as_it_is() -> Result<Self, Failure> {
         Ok(Self { before: Some(functions::ctx_current()?), _thread: PhantomData })
     }
@@ -310,7 +310,7 @@ impl Drop for Entered {
     }
 }
 
-/// The driver is there and runs.
+/// Checks that the driver exists and is initialised.
 pub(crate) fn driver() -> Result<&'static cuda_driver::Driver, Error> {
     cuda_driver::status()
         .map_err(|error| Error::NoGpu { reason: error.reason(), remedy: error.remedy() })

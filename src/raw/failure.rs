@@ -1,13 +1,13 @@
-//! From the driver's result codes to errors that say what happened and what to do.
+//! Turns the driver's result codes into errors that name the fault and the remedy.
 
 use cuda_driver::ResultCode;
 
 use crate::error::Error;
 
-/// What every error says after which the process cannot use the GPU any more.
+/// The end of each error message after which the process can no longer use the GPU.
 const LOST: &str = "the GPU's context is lost: this process must be started again to use it";
 
-/// Whether a kernel is to blame, and not the call that reported it.
+/// Whether a kernel caused the error, rather than the call that reported it.
 pub(crate) const fn is_fault_of_a_kernel(code: ResultCode) -> bool {
     // Illegal address, watchdog, assertion, and the exceptions of the hardware.
     matches!(code.0, 700 | 702 | 710 | 714..=719)
@@ -29,7 +29,7 @@ pub(crate) fn driver(device: &str, call: &str, code: ResultCode) -> Error {
     Error::Driver { call: format!("{call} on {device}"), message }
 }
 
-/// A kernel that went wrong while it ran.
+/// A kernel that faulted while it ran.
 pub(crate) fn kernel(symbol: &str, code: ResultCode) -> Error {
     let help = match code {
         ResultCode::ILLEGAL_ADDRESS | ResultCode(716) => {

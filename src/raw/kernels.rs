@@ -1,6 +1,6 @@
-//! Kernels out of the embedded PTX modules. Each is compiled by the driver when it is
-//! first launched, by itself: a module holds every instance of every kernel, and
-//! compiling them all would take many times longer.
+//! Kernels from the embedded PTX modules. The driver compiles each kernel separately on its first
+//! launch: a module holds every instance of every kernel, and compiling all of them would take many
+//! times longer.
 
 use std::{
     collections::HashMap,
@@ -20,7 +20,7 @@ use crate::{
     registry::Target,
 };
 
-/// Why a GPU of that compute capability cannot run an entry; `None` when it can.
+/// The reason that a GPU of this compute capability cannot run an entry; `None` when it can.
 #[must_use]
 pub fn why_not(entry: &Entry, compute_capability: (u32, u32)) -> Option<String> {
     let Some(module) = ptx::modules().iter().find(|module| module.name == entry.module) else {
@@ -41,7 +41,7 @@ pub fn why_not(entry: &Entry, compute_capability: (u32, u32)) -> Option<String> 
     ))
 }
 
-/// A kernel that can be launched.
+/// A kernel ready for launches.
 pub(super) struct Kernel {
     function: functions::Function,
     /// The module of the function.
@@ -59,7 +59,7 @@ impl Kernel {
         self.function
     }
 
-    /// Its context must be current, and its launches have ended.
+    /// The kernel's context must be current, and its launches must have ended.
     fn unload(&self) {
         // It can fail only when the context is lost, and with it the module.
         // SAFETY: the module was loaded by `load`; its context is current, and no launch runs.
@@ -105,14 +105,14 @@ impl Kernels {
         Ok(loaded)
     }
 
-    /// Unloads every kernel. The context must be current, and no launch run.
+    /// Unloads every kernel. The context must be current, and no launch may be running.
     pub(super) fn unload(&mut self) {
         let kernels = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
         kernels.drain().for_each(|(_, kernel)| kernel.unload());
     }
 }
 
-/// Has the driver compile an entry. A refusal carries the compiler's log.
+/// Compiles an entry with the driver. A refusal carries the compiler's log.
 fn load(specialised: Specialised, context: &Context) -> Result<Kernel, Error> {
     let Specialised { entry, constants } = specialised;
     let refused = |log: String| Error::Module { module: entry.module.to_owned(), log };

@@ -1,15 +1,15 @@
-//! Tensor maps that were encoded before. A call mostly needs the layouts of an earlier one at other
-//! addresses, and the driver exchanges an address in a fraction of the time of an encoding.
+//! A cache of encoded tensor maps. A call mostly needs the layouts of an earlier call at other
+//! addresses, and the driver replaces an address in a fraction of the time of an encoding.
 
 use std::sync::{Mutex, PoisonError};
 
 use super::context::{encode_tensor_map, replace_address};
 use crate::{backend::TensorMapSpec, error::Error};
 
-/// Layouts that are kept, of a dozen plans or more: a call has at most four.
+/// The number of cached layouts, enough for a dozen plans: a call has at most four.
 const CAPACITY: usize = 64;
 
-/// The maps that were encoded last in a context, oldest first, no two of one layout.
+/// The last maps that were encoded in a context, oldest first, no two with the same layout.
 #[derive(Default)]
 pub(super) struct Maps(Mutex<Vec<(TensorMapSpec, [u8; 128])>>);
 

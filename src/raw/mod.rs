@@ -1,31 +1,31 @@
-//! Launches in the caller's memory, context and stream: for programs that own a GPU already.
+//! Launches in the caller's memory, context and stream, for programs that already own a GPU.
 //!
-//! A [`Plan`] says what a kernel launches for a [`Problem`](crate::Problem). It is made once per
-//! problem and used by any number of threads. [`Args`] name the tensors of one call: addresses,
-//! lengths and strides ([`BackwardArgs`] those of a [`Backward`](crate::registry::Backward) pass,
-//! [`DecodeArgs`] those of a [`Decode`](crate::registry::Decode), [`AppendArgs`] those of an
-//! [`Append`](crate::registry::Append),
-//! [`LinearArgs`] those of a [`Projection`](crate::registry::Projection), [`MergeArgs`] those of a
-//! [`Merge`](crate::registry::Merge)). No
-//! type here comes from another CUDA library.
+//! A [`Plan`] describes a kernel's launches for a [`Problem`](crate::Problem). Make it once per
+//! problem; any number of threads may use it. [`Args`] name the tensors of one call: addresses,
+//! lengths and strides. [`BackwardArgs`] do so for a [`Backward`](crate::registry::Backward) pass,
+//! [`DecodeArgs`] for a [`Decode`](crate::registry::Decode), [`AppendArgs`] for an
+//! [`Append`](crate::registry::Append), [`LinearArgs`] for a
+//! [`Projection`](crate::registry::Projection), and [`MergeArgs`] for a
+//! [`Merge`](crate::registry::Merge). No type here comes from another CUDA library.
 //!
-//! | call | does |
+//! | call | effect |
 //! |---|---|
 //! | [`Plan::new`] | chooses entries, grids and the layout of the workspace; needs no GPU |
 //! | [`Plan::workspace_bytes`], [`Plan::zeroed_bytes`] | say what memory the caller provides |
-//! | [`Plan::check`] | compares arguments with the problem, and names what is wrong |
-//! | [`Context::prepare`] | has the driver compile the entries before the first launch |
+//! | [`Plan::check`] | compares arguments with the problem, and names the wrong value |
+//! | [`Context::prepare`] | compiles the entries before the first launch |
 //! | [`Context::enqueue`] | launches on a stream of the caller |
 //! | [`Plan::launches`] | the launches themselves, for callers who load the PTX ([`crate::ptx`]) |
 //!
-//! [`Context::enqueue`] allocates no device memory, waits for nothing, fills and uploads nothing:
-//! a CUDA graph can capture it, and one captured launch carries its own tensor maps.
+//! [`Context::enqueue`] allocates no device memory, does not wait, and fills and uploads nothing.
+//! So a CUDA graph can capture it, and a captured launch carries its own tensor maps.
 //!
 //! # Workspace
-//! Each call in flight needs a workspace of its own. The first [`Plan::zeroed_bytes`] bytes of it
-//! count what the blocks of a launch take from a queue. They are zero before the first launch;
-//! each launch that ends leaves them zero again. After a launch that did not end, by a fault or a
-//! time limit, they are zeroed again before the workspace is used.
+//! Each call in flight needs its own workspace. The first [`Plan::zeroed_bytes`] bytes of the
+//! workspace count the tasks that the blocks of a launch take from a queue. The caller zeroes these
+//! bytes before the first launch; each launch that ends leaves them zero again. After a launch that
+//! did not end, because of a fault or a time limit, the caller zeroes them again before using the
+//! workspace.
 
 pub mod context;
 pub(crate) mod failure;
@@ -93,8 +93,8 @@ impl Context {
     /// ```
     ///
     /// # Errors
-    /// As [`Plan::check`]; an entry that this GPU cannot run; what the driver reports, possibly
-    /// of work before.
+    /// As [`Plan::check`]; an entry that this GPU cannot run; an error of the driver, possibly from
+    /// earlier work.
     ///
     /// # Safety
     /// - `stream` is live and belongs to this context.

@@ -1,11 +1,12 @@
-//! Are gradients right? The rule is that of the forward pass, for each gradient: an error of
-//! at most twice the plain algorithm's ([`oracle::plain_gradients`]), both against f64.
+//! Are gradients right? The forward pass's rule applies to each gradient: an error of at most twice
+//! the plain algorithm's ([`oracle::plain_gradients`]), both against f64.
 //!
-//! The plain algorithm is credited with what nobody can avoid: a rounding of the largest gradient to
-//! the storage type and three in f32; and one rounding in f32 of each product that is summed, where
-//! products cancel, of the LSE and of the scores ([`oracle::absolute_gradients`]). The LSE is what the
-//! forward pass hands on, and the plain algorithm does without; and with one key dS is `dP - delta`,
-//! two sums of the same products, which the plain algorithm sums in the same order, without an error.
+//! The plain algorithm is credited with the unavoidable roundings. These are a rounding of the
+//! largest gradient to the storage type and three in f32, and one rounding in f32 of each summed
+//! product, where products cancel, of the LSE and of the scores ([`oracle::absolute_gradients`]).
+//! The forward pass passes on the LSE, and the plain algorithm does not use it. With one key, dS is
+//! `dP - delta`, two sums of the same products, which the plain algorithm sums in the same order,
+//! without an error.
 
 use super::{Differences, Worst, Yardstick, beside, draws, largest, largest_difference};
 use crate::{
@@ -16,7 +17,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// What the plain algorithm is credited with on gradients: its largest error of each.
+/// The plain algorithm's credited errors on gradients: its largest error of each.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GradientCredit {
     /// Of dQ.
@@ -32,8 +33,8 @@ pub struct GradientCredit {
 }
 
 impl GradientCredit {
-    /// The plain algorithm's worst errors on some heads of K and V of a problem. `reference`: of
-    /// the inputs themselves.
+    /// The plain algorithm's worst errors on some heads of K and V of a problem. `reference`: the
+    /// reference for the inputs themselves.
     #[must_use]
     pub fn of(
         p: &Problem,
@@ -84,7 +85,7 @@ impl GradientCredit {
         Self { dq, dk, dv, d_bias, d_sinks }
     }
 
-    /// The larger of each.
+    /// The larger value of each pair.
     #[must_use]
     pub const fn max(self, other: Self) -> Self {
         Self {
@@ -97,7 +98,7 @@ impl GradientCredit {
     }
 }
 
-/// Compares each gradient that there is.
+/// Compares each existing gradient.
 fn each<T>(
     actual: &Gradients,
     expected: &Gradients,
@@ -118,8 +119,8 @@ fn each<T>(
 /// A kernel's gradients against the reference, with the verdict.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradientVerification {
-    /// Differences of dQ, dK, dV, and the gradients of the bias and of the sinks, where there is one to
-    /// compare.
+    /// Differences of dQ, dK, dV, and of the gradients of the bias and of the sinks, where these
+    /// exist.
     pub differences: [Option<Differences>; 5],
     /// What the plain algorithm is credited with.
     pub credit: GradientCredit,
@@ -148,7 +149,7 @@ impl GradientVerification {
         Self { differences: each(&actual, &reference, Differences::new), credit }
     }
 
-    /// Each gradient by its name, with what it is measured by.
+    /// Each gradient by its name, with its yardstick.
     pub fn each(&self) -> impl Iterator<Item = (&'static str, &Differences, Yardstick)> {
         let GradientCredit { dq, dk, dv, d_bias, d_sinks } = self.credit;
         let of = [("dQ", dq), ("dK", dk), ("dV", dv), ("dB", d_bias), ("dsinks", d_sinks)];

@@ -1,4 +1,5 @@
-//! Is a decode right? By the rule of the forward pass: its rows are the last rows of a prefill.
+//! Is a decode right? The forward pass's rule applies: a decode's rows are the last rows of a
+//! prefill.
 
 use super::{Verification, verify};
 use crate::{
@@ -8,7 +9,7 @@ use crate::{
     session::{DecodeInputs, Outputs},
 };
 
-/// As [`verify_decode_rows`], of all rows.
+/// As [`verify_decode_rows`], for all rows.
 ///
 /// # Errors
 /// Inputs or outputs of other shapes than the decode has.
@@ -20,8 +21,8 @@ pub fn verify_decode(
     verify_decode_rows(decode, inputs, outputs, usize::MAX)
 }
 
-/// Verifies at most `count` rows of a decode, spread evenly, against attention of the keys and values that each
-/// sequence has.
+/// Verifies at most `count` rows of a decode, spread evenly, against attention over each sequence's
+/// keys and values.
 ///
 /// # Errors
 /// Inputs or outputs of other shapes than the decode has.

@@ -1,4 +1,4 @@
-//! What is known of each GPU.
+//! The properties of each GPU.
 
 use cuda_driver::{
     Failure,
@@ -14,7 +14,7 @@ use crate::{
     },
 };
 
-/// A GPU, as far as kernels and readers of tables care.
+/// The properties of a GPU that kernels and tables use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GpuDescription {
     /// Its number in CUDA's order.
@@ -23,8 +23,7 @@ pub struct GpuDescription {
     pub name: String,
     /// Memory in total, in bytes.
     pub total_bytes: u64,
-    /// Memory that was free when it was asked; `None` where the GPU is taken by
-    /// another process.
+    /// Free memory at the time of the query; `None` where another process holds the GPU.
     pub free_bytes: Option<u64>,
     /// Compute capability, `(major, minor)`.
     pub compute_capability: (u32, u32),
@@ -38,14 +37,14 @@ pub struct GpuDescription {
     pub clock_mhz: u32,
     /// The newest CUDA version that the driver supports, `(major, minor)`.
     pub cuda_version: (u32, u32),
-    /// Version of NVIDIA's driver (`580.159.04`), where it can be found out.
+    /// Version of NVIDIA's driver (`580.159.04`), where it is known.
     pub driver_version: Option<String>,
 }
 
 /// Describes every GPU that CUDA sees.
 ///
 /// # Errors
-/// [`Error::NoGpu`] when there is no driver or no GPU, with what to do about it.
+/// [`Error::NoGpu`] when there is no driver or no GPU, with the remedy.
 pub fn describe_all() -> Result<Vec<GpuDescription>, Error> {
     (0..count()?)
         .map(|index| {
@@ -56,7 +55,7 @@ pub fn describe_all() -> Result<Vec<GpuDescription>, Error> {
         .collect()
 }
 
-/// Free memory, which only a context can tell.
+/// Free memory, which only a context can report.
 fn free_bytes(index: u32) -> Result<u64, Failure> {
     let primary = Primary::retain(functions::device(index as i32)?)?;
     let _entered = Entered::new(primary.context)?;
@@ -70,7 +69,7 @@ fn count() -> Result<u32, Error> {
         .map_err(|failure| failure::driver("any GPU", "counting GPUs", failure.code))
 }
 
-/// The GPU of that number.
+/// The GPU with this number.
 pub(super) fn describe(index: u32) -> Result<GpuDescription, Error> {
     let driver = driver()?;
     let count = count()?;

@@ -1,12 +1,12 @@
 //! Kernels on a GPU, through the CUDA driver.
 //!
-//! One stream carries everything in order: the order of calls is the order on the device.
-//! Context, stream and memory are an [`Owner`]'s: the driver's own functions for
-//! [`GpuDevice`], another library where a program has one.
+//! One stream carries everything in order: the order of calls is the order on the device. An
+//! [`Owner`] has the context, the stream and the memory: the driver's own functions for
+//! [`GpuDevice`], or another library that the program uses.
 //!
-//! A kernel that accesses memory it may not takes the whole context with it: CUDA
-//! answers every later call of the process with the same error. Such an error says
-//! so. Running out of memory is not of that kind: the device stays usable.
+//! A kernel that accesses invalid memory destroys the whole context: CUDA answers every later call
+//! of the process with the same error. The error message says so. After running out of memory the
+//! device stays usable.
 
 mod describe;
 mod owner;
@@ -33,7 +33,7 @@ pub use crate::raw::why_not;
 pub use describe::{GpuDescription, describe_all};
 pub use owner::{DriverEvent, DriverOwner, Owner};
 
-/// A GPU on the driver's own functions: what a program takes that has no context yet.
+/// A GPU on the driver's own functions, for a program that has no context yet.
 pub type GpuDevice = Gpu<DriverOwner>;
 
 /// A GPU whose context, stream and memory `O` owns, with the kernels loaded so far.
@@ -42,23 +42,22 @@ pub struct Gpu<O: Owner> {
     context: raw::Context,
     owner: O,
     flush: Mutex<Option<FlushBuffer>>,
-    /// Entries launched since the device was last seen idle: the suspects of a fault.
+    /// Entries launched since the device was last idle: the candidates for the cause of a fault.
     launched: Mutex<Vec<&'static str>>,
     description: GpuDescription,
 }
 
-/// Memory that is written to push everything else out of the L2 cache.
+/// Memory whose overwriting evicts all other data from the L2 cache.
 struct FlushBuffer {
     address: u64,
     bytes: u64,
 }
 
 impl<O: Owner> Gpu<O> {
-    /// Opens the GPU of that number, counted as CUDA does (`CUDA_VISIBLE_DEVICES`
-    /// applies).
+    /// Opens the GPU with this number, in CUDA's order (`CUDA_VISIBLE_DEVICES` applies).
     ///
     /// # Errors
-    /// [`Error::NoGpu`] says what is missing and how to get it.
+    /// [`Error::NoGpu`] names the missing part and how to get it.
     pub fn open(index: u32) -> Result<Self, Error> {
         let description = describe::describe(index)?;
         let failed = |code| failure::driver(&description.name, "making a context", code);
@@ -77,20 +76,20 @@ impl<O: Owner> Gpu<O> {
         })
     }
 
-    /// What is known of this GPU. Its free memory is that of the time it was opened.
+    /// The properties of this GPU. Its free memory is the value at the time of opening.
     #[must_use]
     pub const fn description(&self) -> &GpuDescription {
         &self.description
     }
 
-    /// The context, for launches on streams of the caller's own.
+    /// The context, for launches on the caller's own streams.
     #[must_use]
     pub const fn context(&self) -> &raw::Context {
         &self.context
     }
 
-    /// The stream that carries everything this device does, a `CUstream`: for launches that
-    /// follow, or are followed by, the device's own.
+    /// The stream of all this device's work, a `CUstream`: for launches that come before or after
+    /// the device's own launches.
     #[must_use]
     pub fn stream(&self) -> *mut c_void {
         self.owner.stream()
@@ -116,7 +115,7 @@ impl<O: Owner> Gpu<O> {
         failure::driver(&self.description.name, &what.to_string(), code)
     }
 
-    /// Allocates; `None` when memory does not suffice.
+    /// Allocates; `None` when there is too little memory.
     fn try_allocate(&self, bytes: u64) -> Result<Option<u64>, Error> {
         self.call(format_args!("allocating {bytes} bytes"), |owner| match owner.allocate(bytes) {
             Ok(address) => Ok(Some(address)),
@@ -125,10 +124,10 @@ impl<O: Owner> Gpu<O> {
         })
     }
 
-    /// Waits for the stream, then frees: no launch outlives its memory.
+    /// Waits for the stream, then frees, so no launch outlives its memory.
     ///
     /// # Safety
-    /// `address` is that of a live allocation of the owner's, which the caller gives up.
+    /// `address` is the address of a live allocation of the owner, which the caller gives up.
     unsafe fn free_after_work(&self, address: u64) -> Result<(), Error> {
         self.call("freeing memory", |owner| {
             match owner.synchronize() {
@@ -156,9 +155,9 @@ impl<O: Owner> Gpu<O> {
         _ = unsafe { self.free_after_work(buffer.address) };
     }
 
-    /// Memory to flush the cache with: as much of `wanted` as there is. Where kernels
-    /// have taken nearly all, their own tensors are many times the cache, and a launch
-    /// starts cold without a flush: no reason to call them out of memory.
+    /// Memory to flush the cache with: as much of `wanted` as there is. Where kernels have taken
+    /// nearly all memory, their own tensors are many times the cache, and a launch starts cold
+    /// without a flush; this is no reason to report that memory ran out.
     fn flush_buffer(&self, wanted: u64) -> Result<Option<FlushBuffer>, Error> {
         const LEAST: u64 = 64 << 10;
         let mut bytes = wanted;
@@ -343,7 +342,7 @@ impl<O: Owner> Drop for Gpu<O> {
     }
 }
 
-/// Locks what is never left half done, whoever panicked.
+/// Locks a mutex whose data is never left inconsistent, even after a panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! Who owns the context, the stream and the memory of a GPU device.
+//! The owner of a GPU device's context, stream and memory.
 
 use std::ffi::c_void;
 
@@ -13,21 +13,21 @@ use crate::raw::context::Entered;
 /// [`Gpu`](super::Gpu) makes a device of one: it launches in the owner's context and on the
 /// owner's stream.
 ///
-/// Every method but `open` and `drop` is called with the context current; else it fails, or
-/// asks of another context. Errors are the driver's result codes.
+/// Every method but `open` and `drop` needs the context current; otherwise the method fails, or
+/// uses another context. Errors are the driver's result codes.
 ///
 /// # Safety
 /// [`Gpu`](super::Gpu) relies on these facts:
-/// - `context` and `stream` are live as long as the value, and the stream belongs to the
-///   context.
+/// - `context` and `stream` live as long as the value, and the stream belongs to the context.
 /// - `allocate` returns memory that overlaps no other live allocation.
-/// - Copies and fills happen in the stream, in the order of the calls. `download` returns
-///   after the bytes are there; `upload` has read its source when it returns.
+/// - Copies and fills happen in the stream, in the order of the calls. `download` returns after the
+///   bytes have arrived; `upload` has read its source when it returns.
 pub unsafe trait Owner: Send + Sync + Sized {
-    /// A point in the stream, whose time can be asked for.
+    /// A point in the stream with a time.
     type Event;
 
-    /// Makes context and stream on a GPU, by its number in CUDA's order. The driver runs.
+    /// Makes a context and a stream on a GPU, by the GPU's number in CUDA's order. The driver is
+    /// initialised.
     ///
     /// # Errors
     /// The driver's code.
@@ -52,7 +52,7 @@ pub unsafe trait Owner: Send + Sync + Sized {
     /// The driver's code.
     ///
     /// # Safety
-    /// `address` is that of a live allocation, which nothing on the GPU uses any more.
+    /// `address` is the address of a live allocation, which no work on the GPU uses any more.
     unsafe fn free(&self, address: u64) -> Result<(), ResultCode>;
     /// Copies to device memory.
     ///
@@ -92,12 +92,12 @@ pub unsafe trait Owner: Send + Sync + Sized {
     /// # Errors
     /// The driver's code, possibly of earlier work.
     fn synchronize(&self) -> Result<(), ResultCode>;
-    /// An event at the end of what is in the stream now.
+    /// An event at the end of the stream's current work.
     ///
     /// # Errors
     /// The driver's code, possibly of earlier work.
     fn record(&self) -> Result<Self::Event, ResultCode>;
-    /// Milliseconds from one event to another; waits for the second.
+    /// Milliseconds from one event to another; waits for the second event.
     ///
     /// # Errors
     /// The driver's code, possibly of earlier work.

@@ -1,8 +1,8 @@
 //! The gradients of a module: in f64, and by the plain algorithm in the storage precision.
 //!
-//! Both go the same way, in arithmetic of their own. A token whose dy is 0 gives no gradient, and what
-//! only it needs is not computed: of a large problem some tokens can be compared, with dy
-//! [thinned](thin) to them.
+//! Both take the same steps, each in its own arithmetic. A token whose dy is 0 gives no gradient,
+//! and the oracles skip the work that only this token needs. So a comparison of a large problem can
+//! use some of its tokens, with dy [thinned](thin) to them.
 
 use rayon::prelude::*;
 
@@ -35,7 +35,7 @@ impl Gradients {
         ModuleGradients::NAMES.into_iter().zip(self.0.iter().map(Vec::as_slice))
     }
 
-    /// Those of a module that ran.
+    /// The gradients of a module that ran.
     #[must_use]
     pub fn of(gradients: ModuleGradients) -> Self {
         Self(gradients.into_tensors().map(|tensor| tensor.to_f64()))
@@ -53,8 +53,8 @@ pub fn thin(dy: &mut Tensor, tokens: &[usize]) {
     dy.as_bytes_mut().copy_from_slice(&kept);
 }
 
-/// The gradients of `sum(y ∘ dy)` in f64: input, parameters and dy are taken as they are stored, and
-/// nothing is rounded that f64 would not round.
+/// The gradients of `sum(y ∘ dy)` in f64: the oracle takes input, parameters and dy as stored, and
+/// rounds only as f64 rounds.
 #[must_use]
 pub fn gradients(
     problem: &Problem,
@@ -100,7 +100,8 @@ fn plain_with(
     case.backward(|x| x, |x| x as f32, |x| round(problem.dtype(), x), o, attention)
 }
 
-/// What gradients are made of: as [`oracle::absolute_gradients`], through the projections too.
+/// The absolute terms of the gradients, as [`oracle::absolute_gradients`], through the projections
+/// too.
 fn absolute(
     problem: &Problem,
     weights: &Weights,
@@ -119,12 +120,12 @@ fn absolute(
     case.backward(|x| f64::from(x.abs()), |x| x, |x| x, o, attention)
 }
 
-/// What the plain algorithm is credited with on each gradient, in the order of [`Gradients::each`], by
-/// the rule of [`crate::verify`]. `reference`: of x and dy themselves.
+/// The error credited to the plain algorithm on each gradient, in the order of [`Gradients::each`],
+/// by the rule of [`crate::verify`]. `reference`: the reference for x and dy themselves.
 ///
-/// As the LSE, the O that the forward pass hands on is rounded: it is credited with the larger of its
-/// errors with `rowsum(P ∘ dP)` and with `rowsum(dO ∘ O)`. In the gradient of the bias of k all else
-/// cancels: that gradient is 0.
+/// The O that the forward pass passes on is rounded, like the LSE. The plain algorithm is therefore
+/// credited with the larger of its errors with `rowsum(P ∘ dP)` and with `rowsum(dO ∘ O)`. In the
+/// gradient of the bias of k all other terms cancel: that gradient is 0.
 #[must_use]
 pub fn credit_gradients(
     problem: &Problem,
@@ -167,7 +168,7 @@ pub fn credit_gradients(
     })
 }
 
-/// The larger of each.
+/// The larger value of each pair.
 fn larger(
     a: [Yardstick; Gradients::COUNT],
     b: [Yardstick; Gradients::COUNT],
@@ -185,7 +186,7 @@ fn compared<T>(
     std::array::from_fn(|index| compare(actual[index].1, expected[index].1))
 }
 
-/// A backward pass, and which tokens take part in it.
+/// A backward pass, and the tokens that take part in it.
 struct Case<'a> {
     problem: &'a Problem,
     weights: &'a Weights,
@@ -216,9 +217,8 @@ impl<'a> Case<'a> {
             .collect()
     }
 
-    /// Everything after the forward pass, in numbers of type `T`: as stored ones are `widen`ed, as
-    /// what attention gives is `narrow`ed, and as sums are `finish`ed. `o`: a row for each of the
-    /// tokens.
+    /// Everything after the forward pass, in numbers of type `T`: `widen` converts stored values,
+    /// `narrow` the results of attention, and `finish` the sums. `o`: one row per token.
     fn backward<T: Number + Into<f64>>(
         &self,
         widen: impl Fn(f32) -> T + Copy,
@@ -410,7 +410,7 @@ mod tests {
         }
     }
 
-    /// Gradients are linear in dy: what tokens are left out adds nothing.
+    /// Gradients are linear in dy: tokens that are left out add nothing.
     #[test]
     fn gradients_of_some_tokens_are_their_share() {
         for drawn in drawn() {

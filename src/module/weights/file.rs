@@ -1,4 +1,4 @@
-//! A module's parameters from a file and to one.
+//! Reading and writing a module's parameters in a file.
 
 use std::{fs, path::Path};
 
@@ -11,13 +11,14 @@ impl Weights {
     /// Reads the parameters from a safetensors file with a `state_dict`: `q_proj`, `k_proj`,
     /// `v_proj` and `out_proj` (`.weight`, and `.bias` unless made with `bias=False`), or
     /// `in_proj_weight` and `in_proj_bias` in place of the first three, as
-    /// `torch.nn.MultiheadAttention` has them. All names may begin with the same prefix, as
-    /// `layers.0.attn.`; other tensors are left alone.
+    /// `torch.nn.MultiheadAttention` has them. All names may begin with the same prefix, such as
+    /// `layers.0.attn.`; other tensors are ignored.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::BadFile`] for a file that is not whole, has several modules, or one
-    /// with `kdim`, `vdim` or `add_bias_kv`; or which tensor is missing, of a storage type that
-    /// kernels do not compute with, or of another shape or type than the others ask for.
+    /// [`Error::Io`]; [`Error::BadFile`] for a file that is incomplete, has several modules, or has
+    /// a module with `kdim`, `vdim` or `add_bias_kv`; or an error that names a tensor that is
+    /// missing, has a storage type that kernels do not support, or does not fit the shape and type
+    /// of the other tensors.
     pub fn load(path: &Path) -> Result<Self, Error> {
         let bytes = fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
         let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::BadFile {
@@ -27,8 +28,8 @@ impl Weights {
         Self::new(StateDict::find(&file, path)?.projections()?)
     }
 
-    /// Writes the tensors as [`Weights::load`] reads them, with a new file's usual mode, or into
-    /// the file that is there.
+    /// Writes the tensors as [`Weights::load`] reads them, to a new file with the usual mode, or
+    /// into the existing file.
     ///
     /// # Errors
     /// [`Error::Io`] with the system's reason.
