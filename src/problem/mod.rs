@@ -368,7 +368,7 @@ impl Problem {
         }
     }
 
-    /// Bytes of Q, K, V and the other inputs: padding mask, slopes, bias, sinks, and the begins of
+    /// Bytes of Q, K, V and the other inputs: padding mask, slopes, bias, sinks, and the start offsets of
     /// packed sequences.
     #[must_use]
     pub fn input_bytes(&self) -> u64 {

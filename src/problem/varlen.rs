@@ -98,7 +98,7 @@ impl Problem {
         self.flops_of_pairs(self.heads as f64 * pairs)
     }
 
-    /// Checks the begins of packed sequences.
+    /// Checks the start offsets of packed sequences.
     ///
     /// # Errors
     /// [`Error::InvalidValue`] names the wrong number.
@@ -110,7 +110,7 @@ impl Problem {
     }
 }
 
-/// Checks the begins of sequences: no sequence is longer than `longest`, and all together are no
+/// Checks the start offsets of sequences: no sequence is longer than `longest`, and all together are no
 /// longer than `total`.
 fn check(
     what: &'static str,

@@ -38,8 +38,8 @@ impl Context {
     /// The context that is current on the calling thread.
     ///
     /// # Errors
-    /// [`Error::NoGpu`] when there is no driver, or no context is current;
-    /// [`Error::Driver`] when the context does not answer.
+    /// [`Error::NoGpu`] when there is no driver, or no context is current; [`Error::Driver`] when
+    /// the context does not respond.
     ///
     /// # Safety
     /// As for [`Context::from_handle`].

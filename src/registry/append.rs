@@ -18,15 +18,16 @@ use crate::{
     registry::{HEAD_DIM_STEP, attention},
 };
 
-/// Rotary embedding of keys and queries: pairs of columns are turned by an angle that grows with the position.
-/// Angles are given as tables of cosines and sines, f32 `[positions, dim / 2]`.
+/// Rotary embedding of keys and queries: it turns pairs of columns by an angle that grows with the
+/// position. The caller gives the angles as tables of cosines and sines, f32
+/// `[positions, dim / 2]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rotary {
-    /// Columns that are rotated, from the first on: a multiple of 16.
+    /// Columns to rotate, from the first on: a multiple of 16.
     pub dim: usize,
-    /// Positions that there are angles for: as many as a sequence may have keys, or more.
+    /// Positions with angles: at least as many as a sequence may have keys.
     pub positions: usize,
-    /// Whether pairs are neighbours, columns `2 c` and `2 c + 1`; else `c` and `c + dim / 2`.
+    /// Whether pairs are neighbours, columns `2 c` and `2 c + 1`; otherwise `c` and `c + dim / 2`.
     pub interleaved: bool,
 }
 
@@ -44,9 +45,9 @@ impl Rotary {
     }
 }
 
-/// New tokens for the cache of a [`Decode`]: as many for each sequence as its problem has queries. The lengths of
-/// a call count them already, so that the decode that follows attends to them. A token that would have a position
-/// below 0 is left out.
+/// New tokens for the cache of a [`Decode`]: as many per sequence as the decode's problem has
+/// queries. The lengths of a call already count them, so the decode that follows attends to them. A
+/// token with a position below 0 is skipped.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Append {
     decode: Decode,
@@ -63,8 +64,8 @@ impl Append {
     /// Keys, and queries where a call gives them, are rotated.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] for columns that are no multiple of 16 or more than there are, and for fewer positions
-    /// than a sequence may have keys.
+    /// [`Error::InvalidValue`] for a number of columns that is not a multiple of 16 or is too
+    /// large, and for fewer positions than a sequence may have keys.
     pub fn rotary(mut self, rotary: Rotary) -> Result<Self, Error> {
         let p = self.decode.problem();
         let Rotary { dim, positions, .. } = rotary;
@@ -86,7 +87,7 @@ impl Append {
         Ok(self)
     }
 
-    /// The decode whose cache it is.
+    /// The decode whose cache receives the tokens.
     #[must_use]
     pub const fn decode(&self) -> &Decode {
         &self.decode
@@ -114,7 +115,8 @@ impl AppendArgs {
         Self { new, cache, seqused_k: None, page_table: None, queries: None, angles: None }
     }
 
-    /// Keys of each sequence, the new ones included: i32 `[B]`. Without it all have as many as the problem.
+    /// Keys of each sequence, including the new ones: i32 `[B]`. Without it, all sequences have the
+    /// problem's number of keys.
     #[must_use]
     pub const fn seqused_k(mut self, lengths: Region) -> Self {
         self.seqused_k = Some(lengths);
@@ -128,7 +130,8 @@ impl AppendArgs {
         self
     }
 
-    /// Queries of the new tokens, `[B, H, Nnew, D]`, and where they go when rotated, which may be the same.
+    /// Queries of the new tokens, `[B, H, Nnew, D]`, and the destination of the rotated queries,
+    /// which may be the same memory.
     #[must_use]
     pub const fn queries(mut self, q: View, rotated: View) -> Self {
         self.queries = Some([q, rotated]);

@@ -1,5 +1,5 @@
-//! Attention as an operation: what its kernels state, the tensors of a call, and the arguments
-//! that kernels are given.
+//! Attention as an operation: the limits of its kernels, the tensors of a call, and the kernels'
+//! arguments.
 
 use kernels_gpu::{
     args::{
@@ -22,33 +22,33 @@ use crate::{
 /// Head dims are multiples of this: rows of 16-bit elements are then whole chunks of 16 bytes.
 pub const HEAD_DIM_STEP: usize = 8;
 
-/// What an attention kernel can do, and the sizes that it works in.
+/// The features of an attention kernel, and its tile sizes.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionLimits {
-    /// Head dims that it has entries for, ascending: see [`Features::any_head_dim`].
+    /// Head dims with an entry, ascending: see [`Features::any_head_dim`].
     pub head_dims: &'static [usize],
-    /// What it can do beyond plain attention.
+    /// The features beyond plain attention.
     pub features: Features,
-    /// The sizes that it works in, for a storage type and one of these head dims.
+    /// The tile sizes for a storage type and one of these head dims.
     pub sizes: fn(DType, head_dim: usize) -> Sizes,
 }
 
-/// The sizes that a kernel works in: lengths beside them are edges, which the tests run.
+/// The sizes at which a kernel's path changes: lengths beside them are edges, which the tests run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Numbers of query rows at which something else begins: of a tile first, then of its parts
-    /// and of tiles of other shapes.
+    /// Numbers of query rows at which the path changes: first a tile's rows, then the rows of its
+    /// parts and of tiles of other shapes.
     pub rows: Vec<u32>,
-    /// Numbers of keys, likewise: of a tile, of a segment, of a way to treat a row.
+    /// Numbers of keys, likewise: a tile's keys, a segment's, the limit of a way to treat a row.
     pub keys: Vec<u32>,
 }
 
-/// What a kernel can do beyond plain attention.
+/// The features of a kernel beyond plain attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features {
-    /// Every head dim that is a multiple of [`HEAD_DIM_STEP`], up to the largest that it has an entry
-    /// for, and values of another head dim: the next larger entry takes it. Otherwise only the head
-    /// dims of its entries.
+    /// Every head dim that is a multiple of [`HEAD_DIM_STEP`], up to the largest entry's, and
+    /// values of another head dim: the next larger entry takes it. Otherwise only the head dims of
+    /// the entries.
     pub any_head_dim: bool,
     /// Causal masks.
     pub causal: bool,
@@ -56,7 +56,7 @@ pub struct Features {
     pub mask: bool,
     /// Dropout.
     pub dropout: bool,
-    /// It leaves the weights `[B, H, Nq, Nk]` in the storage type in its workspace.
+    /// The kernel leaves the weights `[B, H, Nq, Nk]` in the storage type in its workspace.
     pub weights: bool,
     /// Windows.
     pub window: bool,
@@ -146,7 +146,7 @@ impl Operation for Problem {
 /// Whether there is a kernel with that head dim.
 ///
 /// # Errors
-/// [`Error::InvalidValue`] with the head dims that there are.
+/// [`Error::InvalidValue`] with the existing head dims.
 fn check_head_dim(what: &'static str, head_dim: usize) -> Result<(), Error> {
     let limits = || KERNELS.iter().map(|kernel| &kernel.limits);
     let Some(widest) = limits().max_by_key(|limits| limits.head_dims.last()) else { return Ok(()) };
@@ -158,7 +158,7 @@ fn check_head_dim(what: &'static str, head_dim: usize) -> Result<(), Error> {
 }
 
 impl AttentionLimits {
-    /// Whether it has that head dim.
+    /// Whether the kernel supports this head dim.
     #[must_use]
     pub fn has_head_dim(&self, head_dim: usize) -> bool {
         let most = self.head_dims.last().copied().unwrap_or_default();
@@ -169,7 +169,7 @@ impl AttentionLimits {
         }
     }
 
-    /// The head dims that it has, in words.
+    /// The supported head dims, in words.
     #[must_use]
     pub fn head_dims(&self) -> String {
         match self.head_dims.last() {
@@ -187,7 +187,7 @@ pub(super) fn args(call: &Call<'_, Problem>) -> Vec<u8> {
     attention_args(call.problem, call.args, region).to_launch_bytes()
 }
 
-/// A tensor as kernels are given it. Packed sequences lie in one batch entry.
+/// A tensor in the kernels' form. Packed sequences lie in one batch entry.
 pub(super) fn tensor_arg(p: &Problem, view: View) -> Tensor {
     let [stride_b, stride_h, stride_n] = view.strides;
     let stride_b = if p.varlen().is_some() { 0 } else { stride_b };
@@ -248,8 +248,8 @@ pub(super) fn attention_args(
     }
 }
 
-/// The tensor map of K or V, as [`map`] has it. Without keys nothing is read through it: it is the map
-/// of Q, since a map needs an address.
+/// The tensor map of K or V, from [`map`]. Without keys no copy uses it, so it is the map of Q,
+/// since a map needs an address.
 pub(super) fn k_map(
     call: &Call<'_, Problem>,
     view: &View,
@@ -264,8 +264,8 @@ pub(super) fn k_map(
 }
 
 /// The tensor map of a tensor with extents `[B, H, N, D]`: `[D, N, H, B]`, fastest first; of packed
-/// sequences as [`ragged::map`] has it. A load fills columns of a box beyond D with 0, and a store leaves
-/// them out.
+/// sequences as [`ragged::map`] has it. A load fills columns of a box beyond D with 0, and a store
+/// skips them.
 pub(super) fn map(
     p: &Problem,
     view: &View,
@@ -305,7 +305,7 @@ pub struct Args {
 }
 
 impl Args {
-    /// Queries, keys, values and the output; nothing else, and no workspace.
+    /// Queries, keys, values and the output, without other tensors or a workspace.
     #[must_use]
     pub const fn new(q: View, k: View, v: View, o: View) -> Self {
         Self {
@@ -324,7 +324,7 @@ impl Args {
         }
     }
 
-    /// The log-sum-exp is wanted here: f32 `[B, H, Nq]`, natural log.
+    /// Writes the log-sum-exp here: f32 `[B, H, Nq]`, natural log.
     #[must_use]
     pub const fn lse(mut self, lse: Region) -> Self {
         self.lse = Some(lse);
@@ -345,7 +345,7 @@ impl Args {
         self
     }
 
-    /// The additive bias: `[B, H, Nq, Nk]` in the storage type, with strides. Those of batch
+    /// The additive bias: `[B, H, Nq, Nk]` in the storage type, with strides. The strides of batch
     /// entries and heads that the problem's bias repeats over count as 0.
     #[must_use]
     pub const fn bias(mut self, bias: BiasView) -> Self {
@@ -353,16 +353,16 @@ impl Args {
         self
     }
 
-    /// The sinks: f32 `[H]`, -inf is none.
+    /// The sinks: f32 `[H]`; -inf means no sink.
     #[must_use]
     pub const fn sinks(mut self, sinks: Region) -> Self {
         self.sinks = Some(sinks);
         self
     }
 
-    /// Where packed sequences begin in Q, and in K and V: u32 `[B + 1]` each, from 0 on, ascending. No
-    /// sequence may be longer than the problem says, nor end past the tensor: only the device sees the
-    /// numbers. The strides of batch entries count for nothing.
+    /// The start offsets of packed sequences in Q, and in K and V: u32 `[B + 1]` each, from 0 on,
+    /// ascending. No sequence may be longer than the problem's lengths, or end past the tensor:
+    /// only the device sees the numbers. The strides of batch entries are ignored.
     #[must_use]
     pub const fn cu_seqlens(mut self, q: Region, k: Region) -> Self {
         self.cu_seqlens_q = Some(q);

@@ -1,5 +1,5 @@
 //! The backward pass of attention: the ladder of its kernels, and the tensors of a call. As in the
-//! table of attention kernels, the best kernel for a problem is the last one that can do it.
+//! table of attention kernels, the best kernel for a problem is the last one that supports it.
 
 use kernels_gpu::{
     args,
@@ -25,23 +25,24 @@ use crate::{
     problem::Problem,
 };
 
-/// The gradients of Q, K and V for a problem, of the gradient of O; of the bias and the sinks too, where
-/// they are asked for.
+/// The gradients of Q, K and V for a problem, given the gradient of O; on request also the
+/// gradients of the bias and the sinks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Backward {
     /// The problem of the forward pass.
     pub problem: Problem,
-    /// Whether each call with the same inputs gives the same bits.
+    /// Whether calls with the same inputs give the same bits.
     pub deterministic: bool,
-    /// Whether the bias gets a gradient: a step of scalar arithmetic, far slower than the others.
+    /// Whether the bias gets a gradient, by a step of scalar arithmetic, far slower than the other
+    /// steps.
     pub d_bias: bool,
     /// Whether the sinks get a gradient.
     pub d_sinks: bool,
 }
 
 impl Backward {
-    /// The gradients for a problem, by the fastest way.
+    /// The gradients for a problem, by the fastest kernel.
     #[must_use]
     pub const fn new(problem: Problem) -> Self {
         Self { problem, deterministic: false, d_bias: false, d_sinks: false }
@@ -68,14 +69,14 @@ impl Backward {
         self
     }
 
-    /// Shape of the gradient of the bias, `[B or 1, H or 1, Nq, Nk]`, where it is asked for.
+    /// Shape of the gradient of the bias, `[B or 1, H or 1, Nq, Nk]`, if requested.
     #[must_use]
     pub fn d_bias_shape(&self) -> Option<[usize; 4]> {
         let shape = self.problem.bias_shape().filter(|_| self.d_bias)?;
         shape.try_into().ok()
     }
 
-    /// Shape of the gradient of the sinks, `[H]`, where it is asked for.
+    /// Shape of the gradient of the sinks, `[H]`, if requested.
     #[must_use]
     pub fn d_sinks_shape(&self) -> Option<[usize; 1]> {
         (self.d_sinks && self.problem.has_sinks()).then(|| [self.problem.heads()])
@@ -106,8 +107,8 @@ pub struct BackwardArgs {
 
 impl BackwardArgs {
     /// `forward`: the tensors of the forward pass, whose O and LSE are read, with the workspace of
-    /// this call. `d_o` is the gradient of O; those of Q, K and V are written to `dq`, `dk` and
-    /// `dv`, each of the shape of its tensor.
+    /// this call. `d_o` is the gradient of O. The kernels write the gradients of Q, K and V to
+    /// `dq`, `dk` and `dv`, each in the shape of its tensor.
     #[must_use]
     pub const fn new(forward: Args, d_o: View, [dq, dk, dv]: [View; 3]) -> Self {
         Self { forward, d_o, dq, dk, dv, d_bias: None, d_sinks: None }
@@ -201,8 +202,8 @@ impl Operation for Backward {
 }
 
 impl Plan<Backward> {
-    /// Device memory that a call needs: the forward pass's inputs and outputs, as many gradients
-    /// as there are of Q, K, V and O, and the workspace.
+    /// Device memory that a call needs: the forward pass's inputs and outputs, one gradient for
+    /// each of Q, K, V and O, and the workspace.
     #[must_use]
     pub fn peak_bytes(&self) -> u64 {
         let p = &self.problem().problem;
@@ -352,8 +353,8 @@ const BACKWARD_MMA: BackwardSpec = BackwardSpec {
     },
 };
 
-/// Refuses determinism where several blocks, of `keys` keys each, add to the same rows of dQ in no fixed
-/// order.
+/// Refuses determinism where several blocks, with `keys` keys each, add to the same rows of dQ in
+/// no fixed order.
 fn check_order(b: &Backward, keys: u32) -> Result<(), String> {
     if b.deterministic && b.problem.seq_k() > keys as usize {
         return Err(format!(
@@ -438,7 +439,7 @@ fn tensor_map(
     map(p, view, extents(p), box_dims)
 }
 
-/// The tensor map of a number for each padded row: `[Nq', B H]`, fastest first.
+/// The tensor map of one number per padded row: `[Nq', B H]`, fastest first.
 fn numbers_map(call: &Call<'_, Backward>, usage: Usage, box_dims: [u32; 4]) -> TensorMapSpec {
     let p = &call.problem.problem;
     let rows = u64::from(backward::padded(p.seq_q() as u32));
@@ -453,7 +454,7 @@ fn numbers_map(call: &Call<'_, Backward>, usage: Usage, box_dims: [u32; 4]) -> T
     }
 }
 
-/// What [`prepare`](kernels_gpu::backward::prepare) leaves of each row.
+/// The values that [`prepare`](kernels_gpu::backward::prepare) stores for each row.
 fn row_sections(b: &Backward) -> [Section; 2] {
     let bytes = padded_rows(b) * 4;
     [Section::new(Usage::Delta, bytes), Section::new(Usage::LseLog2, bytes)]
@@ -465,8 +466,8 @@ fn padded_rows(b: &Backward) -> u64 {
     (p.batch() * p.heads()) as u64 * u64::from(backward::padded(p.seq_q() as u32))
 }
 
-/// A rung's own steps between those that all rungs have: what is computed of each row before, the
-/// gradients of bias and sinks after.
+/// A rung's own steps between the common steps: the per-row values before, and the gradients of
+/// bias and sinks after.
 fn steps<const N: usize>(
     b: &Backward,
     own: [Step<Backward>; N],
@@ -489,7 +490,7 @@ fn steps<const N: usize>(
     Ok(steps)
 }
 
-/// A launch with a thread for each pair of row and key of each of `matrices` matrices.
+/// A launch with one thread per pair of row and key of each of `matrices` matrices.
 fn scores_step(b: &Backward, entries: Instances, matrices: u32) -> Result<Step<Backward>, String> {
     let (p, tile) = (&b.problem, backward_naive::TILE);
     let of_matrix = tiles(p.seq_k(), tile).saturating_mul(tiles(p.seq_q(), tile));
@@ -509,8 +510,8 @@ fn sums(b: &Backward, d: usize) -> Section {
     Section::new(Usage::DqAcc, padded_rows(b) * 4 * d as u64)
 }
 
-/// `of_head` blocks for each of `heads` heads: `z` goes on where `y` ends, at 65,535. The last few
-/// blocks may have no head.
+/// `of_head` blocks for each of `heads` heads: `z` continues where `y` ends, at 65,535. The last
+/// few blocks may have no head.
 fn grid(of_head: u32, heads: u32) -> Dim3 {
     const MOST: u32 = 65_535;
     let z = heads.div_ceil(MOST);

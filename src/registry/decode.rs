@@ -1,5 +1,6 @@
-//! Decoding as an operation: a few queries against a cache of keys and values. The kernels, the tensors of
-//! a call, and how many parts the keys of a sequence are split into.
+//! Decoding as an operation: a few queries against a cache of keys and values. The module has the
+//! kernels, the tensors of a call, and the number of parts into which a launch splits the keys of a
+//! sequence.
 
 use std::num::NonZeroU32;
 
@@ -23,9 +24,9 @@ use crate::{
     problem::{MAX_ELEMENTS, Problem},
 };
 
-/// The most parts that the keys of a sequence are split into.
+/// The maximum number of parts of a sequence's keys.
 pub const MAX_SPLITS: u32 = 65_535;
-/// The most rows that heads of one group have together.
+/// The maximum number of rows of the heads of one group together.
 const MAX_ROWS: usize = 1 << 20;
 
 /// Keys and values in pages of `page_size` keys, which a table assigns to sequences.
@@ -33,7 +34,7 @@ const MAX_ROWS: usize = 1 << 20;
 pub struct Pages {
     /// Keys of a page, from 1 on.
     pub page_size: u32,
-    /// Pages that there are.
+    /// Pages of the cache.
     pub pages: u32,
     /// Entries of the page table for each sequence.
     pub max_pages: u32,
@@ -41,9 +42,9 @@ pub struct Pages {
 
 /// Attention of a few queries against a cache of keys and values.
 ///
-/// The problem's number of keys is the longest that a sequence may be. `seqused_k` says how long each one
-/// is, in device memory: a plan holds for any lengths up to the longest. Positions are aligned to the
-/// bottom right of each sequence: its last query is at its last key.
+/// The problem's number of keys is the maximum length of a sequence. `seqused_k`, in device memory,
+/// gives the length of each sequence: a plan holds for any lengths up to the maximum. Positions are
+/// aligned to the bottom right of each sequence: its last query is at its last key.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Decode {
     problem: Problem,
@@ -59,10 +60,11 @@ impl Decode {
         Self { problem, pages: None, expected_keys: None, splits: None }
     }
 
-    /// Queries against a cache in pages, `[pages, page_size, Hkv, D]` in the order of the problem's layout.
+    /// Queries against a paged cache, `[pages, page_size, Hkv, D]` in the order of the problem's
+    /// layout.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] for pages without keys, or too few of them for the longest sequence;
+    /// [`Error::InvalidValue`] for pages without keys, or too few pages for the longest sequence;
     /// [`Error::TooLarge`] for a cache that cannot be addressed.
     pub fn paged(problem: Problem, pages: Pages) -> Result<Self, Error> {
         let Pages { page_size, pages: count, max_pages } = pages;
@@ -89,27 +91,27 @@ impl Decode {
         Ok(decode)
     }
 
-    /// The length that splits are chosen for, where sequences are shorter than the longest may be.
+    /// The length for which to choose the splits, where sequences are shorter than the maximum.
     #[must_use]
     pub const fn expected_keys(mut self, keys: usize) -> Self {
         self.expected_keys = Some(keys);
         self
     }
 
-    /// How many parts the keys of each sequence are split into; chosen by [`splits`] unless given.
+    /// The number of parts of each sequence's keys; by default [`splits`] chooses it.
     #[must_use]
     pub const fn splits(mut self, splits: Option<NonZeroU32>) -> Self {
         self.splits = splits;
         self
     }
 
-    /// The problem, whose number of keys is the longest that a sequence may be.
+    /// The problem, whose number of keys is the maximum length of a sequence.
     #[must_use]
     pub const fn problem(&self) -> &Problem {
         &self.problem
     }
 
-    /// The pages, if the cache is in pages.
+    /// The pages, if the cache is paged.
     #[must_use]
     pub const fn pages(&self) -> Option<Pages> {
         self.pages
@@ -175,7 +177,7 @@ impl Decode {
         }
     }
 
-    /// Lengths and pages of a call as kernels are given them.
+    /// Lengths and pages of a call in the kernels' form.
     pub(super) fn cache_args(
         &self,
         seqused_k: Option<Region>,
@@ -194,7 +196,7 @@ impl Decode {
         self.pages.map_or(0, |pages| pages.page_size)
     }
 
-    /// Bytes of the keys and values that sequences of these lengths have: the least that can be read.
+    /// Bytes of the keys and values of sequences with these lengths: the minimum to read.
     #[must_use]
     pub fn cache_bytes(&self, lengths: impl IntoIterator<Item = usize>) -> u64 {
         let p = &self.problem;
@@ -215,24 +217,24 @@ pub struct DecodeArgs {
 }
 
 impl DecodeArgs {
-    /// `forward`: queries, the cache as K and V (of pages, the strides from page to page, head to head and
-    /// key to key), the output, and the workspace of the call. All sequences have as many keys as the
-    /// problem.
+    /// `forward`: queries, the cache as K and V (for pages, with the strides from page to page,
+    /// head to head and key to key), the output, and the workspace of the call. All sequences have
+    /// the problem's number of keys.
     #[must_use]
     pub const fn new(forward: Args) -> Self {
         Self { forward, seqused_k: None, page_table: None }
     }
 
-    /// Keys of each sequence: i32 `[B]`. Read by the launch: less than 0 is 0, and more than the problem's
-    /// number of keys is that number.
+    /// Keys of each sequence: i32 `[B]`. The launch reads the lengths and clamps them to the range
+    /// 0 to the problem's number of keys.
     #[must_use]
     pub const fn seqused_k(mut self, lengths: Region) -> Self {
         self.seqused_k = Some(lengths);
         self
     }
 
-    /// The pages of each sequence: i32 `[B, max_pages]`, read by the launch up to the sequence's length. A
-    /// page that there is not is taken for the last one.
+    /// The pages of each sequence: i32 `[B, max_pages]`, which the launch reads up to the
+    /// sequence's length. A page number past the end counts as the last page.
     #[must_use]
     pub const fn page_table(mut self, table: Region) -> Self {
         self.page_table = Some(table);
@@ -301,8 +303,8 @@ impl Plan<Decode> {
         self.steps().first().map_or(1, |step| step.grid.x / blocks(self.problem()).max(1))
     }
 
-    /// Device memory that a call needs: queries, the whole cache, lengths and pages of the sequences, what else
-    /// the problem reads, outputs and workspace.
+    /// Device memory that a call needs: queries, the whole cache, lengths and pages of the
+    /// sequences, the problem's other inputs, outputs and workspace.
     #[must_use]
     pub fn peak_bytes(&self) -> u64 {
         let (decode, size) = (self.problem(), self.problem().dtype().size() as u64);
@@ -322,13 +324,13 @@ impl Plan<Decode> {
     }
 }
 
-/// What the number of splits is chosen by. Times are in units of what a multiprocessor takes for a tile of
-/// keys while all of them are busy.
+/// The inputs to the choice of splits. The unit of time is a multiprocessor's time for a KV tile
+/// while all multiprocessors are busy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SplitWork {
     /// Tiles of keys of a sequence.
     pub tiles: u32,
-    /// Blocks for each part: sequences times heads of K and V times tiles of packed rows.
+    /// Blocks per part: sequences times heads of K and V times tiles of packed rows.
     pub blocks: u32,
     /// Blocks that run at once.
     pub at_once: u32,
@@ -339,20 +341,22 @@ pub struct SplitWork {
 // Fitted to times of 1 to 132 splits of 4,096 to 131,072 keys on an H200
 // (benches/record/2026-11-29-decode.md).
 
-/// Until a block's first tile is there: two reads that wait for each other, and the copy.
+/// The time until a block's first tile arrives: two dependent reads, and the copy.
 const START: f64 = 0.75;
 /// The launch that merges parts.
 const MERGE: f64 = 1.25;
-/// A part more to merge.
+/// The cost of one more part to merge.
 const PART: f64 = 0.04;
-/// A tile of a block that shares the memory with few others: the latency of its copies.
+/// The time of a tile for a block that shares the memory with few others: the latency of its
+/// copies.
 const LATENCY: f64 = 0.8;
-/// A tile of a block that is alone on its multiprocessor, and copies nothing while it merges its warps.
+/// The time of a tile for a block that is alone on its multiprocessor, and copies nothing while it
+/// merges its warps.
 const ALONE: f64 = 1.05;
 
 impl SplitWork {
-    /// What `splits` parts cost: waves of blocks, each of as many tiles as the longest part, and the
-    /// merging.
+    /// The cost of `splits` parts: waves of blocks, each with the tiles of the longest part, and
+    /// the merging.
     #[must_use]
     pub fn cost(self, splits: u32) -> f64 {
         let part = f64::from(self.tiles.div_ceil(splits.max(1)));
@@ -365,15 +369,15 @@ impl SplitWork {
         whole as f64 * wave(at_once as f64) + last + merging
     }
 
-    /// What each of `blocks` blocks that run at once takes for a tile: they share the memory.
+    /// The time of a tile for each of `blocks` blocks that run at once and share the memory.
     fn pace(self, blocks: f64) -> f64 {
         let share = blocks / f64::from(self.multiprocessors.max(1));
         LATENCY.max(share.min(1.0) * ALONE + (share - 1.0).max(0.0) * (2.0 - ALONE))
     }
 }
 
-/// Parts that the keys of a sequence are best split into: the number of the least cost, the least of those.
-/// No more than there are tiles, nor than blocks run at once.
+/// The best number of parts for a sequence's keys: the smallest number with the least cost. It is
+/// at most the number of tiles, and at most the number of blocks that run at once.
 #[must_use]
 pub fn splits(work: SplitWork) -> u32 {
     let most = work.tiles.min(work.at_once).clamp(1, MAX_SPLITS);
@@ -440,7 +444,7 @@ fn chosen(d: &Decode, split: &Step<Decode>, target: &Target) -> u32 {
     splits(SplitWork { tiles, blocks, at_once, multiprocessors: target.multiprocessors })
 }
 
-/// A launch of the least entry that has the columns of the problem.
+/// A launch of the smallest entry that has the columns of the problem.
 fn step(d: &Decode, entries: Instances) -> Result<Step<Decode>, String> {
     let size = entry_size(&d.problem, entries)?;
     let constants = Constants { page: d.page(), ..padded_constants(&d.problem, size) };

@@ -1,6 +1,6 @@
 //! The ladder of linear kernels: projections `y = x wᵀ + bias`, and their gradients. As in the
-//! table of attention kernels, the best one for a projection is the last that can do it; a kernel
-//! joins with one entry here.
+//! table of attention kernels, the best kernel for a projection is the last one that supports it. A
+//! kernel joins with one entry here.
 
 use kernels_gpu::{
     args,
@@ -24,7 +24,7 @@ use crate::{
     error::Error,
 };
 
-/// What is computed of a projection.
+/// The product of a projection to compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LinearProduct {
     /// The output, `y = x wᵀ + bias`.
@@ -39,7 +39,7 @@ pub enum LinearProduct {
 /// A projection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Projection {
-    /// Storage type of everything.
+    /// Storage type of all tensors.
     pub dtype: DType,
     /// Rows of `x: [rows, in]` and `y: [rows, out]`.
     pub rows: usize,
@@ -47,12 +47,12 @@ pub struct Projection {
     pub in_features: usize,
     /// Columns of `y`, rows of `w` and elements of `bias: [out]`.
     pub out_features: usize,
-    /// Which of its products.
+    /// The product to compute.
     pub product: LinearProduct,
 }
 
 impl Projection {
-    /// Rows and columns of what is computed, the bias aside.
+    /// Rows and columns of the result, without the bias.
     #[must_use]
     pub const fn result_shape(&self) -> [usize; 2] {
         match self.product {
@@ -63,14 +63,14 @@ impl Projection {
     }
 }
 
-/// The tensors of one projection, contiguous; those that its [`LinearProduct`] has a gradient of are
-/// the gradients.
+/// The tensors of one projection, contiguous. Where the [`LinearProduct`] has the gradient of a
+/// tensor, the field is the gradient.
 ///
 /// | product | reads | writes |
 /// |---|---|---|
 /// | [`Y`](LinearProduct::Y) | `x`, `w`, `bias` | `y` |
 /// | [`Dx`](LinearProduct::Dx) | `w`; dy from `y` | dx to `x` |
-/// | [`Dw`](LinearProduct::Dw) | `x`; dy from `y` | dw to `w`; db to `bias`, where there is one |
+/// | [`Dw`](LinearProduct::Dw) | `x`; dy from `y` | dw to `w`; db to `bias`, if there is a bias |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinearArgs {
     /// Input or its gradient, `[rows, in]`.
@@ -216,7 +216,7 @@ const LINEAR_HOPPER: LinearSpec = LinearSpec {
     },
 };
 
-/// A launch of a kernel's entry for what is computed, of its tables for each product.
+/// A launch of a kernel's entry for the product, from the kernel's table for that product.
 fn step(p: &Projection, tables: [Instances; 3], size: usize) -> Result<Step<Projection>, String> {
     let [y, dx, dw] = tables;
     let entries = match p.product {
@@ -227,7 +227,7 @@ fn step(p: &Projection, tables: [Instances; 3], size: usize) -> Result<Step<Proj
     Step::new(entries, p.dtype, size, args)
 }
 
-/// A rung's own step, and the one that all rungs have beside the gradient of the weight.
+/// A rung's own step, and the step that all rungs add to the gradient of the weight.
 fn draft(p: &Projection, own: Step<Projection>) -> Result<Draft<Projection>, String> {
     let mut draft = Draft::from(own);
     if p.product == LinearProduct::Dw {
@@ -285,7 +285,7 @@ fn map(dtype: DType, at: Region, rows: usize, columns: usize, box_dims: [u32; 4]
     }
 }
 
-/// A block per tile of the result: `x` counts tiles of rows, `y` tiles of columns.
+/// One block per tile of the result: `x` counts tiles of rows, `y` tiles of columns.
 fn grid(p: &Projection, tile: u32) -> Dim3 {
     let [rows, columns] = p.result_shape();
     Dim3::new(tiles(rows, tile), tiles(columns, tile), 1)

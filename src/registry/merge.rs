@@ -1,4 +1,5 @@
-//! Merging as an operation: a part of attention, or of a gradient, joins the sum of those before it.
+//! Merging as an operation: a part of attention, or of a gradient, joins the sum of the earlier
+//! parts.
 
 use kernels_gpu::{
     args,
@@ -11,11 +12,11 @@ use super::{
 };
 use crate::{backend::KernelArgs as _, dtype::DType, error::Error, problem::MAX_SEQ};
 
-/// What is merged: tensors `[B, H, N, D]`, of which the sum is f32 and all others have the storage type.
+/// A merge of tensors `[B, H, N, D]`: the sum is f32, and all others have the storage type.
 ///
-/// O is weighted by its LSE, as in
-/// `O = (a O_sum + b O_part) / (a + b)` with `a = exp(LSE_sum - m)`, `b = exp(LSE_part - m)`, `m` the
-/// larger LSE. A gradient is added. Parts and sums that are empty have O = 0 and LSE = -inf.
+/// O is weighted by its LSE, as in `O = (a O_sum + b O_part) / (a + b)` with
+/// `a = exp(LSE_sum - m)`, `b = exp(LSE_part - m)`, `m` the larger LSE. Gradients are added. Empty
+/// parts and sums have O = 0 and LSE = -inf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Merge {
@@ -23,13 +24,13 @@ pub struct Merge {
     pub extents: [usize; 4],
     /// Storage type.
     pub dtype: DType,
-    /// Whether there is a sum already; else it is empty.
+    /// Whether there is a sum already; otherwise it is empty.
     pub sum: bool,
     /// Whether a part joins.
     pub part: bool,
     /// Whether both have an LSE.
     pub weighted: bool,
-    /// Whether the result is written in the storage type; else it becomes the sum.
+    /// Whether the result is written in the storage type; otherwise it becomes the sum.
     pub out: bool,
 }
 
@@ -47,7 +48,7 @@ impl Merge {
         self
     }
 
-    /// With a sum that is there already if `sum`, and a part that joins it if `part`.
+    /// With an existing sum if `sum`, and a part that joins it if `part`.
     #[must_use]
     pub const fn of(mut self, sum: bool, part: bool) -> Self {
         (self.sum, self.part) = (sum, part);
@@ -196,7 +197,7 @@ mod tests {
         View::contiguous(region, Layout::HeadsFirst, heads, rows, columns)
     }
 
-    /// What rounding to a type changes at most, relative.
+    /// The largest relative change by rounding to a type.
     const fn rounding(dtype: DType) -> f64 {
         match dtype {
             DType::F32 => f32::EPSILON as f64 / 2.0,

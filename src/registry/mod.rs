@@ -1,9 +1,8 @@
-//! THE table of kernels. Whatever lists, chooses, runs, tests or measures kernels reads
-//! it here: a kernel joins with one file in kernels-gpu and one entry in its ladder, `table.rs` for
+//! The single table of kernels. All code that lists, chooses, runs, tests or measures kernels reads
+//! it. A kernel joins with one file in kernels-gpu and one entry in its ladder: `table.rs` for
 //! attention, `backward.rs` for its gradients, `decode.rs` for caches, `linear.rs` for projections.
 //!
-//! A ladder stands in the order of speed: the best kernel for a problem is the last one that can
-//! do it.
+//! A ladder is in order of speed: the best kernel for a problem is the last one that supports it.
 //!
 //! ```text
 //! Problem + Target --Spec::plan--> Plan: sections of the workspace, steps
@@ -44,12 +43,12 @@ pub(crate) use table::WEIGHTS;
 pub use target::Target;
 use tensors::{ALIGNMENT, Region};
 
-/// An operation, by what one call of it is to compute: attention ([`Problem`]), its gradients
-/// ([`Backward`]), attention of a cache ([`Decode`]), a projection ([`Projection`]).
+/// An operation, described by the computation of one call: attention ([`Problem`]), its gradients
+/// ([`Backward`]), attention over a cache ([`Decode`]), a projection ([`Projection`]).
 pub trait Operation: Copy + fmt::Debug + Send + Sync + 'static {
     /// The tensors of a call.
     type Args: Copy + fmt::Debug + PartialEq;
-    /// What a kernel states about itself beyond types and devices.
+    /// A kernel's limits beyond types and devices.
     type Limits: fmt::Debug + Send + Sync;
 
     /// Every kernel, in order of speed, the slowest first.
@@ -58,7 +57,7 @@ pub trait Operation: Copy + fmt::Debug + Send + Sync + 'static {
     /// Storage type of inputs and outputs.
     fn dtype(&self) -> DType;
 
-    /// Why a kernel with such limits cannot do it.
+    /// The reason that a kernel with these limits does not support the operation.
     fn obstacle(&self, limits: &Self::Limits) -> Option<String>;
 
     /// Compares the tensors of a call with the problem.
@@ -70,18 +69,18 @@ pub trait Operation: Copy + fmt::Debug + Send + Sync + 'static {
     /// Whether any kernel has the sizes of the problem, on any device.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] with the sizes that there are.
+    /// [`Error::InvalidValue`] with the existing sizes.
     fn check_sizes(&self) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Outputs that kernels always write: a call that gives no memory for one has a section of the
-    /// workspace for it.
+    /// Outputs that kernels always write: if a call gives no memory for such an output, a section
+    /// of the workspace holds it.
     fn optional_outputs(&self) -> Vec<Section> {
         Vec::new()
     }
 
-    /// The memory that a call itself gives for a use.
+    /// The memory that the caller gives for a use.
     fn given(_args: &Self::Args, _usage: Usage) -> Option<Region> {
         None
     }
@@ -92,25 +91,25 @@ pub trait Operation: Copy + fmt::Debug + Send + Sync + 'static {
     }
 }
 
-/// One kernel: what it is, what it can do, how it is launched.
+/// One kernel: its description, its limits, its launches.
 #[derive(Debug)]
 pub struct Spec<P: Operation> {
-    /// Name that the command line and tables use.
+    /// The name in the command line and in tables.
     pub name: &'static str,
-    /// What it is, in one line.
+    /// The description, in one line.
     pub summary: &'static str,
-    /// The idea that it adds to the rung before.
+    /// The idea that it adds to the previous rung.
     pub idea: &'static str,
-    /// Storage types that it has entries for.
+    /// Storage types with entries.
     pub dtypes: &'static [DType],
-    /// The least compute capability, `(major, minor)`.
+    /// The lowest compute capability, `(major, minor)`.
     pub capability: (u32, u32),
-    /// Whether it runs on exactly that capability (PTX for an `a` architecture).
+    /// Whether the kernel runs only on exactly that capability (PTX for an `a` architecture).
     pub exact_capability: bool,
-    /// What else it can and cannot do.
+    /// Further limits.
     pub limits: P::Limits,
-    /// Memory and launches for a problem within its limits, or why it cannot do it all the same.
-    /// [`Spec::plan`] asks.
+    /// Memory and launches for a problem within the limits, or the reason that the kernel still
+    /// does not support it. [`Spec::plan`] calls it.
     pub draft: fn(&P, &Target) -> Result<Draft<P>, String>,
 }
 
@@ -123,7 +122,7 @@ impl<P: Operation> Spec<P> {
     /// Memory and launches for a problem on a device.
     ///
     /// # Errors
-    /// The first reason why the kernel cannot do it there.
+    /// The first reason that the kernel does not support the problem on the device.
     pub fn plan(&'static self, problem: &P, target: &Target) -> Result<Plan<P>, Unsupported> {
         self.checked_draft(problem, target)
             .map(|draft| Plan::of(self, *problem, draft))
@@ -145,7 +144,7 @@ impl<P: Operation> Spec<P> {
         Ok(draft)
     }
 
-    /// Whether the kernel can do this problem on this device.
+    /// Whether the kernel supports this problem on this device.
     ///
     /// # Errors
     /// As [`Spec::plan`].
@@ -156,7 +155,7 @@ impl<P: Operation> Spec<P> {
     /// Whether the kernel can run on this device at all.
     ///
     /// # Errors
-    /// What the device lacks.
+    /// The feature that the device lacks.
     pub fn runs_on(&self, target: &Target) -> Result<(), Unsupported> {
         let lacks = target.lacks(self.capability, self.exact_capability);
         lacks.map_or(Ok(()), |reason| Err(self.unsupported(reason)))
@@ -187,7 +186,7 @@ pub fn find(name: &str) -> Result<&'static KernelSpec, Error> {
     Spec::find(name)
 }
 
-/// The kernel of the backward pass of that name.
+/// The kernel of the backward pass with this name.
 ///
 /// # Errors
 /// [`Error::UnknownKernel`], which lists the names.
@@ -195,7 +194,7 @@ pub fn find_backward(name: &str) -> Result<&'static BackwardSpec, Error> {
     Spec::find(name)
 }
 
-/// The decode kernel of that name.
+/// The decode kernel with this name.
 ///
 /// # Errors
 /// [`Error::UnknownKernel`], which lists the names.
@@ -203,7 +202,7 @@ pub fn find_decode(name: &str) -> Result<&'static DecodeSpec, Error> {
     Spec::find(name)
 }
 
-/// The linear kernel of that name.
+/// The linear kernel with this name.
 ///
 /// # Errors
 /// [`Error::UnknownKernel`], which lists the names.
@@ -211,22 +210,22 @@ pub fn find_linear(name: &str) -> Result<&'static LinearSpec, Error> {
     Spec::find(name)
 }
 
-/// The kernel chosen for a problem, and why not a better one.
+/// The kernel chosen for a problem, and the reasons against better kernels.
 #[derive(Debug)]
 pub struct Choice<P: Operation = Problem> {
-    /// The best kernel that can do the problem.
+    /// The best kernel that supports the problem.
     pub kernel: &'static Spec<P>,
-    /// What it does for the problem.
+    /// The kernel's plan for the problem.
     pub plan: Plan<P>,
-    /// The better kernels that cannot, each with the reason, best first.
+    /// The better kernels that do not support it, each with the reason, best first.
     pub passed_over: Vec<Unsupported>,
 }
 
 /// The best kernel for a problem on a device.
 ///
 /// # Errors
-/// [`Error::InvalidValue`] for a head dim that no kernel has; [`Error::Unsupported`] when no
-/// kernel can do it otherwise, with the reason of the most widely usable one.
+/// [`Error::InvalidValue`] for a head dim that no kernel has; otherwise [`Error::Unsupported`] when
+/// no kernel supports the problem, with the reason of the most widely usable kernel.
 pub fn best_for<P: Operation>(problem: &P, target: &Target) -> Result<Choice<P>, Error> {
     best_among(P::kernels(), problem, target)
 }
@@ -337,7 +336,7 @@ mod tests {
         }
     }
 
-    /// What is zeroed comes first, each section is aligned, and a call that gives memory for an
+    /// Zeroed sections come first, each section is aligned, and a call that gives memory for an
     /// output needs no section for it.
     #[test]
     fn sections_are_placed_one_after_the_other() {

@@ -1,4 +1,4 @@
-//! What a kernel does for a problem: memory and launches.
+//! A kernel's plan for a problem: memory and launches.
 
 use std::fmt;
 
@@ -19,11 +19,11 @@ use crate::{
 /// Encodes tensor maps for the device that runs the launches.
 pub(crate) type Encode<'a> = &'a dyn Fn(&TensorMapSpec) -> Result<[u8; 128], Error>;
 
-/// What a section of the workspace is for.
+/// The use of a section of the workspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Usage {
-    /// Queues that the blocks of a launch take tasks from.
+    /// Queues from which the blocks of a launch take tasks.
     Queue,
     /// Attention weights `[B, H, Nq, Nk]` in the storage type, which stay after the launches.
     Weights,
@@ -46,11 +46,11 @@ pub enum Usage {
 /// A section of the workspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Section {
-    /// What it is for.
+    /// Its use.
     pub usage: Usage,
     /// Its length.
     pub bytes: u64,
-    /// Whether it is zero before the first launch, and left zero by the launches of a call.
+    /// Whether it must be zero before the first launch; the launches of a call leave it zero.
     pub zeroed: bool,
 }
 
@@ -61,12 +61,12 @@ impl Section {
         Self { usage, bytes, zeroed: false }
     }
 
-    /// The queues of a kernel whose blocks take task after task.
+    /// The queues of a kernel with persistent blocks.
     pub(super) const QUEUE: Self =
         Self { usage: Usage::Queue, bytes: QUEUE_WORDS as u64 * 4, zeroed: true };
 }
 
-/// What a kernel wants for a problem: the sections of its workspace, and its launches in order.
+/// A kernel's needs for a problem: the sections of its workspace, and its launches in order.
 #[derive(Clone, Debug)]
 pub struct Draft<P: Operation> {
     /// Memory beyond inputs and outputs.
@@ -87,7 +87,7 @@ impl<P: Operation> From<Step<P>> for Draft<P> {
 pub struct Step<P: Operation> {
     /// The entry.
     pub entry: &'static Entry,
-    /// What it is compiled for.
+    /// The specialisation constants.
     pub constants: Constants,
     /// Blocks of the grid.
     pub grid: Dim3,
@@ -95,7 +95,7 @@ pub struct Step<P: Operation> {
     pub block: Dim3,
     /// Dynamic shared memory of a block in bytes.
     pub shared_bytes: u32,
-    /// The tensor maps that stand before the arguments, in the order that the entry states.
+    /// The tensor maps before the arguments, in the entry's order.
     pub maps: Vec<Map<P>>,
     /// The entry's argument struct for a call, as bytes.
     pub args: fn(&Call<'_, P>) -> Vec<u8>,
@@ -150,7 +150,7 @@ pub struct Map<P: Operation> {
     pub spec: fn(&Call<'_, P>, [u32; 4]) -> TensorMapSpec,
 }
 
-/// A call as its steps see it.
+/// A call from the view of its steps.
 #[derive(Debug)]
 pub struct Call<'a, P: Operation> {
     /// The problem.
@@ -161,8 +161,8 @@ pub struct Call<'a, P: Operation> {
 }
 
 impl<P: Operation> Call<'_, P> {
-    /// The memory that this call has for a use: what was given for it, or else a section of the
-    /// workspace; empty if there is none.
+    /// The memory that this call has for a use: the caller's memory, or else a section of the
+    /// workspace; empty if there is neither.
     #[must_use]
     pub fn region(&self, usage: Usage) -> Region {
         P::given(self.args, usage).unwrap_or_else(|| {
@@ -187,8 +187,8 @@ impl Placed {
     }
 }
 
-/// The launches of a kernel for a problem: made once, used for any number of calls by any number
-/// of threads.
+/// The launches of a kernel for a problem. A plan is made once and serves any number of calls on
+/// any number of threads.
 ///
 /// ```
 /// use flash_attention::{DType, Problem, raw::Plan, registry::{self, Target}};
@@ -205,7 +205,8 @@ pub struct Plan<P: Operation = Problem> {
     kernel: &'static Spec<P>,
     problem: P,
     steps: Vec<Step<P>>,
-    /// What must be zero comes first; then the kernel's own, then what a call may give itself.
+    /// Zeroed sections come first; then the kernel's own, then the sections that a caller may
+    /// provide.
     sections: Vec<Placed>,
 }
 
@@ -213,7 +214,7 @@ impl<P: Operation> Plan<P> {
     /// Plans a problem on a device: see [`Spec::plan`].
     ///
     /// # Errors
-    /// What the kernel cannot do there.
+    /// The reason that the kernel does not support the problem on the device.
     pub fn new(
         problem: &P,
         target: &Target,
@@ -255,8 +256,8 @@ impl<P: Operation> Plan<P> {
         self.sections.last().map_or(0, Placed::end)
     }
 
-    /// How many bytes at the start of a workspace must be zero before its first launch: see
-    /// [the workspace](crate::raw#workspace).
+    /// The number of bytes at the start of a workspace that must be zero before its first launch:
+    /// see [the workspace](crate::raw#workspace).
     #[must_use]
     pub fn zeroed_bytes(&self) -> u64 {
         let zeroed = self.sections.iter().rfind(|placed| placed.section.zeroed);
@@ -273,7 +274,7 @@ impl<P: Operation> Plan<P> {
         &self.steps
     }
 
-    /// How many tensor maps a call encodes.
+    /// The number of tensor maps that a call encodes.
     #[must_use]
     pub fn tensor_maps(&self) -> usize {
         self.steps.iter().map(|step| step.maps.len()).sum()
@@ -327,7 +328,8 @@ impl Plan {
         p.input_bytes() + p.output_bytes() + self.workspace_bytes_beside_lse()
     }
 
-    /// Where in its workspace a call leaves the attention weights, of kernels that keep them.
+    /// The place in the workspace where a call leaves the attention weights, for kernels that keep
+    /// them.
     pub(crate) fn kept_weights(&self) -> Option<u64> {
         let weights = self.sections.iter().find(|placed| placed.section.usage == Usage::Weights);
         weights.map(|placed| placed.offset)

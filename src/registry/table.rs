@@ -32,7 +32,7 @@ pub static KERNELS: &[KernelSpec] = &[
     FLASH_HOPPER,
 ];
 
-/// What the first rungs all support.
+/// The features that all first rungs support.
 pub(super) const ALL_FEATURES: Features = Features {
     any_head_dim: true,
     causal: true,
@@ -338,7 +338,7 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
     },
 };
 
-/// What the entries of a problem are compiled for.
+/// The specialisation constants of a problem's entries.
 pub(super) fn constants(p: &Problem) -> Constants {
     let bounds = p.bounds();
     Constants {
@@ -362,8 +362,8 @@ pub(super) fn constants(p: &Problem) -> Constants {
     }
 }
 
-/// Computes the weights of a call again from Q and K, for whoever wants to look at those that a
-/// kernel did not keep. It is no rung: it writes neither O nor the LSE.
+/// Recomputes the weights of a call from Q and K, for callers that want the weights when the kernel
+/// did not keep them. It is no rung: it writes neither O nor the LSE.
 pub(crate) static WEIGHTS: KernelSpec = KernelSpec {
     name: "weights",
     summary: "the attention weights, computed again from Q and K",
@@ -391,24 +391,24 @@ pub(super) fn kept_weights(p: &Problem) -> Section {
     Section::new(Usage::Weights, p.weights_bytes())
 }
 
-/// A launch of a kernel's entry of that size for a problem, with the arguments of attention.
+/// A launch of a kernel's entry with this size for a problem, with the arguments of attention.
 pub(super) fn step(p: &Problem, entries: Instances, size: usize) -> Result<Step<Problem>, String> {
     Ok(Step { constants: constants(p), ..Step::new(entries, p.dtype(), size, args)? })
 }
 
-/// A launch of the least entry of a kernel whose tiles have as many columns as the problem, or more.
+/// A launch of the smallest entry of a kernel whose tiles have at least the problem's columns.
 pub(super) fn padded_step(p: &Problem, entries: Instances) -> Result<Step<Problem>, String> {
     let size = entry_size(p, entries)?;
     Ok(Step { constants: padded_constants(p, size), ..step(p, entries, size)? })
 }
 
-/// What the entries of a problem are compiled for that are made for `size` columns.
+/// The specialisation constants of a problem's entries with `size` columns.
 pub(super) fn padded_constants(p: &Problem, size: usize) -> Constants {
     let fewer = |d: usize| if d == size { 0 } else { d as u32 };
     Constants { head_dim: fewer(p.head_dim()), head_dim_v: fewer(p.head_dim_v()), ..constants(p) }
 }
 
-/// The least head dim of the entries whose tiles have as many columns as the problem, or more.
+/// The smallest head dim of the entries whose tiles have at least the problem's columns.
 pub(super) fn entry_size(p: &Problem, entries: Instances) -> Result<usize, String> {
     let columns = p.head_dim().max(p.head_dim_v());
     let sizes = entries.iter().map(|entry| entry.size);
@@ -416,19 +416,20 @@ pub(super) fn entry_size(p: &Problem, entries: Instances) -> Result<usize, Strin
     holds.ok_or_else(|| format!("has no entry for head dim {columns}"))
 }
 
-/// A block for each tile of `rows` query rows, head after head.
+/// One block per tile of `rows` query rows, head after head.
 pub(super) fn grid(p: &Problem, rows: u32) -> Dim3 {
     blocks(p, tiles(p.seq_q(), rows)).into()
 }
 
-/// Blocks of a grid with so many for each head, one if there is nothing to do: along `x`, since `y` and
-/// `z` end at 65,535. More than a grid can have where it overflows, so that the launch is refused.
+/// Blocks of a grid with the given number per head, or one block if there is no work: along `x`,
+/// since `y` and `z` end at 65,535. On overflow the number exceeds a grid's limit, so the launch is
+/// refused.
 fn blocks(p: &Problem, of_head: u32) -> u32 {
     of_head.max(1).saturating_mul(heads(p))
 }
 
-/// How many tiles of `tile` cover `n`; more than a grid can have where it overflows, so
-/// that the launch is refused.
+/// The number of tiles of `tile` that cover `n`. On overflow the number exceeds a grid's limit, so
+/// the launch is refused.
 pub(super) fn tiles(n: usize, tile: u32) -> u32 {
     u32::try_from(n.div_ceil(tile as usize)).unwrap_or(u32::MAX)
 }

@@ -1,17 +1,17 @@
-//! What a device offers to kernels, and what it lacks.
+//! A device's limits for kernels.
 
 use kernels_gpu::entry::Entry;
 use simt::Dim3;
 
 use crate::backend::Device;
 
-/// The most blocks of a grid in its dimensions y and z (x: 2^31 - 1).
+/// The maximum number of blocks of a grid in its dimensions y and z (x: 2^31 - 1).
 const MAX_GRID_YZ: u32 = 65_535;
 const MAX_GRID_X: u32 = (1 << 31) - 1;
 /// Shared memory that each block takes beyond its own, from compute capability 8.0 on.
 const RESERVED_SHARED_BYTES: u32 = 1024;
 
-/// What a device offers to kernels.
+/// A device's limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Target {
@@ -24,14 +24,14 @@ pub struct Target {
 }
 
 impl Target {
-    /// A device of that compute capability `(major, minor)`, dynamic shared memory of a block in
-    /// bytes, and number of multiprocessors.
+    /// A device with the given compute capability `(major, minor)`, dynamic shared memory of a
+    /// block in bytes, and number of multiprocessors.
     #[must_use]
     pub const fn new(capability: (u32, u32), max_shared_bytes: u32, multiprocessors: u32) -> Self {
         Self { capability, max_shared_bytes, multiprocessors }
     }
 
-    /// That of a device.
+    /// The target of a device.
     #[must_use]
     pub fn of(device: &dyn Device) -> Self {
         Self {
@@ -41,9 +41,9 @@ impl Target {
         }
     }
 
-    /// Blocks of an entry that the device holds at once. By its launch bounds an entry takes so
-    /// many registers that a multiprocessor has room for `min_blocks`; shared memory may leave
-    /// room for fewer.
+    /// Blocks of an entry that the device holds at once. An entry's launch bounds limit its
+    /// registers so that a multiprocessor has room for `min_blocks`; shared memory may leave room
+    /// for fewer.
     pub(super) fn blocks_at_once(&self, entry: &Entry, shared_bytes: u32) -> u32 {
         // One block may have all of a multiprocessor's shared memory but what is reserved.
         let by_shared_memory = (self.max_shared_bytes + RESERVED_SHARED_BYTES)
@@ -51,7 +51,7 @@ impl Target {
         self.multiprocessors * entry.min_blocks.min(by_shared_memory).max(1)
     }
 
-    /// What the device lacks to run a kernel of that compute capability.
+    /// The feature that the device lacks to run a kernel with this compute capability.
     pub(super) fn lacks(&self, capability: (u32, u32), exact: bool) -> Option<String> {
         let ((major, minor), (has_major, has_minor)) = (capability, self.capability);
         let has = format!("this GPU has {has_major}.{has_minor}");
@@ -64,7 +64,7 @@ impl Target {
         None
     }
 
-    /// Why the device cannot launch blocks of that much shared memory in that grid.
+    /// The reason that the device cannot launch blocks with this much shared memory in this grid.
     pub(super) fn refuses(&self, grid: Dim3, shared_bytes: u32) -> Option<String> {
         if shared_bytes > self.max_shared_bytes {
             return Some(format!(

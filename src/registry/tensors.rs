@@ -1,11 +1,11 @@
-//! Memory and tensors of a call, and what can be wrong with them.
+//! Memory and tensors of a call, and their checks.
 
 use kernels_gpu::args;
 
 use crate::{dtype::DType, error::Error, problem::Layout};
 
-/// Addresses of tensors, and the step from row to row, are multiples of this many bytes: kernels
-/// read and write 16 bytes at a time.
+/// Addresses of tensors, and the strides from row to row, are multiples of this number of bytes:
+/// kernels read and write 16 bytes at a time.
 pub const ALIGNMENT: u64 = 16;
 
 /// A region of device memory.
@@ -24,7 +24,7 @@ impl Region {
         Self { address, bytes }
     }
 
-    /// The region as kernels are given it.
+    /// The region in the kernels' form.
     pub(super) const fn arg(self) -> args::Buffer {
         args::Buffer { address: self.address, bytes: self.bytes }
     }
@@ -34,7 +34,7 @@ impl Region {
         Self { address: self.address + offset, bytes }
     }
 
-    /// Checks the address and that there are at least `needed` bytes.
+    /// Checks the address, and that the region has at least `needed` bytes.
     pub(super) fn check(
         self,
         what: &'static str,
@@ -78,7 +78,7 @@ impl View {
         args::Tensor { buffer: self.region.arg(), stride_b, stride_h, stride_n }
     }
 
-    /// Checks the view of a tensor with those extents `[B, H, N, D]`.
+    /// Checks the view of a tensor with extents `[B, H, N, D]`.
     pub(super) fn check(
         &self,
         what: &'static str,
@@ -118,7 +118,7 @@ impl View {
         }
     }
 
-    /// Checks that no two elements of a tensor that is written share memory.
+    /// Checks that no two elements of an output tensor share memory.
     pub(super) fn check_distinct(
         &self,
         what: &'static str,
@@ -146,8 +146,8 @@ impl View {
     }
 }
 
-/// A bias in device memory, `[B, H, Nq, Nk]` seen through strides; a stride of 0 repeats what is
-/// there.
+/// A bias in device memory, `[B, H, Nq, Nk]` seen through strides; a stride of 0 repeats the
+/// elements.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BiasView {
     /// The memory, from the first element on.
@@ -170,7 +170,7 @@ impl BiasView {
         Self { region, strides: [heads * rows * keys, rows * keys, keys, 1] }
     }
 
-    /// The view with no step over what those extents `[B, H, Nq, Nk]` have one of.
+    /// The view with stride 0 over the dimensions of which the extents `[B, H, Nq, Nk]` have one.
     pub(super) fn within(self, extents: [usize; 4]) -> Self {
         let step = |d: usize| if extents[d] > 1 { self.strides[d] } else { 0 };
         Self { strides: std::array::from_fn(step), ..self }
@@ -181,7 +181,7 @@ impl BiasView {
         args::Bias { buffer: self.region.arg(), stride_b, stride_h, stride_q, stride_k }
     }
 
-    /// Checks the view of a bias with those extents `[B, H, Nq, Nk]`.
+    /// Checks the view of a bias with extents `[B, H, Nq, Nk]`.
     pub(super) fn check(&self, dtype: DType, extents: [usize; 4]) -> Result<(), Error> {
         if extents.contains(&0) {
             return Ok(());

@@ -1,4 +1,4 @@
-//! A kernel with outputs and workspace of its own, to be run as often as wanted.
+//! A kernel with its own outputs and workspace, ready for any number of runs.
 
 use std::{fmt, sync::Arc};
 
@@ -13,8 +13,8 @@ use crate::{
     tensor::Tensor,
 };
 
-/// A kernel that is ready for one problem: its outputs and workspace stay in device memory and
-/// are used again by every run.
+/// A kernel that is ready for one problem: its outputs and workspace stay in device memory, and
+/// every run reuses them.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -51,8 +51,8 @@ impl fmt::Debug for Attention {
 }
 
 impl Session {
-    /// Allocates outputs and workspace of a kernel for a problem, filled with NaN: an element
-    /// that no kernel wrote shows.
+    /// Allocates outputs and workspace of a kernel for a problem, filled with NaN, so that an
+    /// element that no kernel wrote shows.
     ///
     /// # Errors
     /// [`Error::Unsupported`] where the kernel cannot do the problem; [`Error::OutOfMemory`].
@@ -116,11 +116,10 @@ impl Attention {
         self.runner.workspace.bytes()
     }
 
-    /// Says where packed sequences begin, of the runs from now on: see
-    /// [`Varlen`](crate::Varlen).
+    /// Sets the start offsets of packed sequences for the runs from now on: see [`Varlen`](crate::Varlen).
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] for numbers that are not as the problem says;
+    /// [`Error::InvalidValue`] for numbers that do not match the problem;
     /// [`Error::UnexpectedTensor`] where its sequences are not packed; [`Error::OutOfMemory`].
     pub fn set_sequences(
         &mut self,
@@ -146,9 +145,9 @@ impl Attention {
         self.run_with([q, k, v], Extras::mask(mask))
     }
 
-    /// As [`Attention::run`], with everything that a problem may have beside Q, K and V, but for where
-    /// packed sequences begin: [`set_sequences`](Self::set_sequences) checks those numbers, which the
-    /// device would follow anywhere.
+    /// As [`Attention::run`], with all tensors that a problem may have beside Q, K and V, except
+    /// the start offsets of packed sequences: [`set_sequences`](Self::set_sequences) checks those numbers,
+    /// which the device would follow to any address.
     ///
     /// # Errors
     /// As [`Attention::run`].
@@ -194,8 +193,8 @@ impl Attention {
     /// Starts the kernel.
     ///
     /// # Safety
-    /// The inputs in `args` are live memory of this device, whose owners are freed through it;
-    /// everything else in `args` is from [`Attention::args_of`] of this value.
+    /// The inputs in `args` are live memory of this device, whose owners are freed through the
+    /// device; all other fields of `args` come from [`Attention::args_of`] of this value.
     pub(crate) unsafe fn run_on(&mut self, args: Args) -> Result<(), Error> {
         // SAFETY: inputs are live by the caller's word; outputs and workspace belong to this value,
         // which nobody else can use meanwhile.
@@ -211,8 +210,7 @@ impl Attention {
         Ok(Outputs { weights, ..self.outputs_without_weights()? })
     }
 
-    /// Waits and downloads O and LSE only: at a long sequence the weights are many times as
-    /// large.
+    /// Waits and downloads only O and LSE: at a long sequence the weights are many times as large.
     ///
     /// # Errors
     /// The fault of the kernel, if it had one.
@@ -229,7 +227,7 @@ impl Attention {
         self.runner.synchronize()
     }
 
-    /// The attention weights `[B, H, Nq, Nk]` that the last run left, of kernels that keep them.
+    /// The attention weights `[B, H, Nq, Nk]` of the last run, for kernels that keep them.
     fn kept_weights(&mut self) -> Result<Option<Tensor>, Error> {
         let Some(offset) = self.runner.plan.kept_weights() else { return Ok(None) };
         self.synchronize()?;
@@ -240,12 +238,12 @@ impl Attention {
     }
 
     /// The attention weights `[B, H, Nq, Nk]` after dropout, of the last run: as the kernel left
-    /// them, or computed again by a launch of their own into
+    /// them, or recomputed by a separate launch into
     /// [`Problem::weights_bytes`](crate::Problem::weights_bytes) of memory.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] before the first run; [`Error::OutOfMemory`]; a head dim that
-    /// weights cannot be computed for; the fault of the kernel.
+    /// [`Error::InvalidValue`] before the first run; [`Error::OutOfMemory`]; a head dim for which
+    /// weights cannot be computed; the fault of the kernel.
     ///
     /// # Safety
     /// The inputs of the last run are still in memory.
@@ -272,13 +270,13 @@ impl Attention {
         weights.to_host()
     }
 
-    /// Leaves numbers in the queue, as a launch does that is stopped.
+    /// Leaves numbers in the queue, as a stopped launch does.
     #[cfg(test)]
     pub(crate) fn spoil_queue(&mut self) {
         self.runner.workspace.fill_start(self.runner.plan.zeroed_bytes(), 1).unwrap();
     }
 
-    /// The launches of the last run, for whoever looks at them.
+    /// The launches of the last run, for inspection.
     #[cfg(test)]
     pub(crate) fn launches(&self) -> &[crate::backend::Launch] {
         self.runner.ready.as_ref().map_or(&[], |(_, launches)| launches)

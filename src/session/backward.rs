@@ -1,4 +1,4 @@
-//! The gradients of attention, to be computed as often as wanted.
+//! The gradients of attention, ready for any number of runs.
 
 use std::{fmt, sync::Arc};
 
@@ -16,8 +16,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// What a forward pass was given and what it gave, in device memory: its backward pass reads all of
-/// it.
+/// The inputs and outputs of a forward pass, in device memory. Its backward pass reads all of them.
 #[derive(Clone, Copy, Debug)]
 pub struct Forward<'a> {
     /// Queries.
@@ -26,7 +25,7 @@ pub struct Forward<'a> {
     pub k: &'a DeviceTensor,
     /// Values.
     pub v: &'a DeviceTensor,
-    /// What the problem has beside them.
+    /// The problem's other tensors.
     pub extras: Extras<&'a DeviceBuffer>,
     /// The output.
     pub o: &'a DeviceTensor,
@@ -43,14 +42,14 @@ pub struct Gradients {
     pub dk: Tensor,
     /// Gradient of V, of the problem's `v_shape`.
     pub dv: Tensor,
-    /// Gradient of the bias, `[B or 1, H or 1, Nq, Nk]` in the storage type, where it was asked for.
+    /// Gradient of the bias, `[B or 1, H or 1, Nq, Nk]` in the storage type, if requested.
     pub d_bias: Option<Tensor>,
-    /// Gradient of the sinks, f32 `[H]`, where it was asked for.
+    /// Gradient of the sinks, f32 `[H]`, if requested.
     pub d_sinks: Option<Tensor>,
 }
 
 /// A kernel of the backward pass that is ready for one problem: the gradients and its workspace
-/// stay in device memory and are used again by every run.
+/// stay in device memory, and every run reuses them.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -98,8 +97,8 @@ impl fmt::Debug for AttentionBackward {
 }
 
 impl Session {
-    /// Allocates gradients and workspace of a kernel of the backward pass, filled with NaN: an
-    /// element that no kernel wrote shows.
+    /// Allocates gradients and workspace of a kernel of the backward pass, filled with NaN, so that
+    /// an element that no kernel wrote shows.
     ///
     /// # Errors
     /// [`Error::Unsupported`] where the kernel cannot do the problem; [`Error::OutOfMemory`].
@@ -111,12 +110,11 @@ impl Session {
         AttentionBackward::new(self.memory(), kernel.plan(backward, &self.target())?)
     }
 
-    /// Uploads the inputs and outputs of a forward pass and the gradient of O, and gets everything
-    /// ready to launch.
+    /// Uploads the inputs and outputs of a forward pass and the gradient of O, and prepares the
+    /// launches.
     ///
     /// # Errors
-    /// A value of the request that is wrong; [`Error::OutOfMemory`], or an error that the device
-    /// reports.
+    /// A wrong value of the request; [`Error::OutOfMemory`], or an error that the device reports.
     pub fn prepare_backward(
         &self,
         plan: Plan<Backward>,
@@ -209,19 +207,19 @@ impl AttentionBackward {
         &self.dv
     }
 
-    /// Gradient of the bias of the last run, where it is asked for.
+    /// Gradient of the bias of the last run, if requested.
     #[must_use]
     pub const fn d_bias(&self) -> Option<&DeviceTensor> {
         self.d_bias.as_ref()
     }
 
-    /// Gradient of the sinks of the last run, where it is asked for.
+    /// Gradient of the sinks of the last run, if requested.
     #[must_use]
     pub const fn d_sinks(&self) -> Option<&DeviceTensor> {
         self.d_sinks.as_ref()
     }
 
-    /// Says where packed sequences begin, of the runs from now on: see
+    /// Sets the start offsets of packed sequences for the runs from now on: see
     /// [`Attention::set_sequences`](super::Attention::set_sequences).
     ///
     /// # Errors
@@ -236,8 +234,8 @@ impl AttentionBackward {
         Ok(())
     }
 
-    /// Starts to compute the gradients; does not wait. Where packed sequences begin is not among the
-    /// extras, but said before by [`set_sequences`](Self::set_sequences), which checks those numbers.
+    /// Starts to compute the gradients; does not wait. The start offsets of packed sequences are not among
+    /// the extras: [`set_sequences`](Self::set_sequences) sets them before, and checks the numbers.
     ///
     /// # Errors
     /// A tensor of another shape, storage type or device; an error that the device reports.
@@ -294,8 +292,7 @@ impl AttentionBackward {
     }
 }
 
-/// A kernel of the backward pass with what it reads on the device, to be launched as often as
-/// wanted.
+/// A kernel of the backward pass with its inputs on the device, ready for any number of launches.
 #[derive(Debug)]
 pub struct PreparedBackward {
     backward: AttentionBackward,
@@ -312,7 +309,8 @@ impl PreparedBackward {
         self.backward.plan()
     }
 
-    /// Device memory of this run. Everything that is read counts as input, O and the LSE too.
+    /// Device memory of this run. All tensors that the kernel reads count as input, including O and
+    /// the LSE.
     #[must_use]
     pub const fn memory(&self) -> MemoryReport {
         self.memory

@@ -1,4 +1,4 @@
-//! A device that counts what is asked of it.
+//! A device that counts its requests.
 
 use std::sync::{
     Mutex, PoisonError,
@@ -10,7 +10,7 @@ use crate::{
     error::Error,
 };
 
-/// How often each operation was asked for.
+/// The number of requests for each operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Calls {
     pub(crate) allocate: usize,

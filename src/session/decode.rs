@@ -1,4 +1,4 @@
-//! Attention of a few queries against a cache of keys and values, to be run as often as wanted.
+//! Attention of a few queries against a cache of keys and values, ready for any number of runs.
 
 use std::{fmt, sync::Arc};
 
@@ -13,7 +13,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Keys and values in device memory, and which of them each sequence has.
+/// Keys and values in device memory, and each sequence's share of them.
 #[derive(Clone, Copy, Debug)]
 pub struct Cached<'a> {
     /// Keys, of [`Decode::k_shape`].
@@ -22,20 +22,20 @@ pub struct Cached<'a> {
     pub v: &'a DeviceTensor,
     /// Keys of each sequence, i32 `[B]`; without it all have as many as the problem.
     pub seqused_k: Option<&'a DeviceBuffer>,
-    /// Pages of each sequence, i32 `[B, max_pages]`, where the cache is in pages.
+    /// Pages of each sequence, i32 `[B, max_pages]`, where the cache is paged.
     pub page_table: Option<&'a DeviceBuffer>,
 }
 
-/// What a decode is computed from, on the host.
+/// The inputs of a decode, on the host.
 #[derive(Clone, Copy, Debug)]
 pub struct DecodeInputs<'a> {
-    /// Queries, the cache as keys and values ([`Decode::k_shape`], [`Decode::v_shape`]), and what else the
-    /// problem has.
+    /// Queries, the cache as keys and values ([`Decode::k_shape`], [`Decode::v_shape`]), and the
+    /// problem's other tensors.
     pub tensors: Inputs<'a>,
     /// Keys of each sequence, `[B]`; without it all have as many as the problem.
     pub seqused_k: Option<&'a [i32]>,
-    /// Pages of each sequence, `[B, max_pages]`, where the cache is in pages. What lies beyond a sequence's
-    /// length may be any number.
+    /// Pages of each sequence, `[B, max_pages]`, where the cache is paged. Entries beyond a
+    /// sequence's length may be any number.
     pub page_table: Option<&'a [i32]>,
 }
 
@@ -43,7 +43,8 @@ impl DecodeInputs<'_> {
     /// Compares tensors, lengths and pages with a decode.
     ///
     /// # Errors
-    /// Which of them is of the wrong type, shape or value, missing, or not expected.
+    /// An error that names a tensor or number of a wrong type, shape or value, a missing one, or an
+    /// unexpected one.
     pub fn check(&self, decode: &Decode) -> Result<(), Error> {
         let p = decode.problem();
         let Inputs { q, k, v, .. } = self.tensors;
@@ -105,7 +106,7 @@ impl DecodeInputs<'_> {
         self.seqused_k.map_or(most, |lengths| usize::try_from(lengths[b]).unwrap_or(0).min(most))
     }
 
-    /// The pages that sequence `b` uses; none where the cache is not in pages.
+    /// The pages that sequence `b` uses; none where the cache is contiguous.
     #[must_use]
     pub fn pages_of(&self, decode: &Decode, b: usize) -> &[i32] {
         let (Some(table), Some(pages)) = (self.page_table, decode.pages()) else { return &[] };
@@ -114,8 +115,8 @@ impl DecodeInputs<'_> {
     }
 }
 
-/// A decode kernel that is ready for one problem: the outputs and its workspace stay in device memory and
-/// are used again by every run.
+/// A decode kernel that is ready for one problem: the outputs and its workspace stay in device
+/// memory, and every run reuses them.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -166,8 +167,8 @@ impl fmt::Debug for AttentionDecode {
 }
 
 impl Session {
-    /// Allocates outputs and workspace of a decode kernel, filled with NaN: an element that no kernel wrote
-    /// shows.
+    /// Allocates outputs and workspace of a decode kernel, filled with NaN, so that an element that
+    /// no kernel wrote shows.
     ///
     /// # Errors
     /// [`Error::Unsupported`] where the kernel cannot do the problem; [`Error::OutOfMemory`].
@@ -179,11 +180,11 @@ impl Session {
         AttentionDecode::new(self.memory(), kernel.plan(decode, &self.target())?)
     }
 
-    /// Uploads the inputs and gets everything ready to launch.
+    /// Uploads the inputs and prepares the launches.
     ///
     /// # Errors
-    /// A value of the request that is wrong; [`Error::OutOfMemory`], before anything is allocated where that can be
-    /// foreseen; or an error that the device reports.
+    /// A wrong value of the request; [`Error::OutOfMemory`], where predictable before any
+    /// allocation; or an error that the device reports.
     pub fn prepare_decode(
         &self,
         plan: Plan<Decode>,
@@ -253,8 +254,8 @@ impl AttentionDecode {
         &self.lse
     }
 
-    /// Starts the kernel; does not wait. Lengths and pages are read by the launch: a number that is out of
-    /// range reads another part of the cache, and nothing beside it.
+    /// Starts the kernel; does not wait. The launch reads lengths and pages: a number that is out
+    /// of range makes it read another part of the cache, and no memory outside of the cache.
     ///
     /// # Errors
     /// A tensor of another shape, storage type or device; an error that the device reports.
@@ -314,7 +315,7 @@ impl AttentionDecode {
     }
 }
 
-/// A decode kernel with its inputs on the device, to be launched as often as wanted.
+/// A decode kernel with its inputs on the device, ready for any number of launches.
 #[derive(Debug)]
 pub struct PreparedDecode {
     decode: AttentionDecode,
@@ -339,10 +340,11 @@ impl PreparedDecode {
         self.memory
     }
 
-    /// The lengths of the sequences, of the runs from now on.
+    /// Sets the lengths of the sequences for the runs from now on.
     ///
     /// # Errors
-    /// [`Error::UnexpectedTensor`] where there were none, or not as many; an error that the device reports.
+    /// [`Error::UnexpectedTensor`] where there were no lengths, or another number of them; an error
+    /// that the device reports.
     pub fn set_lengths(&mut self, lengths: &[i32]) -> Result<(), Error> {
         match &mut self.seqused_k {
             Some(buffer) if buffer.bytes() == size_of_val(lengths) as u64 => buffer.write(lengths),

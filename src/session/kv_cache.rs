@@ -1,4 +1,4 @@
-//! A cache that owns its pages: sequences grow, end, and share what they have in common.
+//! A cache that owns its pages: sequences grow, end, and share common beginnings.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -16,7 +16,7 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId(u64);
 
-/// What a [`KvCache`] holds.
+/// The format of a [`KvCache`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvCacheShape {
     /// Storage type: f16 or bf16.
@@ -36,7 +36,7 @@ pub struct KvCacheShape {
 /// Cosines and sines in device memory, f32 `[positions, dim / 2]` each.
 #[derive(Clone, Copy, Debug)]
 pub struct Angles<'a> {
-    /// What they rotate.
+    /// The columns that they rotate.
     pub rotary: Rotary,
     /// Cosines.
     pub cos: &'a DeviceBuffer,
@@ -46,8 +46,8 @@ pub struct Angles<'a> {
 
 /// Keys and values of sequences, in pages that the cache owns.
 ///
-/// A page may belong to several sequences, which [`fork`](Self::fork) makes: the one that writes to it first gets a
-/// copy of its own.
+/// A page may belong to several sequences, after a [`fork`](Self::fork). The first sequence that
+/// writes to a shared page gets its own copy.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -98,9 +98,9 @@ pub struct KvCache {
     shape: KvCacheShape,
     k: DeviceTensor,
     v: DeviceTensor,
-    /// Pages of no sequence; the last is the next to be taken.
+    /// Free pages; the last is the next to take.
     free: Vec<u32>,
-    /// How many sequences have each page.
+    /// The number of sequences that have each page.
     users: Vec<u32>,
     sequences: BTreeMap<SequenceId, Sequence>,
     next: u64,
@@ -148,7 +148,7 @@ impl KvCache {
         })
     }
 
-    /// What it holds.
+    /// The format.
     #[must_use]
     pub const fn shape(&self) -> KvCacheShape {
         self.shape
@@ -196,7 +196,7 @@ impl KvCache {
         Ok(self.add(sequence))
     }
 
-    /// Ends a sequence. Pages that no other one has are free again.
+    /// Ends a sequence. Pages that no other sequence has become free.
     ///
     /// # Errors
     /// [`Error::InvalidValue`] where there is no such sequence.
@@ -226,11 +226,11 @@ impl KvCache {
         Ok(self.sequence(id)?.length)
     }
 
-    /// The decode of a problem against this cache: its heads of K and V, columns and storage type are the cache's, and
-    /// the layout is tokens first.
+    /// The decode of a problem against this cache. The problem's heads of K and V, columns and
+    /// storage type are the cache's, and the layout is tokens first.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] names what differs.
+    /// [`Error::InvalidValue`] names the difference.
     pub fn decode(&self, problem: Problem) -> Result<Decode, Error> {
         let KvCacheShape { dtype, kv_heads, head_dim, head_dim_v, page_size, pages } = self.shape;
         let p = &problem;
@@ -253,11 +253,11 @@ impl KvCache {
         Decode::paged(problem, Pages { page_size, pages, max_pages })
     }
 
-    /// Lengths and pages of some sequences as they are now, for runs of a decode.
+    /// The current lengths and pages of some sequences, for runs of a decode.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] for another number of sequences than the decode has, a sequence that there is not, or one
-    /// that is longer than the decode allows; [`Error::OutOfMemory`].
+    /// [`Error::InvalidValue`] for another number of sequences than the decode has, an unknown
+    /// sequence, or a sequence that is longer than the decode allows; [`Error::OutOfMemory`].
     pub fn batch(&self, decode: &Decode, ids: &[SequenceId]) -> Result<CacheBatch, Error> {
         let p = decode.problem();
         let wrong =
@@ -291,19 +291,20 @@ impl KvCache {
         })
     }
 
-    /// The cache as a run takes it.
+    /// The cache in the form that a run takes.
     #[must_use]
     pub const fn cached<'a>(&'a self, batch: &'a CacheBatch) -> Cached<'a> {
         let CacheBatch { lengths, page_table } = batch;
         Cached { k: &self.k, v: &self.v, seqused_k: Some(lengths), page_table: Some(page_table) }
     }
 
-    /// Appends keys and values, `[B, Nnew, Hkv, D]` each, to `B` sequences; keys are rotated to their positions where
-    /// there are angles. Does not wait. On an error nothing has changed.
+    /// Appends keys and values, `[B, Nnew, Hkv, D]` each, to `B` sequences, and rotates the keys to
+    /// their positions where there are angles. Does not wait. On an error the cache is unchanged.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] for a sequence that there is not or that is named twice, for too few free pages, or for
-    /// fewer positions than a sequence gets; a tensor of another shape or type; an error that the device reports.
+    /// [`Error::InvalidValue`] for a sequence that is unknown or named twice, for too few free
+    /// pages, or for fewer positions than a sequence needs; a tensor of another shape or type; an
+    /// error that the device reports.
     pub fn append(
         &mut self,
         ids: &[SequenceId],
@@ -340,8 +341,8 @@ impl KvCache {
         done
     }
 
-    /// What each sequence will have, with pages to come as `None`; the first of them takes the place of the last page
-    /// where another sequence has that too.
+    /// The future state of each sequence, with pages to allocate as `None`. The first of these
+    /// replaces the last page where another sequence shares that page.
     fn growth(
         &self,
         ids: &[SequenceId],
@@ -482,12 +483,13 @@ impl KvCache {
     }
 }
 
-/// What a sequence will have more.
+/// The additions to a sequence.
 #[derive(Clone, Copy, Debug)]
 struct Growth {
     length: usize,
     new_pages: usize,
-    /// The last page, where it is partly used and another sequence has it too: the first new one takes its place.
+    /// The last page, where it is partly used and another sequence shares it: the first new page
+    /// replaces it.
     copied: Option<u32>,
     /// Keys in it.
     partly: usize,

@@ -28,11 +28,11 @@ pub use kv_cache::{Angles, CacheBatch, KvCache, KvCacheShape, SequenceId};
 pub(crate) use runner::Runner;
 pub use work::Work;
 
-/// Outputs and workspace are filled with this before a launch: all bits set is NaN in
-/// every storage type, so that an element that no kernel wrote shows.
+/// The byte that fills outputs and workspace before a launch. All bits set is NaN in every storage
+/// type, so an element that no kernel wrote shows.
 pub(crate) const POISON: u8 = 0xff;
 
-/// The tensors that attention is computed from, on the host.
+/// The inputs of attention, on the host.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
     /// Queries, of the problem's `q_shape`.
@@ -49,14 +49,14 @@ pub struct Inputs<'a> {
     pub bias: Option<&'a Tensor>,
     /// Sinks, f32 `[H]`.
     pub sinks: Option<&'a Tensor>,
-    /// Where packed sequences begin in Q, and past the last: `[B + 1]`.
+    /// The start offsets of packed sequences in Q, and the end of the last: `[B + 1]`.
     pub cu_seqlens_q: Option<&'a [u32]>,
     /// The same in K and V.
     pub cu_seqlens_k: Option<&'a [u32]>,
 }
 
 impl<'a> Inputs<'a> {
-    /// Queries, keys and values, and nothing beside them.
+    /// Queries, keys and values, without other tensors.
     #[must_use]
     pub const fn new(q: &'a Tensor, k: &'a Tensor, v: &'a Tensor) -> Self {
         Self {
@@ -72,7 +72,7 @@ impl<'a> Inputs<'a> {
         }
     }
 
-    /// Everything but Q, K and V, as bytes.
+    /// The tensors other than Q, K and V, as bytes.
     #[must_use]
     pub fn extras(&self) -> Extras<&'a [u8]> {
         Extras {
@@ -85,8 +85,8 @@ impl<'a> Inputs<'a> {
         }
     }
 
-    /// Floating-point operations by the convention of [`Problem::flops`]; of packed sequences with their
-    /// own lengths.
+    /// Floating-point operations by the convention of [`Problem::flops`]; for packed sequences,
+    /// with their own lengths.
     #[must_use]
     pub fn flops(&self, problem: &Problem) -> f64 {
         match self.cu_seqlens() {
@@ -95,7 +95,7 @@ impl<'a> Inputs<'a> {
         }
     }
 
-    /// Where packed sequences begin in Q and in K.
+    /// The start offsets of packed sequences in Q and in K.
     #[must_use]
     pub fn cu_seqlens(&self) -> Option<[&'a [u32]; 2]> {
         Some([self.cu_seqlens_q?, self.cu_seqlens_k?])
@@ -104,7 +104,7 @@ impl<'a> Inputs<'a> {
     /// Compares the tensors with a problem.
     ///
     /// # Errors
-    /// Which tensor is of the wrong type or shape, missing, or not expected.
+    /// An error that names a tensor of a wrong type or shape, a missing one, or an unexpected one.
     pub fn check(&self, problem: &Problem) -> Result<(), Error> {
         self.q.expect("q", problem.dtype(), &problem.q_shape())?;
         self.k.expect("k", problem.dtype(), &problem.k_shape())?;
@@ -112,7 +112,7 @@ impl<'a> Inputs<'a> {
         self.check_beside(problem)
     }
 
-    /// As [`check`](Self::check), of all but Q, K and V.
+    /// As [`check`](Self::check), for all tensors but Q, K and V.
     pub(crate) fn check_beside(&self, problem: &Problem) -> Result<(), Error> {
         check_lengths(problem, &self.extras())?;
         for (what, tensor, dtype, shape) in [
@@ -128,7 +128,7 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// Checks that the tensors beside Q, K and V are those that the problem has, and their lengths.
+/// Checks that the tensors beside Q, K and V match the problem's, and their lengths.
 fn check_lengths(problem: &Problem, extras: &Extras<&[u8]>) -> Result<(), Error> {
     extras.check(problem, |what, size, shape, bytes| {
         if bytes.len() == size * shape.iter().product::<usize>() {
@@ -156,25 +156,26 @@ pub struct Outputs {
 /// Device memory of a run, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryReport {
-    /// Q, K, V and everything beside them.
+    /// Q, K, V and the other inputs.
     pub inputs: u64,
     /// O and the log-sum-exp.
     pub outputs: u64,
     /// Everything else.
     pub workspace: u64,
-    /// The most in use at once, as counted.
+    /// The counted peak.
     pub peak: u64,
 }
 
 impl MemoryReport {
-    /// The report of a run that alone uses `memory`: `inputs` and `workspace` bytes; outputs are the rest.
+    /// The report of a run that alone uses `memory`, from its `inputs` and `workspace` bytes; the
+    /// outputs are the rest.
     fn of(memory: &Memory, inputs: u64, workspace: u64) -> Self {
         let outputs = memory.current() - inputs - workspace;
         Self { inputs, outputs, workspace, peak: memory.peak() }
     }
 }
 
-/// A contiguous tensor of those extents, `[B, H, N, D]` in the problem's layout.
+/// A contiguous tensor with the given extents, `[B, H, N, D]` in the problem's layout.
 fn view(p: &Problem, tensor: &DeviceTensor, [_, heads, rows, columns]: [usize; 4]) -> View {
     View::contiguous(tensor.region(), p.layout(), heads, rows, columns)
 }
@@ -213,7 +214,7 @@ impl Session {
     /// Whether the memory of a plan's call is free now, without allocating it.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] with what is needed and what is free.
+    /// [`Error::OutOfMemory`] with the needed and the free bytes.
     pub fn check_fits(&self, plan: &Plan) -> Result<(), Error> {
         self.check_free(plan.peak_bytes())
     }
@@ -234,11 +235,11 @@ impl Session {
         DeviceTensor::upload(&self.memory, tensor)
     }
 
-    /// Uploads the inputs and gets everything ready to launch.
+    /// Uploads the inputs and prepares the launches.
     ///
     /// # Errors
-    /// A value of the request that is wrong; [`Error::OutOfMemory`] (before anything is
-    /// allocated where that can be foreseen), or an error that the device reports.
+    /// A wrong value of the request; [`Error::OutOfMemory`] (where predictable, before any
+    /// allocation), or an error that the device reports.
     pub fn prepare(
         &self,
         kernel: &'static KernelSpec,
@@ -251,13 +252,13 @@ impl Session {
         self.prepare_with(plan, tensors, inputs.extras())
     }
 
-    /// As [`Session::prepare`], of a plan at hand ([`registry::best_for`](crate::registry::best_for)
-    /// returns one), from the elements of Q, K and V as bytes: what a mapped file holds goes to the
-    /// device without a copy.
+    /// As [`Session::prepare`], with an existing plan
+    /// ([`registry::best_for`](crate::registry::best_for) returns one). The elements of Q, K and V
+    /// come as bytes, so the contents of a mapped file go to the device without a copy.
     ///
     /// # Errors
-    /// As [`Session::prepare`]; [`Error::ShapeMismatch`] when there are more or fewer bytes than
-    /// the problem has.
+    /// As [`Session::prepare`]; [`Error::ShapeMismatch`] when the number of bytes differs from the
+    /// problem's.
     pub fn prepare_bytes(
         &self,
         plan: Plan,
@@ -267,7 +268,7 @@ impl Session {
         self.prepare_with(plan, qkv, Extras::mask(mask))
     }
 
-    /// As [`Session::prepare_bytes`], with everything that a problem may have beside Q, K and V.
+    /// As [`Session::prepare_bytes`], with all tensors that a problem may have beside Q, K and V.
     ///
     /// # Errors
     /// As [`Session::prepare_bytes`].
@@ -313,7 +314,7 @@ impl Session {
     }
 }
 
-/// A kernel with its inputs on the device, to be launched as often as wanted.
+/// A kernel with its inputs on the device, ready for any number of launches.
 #[derive(Debug)]
 pub struct Prepared {
     attention: Attention,
@@ -335,7 +336,7 @@ impl Prepared {
         self.memory
     }
 
-    /// Waits and downloads the outputs, the weights among them where the kernel keeps them.
+    /// Waits and downloads the outputs, including the weights where the kernel keeps them.
     ///
     /// # Errors
     /// The fault of the kernel, if it had one.
@@ -343,7 +344,7 @@ impl Prepared {
         self.attention.outputs()
     }
 
-    /// Waits and downloads O and LSE only.
+    /// Waits and downloads only O and LSE.
     ///
     /// # Errors
     /// The fault of the kernel, if it had one.
@@ -351,13 +352,13 @@ impl Prepared {
         self.attention.outputs_without_weights()
     }
 
-    /// The attention weights `[B, H, Nq, Nk]` after dropout, once the kernel has run: as it left
-    /// them in memory, or computed again from Q and K by a launch of their own, into
+    /// The attention weights `[B, H, Nq, Nk]` after dropout, once the kernel has run: as the kernel
+    /// left them in memory, or recomputed from Q and K by a separate launch, into
     /// [`Problem::weights_bytes`] of memory.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] before the first run; [`Error::OutOfMemory`]; a head dim that
-    /// weights cannot be computed for; the fault of the kernel.
+    /// [`Error::InvalidValue`] before the first run; [`Error::OutOfMemory`]; a head dim for which
+    /// weights cannot be computed; the fault of the kernel.
     pub fn weights(&mut self) -> Result<Tensor, Error> {
         // SAFETY: the inputs belong to this value.
         unsafe { self.attention.weights() }
@@ -478,7 +479,7 @@ mod tests {
         }
     }
 
-    /// A launch that does not end leaves the queue as it was: it is zeroed before the next.
+    /// A launch that does not end leaves numbers in the queue, so the next run zeroes it first.
     #[test]
     fn after_a_fault_the_queue_is_zeroed() {
         let device = Arc::new(counting::Counting::default());

@@ -1,4 +1,4 @@
-//! A plan with a workspace of its own.
+//! A plan with its own workspace.
 
 use std::sync::Arc;
 
@@ -10,14 +10,14 @@ use crate::{
     registry::Operation,
 };
 
-/// A plan with a workspace of its own, which every run uses again.
+/// A plan with its own workspace, which every run reuses.
 pub(crate) struct Runner<P: Operation> {
     pub(crate) memory: Arc<Memory>,
     pub(crate) plan: Plan<P>,
     pub(crate) workspace: DeviceBuffer,
-    /// The launches of the run before: tensors at the same addresses need no others.
+    /// The launches of the previous run: tensors at the same addresses reuse them.
     pub(crate) ready: Option<(P::Args, Vec<Launch>)>,
-    /// Whether the queue is known to be zero: not after a launch that failed.
+    /// Whether the queue is known to be zero; false after a failed launch.
     queue_is_zero: bool,
 }
 
@@ -35,9 +35,10 @@ impl<P: Operation> Runner<P> {
     /// Starts the launches of a call.
     ///
     /// # Safety
-    /// - The inputs in `args` are live memory of this device, whose owners are freed through it.
-    /// - Its outputs belong to the owner of this value, and nobody else can use them meanwhile.
-    /// - Its workspace is that of this value.
+    /// - The inputs in `args` are live memory of this device, whose owners are freed through the
+    ///   device.
+    /// - Its outputs belong to the owner of this value, and no other work can use them meanwhile.
+    /// - Its workspace is this value's workspace.
     pub(crate) unsafe fn run(&mut self, args: P::Args) -> Result<(), Error> {
         let device = &**self.memory.device();
         let ready = self.ready.take().filter(|(before, _)| *before == args);

@@ -1,5 +1,5 @@
-//! Where packed sequences begin, in device memory: numbers that the device would follow anywhere, so
-//! that only checked ones get there.
+//! The start offsets of packed sequences, in device memory. The device would follow these numbers to any
+//! address, so only checked numbers get there.
 
 use std::sync::Arc;
 
@@ -9,13 +9,13 @@ use crate::{
     problem::{Extras, Problem},
 };
 
-/// The checked beginnings of packed sequences in Q and in K; nothing before they are set, and where
+/// The checked start offsets of packed sequences in Q and in K; empty before they are set, and where
 /// sequences are not packed.
 #[derive(Default)]
 pub(super) struct Sequences(Option<[DeviceBuffer; 2]>);
 
 impl Sequences {
-    /// Checks and uploads beginnings.
+    /// Checks and uploads the start offsets.
     pub(super) fn upload(
         memory: &Arc<Memory>,
         p: &Problem,
@@ -33,13 +33,13 @@ impl Sequences {
         Ok(Self(Some(both)))
     }
 
-    /// Takes beginnings that are checked already out of `extras`, if there are any.
+    /// Takes checked start offsets out of `extras`, if there are any.
     pub(super) fn take(extras: &mut Extras<DeviceBuffer>) -> Self {
         let both = (extras.cu_seqlens_q.take(), extras.cu_seqlens_k.take());
         Self(both.0.zip(both.1).map(<[_; 2]>::from))
     }
 
-    /// `extras` with these beginnings, and none of the caller's.
+    /// `extras` with these start offsets in place of the caller's.
     pub(super) fn within<'a>(
         &'a self,
         extras: Extras<&'a DeviceBuffer>,

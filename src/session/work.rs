@@ -1,22 +1,22 @@
-//! Something that runs again and again, and how long it takes.
+//! Work that runs repeatedly, and its timing.
 
 use crate::{
     backend::{Device, instruments},
     error::Error,
 };
 
-/// Something that is ready to run on a device, as often as wanted.
+/// Work that is ready for any number of runs on a device.
 pub trait Work {
     /// The device.
     fn device(&self) -> &dyn Device;
 
-    /// Starts it; does not wait.
+    /// Starts the work; does not wait.
     ///
     /// # Errors
     /// An error that the device reports.
     fn start(&mut self) -> Result<(), Error>;
 
-    /// Runs it and waits.
+    /// Runs the work and waits.
     ///
     /// # Errors
     /// The fault of a kernel that ran before.
@@ -26,8 +26,8 @@ pub trait Work {
     }
 }
 
-/// Milliseconds of each of `runs` launches, after `warm_up` that are not timed. Each starts with
-/// a cold L2 cache.
+/// Milliseconds of each of `runs` launches, after `warm_up` untimed launches. Each starts with a
+/// cold L2 cache.
 ///
 /// # Errors
 /// The fault of a kernel that ran before.
@@ -49,9 +49,9 @@ pub fn time_ms(
     Ok(times)
 }
 
-/// Milliseconds per launch among `runs` back to back, none waited for: the time that is left when
-/// launches cost nothing, with the L2 cache as the launch before left it, and at the clock that a
-/// GPU holds at its power limit.
+/// Milliseconds per launch among `runs` launches back to back, without a wait between them. This is
+/// the time when launches cost nothing, with the L2 cache as the previous launch left it, and at
+/// the clock that a GPU holds at its power limit.
 ///
 /// # Errors
 /// The fault of a kernel that ran before.

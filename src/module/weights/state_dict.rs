@@ -6,8 +6,8 @@
 //! | the three in one, as `torch.nn.MultiheadAttention` has them | `in_proj_weight`, `[3 hidden, hidden]` | `in_proj_bias`, `[3 hidden]` |
 //! | output | `out_proj.weight`, `[hidden, hidden]` | `out_proj.bias`, `[hidden]` |
 //!
-//! All names may begin with the same prefix, as `layers.0.attn.`. A bias that is missing is
-//! zero: PyTorch leaves it out of a layer made with `bias=False`.
+//! All names may begin with the same prefix, such as `layers.0.attn.`. A missing bias is zero:
+//! PyTorch omits it from a layer made with `bias=False`.
 
 use std::path::Path;
 
@@ -22,7 +22,7 @@ use crate::{
 
 const PACKED: &str = "in_proj_weight";
 const PACKED_BIAS: &str = "in_proj_bias";
-/// Names that a module which is none of ours has, and what it is.
+/// Names that mark an unsupported module, with its kind.
 const OTHERS: [(&str, &str); 5] = [
     ("q_proj_weight", SIZES),
     ("k_proj_weight", SIZES),
@@ -46,8 +46,8 @@ impl<'a> StateDict<'a> {
     /// Finds the module.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`] where there is none; [`Error::BadFile`] where there are several,
-    /// or the one is of another kind.
+    /// [`Error::MissingTensor`] where there is no module; [`Error::BadFile`] where there are
+    /// several, or the module is of another kind.
     pub(super) fn find(file: &'a SafeTensors<'a>, path: &'a Path) -> Result<Self, Error> {
         let [q, ..] = Weights::NAMES;
         let q = format!("{q}.weight");
@@ -83,8 +83,8 @@ impl<'a> StateDict<'a> {
     /// The projections of queries, keys, values and output.
     ///
     /// # Errors
-    /// Which tensor is missing, of a storage type that kernels do not compute with, or of a
-    /// shape that cannot be divided; other shapes are not looked at.
+    /// An error that names a tensor that is missing, has a storage type that kernels do not
+    /// support, or has a shape that cannot be divided; other shapes are not checked here.
     pub(super) fn projections(&self) -> Result<[Linear; 4], Error> {
         let [q, k, v, out] = Weights::NAMES;
         if !self.has(PACKED) {
@@ -164,7 +164,7 @@ fn third(tensor: &Tensor, index: usize, shape: &[usize]) -> Result<Tensor, Error
     Tensor::from_bytes(tensor.dtype(), shape, &tensor.as_bytes()[index * bytes..][..bytes])
 }
 
-/// Zeros for a weight that is square; of another, its shape is the first thing to complain of.
+/// Zeros for a square weight; for another weight, the error about its shape comes first.
 fn no_bias(weight: &Tensor) -> Tensor {
     let hidden = match *weight.shape() {
         [out, features] if out == features => out,
