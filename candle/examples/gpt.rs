@@ -145,20 +145,50 @@ fn norm(x: &Tensor) -> Result<Tensor> {
     x.broadcast_div(&(mean + 1e-5)?.sqrt()?)
 }
 
-/// The results of a training.
-struct Trained {
+/// A model in training.
+struct Training {
     model: Model,
+    optimizer: AdamW,
     losses: Vec<f32>,
-    /// The median of the steps.
-    step: Duration,
+    times: Vec<Duration>,
 }
 
-fn train(config: &Config, by: By, text: &[u8], device: &Device) -> Result<Trained> {
-    let model = Model::new(config, by, device)?;
-    let parameters = ParamsAdamW { lr: config.rate, weight_decay: 0.01, ..ParamsAdamW::default() };
-    let mut optimizer = AdamW::new(model.variables(), parameters)?;
-    let (mut losses, mut times) = (Vec::new(), Vec::new());
-    // Batches are the same for both: a generator of one multiplication (Knuth's MMIX).
+impl Training {
+    fn new(config: &Config, by: By, device: &Device) -> Result<Self> {
+        let model = Model::new(config, by, device)?;
+        let parameters =
+            ParamsAdamW { lr: config.rate, weight_decay: 0.01, ..ParamsAdamW::default() };
+        let optimizer = AdamW::new(model.variables(), parameters)?;
+        Ok(Self { model, optimizer, losses: Vec::new(), times: Vec::new() })
+    }
+
+    /// One step, of texts `[B, N + 1]`.
+    fn step(&mut self, texts: &Tensor) -> Result<()> {
+        let n = texts.dim(1)? - 1;
+        let start = Instant::now();
+        let scores = self.model.forward(&texts.narrow(1, 0, n)?.contiguous()?)?;
+        let targets = texts.narrow(1, 1, n)?.contiguous()?.flatten_all()?;
+        let loss = candle_nn::loss::cross_entropy(&scores.flatten_to(1)?, &targets)?;
+        self.optimizer.backward_step(&loss)?;
+        self.losses.push(loss.to_scalar::<f32>()?);
+        self.times.push(start.elapsed());
+        Ok(())
+    }
+
+    /// The median of the steps, in milliseconds.
+    fn step_ms(&self) -> f64 {
+        let mut times = self.times.clone();
+        times.sort_unstable();
+        times[times.len() / 2].as_secs_f64() * 1e3
+    }
+}
+
+/// Trains with candle's own attention and with this crate's, on the same batches. The two take turns, so that
+/// whatever else the machine does slows both.
+fn train(config: &Config, text: &[u8], device: &Device) -> Result<[Training; 2]> {
+    let of = |by| Training::new(config, by, device);
+    let mut trainings = [of(By::Candle)?, of(By::Flash)?];
+    // A generator of one multiplication (Knuth's MMIX).
     let mut state = 1u64;
     let mut below = |n: usize| {
         state =
@@ -172,17 +202,12 @@ fn train(config: &Config, by: By, text: &[u8], device: &Device) -> Result<Traine
             let first = below(text.len() - n);
             numbers.extend(text[first..=first + n].iter().map(|&byte| u32::from(byte)));
         }
-        let start = Instant::now();
-        let batch = Tensor::from_vec(numbers, (config.batch, n + 1), device)?;
-        let scores = model.forward(&batch.narrow(1, 0, n)?.contiguous()?)?;
-        let targets = batch.narrow(1, 1, n)?.contiguous()?.flatten_all()?;
-        let loss = candle_nn::loss::cross_entropy(&scores.flatten_to(1)?, &targets)?;
-        optimizer.backward_step(&loss)?;
-        losses.push(loss.to_scalar::<f32>()?);
-        times.push(start.elapsed());
+        let texts = Tensor::from_vec(numbers, (config.batch, n + 1), device)?;
+        for training in &mut trainings {
+            training.step(&texts)?;
+        }
     }
-    times.sort_unstable();
-    Ok(Trained { model, losses, step: times[times.len() / 2] })
+    Ok(trainings)
 }
 
 /// The most probable bytes after a text.
@@ -252,16 +277,15 @@ fn main() -> Result<()> {
         candle_core::bail!("the text has {} bytes: a context is {}", text.len(), config.context)
     }
     println!("{config:?}, {} bytes of text", text.len());
-    let candle = train(&config, By::Candle, &text, &device)?;
-    let flash = train(&config, By::Flash, &text, &device)?;
+    let [candle, flash] = train(&config, &text, &device)?;
     println!("step   candle's own   flash-attention-candle");
     for step in (0..config.steps).step_by((config.steps / 12).max(1)) {
         println!("{step:4}   {:12.5}   {:12.5}", candle.losses[step], flash.losses[step]);
     }
     println!(
         "a step takes {:.1} ms and {:.1} ms; losses are at most {:.1e} apart",
-        candle.step.as_secs_f64() * 1e3,
-        flash.step.as_secs_f64() * 1e3,
+        candle.step_ms(),
+        flash.step_ms(),
         apart(&candle.losses, &flash.losses)
     );
     let picture_path = argument("--picture", String::new())?;
@@ -295,8 +319,7 @@ mod tests {
             rate: 3e-3,
         };
         let text = book().unwrap();
-        let of = |by| train(&config, by, &text, &Device::Cpu).unwrap();
-        let (candle, flash) = (of(By::Candle), of(By::Flash));
+        let [candle, flash] = train(&config, &text, &Device::Cpu).unwrap();
         let apart = apart(&candle.losses, &flash.losses);
         // A difference in rounding grows with each step.
         assert!(apart < 1e-3, "{apart}: {:?} {:?}", candle.losses, flash.losses);
