@@ -17,7 +17,7 @@ pub enum Error {
         /// What was asked for.
         given: String,
     },
-    /// No kernel of that name is in the registry.
+    /// The registry has no kernel with this name.
     #[error("unknown kernel '{given}': the kernels are {known}")]
     UnknownKernel {
         /// What was asked for.
@@ -32,7 +32,7 @@ pub enum Error {
         what: &'static str,
         /// The value given.
         given: String,
-        /// What would be right.
+        /// The right value.
         remedy: String,
     },
     /// A tensor would be larger than addresses can express.
@@ -56,7 +56,7 @@ pub enum Error {
     /// A tensor map cannot describe the tensor to the copy engine.
     #[error("{reason}")]
     TensorMap {
-        /// Which value is wrong, and what would be right.
+        /// The wrong value, and the right one.
         reason: String,
     },
     /// A kernel does not support this problem, or not on this device.
@@ -67,7 +67,7 @@ pub enum Error {
     DeviceLacks {
         /// Name of the device.
         device: String,
-        /// What it cannot do.
+        /// The unsupported request.
         what: String,
         /// The supported alternative.
         remedy: String,
@@ -150,11 +150,11 @@ pub enum Error {
     BadLaunch {
         /// Name of the entry.
         symbol: String,
-        /// Which number is wrong.
+        /// Name of the wrong number.
         what: &'static str,
-        /// What it is.
+        /// The given number.
         given: u64,
-        /// What it must be, or must not exceed.
+        /// The right number, or the limit.
         expected: u64,
     },
     /// A device address range is not allocated.
@@ -189,7 +189,7 @@ pub enum Error {
     BadFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault in the file.
         reason: String,
     },
 }

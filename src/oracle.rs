@@ -194,7 +194,7 @@ pub(crate) struct Beside<'a> {
     pub alibi_slopes: Option<Vec<f32>>,
     pub bias: Option<Vec<f32>>,
     pub sinks: Option<Vec<f32>>,
-    /// Where packed sequences begin in Q, and in K and V.
+    /// The start offsets of packed sequences in Q, and in K and V.
     pub cu_seqlens: Option<[&'a [u32]; 2]>,
 }
 

@@ -13,7 +13,7 @@ use crate::{
     results::{Check, Histogram, Level, Spread},
 };
 
-/// The right answer for some rows of a problem, and how wrong the plain algorithm is.
+/// The right answer for some rows of a problem, and the plain algorithm's error.
 pub struct Oracle {
     problem: Problem,
     rows: Vec<usize>,
@@ -71,7 +71,7 @@ impl Oracle {
         [check("o", &v.o, v.credit.o, d), check("lse", &v.lse, v.credit.lse, 1)]
     }
 
-    /// Compares O alone, of an implementation that gives no LSE.
+    /// Compares O alone, for an implementation that gives no LSE.
     #[must_use]
     pub fn check_o(&self, kernel: &str, o: Tensor) -> Check {
         let lse = Tensor::zeros(DType::F32, &self.problem.lse_shape());
@@ -94,8 +94,8 @@ impl Oracle {
     }
 }
 
-/// The right gradients of some heads of K and V and of the heads of Q that share them, and how wrong
-/// the plain algorithm is.
+/// The right gradients of some heads of K and V and of the heads of Q that share them, and the
+/// plain algorithm's error.
 pub struct GradientOracle {
     problem: Problem,
     heads: Vec<usize>,
@@ -104,9 +104,9 @@ pub struct GradientOracle {
 }
 
 impl GradientOracle {
-    /// Computes in f64 as many heads as have `rows` rows together, spread over the problem. Of one
-    /// that has more, as many rows of dO are left, and the others made 0: they then add nothing to
-    /// any gradient, which takes no time to compute.
+    /// Computes in f64 as many heads as have `rows` rows together, spread over the problem. If one
+    /// head has more rows, dO keeps `rows` rows and is 0 in the others: these add nothing to any
+    /// gradient and take no time to compute.
     #[must_use]
     pub fn new(problem: &Problem, inputs: &Inputs<'_>, d_o: &mut Tensor, rows: usize) -> Self {
         let of_head = problem.group() * problem.seq_q();
@@ -177,7 +177,7 @@ impl GradientOracle {
     }
 }
 
-/// Leaves `rows` rows of dO of the heads of Q that share a head of K, and makes the others 0.
+/// Keeps `rows` rows of dO for the heads of Q that share a head of K, and makes the others 0.
 fn thin(p: &Problem, d_o: &mut Tensor, head: usize, rows: usize) {
     let (b, h_kv) = (head / p.kv_heads(), head % p.kv_heads());
     let (all, row_bytes) = (p.group() * p.seq_q(), p.head_dim_v() * p.dtype().size());
@@ -192,8 +192,8 @@ fn thin(p: &Problem, d_o: &mut Tensor, head: usize, rows: usize) {
     }
 }
 
-/// `[b, h, i, d]` of an element of some heads' `dq`, `dk` or `dv`; of packed sequences its place among
-/// those compared.
+/// `[b, h, i, d]` of an element of some heads' `dq`, `dk` or `dv`; for packed sequences, the
+/// element's place among the compared elements.
 #[must_use]
 pub fn gradient_index(p: &Problem, heads: &[usize], tensor: &str, element: usize) -> Vec<usize> {
     if p.varlen().is_some() {
@@ -207,8 +207,7 @@ pub fn gradient_index(p: &Problem, heads: &[usize], tensor: &str, element: usize
     vec![head / p.kv_heads(), h, of_head % seq, d]
 }
 
-/// The right answer for some tokens of a module's output, and how wrong the plain algorithm
-/// is.
+/// The right answer for some tokens of a module's output, and the plain algorithm's error.
 pub struct ModuleOracle {
     problem: Problem,
     tokens: Vec<usize>,
@@ -249,7 +248,7 @@ impl ModuleOracle {
     }
 }
 
-/// The right gradients of a module, and how wrong the plain algorithm is.
+/// The right gradients of a module, and the plain algorithm's error.
 pub struct ModuleGradientOracle {
     problem: Problem,
     reference: module_oracle::Gradients,
@@ -257,8 +256,8 @@ pub struct ModuleGradientOracle {
 }
 
 impl ModuleGradientOracle {
-    /// Computes every gradient in f64. dy is made 0 for all but some tokens: the others then add
-    /// nothing to any gradient, which takes no time to compute.
+    /// Computes every gradient in f64. dy is 0 for all but some tokens: the other tokens add
+    /// nothing to any gradient and take no time to compute.
     #[must_use]
     pub fn new(
         problem: &Problem,
@@ -331,7 +330,7 @@ pub fn module_gradient_index(p: &Problem, tensor: &str, element: usize) -> Vec<u
     }
 }
 
-/// The verdicts and figures of one comparison; what was compared is left to the caller.
+/// The verdicts and figures of one comparison; the caller adds the names.
 #[must_use]
 pub fn check(differences: &Differences, plain: Yardstick, threshold: Option<f64>) -> Check {
     let error = differences.max_abs;
@@ -378,7 +377,7 @@ fn histogram(counts: &flash_attention::verify::Histogram) -> Histogram {
     }
 }
 
-/// Why a check failed, in one line.
+/// The reason that a check failed, in one line.
 #[must_use]
 pub fn complaint(check: &Check) -> String {
     let Check { tensor, worst_index, worst_got, worst_expected, plain_max_abs, .. } = check;

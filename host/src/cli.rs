@@ -1,4 +1,4 @@
-//! The command line, with completions and manual pages made of it.
+//! The command line, and the completions and manual pages made from it.
 
 use anyhow::Result;
 use clap::{CommandFactory as _, Parser, Subcommand};
@@ -79,7 +79,7 @@ pub fn completions(shell: Shell) -> Outcome {
 /// Prints the manual page of the program, or of a command.
 ///
 /// # Errors
-/// [`Usage`] for a command that there is none of.
+/// [`Usage`] for an unknown command.
 pub fn man(command: Option<&str>) -> Result<Outcome> {
     let mut program = Cli::command().disable_help_subcommand(true);
     program.build();

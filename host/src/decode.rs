@@ -1,5 +1,5 @@
-//! `decode`: a few queries against caches of several lengths, contiguous and in pages: each is verified
-//! against f64 and then timed.
+//! `decode`: a few queries against caches of several lengths, contiguous and paged. The command
+//! verifies each cache against f64 and then times it.
 
 use std::{num::NonZeroU32, path::PathBuf};
 
@@ -23,14 +23,15 @@ use crate::{
     table, values,
 };
 
-/// Multiplications that attention in f64 may take for each line: rows are sampled so.
+/// Multiplications that attention in f64 may take per line; this limit sets the number of sampled
+/// rows.
 const BUDGET: usize = 1 << 30;
 /// Timed runs on a GPU, and under the emulator.
 const ITERS: [usize; 2] = [30, 1];
 /// Launches back to back for each timed run.
 const TOGETHER: usize = 20;
 
-/// The values of options that are not given.
+/// The default values of options.
 #[derive(Clone, Copy, Debug)]
 pub struct Defaults {
     /// Keys.
@@ -138,8 +139,8 @@ pub struct DecodeRow {
     pub median_ms: f64,
     /// Time of a launch among others, back to back, in milliseconds.
     pub sustained_ms: f64,
-    /// What of the rate at which the GPU copies its memory the keys and values are read at, from a cold L2
-    /// cache; the copy is measured in the same run. Nothing under the emulator.
+    /// The rate at which the keys and values are read, from a cold L2 cache, as a share of the
+    /// GPU's memory copy rate, measured in the same run. `None` under the emulator.
     pub share_of_copy: Option<f64>,
     /// Largest error of O.
     pub max_abs_err: f64,
@@ -148,7 +149,7 @@ pub struct DecodeRow {
 }
 
 impl DecodeRow {
-    /// Gigabytes of keys and values in a second.
+    /// Gigabytes of keys and values per second.
     #[must_use]
     pub fn rate(&self, ms: f64) -> f64 {
         self.cache_bytes as f64 / ms * 1e-6
@@ -158,7 +159,8 @@ impl DecodeRow {
 /// Runs the command.
 ///
 /// # Errors
-/// An invalid request, a failed run, or a file that cannot be written: the lines are printed before it is.
+/// An invalid request, a failed run, or a file that cannot be written; the lines are printed before
+/// the file is written.
 pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
     let [json] = output::open_all([("--json", args.json.as_deref())])?;
     let opened = machine::open(args.device, args.memory_limit)?;
@@ -230,7 +232,7 @@ fn heading(opened: &machine::Opened, decodes: &[Decode], copy_rate: Option<f64>)
     text
 }
 
-/// The caches that were asked for: every length with every page size.
+/// The requested caches: every length with every page size.
 fn decodes(args: &DecodeCommandArgs, defaults: &Defaults) -> Result<Vec<Decode>> {
     let seq_k = args.seq_k.as_deref().unwrap_or(defaults.seq_k);
     let page_sizes = args.page_size.as_deref().unwrap_or(defaults.page_size);
@@ -315,7 +317,7 @@ fn measure(session: &Session, decode: &Decode, seed: u64, iters: usize) -> Resul
     })
 }
 
-/// The numbers of all pages in an order of chance.
+/// The numbers of all pages in random order.
 fn shuffled(pages: u32, seed: u64) -> Vec<i32> {
     let draws = Tensor::random(DType::F32, &[pages as usize], !seed, 0.0).to_f32();
     let mut order: Vec<i32> = (0..pages).map(|page| page as i32).collect();

@@ -1,5 +1,5 @@
-//! `env`: the computer, the driver, each GPU with the kernels it can run and why not the
-//! others, and what to do about what is missing.
+//! `env`: the computer, the driver, and each GPU with the kernels that it can run, the reasons
+//! against the others, and the remedy for missing parts.
 
 use std::fmt::Write as _;
 
@@ -18,7 +18,7 @@ use crate::{
     results::Machine,
 };
 
-/// Runs the command: whatever is missing is said, and is no failure.
+/// Runs the command. A missing part is reported and is no failure.
 #[must_use]
 pub fn run() -> Outcome {
     let mut text = computer(&machine());
@@ -71,7 +71,7 @@ fn needs(least: (u32, u32), exact: bool) -> String {
     )
 }
 
-/// One GPU and what runs on it.
+/// One GPU and its kernels.
 fn describe(gpu: &GpuDescription) -> String {
     let driver = gpu.driver_version.as_deref().unwrap_or("of unknown version");
     let mut text = format!(
@@ -107,7 +107,7 @@ fn describe(gpu: &GpuDescription) -> String {
     text + &kernels(&target) + &chosen(&target)
 }
 
-/// The kernel that is chosen for each storage type when none is named, and by what rule.
+/// The default kernel for each storage type, and the rule that chooses it.
 fn chosen(target: &Target) -> String {
     let of = |dtype: DType| {
         // Head dim 64, which every kernel has.
@@ -124,8 +124,8 @@ fn chosen(target: &Target) -> String {
     }
 }
 
-/// A line for each kernel of attention, of its gradients and of projections: the module that it
-/// comes from, or why it cannot run.
+/// One line per kernel of attention, of its gradients and of projections: the kernel's module, or
+/// the reason that it cannot run.
 fn kernels(target: &Target) -> String {
     let head_dims = |limits: &AttentionLimits| format!("; head dims: {}", limits.head_dims());
     let all = [
@@ -142,7 +142,7 @@ fn kernels(target: &Target) -> String {
     text
 }
 
-/// Name of each kernel of an operation, and what it is or why it cannot run.
+/// Name of each kernel of an operation, with its module or the reason that it cannot run.
 fn of_operation<P: Operation>(
     target: &Target,
     has: impl Fn(&P::Limits) -> String,
@@ -164,7 +164,7 @@ fn list<T: ToString>(values: &[T]) -> String {
     values.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// The module that holds a kernel: that of its capability.
+/// The module that holds a kernel, by the kernel's compute capability.
 fn module(capability: (u32, u32), exact: bool) -> Option<&'static str> {
     let mut modules = ptx::modules().iter();
     modules.find(|m| m.compute_capability == capability && m.exact == exact).map(|m| m.name)

@@ -1,8 +1,8 @@
-//! How a command ends: exit codes and the one line that says why.
+//! The end of a command: exit codes, and the one line that says why.
 //!
-//! 0: done and right. 1: a verdict was bad, or work failed. 2: the request cannot be met
-//! as it stands. 128 + signal (130: Ctrl-C): stopped by a signal; what was measured is still
-//! printed and written.
+//! 0: done and right. 1: a verdict was bad, or work failed. 2: the request cannot be met as it
+//! stands. 128 + signal (130: Ctrl-C): stopped by a signal; the results so far are still printed
+//! and written.
 
 use std::{fmt, process::ExitCode};
 
@@ -11,10 +11,10 @@ use flash_attention_distributed::Error as SeveralError;
 
 use crate::interrupt;
 
-/// How a command that did not fail ended.
+/// The result of a command that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Everything was done and is right.
+    /// All work is done and right.
     Good,
     /// A verdict was bad, or a row failed.
     Bad,
@@ -32,7 +32,7 @@ impl From<Outcome> for ExitCode {
     }
 }
 
-/// A request that cannot be met as it stands: what is wrong and what would be right.
+/// A request that cannot be met as it stands: the wrong value and the right one.
 #[derive(Debug)]
 pub struct Usage(pub String);
 
@@ -56,7 +56,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     if usage { 2 } else { 1 }
 }
 
-/// `error: …` on one line: causes are joined by colons, line ends become spaces.
+/// `error: …` on one line: colons join the causes, and line ends become spaces.
 #[must_use]
 pub fn line(error: &anyhow::Error) -> String {
     let mut text = String::new();
@@ -71,8 +71,8 @@ pub fn line(error: &anyhow::Error) -> String {
     format!("error: {}", text.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
-/// What clap says about arguments, without its usage and hints on further lines; the whole help
-/// where no command was given.
+/// Clap's message about arguments, without its usage and hints on further lines; the whole help if
+/// no command was given.
 #[must_use]
 pub fn clap_line(error: &clap::Error) -> String {
     let text = error.to_string();

@@ -1,4 +1,4 @@
-//! Numbers as a reader wants them: few digits, with their unit.
+//! Numbers for readers: few digits, with their unit.
 
 /// Bytes in the binary unit that leaves one to four digits before the point.
 #[must_use]
@@ -39,7 +39,7 @@ pub fn scientific(value: f64) -> String {
     if value == 0.0 { "0".into() } else { format!("{value:.1e}") }
 }
 
-/// A whole number with its thousands apart.
+/// A whole number with separated thousands.
 #[must_use]
 pub fn count(value: i64) -> String {
     let digits = value.unsigned_abs().to_string();
@@ -53,7 +53,7 @@ pub fn count(value: i64) -> String {
     if value < 0 { format!("-{text}") } else { text }
 }
 
-/// A count and what is counted: `1 thread`, `2 threads`.
+/// A count with its noun: `1 thread`, `2 threads`.
 #[must_use]
 pub fn counted(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })

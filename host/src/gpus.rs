@@ -1,6 +1,6 @@
-//! `compare --gpus` and `verify --gpus`: attention and its gradients that several GPUs share, by heads, by
-//! context and by both. Ranks are threads of this process, each with a GPU through NCCL, or each with
-//! an emulator.
+//! `compare --gpus` and `verify --gpus`: attention and its gradients shared by several GPUs, by
+//! heads, by context and by both. Ranks are threads of this process, each with a GPU through NCCL,
+//! or each with an emulator.
 
 use std::sync::Arc;
 
@@ -35,20 +35,21 @@ use crate::{
     table, values,
 };
 
-/// On GPUs: enough work for the ring to be hidden.
+/// On GPUs: enough work to hide the ring's transfers.
 pub const ON_GPU: Defaults =
     Defaults { seq: &[32_768], batch: 1, heads: 16, head_dim: 128, dtype: DType::F16 };
 /// Small enough for emulators.
 pub const EMULATED: Defaults =
     Defaults { seq: &[128], batch: 1, heads: 4, head_dim: 32, dtype: DType::F16 };
-/// The most tokens whose gradients are compared with f64: each takes as long as a head has rows.
+/// The maximum number of tokens whose gradients are compared with f64: the cost of each grows with
+/// a head's rows.
 const MOST_TOKENS_OF_GRADIENTS: usize = 2048;
 /// Timed runs unless given.
 pub const RUNS: usize = 3;
 /// Rows of O that are compared with f64, where there are more.
 const ROWS: usize = 2048;
 
-/// How GPUs share attention.
+/// The way in which GPUs share attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Parallel {
     /// They divide the heads
@@ -68,7 +69,7 @@ impl Parallel {
         }
     }
 
-    /// The ranks of that many GPUs; none where there are too few for both.
+    /// The ranks for this number of GPUs; `None` where there are too few for both.
     fn grid(self, gpus: usize) -> Option<Grid> {
         match self {
             Self::Heads => Some(Grid::of_heads(gpus)),
@@ -81,7 +82,7 @@ impl Parallel {
     }
 }
 
-/// What both commands take for several GPUs.
+/// The options of both commands for several GPUs.
 #[derive(Args, Clone, Debug)]
 pub struct GpusArgs {
     /// Share attention between this many GPUs; on the CPU each is a thread with an emulator
@@ -101,13 +102,13 @@ pub struct GpusRow {
     pub grid: Grid,
     /// The pass.
     pub pass: &'static str,
-    /// Its times, where it was timed.
+    /// The times, if measured.
     pub times: Option<Times>,
-    /// Its speed against as many times that of one GPU.
+    /// The speed, relative to the number of GPUs times one GPU's speed.
     pub efficiency: Option<f64>,
-    /// The most bytes that a rank sends.
+    /// The maximum bytes that a rank sends.
     pub sent: u64,
-    /// The most memory of a GPU, both passes together.
+    /// The peak memory of a GPU, both passes together.
     pub peak: u64,
     /// The largest error of O, or of a gradient, where it was compared with f64.
     pub error: Option<f64>,
@@ -115,7 +116,7 @@ pub struct GpusRow {
     pub passed: bool,
 }
 
-/// Refuses options that only one device takes, where they are given.
+/// Refuses options that only a single device takes.
 ///
 /// # Errors
 /// The first one given.
@@ -130,7 +131,7 @@ pub fn refuse(options: &[(bool, &str)]) -> Result<(), Usage> {
 /// Runs either command: `timed_runs` of each pass, after both were verified.
 ///
 /// # Errors
-/// What is wrong with the request; what went wrong on a rank.
+/// A wrong request; an error of a rank.
 pub fn run(
     problem: &ProblemArgs,
     gpus: usize,
@@ -266,7 +267,7 @@ fn of_run(
     [row(0, "forward"), row(1, "backward")]
 }
 
-/// Runs ranks as threads, each with the GPU of its number.
+/// Runs ranks as threads, each on the GPU with the rank's number.
 fn on_gpus(setup: &Setup, qkv: [&Tensor; 3], d_o: &Tensor) -> Result<Run> {
     let nccl = (setup.share.grid().ranks() > 1).then(Nccl::get).transpose()?;
     let rank = |peers: Peers| -> Result<_, SeveralError> {

@@ -1,4 +1,4 @@
-//! The text that help shows below the options: examples, and the defaults of each device.
+//! The help text below the options: examples, and the defaults of each device.
 
 use crate::{compare, decode, results::Repeats, verify};
 

@@ -16,7 +16,7 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    /// Q, K and V from the normal distribution, and what else the problem has: a mask, the usual
+    /// Q, K and V from the normal distribution, and the problem's other tensors: a mask, the usual
     /// slopes, bias and sinks from the normal distribution.
     #[must_use]
     pub fn random(problem: &Problem, seed: u64) -> Self {
@@ -37,7 +37,7 @@ impl Tensors {
         }
     }
 
-    /// The tensors as a session takes them.
+    /// The tensors in the form that a session takes.
     #[must_use]
     pub fn inputs(&self) -> Inputs<'_> {
         Inputs {
@@ -65,8 +65,8 @@ pub fn gradient_of_y(problem: &Problem, seed: u64) -> Tensor {
     beside(problem.dtype(), &[problem.batch(), problem.seq_q(), hidden], seed, 4)
 }
 
-/// Where packed sequences of random lengths begin in Q and in K: each has from one to the given number
-/// of rows, and as many keys as rows if those numbers are the same.
+/// The start offsets of packed sequences of random lengths in Q and in K. Each sequence has from
+/// one to the given number of rows, and as many keys as rows if the two given numbers are the same.
 #[must_use]
 pub fn cu_seqlens(batch: usize, [seq_q, seq_k]: [usize; 2], seed: u64) -> [Vec<u32>; 2] {
     let ends = |most: usize, stream| {
@@ -93,7 +93,7 @@ fn slopes(shape: &[usize], heads: usize) -> Tensor {
     tensor
 }
 
-/// A tensor beside Q, K and V, from streams that those do not use.
+/// A tensor beside Q, K and V, from separate streams.
 fn beside(dtype: DType, shape: &[usize], seed: u64, stream: u64) -> Tensor {
     Tensor::random(dtype, shape, !seed.wrapping_mul(5).wrapping_add(stream), 0.0)
 }
@@ -126,8 +126,8 @@ impl ModuleTensors {
     }
 }
 
-/// A padding mask as sequences of different lengths have it: each batch entry sees its
-/// first keys, from half of them to all.
+/// A padding mask for sequences of different lengths: each batch entry sees its first keys, from
+/// half of them to all.
 #[must_use]
 pub fn tail_mask(batch: usize, seq: usize, seed: u64) -> Vec<u8> {
     // Any stream that the tensors do not use will do: a normal draw decides the length.

@@ -11,12 +11,12 @@ use std::{
 
 use crate::progress::warn;
 
-/// Number of the first signal; 0 while there was none.
+/// Number of the first signal; 0 before any signal.
 static SIGNAL: AtomicU8 = AtomicU8::new(0);
 static STOP: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 static HANDLER: OnceLock<()> = OnceLock::new();
 
-/// Starts listening. Where that fails, a signal ends the program as usual.
+/// Starts listening. On failure, a signal ends the program as usual.
 pub fn listen() {
     HANDLER.get_or_init(|| {
         if let Err(error) = start() {

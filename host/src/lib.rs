@@ -1,5 +1,4 @@
-//! The command line's parts, as a library, so that tests and other programs can read
-//! what it writes.
+//! The command line's parts, as a library, so that tests and other programs can read its output.
 
 pub mod accuracy;
 pub mod cli;
@@ -32,7 +31,7 @@ use clap::Parser;
 
 use cli::{Cli, Command};
 
-/// Reads the arguments, runs the command and says how it ended.
+/// Reads the arguments, runs the command and reports its result.
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -68,7 +67,7 @@ pub fn main() -> ExitCode {
     })
 }
 
-/// The exit code of a command, or that its text could not be printed.
+/// The exit code of a command, or of a failure to print its text.
 fn ended(code: ExitCode) -> ExitCode {
     let Some(error) = progress::failure() else { return code };
     progress::warn(&format!("error: standard output could not be written: {error}"));

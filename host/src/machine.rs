@@ -1,4 +1,4 @@
-//! The computer, and the device that a command runs on.
+//! The computer, and a command's device.
 
 use std::{
     fmt, fs,
@@ -49,15 +49,15 @@ impl FromStr for DeviceChoice {
 pub struct Opened {
     /// The device.
     pub device: Arc<dyn Device>,
-    /// What results say of it.
+    /// The device's description in results.
     pub info: DeviceInfo,
     /// The driver, where there is one.
     pub driver: Option<Driver>,
-    /// Why it is the emulator, where a GPU would have been preferred.
+    /// The reason for the emulator, if a GPU was preferred.
     pub why_emulated: Option<String>,
 }
 
-/// The device that a command runs on, and why it is not a GPU.
+/// A command's device, and the reason if it is not a GPU.
 impl fmt::Display for Opened {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let info = &self.info;
@@ -73,10 +73,10 @@ impl fmt::Display for Opened {
     }
 }
 
-/// Opens the device that was asked for. `memory_limit` is the emulator's memory.
+/// Opens the requested device. `memory_limit` is the emulator's memory.
 ///
 /// # Errors
-/// When a GPU was asked for by name and cannot be had, or was given a memory limit.
+/// When a GPU was requested by name and is unavailable, or has a memory limit.
 pub fn open(choice: DeviceChoice, memory_limit: Option<u64>) -> Result<Opened> {
     let gpu = match choice {
         DeviceChoice::Cpu => return Ok(emulator(memory_limit, None)),
@@ -110,7 +110,7 @@ fn opened_gpu(gpu: CustDevice) -> Opened {
     Opened { device: Arc::new(gpu), info, driver, why_emulated: None }
 }
 
-/// What results say of the driver that a GPU was found through.
+/// The driver's description in results.
 #[must_use]
 pub fn driver(gpu: &GpuDescription) -> Driver {
     Driver { version: gpu.driver_version.clone(), cuda: capability(gpu.cuda_version) }
@@ -130,8 +130,8 @@ fn emulator(limit: Option<u64>, why_emulated: Option<String>) -> Opened {
     Opened { device: Arc::new(device), info, driver: None, why_emulated }
 }
 
-/// Half of what is free: inputs stand in the host's memory and in the emulated device's, and the
-/// oracle widens them once more.
+/// Half of the free memory: inputs are in the host's memory and in the emulated device's, and the
+/// oracle holds a widened copy.
 #[must_use]
 pub fn memory_for_the_emulator() -> Option<u64> {
     available_bytes().map(|bytes| bytes / 2)
@@ -144,7 +144,7 @@ pub fn cpu(limit: Option<u64>) -> CpuDevice {
     device.stopped_by(interrupt::stop())
 }
 
-/// A version or compute capability as it is written: `9.0`.
+/// A version or compute capability as text: `9.0`.
 #[must_use]
 pub fn capability((major, minor): (u32, u32)) -> String {
     format!("{major}.{minor}")
@@ -176,8 +176,7 @@ fn kibibytes(meminfo: &str, key: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
 }
 
-/// Memory that can be had: what the system has available, and no more than the
-/// container is allowed.
+/// Available memory: the system's available memory, limited by the container's.
 fn available_bytes() -> Option<u64> {
     let available = meminfo("MemAvailable:")?;
     let cgroup = |name: &str| -> Option<u64> {

@@ -86,7 +86,7 @@ pub struct ShapeArgs {
     pub seed: u64,
 }
 
-/// What both `compare` and `verify` take.
+/// The options of both `compare` and `verify`.
 #[derive(Args, Clone, Debug)]
 pub struct ProblemArgs {
     /// The problem.
@@ -103,7 +103,7 @@ pub struct ProblemArgs {
     pub memory_limit: Option<u64>,
 }
 
-/// The values of options that are not given.
+/// The default values of options.
 #[derive(Clone, Copy, Debug)]
 pub struct Defaults {
     /// Sequence lengths.
@@ -130,10 +130,10 @@ impl fmt::Display for Defaults {
 }
 
 impl ShapeArgs {
-    /// The problems, one a sequence length, checked.
+    /// The problems, one per sequence length, checked.
     ///
     /// # Errors
-    /// What value is wrong and what would be right.
+    /// The wrong value and the right one.
     pub fn problems(&self, defaults: &Defaults, level: LevelChoice) -> Result<Vec<Problem>> {
         let of_attention = [
             (self.kv_heads.is_some(), "--kv-heads"),
@@ -200,11 +200,12 @@ impl ProblemArgs {
         kind(level, self.shape.deterministic)
     }
 
-    /// The kernels of the levels, which all have the same, in the order of the ladder or as they were
-    /// asked for. One that can do none of the problems is among them, as long as another can do one.
+    /// The kernels of the levels, which all have the same kernels, in the order of the ladder or in
+    /// the requested order. A kernel that supports none of the problems stays in the list, as long
+    /// as another supports one.
     ///
     /// # Errors
-    /// An unknown kernel; one that is listed twice; or no kernel that can do any problem.
+    /// An unknown kernel, a kernel listed twice, or no kernel that supports any of the problems.
     pub fn chosen_kernels(
         &self,
         problems: &[Problem],
@@ -252,7 +253,7 @@ impl ProblemArgs {
         Ok(kernels)
     }
 
-    /// What results record of the problems that are run.
+    /// The problems' record in results.
     #[must_use]
     pub fn recorded(&self, problems: &[Problem], kernels: &[Kernel]) -> Options {
         let Some(first) = problems.first() else { return Options::default() };

@@ -1,5 +1,5 @@
-//! Files that a command writes: found writable before anything is computed, written
-//! afterwards as other programs write theirs. Results read back.
+//! Files that a command writes: checked as writable before any computation, and written afterwards
+//! in the way of other programs. Also reads results back.
 
 use std::{
     fs::{self, File, Metadata, OpenOptions},
@@ -16,7 +16,7 @@ use crate::{
     results::{Results, Row, SCHEMA},
 };
 
-/// Where a command writes one file.
+/// The target of one file that a command writes.
 #[derive(Debug)]
 pub struct Output {
     path: PathBuf,
@@ -34,7 +34,7 @@ enum To {
 }
 
 impl Output {
-    /// Finds out whether a file can be written there. What stands in it is kept.
+    /// Checks whether a file can be written there, and keeps its contents.
     ///
     /// # Errors
     /// [`Usage`] with the system's reason.
@@ -69,9 +69,9 @@ impl Output {
         Ok(Self { path: path.to_owned(), to })
     }
 
-    /// Writes the file. A regular file changes all at once, and a failure leaves it as it was;
-    /// one that cannot be replaced (it has several names, belongs to somebody else, or its
-    /// directory is closed) is written in place.
+    /// Writes the file. A regular file changes atomically, and a failure leaves it unchanged. A
+    /// file that cannot be replaced (it has several names, belongs to another user, or its
+    /// directory is not writable) is written in place.
     ///
     /// # Errors
     /// The system's reason, with the file's name.
@@ -87,13 +87,13 @@ impl Output {
         written.with_context(|| format!("{} could not be written", self.path.display()))
     }
 
-    /// The name that was given.
+    /// The given name.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether both would write one file.
+    /// Whether both targets are the same file.
     fn is_same(&self, other: &Self) -> bool {
         match (&self.to, &other.to) {
             (To::Stdout, To::Stdout) => true,
@@ -102,15 +102,15 @@ impl Output {
         }
     }
 
-    /// Whether it would write the file of that name.
+    /// Whether the target is the file with this name.
     #[must_use]
     pub fn is_file(&self, path: &Path) -> bool {
         matches!(&self.to, To::File(target) if is_same_file(target, path))
     }
 }
 
-/// Opens the files that a command was asked for, each with the option that names it. Where one
-/// is standard output, text goes to standard error from now on.
+/// Opens the requested files of a command, each with the option that names it. If one is standard
+/// output, text goes to standard error from now on.
 ///
 /// # Errors
 /// [`Usage`] for a file that cannot be written, or that two options name.
@@ -133,7 +133,7 @@ pub fn open_all<const N: usize>(files: [(&str, Option<&Path>); N]) -> Result<[Op
     Ok(opened)
 }
 
-/// Makes a folder, and fails when no file can be written in it.
+/// Makes a folder, and fails if no file can be written in it.
 ///
 /// # Errors
 /// [`Usage`] with the system's reason.
@@ -144,7 +144,7 @@ pub fn check_folder(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The name that symbolic links lead to, which may be of no file yet.
+/// The name that symbolic links lead to; the file may not exist yet.
 fn resolve(path: &Path) -> PathBuf {
     let mut target = path.to_owned();
     // As many as Linux follows.
@@ -173,7 +173,7 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
     same(file(one), file(other)) || place(one).is_some() && place(one) == place(other)
 }
 
-/// What tells a file from all others, whatever its names.
+/// The identity of a file, independent of its names.
 #[cfg(unix)]
 fn identity(file: &Metadata) -> Option<(u64, u64)> {
     use std::os::unix::fs::MetadataExt as _;
@@ -185,8 +185,8 @@ fn identity(_: &Metadata) -> Option<(u64, u64)> {
     None
 }
 
-/// Whether this file or pipe is standard output. Not for devices: what is written to
-/// `/dev/null` or a terminal under two names is in nobody's way.
+/// Whether this file or pipe is standard output. Devices do not count: two outputs to `/dev/null`
+/// or a terminal do not conflict.
 #[cfg(unix)]
 fn is_stdout(there: &Metadata) -> bool {
     use std::os::{fd::AsFd as _, unix::fs::FileTypeExt as _};
@@ -233,7 +233,7 @@ fn fill(to: impl Write, contents: impl FnOnce(&mut dyn Write) -> Result<()>) -> 
     Ok(to.flush()?)
 }
 
-/// Writes a file beside the target, and puts it in the target's place.
+/// Writes a file beside the target, and replaces the target with it.
 fn replace(target: &Path, contents: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
     let old = fs::metadata(target).ok();
     let mut new = match (new_beside(target, old.as_ref()), &old) {
@@ -250,8 +250,8 @@ fn replace(target: &Path, contents: impl FnOnce(&mut dyn Write) -> Result<()>) -
     })
 }
 
-/// An empty file in the target's folder, with the mode that the target has or will have;
-/// none where it cannot take the old one's place unnoticed.
+/// An empty file in the target's folder, with the target's present or future mode; `None` where it
+/// cannot replace the old file without a visible difference.
 #[cfg(unix)]
 fn new_beside(target: &Path, old: Option<&Metadata>) -> io::Result<Option<NamedTempFile>> {
     use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};

@@ -1,4 +1,4 @@
-//! What the terminal shows: text on standard output, progress on standard error.
+//! Terminal output: text on standard output, progress on standard error.
 
 use std::{
     io::{self, IsTerminal, Write},
@@ -10,12 +10,12 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Standard output is taken by a file.
+/// A file uses standard output.
 static TO_STDERR: AtomicBool = AtomicBool::new(false);
 /// The first failure to print.
 static FAILURE: OnceLock<io::Error> = OnceLock::new();
 
-/// A bar of so many steps.
+/// A bar with the given number of steps.
 pub struct Progress(ProgressBar);
 
 impl Progress {
@@ -31,7 +31,7 @@ impl Progress {
         Self(bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())))
     }
 
-    /// Says what is being done now.
+    /// Shows the current work.
     pub fn doing(&self, what: impl Into<String>) {
         self.0.set_message(what.into());
         self.0.tick();
@@ -42,12 +42,12 @@ impl Progress {
         self.0.inc(1);
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn clear(&self) {
         self.0.finish_and_clear();
     }
 
-    /// Prints with the bar out of the way.
+    /// Prints with the bar hidden.
     pub fn print(&self, text: &str) {
         self.0.suspend(|| print_lines(text));
     }
@@ -59,9 +59,9 @@ impl Drop for Progress {
     }
 }
 
-/// Prints to standard output, or to standard error where a file was asked for on standard
-/// output. A reader who has left (`| head`) is no failure; any other is told at the end of the
-/// program, so that files are written first ([`failure`]).
+/// Prints to standard output, or to standard error if a file goes to standard output. A closed pipe
+/// (`| head`) is no failure. Any other failure is reported at the end of the program, so that files
+/// are written first ([`failure`]).
 pub fn print_lines(text: &str) {
     if TO_STDERR.load(Ordering::Relaxed) {
         return warn(text);
@@ -75,7 +75,7 @@ pub fn print_lines(text: &str) {
     }
 }
 
-/// Prints to standard error. When that fails nothing is left to tell it to.
+/// Prints to standard error. A failure here has no place left to be reported.
 pub fn warn(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
 }
@@ -85,7 +85,7 @@ pub fn print_to_stderr() {
     TO_STDERR.store(true, Ordering::Relaxed);
 }
 
-/// Why text could not be printed.
+/// The reason that text could not be printed.
 #[must_use]
 pub fn failure() -> Option<&'static io::Error> {
     FAILURE.get()

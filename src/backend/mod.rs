@@ -1,4 +1,4 @@
-//! Where kernels run: a GPU through the CUDA driver, or the emulator on the CPU.
+//! The devices that run kernels: a GPU through the CUDA driver, or the emulator on the CPU.
 //!
 //! Both offer the same few operations ([`Device`]), so the layers above (the session that runs a
 //! problem, benchmarks, verification) exist once.

@@ -90,7 +90,7 @@ impl ProblemBuilder {
         self
     }
 
-    /// How far before and after its own position a row sees keys.
+    /// The window: how far before and after its own position a row sees keys.
     pub const fn window(mut self, window: Window) -> Self {
         self.problem.window = window;
         self

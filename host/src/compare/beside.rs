@@ -1,4 +1,4 @@
-//! PyTorch's rows beside those of the kernels.
+//! PyTorch's rows beside the kernels' rows.
 
 use super::{
     measure::Bench,
@@ -14,7 +14,7 @@ use crate::{
     subject::row,
 };
 
-/// Starts PyTorch with those backends, or says in a line why there will be no rows of it.
+/// Starts PyTorch with the given backends, or says in one line why PyTorch will have no rows.
 pub fn start(opened: &Opened, choice: DeviceChoice, backends: Vec<&'static str>) -> Option<Peers> {
     match Peers::start(opened.info.emulated, choice, backends) {
         Ok(peers) => {
@@ -37,7 +37,7 @@ pub fn start(opened: &Opened, choice: DeviceChoice, backends: Vec<&'static str>)
     }
 }
 
-/// Adds PyTorch's rows for one problem. A process that has ended is said once, and its rows
+/// Adds PyTorch's rows for one problem. If the process has ended, one message says so, and its rows
 /// are missing from then on.
 pub fn measure(
     peers: &mut Option<Peers>,
@@ -68,8 +68,8 @@ pub fn measure(
     }
 }
 
-/// The row of the backend that keeps the N x N matrix, where it would not fit the memory of
-/// this computer: Linux would end the process, and perhaps this one.
+/// The row of the backend that keeps the N x N matrix, where the matrix would not fit this
+/// computer's memory: Linux would end the process, and perhaps this one too.
 fn too_large_for_the_cpu(bench: &Bench<'_>) -> Option<Row> {
     let (device, problem) = (bench.subject.session().device(), bench.subject.problem());
     let (rows, keys) = (problem.rows() as u64, problem.seq_k() as u64);

@@ -20,23 +20,23 @@ use crate::{
     subject::{Subject, Timed},
 };
 
-/// Before each row that is measured at the power limit: what ran before has warmed the GPU for none
-/// of them. As long as in `peers.py`.
+/// The pause before each row that is measured at the power limit, so that earlier work has not
+/// warmed the GPU for any row. The same length as in `peers.py`.
 const REST: Duration = Duration::from_millis(500);
 
-/// What is needed to measure kernels on one problem.
+/// The setup for measuring kernels on one problem.
 pub struct Bench<'a> {
     /// The problem with its tensors.
     pub subject: &'a dyn Subject,
-    /// How often kernels run.
+    /// The number of runs.
     pub repeats: Repeats,
-    /// How long a launch may take.
+    /// The time limit of a launch.
     pub watch: &'a Watch,
 }
 
 impl Bench<'_> {
-    /// Verifies and times a kernel. What goes wrong on the way ends in the row; there is none if
-    /// a signal came before the kernel was verified.
+    /// Verifies and times a kernel. Errors end in the row. There is no row if a signal came before
+    /// the kernel was verified.
     pub fn measure(&self, mut row: Row, progress: &Progress) -> Option<(Row, Vec<Check>)> {
         let mut checks = Vec::new();
         if let Err(error) = self.try_measure(&mut row, &mut checks, progress) {
@@ -156,7 +156,7 @@ impl Bench<'_> {
     }
 }
 
-/// The result of launches, if no signal stopped them.
+/// The result of launches that no signal stopped.
 fn unless_stopped<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
     match result {
         Err(Error::Stopped) => Ok(None),

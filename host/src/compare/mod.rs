@@ -1,5 +1,5 @@
-//! `compare`: kernels side by side, each verified and then timed, one table a sequence
-//! length. What does not fit, is not supported or fails is a row, and the run goes on.
+//! `compare`: kernels side by side, each verified and then timed, one table per sequence length. A
+//! kernel that does not fit, is not supported or fails still has a row, and the run goes on.
 
 mod args;
 mod beside;
@@ -44,18 +44,18 @@ pub const ON_GPU: Defaults = Defaults {
     head_dim: 64,
     dtype: flash_attention::DType::F16,
 };
-/// How often a GPU runs a kernel.
+/// The number of runs on a GPU.
 pub const REPEATS_ON_GPU: Repeats = Repeats { warmup: 5, iters: 30, sustained: None };
-/// Small enough that every kernel is through in 10 seconds on two cores.
+/// Small enough that every kernel finishes in 10 seconds on two cores.
 pub const EMULATED: Defaults = Defaults { seq: &[64, 128, 256], batch: 1, heads: 2, ..ON_GPU };
-/// How often the emulator does.
+/// The number of runs under the emulator.
 pub const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 2, sustained: None };
 
 /// Runs the command.
 ///
 /// # Errors
-/// What is wrong with the request, found before anything is measured; or a file that
-/// could not be written, after the results were printed.
+/// A wrong request, found before any measurement; or a file that could not be written, after the
+/// results were printed.
 pub fn run(args: &CompareArgs) -> Result<Outcome> {
     if let Some(gpus) = args.several.gpus {
         gpus::refuse(&[
@@ -134,7 +134,7 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// What is the same for every problem.
+/// The settings common to every problem.
 struct Run<'a> {
     session: &'a Session,
     kernels: &'a [Kernel],
@@ -144,7 +144,7 @@ struct Run<'a> {
     watch: &'a Watch,
 }
 
-/// Where rows are printed.
+/// The terminal for rows.
 #[derive(Clone, Copy)]
 struct Printed<'a> {
     progress: &'a Progress,
@@ -225,7 +225,7 @@ impl Printed<'_> {
     }
 }
 
-/// Reports what was measured before a launch that did not end, and ends the process.
+/// Reports the results from before a launch that did not end, and ends the process.
 fn timed_out(mut results: Results, output: &Printed<'_>, files: &Files<'_>) {
     results.interrupted = true;
     let of = |row: &Row| (row.seq, row.level);
@@ -240,7 +240,7 @@ fn timed_out(mut results: Results, output: &Printed<'_>, files: &Files<'_>) {
     timeout::end_process(code.into());
 }
 
-/// What is about to be measured, and where.
+/// The header: the coming measurement, and its device.
 fn heading(args: &CompareArgs, opened: &Opened, options: &Options, problems: &[Problem]) -> String {
     let mut text = opened.to_string();
     if opened.info.emulated {
@@ -269,7 +269,7 @@ fn heading(args: &CompareArgs, opened: &Opened, options: &Options, problems: &[P
     )
 }
 
-/// The files that were asked for.
+/// The requested files.
 struct Files<'a> {
     json: Option<Output>,
     csv: Option<Output>,
@@ -304,7 +304,7 @@ impl<'a> Files<'a> {
     }
 }
 
-/// Whether a row of ours was measured.
+/// Whether a row of one of our kernels was measured.
 fn measured(row: &Row) -> bool {
     row.status == Status::Ok && !row.peer
 }

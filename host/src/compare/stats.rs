@@ -46,20 +46,20 @@ impl Times {
     }
 }
 
-/// Fills in the time of a run among many back to back.
+/// Fills in the time per run of many runs back to back.
 pub fn write_sustained(row: &mut Row, ms: f64) {
     row.sustained_ms = Some(ms);
     row.sustained_tflops = (ms > 0.0).then(|| row.flops / ms * 1e-9);
 }
 
-/// Runs that take about so many seconds, going by the median time of one: some at least,
-/// whatever one takes, and not endlessly many of what takes next to nothing.
+/// The number of runs that take about the given seconds, by the median time of one run, with a
+/// lower bound for slow runs and an upper bound for very fast ones.
 pub fn runs_in(seconds: f64, row: &Row) -> usize {
     let ms = row.median_ms.unwrap_or_default().max(1e-3);
     ((1e3 * seconds / ms) as usize).clamp(3, 100_000)
 }
 
-/// Fills in the ratios of the rows of one sequence length and level: against `naive` (of gradients
+/// Fills in the ratios of the rows of one sequence length and level: against `naive` (for gradients
 /// `backward_naive`), and against `standard` where there is such a row.
 pub fn fill_ratios(rows: &mut [Row]) {
     for index in 0..rows.len() {

@@ -1,6 +1,6 @@
-//! `--timeout`: a launch that does not end. Nothing can be asked of a device that hangs, nor can
-//! the thread that waits for it be stopped. So another thread looks at the clock: when a launch has
-//! had its time it reports what was measured, and ends the process.
+//! `--timeout`: a launch that does not end. A device that hangs answers no request, and the thread
+//! that waits for it cannot be stopped. So another thread watches the clock. When a launch has used
+//! up its time, that thread reports the results so far and ends the process.
 
 use std::{
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
@@ -19,16 +19,16 @@ pub struct Watch {
 
 #[derive(Default)]
 struct State {
-    /// When the launch that runs now has had its time.
+    /// The time at which the running launch has used up its limit.
     deadline: Option<Instant>,
-    /// The report then.
+    /// The report for that case.
     report: Results,
     /// No launch will follow.
     over: bool,
 }
 
 impl Watch {
-    /// Seconds that a launch may take; no limit where none are given.
+    /// Seconds that a launch may take; without a value there is no limit.
     #[must_use]
     pub fn new(seconds: Option<f64>) -> Self {
         Self { limit: seconds.map(Duration::from_secs_f64), ..Self::default() }
@@ -66,9 +66,9 @@ impl Watch {
         Over(self)
     }
 
-    /// Waits for the end, or for a launch that takes too long: then `report` gets what was measured
-    /// and must end the process. Its thread holds the others up meanwhile, so that none of them
-    /// reports too.
+    /// Waits for the end, or for a launch that takes too long. In that case `report` gets the
+    /// results and must end the process. Meanwhile its thread blocks the other threads, so that
+    /// none of them also reports.
     pub fn wait(&self, report: impl FnOnce(Results)) {
         let mut state = self.state();
         loop {

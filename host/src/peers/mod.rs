@@ -1,7 +1,7 @@
-//! `--peers`: PyTorch's attention and FlashAttention's packages, or a module around them with the same
-//! parameters, beside the kernels, on the same tensors, measured the same way, where a Python with
-//! PyTorch is there. A Python process ([`peers.py`](peers.py)) does it; tensors go and come through
-//! pipes.
+//! `--peers`: PyTorch's attention and FlashAttention's packages, or a module around them with the
+//! same parameters, beside the kernels, on the same tensors and measured the same way, where there
+//! is a Python with PyTorch. A Python process ([`peers.py`](peers.py)) runs them; tensors travel
+//! both ways through pipes.
 
 use std::{
     env,
@@ -29,7 +29,7 @@ pub const ON_GPU: [&str; 8] =
 const PACKAGES: [&str; 3] = ["flash_attn", "flash_attn_interface", "flash_attn.cute"];
 const ON_CPU: &[&str] = &["math", "flash"];
 
-/// Names of the rows that there may be.
+/// Names of the possible rows.
 pub fn names() -> impl Iterator<Item = String> {
     ON_GPU.iter().map(|backend| row_name(backend))
 }
@@ -48,10 +48,10 @@ pub struct Peers {
     backends: Vec<&'static str>,
 }
 
-/// The backends of these names; without names none, which stands for all that are there.
+/// The backends with these names; `None` without names, which means all available backends.
 ///
 /// # Errors
-/// A name that is none of them.
+/// An unknown name.
 pub fn backends(emulated: bool, names: &[String]) -> Result<Vec<&'static str>> {
     let all = if emulated { ON_CPU } else { &ON_GPU };
     let find = |name: &String| {
@@ -62,20 +62,20 @@ pub fn backends(emulated: bool, names: &[String]) -> Result<Vec<&'static str>> {
     names.iter().map(find).collect()
 }
 
-/// What one backend did.
+/// The result of one backend.
 #[derive(Debug)]
 pub struct Measured {
     /// `torch-math`, say.
     pub name: String,
     /// How it ended.
     pub status: Status,
-    /// Why it did not end well; empty otherwise.
+    /// The reason for a failure; empty otherwise.
     pub reason: String,
     /// Milliseconds of each run.
     pub times_ms: Vec<f64>,
-    /// Milliseconds of a run among many back to back.
+    /// Milliseconds per run of many runs back to back.
     pub sustained_ms: Option<f64>,
-    /// Most memory that PyTorch had in use, where it counts.
+    /// PyTorch's peak memory, where PyTorch counts it.
     pub peak_bytes: Option<u64>,
     /// O, or a module's y.
     pub output: Option<Tensor>,
@@ -84,11 +84,11 @@ pub struct Measured {
 impl Peers {
     /// Starts Python.
     ///
-    /// Without `backends`, all that the device may have and Python can import.
+    /// Without `backends`, all backends that the device may have and Python can import.
     ///
     /// # Errors
-    /// Why there will be no rows of PyTorch: no Python, no PyTorch, or no GPU that it sees
-    /// although the kernels run on one.
+    /// The reason that PyTorch will have no rows: no Python, no PyTorch, or no GPU visible to
+    /// PyTorch although the kernels run on one.
     pub fn start(
         emulated: bool,
         choice: DeviceChoice,
@@ -148,7 +148,7 @@ impl Peers {
     /// Runs some backends on one problem.
     ///
     /// # Errors
-    /// When the process has ended or is not understood; it is of no use after that.
+    /// When the process has ended or sends an invalid answer; it is unusable after that.
     pub fn measure(
         &mut self,
         backends: &[&str],
@@ -215,13 +215,13 @@ struct Job<'a> {
     repeats: Repeats,
     alibi_slopes: Option<Vec<f64>>,
     sink_scores: Option<Vec<f64>>,
-    /// Where packed sequences begin in Q and in K.
+    /// The start offsets of packed sequences in Q and in K.
     cu_seqlens: Option<[&'a [u32]; 2]>,
     /// Shape of the output, which has the storage type of the first tensor.
     output: Vec<usize>,
 }
 
-/// The tensors of a job, in the order in which they are sent.
+/// The tensors of a job, in sending order.
 struct Work<'a> {
     tensors: Vec<&'a Tensor>,
     mask: Option<&'a [u8]>,

@@ -27,7 +27,7 @@ use crate::{
 pub struct Gradients(pub [Vec<f64>; Gradients::COUNT]);
 
 impl Gradients {
-    /// How many tensors there are.
+    /// The number of tensors.
     pub const COUNT: usize = ModuleGradients::NAMES.len();
 
     /// Each tensor with its name.
