@@ -297,8 +297,7 @@ impl Results {
     /// Reads a document back.
     ///
     /// # Errors
-    /// [`Usage`] when the file cannot be read, is not such a document, or is of a later
-    /// schema.
+    /// [`Usage`] when the file cannot be read, is not such a document, or has a later schema.
     pub fn read_json(path: &Path) -> Result<Self> {
         let unreadable = |reason: String| Usage(format!("{}: {reason}", path.display()));
         let file = File::open(path).map_err(|e| unreadable(e.to_string()))?;

@@ -1,5 +1,5 @@
-//! What a run measured, as it is written to JSON and read back. The document is
-//! described in `docs/json.md`; it is the interface to whatever plots or compares.
+//! The measurements of a run, written to JSON and read back. `docs/json.md` describes the document,
+//! which is the interface to programs that plot or compare.
 
 use std::fmt;
 
@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::format;
 
-/// Version of the document. It is raised when a field changes its meaning or goes;
-/// fields may be added without.
+/// Version of the document. It rises when a field changes its meaning or disappears; new fields
+/// leave it unchanged.
 pub const SCHEMA: u32 = 1;
 
 /// A whole run.
@@ -176,8 +176,8 @@ impl fmt::Display for FeaturesText<'_> {
     }
 }
 
-/// A problem but for its sequence length, as documents and other processes are told it. (A [`Row`]
-/// spells its part of it: CSV has no structs in structs.)
+/// A problem without its sequence length, in the form for documents and other processes. (A [`Row`]
+/// repeats its part as fields: CSV has no structs in structs.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ProblemRecord {
@@ -259,7 +259,7 @@ pub struct Repeats {
     pub sustained: Option<f64>,
 }
 
-/// Which levels a run covers.
+/// The levels that a run covers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LevelChoice {
@@ -308,7 +308,7 @@ impl LevelChoice {
     }
 }
 
-/// What a row measured.
+/// The level of a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
@@ -501,7 +501,7 @@ impl Row {
     }
 }
 
-/// A tensor that a kernel gave, compared with the f64 oracle.
+/// A kernel's output tensor, compared with the f64 oracle.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Check {
     /// Name of the kernel, or `torch-…` for a peer.
@@ -588,7 +588,7 @@ pub struct Histogram {
 }
 
 impl Histogram {
-    /// Where bin `index` begins.
+    /// The lower edge of bin `index`.
     #[must_use]
     pub fn bin_start(&self, index: usize) -> f64 {
         10f64.powf(f64::from(self.first) + index as f64 / f64::from(self.per_decade.max(1)))
@@ -614,8 +614,8 @@ pub(crate) mod text {
     }
 }
 
-/// Numbers of which some are not finite, which JSON has no number for: those are written
-/// as `"inf"`, `"-inf"` and `"NaN"`.
+/// Numbers that may not be finite. JSON has no number for such values, so they are written as
+/// `"inf"`, `"-inf"` and `"NaN"`.
 mod number {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 

@@ -1,7 +1,7 @@
-//! Tables of rows and of checks. They fit a width: the terminal's, and 80 columns where standard
-//! output is no terminal; columns that matter least are left out first. `--wide` prints all of
-//! them. Where standard output is no terminal there is no blank inside a cell, for whatever reads
-//! them next.
+//! Tables of rows and of checks. They fit a width: the terminal's, or 80 columns where standard
+//! output is no terminal. The least important columns are left out first; `--wide` prints all
+//! columns. Where standard output is no terminal, cells contain no blanks, for programs that read
+//! them.
 
 use std::io::IsTerminal;
 
@@ -21,7 +21,7 @@ const WIDTH: usize = 80;
 /// Blanks beside a cell, on both sides together.
 const PADDING: usize = 2;
 
-/// The width that tables have to fit; none where `wide` asks for every column.
+/// The width that tables must fit; `None` where `wide` asks for every column.
 #[must_use]
 pub fn width(wide: bool) -> Option<usize> {
     let terminal = || terminal_size::terminal_size_of(std::io::stdout());
@@ -80,7 +80,7 @@ fn draw(mut columns: Vec<Column>, width: Option<usize>, terminal: bool) -> Strin
     table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
 }
 
-/// What was not measured is a dash; blanks are left out.
+/// A dash for a value that was not measured; blanks are left out.
 fn cell<T>(value: Option<T>, show: impl Fn(T) -> String) -> String {
     value.map_or_else(|| "-".into(), |v| show(v).replace(' ', ""))
 }
@@ -89,8 +89,8 @@ fn bytes(value: Option<u64>) -> String {
     cell(value, |b| format::bytes(b as f64))
 }
 
-/// The rows of one sequence length and level, with the reasons of those that did not end
-/// well below. What a kernel does not support is said there only.
+/// The rows of one sequence length and level, with the reasons for failed rows below. Unsupported
+/// problems appear only there.
 #[must_use]
 pub fn rows(rows: &[Row], width: Option<usize>) -> String {
     let shown: Vec<&Row> = rows.iter().filter(|row| row.status != Status::Unsupported).collect();
@@ -145,7 +145,7 @@ pub fn rows(rows: &[Row], width: Option<usize>) -> String {
     table(columns, width) + &reasons(rows)
 }
 
-/// A line for each row that has something to say.
+/// One line per row with a reason.
 #[must_use]
 pub fn reasons(rows: &[Row]) -> String {
     let mut text = String::new();
@@ -155,7 +155,7 @@ pub fn reasons(rows: &[Row]) -> String {
     text
 }
 
-/// Caches that were measured.
+/// The measured caches.
 #[must_use]
 pub fn decodes(rows: &[DecodeRow], width: Option<usize>) -> String {
     let mut columns = Vec::new();
@@ -183,7 +183,7 @@ pub fn decodes(rows: &[DecodeRow], width: Option<usize>) -> String {
     table(columns, width)
 }
 
-/// Ways of several GPUs to share attention.
+/// The ways in which several GPUs share attention.
 #[must_use]
 pub fn gpus(rows: &[GpusRow], width: Option<usize>) -> String {
     let mut columns = Vec::new();
@@ -215,7 +215,7 @@ pub fn gpus(rows: &[GpusRow], width: Option<usize>) -> String {
     table(columns, width)
 }
 
-/// Differences from the oracle with verdicts, one line a kernel and tensor.
+/// Differences from the oracle with verdicts, one line per kernel and tensor.
 #[must_use]
 pub fn checks(checks: &[Check], width: Option<usize>) -> String {
     let mut columns = Vec::new();
@@ -276,7 +276,7 @@ mod tests {
         assert!(!text.contains("standard"));
     }
 
-    /// The headings, which have blanks in them on a terminal.
+    /// The headings, which contain blanks on a terminal.
     fn names(text: &str) -> Vec<String> {
         let line = text.lines().next().unwrap();
         let names = line.split("  ").map(str::trim).filter(|name| !name.is_empty());

@@ -1,4 +1,4 @@
-//! Values of options. What is refused is answered with what would be right.
+//! Values of options. A refusal names the right value.
 
 use std::num::IntErrorKind;
 
@@ -8,7 +8,7 @@ use flash_attention::{
     registry::{BACKWARD_KERNELS, DECODE_KERNELS, KERNELS},
 };
 
-/// A count of something that there must be one of.
+/// A count of at least one.
 pub fn count(text: &str) -> Result<usize, String> {
     whole(text, 1)
 }
@@ -32,7 +32,7 @@ fn whole<T: TryFrom<u64>>(text: &str, least: u64) -> Result<T, String> {
     given.ok_or_else(|| format!("use a whole number, {least} or more"))
 }
 
-/// A number of which the problem says what it may be.
+/// A number whose range the problem checks.
 pub fn number(text: &str) -> Result<f32, String> {
     text.parse().map_err(|_| "use a number, as 0.125".to_owned())
 }
@@ -53,13 +53,13 @@ pub fn threshold(text: &str) -> Result<f64, String> {
     above_zero(text).ok_or_else(|| "use a number above 0, as 1e-3".to_owned())
 }
 
-/// A time that something can be repeated for.
+/// A duration for repeated runs.
 pub fn seconds(text: &str) -> Result<f64, String> {
     let seconds = above_zero(text).filter(|&seconds| seconds <= 60.0);
     seconds.ok_or_else(|| "use a number of seconds above 0, up to 60".to_owned())
 }
 
-/// A time that one launch may take.
+/// A time limit for one launch.
 pub fn timeout(text: &str) -> Result<f64, String> {
     let seconds = above_zero(text).filter(|seconds| (1e-3..=1e6).contains(seconds));
     seconds.ok_or_else(|| "use a number of seconds from 0.001 to 1000000".to_owned())
@@ -97,7 +97,7 @@ pub fn kernel() -> impl TypedValueParser<Value = String> {
     PossibleValuesParser::new(kernels())
 }
 
-/// A kernel by name, decode kernels among them.
+/// A kernel by name, including decode kernels.
 pub fn any_kernel() -> impl TypedValueParser<Value = String> {
     PossibleValuesParser::new(kernels().chain(DECODE_KERNELS.iter().map(|k| k.name)))
 }

@@ -1,5 +1,5 @@
-//! What a run's figures say: series by kernel, fitted growth, conclusions. Nothing here
-//! knows how they are drawn.
+//! The analysis of a run's figures: series by kernel, fitted growth, conclusions. Drawing is
+//! elsewhere.
 
 use flash_attention::registry::{BACKWARD_KERNELS, KERNELS};
 
@@ -8,10 +8,10 @@ use crate::{
     results::{Check, Level, Results, Row, Status},
 };
 
-/// The kernel that others are measured against.
+/// The baseline kernel for the other kernels' ratios.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Baseline {
-    /// GEMM, softmax, GEMM: preferred where it was run, for it is the fairer one.
+    /// GEMM, softmax, GEMM: preferred where it was run, because it is the fairer baseline.
     Standard,
     /// The textbook's three loops.
     Naive,
@@ -27,7 +27,7 @@ impl Baseline {
         }
     }
 
-    /// How many times as fast as the baseline a row is.
+    /// A row's speed as a multiple of the baseline's.
     #[must_use]
     pub const fn speedup(self, row: &Row) -> Option<f64> {
         match self {
@@ -36,7 +36,7 @@ impl Baseline {
         }
     }
 
-    /// Share of the baseline's peak memory that a row does without.
+    /// Share of the baseline's peak memory that a row saves.
     #[must_use]
     pub const fn memory_saved(self, row: &Row) -> Option<f64> {
         match self {
@@ -51,27 +51,27 @@ impl Baseline {
 pub struct Series<'a> {
     /// Name of the kernel.
     pub kernel: &'a str,
-    /// What it looks like ([`style`]).
+    /// The number of its look ([`style`]).
     pub style: usize,
-    /// Whether it is another library's.
+    /// Whether it is another library's kernel.
     pub peer: bool,
     /// Its rows.
     pub rows: Vec<&'a Row>,
 }
 
 impl<'a> Series<'a> {
-    /// The rows that were measured.
+    /// The measured rows.
     pub fn measured(&self) -> impl Iterator<Item = &'a Row> + '_ {
         self.rows.iter().copied().filter(|r| r.status == Status::Ok)
     }
 
-    /// Whether it is one of ours that does without the N x N matrix.
+    /// Whether it is one of our kernels that avoids the N x N matrix.
     #[must_use]
     pub fn is_flash(&self) -> bool {
         !self.peer && self.kernel.starts_with("flash")
     }
 
-    /// Peak memory by N: as measured, or as predicted where it did not fit.
+    /// Peak memory by N: measured, or predicted where the problem did not fit.
     #[must_use]
     pub fn memory(&self) -> Vec<(f64, f64)> {
         let bytes = |r: &Row| match r.status {
@@ -88,7 +88,7 @@ impl<'a> Series<'a> {
         self.measured().filter_map(|r| Some((r.seq as f64, time(r)?))).collect()
     }
 
-    /// Bytes moved by N, which only the emulator counts.
+    /// Bytes moved by N; only the emulator counts them.
     #[must_use]
     pub fn traffic(&self) -> Vec<(f64, f64)> {
         self.measured().filter_map(|r| Some((r.seq as f64, moved(r)? as f64))).collect()
@@ -100,13 +100,13 @@ impl<'a> Series<'a> {
 pub struct View<'a> {
     /// The level.
     pub level: Level,
-    /// One series a kernel, in the order of the run.
+    /// One series per kernel, in the order of the run.
     pub series: Vec<Series<'a>>,
-    /// What the others are measured against, where one of the two was run.
+    /// The baseline, if one of the two baselines was run.
     pub baseline: Option<Baseline>,
 }
 
-/// The time that a row is judged by: the median, which an interrupted run does not move.
+/// The time of a row: the median, which an interrupted run does not move.
 #[must_use]
 pub fn time(row: &Row) -> Option<f64> {
     row.median_ms.or(row.mean_ms)
@@ -118,8 +118,8 @@ pub fn moved(row: &Row) -> Option<u64> {
     Some(row.global_bytes_read? + row.global_bytes_written?)
 }
 
-/// What a kernel looks like, as a number of its own: the same in every picture of every run. What
-/// this program does not know comes after what it knows, by name.
+/// The number of a kernel's look, the same in every picture of every run. Unknown kernels come
+/// after the known ones, by name.
 #[must_use]
 pub fn style(results: &Results, kernel: &str) -> usize {
     let known = || {
@@ -148,7 +148,7 @@ pub fn kernels(results: &Results) -> Vec<&str> {
     kernels
 }
 
-/// One view a level that has rows.
+/// One view per level that has rows.
 #[must_use]
 pub fn views(results: &Results) -> Vec<View<'_>> {
     let kernels = kernels(results);
@@ -188,9 +188,9 @@ pub fn exponent(points: &[(f64, f64)]) -> Option<f64> {
     (logs.len() >= 2 && xx > 1e-9).then(|| xy / xx)
 }
 
-/// The N at which memory reaches `limit`, if it goes on as `a N + b N^2` through the
-/// points (least squares relative to the values). None where it would take more than
-/// 2^40 rows, or with fewer than two points.
+/// The N at which memory reaches `limit`, if memory continues as `a N + b N^2` through the points
+/// (least squares relative to the values). `None` for more than 2^40 rows, or with fewer than two
+/// points.
 #[must_use]
 pub fn seq_at_memory(points: &[(f64, f64)], limit: f64) -> Option<f64> {
     // Divided by y: minimise the sum of (a u + b v - 1)^2 with u = x / y, v = x^2 / y.
@@ -215,29 +215,29 @@ pub fn seq_at_memory(points: &[(f64, f64)], limit: f64) -> Option<f64> {
     (seq.is_finite() && seq < (1u64 << 40) as f64).then_some(seq)
 }
 
-/// How a conclusion is to be taken.
+/// The kind of a conclusion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tone {
     /// A finding.
     Finding,
-    /// Something the reader must know before using the figures.
+    /// A fact that the reader must know before using the figures.
     Caution,
-    /// Something that is wrong.
+    /// A fault.
     Failure,
 }
 
 /// One sentence drawn from the run's own figures.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conclusion {
-    /// How it is to be taken.
+    /// Its kind.
     pub tone: Tone,
-    /// What it is about, in a word or two.
+    /// Its subject, in a word or two.
     pub topic: &'static str,
     /// The sentence.
     pub text: String,
 }
 
-/// Everything that the run's figures say.
+/// All conclusions from the run's figures.
 #[must_use]
 pub fn conclusions(results: &Results) -> Vec<Conclusion> {
     let mut found = Found { results, all: Vec::new() };
@@ -298,7 +298,7 @@ impl Found<'_> {
         }
     }
 
-    /// Each flash kernel against the baseline, at the longest sequence that both did.
+    /// Each flash kernel against the baseline, at the longest sequence that both ran.
     fn speed(&mut self, view: &View<'_>) {
         let Some(baseline) = view.baseline.filter(|_| !self.results.device.emulated) else {
             return;
@@ -346,7 +346,7 @@ impl Found<'_> {
         self.add(Tone::Finding, "Speed", text);
     }
 
-    /// Bytes moved to and from global memory, which only the emulator counts.
+    /// Bytes moved to and from global memory; only the emulator counts them.
     fn traffic(&mut self, view: &View<'_>) {
         let Some(baseline) = view.baseline else { return };
         let Some(plain) = view.series.iter().find(|s| s.kernel == baseline.name()) else { return };

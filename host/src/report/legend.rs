@@ -1,4 +1,4 @@
-//! How lines are told apart, and the legend below the panels that says which is which.
+//! The looks of the lines, and the legend below the panels that names them.
 
 use std::f64::consts::{FRAC_PI_2, TAU};
 
@@ -28,8 +28,8 @@ const COLOURS: [(&str, &str); 16] = [
     ("var(--line14)", "#8f1239"),
     ("var(--line15)", "#12b886"),
 ];
-/// Markers. As many as have no divisor in common with the colours: a colour that comes again
-/// has another marker.
+/// Markers. Their number is coprime to the number of colours, so a repeated colour has another
+/// marker.
 const MARKERS: [MarkerShape; 7] = [
     MarkerShape::Circle,
     MarkerShape::Square,
@@ -40,7 +40,7 @@ const MARKERS: [MarkerShape; 7] = [
     MarkerShape::Pentagon,
 ];
 
-/// Colour of a style in the page, whose style sheet has light and dark ones.
+/// Colour of a style in the page, whose style sheet has light and dark colours.
 pub fn colour_on_page(style: usize) -> &'static str {
     COLOURS[style % COLOURS.len()].0
 }

@@ -1,5 +1,5 @@
-//! The report of a run: pictures, tables and one page that holds them all. What the page
-//! says about the figures is worked out from them (`analysis`).
+//! The report of a run: pictures, tables and one page that holds them all. The page's statements
+//! come from the figures (`analysis`).
 
 use std::path::{Path, PathBuf};
 
@@ -22,9 +22,9 @@ mod picture;
 /// The files of a report.
 #[derive(Clone, Debug)]
 pub struct Paths {
-    /// The page, which needs none of the others.
+    /// The page, which needs no other file.
     pub html: PathBuf,
-    /// Everything that was measured, as it can be read back.
+    /// All measurements, in a form that can be read back.
     pub json: PathBuf,
     /// The rows.
     pub csv: PathBuf,
@@ -32,10 +32,10 @@ pub struct Paths {
     pub pictures: Vec<PathBuf>,
 }
 
-/// Writes the report of a run into a directory, which is made if need be.
+/// Writes the report of a run into a directory, and makes the directory if it is missing.
 ///
 /// # Errors
-/// Which file could not be written, and why.
+/// The file that could not be written, and the reason.
 pub fn write(results: &Results, dir: &Path) -> Result<Paths> {
     output::check_folder(dir)?;
     let put = |name: &str, data: &[u8]| -> Result<PathBuf> {
@@ -82,7 +82,7 @@ pub struct ReportArgs {
 /// Makes the report of an earlier run anew.
 ///
 /// # Errors
-/// When the file cannot be read or is no results document; as [`write()`].
+/// When the file cannot be read or is not a results document; as [`write()`].
 pub fn remake(args: &ReportArgs) -> Result<Outcome> {
     let paths = write(&Results::read_json(&args.results)?, &args.out)?;
     print_lines(&format!("wrote {}", paths.html.display()));

@@ -1,4 +1,4 @@
-//! The page: one HTML file with everything in it.
+//! The page: one self-contained HTML file.
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
@@ -66,17 +66,17 @@ pub fn page(results: &Results, conclusions: &[Conclusion], files: &[String]) -> 
     markup.into_string()
 }
 
-/// What a section is linked to by.
+/// The anchor of a section.
 fn anchor(name: &str) -> String {
     name.to_lowercase().replace(' ', "-")
 }
 
-/// A table that can be scrolled sideways, with the keyboard too.
+/// A table that scrolls sideways, also with the keyboard.
 fn scrolled(name: &str, table: &Markup) -> Markup {
     html! { div.table tabindex="0" role="region" aria-label=(name) { (table) } }
 }
 
-/// What the run is, in a line.
+/// The run, in one line.
 #[must_use]
 pub fn title(results: &Results) -> String {
     let what = match results.command.as_str() {
@@ -132,7 +132,7 @@ fn figure(p: &Panel) -> Markup {
     }
 }
 
-/// A figure that may be missing.
+/// An optional figure.
 fn maybe(value: Option<f64>, show: impl Fn(f64) -> String) -> String {
     value.map_or_else(|| "–".into(), show)
 }
@@ -157,10 +157,11 @@ fn rows(results: &Results, view: &View<'_>, name: &str) -> Markup {
     )
 }
 
-/// A column of the rows: its heading, and what it shows of a row that was measured.
+/// A column of the rows: its heading, and its value for a measured row.
 type Column = (String, Box<dyn Fn(&Row) -> String>);
 
-/// The columns after N and kernel. The emulator's times are named so, and nothing is made of them.
+/// The columns after N and kernel. The emulator's times are named as such, and no ratios are made
+/// from them.
 fn columns(results: &Results, view: &View<'_>) -> Vec<Column> {
     let emulated = results.device.emulated;
     let mut columns: Vec<Column> = Vec::new();

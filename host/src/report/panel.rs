@@ -1,4 +1,4 @@
-//! What the pictures show: lines with error bars on named axes, taken from the results.
+//! The contents of the pictures: lines with error bars on named axes, taken from the results.
 //! `picture.rs` draws them.
 
 use super::analysis::{Baseline, Series, View, moved, style, time};
@@ -7,10 +7,10 @@ use crate::{
     results::{Check, Histogram, Level, Results, Row, Status},
 };
 
-/// What an axis shows, and how.
+/// An axis: its label and its scale.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Axis {
-    /// What stands beside it.
+    /// The label.
     pub label: String,
     /// Its scale.
     pub scale: Scale,
@@ -28,7 +28,7 @@ pub enum Scale {
 }
 
 impl Scale {
-    /// Where a value stands on an axis of this scale, in even steps.
+    /// The place of a value on an axis of this scale, in even steps.
     #[must_use]
     pub fn place(self, value: f64) -> f64 {
         match self {
@@ -52,7 +52,7 @@ impl Scale {
 /// One value, with the spread around it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Point {
-    /// Where on the x axis.
+    /// The place on the x axis.
     pub x: f64,
     /// The value.
     pub y: f64,
@@ -65,22 +65,22 @@ pub struct Point {
 pub struct Line {
     /// Name for the legend.
     pub name: String,
-    /// Which colour and marker.
+    /// The number of its colour and marker.
     pub style: usize,
-    /// Dashed, for what is not one of our kernels.
+    /// Whether the line is dashed: it is not one of our kernels.
     pub dashed: bool,
-    /// Drawn as steps: a histogram.
+    /// Whether the line is drawn as steps: a histogram.
     pub steps: bool,
     /// Its points, ascending in x.
     pub points: Vec<Point>,
-    /// Which of how many lines it is that lie on each other.
+    /// The index of the line among lines that lie on each other, and their number.
     pub stacked: (usize, usize),
 }
 
-/// A horizontal or vertical line that others are compared with.
+/// A horizontal or vertical reference line.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mark {
-    /// What it is.
+    /// The line's name.
     pub label: String,
     /// Where.
     pub at: f64,
@@ -95,7 +95,7 @@ pub struct Panel {
     pub id: String,
     /// Title.
     pub title: String,
-    /// What the error bars are, or another note below the picture.
+    /// The meaning of the error bars, or another note below the picture.
     pub note: String,
     /// The x axis.
     pub x: Axis,
@@ -103,12 +103,11 @@ pub struct Panel {
     pub y: Axis,
     /// The lines.
     pub lines: Vec<Line>,
-    /// Lines to compare with.
+    /// The reference lines.
     pub marks: Vec<Mark>,
 }
 
-/// Time, memory, speed-up and memory saved of one level; bytes moved in the place of times that
-/// are the emulator's.
+/// Time, memory, speed-up and memory saved of one level; bytes moved replace the emulator's times.
 #[must_use]
 pub fn four(results: &Results, view: &View<'_>) -> Vec<Panel> {
     let emulated = results.device.emulated;
@@ -142,7 +141,7 @@ fn lines(view: &View<'_>, points: impl Fn(&Series<'_>) -> Vec<Point>) -> Vec<Lin
     view.series.iter().map(line).filter(|l| !l.points.is_empty()).collect()
 }
 
-/// Finds lines that lie on each other, of which only the last would be seen: they are drawn one
+/// Finds lines that lie on each other, where only the last would be visible. They are drawn one
 /// within the other, with their markers side by side. Names them in a sentence.
 fn stack(lines: &mut [Line]) -> String {
     // Closer than a line is wide: 2 pixels of 340.
@@ -169,8 +168,8 @@ fn stack(lines: &mut [Line]) -> String {
     text
 }
 
-/// Logarithmic where the values span more than `8` times the least; a linear axis would
-/// press the smaller ones flat.
+/// Logarithmic where the largest value is more than `8` times the smallest; a linear axis would
+/// flatten the smaller values.
 fn scale(lines: &[Line]) -> Scale {
     let values = || lines.iter().flat_map(|l| &l.points).map(|p| p.y);
     let (low, high) = (values().fold(f64::MAX, f64::min), values().fold(0.0, f64::max));
@@ -326,8 +325,8 @@ fn saved_panel(view: &View<'_>, baseline: Baseline) -> Panel {
     }
 }
 
-/// Absolute and relative difference of the output from the oracle, at the longest
-/// sequence that was checked; two panels a level.
+/// Absolute and relative difference of the output from the oracle, at the longest checked sequence;
+/// two panels per level.
 #[must_use]
 pub fn differences(results: &Results) -> Vec<Panel> {
     // Of several tensors the first.

@@ -1,5 +1,4 @@
-//! Draws panels with kuva: as SVG that takes its colours from the page, as SVG that stands
-//! alone, and as PNG.
+//! Draws panels with kuva: as SVG with the page's colours, as standalone SVG, and as PNG.
 
 use std::sync::Arc;
 
@@ -21,15 +20,15 @@ use crate::format;
 /// Pixels of a PNG for each of the panel's.
 const PNG_SCALE: f32 = 2.0;
 
-/// From a marker to the next of those that stand side by side, as a share of the axis.
+/// The distance between markers that stand side by side, as a share of the axis.
 const MARKER_SHIFT: f64 = 0.02;
 
-/// Where a picture is to be seen.
+/// The place of a picture.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
     /// In the page, whose style sheet has light and dark colours.
     Page,
-    /// In a file of its own, on white.
+    /// In a separate file, on white.
     File,
 }
 
@@ -41,8 +40,8 @@ impl Place {
         }
     }
 
-    /// Width and height of a panel. Small in the page, so that its text is still read when a
-    /// phone shrinks it.
+    /// Width and height of a panel. Small in the page, so that its text stays legible when a phone
+    /// shrinks it.
     const fn size(self) -> (f64, f64) {
         match self {
             Self::Page => (460.0, 340.0),
@@ -88,7 +87,7 @@ pub fn inline(panel: &Panel) -> String {
 /// Several panels as one SVG and one PNG on white.
 ///
 /// # Errors
-/// What the rasteriser reports.
+/// An error of the rasteriser.
 pub fn figure(title: &str, panels: &[Panel]) -> Result<(String, Vec<u8>)> {
     let (width, height) = Place::File.size();
     let columns = panels.len().clamp(1, 2);
@@ -105,7 +104,7 @@ pub fn figure(title: &str, panels: &[Panel]) -> Result<(String, Vec<u8>)> {
     Ok((svg, png.map_err(|e| anyhow!("{e}")).context("drawing the PNG")?))
 }
 
-/// Lines, and above all of them the markers with their error bars.
+/// The lines, and on top of them the markers with their error bars.
 fn plots(panel: &Panel, place: Place) -> Vec<Plot> {
     let lines = panel.lines.iter().map(|line| line_of(panel, line, place));
     lines.chain(panel.lines.iter().map(|line| markers_of(panel, line, place))).collect()
@@ -146,7 +145,7 @@ fn markers_of(panel: &Panel, line: &Line, place: Place) -> Plot {
     if has_bars { markers.with_y_err_asymmetric(bars).into() } else { markers.into() }
 }
 
-/// How many markers to the right of its place the markers of a line stand.
+/// The number of markers by which a line's markers stand to the right of their place.
 fn side_by_side(line: &Line) -> f64 {
     let (index, count) = line.stacked;
     index as f64 - (count - 1) as f64 / 2.0

@@ -1,5 +1,5 @@
-//! Attention on the tensors `q`, `k`, `v` of a file, and of `mask`, `alibi_slopes`, `bias`, `sinks` and
-//! `cu_seqlens_q` with `cu_seqlens_k` those that it has.
+//! Attention on the tensors `q`, `k`, `v` of a file, and on the file's optional `mask`,
+//! `alibi_slopes`, `bias`, `sinks`, and `cu_seqlens_q` with `cu_seqlens_k`.
 
 use anyhow::Result;
 use flash_attention::{
@@ -21,14 +21,14 @@ use crate::accuracy::Oracle;
 /// Multiplications that a check may spend on attention in f64.
 pub(super) const ORACLE_BUDGET: usize = 1 << 31;
 
-/// The tensors of a file and the problem that they pose.
+/// The tensors of a file and the problem that they define.
 pub struct GivenAttention<'a> {
     q: Stored<'a>,
     k: Stored<'a>,
     v: Stored<'a>,
     /// The file's other inputs: mask, slopes, bias and sinks.
     extras: Extras<Stored<'a>>,
-    /// Where packed sequences begin in q, and in k and v.
+    /// The start offsets of packed sequences in q, and in k and v.
     cu_seqlens: Option<[Vec<u32>; 2]>,
     problem: Problem,
     /// Outputs to be compared with.
@@ -45,7 +45,7 @@ pub struct Tensors {
     sinks: Option<Tensor>,
 }
 
-/// What a file says the outputs should be.
+/// The expected outputs in a file.
 pub(super) struct Expected {
     o: Option<Tensor>,
     lse: Option<Tensor>,
@@ -55,7 +55,7 @@ impl<'a> GivenAttention<'a> {
     /// Looks the tensors up and derives the problem from their shapes.
     ///
     /// # Errors
-    /// Which tensor is missing or wrong, what it is and what it must be.
+    /// An error that names the missing or wrong tensor, with its type or shape and the right one.
     pub fn read(file: &'a TensorFile, args: &RunArgs, check: bool) -> Result<Self> {
         let (q, k, v) = (file.get("q")?, file.get("k")?, file.get("v")?);
         let dtype = q.dtype()?;
@@ -129,7 +129,7 @@ impl<'a> GivenAttention<'a> {
     /// The tensors in this process's memory.
     ///
     /// # Errors
-    /// None that reading the file did not have.
+    /// The errors of reading the file.
     pub fn tensors(&self) -> Result<Tensors> {
         let p = &self.problem;
         let Extras { alibi_slopes, bias, sinks, .. } = self.extras;
@@ -144,7 +144,7 @@ impl<'a> GivenAttention<'a> {
         })
     }
 
-    /// The tensors as a session takes them.
+    /// The tensors in the form that a session takes.
     pub fn inputs<'t>(&'t self, tensors: &'t Tensors) -> Inputs<'t> {
         let Tensors { q, k, v, alibi_slopes, bias, sinks } = tensors;
         Inputs {
@@ -168,7 +168,7 @@ impl<'a> GivenAttention<'a> {
     }
 }
 
-/// Where the packed sequences of a file begin, if it has any.
+/// The start offsets of a file's packed sequences, if it has any.
 fn cu_seqlens_of(file: &TensorFile) -> Result<Option<[Vec<u32>; 2]>> {
     let names = ["cu_seqlens_q", "cu_seqlens_k"];
     if names.iter().all(|name| file.find(name).is_none()) {
@@ -178,7 +178,7 @@ fn cu_seqlens_of(file: &TensorFile) -> Result<Option<[Vec<u32>; 2]>> {
     Ok(Some([q?, k?]))
 }
 
-/// A shape as files have it: packed sequences are no batch of one.
+/// A shape in files' form: packed sequences have no batch dimension.
 pub fn in_file<'a>(problem: &Problem, shape: &'a [usize]) -> &'a [usize] {
     if problem.varlen().is_some() { &shape[1..] } else { shape }
 }
@@ -241,7 +241,7 @@ impl Expected {
     /// Looks for o and lse in the file of the inputs.
     ///
     /// # Errors
-    /// That it has neither, or what is wrong with them.
+    /// An error if the file has neither, or if one of them is wrong.
     pub(super) fn read(file: &TensorFile, problem: &Problem) -> Result<Self> {
         let [o, lse] = stored_outputs(file, problem)?;
         if o.is_none() && lse.is_none() {
@@ -250,9 +250,9 @@ impl Expected {
         Ok(Self { o, lse })
     }
 
-    /// Compares O and the LSE of a run with those that the file has, on the rows of which the f64 reference
-    /// and the plain algorithm's credit are. `rows_of` picks these rows, `place` says where an element of
-    /// rows of that width is.
+    /// Compares O and the LSE of a run with the file's O and LSE, on the rows of the f64 reference
+    /// and of the plain algorithm's credit. `rows_of` picks these rows; `place` gives the index of
+    /// an element in rows of the given width.
     pub(super) fn compare(
         &self,
         done: &Done,

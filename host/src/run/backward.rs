@@ -21,10 +21,10 @@ use crate::accuracy::{GradientOracle, gradient_index};
 
 /// Multiplications that a check may spend on gradients in f64; one head is compared in any case.
 const ORACLE_BUDGET: usize = 1 << 32;
-/// The gradients, as files name them.
+/// The gradients, by their names in files.
 const NAMES: [&str; 3] = ["dq", "dk", "dv"];
 
-/// The tensors of a file and the problem that they pose.
+/// The tensors of a file and the problem that they define.
 pub struct GivenBackward<'a> {
     forward: GivenAttention<'a>,
     d_o: Stored<'a>,
@@ -38,7 +38,7 @@ impl<'a> GivenBackward<'a> {
     /// Looks the tensors up and derives the problem from their shapes.
     ///
     /// # Errors
-    /// Which tensor is missing or wrong, what it is and what it must be.
+    /// An error that names the missing or wrong tensor, with its type or shape and the right one.
     pub fn read(file: &'a TensorFile, args: &RunArgs) -> Result<Self> {
         let forward = GivenAttention::read(file, args, false)?;
         let p = forward.problem();

@@ -1,4 +1,4 @@
-//! Outputs beside those that came with the input.
+//! Outputs beside the expected outputs in the input file.
 
 use flash_attention::{
     Problem,
@@ -9,23 +9,23 @@ use flash_attention::{
 pub struct Comparison {
     /// Name of the tensor.
     pub name: &'static str,
-    /// How they differ.
+    /// The differences.
     pub differences: Differences,
     /// Largest error of the plain algorithm against f64.
     pub plain: Yardstick,
-    /// Largest error of ours against f64.
+    /// Largest error of our output against f64.
     pub ours_from_f64: f64,
-    /// Largest error of the file's against f64.
+    /// Largest error of the file's output against f64.
     pub theirs_from_f64: f64,
-    /// Index of an element, as `[b, h, i, d]`, from its place among those compared.
+    /// Index of an element, as `[b, h, i, d]`, from its place among the compared elements.
     pub place: Place,
-    /// Rows compared, and rows that there are.
+    /// Compared rows, and all rows.
     pub compared: (usize, usize),
-    /// What a row is called.
+    /// The name of a row.
     pub rows: &'static str,
 }
 
-/// The index of an element from its place among those compared.
+/// The index of an element from its place among the compared elements.
 pub type Place = Box<dyn Fn(usize) -> Vec<usize>>;
 
 /// Index of an element of the rows compared, `width` elements each.
@@ -49,7 +49,7 @@ impl Comparison {
         self.plain.allows(self.differences.max_abs)
     }
 
-    /// Two lines: the verdict, and who is how far from f64.
+    /// Two lines: the verdict, and the errors of both outputs against f64.
     #[must_use]
     pub fn lines(&self) -> String {
         let d = &self.differences;

@@ -1,5 +1,5 @@
-//! A few queries against a cache: `q`, `k` and `v` of a file that also says how many keys each sequence has
-//! (`seqused_k`) or which pages (`page_table`).
+//! A few queries against a cache: `q`, `k` and `v` of a file that also gives the number of keys of
+//! each sequence (`seqused_k`) or its pages (`page_table`).
 
 use anyhow::Result;
 use flash_attention::{
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{accuracy::Oracle, failure::Usage};
 
-/// The tensors of a file and the decode that they pose.
+/// The tensors of a file and the decode that they define.
 pub struct GivenDecode {
     q: Tensor,
     k: Tensor,
@@ -42,7 +42,7 @@ impl GivenDecode {
     /// Looks the tensors up and derives the decode from their shapes.
     ///
     /// # Errors
-    /// Which tensor is missing or wrong, what it is and what it must be.
+    /// An error that names the missing or wrong tensor, with its type or shape and the right one.
     pub fn read(file: &TensorFile, args: &RunArgs) -> Result<Self> {
         let others = [
             (args.with_weights, "--with-weights"),

@@ -1,5 +1,5 @@
-//! Tensors in a safetensors file, mapped into memory: what is read of them is what is
-//! used, and a file larger than memory is no obstacle. A pipe is read.
+//! Tensors in a safetensors file, mapped into memory. The program reads only the used parts, so a
+//! file may be larger than memory. A pipe is read as a whole.
 
 use std::{
     cmp::Reverse,
@@ -26,7 +26,7 @@ pub struct TensorFile {
     path: PathBuf,
     content: Content,
     metadata: Metadata,
-    /// Where the first tensor begins.
+    /// The offset of the first tensor.
     data: usize,
 }
 
@@ -123,7 +123,7 @@ impl TensorFile {
     /// The tensor of that name.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], with the names that there are.
+    /// [`Error::MissingTensor`], with the existing names.
     pub fn get<'a>(&'a self, name: &'a str) -> Result<Stored<'a>> {
         self.find(name).ok_or_else(|| {
             let names = listed(self.metadata.tensors().into_keys());
@@ -134,7 +134,7 @@ impl TensorFile {
 }
 
 impl Stored<'_> {
-    /// What it is and what it must be, as an error.
+    /// An error with the given type or shape and the right one.
     #[must_use]
     pub fn must_be(&self, what: &str) -> anyhow::Error {
         let (name, path) = (self.name, self.file.path.display());
@@ -145,7 +145,7 @@ impl Stored<'_> {
     /// Its storage type.
     ///
     /// # Errors
-    /// When it is none that kernels compute with.
+    /// When kernels do not support it.
     pub fn dtype(&self) -> Result<DType> {
         match self.dtype {
             Dtype::F32 => Ok(DType::F32),
@@ -155,7 +155,7 @@ impl Stored<'_> {
         }
     }
 
-    /// Its elements, whole numbers of 32 bits.
+    /// The elements as unsigned 32-bit integers.
     ///
     /// # Errors
     /// When it is not i32, u32 or i64 of one dimension, or a number does not fit.
@@ -171,7 +171,7 @@ impl Stored<'_> {
         numbers.into_iter().map(fits).collect()
     }
 
-    /// Its elements, whole numbers of 32 bits with a sign, of all dimensions.
+    /// The elements of all dimensions as signed 32-bit integers.
     ///
     /// # Errors
     /// When it is not i32, u32 or i64, or a number does not fit.
@@ -186,7 +186,7 @@ impl Stored<'_> {
         numbers.into_iter().map(fits).collect()
     }
 
-    /// Its elements, where they are whole numbers.
+    /// The elements, if they are integers.
     fn whole_numbers(&self) -> Option<Vec<i64>> {
         let read = |size: usize, widen: fn(&[u8]) -> Option<i64>| {
             self.bytes.chunks_exact(size).map(widen).collect::<Option<Vec<i64>>>()
@@ -219,7 +219,7 @@ impl Stored<'_> {
     /// A copy in this process's memory.
     ///
     /// # Errors
-    /// When it is of no type that kernels compute with.
+    /// When kernels do not support its type.
     pub fn to_tensor(&self) -> Result<Tensor> {
         Ok(Tensor::from_bytes(self.dtype()?, self.shape, self.bytes)?)
     }
@@ -240,7 +240,7 @@ pub fn mask_of(file: &TensorFile, batch: usize, keys: usize) -> Result<Option<St
     Ok(mask)
 }
 
-/// The file's name for a storage type.
+/// The safetensors name of a storage type.
 #[must_use]
 pub const fn stored_dtype(dtype: DType) -> Dtype {
     match dtype {

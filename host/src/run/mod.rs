@@ -127,7 +127,7 @@ impl From<Order> for Layout {
     }
 }
 
-/// Tensors of files and the problem that they pose.
+/// Tensors of files and the problem that they define.
 trait Given {
     /// The problem.
     fn problem(&self) -> &Problem;
@@ -135,22 +135,23 @@ trait Given {
     /// Shape of the first tensor.
     fn shape(&self) -> &[usize];
 
-    /// Runs a kernel on the tensors, which go to the device straight from the file.
+    /// Runs a kernel on the tensors, which go straight from the file to the device.
     ///
     /// # Errors
-    /// Why the kernel cannot do the problem; [`flash_attention::Error::OutOfMemory`], before anything
-    /// is allocated where that can be foreseen; or what went wrong while the kernel ran.
+    /// The reason that the kernel does not support the problem;
+    /// [`flash_attention::Error::OutOfMemory`], where predictable before any allocation; or a fault
+    /// of the kernel.
     fn run(&self, session: &Session, args: &RunArgs) -> Result<Done>;
 
-    /// Compares outputs with those of the file by the 2x rule: they may differ by twice the
-    /// error that the plain algorithm makes on the same input, against f64.
+    /// Compares outputs with the file's outputs by the 2x rule: they may differ by twice the error
+    /// that the plain algorithm makes on the same input, against f64.
     ///
     /// # Errors
     /// When the inputs cannot be read.
     fn compare(&self, done: &Done) -> Result<Vec<Comparison>>;
 }
 
-/// What a kernel made of them.
+/// The results of a kernel.
 struct Done {
     /// Outputs by name, the main one first.
     tensors: Vec<(&'static str, Tensor)>,
@@ -160,14 +161,14 @@ struct Done {
     by: String,
     /// Milliseconds that the device was busy.
     ms: f64,
-    /// The most device memory in use at once, in bytes.
+    /// The peak of device memory, in bytes.
     peak_bytes: u64,
 }
 
 /// Runs the command.
 ///
 /// # Errors
-/// What is wrong with the request, the file or a tensor; or what failed.
+/// An error of the request, the file, a tensor, or the run.
 pub fn run(args: &RunArgs) -> Result<Outcome> {
     let input = TensorFile::open(&args.input)?;
     let [output] = output::open_all([("--output", args.output.as_deref())])?;
@@ -216,7 +217,7 @@ pub fn run(args: &RunArgs) -> Result<Outcome> {
     Ok(if good { Outcome::Good } else { Outcome::Bad })
 }
 
-/// The plan of the kernel that `--kernel` names, or of the best one that can do the problem.
+/// The plan of the kernel that `--kernel` names, or of the best kernel that supports the problem.
 fn plan<P: Operation>(args: &RunArgs, problem: &P, session: &Session) -> Result<Plan<P>> {
     let target = session.target();
     if args.kernel == "best" {
@@ -225,7 +226,7 @@ fn plan<P: Operation>(args: &RunArgs, problem: &P, session: &Session) -> Result<
     Ok(Spec::<P>::find(&args.kernel)?.plan(problem, &target)?)
 }
 
-/// Writing to the file that is read from would destroy the tensors while they are used.
+/// Refuses an output that is also an input file: writing it would destroy the tensors in use.
 fn refuse_same_file(args: &RunArgs, output: &Output) -> Result<()> {
     let files = [(Some(&args.input), "the input"), (args.weights.as_ref(), "the weights' file")];
     for (file, what) in files {

@@ -1,5 +1,5 @@
-//! The attention module on the tensors `x` and, where it is given, `mask` of a file, with the
-//! parameters of another.
+//! The attention module on the tensors `x` and, if present, `mask` of a file, with the parameters
+//! from another file.
 
 use std::path::Path;
 
@@ -23,22 +23,22 @@ use super::{
 /// Multiplications that a check may spend on the module in f64.
 const ORACLE_BUDGET: u64 = 1 << 33;
 
-/// The tensors of the files and the problem that they pose.
+/// The tensors of the files and the problem that they define.
 pub struct GivenModule<'a> {
     pub x: Stored<'a>,
     mask: Option<Stored<'a>>,
     pub weights: Weights,
     pub problem: Problem,
-    /// y, to be compared with.
+    /// The expected y.
     expected: Option<Tensor>,
 }
 
 impl<'a> GivenModule<'a> {
-    /// Looks the tensors up, y among them if it is to be compared with, and derives the problem from
-    /// their shapes.
+    /// Looks up the tensors, including y for a comparison, and derives the problem from their
+    /// shapes.
     ///
     /// # Errors
-    /// Which tensor is missing or wrong, what it is and what it must be.
+    /// An error that names the missing or wrong tensor, with its type or shape and the right one.
     pub fn read(
         file: &'a TensorFile,
         weights: &Path,

@@ -1,5 +1,5 @@
-//! The gradients of the attention module on the tensors `x`, `dy` and, where it is given, `mask` of a
-//! file, with the parameters of another.
+//! The gradients of the attention module on the tensors `x`, `dy` and, if present, `mask` of a
+//! file, with the parameters from another file.
 
 use std::path::Path;
 
@@ -22,7 +22,7 @@ use super::{
 };
 use crate::accuracy::module_gradient_index;
 
-/// The tensors of the files and the problem that they pose.
+/// The tensors of the files and the problem that they define.
 pub struct GivenModuleBackward<'a> {
     forward: GivenModule<'a>,
     dy: Stored<'a>,
@@ -34,7 +34,7 @@ impl<'a> GivenModuleBackward<'a> {
     /// Looks the tensors up and derives the problem from their shapes.
     ///
     /// # Errors
-    /// Which tensor is missing or wrong, what it is and what it must be.
+    /// An error that names the missing or wrong tensor, with its type or shape and the right one.
     pub fn read(
         file: &'a TensorFile,
         weights: &Path,
@@ -49,7 +49,7 @@ impl<'a> GivenModuleBackward<'a> {
     }
 }
 
-/// The gradients that the file has, of which there must be one.
+/// The file's gradients; there must be at least one.
 fn expected(file: &TensorFile, forward: &GivenModule<'_>) -> Result<[Option<Tensor>; 9]> {
     let mut found = [const { None }; 9];
     let hidden = forward.weights.hidden();

@@ -13,9 +13,10 @@ use crate::{
     results::{Check, Level},
 };
 
-/// Multiplications that the oracle may spend on a sequence length; rows are sampled so.
+/// Multiplications that the oracle may spend on a sequence length; this limit sets the number of
+/// sampled rows.
 const QUICK: usize = 1 << 25;
-/// The same where the right answer is what is asked for: all of the lab's experiment.
+/// The same for verification: all of the lab's experiment.
 const THOROUGH: usize = 1 << 30;
 
 /// The level.

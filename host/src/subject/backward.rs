@@ -15,14 +15,14 @@ use crate::{
 };
 
 /// Multiplications that the oracle may spend on a sequence length: every head of the emulator's
-/// defaults, one of 512 rows on a GPU.
+/// defaults, one head of 512 rows on a GPU.
 const QUICK: usize = 1 << 27;
-/// The same where the right answer is what is asked for.
+/// The same for verification.
 const THOROUGH: usize = 1 << 31;
 
 /// The level.
 pub struct Backward {
-    /// Whether kernels are asked for the same bits each time.
+    /// Whether kernels must give the same bits in each run.
     pub deterministic: bool,
 }
 

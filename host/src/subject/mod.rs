@@ -21,19 +21,20 @@ use crate::{
     results::{Check, Level, ProblemRecord, Row, Status},
 };
 
-/// How much of the right answer is computed.
+/// The part of the right answer to compute.
 #[derive(Clone, Copy, Debug)]
 pub enum Effort {
     /// This number of rows of O, or of tokens of y.
     Rows(usize),
-    /// As many as are done while a kernel is timed.
+    /// As many rows as fit beside the timing of a kernel.
     Quick,
-    /// Every one, as far as that takes seconds.
+    /// Every row, if that takes seconds.
     Thorough,
 }
 
 impl Effort {
-    /// The number of rows: given, or those that the multiplications of a quick or a thorough check afford.
+    /// The number of rows: the given number, or the number within the multiplications of a quick or
+    /// a thorough check.
     pub fn rows(self, [quick, thorough]: [usize; 2], affordable: impl Fn(usize) -> usize) -> usize {
         match self {
             Self::Rows(rows) => rows,
@@ -48,7 +49,7 @@ impl Effort {
 pub struct Kernel {
     /// Its name.
     pub name: &'static str,
-    /// Storage types that it has.
+    /// Its storage types.
     pub dtypes: &'static [DType],
 }
 
@@ -58,7 +59,7 @@ fn kernels<P: Operation>() -> Vec<Kernel> {
     P::kernels().iter().map(kernel).collect()
 }
 
-/// A level, as far as it needs no tensors.
+/// The part of a level that needs no tensors.
 pub trait Kind: Sync {
     /// The level.
     fn level(&self) -> Level;
@@ -66,32 +67,33 @@ pub trait Kind: Sync {
     /// The kernels, the slowest first.
     fn kernels(&self) -> Vec<Kernel>;
 
-    /// Whether kernels are asked for the same bits each time.
+    /// Whether kernels must give the same bits in each run.
     fn deterministic(&self) -> bool {
         false
     }
 
-    /// The problem as the level poses it.
+    /// The level's form of the problem.
     ///
     /// # Errors
-    /// None that the problem did not have.
+    /// The errors of the problem.
     fn pose(&self, problem: &Problem) -> Result<Problem, Error>;
 
-    /// Floating-point operations, by convention; of packed sequences as if all were as long as the
-    /// longest: a [`Subject`] knows their lengths.
+    /// Floating-point operations, by convention; packed sequences count as if all were as long as
+    /// the longest. A [`Subject`] knows their lengths.
     fn flops(&self, problem: &Problem) -> f64;
 
-    /// Elements of a row that is compared, and what such rows are called.
+    /// Elements of a compared row, and the name of such rows.
     fn compared(&self, problem: &Problem) -> (usize, &'static str);
 
-    /// Device memory that a run of a kernel on a posed problem will need, everything included.
+    /// Predicted device memory of a kernel's run on a problem in the level's form, everything
+    /// included.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] where the kernel, or a part of the level beside it, cannot do the
+    /// [`Error::Unsupported`] where the kernel, or another part of the level, does not support the
     /// problem on the device.
     fn needed_bytes(&self, kernel: &str, problem: &Problem, target: &Target) -> Result<u64, Error>;
 
-    /// Draws the tensors of a posed problem and computes the right answer.
+    /// Draws the tensors of a problem in the level's form and computes the right answer.
     ///
     /// # Errors
     /// When the parameters of a module do not fit the device.
@@ -104,7 +106,7 @@ pub trait Kind: Sync {
     ) -> Result<Box<dyn Subject + 'a>, Error>;
 }
 
-/// The kind of a level; of the backward pass with the same bits each time if `deterministic`.
+/// The kind of a level; for the backward pass, with the same bits in each run if `deterministic`.
 #[must_use]
 pub fn kind(level: Level, deterministic: bool) -> &'static dyn Kind {
     match level {
@@ -130,8 +132,8 @@ pub trait Subject {
     /// The attention problem.
     fn problem(&self) -> &Problem;
 
-    /// Tensors in the order in which another library takes them: q, k and v; or x, and weight
-    /// and bias of each projection; then the gradient of the output, where gradients are computed.
+    /// Tensors in another library's order: q, k and v; or x, and weight and bias of each
+    /// projection; then the gradient of the output, for levels with gradients.
     fn tensors(&self) -> Vec<&Tensor>;
 
     /// The padding mask.
@@ -150,13 +152,13 @@ pub trait Subject {
     /// Bytes of parameters, inputs and outputs.
     fn own_bytes(&self) -> u64;
 
-    /// Compares the output of another implementation, which gives no LSE.
+    /// Compares the output of another implementation, without an LSE.
     fn check_output(&self, name: &str, output: Tensor) -> Check;
 
     /// Runs a kernel once, by `launch`, and compares its outputs.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], or what went wrong while it ran.
+    /// [`Error::OutOfMemory`], or a fault of the kernel.
     fn run(
         &self,
         kernel: &str,
@@ -167,7 +169,7 @@ pub trait Subject {
 
 /// Work of which parts may be timed alone.
 pub trait Timed: Work {
-    /// Runs these passes alone from now on. `false` where there is one only.
+    /// Runs only these passes from now on. `false` where there is only one pass.
     fn take(&mut self, _passes: Passes) -> bool {
         false
     }
@@ -183,9 +185,9 @@ pub struct Ran<'a> {
     pub work: Box<dyn Timed + 'a>,
     /// Its outputs against the right answer.
     pub checks: Vec<Check>,
-    /// The most device memory in use at once, in bytes.
+    /// The peak of device memory, in bytes.
     pub peak_bytes: u64,
-    /// The most that the forward pass alone uses, where there is a backward pass after it.
+    /// The peak of the forward pass alone, if a backward pass follows.
     pub forward_peak_bytes: Option<u64>,
     /// Device memory beyond parameters, inputs and outputs, in bytes.
     pub workspace_bytes: u64,
@@ -194,7 +196,7 @@ pub struct Ran<'a> {
 }
 
 impl Ran<'_> {
-    /// Writes what is known before anything is timed to a row.
+    /// Writes the values that are known before any timing to a row.
     pub fn write_to(&self, row: &mut Row) {
         row.peak_bytes = Some(self.peak_bytes);
         row.forward_peak_bytes = self.forward_peak_bytes;
@@ -215,7 +217,7 @@ fn counted(
     Ok(take_counters(work.device()))
 }
 
-/// A row with what is known before anything runs.
+/// A row with the values that are known before any run.
 #[must_use]
 pub fn row(session: &Session, kind: &dyn Kind, kernel: &str, problem: &Problem) -> Row {
     let (device, record) = (session.device(), ProblemRecord::from(problem));
@@ -247,11 +249,11 @@ pub fn row(session: &Session, kind: &dyn Kind, kernel: &str, problem: &Problem) 
     }
 }
 
-/// Foresees a kernel on a posed problem without running it: its row, whose status is not
-/// [`Status::Ok`] where the kernel cannot do the problem or its memory is not free.
+/// Predicts a kernel's row without running the kernel. The status is not [`Status::Ok`] where the
+/// kernel does not support the problem or its memory is not free.
 ///
 /// # Errors
-/// When the device does not answer.
+/// When the device does not respond.
 pub fn foresee(
     session: &Session,
     kind: &dyn Kind,

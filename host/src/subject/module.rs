@@ -14,10 +14,10 @@ use crate::{
     results::{Check, Level},
 };
 
-/// Multiplications that the oracle may spend on a sequence length: keys have to be projected before
-/// any token can be compared.
+/// Multiplications that the oracle may spend on a sequence length: it must project all keys before
+/// comparing any token.
 const QUICK: u64 = 1 << 30;
-/// The same where the right answer is what is asked for: in the lab's experiment about 3.3 * 10^9.
+/// The same for verification: in the lab's experiment about 3.3 * 10^9.
 const THOROUGH: u64 = 1 << 32;
 
 /// The level.

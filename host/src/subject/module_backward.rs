@@ -19,12 +19,12 @@ use crate::{
 /// Multiplications of a forward pass that the oracle may spend on a sequence length. Gradients take four
 /// times as many.
 const QUICK: u64 = 1 << 28;
-/// The same where the right answer is what is asked for.
+/// The same for verification.
 const THOROUGH: u64 = 1 << 30;
 
 /// The level.
 pub struct ModuleBackward {
-    /// Whether kernels are asked for the same bits each time.
+    /// Whether kernels must give the same bits in each run.
     pub deterministic: bool,
 }
 

@@ -1,6 +1,6 @@
-//! `verify`: each kernel's O and LSE against attention in f64, and the output of the module
-//! around it against the module in f64, with a verdict by a threshold and by the 2x rule, and
-//! how the differences spread.
+//! `verify`: each kernel's O and LSE against attention in f64, and the output of the module around
+//! it against the module in f64, with verdicts by a threshold and by the 2x rule, and the spread of
+//! the differences.
 
 mod terminal;
 
@@ -27,10 +27,10 @@ use crate::{
 /// The lab's precision experiment.
 pub const LAB: Defaults =
     Defaults { seq: &[512], batch: 2, heads: 12, head_dim: 64, dtype: DType::F32 };
-/// A part of it, so that the emulator is through in seconds.
+/// A part of the experiment, so that the emulator finishes in seconds.
 pub const EMULATED: Defaults = Defaults { batch: 1, heads: 2, ..LAB };
-/// The threshold of the lab's experiment, which is in f32. Narrower types cannot keep it
-/// for every input: there the 2x rule decides.
+/// The threshold of the lab's experiment, which is in f32. Narrower types cannot meet it for every
+/// input, so the 2x rule decides there.
 const F32_THRESHOLD: f64 = 1e-3;
 
 /// Arguments of `verify`.
@@ -68,8 +68,7 @@ pub struct VerifyArgs {
 /// Runs the command.
 ///
 /// # Errors
-/// What is wrong with the request; or a file that could not be written, after the
-/// differences were printed.
+/// A wrong request; or a file that could not be written, after the differences were printed.
 pub fn run(args: &VerifyArgs) -> Result<Outcome> {
     if let Some(gpus) = args.several.gpus {
         gpus::refuse(&[
@@ -148,8 +147,8 @@ struct Group {
     problems: Vec<Problem>,
 }
 
-/// One group for the type that was asked for. Where none was, every kernel runs in the default
-/// type or, if it has not that, in the first that it has.
+/// One group for the requested type. Without a request, every kernel runs in the default type or,
+/// if it lacks that type, in its first type.
 ///
 /// # Errors
 /// What is wrong with the request.
@@ -172,7 +171,7 @@ fn groups(args: &VerifyArgs, defaults: &Defaults, session: &Session) -> Result<V
     Ok(groups)
 }
 
-/// What is the same for every problem.
+/// The settings common to every problem.
 struct Run<'a> {
     session: &'a Session,
     kernels: &'a [Kernel],
@@ -234,7 +233,7 @@ impl Run<'_> {
     }
 }
 
-/// What is printed for one sequence length and level.
+/// The output for one sequence length and level.
 fn summary(
     kind: &dyn Kind,
     problem: &Problem,
@@ -258,7 +257,7 @@ fn summary(
     text
 }
 
-/// How the command ends, and what it says last.
+/// The end of the command, with its last message.
 fn verdict(results: &Results) -> (Outcome, &'static str) {
     if results.interrupted {
         (Outcome::Interrupted, "stopped before every kernel was compared")

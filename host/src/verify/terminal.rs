@@ -1,12 +1,11 @@
-//! Histograms in the terminal: a line a decade, absolute and relative differences side
-//! by side.
+//! Histograms in the terminal: one line per decade, absolute and relative differences side by side.
 
 use crate::results::{Check, Histogram};
 
 /// Blocks of the longest bar.
 const BAR: usize = 24;
 
-/// How one tensor's differences spread.
+/// The spread of one tensor's differences.
 #[must_use]
 pub fn histograms(check: &Check) -> String {
     let (abs, rel) = (decades(&check.abs_histogram), decades(&check.rel_histogram));
@@ -58,7 +57,7 @@ impl Decades {
         index.and_then(|i| self.counts.get(i)).copied().unwrap_or(0)
     }
 
-    /// A bar as long as the count is large beside the largest, and the share of all.
+    /// A bar whose length is the count relative to the largest count, and the share of all.
     fn bar(&self, count: u64) -> String {
         if count == 0 {
             return " ".repeat(BAR + 7);
