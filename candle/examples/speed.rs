@@ -12,17 +12,25 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use flash_attention_candle::{Options, attention};
 
-/// The median of five runs after one that does not count.
-fn time(mut run: impl FnMut() -> Result<()>) -> Result<Duration> {
-    run()?;
-    let mut times = [Duration::ZERO; 5];
-    for time in &mut times {
-        let start = Instant::now();
+/// The medians of five runs after one that does not count, in milliseconds. The two take turns, so that
+/// whatever else the machine does slows both.
+fn times(own: impl Fn() -> Result<()>, ours: impl Fn() -> Result<()>) -> Result<[f64; 2]> {
+    let runs: [&dyn Fn() -> Result<()>; 2] = [&own, &ours];
+    let mut times = [[Duration::ZERO; 5]; 2];
+    for run in runs {
         run()?;
-        *time = start.elapsed();
     }
-    times.sort_unstable();
-    Ok(times[2])
+    for at in 0..5 {
+        for (run, times) in runs.iter().zip(&mut times) {
+            let start = Instant::now();
+            run()?;
+            times[at] = start.elapsed();
+        }
+    }
+    Ok(times.map(|mut times| {
+        times.sort_unstable();
+        times[2].as_secs_f64() * 1e3
+    }))
 }
 
 fn main() -> anyhow::Result<()> {
@@ -45,26 +53,17 @@ fn main() -> anyhow::Result<()> {
                 [Var::from_tensor(&q)?, Var::from_tensor(&k)?, Var::from_tensor(&v)?];
             let name = if causal { "causal" } else { "full" };
             let Ok(expected) = own() else {
-                println!(
-                    "{dtype:?} {name}: candle has no such product; ours {:.1}",
-                    ms(time(|| ours().map(drop))?)
-                );
+                let [_, ours] = times(|| Ok(()), || ours().map(drop))?;
+                println!("{dtype:?} {name}: candle has no such product; ours {ours:.1}");
                 continue;
             };
             let apart = (expected - ours()?)?.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F32)?;
-            let forward = [time(|| own().map(drop))?, time(|| ours().map(drop))?].map(ms);
-            let both = [
-                time(|| {
-                    own::attention(&q_var, &k_var, &v_var, hidden.as_ref())?
-                        .sum_all()?
-                        .backward()
-                        .map(drop)
-                })?,
-                time(|| {
-                    attention(&q_var, &k_var, &v_var, &options)?.sum_all()?.backward().map(drop)
-                })?,
-            ]
-            .map(ms);
+            let forward = times(|| own().map(drop), || ours().map(drop))?;
+            let loss = |o: Tensor| o.sum_all()?.backward().map(drop);
+            let both = times(
+                || loss(own::attention(&q_var, &k_var, &v_var, hidden.as_ref())?),
+                || loss(attention(&q_var, &k_var, &v_var, &options)?),
+            )?;
             println!(
                 "{dtype:?} {name}: forward {:.1} and {:.1}, with gradients {:.1} and {:.1}; at most {:.1e} apart",
                 forward[0],
@@ -76,8 +75,4 @@ fn main() -> anyhow::Result<()> {
         }
     }
     Ok(())
-}
-
-fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
 }
