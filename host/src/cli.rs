@@ -28,7 +28,7 @@ pub struct Cli {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Show the driver, the GPUs and which kernels each can run
+    /// Show the driver, the GPUs and the kernels that each can run
     Env,
     /// Measure kernels, and the module around them, side by side: time, memory, error
     #[command(after_help = help::compare_defaults(), after_long_help = help::compare())]
@@ -36,7 +36,7 @@ pub enum Command {
     /// Compare outputs of each kernel, and of the module around it, with f64
     #[command(after_help = help::verify_defaults(), after_long_help = help::verify())]
     Verify(Box<VerifyArgs>),
-    /// Verify and measure a few queries against caches, contiguous and in pages
+    /// Verify and measure a few queries against caches, contiguous and paged
     #[command(after_help = help::decode_defaults(), after_long_help = help::decode())]
     Decode(Box<DecodeCommandArgs>),
     /// Compute attention, or the attention module, of your own tensors, from a safetensors file
@@ -51,7 +51,7 @@ pub enum Command {
     /// Trace what warps, copies and tensor cores do, for Perfetto or Chrome: an estimate of time
     #[command(after_long_help = help::TRACE)]
     Trace(Box<TraceArgs>),
-    /// Make the report of a run anew from the JSON that it wrote
+    /// Make the report of a run again, from the run's JSON
     #[command(after_long_help = help::REPORT)]
     Report(ReportArgs),
     /// Print completions for a shell

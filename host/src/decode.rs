@@ -89,7 +89,7 @@ pub struct DecodeCommandArgs {
     /// Heads
     #[arg(long, value_name = "H", value_parser = values::count)]
     pub heads: Option<usize>,
-    /// Heads of K and V, of which as many heads of Q use each
+    /// Heads of K and V, each shared by the same number of heads of Q
     #[arg(long, value_name = "H", value_parser = values::count)]
     pub kv_heads: Option<usize>,
     /// Features of a head
@@ -98,7 +98,7 @@ pub struct DecodeCommandArgs {
     /// Storage type of the tensors: f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = values::dtype)]
     pub dtype: DType,
-    /// Let row i see keys from i + Nk - Nq - L to i + Nk - Nq + R only; -1 is no bound
+    /// Let row i see only keys from i + Nk - Nq - L to i + Nk - Nq + R; -1 means no bound
     #[arg(long, value_name = "L,R", allow_hyphen_values = true, value_parser = values::window)]
     pub window: Option<Window>,
     /// Split the keys of a sequence into this many parts, in place of the number with the least cost
@@ -113,7 +113,7 @@ pub struct DecodeCommandArgs {
     /// Seed of the random inputs
     #[arg(long, default_value_t = 42, value_parser = values::seed)]
     pub seed: u64,
-    /// Memory that the emulator has, as 512MiB or 2GiB; half of what is free unless given
+    /// Memory of the emulator, such as 512MiB or 2GiB; half of the free memory unless given
     #[arg(long, value_name = "SIZE", value_parser = values::bytes)]
     pub memory_limit: Option<u64>,
     /// Print every column, however wide the terminal is

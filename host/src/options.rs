@@ -35,10 +35,11 @@ pub struct ShapeArgs {
     /// Heads
     #[arg(long, value_name = "H", value_parser = values::count)]
     pub heads: Option<usize>,
-    /// Heads of K and V, of which as many heads of Q use each; as many as of Q unless given
+    /// Heads of K and V, each shared by the same number of heads of Q; as many as Q has unless
+    /// given
     #[arg(long, value_name = "H", value_parser = values::count)]
     pub kv_heads: Option<usize>,
-    /// Keys, where there are not as many as queries
+    /// Keys; as many as queries unless given
     #[arg(long, value_name = "N", value_parser = values::count)]
     pub seq_k: Option<usize>,
     /// Features over all heads; divided by the heads it is the head dim
@@ -47,22 +48,22 @@ pub struct ShapeArgs {
     /// Features of a head
     #[arg(long, value_name = "D", value_parser = values::count)]
     pub head_dim: Option<usize>,
-    /// Features of a head of V and O, where they are not as many as of Q and K
+    /// Features of a head of V and O; as many as of Q and K unless given
     #[arg(long, value_name = "D", value_parser = values::count)]
     pub head_dim_v: Option<usize>,
     /// Storage type of the tensors: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", value_parser = values::dtype)]
     pub dtype: Option<DType>,
-    /// Let row i see keys up to i + Nk - Nq only
+    /// Let row i see only keys up to i + Nk - Nq
     #[arg(long)]
     pub causal: bool,
-    /// Let row i see keys from i + Nk - Nq - L to i + Nk - Nq + R only; -1 is no bound
+    /// Let row i see only keys from i + Nk - Nq - L to i + Nk - Nq + R; -1 means no bound
     #[arg(long, value_name = "L,R", allow_hyphen_values = true, value_parser = values::window)]
     pub window: Option<Window>,
-    /// Cap scores: C tanh(s / C) takes the place of s
+    /// Cap scores: C tanh(s / C) replaces s
     #[arg(long, value_name = "C", value_parser = values::number)]
     pub softcap: Option<f32>,
-    /// Let scores fall with the distance of row and key, by the usual slope of each head,
+    /// Lower scores with the distance of row and key (ALiBi), by the usual slope of each head,
     /// 2^(-8 h / H)
     #[arg(long)]
     pub alibi: bool,
@@ -98,7 +99,7 @@ pub struct ProblemArgs {
     /// Where to run: auto (a GPU if there is one), gpu, gpu:1 (a certain one) or cpu
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     pub device: DeviceChoice,
-    /// Memory that the emulator has, as 512MiB or 2GiB; half of what is free unless given
+    /// Memory of the emulator, such as 512MiB or 2GiB; half of the free memory unless given
     #[arg(long, value_name = "SIZE", value_parser = values::bytes)]
     pub memory_limit: Option<u64>,
 }

@@ -28,7 +28,7 @@ pub struct Results {
     pub commit: String,
     /// The computer.
     pub machine: Machine,
-    /// Where the kernels ran.
+    /// The device that ran the kernels.
     pub device: DeviceInfo,
     /// The CUDA driver, where there is one.
     pub driver: Option<Driver>,
@@ -37,9 +37,9 @@ pub struct Results {
     /// Whether the run was stopped (by a signal, or a launch that took too long) before everything
     /// was measured.
     pub interrupted: bool,
-    /// One row a kernel, sequence length and level.
+    /// One row per kernel, sequence length and level.
     pub rows: Vec<Row>,
-    /// One comparison with the f64 oracle a kernel, sequence length, level and tensor.
+    /// One comparison with the f64 oracle per kernel, sequence length, level and tensor.
     pub checks: Vec<Check>,
 }
 
@@ -63,7 +63,7 @@ pub struct Machine {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DeviceInfo {
-    /// Name of the GPU, or that of the emulator.
+    /// Name of the GPU or of the emulator.
     pub name: String,
     /// Whether kernels were emulated: times then show the algorithm, not GPU speed.
     pub emulated: bool,
@@ -71,7 +71,7 @@ pub struct DeviceInfo {
     pub compute_capability: String,
     /// Memory in bytes; none under an emulator without a limit.
     pub memory_bytes: Option<u64>,
-    /// The most dynamic shared memory of a block in bytes.
+    /// Maximum dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
     /// Multiprocessors.
     pub multiprocessors: u32,
@@ -81,9 +81,9 @@ pub struct DeviceInfo {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Driver {
-    /// Version of the driver, as `580.65`, where it can be told.
+    /// Version of the driver, as `580.65`, where it is known.
     pub version: Option<String>,
-    /// Newest CUDA version that the driver speaks, as `13.0`.
+    /// Newest CUDA version that the driver supports, as `13.0`.
     pub cuda: String,
 }
 
@@ -187,11 +187,11 @@ pub struct ProblemRecord {
     pub heads: usize,
     /// Heads of K and V; a document without them has as many as of Q.
     pub kv_heads: Option<usize>,
-    /// Keys, where there are not as many as queries.
+    /// Keys, where their number differs from the queries'.
     pub seq_k: Option<usize>,
     /// Elements of a row.
     pub head_dim: usize,
-    /// Elements of a row of V and O, where they are not as many as of Q and K.
+    /// Elements of a row of V and O, where their number differs from Q's and K's.
     pub head_dim_v: Option<usize>,
     /// Storage type.
     #[serde(with = "text")]
@@ -253,9 +253,9 @@ impl From<&Problem> for ProblemRecord {
 pub struct Repeats {
     /// Timed runs.
     pub iters: usize,
-    /// Runs before those.
+    /// Untimed runs before the timed runs.
     pub warmup: usize,
-    /// Seconds of runs back to back after those, where that was asked for.
+    /// Seconds of back-to-back runs after the timed runs, if requested.
     pub sustained: Option<f64>,
 }
 
@@ -407,7 +407,7 @@ pub struct Row {
     pub causal: bool,
     /// How it ended.
     pub status: Status,
-    /// Why it did not end well; empty otherwise.
+    /// The reason for a failure; empty otherwise.
     pub reason: String,
     /// Mean time of a run in milliseconds.
     pub mean_ms: Option<f64>,
@@ -419,38 +419,38 @@ pub struct Row {
     pub max_ms: Option<f64>,
     /// Median time.
     pub median_ms: Option<f64>,
-    /// 10^12 floating-point operations a second, from the median time.
+    /// 10^12 floating-point operations per second, from the median time.
     pub tflops: Option<f64>,
-    /// Mean time of a run among many back to back, in milliseconds.
+    /// Mean time per run of many runs back to back, in milliseconds.
     pub sustained_ms: Option<f64>,
-    /// 10^12 floating-point operations a second then.
+    /// 10^12 floating-point operations per second, from the back-to-back time.
     pub sustained_tflops: Option<f64>,
     /// Median time of the forward pass alone, where both passes are measured.
     pub forward_ms: Option<f64>,
     /// Median time of the backward pass alone, likewise.
     pub backward_ms: Option<f64>,
-    /// Most device memory that the forward pass alone uses at once, likewise.
+    /// Peak of the forward pass's device memory alone, likewise.
     pub forward_peak_bytes: Option<u64>,
-    /// Most device memory in use at once, in bytes, inputs, outputs and parameters included.
+    /// Peak of device memory, in bytes, including inputs, outputs and parameters.
     pub peak_bytes: Option<u64>,
     /// Device memory beyond inputs and outputs, and parameters of a module, in bytes.
     pub workspace_bytes: Option<u64>,
     /// Peak memory predicted before the launch.
     pub needed_bytes: Option<u64>,
-    /// Memory that was free then; on `oom` rows.
+    /// Free memory at that time; on `oom` rows.
     pub free_bytes: Option<u64>,
-    /// Median time of `naive`, or of `backward_naive`, divided by this one's.
+    /// Median time of `naive`, or of `backward_naive`, divided by this kernel's.
     pub speedup: Option<f64>,
-    /// Share of `naive`'s peak memory that this one does without; negative if it needs more.
+    /// Share of `naive`'s peak memory that this kernel saves; negative if it needs more.
     pub memory_saved: Option<f64>,
-    /// Median time of `standard` divided by this one's.
+    /// Median time of `standard` divided by this kernel's.
     pub speedup_standard: Option<f64>,
-    /// Share of `standard`'s peak memory that this one does without.
+    /// Share of `standard`'s peak memory that this kernel saves.
     pub memory_saved_standard: Option<f64>,
     /// Largest absolute difference of O, of a module's y, of dQ or of a module's dx from the f64 oracle,
     /// over the rows compared.
     pub max_abs_err: Option<f64>,
-    /// Whether times are those of the emulator: the algorithm, not GPU speed.
+    /// Whether the times are the emulator's: the algorithm, not GPU speed.
     pub emulated: bool,
     /// Floating-point operations of the problem, by convention; with the projections at module
     /// level.
@@ -463,7 +463,7 @@ pub struct Row {
     pub peer: bool,
     /// Heads of K and V.
     pub kv_heads: Option<usize>,
-    /// Keys; of packed sequences the most that one may have, as `seq` is.
+    /// Keys; for packed sequences the maximum per sequence, like `seq`.
     pub seq_k: Option<usize>,
     /// Keys before its own position that a row sees; `null` is no bound.
     pub window_left: Option<u32>,
@@ -521,20 +521,21 @@ pub struct Check {
     pub elements: u64,
     /// Largest, mean and median absolute difference.
     pub abs: Spread,
-    /// The same of the difference relative to the oracle's value.
+    /// The same for the difference relative to the oracle's value.
     pub rel: Spread,
-    /// Root of the summed squares of the differences over that of the oracle's values.
+    /// Root of the summed squares of the differences, divided by the root of the oracle's summed
+    /// squares.
     #[serde(with = "number")]
     pub rel_rms: f64,
-    /// Largest absolute difference of the plain algorithm in the same precision from the
-    /// oracle, over several draws where few rows are compared: a kernel is allowed twice that.
+    /// Largest absolute difference of the plain algorithm in the same precision from the oracle,
+    /// over several draws where few rows are compared. A kernel may have twice this difference.
     #[serde(with = "number")]
     pub plain_max_abs: f64,
-    /// Bound on the largest absolute difference that was asked for, where one was.
+    /// Requested bound on the largest absolute difference, if any.
     pub threshold: Option<f64>,
     /// Whether `abs.max` is within the threshold; true where none was given.
     pub within_threshold: bool,
-    /// Whether the error is within twice that of the plain algorithm.
+    /// Whether the error is at most twice the plain algorithm's.
     pub within_twice: bool,
     /// Index of the worst element, `[b, h, i, d]` or `[b, h, i]`; `[b, n, feature]` of a module.
     pub worst_index: Vec<usize>,

@@ -23,24 +23,24 @@ pub struct CompareArgs {
     /// Timed runs of each kernel
     #[arg(long, value_name = "COUNT", value_parser = values::count)]
     pub iters: Option<usize>,
-    /// Runs before those
+    /// Untimed runs of each kernel before the timed runs
     #[arg(long, value_name = "COUNT", value_parser = values::count_or_none)]
     pub warmup: Option<usize>,
-    /// Launch each kernel back to back for about this long too: on a GPU the rate that its
-    /// power limit leaves
+    /// Also launch each kernel back to back for about this long: on a GPU, the rate at its power
+    /// limit
     #[arg(long, value_name = "SECONDS", value_parser = values::seconds)]
     pub sustained: Option<f64>,
-    /// Most time that one launch may take: one that takes longer is reported, and ends the run
+    /// Time limit of one launch: a longer launch is reported, and ends the run
     #[arg(long, value_name = "SECONDS", value_parser = values::timeout)]
     pub timeout: Option<f64>,
     /// Run PyTorch's attention and FlashAttention's packages beside the kernels, where python3 (or
-    /// the Python that FLASH_ATTENTION_PYTHON names) has them: all that are there, or those listed
+    /// the Python that FLASH_ATTENTION_PYTHON names) has them: all of them, or the listed ones
     #[arg(long, value_name = "BACKEND,…", value_delimiter = ',', num_args = 0.., require_equals = true, value_parser = peers::ON_GPU)]
     pub peers: Option<Vec<String>>,
     /// Print every column, however wide the terminal is
     #[arg(long)]
     pub wide: bool,
-    /// Write everything measured as JSON; - is standard output, and text goes to standard error
+    /// Write all measurements as JSON; - is standard output, and text goes to standard error
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
     /// Write the rows as CSV; - as with --json

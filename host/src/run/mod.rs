@@ -70,20 +70,20 @@ pub struct RunArgs {
     /// goes to standard error
     #[arg(long, value_name = "FILE", required_unless_present = "check")]
     pub output: Option<PathBuf>,
-    /// Kernel by name; best is the fastest that can do it here
+    /// Kernel by name; best is the fastest kernel that supports the problem here
     #[arg(long, value_name = "NAME", default_value = "best", value_parser = values::kernel_or_best())]
     pub kernel: String,
     /// Order of the dimensions of q, k, v and o: batch, heads, tokens, features or batch,
     /// tokens, heads, features
     #[arg(long, value_name = "ORDER", default_value = "bhnd")]
     pub layout: Order,
-    /// Let row i see keys up to i + Nk - Nq only
+    /// Let row i see only keys up to i + Nk - Nq
     #[arg(long)]
     pub causal: bool,
-    /// Let row i see keys from i + Nk - Nq - L to i + Nk - Nq + R only; -1 is no bound
+    /// Let row i see only keys from i + Nk - Nq - L to i + Nk - Nq + R; -1 means no bound
     #[arg(long, value_name = "L,R", allow_hyphen_values = true, value_parser = values::window, conflicts_with = "weights")]
     pub window: Option<Window>,
-    /// Cap scores: C tanh(s / C) takes the place of s
+    /// Cap scores: C tanh(s / C) replaces s
     #[arg(long, value_name = "C", value_parser = values::number, conflicts_with = "weights")]
     pub softcap: Option<f32>,
     /// Softmax scale; 1/sqrt(D) unless given
@@ -95,7 +95,7 @@ pub struct RunArgs {
     /// Seed of dropout
     #[arg(long, default_value_t = 42, value_parser = values::seed)]
     pub seed: u64,
-    /// Write the attention weights too: those that the kernel kept, or computed again from LSE
+    /// Also write the attention weights: kept by the kernel, or computed again from Q and K
     #[arg(long)]
     pub with_weights: bool,
     /// Compare with o and lse, y, or gradients of the input file, by the 2x rule
@@ -104,7 +104,7 @@ pub struct RunArgs {
     /// Where to run: auto (a GPU if there is one), gpu, gpu:1 (a certain one) or cpu
     #[arg(long, value_name = "WHERE", default_value = "auto")]
     pub device: DeviceChoice,
-    /// Memory that the emulator has, as 512MiB or 2GiB; half of what is free unless given
+    /// Memory of the emulator, such as 512MiB or 2GiB; half of the free memory unless given
     #[arg(long, value_name = "SIZE", value_parser = values::bytes)]
     pub memory_limit: Option<u64>,
 }
