@@ -1,4 +1,4 @@
-//! The work of a rank: what it computes, what it exchanges, and in which memory.
+//! The work of a rank: its computation, its exchanges, and their memory.
 //!
 //! ```text
 //! heads:    all-to-all: rows of all heads -> all rows of some heads; the kernel; all-to-all back
@@ -6,8 +6,8 @@
 //! both:     all-to-all among ranks that share a part of the context, the ring among those that share heads
 //! ```
 //!
-//! Every wait is an event between the two lanes of the device. The host waits for other ranks alone, and
-//! only until they have started the transfer that it starts.
+//! Every wait is an event between the two lanes of the device. The host waits only for other ranks,
+//! and only until they have started their side of a transfer.
 
 mod backward;
 mod forward;
@@ -34,14 +34,14 @@ use memory::{Arena, Shape};
 pub use backward::BackwardTensors;
 pub use forward::ForwardTensors;
 
-/// Which kernels, and how.
+/// The choice of kernels.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
     /// The forward kernel; the best unless given.
     pub kernel: Option<&'static KernelSpec>,
     /// The kernel of the backward pass; the best unless given.
     pub backward: Option<&'static BackwardSpec>,
-    /// Whether gradients have the same bits each time.
+    /// Whether gradients have the same bits in each run.
     pub deterministic: bool,
 }
 
@@ -57,12 +57,12 @@ struct Planned {
 /// A step of the ring.
 #[derive(Debug)]
 struct Step {
-    /// Keys of the block that is here.
+    /// Keys of the current block.
     keys: usize,
     parts: Vec<Planned>,
 }
 
-/// Attention of one rank of several: made once, used for any number of calls.
+/// Attention of one rank of several. It is made once and serves any number of calls.
 #[derive(Debug)]
 pub struct Attention {
     share: Share,
@@ -83,10 +83,11 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// What rank `rank` does on a device with those limits.
+    /// The work of rank `rank` on a device with the given limits.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a rank beyond the last; [`Error::Attention`] for a part that no kernel can do.
+    /// [`Error::Invalid`] for a rank beyond the last; [`Error::Attention`] for a part that no
+    /// kernel supports.
     pub fn new(share: &Share, rank: usize, target: &Target) -> Result<Self, Error> {
         Self::with(share, rank, target, Options::default())
     }
@@ -94,7 +95,8 @@ impl Attention {
     /// As [`Attention::new`], with options.
     ///
     /// # Errors
-    /// As [`Attention::new`], and what the kernel of the options cannot do.
+    /// As [`Attention::new`]; [`Error::Attention`] for a part that the kernel of the options does
+    /// not support.
     pub fn with(
         share: &Share,
         rank: usize,
@@ -147,10 +149,10 @@ impl Attention {
         Ok(this)
     }
 
-    /// The same, with what the backward pass needs.
+    /// The same, with the plans of the backward pass.
     ///
     /// # Errors
-    /// [`Error::Attention`] for a part whose gradients no kernel can do.
+    /// [`Error::Attention`] for a part whose gradients no kernel supports.
     pub fn with_backward(mut self) -> Result<Self, Error> {
         let of_part = |part: &Planned| {
             let problem = Backward::new(*part.forward.problem());
@@ -218,7 +220,7 @@ impl Attention {
         passed_on.iter().map(of).sum()
     }
 
-    /// Bytes of the all-to-all of tensors in one direction, but for what stays.
+    /// Bytes of the all-to-all of tensors in one direction, without the bytes that stay.
     fn group_bytes(&self, tensors: &[(Shape, usize)], direction: Direction) -> u64 {
         if self.share.grid().heads == 1 {
             return 0;
@@ -235,7 +237,7 @@ impl Attention {
         others.map(|transfer| transfer.region.bytes).sum()
     }
 
-    /// This rank among those that divide the heads with it.
+    /// This rank in the group that divides the heads.
     const fn group(&self) -> Group {
         Group { grid: self.share.grid(), rank: self.rank }
     }
@@ -244,20 +246,20 @@ impl Attention {
         self.steps.iter().flat_map(|step| &step.parts)
     }
 
-    /// Q, K, V, O and the LSE as a rank holds them.
+    /// Q, K, V, O and the LSE in the form that a rank holds.
     fn local_shapes(&self) -> [Shape; 5] {
         let p = self.share.problem();
         self.shapes(p.heads(), p.kv_heads(), self.local_rows())
     }
 
-    /// The same as the rank computes with them: its heads of all rows of the group.
+    /// The same in the form for computation: the rank's heads of all rows of the group.
     fn member_shapes(&self) -> [Shape; 5] {
         let (p, heads) = (self.share.problem(), self.share.grid().heads);
         let rows = [0, 1].map(|tensor| self.group_rows[tensor].iter().sum());
         self.shapes(p.heads() / heads, p.kv_heads() / heads, rows)
     }
 
-    /// K and V of a block of that many keys.
+    /// K and V of a block with the given number of keys.
     fn member_shapes_k(&self, keys: usize) -> [Shape; 2] {
         let [_, k, v, ..] = self.member_shapes();
         [Shape { rows: keys, ..k }, Shape { rows: keys, ..v }]
@@ -284,27 +286,28 @@ impl Attention {
         ]
     }
 
-    /// The most keys of a block.
+    /// The maximum number of keys of a block.
     fn most_keys(&self) -> usize {
         self.steps.iter().map(|step| step.keys).max().unwrap_or_default()
     }
 
-    /// The ranks that this one sends its block to and gets the next from.
+    /// The ranks to which this rank sends its block and from which it receives the next.
     fn neighbours(&self) -> [usize; 2] {
         let grid = self.share.grid();
         let (h, c) = grid.place(self.rank);
         [(c + 1) % grid.context, (c + grid.context - 1) % grid.context].map(|c| grid.rank(h, c))
     }
 
-    /// Compares this rank's problem with the others', and gets a workspace ready: once for each
-    /// workspace, before the first call with it. All ranks call it.
+    /// Compares this rank's problem with the others', and prepares a workspace: once per workspace,
+    /// before the first call with it. All ranks call it.
     ///
     /// # Errors
     /// [`Error::Differs`] names the value and the rank that has another; [`Error::Lost`] and
-    /// [`Error::Late`] name one that does not come; [`Error::Invalid`] for a workspace that is too small.
+    /// [`Error::Late`] name a rank that does not come; [`Error::Invalid`] for a workspace that is
+    /// too small.
     ///
     /// # Safety
-    /// The workspace is live memory of the engine's device that nothing uses meanwhile.
+    /// The workspace is live memory of the engine's device, and no other work uses it meanwhile.
     pub unsafe fn prepare<E: Engine, C: Communicator<E>>(
         &self,
         engine: &E,

@@ -1,4 +1,4 @@
-//! How ranks exchange memory of their devices.
+//! Exchanges of device memory between ranks.
 
 mod nccl;
 mod threads;
@@ -10,7 +10,7 @@ use crate::{engine::Engine, error::Error, peers::Peers};
 pub use nccl::NcclCommunicator;
 pub use threads::ThreadCommunicator;
 
-/// Where the bytes of a transfer go.
+/// The direction of a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// From this rank.
@@ -31,13 +31,13 @@ pub struct Transfer {
 }
 
 impl Transfer {
-    /// Memory that is sent to a rank.
+    /// Memory to send to a rank.
     #[must_use]
     pub const fn send(peer: usize, region: Region) -> Self {
         Self { peer, region, direction: Direction::Send }
     }
 
-    /// Memory that a rank's is received in.
+    /// Memory that receives a rank's bytes.
     #[must_use]
     pub const fn receive(peer: usize, region: Region) -> Self {
         Self { peer, region, direction: Direction::Receive }
@@ -59,21 +59,22 @@ pub trait Communicator<E: Engine> {
     /// The line to the other ranks on the host.
     fn peers(&self) -> &Peers;
 
-    /// Starts transfers on the lane of communication of `engine`. Between two ranks they match in order,
-    /// each with as many bytes on both sides; those of one call run at the same time, and all ranks call
-    /// it in the same order.
+    /// Starts transfers on the lane of communication of `engine`. Between two ranks the transfers
+    /// match in order, each with the same number of bytes on both sides. The transfers of one call
+    /// run at the same time, and all ranks make the calls in the same order.
     ///
     /// # Errors
-    /// [`Error::Lost`] or [`Error::Late`] names a rank that does not come; what the device or NCCL report.
+    /// [`Error::Lost`] or [`Error::Late`] names a rank that does not come; an error of the device
+    /// or of NCCL.
     ///
     /// # Safety
     /// - The regions are live memory of the engine's device until the lane has passed the transfers.
-    /// - Until then nothing else writes them, nor reads those that are received, but what follows by
-    ///   [`Engine::join`].
+    /// - Until then no other work writes them or reads the received regions, except work that
+    ///   follows by [`Engine::join`].
     /// - The other ranks call it with the transfers that match.
     unsafe fn exchange(&self, engine: &E, transfers: &[Transfer]) -> Result<(), Error>;
 
-    /// Whether transfers that were started go well.
+    /// Checks that started transfers have no error.
     ///
     /// # Errors
     /// As [`Communicator::exchange`].
@@ -81,14 +82,14 @@ pub trait Communicator<E: Engine> {
         self.peers().check()
     }
 
-    /// Ends transfers that cannot come to their end: after this, the lane gets empty.
+    /// Aborts transfers that cannot finish, so that the lane drains.
     fn abort(&self) {}
 
-    /// Waits until the device has done everything that was started.
+    /// Waits until the device has finished all started work.
     ///
     /// # Errors
-    /// What went wrong on the device; [`Error::Lost`] or [`Error::Late`] names a rank without which it
-    /// does not end. Transfers are then aborted, and the communicator is of no further use.
+    /// A fault of the device; [`Error::Lost`] or [`Error::Late`] names a rank without which the
+    /// work does not end. The transfers are then aborted, and the communicator is unusable.
     fn finish(&self, engine: &E) -> Result<(), Error> {
         let begin = std::time::Instant::now();
         let wait = || loop {
@@ -108,7 +109,7 @@ pub trait Communicator<E: Engine> {
         })
     }
 
-    /// Whether transfers that have ended went well.
+    /// Checks that finished transfers have no error.
     ///
     /// # Errors
     /// As [`Communicator::exchange`].

@@ -1,7 +1,8 @@
-//! NCCL's library, opened when ranks first want it: nothing is linked.
+//! NCCL's library, opened on first use: the build does not link it.
 //!
-//! `libnccl.so.2` is searched for by the system's loader; `FLASH_ATTENTION_NCCL` names another file (that
-//! of PyTorch's packages lies in `site-packages/nvidia/nccl/lib`). Version 2.20 or later is needed.
+//! The system's loader searches for `libnccl.so.2`; `FLASH_ATTENTION_NCCL` names another file
+//! (PyTorch's packages have theirs in `site-packages/nvidia/nccl/lib`). The crate needs version
+//! 2.20 or later.
 
 use std::{
     error::Error as _,
@@ -25,14 +26,14 @@ const CANDIDATES: &[&str] = &["libnccl.so.2", "libnccl.so"];
 /// A communicator's handle, `ncclComm_t`.
 pub type Comm = *mut c_void;
 
-/// What NCCL's functions return: 0, or why they failed.
+/// The result of NCCL's functions: 0, or the code of a failure.
 pub(crate) type Code = c_int;
 pub(crate) const SUCCESS: Code = 0;
 pub(crate) const IN_PROGRESS: Code = 7;
 /// `ncclUint8`.
 pub(crate) const BYTES: c_int = 1;
 
-/// What one rank makes and all use to find each other.
+/// The id that one rank makes and all ranks use to find each other.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct UniqueId(pub [u8; 128]);
@@ -54,7 +55,7 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// Calls return before they have ended, so that a rank that is lost cannot hold the others.
+    /// Calls return before they have ended, so that a lost rank cannot block the others.
     pub(crate) const NON_BLOCKING: Self = Self {
         size: size_of::<Self>(),
         magic: 0xcafe_beef,
@@ -67,7 +68,7 @@ impl Config {
 
 macro_rules! functions {
     ($($name:ident = $symbol:literal($($type:ty),*);)*) => {
-        /// NCCL's functions, those that are called here.
+        /// The NCCL functions that this crate calls.
         pub(crate) struct Functions {
             $(pub(crate) $name: unsafe extern "C" fn($($type),*) -> Code,)*
             /// `ncclGetErrorString`.
@@ -130,7 +131,7 @@ impl Nccl {
     /// The library of this machine, opened by the first call.
     ///
     /// # Errors
-    /// [`Error::NoNccl`]: it is missing or too old, and what to do.
+    /// [`Error::NoNccl`] if it is missing or too old, with the remedy.
     pub fn get() -> Result<Arc<Self>, Error> {
         static OPEN: OnceLock<Arc<Nccl>> = OnceLock::new();
         if let Some(nccl) = OPEN.get() {
@@ -202,7 +203,7 @@ impl Nccl {
         Ok(Self { functions, path, version, _library: library })
     }
 
-    /// What was opened.
+    /// The opened file.
     #[must_use]
     pub const fn path(&self) -> &PathBuf {
         &self.path
@@ -214,7 +215,7 @@ impl Nccl {
         self.version
     }
 
-    /// What a code means.
+    /// The meaning of a code.
     pub(crate) fn text(&self, code: Code) -> String {
         // SAFETY: every number has a text, which lives as long as the library.
         let text = unsafe { (self.functions.text)(code) };

@@ -1,9 +1,10 @@
-//! What ranks tell each other on the host: what they are called with, how far they are, and that they
-//! are there. Nothing here goes through a GPU.
+//! Messages between ranks on the host: their arguments, their progress, and their signs of life. No
+//! message goes through a GPU.
 //!
-//! Threads of one process share a board. Processes have a copy each, which connections to rank 0 keep
-//! the same: what a rank says goes to rank 0, which passes it on. A process that ends closes its
-//! connection, so that the others know at once; one that stands still says nothing for the time limit.
+//! Threads of one process share a board. Each process has a copy of the board, which connections to
+//! rank 0 keep in step: a rank sends its messages to rank 0, which relays them. A process that ends
+//! closes its connection, so the others know at once. A process that hangs sends no message for the
+//! time limit.
 
 mod board;
 mod relay;
@@ -20,7 +21,7 @@ use crate::error::Error;
 use board::{Board, Event};
 use relay::Relay;
 
-/// The time limit unless another is given.
+/// The default time limit.
 pub const TIME_LIMIT: Duration = Duration::from_secs(60);
 
 /// One rank's line to the others.
@@ -92,13 +93,13 @@ impl Peers {
         self.rank
     }
 
-    /// How many ranks there are.
+    /// The number of ranks.
     #[must_use]
     pub const fn world(&self) -> usize {
         self.world
     }
 
-    /// How long a rank may keep the others waiting.
+    /// The time limit for a rank that keeps the others waiting.
     #[must_use]
     pub const fn limit(&self) -> Duration {
         self.limit
@@ -173,7 +174,7 @@ impl Peers {
         exchange
     }
 
-    /// How many exchanges this rank has begun.
+    /// The number of exchanges that this rank has begun.
     #[must_use]
     pub fn reached(&self) -> u64 {
         self.reached.load(Relaxed)

@@ -1,5 +1,5 @@
-//! Who holds which rows, and which parts of attention a rank computes at each step: plain functions of
-//! numbers, the same for every device.
+//! The rows of each rank, and the parts of attention that a rank computes at each step: plain
+//! functions of numbers, the same for every device.
 //!
 //! ```text
 //! rows of a sequence in 2 W chunks, W = 4:   0 1 2 3 4 5 6 7
@@ -38,7 +38,7 @@ impl Grid {
         Self { heads: 1, context: ranks }
     }
 
-    /// How many ranks there are.
+    /// The number of ranks.
     #[must_use]
     pub const fn ranks(self) -> usize {
         self.heads * self.context
@@ -57,7 +57,7 @@ impl Grid {
     }
 }
 
-/// Which rows of a sequence a member of the ring holds.
+/// The order that assigns the rows of a sequence to the members of the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Order {
     /// Rows that follow each other.
@@ -67,7 +67,7 @@ pub enum Order {
 }
 
 impl Order {
-    /// The order that balances attention with that window.
+    /// The order that balances attention with the given window.
     #[must_use]
     pub const fn of(window: Window) -> Self {
         match window {
@@ -118,15 +118,15 @@ pub fn segments(n: usize, order: Order, members: usize, c: usize) -> Vec<Segment
     chunks.into_iter().map(segment).filter(|segment| !segment.local.is_empty()).collect()
 }
 
-/// Attention of some rows over some keys of a block, both by their place in the memory of who holds
-/// them: a problem of its own, whose window is aligned to the bottom right as every window.
+/// Attention of some rows over some keys of a block, both by their place in the memory of their
+/// holder: a separate problem, whose window is aligned to the bottom right like every window.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
     /// Rows.
     pub rows: Range<usize>,
     /// Keys.
     pub keys: Range<usize>,
-    /// Which keys a row sees, without bounds that hide nothing.
+    /// The window of a row, without bounds that hide no key.
     pub window: Window,
 }
 
@@ -228,7 +228,7 @@ pub const fn source(members: usize, c: usize, step: usize) -> usize {
     (c + members - step % members) % members
 }
 
-/// What happens to the sum of O when a part has been computed.
+/// The change to the sum of O after a part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Joins {
     /// No part before had any of its rows: there is no sum yet.
@@ -237,7 +237,7 @@ pub struct Joins {
     pub last: bool,
 }
 
-/// How the parts of a member join, by the rows of each in the order of computation.
+/// The way in which the parts of a member join, by the rows of each in the order of computation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Merges {
     /// For each part.

@@ -1,4 +1,4 @@
-//! A problem that several ranks share: what each holds of it.
+//! A problem that several ranks share, and each rank's part of it.
 
 use std::ops::Range;
 
@@ -15,11 +15,11 @@ pub struct Share {
     problem: Problem,
     grid: Grid,
     order: Order,
-    /// Where packed sequences begin in Q and K.
+    /// The start offsets of packed sequences in Q and K.
     cu_seqlens: Option<[Vec<u32>; 2]>,
 }
 
-/// What members of the ring hold of one tensor.
+/// The ring members' parts of one tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Member {
     /// Runs of rows of the whole tensor, in the order of the member's memory.
@@ -211,7 +211,7 @@ impl Share {
         Member { runs, segments, cu_seqlens: lists }
     }
 
-    /// What member `c` computes with the keys of member `s`.
+    /// The work of member `c` with the keys of member `s`.
     pub(crate) fn parts(&self, c: usize, s: usize) -> Vec<Assignment> {
         let (p, rows, keys) = (&self.problem, self.member(c, 0), self.member(s, 1));
         if self.grid.context == 1 {

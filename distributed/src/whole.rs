@@ -18,16 +18,16 @@ use crate::{
     peers::TIME_LIMIT,
 };
 
-/// What the ranks do.
+/// The work of the ranks.
 #[derive(Clone, Debug)]
 pub struct Setup {
     /// The problem and its ranks.
     pub share: Share,
     /// Which kernels.
     pub options: Options,
-    /// How long a rank may keep the others waiting.
+    /// The time limit for a rank that keeps the others waiting.
     pub limit: Duration,
-    /// How often each pass is timed afterwards; 0 is not at all.
+    /// The number of timed runs of each pass afterwards; 0 means none.
     pub timed_runs: usize,
 }
 
@@ -47,7 +47,7 @@ impl Setup {
     }
 }
 
-/// What one rank has after a run: its rows.
+/// The rows of one rank after a run.
 #[derive(Clone, Debug)]
 pub struct Rows {
     /// Output.
@@ -64,7 +64,7 @@ pub struct Rows {
     pub times: [Option<Times>; 2],
 }
 
-/// What came of it.
+/// The results.
 #[derive(Clone, Debug)]
 pub struct Run {
     /// Output, of the whole problem's `o_shape`.
@@ -82,7 +82,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// The whole of what all ranks have, by rank.
+    /// The whole results, from all ranks' rows, by rank.
     #[must_use]
     pub fn join(share: &Share, ranks: &[Rows]) -> Self {
         let p = share.problem();
@@ -257,7 +257,7 @@ pub fn all<T>(ranks: Vec<Result<T, Error>>) -> Result<Vec<T>, Error> {
     first.map_or(Ok(values), Err)
 }
 
-/// Waits for what was started; after an error, has it end.
+/// Waits for started work; after an error, aborts it.
 fn done_or_given_up<E: Engine, C: Communicator<E>, T>(
     done: Result<T, Error>,
     engine: &E,

@@ -1,8 +1,9 @@
 //! The backward pass of a rank.
 //!
-//! A row's weights come back from its LSE over all keys, so that the gradients of a part of the keys are
-//! right by themselves and are added. dQ stays; the sums of dK and dV, in f32, follow their block around
-//! the ring: they are sent once a block's part has been added, and are home after the last step.
+//! A row's weights come back from its LSE over all keys, so the gradients of a part of the keys are
+//! right by themselves, and the ranks add them. dQ stays. The sums of dK and dV, in f32, follow
+//! their block around the ring: a rank sends them once it has added its part, and after the last
+//! step they are back at the rank that holds the block.
 
 use flash_attention::{
     raw::{Args, BackwardArgs, MergeArgs, Plan, Region},
@@ -20,33 +21,33 @@ use crate::{
     error::Error,
 };
 
-/// What a rank holds of the tensors of a backward pass, as [`ForwardTensors`].
+/// A rank's share of the tensors of a backward pass, as [`ForwardTensors`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackwardTensors {
     /// Inputs and outputs of the forward pass.
     pub forward: ForwardTensors,
     /// The gradient of O.
     pub d_o: Region,
-    /// Where the gradient of Q goes.
+    /// Memory for the gradient of Q.
     pub dq: Region,
-    /// Where the gradient of K goes.
+    /// Memory for the gradient of K.
     pub dk: Region,
-    /// Where the gradient of V goes.
+    /// Memory for the gradient of V.
     pub dv: Region,
 }
 
-/// Where things lie in a workspace.
+/// The places of the sections of a workspace.
 #[derive(Debug)]
 pub(super) struct Sections {
     /// Q, K, V, O, the LSE, dO, dQ, dK and dV of the group's rows, and room to sort heads in.
     gathered: [[u64; 2]; 9],
-    /// Blocks of K and V that were received.
+    /// Received blocks of K and V.
     blocks: [[u64; 2]; 2],
     /// dQ, dK and dV of a part, and the LSE of its rows.
     part: [u64; 4],
     /// The sum of dQ.
     dq: u64,
-    /// Sums of dK and dV, and those on their way.
+    /// Sums of dK and dV, and the sums in flight.
     sums: [[u64; 2]; 2],
     kernel: u64,
     pub end: u64,

@@ -18,8 +18,8 @@ use crate::{
     schedule::Joins,
 };
 
-/// What a rank holds of the tensors of a forward pass: contiguous, in the problem's layout, with the rows
-/// that [`Share::q_rows`](crate::Share::q_rows) and [`Share::k_rows`](crate::Share::k_rows) say.
+/// A rank's share of the tensors of a forward pass: contiguous, in the problem's layout, with the
+/// rows of [`Share::q_rows`](crate::Share::q_rows) and [`Share::k_rows`](crate::Share::k_rows).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ForwardTensors {
     /// Queries, `[B, H, n, D]`.
@@ -41,12 +41,12 @@ impl ForwardTensors {
     }
 }
 
-/// Where things lie in a workspace.
+/// The places of the sections of a workspace.
 #[derive(Debug, Default)]
 pub(super) struct Sections {
     /// Q, K, V, O and the LSE of the group's rows, where heads are divided, and room to sort heads in.
     pub gathered: [[u64; 2]; 5],
-    /// Blocks of K and V that were received.
+    /// Received blocks of K and V.
     pub blocks: [[u64; 2]; 2],
     /// O and the LSE of a part.
     part: [u64; 2],
@@ -122,8 +122,8 @@ impl Attention {
     /// Starts a forward pass: the lane of computation has O and the LSE at its end. All ranks call it.
     ///
     /// # Errors
-    /// [`Error::Invalid`] names a region that is too short; [`Error::Lost`] and [`Error::Late`] name a
-    /// rank that does not come; what the device or NCCL report.
+    /// [`Error::Invalid`] names a region that is too short; [`Error::Lost`] and [`Error::Late`]
+    /// name a rank that does not come; an error of the device or of NCCL.
     ///
     /// # Safety
     /// - The regions and the workspace are live memory of the engine's device, until it has done the
@@ -169,7 +169,7 @@ impl Attention {
         check_region("workspace", workspace, self.workspace_bytes(), 256)
     }
 
-    /// The addresses of the block of K and V that is there in a step.
+    /// The addresses of the current block of K and V in a step.
     pub(super) fn block(
         &self,
         own: [u64; 2],
@@ -183,8 +183,8 @@ impl Attention {
         }
     }
 
-    /// Starts to pass the block of a step on and to receive that of the next, if there is one. It may
-    /// overwrite what the lane of computation has read so far.
+    /// Starts to pass on the block of a step and to receive the next step's block, if there is one.
+    /// The transfer may overwrite blocks that the lane of computation has already read.
     ///
     /// # Safety
     /// The blocks are live memory of the device, long enough for the most keys.
@@ -202,8 +202,8 @@ impl Attention {
         unsafe { self.pass(engine, communicator, [(sent, here), (received, next)]) }.map(Some)
     }
 
-    /// Starts to send a tensor for K and one for V to the next rank of the ring, and to receive those of
-    /// the rank before; the mark is their end.
+    /// Starts to send a tensor for K and one for V to the next rank of the ring, and to receive the
+    /// tensors of the previous rank; the mark is the end of these transfers.
     ///
     /// # Safety
     /// The tensors are live memory of the device.
@@ -301,8 +301,8 @@ impl Attention {
         Ok(())
     }
 
-    /// Has the part that was computed last join the sum of its rows, or the sum become O: `sum` and
-    /// `part` say which there are.
+    /// Joins the last computed part to the sum of its rows, or turns the sum into O: `sum` and
+    /// `part` say which of the two exist.
     unsafe fn join_part<E: Engine>(
         &self,
         engine: &E,

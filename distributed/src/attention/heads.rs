@@ -1,9 +1,9 @@
 //! All-to-all among the ranks that divide the heads: each has some rows of all heads before, and all
 //! rows of some heads after.
 //!
-//! Rows of a head lie one after the other in both tensors where heads come first: they are sent from
-//! their place and received in their place. Where tokens come first, the heads of a rank are a part of
-//! each row: they are copied to and from a contiguous place.
+//! Where heads come first, the rows of a head are contiguous in both tensors: ranks send them from
+//! their place and receive them in their place. Where tokens come first, the heads of a rank are a
+//! part of each row: the rank copies them to and from a contiguous staging buffer.
 
 use flash_attention::raw::Region;
 
@@ -18,13 +18,13 @@ use crate::{
 /// A tensor on both sides.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tensor<'a> {
-    /// As a rank holds it: some rows of all heads.
+    /// The form that a rank holds: some rows of all heads.
     pub local: (Shape, u64),
-    /// As it computes with it: all rows of the group, some heads.
+    /// The form for computation: all rows of the group, some heads.
     pub gathered: u64,
     /// Where tokens come first: room for the local tensor, head by head.
     pub staging: u64,
-    /// How many rows each rank of the group holds.
+    /// The number of rows of each rank of the group.
     pub rows: &'a [usize],
 }
 
@@ -95,7 +95,7 @@ impl Group {
         transfers
     }
 
-    /// Where a rank's heads of this rank's rows lie.
+    /// The place of a rank's heads of this rank's rows.
     fn local_side(self, tensor: &Tensor<'_>, peer: usize) -> Vec<Region> {
         let (shape, address) = tensor.local;
         let heads = shape.heads / self.grid.heads;
@@ -114,7 +114,7 @@ impl Group {
         (0..shape.batch).flat_map(of_batch).collect()
     }
 
-    /// Where another rank's rows of this rank's heads lie.
+    /// The place of another rank's rows of this rank's heads.
     fn gathered_side(self, tensor: &Tensor<'_>, peer: usize) -> Vec<Region> {
         let (shape, _) = tensor.local;
         let heads = shape.heads / self.grid.heads;
