@@ -14,13 +14,13 @@ pub enum Error {
     /// A storage type of that name does not exist.
     #[error("unknown dtype '{given}': use f32, f16 or bf16")]
     UnknownDType {
-        /// What was asked for.
+        /// The request.
         given: String,
     },
     /// The registry has no kernel with this name.
     #[error("unknown kernel '{given}': the kernels are {known}")]
     UnknownKernel {
-        /// What was asked for.
+        /// The request.
         given: String,
         /// The existing names, separated by commas.
         known: String,
@@ -77,9 +77,9 @@ pub enum Error {
     DTypeMismatch {
         /// Name of the tensor.
         what: String,
-        /// What the problem needs.
+        /// The problem's value.
         expected: DType,
-        /// What the tensor has.
+        /// The tensor's value.
         given: DType,
     },
     /// A tensor has another shape than the problem.
@@ -87,9 +87,9 @@ pub enum Error {
     ShapeMismatch {
         /// Name of the tensor.
         what: String,
-        /// What the problem needs.
+        /// The problem's value.
         expected: Shape,
-        /// What the tensor has.
+        /// The tensor's value.
         given: Shape,
     },
     /// A required tensor is missing.

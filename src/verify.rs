@@ -266,7 +266,7 @@ pub(crate) fn beside(tensor: &Tensor, draw: u64, stream: u64) -> Tensor {
     tensor.beside(16 * draw + stream)
 }
 
-/// What the plain algorithm is credited with.
+/// The plain algorithm's credited errors.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Credit {
     /// The largest error of O.
@@ -330,7 +330,7 @@ pub struct Verification {
     pub o: Differences,
     /// Differences of LSE.
     pub lse: Differences,
-    /// What the plain algorithm is credited with.
+    /// The plain algorithm's credited errors.
     pub credit: Credit,
 }
 

@@ -55,7 +55,7 @@ pub unsafe trait Engine {
     /// Copies `rows` rows of `bytes` bytes on the lane of computation.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     ///
     /// # Safety
     /// Both sides are live memory of this device until the copy has ended, and do not overlap.
@@ -64,7 +64,7 @@ pub unsafe trait Engine {
     /// Fills memory with a byte on the lane of computation.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     ///
     /// # Safety
     /// The region is live memory of this device until the fill has ended.
@@ -73,40 +73,40 @@ pub unsafe trait Engine {
     /// Copies bytes to the device, and returns when they are there. Not for use inside a step.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     ///
     /// # Safety
     /// As many bytes at `address` are live memory of this device that nothing uses meanwhile.
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<(), Error>;
 
-    /// What the lane of communication gets from now on comes after what the lane of computation has now.
+    /// Later work on the lane of communication comes after the current work on the lane of computation.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     fn fork(&self) -> Result<(), Error>;
 
     /// The end of what the lane of communication has now.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     fn mark(&self) -> Result<Self::Mark, Error>;
 
-    /// What the lane of computation gets from now on comes after the mark.
+    /// Later work on the lane of computation comes after the mark.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     fn join(&self, mark: &Self::Mark) -> Result<(), Error>;
 
     /// Whether both lanes are empty.
     ///
     /// # Errors
-    /// What went wrong on the device.
+    /// A fault of the device.
     fn is_idle(&self) -> Result<bool, Error>;
 
     /// Offers memory to another rank of this process, as the lane of communication will have it.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     ///
     /// # Safety
     /// The region is live memory of this device until the parcel's receipt is settled.
@@ -115,7 +115,7 @@ pub unsafe trait Engine {
     /// Copies a parcel to this rank's memory, on the lane of communication.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     ///
     /// # Safety
     /// The region is live memory of this device, as long as the parcel, until the copy has ended.
@@ -125,6 +125,6 @@ pub unsafe trait Engine {
     /// offered.
     ///
     /// # Errors
-    /// What the device reports.
+    /// An error of the device.
     fn settle(&self, receipt: Self::Receipt) -> Result<(), Error>;
 }

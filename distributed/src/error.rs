@@ -7,7 +7,7 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// What goes wrong on one rank alone.
+    /// An error on one rank alone.
     #[error(transparent)]
     Attention(#[from] flash_attention::Error),
     /// A value that cannot be.
@@ -17,17 +17,17 @@ pub enum Error {
         what: &'static str,
         /// The value given.
         given: String,
-        /// What would be right.
+        /// The right value.
         remedy: String,
     },
     /// A problem that ranks cannot share in that way.
     #[error("{what} cannot be shared between ranks by {by}: {remedy}")]
     Unsupported {
-        /// What the problem has.
+        /// The problem's value.
         what: &'static str,
         /// How it was to be shared.
         by: &'static str,
-        /// What would be possible.
+        /// The supported alternative.
         remedy: &'static str,
     },
     /// Ranks were called with different values. Nothing was sent.
@@ -44,20 +44,20 @@ pub enum Error {
         /// This rank's.
         ours: String,
     },
-    /// A rank is no longer there.
+    /// A rank has gone.
     #[error("rank {rank} is lost: it {reason}")]
     Lost {
         /// The rank.
         rank: usize,
-        /// What is known of it.
+        /// The known reason.
         reason: String,
     },
-    /// Ranks are there and do not get on.
+    /// Ranks are alive but make no progress.
     #[error("{} did not come to {at} within {limit:?}", ranks_text(ranks))]
     Late {
         /// The ranks; empty where all came and the transfer does not end.
         ranks: Vec<usize>,
-        /// What the others wait in.
+        /// The exchange in which the others wait.
         at: String,
         /// How long they waited.
         limit: Duration,
@@ -65,9 +65,9 @@ pub enum Error {
     /// NCCL's library cannot be used.
     #[error("no NCCL: {reason}; {remedy}")]
     NoNccl {
-        /// What was found missing.
+        /// The missing part.
         reason: String,
-        /// What to do about it.
+        /// The remedy.
         remedy: String,
     },
     /// A call into NCCL failed.
@@ -81,7 +81,7 @@ pub enum Error {
     /// Ranks cannot reach each other.
     #[error("{what}: {source}")]
     Connection {
-        /// What was tried.
+        /// The attempt.
         what: String,
         /// The operating system's reason.
         source: std::io::Error,

@@ -1,4 +1,4 @@
-//! What a pass costs in parts: its computation alone, its transfers alone.
+//! The cost of a pass in parts: its computation alone, its transfers alone.
 //!
 //! `hidden = (computation + transfers - all) / transfers` is the share of the transfers that computation
 //! hides. The results of such a pass are of no use.

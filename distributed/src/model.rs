@@ -1,4 +1,4 @@
-//! What a step costs on paper, for any number of GPUs: the schedule of [`Attention`](crate::Attention) with
+//! The cost of a step on paper, for any number of GPUs: the schedule of [`Attention`](crate::Attention) with
 //! measured times of kernels and links in place of kernels and links.
 //!
 //! A GPU has two lanes, as an [`Engine`](crate::engine::Engine). A step of the ring computes for
@@ -63,7 +63,7 @@ pub struct Work {
     pub backward: bool,
 }
 
-/// What a model says of a pass.
+/// A model's prediction for a pass.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Prediction {
     /// Seconds of the slowest GPU.

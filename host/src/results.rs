@@ -32,7 +32,7 @@ pub struct Results {
     pub device: DeviceInfo,
     /// The CUDA driver, where there is one.
     pub driver: Option<Driver>,
-    /// What was asked for.
+    /// The options.
     pub options: Options,
     /// Whether the run was stopped (by a signal, or a launch that took too long) before everything
     /// was measured.
@@ -87,7 +87,7 @@ pub struct Driver {
     pub cuda: String,
 }
 
-/// What was asked for, with defaults filled in.
+/// The options, with defaults filled in.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Options {
@@ -107,7 +107,7 @@ pub struct Options {
     pub repeats: Repeats,
     /// Seed of inputs and dropout.
     pub seed: u64,
-    /// What was run.
+    /// The level.
     pub level: LevelChoice,
     /// Whether PyTorch was run beside the kernels.
     pub peers: bool,
@@ -388,7 +388,7 @@ impl fmt::Display for Status {
 pub struct Row {
     /// Name of the kernel, or `torch-…` for a peer.
     pub kernel: String,
-    /// What was run.
+    /// The level.
     pub level: Level,
     /// Name of the device.
     pub device: String,
@@ -506,7 +506,7 @@ impl Row {
 pub struct Check {
     /// Name of the kernel, or `torch-…` for a peer.
     pub kernel: String,
-    /// What was run.
+    /// The level.
     pub level: Level,
     /// Sequence length.
     pub seq: usize,

@@ -122,7 +122,7 @@ pub struct GradientVerification {
     /// Differences of dQ, dK, dV, and of the gradients of the bias and of the sinks, where these
     /// exist.
     pub differences: [Option<Differences>; 5],
-    /// What the plain algorithm is credited with.
+    /// The plain algorithm's credited errors.
     pub credit: GradientCredit,
 }
 

@@ -75,7 +75,7 @@ impl Group {
         unsafe { self.stage(engine, tensors, true) }
     }
 
-    /// What gathers tensors; in the same order on both sides.
+    /// The transfers that gather tensors, in the same order on both sides.
     pub(super) fn transfers(self, tensors: &[Tensor<'_>]) -> Vec<Transfer> {
         let (_, c) = self.grid.place(self.rank);
         let mut transfers = Vec::new();

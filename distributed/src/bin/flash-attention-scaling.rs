@@ -371,7 +371,7 @@ fn pattern(seed: u64) -> Vec<u16> {
     tensor.as_bytes().chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect()
 }
 
-/// What one GPU does alone: milliseconds of both passes, and the results.
+/// One GPU alone: milliseconds of both passes, and the results.
 struct Alone {
     ms: [f64; 2],
     results: [Vec<u16>; 5],

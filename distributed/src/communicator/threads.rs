@@ -53,7 +53,7 @@ impl<E: Engine> ThreadCommunicator<E> {
         change(mail)
     }
 
-    /// What another rank has put there, once it has.
+    /// The value that another rank has put there, once it has.
     fn take<T>(&self, peer: usize, look: impl Fn() -> Option<T>) -> Result<T, Error> {
         let begin = Instant::now();
         loop {

@@ -79,7 +79,7 @@ impl GpuEngine {
     /// calling thread's default stream.
     ///
     /// # Errors
-    /// What the driver reports.
+    /// An error of the driver.
     ///
     /// # Safety
     /// `stream` belongs to the context, and is live as long as the value.
@@ -118,7 +118,7 @@ impl GpuEngine {
     /// Another rank on the same GPU, with streams of its own.
     ///
     /// # Errors
-    /// What the driver reports.
+    /// An error of the driver.
     pub fn sibling(&self) -> Result<Self, Error> {
         let device = {
             let _entered = self.enter()?;
@@ -167,7 +167,7 @@ impl GpuEngine {
     /// The time at the end of what the lane of computation has now.
     ///
     /// # Errors
-    /// What the driver reports.
+    /// An error of the driver.
     pub fn now(&self) -> Result<Event, Error> {
         self.record_with(self.compute, 0)
     }
@@ -175,7 +175,7 @@ impl GpuEngine {
     /// Milliseconds between two of [`GpuEngine::now`], which the device has passed.
     ///
     /// # Errors
-    /// What the driver reports.
+    /// An error of the driver.
     pub fn elapsed_ms(&self, start: &Event, end: &Event) -> Result<f64, Error> {
         // SAFETY: both events are live and of the current context, as the driver checks.
         self.call(|| unsafe { functions::event_elapsed_ms(start.handle, end.handle) })

@@ -1,4 +1,4 @@
-//! What is known of all ranks.
+//! The known state of all ranks.
 
 use std::{
     collections::BTreeMap,
@@ -9,7 +9,7 @@ use std::{
 /// The longest sleep between two looks: a rank that stands still says nothing.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// What a rank says.
+/// A message of a rank.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Event {
     /// Its bytes of a meeting.

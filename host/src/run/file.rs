@@ -208,7 +208,7 @@ impl Stored<'_> {
     /// Checks type and shape.
     ///
     /// # Errors
-    /// What it is and what it must be.
+    /// An error with the given type or shape and the right one.
     pub fn expect(&self, dtype: DType, shape: &[usize]) -> Result<()> {
         if self.dtype()? == dtype && self.shape == shape {
             return Ok(());

@@ -151,7 +151,7 @@ struct Group {
 /// if it lacks that type, in its first type.
 ///
 /// # Errors
-/// What is wrong with the request.
+/// A wrong request.
 fn groups(args: &VerifyArgs, defaults: &Defaults, session: &Session) -> Result<Vec<Group>> {
     let mut dtypes = vec![args.problem.shape.dtype.unwrap_or(defaults.dtype)];
     if args.problem.shape.dtype.is_none() {
