@@ -97,3 +97,17 @@ fn what_the_book_points_at_is_there() {
     let broken: Vec<String> = pages.keys().flat_map(|page| broken(page, &pages, &found)).collect();
     assert!(broken.is_empty(), "{broken:#?}");
 }
+
+#[test]
+fn every_chapter_is_in_the_summary() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let summary = fs::read_to_string(root.join("docs/SUMMARY.md")).expect("the summary");
+    let mut found = Vec::new();
+    files(root, &root.join("docs"), &mut found);
+    let missing: Vec<_> = found
+        .iter()
+        .filter_map(|file| file.strip_prefix("docs/")?.strip_suffix(".md"))
+        .filter(|chapter| *chapter != "SUMMARY" && !summary.contains(&format!("]({chapter}.md)")))
+        .collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
