@@ -82,6 +82,15 @@ fn other_values_are_named_on_every_rank() {
     }
 }
 
+/// The last meeting of ranks that leave at once, often enough for one to leave between another's two looks.
+#[test]
+fn a_rank_that_speaks_and_leaves_has_spoken() {
+    for _ in 0..2000 {
+        let met = on_each(Peers::of_threads(3, LIMIT), |peers| peers.gather(&[1]).map(drop));
+        assert!(met.iter().all(Result::is_ok), "{met:?}");
+    }
+}
+
 /// A rank that panics, leaves, or ends its process is named at once, not after the limit.
 #[test]
 fn a_rank_that_ends_is_named() {
