@@ -148,7 +148,7 @@ fn main() -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    /// Each step lowers the loss; the files that are left are those of the last.
+    /// Each step lowers the loss; the last step's files remain.
     #[test]
     fn the_loss_falls_with_each_step() {
         for (optimiser, files) in [(SGD, 1), (ADAM_W, 3)] {

@@ -60,6 +60,15 @@ fn dtypes_and(cases: impl IntoIterator<Item = Case>) -> impl Iterator<Item = (DT
     DType::ALL.into_iter().flat_map(move |dtype| cases.clone().into_iter().map(move |c| (dtype, c)))
 }
 
+/// Checks every case in every type: `of_case` gives the failures, and how many kernels it compared.
+fn every_case(of_case: impl Fn((DType, Case)) -> (Vec<String>, usize) + Sync) {
+    let (failures, compared): (Vec<_>, Vec<usize>) =
+        suite::on_every_core(dtypes_and(cases()), of_case).into_iter().unzip();
+    let failures = failures.concat();
+    assert!(compared.iter().all(|&compared| compared > 0), "no kernel could run");
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
 impl Case {
     fn problem(&self, dtype: DType) -> Problem {
         let session = Session::new(suite::emulator());
@@ -191,11 +200,7 @@ fn run(device: &Arc<dyn Device>) {
         }
         (failures, compared)
     };
-    let (failures, compared): (Vec<_>, Vec<usize>) =
-        suite::on_every_core(dtypes_and(cases()), of_case).into_iter().unzip();
-    let failures = failures.concat();
-    assert!(compared.iter().all(|&compared| compared > 0), "no kernel could run");
-    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+    every_case(of_case);
 }
 
 #[test]
@@ -247,11 +252,7 @@ fn run_backward(device: &Arc<dyn Device>) {
         }
         (failures, compared)
     };
-    let (failures, compared): (Vec<_>, Vec<usize>) =
-        suite::on_every_core(dtypes_and(cases()), of_case).into_iter().unzip();
-    let failures = failures.concat();
-    assert!(compared.iter().all(|&compared| compared > 0), "no kernel could run");
-    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+    every_case(of_case);
 }
 
 #[test]

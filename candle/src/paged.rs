@@ -87,7 +87,7 @@ mod tests {
         a.iter().zip(&b).map(of).fold(0.0, |most, far| if far <= most { most } else { far })
     }
 
-    /// What a GPU is given has the answers of packed queries, which the CPU knows.
+    /// The padded queries of a GPU give the answers of packed queries, which the CPU computes.
     #[test]
     fn padding_moves_no_query() -> Result<()> {
         let device = &Device::Cpu;

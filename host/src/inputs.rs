@@ -124,6 +124,12 @@ impl ModuleTensors {
             mask: problem.has_mask().then(|| tail_mask(batch, seq, seed)),
         })
     }
+
+    /// x, then weight and bias of each projection.
+    pub fn each(&self) -> impl Iterator<Item = &Tensor> {
+        let parameters = self.weights.projections().iter().flat_map(|l| [&l.weight, &l.bias]);
+        std::iter::once(&self.x).chain(parameters)
+    }
 }
 
 /// A padding mask for sequences of different lengths: each batch entry sees its first keys, from

@@ -18,7 +18,7 @@ use crate::{
     backend::{Device, DeviceBuffer, DeviceTensor, Memory, memory::expect_device},
     error::Error,
     problem::{Extras, Problem},
-    raw::{BackwardArgs, LinearArgs, Plan, View},
+    raw::{BackwardArgs, LinearArgs, Plan, Region, View},
     registry::{self, BackwardSpec, KernelSpec, Projection, Target},
     session::{POISON, Runner, Work},
     tensor::Tensor,
@@ -216,32 +216,29 @@ impl Backward {
             self.parameters.each_ref().map(|pair| pair.each_ref().map(|b| b.region()));
         let device = &**self.memory.device();
         let (o, y, d_o) = (forward.attention().o().region(), dy.region(), self.d_o.region());
-        let of_x = LinearArgs { x: d_o, w: out.region(), bias: None, y };
-        let of_parameters = LinearArgs { x: o, w: d_out[0], bias: Some(d_out[1]), y };
-        let [plan_of_x, plan_of_parameters] = &self.linear[1];
-        // SAFETY: x and dy are tensors of this device, the parameters belong to the module and the rest
-        // to `forward` and this value; freeing one waits for the launches.
-        unsafe {
-            launch_linear(device, plan_of_x, &of_x)?;
-            launch_linear(device, plan_of_parameters, &of_parameters)?;
-        }
+        // The gradients of a projection y = x Wᵀ + b, from that of y.
+        let start_linear = |[of_x, of_parameters]: &[Plan<Projection>; 2],
+                            (x, dx): (Region, Region),
+                            (w, [dw, db]): (Region, [Region; 2]),
+                            y: Region| {
+            // SAFETY: x and dy are tensors of this device, the parameters belong to the module and the
+            // rest to `forward` and this value; freeing one waits for the launches.
+            unsafe {
+                launch_linear(device, of_x, &LinearArgs { x: dx, w, bias: None, y })?;
+                launch_linear(device, of_parameters, &LinearArgs { x, w: dw, bias: Some(db), y })
+            }
+        };
+        start_linear(&self.linear[1], (o, d_o), (out.region(), d_out), y)?;
 
         let thirds = [0, 1, 2].map(|index| third(&p, &self.d_qkv, index));
         let extras = Extras::mask(mask.map(DeviceBuffer::region));
         let args = forward.attention_args(extras).workspace(self.attention.region());
         let d_o = View::contiguous(d_o, p.layout(), p.heads(), p.seq_q(), p.head_dim());
-        // SAFETY: as above; the gradients and the workspace are this value's.
+        // SAFETY: as in `start_linear`; the gradients and the workspace are this value's.
         unsafe { self.attention.run(BackwardArgs::new(args, d_o, thirds))? };
 
-        let y = self.d_qkv.region();
-        let of_x = LinearArgs { x: self.dx.region(), w: qkv.region(), bias: None, y };
-        let of_parameters = LinearArgs { x: x.region(), w: d_qkv[0], bias: Some(d_qkv[1]), y };
-        let [plan_of_x, plan_of_parameters] = &self.linear[0];
-        // SAFETY: as above.
-        unsafe {
-            launch_linear(device, plan_of_x, &of_x)?;
-            launch_linear(device, plan_of_parameters, &of_parameters)?;
-        }
+        let (x, dx) = (x.region(), self.dx.region());
+        start_linear(&self.linear[0], (x, dx), (qkv.region(), d_qkv), self.d_qkv.region())?;
         Ok(&self.dx)
     }
 
@@ -330,14 +327,7 @@ impl PreparedBackward<'_> {
         let mask = self.mask.as_ref().map_or(0, DeviceBuffer::bytes);
         let inputs = self.x.bytes() + self.dy.bytes() + mask;
         let outputs = self.forward.y().bytes() + self.backward.dx.bytes() + parameters;
-        let peak = self.memory.peak();
-        ModuleMemory {
-            parameters,
-            inputs,
-            outputs,
-            workspace: peak - inputs - outputs,
-            peak: parameters + peak,
-        }
+        ModuleMemory::new(parameters, inputs, outputs, self.memory.peak())
     }
 }
 

@@ -40,6 +40,14 @@ pub struct ModuleMemory {
     pub peak: u64,
 }
 
+impl ModuleMemory {
+    /// Bytes of the parameters, of inputs and outputs, and the `peak` of all but the parameters.
+    pub(super) const fn new(parameters: u64, inputs: u64, outputs: u64, peak: u64) -> Self {
+        let workspace = peak - inputs - outputs;
+        Self { parameters, inputs, outputs, workspace, peak: parameters + peak }
+    }
+}
+
 /// The buffers of a forward pass over sequences of one shape: q, k, v, o, y and workspace. They
 /// serve every module of that shape, layer after layer. Calls after the first allocate, fill and
 /// upload nothing.
@@ -276,14 +284,7 @@ impl<'a> PreparedForward<'a> {
         let parameters = self.module.parameter_bytes();
         let inputs = self.x.bytes() + self.mask.as_ref().map_or(0, DeviceBuffer::bytes);
         let outputs = self.forward.y.bytes();
-        let peak = self.forward.memory.peak();
-        ModuleMemory {
-            parameters,
-            inputs,
-            outputs,
-            workspace: peak - inputs - outputs,
-            peak: parameters + peak,
-        }
+        ModuleMemory::new(parameters, inputs, outputs, self.forward.memory.peak())
     }
 }
 

@@ -58,7 +58,7 @@ pub struct BreakArgs {
 /// Runs the command.
 ///
 /// # Errors
-/// What is wrong with the request; a kernel that is wrong as it stands.
+/// An invalid request, or a kernel that is faulty without a change.
 pub fn run(args: &BreakArgs) -> Result<Outcome> {
     interrupt::listen();
     let bench = Bench::new();
@@ -116,7 +116,7 @@ fn chosen(sites: &[SyncSite], number: usize) -> Result<SyncSite> {
     })
 }
 
-/// What is asked to be done to a synchronisation, if that kind can be changed so.
+/// The requested change of a synchronisation, if its kind allows the change.
 fn alteration(args: &BreakArgs, number: usize, site: SyncSite) -> Result<Alteration> {
     let (alteration, option) = match args {
         BreakArgs { other_parity: true, .. } => (Alteration::OtherParity, "--other-parity"),
@@ -171,7 +171,7 @@ fn name(kind: SyncKind) -> &'static str {
     }
 }
 
-/// What a change led to.
+/// The consequence of a change.
 enum Found {
     /// The emulator's fault, as text.
     Fault(String),
@@ -183,7 +183,7 @@ enum Found {
 /// Runs with a change.
 ///
 /// # Errors
-/// What is not about the kernel: [`Error::Stopped`] or no memory.
+/// [`Error::Stopped`], or out of memory.
 fn try_out(specimen: &Specimen<'_>, change: Change, seed: u64) -> Result<Found, Error> {
     let options = Options { change: Some(change), budget: BUDGET, ..Options::seeded(seed) };
     match specimen.run(&options) {

@@ -6,7 +6,7 @@ use flash_attention::DType;
 /// A GPU by its data sheet.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Gpu {
-    /// What the command line calls it.
+    /// Its name on the command line.
     pub name: &'static str,
     /// Its product name.
     pub title: &'static str,

@@ -16,7 +16,7 @@ use crate::{
     accuracy::{self, complaint},
     failure::Usage,
     inputs::Tensors,
-    machine,
+    interrupt, machine,
     options::{Defaults, ShapeArgs},
     results::{Check, Level, LevelChoice, ProblemRecord},
     subject::{Effort, Subject, kind},
@@ -100,6 +100,29 @@ impl Bench {
             }
         };
         Ok(Specimen { kernel, problem, device, drawn })
+    }
+
+    /// Draws the inputs of the kernel that `args` names and records its run. `None`: a signal ended it.
+    ///
+    /// # Errors
+    /// As [`Bench::draw`]; a fault of the kernel, or a wrong result.
+    pub fn record<'a>(
+        &'a self,
+        args: &SpecimenArgs,
+        defaults: &Defaults,
+        recorder: &Arc<emulator::Recorder>,
+    ) -> Result<Option<Specimen<'a>>> {
+        let specimen = match self.draw(args, defaults) {
+            Err(_) if interrupt::requested() => return Ok(None),
+            drawn => drawn?,
+        };
+        let options = emulator::Options { recorder: Some(recorder.clone()), ..Default::default() };
+        match specimen.run(&options) {
+            Err(Error::Stopped) => Ok(None),
+            Err(error) => Err(error.into()),
+            Ok(Some(wrong)) => anyhow::bail!("{} is wrong: {wrong}", specimen.kernel),
+            Ok(None) => Ok(Some(specimen)),
+        }
     }
 }
 

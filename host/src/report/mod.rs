@@ -15,7 +15,7 @@ use crate::{
 
 pub mod analysis;
 mod legend;
-mod page;
+pub(crate) mod page;
 pub mod panel;
 mod picture;
 

@@ -15,6 +15,18 @@ use crate::{
 
 const STYLE: &str = include_str!("style.css");
 
+/// The head of a page: its title, and the style of every page with the page's own.
+pub(crate) fn head(title: Markup, own_style: &str) -> Markup {
+    html! {
+        head {
+            meta charset="utf-8";
+            meta name="viewport" content="width=device-width, initial-scale=1";
+            title { (title) }
+            style { (PreEscaped(STYLE)) (PreEscaped(own_style)) }
+        }
+    }
+}
+
 /// The page of a run. `files` stand beside it.
 #[must_use]
 pub fn page(results: &Results, conclusions: &[Conclusion], files: &[String]) -> String {
@@ -43,12 +55,7 @@ pub fn page(results: &Results, conclusions: &[Conclusion], files: &[String]) -> 
     let markup = html! {
         (DOCTYPE)
         html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                title { (title) }
-                style { (PreEscaped(STYLE)) }
-            }
+            (head(html! { (title) }, ""))
             body {
                 h1 { (title) }
                 p.lead { (setting(results)) }
@@ -67,7 +74,7 @@ pub fn page(results: &Results, conclusions: &[Conclusion], files: &[String]) -> 
 }
 
 /// The anchor of a section.
-fn anchor(name: &str) -> String {
+pub(crate) fn anchor(name: &str) -> String {
     name.to_lowercase().replace(' ', "-")
 }
 

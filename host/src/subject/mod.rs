@@ -11,7 +11,7 @@ use flash_attention::{
     DType, Error, Problem, Tensor,
     backend::{Counters, instruments::take_counters},
     error::Unsupported,
-    module::{Passes, PreparedForward},
+    module::{Passes, PreparedForward, oracle},
     registry::{Operation, Spec, Target},
     session::{Inputs, Prepared, PreparedBackward, Session, Work},
 };
@@ -40,6 +40,15 @@ impl Effort {
             Self::Rows(rows) => rows,
             Self::Quick => affordable(quick),
             Self::Thorough => affordable(thorough),
+        }
+    }
+
+    /// The tokens of a module to compare, within the multiplications of a quick or a thorough check.
+    fn tokens(self, problem: &Problem, [quick, thorough]: [u64; 2]) -> Vec<usize> {
+        match self {
+            Self::Rows(rows) => oracle::sample_tokens(problem, rows),
+            Self::Quick => oracle::affordable_tokens(problem, quick),
+            Self::Thorough => oracle::affordable_tokens(problem, thorough),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use flash_attention::{
     Error, Layout, Problem, Tensor,
-    module::{self, MultiHeadAttention, oracle},
+    module::{self, MultiHeadAttention},
     registry::{self, Target},
     session::{Session, Work},
 };
@@ -60,11 +60,7 @@ impl Kind for Module {
     ) -> Result<Box<dyn Subject + 'a>, Error> {
         let tensors = ModuleTensors::random(&problem, seed)?;
         let module = MultiHeadAttention::new(session, &tensors.weights, problem.heads())?;
-        let tokens = match effort {
-            Effort::Rows(rows) => oracle::sample_tokens(&problem, rows),
-            Effort::Quick => oracle::affordable_tokens(&problem, QUICK),
-            Effort::Thorough => oracle::affordable_tokens(&problem, THOROUGH),
-        };
+        let tokens = effort.tokens(&problem, [QUICK, THOROUGH]);
         let oracle = ModuleOracle::new(&problem, &tensors, tokens);
         Ok(Box::new(Drawn { session, problem, tensors, oracle, module }))
     }
@@ -92,9 +88,7 @@ impl Subject for Drawn<'_> {
     }
 
     fn tensors(&self) -> Vec<&Tensor> {
-        let projections = self.tensors.weights.projections();
-        let parameters = projections.iter().flat_map(|l| [&l.weight, &l.bias]);
-        std::iter::once(&self.tensors.x).chain(parameters).collect()
+        self.tensors.each().collect()
     }
 
     fn mask(&self) -> Option<&[u8]> {

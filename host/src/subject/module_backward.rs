@@ -3,7 +3,7 @@
 
 use flash_attention::{
     Error, Problem, Tensor,
-    module::{self, MultiHeadAttention, Passes, PreparedBackward, oracle},
+    module::{self, MultiHeadAttention, Passes, PreparedBackward},
     raw::Plan,
     registry::{self, BackwardSpec, Target},
     session::{Session, Work},
@@ -83,11 +83,7 @@ impl Kind for ModuleBackward {
     ) -> Result<Box<dyn Subject + 'a>, Error> {
         let tensors = ModuleTensors::random(&problem, seed)?;
         let module = MultiHeadAttention::new(session, &tensors.weights, problem.heads())?;
-        let tokens = match effort {
-            Effort::Rows(rows) => oracle::sample_tokens(&problem, rows),
-            Effort::Quick => oracle::affordable_tokens(&problem, QUICK),
-            Effort::Thorough => oracle::affordable_tokens(&problem, THOROUGH),
-        };
+        let tokens = effort.tokens(&problem, [QUICK, THOROUGH]);
         let mut dy = gradient_of_y(&problem, seed);
         let oracle = ModuleGradientOracle::new(&problem, &tensors, &mut dy, &tokens);
         let kind = Self { deterministic: self.deterministic };
@@ -119,9 +115,7 @@ impl Subject for Drawn<'_> {
     }
 
     fn tensors(&self) -> Vec<&Tensor> {
-        let projections = self.tensors.weights.projections();
-        let parameters = projections.iter().flat_map(|l| [&l.weight, &l.bias]);
-        std::iter::once(&self.tensors.x).chain(parameters).chain([&self.dy]).collect()
+        self.tensors.each().chain([&self.dy]).collect()
     }
 
     fn mask(&self) -> Option<&[u8]> {

@@ -9,7 +9,7 @@ use crate::format;
 pub struct Column {
     /// Its heading.
     pub name: &'static str,
-    /// What the heading means.
+    /// The meaning of the heading.
     pub help: &'static str,
     /// The figure that lines are sorted and coloured by; 0 where a line has none.
     pub value: fn(&CountedLine) -> f64,

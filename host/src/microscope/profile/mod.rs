@@ -11,10 +11,7 @@ use std::{io::IsTerminal as _, path::PathBuf, sync::Arc};
 
 use anyhow::Result;
 use clap::Args;
-use flash_attention::{
-    DType, Error, Problem,
-    backend::cpu::emulator::{Options, Recorder},
-};
+use flash_attention::{DType, Problem, backend::cpu::emulator::Recorder};
 
 use super::{
     gpu::{self, Gpu},
@@ -80,23 +77,15 @@ struct Profile {
 /// Runs the command.
 ///
 /// # Errors
-/// What is wrong with the request; a kernel that is wrong; a file that cannot be written.
+/// An invalid request, a faulty kernel, or an unwritable file.
 pub fn run(args: &ProfileArgs) -> Result<Outcome> {
     let [html] = output::open_all([("--html", args.html.as_deref())])?;
     interrupt::listen();
     let bench = Bench::new();
-    let specimen = match bench.draw(&args.specimen, &DEFAULTS) {
-        Err(_) if interrupt::requested() => return Ok(Outcome::Interrupted),
-        drawn => drawn?,
-    };
     let recorder = Arc::new(Recorder::default());
-    let options = Options { recorder: Some(recorder.clone()), ..Options::default() };
-    match specimen.run(&options) {
-        Err(Error::Stopped) => return Ok(Outcome::Interrupted),
-        Err(error) => return Err(error.into()),
-        Ok(Some(wrong)) => anyhow::bail!("{} is wrong: {wrong}", specimen.kernel),
-        Ok(None) => {}
-    }
+    let Some(specimen) = bench.record(&args.specimen, &DEFAULTS, &recorder)? else {
+        return Ok(Outcome::Interrupted);
+    };
     let counted = Counted::new(&recorder.take());
     let dtype = specimen.problem.dtype();
     let profile = Profile {

@@ -12,9 +12,9 @@ use super::{
 use crate::{
     format,
     microscope::{gpu::Gpu, source},
+    report::page::{anchor, head},
 };
 
-const STYLE: &str = include_str!("../../report/style.css");
 const OWN_STYLE: &str = include_str!("profile.css");
 const SCRIPT: &str = include_str!("profile.js");
 
@@ -31,12 +31,7 @@ pub fn page(profile: &Profile) -> String {
     let markup = html! {
         (DOCTYPE)
         html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                title { "Profile of " (profile.title) }
-                style { (PreEscaped(STYLE)) (PreEscaped(OWN_STYLE)) }
-            }
+            (head(html! { "Profile of " (profile.title) }, OWN_STYLE))
             body {
                 h1 { "Profile of " (profile.kernel) }
                 p.lead { (profile.title) ", counted by the emulator" }
@@ -62,10 +57,6 @@ pub fn page(profile: &Profile) -> String {
         }
     };
     markup.into_string()
-}
-
-fn anchor(name: &str) -> String {
-    name.to_lowercase().replace(' ', "-")
 }
 
 /// Where a line stands in the page.

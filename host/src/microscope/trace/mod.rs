@@ -12,8 +12,8 @@ use std::{collections::HashSet, path::PathBuf, sync::Arc};
 use anyhow::Result;
 use clap::Args;
 use flash_attention::{
-    DType, Error,
-    backend::cpu::emulator::{Action, ClusterTrace, LaunchRecord, Options, Recorder},
+    DType,
+    backend::cpu::emulator::{Action, ClusterTrace, LaunchRecord, Recorder},
 };
 
 use super::specimen::{Bench, SpecimenArgs};
@@ -61,7 +61,7 @@ pub struct TraceArgs {
 /// Runs the command.
 ///
 /// # Errors
-/// What is wrong with the request; a kernel that is wrong; a file that cannot be written.
+/// An invalid request, a faulty kernel, or an unwritable file.
 pub fn run(args: &TraceArgs) -> Result<Outcome> {
     if args.html.is_some() && Rung::find(&args.specimen.kernel).is_none() {
         let (kernel, known) = (&args.specimen.kernel, format::list(&Rung::kernels()));
@@ -73,18 +73,10 @@ pub fn run(args: &TraceArgs) -> Result<Outcome> {
         output::open_all([("--out", args.out.as_deref()), ("--html", args.html.as_deref())])?;
     interrupt::listen();
     let bench = Bench::new();
-    let specimen = match bench.draw(&args.specimen, &DEFAULTS) {
-        Err(_) if interrupt::requested() => return Ok(Outcome::Interrupted),
-        drawn => drawn?,
-    };
     let recorder = Arc::new(Recorder::new(args.blocks as u64));
-    let options = Options { recorder: Some(recorder.clone()), ..Options::default() };
-    match specimen.run(&options) {
-        Err(Error::Stopped) => return Ok(Outcome::Interrupted),
-        Err(error) => return Err(error.into()),
-        Ok(Some(wrong)) => anyhow::bail!("{} is wrong: {wrong}", specimen.kernel),
-        Ok(None) => {}
-    }
+    let Some(specimen) = bench.record(&args.specimen, &DEFAULTS, &recorder)? else {
+        return Ok(Outcome::Interrupted);
+    };
     let traced = Traced::new(&specimen.describe(), &recorder.take())?;
     if let Some(out) = out {
         out.write(|to| Ok(serde_json::to_writer(to, &traced.document)?))?;

@@ -4,8 +4,8 @@ use anyhow::Result;
 use maud::{DOCTYPE, PreEscaped, html};
 
 use super::steps::Steps;
+use crate::report::page::head;
 
-const STYLE: &str = include_str!("../../report/style.css");
 const OWN_STYLE: &str = include_str!("steps.css");
 const SCRIPT: &str = include_str!("steps.js");
 
@@ -19,12 +19,7 @@ pub fn page(title: &str, steps: &Steps) -> Result<String> {
     let markup = html! {
         (DOCTYPE)
         html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                title { "Step by step: " (title) }
-                style { (PreEscaped(STYLE)) (PreEscaped(OWN_STYLE)) }
-            }
+            (head(html! { "Step by step: " (title) }, OWN_STYLE))
             body {
                 h1 { "Step by step" }
                 p.lead { (title) ": the first block" }
