@@ -81,7 +81,7 @@ pub use tensor::Tensor;
 struct Readme;
 
 /// The page on the library, compiled as tests.
-#[cfg(all(doctest, feature = "emulator"))]
+#[cfg(all(doctest, feature = "emulator", feature = "safetensors", feature = "verify"))]
 #[doc = include_str!("../docs/library.md")]
 struct LibraryPage;
 

@@ -18,6 +18,7 @@ mod legend;
 pub(crate) mod page;
 pub mod panel;
 mod picture;
+pub mod speed;
 
 /// The files of a report.
 #[derive(Clone, Debug)]
