@@ -85,6 +85,11 @@ struct Readme;
 #[doc = include_str!("../docs/library.md")]
 struct LibraryPage;
 
+/// The chapter for readers of CUDA C++, compiled as tests.
+#[cfg(all(doctest, feature = "emulator"))]
+#[doc = include_str!("../docs/cuda-and-rust.md")]
+struct CudaAndRust;
+
 /// The chapter on decoding, compiled as tests.
 #[cfg(all(doctest, feature = "emulator", feature = "verify"))]
 #[doc = include_str!("../docs/decode.md")]
