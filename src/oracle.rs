@@ -20,7 +20,7 @@ mod decode;
 
 pub use backward::{
     Gradients, absolute_gradients, all_heads, gradients, gradients_of, plain_gradients,
-    plain_gradients_with_f32_scores,
+    plain_gradients_with_f32_scores, whole_biases, whole_sinks,
 };
 pub(crate) use backward::{
     Rounded, absolute_gradients_of, gradients_of_values, plain_gradients_of,

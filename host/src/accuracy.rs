@@ -104,17 +104,17 @@ pub struct GradientOracle {
 }
 
 impl GradientOracle {
-    /// Computes in f64 as many heads as have `rows` rows together, spread over the problem. If one
-    /// head has more rows, dO keeps `rows` rows and is 0 in the others: these add nothing to any
-    /// gradient and take no time to compute.
+    /// Computes in f64 as many heads as have `rows` rows together, spread over the problem. If the
+    /// fewest heads that can be compared have more rows, dO keeps `rows` rows of them and is 0 in the
+    /// others: these add nothing to any gradient and take no time to compute.
     #[must_use]
     pub fn new(problem: &Problem, inputs: &Inputs<'_>, d_o: &mut Tensor, rows: usize) -> Self {
         let of_head = problem.group() * problem.seq_q();
-        let all = oracle::all_heads(problem);
-        let count = (rows / of_head).clamp(1, all.len());
-        let heads = Self::spread(&all, count);
-        if rows < of_head && problem.varlen().is_none() {
-            thin(problem, d_o, heads[0], rows);
+        let wanted = [problem.bias().is_some(), problem.has_sinks()];
+        let heads = Self::compared(problem, rows / of_head, wanted);
+        if rows < of_head * heads.len() && problem.varlen().is_none() {
+            let of_each = (rows / heads.len()).max(1);
+            heads.iter().for_each(|&head| thin(problem, d_o, head, of_each));
         }
         let reference = oracle::gradients(problem, inputs, d_o, &heads);
         let credit = GradientCredit::of(problem, inputs, d_o, &heads, &reference);
@@ -128,6 +128,28 @@ impl GradientOracle {
         (0..count).map(|i| heads[i * (heads.len() - 1) / last]).collect()
     }
 
+    /// At least one and about `count` heads of K and V, evenly apart. Where the gradients of the bias or
+    /// of the sinks are `wanted`, all heads that add to one element of these come together.
+    #[must_use]
+    pub fn compared(p: &Problem, count: usize, [bias, sinks]: [bool; 2]) -> Vec<usize> {
+        let bias = p.bias().filter(|_| bias);
+        let entries_join = sinks || bias.is_some_and(|bias| !bias.per_batch);
+        let heads_join = bias.is_some_and(|bias| !bias.per_head);
+        let all = oracle::all_heads(p);
+        let unit = |head: usize| {
+            let (b, h) = (head / p.kv_heads(), head % p.kv_heads());
+            (if entries_join { 0 } else { b }, if heads_join { 0 } else { h })
+        };
+        let mut units: Vec<_> = all.iter().map(|&head| unit(head)).collect();
+        units.sort_unstable();
+        units.dedup();
+        let of_unit = all.len() / units.len().max(1);
+        let numbers: Vec<usize> = (0..units.len()).collect();
+        let chosen = Self::spread(&numbers, (count / of_unit.max(1)).clamp(1, units.len()));
+        let is_chosen = |&head: &usize| chosen.iter().any(|&number| units[number] == unit(head));
+        all.into_iter().filter(is_chosen).collect()
+    }
+
     /// The number of query rows whose gradients in f64 cost about `multiplications` multiplications; at
     /// least 64.
     #[must_use]
@@ -135,7 +157,7 @@ impl GradientOracle {
         (multiplications / (5 * problem.seq_k() * problem.head_dim()).max(1)).max(64)
     }
 
-    /// Compares dQ, dK and dV.
+    /// Compares dQ, dK and dV, and the gradients of the bias and of the sinks where there are these.
     #[must_use]
     pub fn checks(
         &self,
@@ -147,11 +169,12 @@ impl GradientOracle {
         let Self { problem: p, heads, reference, credit } = self;
         let v = GradientVerification::new(p, inputs, gradients, heads, reference, *credit);
         let check_of = |(name, differences, plain): (&str, &Differences, Yardstick)| {
-            let tensor = name.to_lowercase();
-            let elements = match tensor.as_str() {
-                "dq" => p.q_elements(),
-                "dk" => p.k_elements(),
-                _ => p.v_elements(),
+            let (tensor, elements) = match name {
+                "dQ" => ("dq", p.q_elements()),
+                "dK" => ("dk", p.k_elements()),
+                "dV" => ("dv", p.v_elements()),
+                "dB" => ("dbias", p.bias_shape().map_or(0, |shape| shape.iter().product())),
+                _ => ("dsinks", p.heads()),
             };
             Check {
                 kernel: kernel.into(),
@@ -159,21 +182,12 @@ impl GradientOracle {
                 seq: p.seq_q(),
                 dtype: p.dtype(),
                 elements: elements as u64,
-                worst_index: gradient_index(p, heads, &tensor, differences.worst.index),
-                tensor,
+                worst_index: gradient_index(p, heads, tensor, differences.worst.index),
+                tensor: tensor.into(),
                 ..check(differences, plain, threshold)
             }
         };
         v.each().map(check_of).collect()
-    }
-
-    /// Compares dQ alone.
-    #[must_use]
-    pub fn check_dq(&self, kernel: &str, inputs: &Inputs<'_>, dq: Tensor) -> Check {
-        let zeros = |shape: [usize; 4]| Tensor::zeros(dq.dtype(), &shape);
-        let (dk, dv) = (zeros(self.problem.k_shape()), zeros(self.problem.v_shape()));
-        let gradients = Gradients { dq, dk, dv, d_bias: None, d_sinks: None };
-        self.checks(kernel, inputs, &gradients, None).swap_remove(0)
     }
 }
 
@@ -193,9 +207,19 @@ fn thin(p: &Problem, d_o: &mut Tensor, head: usize, rows: usize) {
 }
 
 /// `[b, h, i, d]` of an element of some heads' `dq`, `dk` or `dv`; for packed sequences, the
-/// element's place among the compared elements.
+/// element's place among the compared elements. `[b, h, i, j]` of `dbias`, `[h]` of `dsinks`.
 #[must_use]
 pub fn gradient_index(p: &Problem, heads: &[usize], tensor: &str, element: usize) -> Vec<usize> {
+    if tensor == "dsinks" {
+        return vec![oracle::whole_sinks(p, heads)[element]];
+    }
+    if tensor == "dbias" {
+        let of_matrix = p.seq_q() * p.seq_k();
+        let matrix = oracle::whole_biases(p, heads)[element / of_matrix];
+        let (i, j) = (element % of_matrix / p.seq_k(), element % p.seq_k());
+        let of_entry = if p.bias().is_some_and(|bias| bias.per_head) { p.heads() } else { 1 };
+        return vec![matrix / of_entry, matrix % of_entry, i, j];
+    }
     if p.varlen().is_some() {
         return vec![element];
     }
@@ -281,20 +305,26 @@ impl ModuleGradientOracle {
         gradients: ModuleGradients,
         threshold: Option<f64>,
     ) -> Vec<Check> {
-        let found = module_oracle::Gradients::of(gradients);
-        let mut checks = Vec::new();
-        for (index, (tensor, expected)) in self.reference.each().enumerate() {
-            let values = [&found.0[index], expected];
-            checks.push(self.check(kernel, tensor, values, (self.credit[index], threshold)));
-        }
-        checks
+        self.checks_of(kernel, &gradients.into_tensors(), threshold)
     }
 
-    /// Compares dx alone.
+    /// As [`checks`](Self::checks), of the tensors in the order of [`ModuleGradients::NAMES`]; without
+    /// one for each name there is no check.
     #[must_use]
-    pub fn check_dx(&self, kernel: &str, dx: &Tensor) -> Check {
-        let [expected, ..] = &self.reference.0;
-        self.check(kernel, "dx", [&dx.to_f64(), expected], (self.credit[0], None))
+    pub fn checks_of(
+        &self,
+        kernel: &str,
+        gradients: &[Tensor],
+        threshold: Option<f64>,
+    ) -> Vec<Check> {
+        if gradients.len() != ModuleGradients::NAMES.len() {
+            return Vec::new();
+        }
+        let both = gradients.iter().zip(self.reference.each()).zip(self.credit);
+        both.map(|((found, (tensor, expected)), credit)| {
+            self.check(kernel, tensor, [&found.to_f64(), expected], (credit, threshold))
+        })
+        .collect()
     }
 
     fn check(
@@ -393,9 +423,30 @@ pub fn complaint(check: &Check) -> String {
 #[cfg(test)]
 mod tests {
     use approx::assert_abs_diff_eq;
+    use flash_attention::Bias;
 
     use super::*;
     use crate::inputs::Tensors;
+
+    #[test]
+    fn heads_that_add_to_one_element_come_together() {
+        let p = Problem::builder(2, 6, 5, 8).kv_heads(3).sinks(true);
+        let bias =
+            |per_batch, per_head| p.bias(Some(Bias { per_batch, per_head })).build().unwrap();
+        let compared = |p: &Problem, count, wanted| GradientOracle::compared(p, count, wanted);
+        let own = bias(true, true);
+        assert_eq!(compared(&own, 0, [false; 2]), [0]);
+        assert_eq!(compared(&own, 2, [true, false]), [0, 5]);
+        assert_eq!(compared(&own, 9, [false; 2]), [0, 1, 2, 3, 4, 5]);
+        // Both entries of a head.
+        assert_eq!(compared(&own, 1, [false, true]), [0, 3]);
+        assert_eq!(compared(&bias(false, true), 4, [true, false]), [0, 2, 3, 5]);
+        assert_eq!(compared(&bias(true, false), 1, [true, false]), [0, 1, 2]);
+        assert_eq!(compared(&bias(false, false), 1, [true, false]), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(compared(&bias(true, false), 1, [true; 2]), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(gradient_index(&own, &[1, 4], "dsinks", 1), [3]);
+        assert_eq!(gradient_index(&bias(false, true), &[1, 4], "dbias", 25 + 7), [0, 3, 1, 2]);
+    }
 
     #[test]
     fn the_worst_element_of_a_module_is_named() {

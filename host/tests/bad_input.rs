@@ -138,12 +138,8 @@ fn values_of_one_command_are_checked_too() {
         ),
         (&["compare", "--peers=cudnn"], "--peers cudnn: those here are math, flash"),
         (
-            &["compare", "--level", "backward", "--peers"],
-            "--peers is for the forward pass: leave out --level backward",
-        ),
-        (
-            &["compare", "--level", "module-backward", "--peers"],
-            "--peers is for the forward pass: leave out --level module-backward",
+            &["compare", "--level", "backward", "--peers=cudnn"],
+            "--peers cudnn: those here are math, flash",
         ),
         (&["compare", "--timeout", "0"], "use a number of seconds from 0.001"),
         (&["compare", "--csv", "/no/such/folder/a.csv"], "cannot be written"),

@@ -242,8 +242,8 @@ fn one_kernel_that_cannot_stops_no_other() {
     }
 }
 
-/// Rows of gradients have the columns of the forward pass, and checks of dQ, dK and dV: with every feature,
-/// and on a sample.
+/// Rows of gradients have the columns of the forward pass, and checks of dQ, dK, dV and the sinks' gradient:
+/// with every feature, and on a sample.
 #[test]
 fn gradients_are_measured_and_verified() {
     let folder = tempfile::tempdir().unwrap();
@@ -272,7 +272,7 @@ fn gradients_are_measured_and_verified() {
     }
     assert_eq!(results.rows[0].speedup, Some(1.0));
     let tensors: Vec<_> = results.checks.iter().map(|check| check.tensor.as_str()).collect();
-    assert_eq!(tensors, ["dq", "dk", "dv"].repeat(BACKWARD_KERNELS.len()));
+    assert_eq!(tensors, ["dq", "dk", "dv", "dsinks"].repeat(BACKWARD_KERNELS.len()));
     assert!(results.checks.iter().all(|c| c.passed() && c.compared == c.elements));
 
     // Half a head: dO is 0 in its other rows.
@@ -281,6 +281,14 @@ fn gradients_are_measured_and_verified() {
     assert_eq!(code, 0, "{stdout}");
     assert!(stdout.contains("1 of 4 heads of K and V compared"), "{stdout}");
     assert!(stdout.contains("every kernel that ran is right"), "{stdout}");
+
+    // A sink has its gradient from every batch entry: so has the head that is compared.
+    let sample = ["--batch", "3", "--sinks", "--rows", "30", "--kernels", "backward_tiled"];
+    let (code, stdout, _) =
+        run(host().args(["verify", "--level", "backward"]).args(&small[2..4]).args(sample));
+    assert_eq!(code, 0, "{stdout}");
+    assert!(stdout.contains("3 of 6 heads of K and V compared"), "{stdout}");
+    assert!(stdout.contains(" dsinks "), "{stdout}");
 }
 
 /// Where memory suffices for nothing, nothing is right or wrong, and nothing was done.
@@ -490,6 +498,28 @@ fn peers_are_rows_or_one_line() {
     let rows = stdout.lines().filter(|line| line.starts_with(" torch-math")).count();
     assert_eq!(4 * absent + rows, 4, "{stdout}");
     assert!(!stdout.contains("is wrong"), "{stdout}");
+
+    // Their gradients too, every one of them compared.
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("peers.json");
+    for (level, tensors) in [("backward", 3), ("module-backward", 9)] {
+        let gradients = ["--level", level, "--kernels", "backward_tiled", "--causal", "--json"];
+        let (code, stdout, stderr) =
+            run(host().args(["compare", "--peers"]).args(gradients).arg(&json).args(SMALL));
+        assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+        let absent = stdout.contains("no rows of PyTorch: ");
+        let results = Results::read_json(&json).unwrap();
+        let peers: Vec<_> = results.rows.iter().filter(|row| row.peer).collect();
+        assert_eq!(peers.len(), if absent { 0 } else { 4 }, "{stdout}");
+        for row in peers.iter().filter(|row| row.status == Status::Ok) {
+            assert!(row.median_ms.is_some() && row.max_abs_err.is_some(), "{row:?}");
+            assert_eq!(row.forward_ms.is_some() && row.backward_ms.is_some(), tensors == 9);
+            let own = |check: &&host::results::Check| {
+                (&check.kernel, check.seq) == (&row.kernel, row.seq) && check.passed()
+            };
+            assert_eq!(results.checks.iter().filter(own).count(), tensors, "{row:?}");
+        }
+    }
 }
 
 #[test]

@@ -25,10 +25,10 @@ pub struct Gradients {
     pub dk: Vec<f64>,
     /// Gradient of V, likewise.
     pub dv: Vec<f64>,
-    /// Gradient of the bias, in the shape of the bias. It covers all heads together, or only the
-    /// computed heads where these are not all. Empty without a bias.
+    /// Gradient of the bias: `[Nq, Nk]` for each of its matrices, or for the [`whole_biases`] where not
+    /// every head is computed. Empty without a bias.
     pub d_bias: Vec<f64>,
-    /// Gradient of the sinks, `[H]`, likewise.
+    /// Gradient of the sinks: one number per head of Q, or per one of the [`whole_sinks`] likewise.
     pub d_sinks: Vec<f64>,
 }
 
@@ -36,6 +36,37 @@ pub struct Gradients {
 #[must_use]
 pub fn all_heads(problem: &Problem) -> Vec<usize> {
     (0..problem.batch() * problem.kv_heads()).collect()
+}
+
+/// The heads of Q whose sinks have their whole gradient from some heads of K and V: those computed in
+/// every batch entry.
+#[must_use]
+pub fn whole_sinks(p: &Problem, heads: &[usize]) -> Vec<usize> {
+    let computed = |h_kv: usize| (0..p.batch()).all(|b| heads.contains(&(b * p.kv_heads() + h_kv)));
+    (0..p.heads()).filter(|h| computed(h / p.group())).collect()
+}
+
+/// The matrices of a bias `[B or 1, H or 1, Nq, Nk]` that have their whole gradient from some heads of
+/// K and V: those of which no other head takes its scores.
+#[must_use]
+pub fn whole_biases(p: &Problem, heads: &[usize]) -> Vec<usize> {
+    let Some(bias) = p.bias() else { return Vec::new() };
+    let own = |is_own, extent| if is_own { extent } else { 1 };
+    let (entries, of_entry) = (own(bias.per_batch, p.batch()), own(bias.per_head, p.heads()));
+    let sharing = |is_own, index: usize, extent| if is_own { index..index + 1 } else { 0..extent };
+    let is_whole = |&matrix: &usize| {
+        let (b, h) = (matrix / of_entry, matrix % of_entry);
+        sharing(bias.per_batch, b, p.batch()).all(|b| {
+            let computed = |h: usize| heads.contains(&(b * p.kv_heads() + h / p.group()));
+            sharing(bias.per_head, h, p.heads()).all(computed)
+        })
+    };
+    (0..entries * of_entry).filter(is_whole).collect()
+}
+
+/// Those of the parts of `values`, of `width` values each, that are named.
+fn parts(values: &[f64], width: usize, which: &[usize]) -> Vec<f64> {
+    which.iter().flat_map(|part| values.iter().skip(part * width).take(width)).copied().collect()
 }
 
 /// The given heads of a kernel's gradients; for packed sequences, without the rows beyond the last
@@ -53,6 +84,8 @@ pub fn gradients_of(
     let dv = View::new(p, gradients.dv.to_f32(), p.v_extents());
     let [d_bias, d_sinks] = [&gradients.d_bias, &gradients.d_sinks]
         .map(|tensor| tensor.as_ref().map(Tensor::to_f64).unwrap_or_default());
+    let d_bias = parts(&d_bias, p.seq_q() * p.seq_k(), &whole_biases(p, heads));
+    let d_sinks = parts(&d_sinks, 1, &whole_sinks(p, heads));
     let mut result = Gradients { d_bias, d_sinks, ..Gradients::default() };
     let widened = |row: &[f32]| row.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
     for &head in heads {
@@ -374,6 +407,8 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
             }
         }
         result.d_bias.iter_mut().for_each(|x| *x = a.stored(*x));
+        result.d_bias = parts(&result.d_bias, p.seq_q() * p.seq_k(), &whole_biases(p, heads));
+        result.d_sinks = parts(&result.d_sinks, 1, &whole_sinks(p, heads));
         result
     }
 
@@ -507,6 +542,23 @@ impl<'a, A: Arithmetic> Pass<'a, A> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sink_and_a_bias_are_whole_with_all_heads_that_share_them() {
+        let p = Problem::builder(2, 4, 5, 8).kv_heads(2).sinks(true);
+        let bias =
+            |per_batch, per_head| p.bias(Some(Bias { per_batch, per_head })).build().unwrap();
+        let own = bias(true, true);
+        // Head 1 of K in both entries, and head 0 in the second.
+        assert_eq!(whole_sinks(&own, &[1, 2, 3]), [2, 3]);
+        assert_eq!(whole_sinks(&own, &[0, 3]), [0; 0]);
+        assert_eq!(whole_biases(&own, &[1, 2]), [2, 3, 4, 5]);
+        assert_eq!(whole_biases(&bias(false, true), &[1, 2, 3]), [2, 3]);
+        assert_eq!(whole_biases(&bias(true, false), &[1, 2, 3]), [1]);
+        assert_eq!(whole_biases(&bias(false, false), &[1, 2, 3]), [0; 0]);
+        assert_eq!(whole_biases(&bias(false, false), &all_heads(&own)), [0]);
+        assert_eq!(parts(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2, &[0, 2]), [1.0, 2.0, 5.0, 6.0]);
+    }
     use crate::{
         oracle::{all_rows, reference},
         problem::{Alibi, Bias, Dropout, ProblemBuilder, Window},

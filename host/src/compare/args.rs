@@ -33,8 +33,9 @@ pub struct CompareArgs {
     /// Time limit of one launch: a longer launch is reported, and ends the run
     #[arg(long, value_name = "SECONDS", value_parser = values::timeout)]
     pub timeout: Option<f64>,
-    /// Run PyTorch's attention and FlashAttention's packages beside the kernels, where python3 (or
-    /// the Python that FLASH_ATTENTION_PYTHON names) has them: all of them, or the listed ones
+    /// Run PyTorch's attention and FlashAttention's packages, or their gradients, beside the kernels,
+    /// where python3 (or the Python that FLASH_ATTENTION_PYTHON names) has them: all of them, or the
+    /// listed ones
     #[arg(long, value_name = "BACKEND,…", value_delimiter = ',', num_args = 0.., require_equals = true, value_parser = peers::ON_GPU)]
     pub peers: Option<Vec<String>>,
     /// Print every column, however wide the terminal is

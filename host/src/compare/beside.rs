@@ -56,9 +56,9 @@ pub fn measure(
     match process.measure(&backends, subject, bench.repeats) {
         Ok(all) => {
             for measured in all {
-                let (row, check) = finish(bench, measured);
+                let (row, checks) = finish(bench, measured);
                 results.rows.push(row);
-                results.checks.extend(check);
+                results.checks.extend(checks);
             }
         }
         Err(error) => {
@@ -71,10 +71,12 @@ pub fn measure(
 /// The row of the backend that keeps the N x N matrix, where the matrix would not fit this
 /// computer's memory: Linux would end the process, and perhaps this one too.
 fn too_large_for_the_cpu(bench: &Bench<'_>) -> Option<Row> {
-    let (device, problem) = (bench.subject.session().device(), bench.subject.problem());
+    let subject = bench.subject;
+    let (device, problem) = (subject.session().device(), subject.problem());
     let (rows, keys) = (problem.rows() as u64, problem.seq_k() as u64);
-    // Scores and weights, each once in f32 and once in the storage type.
-    let needed = 2 * rows * keys * (4 + problem.dtype().size() as u64);
+    // Scores and weights, each once in f32 and once in the storage type; and their gradients.
+    let both = if subject.kind().level().is_backward() { 2 } else { 1 };
+    let needed = both * 2 * rows * keys * (4 + problem.dtype().size() as u64);
     let free = device.memory_info().ok()?.free;
     (device.is_emulated() && needed > free).then(|| Row {
         status: Status::Oom,
@@ -101,7 +103,7 @@ fn peer_row(bench: &Bench<'_>, name: &str) -> Row {
     row
 }
 
-fn finish(bench: &Bench<'_>, measured: Measured) -> (Row, Option<Check>) {
+fn finish(bench: &Bench<'_>, measured: Measured) -> (Row, Vec<Check>) {
     let subject = bench.subject;
     let mut row = peer_row(bench, &measured.name);
     row.status = measured.status;
@@ -115,16 +117,17 @@ fn finish(bench: &Bench<'_>, measured: Measured) -> (Row, Option<Check>) {
             write_sustained(&mut row, ms);
         }
     }
+    [row.forward_ms, row.backward_ms] = measured.passes_ms;
+    row.forward_peak_bytes = measured.forward_peak_bytes;
     // Another generator drops other weights.
-    let comparable = subject.problem().dropout().is_none();
-    let output = measured.output.filter(|_| comparable);
-    let check = output.map(|output| subject.check_output(&row.kernel, output));
-    if let Some(check) = &check {
-        row.max_abs_err = Some(check.abs.max);
-        if !check.passed() {
-            row.status = Status::Failed;
-            row.reason = complaint(check);
-        }
+    if subject.problem().dropout().is_some() || measured.outputs.is_empty() {
+        return (row, Vec::new());
     }
-    (row, check)
+    let checks = subject.check_outputs(&row.kernel, measured.outputs);
+    row.max_abs_err = checks.first().map(|check| check.abs.max);
+    if let Some(bad) = checks.iter().find(|check| !check.passed()) {
+        row.status = Status::Failed;
+        row.reason = complaint(bad);
+    }
+    (row, checks)
 }

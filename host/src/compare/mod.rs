@@ -19,7 +19,7 @@ use flash_attention::{
 };
 
 use crate::{
-    failure::{self, Outcome, Usage},
+    failure::{self, Outcome},
     gpus, interrupt,
     machine::{self, Opened},
     options::Defaults,
@@ -83,10 +83,6 @@ pub fn run(args: &CompareArgs) -> Result<Outcome> {
     let session = Session::new(opened.device.clone());
     let problems = args.problem.shape.problems(&defaults, args.level)?;
     let kernels = args.problem.chosen_kernels(&problems, &session.target(), args.level)?;
-    if args.peers.is_some() && args.level.levels().any(Level::is_backward) {
-        let reason = format!("--peers is for the forward pass: leave out --level {}", args.level);
-        return Err(Usage(reason).into());
-    }
     let options =
         Options { repeats, level: args.level, ..args.problem.recorded(&problems, &kernels) };
     let mut results = machine::results("compare", &opened, options);

@@ -1,6 +1,6 @@
 //! `--peers`: PyTorch's attention and FlashAttention's packages, or a module around them with the
-//! same parameters, beside the kernels, on the same tensors and measured the same way, where there
-//! is a Python with PyTorch. A Python process ([`peers.py`](peers.py)) runs them; tensors travel
+//! same parameters, and their gradients, beside the kernels, on the same tensors and measured the same
+//! way, where there is a Python with PyTorch. A Python process ([`peers.py`](peers.py)) runs them; tensors travel
 //! both ways through pipes.
 
 use std::{
@@ -77,8 +77,13 @@ pub struct Measured {
     pub sustained_ms: Option<f64>,
     /// PyTorch's peak memory, where PyTorch counts it.
     pub peak_bytes: Option<u64>,
-    /// O, or a module's y.
-    pub output: Option<Tensor>,
+    /// Milliseconds of the forward and of the backward pass alone, where a run has both.
+    pub passes_ms: [Option<f64>; 2],
+    /// PyTorch's peak memory of the forward pass alone, likewise.
+    pub forward_peak_bytes: Option<u64>,
+    /// O, or a module's y; or the gradients, in the order of their tensors. Empty unless the status is
+    /// [`Status::Ok`].
+    pub outputs: Vec<Tensor>,
 }
 
 impl Peers {
@@ -172,9 +177,15 @@ impl Peers {
             alibi_slopes: numbers(inputs.and_then(|inputs| inputs.alibi_slopes)),
             sink_scores: numbers(inputs.and_then(|inputs| inputs.sinks)),
             cu_seqlens: inputs.and_then(|inputs| inputs.cu_seqlens()),
-            output: match subject.kind().level() {
-                Level::Attention | Level::Backward => problem.o_shape().to_vec(),
-                Level::Module | Level::ModuleBackward => work.tensors[0].shape().to_vec(),
+            deterministic: subject.kind().deterministic(),
+            outputs: match subject.kind().level() {
+                Level::Attention => vec![problem.o_shape().to_vec()],
+                Level::Module => vec![work.tensors[0].shape().to_vec()],
+                // Of every tensor but the last, which is the gradient of the output.
+                Level::Backward | Level::ModuleBackward => {
+                    let (_, inputs) = work.tensors.split_last().context("no tensors")?;
+                    inputs.iter().map(|tensor| tensor.shape().to_vec()).collect()
+                }
             },
         };
         self.link.run(&job, &work).context("PyTorch's process")
@@ -217,8 +228,10 @@ struct Job<'a> {
     sink_scores: Option<Vec<f64>>,
     /// The start offsets of packed sequences in Q and in K.
     cu_seqlens: Option<[&'a [u32]; 2]>,
-    /// Shape of the output, which has the storage type of the first tensor.
-    output: Vec<usize>,
+    /// Whether gradients must have the same bits in each run.
+    deterministic: bool,
+    /// Shapes of the outputs, which have the storage type of the first tensor.
+    outputs: Vec<Vec<usize>>,
 }
 
 /// The tensors of a job, in sending order.
@@ -227,7 +240,7 @@ struct Work<'a> {
     mask: Option<&'a [u8]>,
 }
 
-/// The answer of one backend; its output follows it.
+/// The answer of one backend; its outputs follow it.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Answer {
@@ -236,6 +249,9 @@ struct Answer {
     times_ms: Vec<f64>,
     sustained_ms: Option<f64>,
     peak_bytes: Option<u64>,
+    forward_ms: Option<f64>,
+    backward_ms: Option<f64>,
+    forward_peak_bytes: Option<u64>,
     bytes: usize,
 }
 
@@ -267,29 +283,42 @@ impl<R: BufRead, W: Write> Link<R, W> {
         self.to.write_all(work.mask.unwrap_or_default())?;
         self.to.flush()?;
         let dtype = work.tensors[0].dtype();
-        job.backends.iter().map(|backend| self.answer(backend, dtype, &job.output)).collect()
+        job.backends.iter().map(|backend| self.answer(backend, dtype, &job.outputs)).collect()
     }
 
-    fn answer(&mut self, backend: &str, dtype: DType, shape: &[usize]) -> Result<Measured> {
-        let Answer { status, reason, times_ms, sustained_ms, peak_bytes, bytes } = self.line()?;
-        let mut output = None;
+    fn answer(&mut self, backend: &str, dtype: DType, shapes: &[Vec<usize>]) -> Result<Measured> {
+        let answer: Answer = self.line()?;
+        let Answer { status, bytes, .. } = answer;
+        let mut outputs = Vec::new();
         if status == Status::Ok {
-            let expected = shape.iter().product::<usize>() * dtype.size();
+            let length = |shape: &[usize]| shape.iter().product::<usize>() * dtype.size();
+            let expected = shapes.iter().map(|shape| length(shape)).sum::<usize>();
             if bytes != expected {
-                bail!("its output has {bytes} bytes, expected {expected}");
+                bail!("its outputs have {bytes} bytes, expected {expected}");
             }
-            let mut data = vec![0; bytes];
-            self.from.read_exact(&mut data)?;
-            output = Some(Tensor::from_bytes(dtype, shape, &data)?);
+            for shape in shapes {
+                let mut data = vec![0; length(shape)];
+                self.from.read_exact(&mut data)?;
+                outputs.push(Tensor::from_bytes(dtype, shape, &data)?);
+            }
         }
-        let name = row_name(backend);
-        Ok(Measured { name, status, reason, times_ms, sustained_ms, peak_bytes, output })
+        Ok(Measured {
+            name: row_name(backend),
+            status,
+            reason: answer.reason,
+            times_ms: answer.times_ms,
+            sustained_ms: answer.sustained_ms,
+            peak_bytes: answer.peak_bytes,
+            passes_ms: [answer.forward_ms, answer.backward_ms],
+            forward_peak_bytes: answer.forward_peak_bytes,
+            outputs,
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use flash_attention::Problem;
+    use flash_attention::{Problem, session::Inputs};
 
     use super::*;
     use crate::inputs::Tensors;
@@ -308,7 +337,8 @@ mod tests {
             alibi_slopes: None,
             sink_scores: None,
             cu_seqlens: None,
-            output: problem.o_shape().to_vec(),
+            deterministic: false,
+            outputs: vec![problem.o_shape().to_vec()],
         }
     }
 
@@ -330,13 +360,36 @@ mod tests {
             ("torch-math", Status::Ok, Some(7))
         );
         assert_eq!(math.times_ms, [1.5, 2.5]);
-        assert_eq!(math.output.as_ref(), Some(inputs.v));
+        assert_eq!(math.outputs, [inputs.v.clone()]);
         assert_eq!((flash.status, flash.reason.as_str()), (Status::Unsupported, "no mask"));
         let sent = link.to;
         let end = sent.iter().position(|&b| b == b'\n').unwrap();
         let header: serde_json::Value = serde_json::from_slice(&sent[..end]).unwrap();
         assert_eq!((&header["seq"], &header["mask"]), (&3.into(), &true.into()));
         assert_eq!(sent.len() - end - 1, 3 * 384 + 3);
+        assert!(link.from.is_empty());
+    }
+
+    #[test]
+    fn gradients_come_one_after_the_other() {
+        let problem = Problem::builder(1, 1, 3, 32).seq_k(5).build().unwrap();
+        let tensors = Tensors::random(&problem, 1);
+        let Inputs { q, k, v, .. } = tensors.inputs();
+        let answers = [
+            &br#"{"status": "ok", "times_ms": [1.5], "backward_ms": 0.5, "bytes": 1664}"#[..],
+            b"\n",
+            q.as_bytes(),
+            k.as_bytes(),
+            v.as_bytes(),
+        ];
+        let answers = answers.concat();
+        let mut link = Link { from: answers.as_slice(), to: Vec::new() };
+        let outputs = [q, k, v].map(|tensor| tensor.shape().to_vec()).to_vec();
+        let job = Job { level: Level::Backward, backends: &["flash"], outputs, ..job(&problem) };
+        let work = Work { tensors: vec![q, k, v, q], mask: None };
+        let [flash] = <[_; 1]>::try_from(link.run(&job, &work).unwrap()).unwrap();
+        assert_eq!((flash.name.as_str(), flash.passes_ms), ("torch-flash", [None, Some(0.5)]));
+        assert_eq!(flash.outputs, [q, k, v].map(Tensor::clone));
         assert!(link.from.is_empty());
     }
 

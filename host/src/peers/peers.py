@@ -3,9 +3,11 @@
 Protocol. First line out: {"torch": version, "cuda": bool, "packages": names} or {"error": text}.
 Then, for each job, in: a line of JSON and the bytes of tensors of the "shapes" and, if "mask",
 the mask u8 [B, N]; out: for each of "backends" a line of JSON and, if its "status" is "ok", the
-"bytes" bytes of the output. The tensors are q, k and v at "level" "attention"; x, and weight and
-bias of the projections of q, k, v and the output at "level" "module". Slopes of ALiBi, sinks and
-the beginnings of packed sequences are lists in the line of JSON.
+"bytes" bytes of the outputs, one after the other. The tensors are q, k and v at "level" "attention";
+x, and weight and bias of the projections of q, k, v and the output at "level" "module". At the levels
+"backward" and "module-backward" the gradient of the output comes after these, and the outputs are
+the gradients of the others, in their order. Slopes of ALiBi, sinks and the beginnings of packed
+sequences are lists in the line of JSON.
 """
 
 import importlib
@@ -56,6 +58,8 @@ ABLE = {name: {"dropout", "padding masks"} for name in SDPA} | {
     "flash_attn_interface": {"windows", "caps of scores", "packed sequences", ALIGNED},
     "flash_attn.cute": {"windows", "caps of scores", "packed sequences", "sinks", ALIGNED},
 }
+# What none of them can do where gradients are asked for: the sinks' own gradient is not among theirs.
+NO_GRADIENT = {"sinks"}
 # Before each backend that is measured at the power limit: what ran before has warmed the GPU for none
 # of them.
 REST_SECONDS = 0.5
@@ -81,11 +85,32 @@ def to_device(tensors, mask, device):
     return tensors, None if mask is None else mask.to(device).bool()
 
 
+def captured(run, runs=1):
+    """Replays of a graph of `runs` runs, in which Python and autograd's engine have no part: the
+    library's own kernels. None where a backend cannot be captured. Nodes of a backward pass run on the
+    stream of their forward pass: it is the current one here."""
+    stream = torch.cuda.current_stream()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        # Not on the default stream, which cannot be captured.
+        side = stream if stream != torch.cuda.default_stream() else None
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(runs):
+                run()
+        return graph.replay
+    except Exception:
+        torch.cuda.synchronize()
+        return None
+
+
 def times(run, job, device):
     """Milliseconds of each run; on a GPU by events, each with a cold L2 cache."""
     for _ in range(job["warmup"]):
         run()
     found = []
+    if device.type == "cuda" and is_backward(job):
+        # Autograd's engine needs longer than a short pass: replays leave only its launches.
+        run = captured(run) or run
     if device.type != "cuda":
         for _ in range(job["iters"]):
             start = time.perf_counter()
@@ -114,15 +139,10 @@ def sustained(run, seconds, once, device):
         for _ in range(runs):
             run()
         return (time.perf_counter() - start) * 1e3 / runs
-    batch = 1
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(10):
-                run()
-        batch, run = 10, graph.replay
-    except Exception:
-        torch.cuda.synchronize(device)
+    batch, replay = 10, captured(run, 10)
+    if replay is None:
+        batch, replay = 1, run
+    run = replay
     run()
     count = -(-runs // batch)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -132,6 +152,11 @@ def sustained(run, seconds, once, device):
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / (count * batch)
+
+
+def is_backward(job):
+    """Whether gradients are asked for."""
+    return job["level"] in ("backward", "module-backward")
 
 
 def wanted(job):
@@ -224,6 +249,8 @@ def packaged(job, name, device):
         options["learnable_sink"] = torch.tensor(job["sink_scores"], device=device).bfloat16()
     if job["dropout"] > 0:
         options["dropout_p"] = job["dropout"]
+    if job["deterministic"]:
+        options["deterministic"] = True
 
     def output(o):
         return o[0] if isinstance(o, tuple) else o
@@ -237,14 +264,16 @@ def packaged(job, name, device):
             "max_seqlen_k": job["seq_k"] or job["seq"],
         }
         run = package.flash_attn_varlen_func
-        return lambda q, k, v: output(run(q[0], k[0], v[0], **lengths, **options))[None]
+        # Not q[0], whose gradient is a copy.
+        return lambda *qkv: output(run(*(x.squeeze(0) for x in qkv), **lengths, **options))[None]
     run = package.flash_attn_func
     return lambda *qkv: output(run(*(x.transpose(1, 2) for x in qkv), **options)).transpose(1, 2)
 
 
 def attention(job, name, mask, device):
     """A function of q, k and v, by the backend of that name."""
-    lacks = [what for what in wanted(job) if what not in ABLE[name]]
+    able = ABLE[name] - NO_GRADIENT if is_backward(job) else ABLE[name]
+    lacks = [what for what in wanted(job) if what not in able]
     if lacks:
         raise NotImplementedError(f"it has no {', no '.join(lacks)}")
     if name in SDPA:
@@ -265,32 +294,87 @@ def forward(job, attend, x, parameters):
     return linear(attend(q, k, v).transpose(1, 2).flatten(2), wo, bo)
 
 
+class Work:
+    """What a level runs: `run` gives its outputs; where it has both passes, `forward` is the first of
+    them, and `alone` gives each by the name of its time."""
+
+    def __init__(self, job, attend, tensors):
+        of_module = job["level"].startswith("module")
+
+        def output(tensors):
+            if not of_module:
+                return attend(*tensors)
+            return forward(job, attend, tensors[0], list(zip(tensors[1::2], tensors[2::2])))
+
+        self.alone, self.forward = lambda: [], None
+        if not is_backward(job):
+            self.run = lambda: [output(tensors)]
+            return
+        *tensors, gradient = tensors
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+
+        def gradients(o):
+            # Sums in .grad are no part of a backward pass. The graph of the forward pass stays for the
+            # next run.
+            return torch.autograd.grad(o, leaves, gradient, retain_graph=True)
+
+        def alone():
+            # The backward pass of a forward pass that has run before.
+            o = output(leaves)
+            return [("forward_ms", self.forward), ("backward_ms", lambda: gradients(o))]
+
+        if of_module:
+            self.forward, self.alone = lambda: output(leaves), alone
+            self.run = lambda: gradients(output(leaves))
+        else:
+            o = output(leaves)
+            self.run = lambda: gradients(o)
+
+
+def median(values):
+    """The middle one, or the mean of the two there."""
+    values, half = sorted(values), len(values) // 2
+    return values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
+
+
 def measure(job, name, tensors, mask, device):
-    """One backend: its first output, its memory, its times."""
+    """One backend: its answer and its first outputs."""
     attend = attention(job, name, mask, device)
-
-    def run():
-        if job["level"] == "attention":
-            return attend(*tensors)
-        return forward(job, attend, tensors[0], list(zip(tensors[1::2], tensors[2::2])))
-
-    cuda = device.type == "cuda"
-    with sdpa_kernel(SDPA[name]) if name in SDPA else nullcontext(), torch.inference_mode():
+    cuda, gradients = device.type == "cuda", is_backward(job)
+    # The nodes of a backward pass run on the stream of the forward pass, which has to be one that can
+    # be captured.
+    side = torch.cuda.Stream(device) if cuda and gradients else None
+    with (
+        sdpa_kernel(SDPA[name]) if name in SDPA else nullcontext(),
+        nullcontext() if gradients else torch.inference_mode(),
+        torch.cuda.stream(side) if side is not None else nullcontext(),
+    ):
         if cuda and job["sustained"] is not None:
             time.sleep(REST_SECONDS)
         if cuda:
             torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-        o = run()
-        peak = torch.cuda.max_memory_allocated(device) if cuda else None
-        payload = o.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        del o
-        found = times(run, job, device)
+        work = Work(job, attend, tensors)
+
+        def peak_of(run):
+            """PyTorch's peak memory during a run, on a GPU, and what it gives."""
+            if cuda:
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+            given = run()
+            return torch.cuda.max_memory_allocated(device) if cuda else None, given
+
+        forward_peak = peak_of(work.forward)[0] if work.forward else None
+        peak, outputs = peak_of(work.run)
+        payload = b"".join(o.contiguous().cpu().view(torch.uint8).numpy().tobytes() for o in outputs)
+        del outputs
+        found = times(work.run, job, device)
+        alone = {name: median(times(run, job, device)) for name, run in work.alone()}
+        alone["forward_peak_bytes"] = forward_peak
         steady = None
         if job["sustained"] is not None and found:
-            once = sorted(found)[len(found) // 2]
-            steady = sustained(run, job["sustained"], once, device)
-        return found, steady, peak, payload
+            steady = sustained(work.run, job["sustained"], median(found), device)
+        answer = {"status": "ok", "times_ms": found, "sustained_ms": steady, "peak_bytes": peak}
+        return answer | alone, payload
 
 
 def attempt(job, name, tensors, mask, device):
@@ -300,20 +384,20 @@ def attempt(job, name, tensors, mask, device):
         try:
             if name in SDPA and SDPA[name] is None:
                 raise NotImplementedError("this PyTorch has no such backend")
-            found, steady, peak, payload = measure(job, name, tensors, mask, device)
+            answer, payload = measure(job, name, tensors, mask, device)
         except torch.cuda.OutOfMemoryError as error:
             return send({"status": "oom", "reason": str(error).split("\n")[0]})
         except Exception as error:
             # PyTorch warns of each reason, and then says that no kernel is left.
             none_left = isinstance(error, (NotImplementedError, ImportError))
-            none_left = none_left or "No available kernel" in str(error)
+            none = ["No available kernel", "does not have a deterministic implementation"]
+            none_left = none_left or any(text in str(error) for text in none)
             reasons = [str(w.message) for w in caught] + [str(error)]
             reasons = [r.split("\n")[0].split(" (Triggered")[0] for r in reasons]
             reasons = [r for r in reasons if not r.rstrip(".: ").endswith("not used because")]
             status = "unsupported" if none_left else "failed"
             return send({"status": status, "reason": "; ".join(reasons[:2])})
-    answer = {"status": "ok", "times_ms": found, "sustained_ms": steady}
-    send(answer | {"peak_bytes": peak, "bytes": len(payload)}, payload)
+    send(answer | {"bytes": len(payload)}, payload)
 
 
 def is_there(name):
@@ -324,6 +408,14 @@ def is_there(name):
         return False
 
 
+def deterministic():
+    """The same bits each time, or none at all."""
+    # As torch.use_deterministic_algorithms asks, before the first product.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def main():
     packages = [name for name in PACKAGES if is_there(name)]
     send({"torch": torch.__version__, "cuda": torch.cuda.is_available(), "packages": packages})
@@ -331,6 +423,8 @@ def main():
         job = json.loads(line)
         device = torch.device(job["device"])
         torch.manual_seed(job["seed"])
+        if job["deterministic"]:
+            deterministic()
         tensors, mask = receive(job)
         try:
             tensors, mask = to_device(tensors, mask, device)

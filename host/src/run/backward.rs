@@ -1,4 +1,5 @@
-//! The gradients of attention on the tensors of a file: the inputs of the forward pass, and `do`.
+//! The gradients of attention on the tensors of a file: the inputs of the forward pass, and `do`. A
+//! bias and sinks of the file have gradients too.
 
 use anyhow::Result;
 use flash_attention::{
@@ -7,7 +8,7 @@ use flash_attention::{
     oracle,
     registry::{self, Backward},
     session::{Gradients, Outputs, Session, Work as _},
-    verify::{Differences, GradientCredit, Yardstick},
+    verify::{Differences, GradientCredit},
 };
 
 use super::{
@@ -21,8 +22,8 @@ use crate::accuracy::{GradientOracle, gradient_index};
 
 /// Multiplications that a check may spend on gradients in f64; one head is compared in any case.
 const ORACLE_BUDGET: usize = 1 << 32;
-/// The gradients, by their names in files.
-const NAMES: [&str; 3] = ["dq", "dk", "dv"];
+/// The gradients, by their names in files; the last two where the file has `bias` and `sinks`.
+const NAMES: [&str; 5] = ["dq", "dk", "dv", "dbias", "dsinks"];
 
 /// The tensors of a file and the problem that they define.
 pub struct GivenBackward<'a> {
@@ -31,7 +32,7 @@ pub struct GivenBackward<'a> {
     /// O and LSE, where the file has both.
     outputs: Option<Outputs>,
     /// Gradients to be compared with.
-    expected: Option<[Option<Tensor>; 3]>,
+    expected: Option<[Option<Tensor>; 5]>,
 }
 
 impl<'a> GivenBackward<'a> {
@@ -52,9 +53,14 @@ impl<'a> GivenBackward<'a> {
             }),
             _ => None,
         };
-        let [dq, dk, dv] = [("dq", p.q_shape()), ("dk", p.k_shape()), ("dv", p.v_shape())]
-            .map(|(name, shape)| stored(file, name, in_file(p, &shape)));
-        let expected = [dq?, dk?, dv?];
+        let qkv = [p.q_shape(), p.k_shape(), p.v_shape()];
+        let [q, k, v] = qkv.each_ref().map(|shape| Some(in_file(p, shape)));
+        let (bias, sinks) = (p.bias_shape(), p.sinks_shape());
+        let shapes = [q, k, v, bias.as_deref(), sinks.as_deref()];
+        let mut expected = [const { None }; 5];
+        for ((name, shape), expected) in NAMES.into_iter().zip(shapes).zip(&mut expected) {
+            *expected = shape.map(|shape| stored(file, name, shape)).transpose()?.flatten();
+        }
         if args.check && expected.iter().all(Option::is_none) {
             file.get("dq")?;
         }
@@ -78,7 +84,9 @@ impl Given for GivenBackward<'_> {
 
     fn run(&self, session: &Session, args: &RunArgs) -> Result<Done> {
         let p = self.problem();
-        let plan = plan(args, &Backward::new(*p).deterministic(args.deterministic), session)?;
+        let backward = Backward::new(*p).deterministic(args.deterministic);
+        let backward = backward.d_bias(p.bias().is_some()).d_sinks(p.has_sinks());
+        let plan = plan(args, &backward, session)?;
         let kernel = plan.kernel().name;
         let tensors = self.forward.tensors()?;
         let inputs = self.forward.inputs(&tensors);
@@ -93,44 +101,51 @@ impl Given for GivenBackward<'_> {
         };
         let mut prepared = session.prepare_backward(plan, &inputs, outputs, &self.d_o()?)?;
         let ms = time_ms(session.device(), &mut || prepared.start())?;
-        let Gradients { dq, dk, dv, .. } = prepared.gradients()?;
+        let Gradients { dq, dk, dv, d_bias, d_sinks } = prepared.gradients()?;
         let dq = dq.reshaped(in_file(p, &p.q_shape()))?;
         let dk = dk.reshaped(in_file(p, &p.k_shape()))?;
         let dv = dv.reshaped(in_file(p, &p.v_shape()))?;
-        let tensors = NAMES.into_iter().zip([dq, dk, dv]).collect();
+        let all = NAMES.into_iter().zip([Some(dq), Some(dk), Some(dv), d_bias, d_sinks]);
+        let tensors = all.filter_map(|(name, tensor)| Some((name, tensor?))).collect();
         Ok(Done { tensors, kernel, by, ms, peak_bytes: prepared.memory().peak })
     }
 
     fn compare(&self, done: &Done) -> Result<Vec<Comparison>> {
-        let (Some(expected), [(_, dq), (_, dk), (_, dv)]) = (&self.expected, &done.tensors[..])
-        else {
-            return Ok(Vec::new());
-        };
+        let Some(expected) = &self.expected else { return Ok(Vec::new()) };
         let p = self.problem();
-        let all = oracle::all_heads(p);
         let of_head = p.group() * p.seq_q();
-        let affordable = GradientOracle::affordable_rows(p, ORACLE_BUDGET) / of_head;
-        let heads = GradientOracle::spread(&all, affordable.clamp(1, all.len()));
+        let affordable = GradientOracle::affordable_rows(p, ORACLE_BUDGET) / of_head.max(1);
+        let [.., d_bias, d_sinks] = expected;
+        let wanted = [d_bias.is_some(), d_sinks.is_some()];
+        let heads = GradientOracle::compared(p, affordable, wanted);
         let tensors = self.forward.tensors()?;
         let (inputs, d_o) = (self.forward.inputs(&tensors), self.d_o()?);
         let exact = oracle::gradients(p, &inputs, &d_o, &heads);
-        let GradientCredit { dq: dq_credit, dk: dk_credit, dv: dv_credit, .. } =
-            GradientCredit::of(p, &inputs, &d_o, &heads, &exact);
-        let values = |[dq, dk, dv]: [&Tensor; 3]| {
-            let [dq, dk, dv] = [dq, dk, dv].map(Tensor::clone);
-            let gradients = Gradients { dq, dk, dv, d_bias: None, d_sinks: None };
-            oracle::gradients_of(p, &inputs, &gradients, &heads)
-        };
-        let ours = values([dq, dk, dv]);
+        let credit = GradientCredit::of(p, &inputs, &d_o, &heads, &exact);
+        let GradientCredit { dq, dk, dv, d_bias, d_sinks } = credit;
+        let credit = [dq, dk, dv, d_bias, d_sinks];
+        let ours = |name| done.tensors.iter().find(|(n, _)| *n == name).map(|(_, tensor)| tensor);
         // What the file lacks is filled with our own, and not reported.
-        let theirs = [(dq, &expected[0]), (dk, &expected[1]), (dv, &expected[2])];
-        let theirs = values(theirs.map(|(ours, theirs)| theirs.as_ref().unwrap_or(ours)));
-        let one = |name: &'static str, [ours, theirs, exact]: [&[f64]; 3], plain: Yardstick| {
-            let (p, heads) = (*p, heads.clone());
+        let ours = NAMES.map(ours);
+        let theirs: [_; 5] = std::array::from_fn(|i| expected[i].as_ref().or(ours[i]));
+        let values = |[dq, dk, dv, d_bias, d_sinks]: [Option<&Tensor>; 5]| {
+            let (dq, dk, dv) = (dq?.clone(), dk?.clone(), dv?.clone());
+            let (d_bias, d_sinks) = (d_bias.cloned(), d_sinks.cloned());
+            let gradients = Gradients { dq, dk, dv, d_bias, d_sinks };
+            Some(each(oracle::gradients_of(p, &inputs, &gradients, &heads)))
+        };
+        let (Some(ours), Some(theirs)) = (values(ours), values(theirs)) else {
+            return Ok(Vec::new());
+        };
+        let exact = each(exact);
+        let given = (0..NAMES.len()).filter(|&i| expected[i].is_some());
+        let comparison = |i: usize| {
+            let (p, heads, name) = (*p, heads.clone(), NAMES[i]);
+            let [ours, theirs, exact] = [&ours[i], &theirs[i], &exact[i]];
             Comparison {
                 name,
                 differences: Differences::new(ours, theirs),
-                plain,
+                plain: credit[i],
                 ours_from_f64: Differences::new(ours, exact).max_abs,
                 theirs_from_f64: Differences::new(theirs, exact).max_abs,
                 compared: (heads.len(), p.batch() * p.kv_heads()),
@@ -138,12 +153,12 @@ impl Given for GivenBackward<'_> {
                 rows: "heads of k and v",
             }
         };
-        let comparisons = [
-            one("dq", [&ours.dq, &theirs.dq, &exact.dq], dq_credit),
-            one("dk", [&ours.dk, &theirs.dk, &exact.dk], dk_credit),
-            one("dv", [&ours.dv, &theirs.dv, &exact.dv], dv_credit),
-        ];
-        let given = comparisons.into_iter().zip(expected).filter(|(_, given)| given.is_some());
-        Ok(given.map(|(comparison, _)| comparison).collect())
+        Ok(given.map(comparison).collect())
     }
+}
+
+/// The values in the order of [`NAMES`].
+fn each(gradients: oracle::Gradients) -> [Vec<f64>; 5] {
+    let oracle::Gradients { dq, dk, dv, d_bias, d_sinks } = gradients;
+    [dq, dk, dv, d_bias, d_sinks]
 }

@@ -59,8 +59,9 @@ pub struct RunArgs {
     /// Heads of the module
     #[arg(long, value_name = "H", value_parser = values::count, requires = "weights")]
     pub heads: Option<usize>,
-    /// Compute the gradients dq, dk and dv for the gradient do of o; with --weights dx, and those of the
-    /// weights and biases under their names, for the gradient dy of y
+    /// Compute the gradients dq, dk and dv for the gradient do of o, and dbias and dsinks where the file
+    /// has bias and sinks; with --weights dx, and those of the weights and biases under their names,
+    /// for the gradient dy of y
     #[arg(long, conflicts_with = "with_weights")]
     pub backward: bool,
     /// Ask for gradients with the same bits each time

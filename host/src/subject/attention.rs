@@ -103,8 +103,8 @@ impl Subject for Drawn<'_> {
         self.problem.input_bytes() + self.problem.output_bytes()
     }
 
-    fn check_output(&self, name: &str, output: Tensor) -> Check {
-        self.oracle.check_o(name, output)
+    fn check_outputs(&self, name: &str, outputs: Vec<Tensor>) -> Vec<Check> {
+        outputs.into_iter().map(|o| self.oracle.check_o(name, o)).collect()
     }
 
     fn run(

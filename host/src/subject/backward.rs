@@ -1,10 +1,11 @@
-//! The gradients of attention: Q, K, V, O, LSE and dO in, dQ, dK and dV out.
+//! The gradients of attention: Q, K, V, O, LSE and dO in, dQ, dK and dV out, and the gradients of a
+//! bias and of sinks.
 
 use flash_attention::{
     Error, Problem, Tensor,
     raw::Plan,
     registry::{self, BackwardSpec, Target},
-    session::{Inputs, Outputs, Session, Work},
+    session::{Gradients, Inputs, Outputs, Session, Work},
 };
 
 use super::{Effort, Kernel, Kind, Ran, Subject, counted, kernels};
@@ -27,8 +28,12 @@ pub struct Backward {
 }
 
 impl Backward {
+    /// With a gradient for everything that has one.
     fn of(&self, problem: &Problem) -> registry::Backward {
-        registry::Backward::new(*problem).deterministic(self.deterministic)
+        registry::Backward::new(*problem)
+            .deterministic(self.deterministic)
+            .d_bias(problem.bias().is_some())
+            .d_sinks(problem.has_sinks())
     }
 
     fn plan(
@@ -124,6 +129,10 @@ impl Subject for Drawn<'_> {
         self.tensors.inputs().mask
     }
 
+    fn inputs(&self) -> Option<Inputs<'_>> {
+        Some(self.tensors.inputs())
+    }
+
     fn flops(&self) -> f64 {
         // Five products where the forward pass has two.
         2.5 * self.tensors.inputs().flops(&self.problem)
@@ -132,13 +141,15 @@ impl Subject for Drawn<'_> {
     fn own_bytes(&self) -> u64 {
         let p = &self.problem;
         let elements = p.q_elements() + p.k_elements() + p.v_elements() + p.o_elements();
-        let gradients = elements * p.dtype().size();
+        let d_sinks = self.kind.of(p).d_sinks_shape().map_or(0, |[heads]| heads * size_of::<f32>());
+        let gradients = elements * p.dtype().size() + d_sinks;
         p.input_bytes() + p.output_bytes() + gradients as u64
     }
 
-    /// The output is dQ.
-    fn check_output(&self, name: &str, output: Tensor) -> Check {
-        self.oracle.check_dq(name, &self.tensors.inputs(), output)
+    fn check_outputs(&self, name: &str, outputs: Vec<Tensor>) -> Vec<Check> {
+        let Ok([dq, dk, dv]) = <[Tensor; 3]>::try_from(outputs) else { return Vec::new() };
+        let gradients = Gradients { dq, dk, dv, d_bias: None, d_sinks: None };
+        self.oracle.checks(name, &self.tensors.inputs(), &gradients, None)
     }
 
     fn run(

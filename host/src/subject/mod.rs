@@ -161,8 +161,10 @@ pub trait Subject {
     /// Bytes of parameters, inputs and outputs.
     fn own_bytes(&self) -> u64;
 
-    /// Compares the output of another implementation, without an LSE.
-    fn check_output(&self, name: &str, output: Tensor) -> Check;
+    /// Compares the outputs of another implementation: o or y, without an LSE; or the gradients of
+    /// [`tensors`](Self::tensors) but for the last one, in their order. Any other number of outputs
+    /// gives no check.
+    fn check_outputs(&self, name: &str, outputs: Vec<Tensor>) -> Vec<Check>;
 
     /// Runs a kernel once, by `launch`, and compares its outputs.
     ///

@@ -1,7 +1,7 @@
 //! Gradients of q, k, v and do.
 
 use flash_attention::{
-    DType, Layout, Problem, Tensor, Window, oracle,
+    Bias, DType, Layout, Problem, Tensor, Window, oracle,
     session::{Gradients, Inputs, Outputs},
     verify::verify_gradients,
 };
@@ -96,6 +96,48 @@ fn gradients_are_those_of_attention() {
     let printed = case.folder.printed(&checked, 1);
     assert!(printed.contains("dq passed") && printed.contains("dv FAILED"), "{printed}");
     assert!(printed.contains("worst [0, 1, 3, 5]") && !printed.contains("dk "), "{printed}");
+}
+
+/// A bias and sinks in the file have gradients in the output, which a check compares.
+#[test]
+fn a_bias_and_sinks_have_gradients() {
+    let Case { folder, .. } = Case::new();
+    let bias = Bias { per_batch: false, per_head: true };
+    let p = Problem::builder(2, 2, 9, 32).seq_k(11).bias(Some(bias)).sinks(true).build().unwrap();
+    let random = |shape: &[usize], seed| Tensor::random(DType::F32, shape, seed, 0.0);
+    let [q, k, v, d_o] = [(p.q_shape(), 1), (p.k_shape(), 2), (p.v_shape(), 3), (p.o_shape(), 4)]
+        .map(|(shape, seed)| random(&shape, seed));
+    let (bias, sinks) = (random(&[1, 2, 9, 11], 5), random(&[2], 6));
+    let inputs = Inputs { bias: Some(&bias), sinks: Some(&sinks), ..Inputs::new(&q, &k, &v) };
+    let mut entries = vec![entry("q", &q), entry("k", &k), entry("v", &v), entry("do", &d_o)];
+    entries.extend([entry("bias", &bias), entry("sinks", &sinks)]);
+    folder.save(&entries);
+    let printed = folder.printed(&FILES, 0);
+    assert!(printed.contains("wrote dq, dk, dv, dbias, dsinks to out.safetensors"), "{printed}");
+    let load = |name| folder.load(name, DType::F32);
+    let [dq, dk, dv] = ["dq", "dk", "dv"].map(load);
+    let (d_bias, mut d_sinks) = (load("dbias"), load("dsinks"));
+    let found =
+        Gradients { dq, dk, dv, d_bias: Some(d_bias.clone()), d_sinks: Some(d_sinks.clone()) };
+    let result = verify_gradients(&p, &inputs, &d_o, &found, &oracle::all_heads(&p));
+    assert!(result.passes() && result.each().count() == 5, "{result}");
+
+    entries.push(entry("dbias", &d_bias));
+    folder.save(&[&entries[..], &[entry("dsinks", &d_sinks)]].concat());
+    let checked = ["--backward", "--input", "in.safetensors", "--check"];
+    let printed = folder.printed(&checked, 0);
+    assert!(printed.contains("dbias passed") && printed.contains("dsinks passed"), "{printed}");
+    assert!(printed.contains("4 of 4 heads of k and v compared"), "{printed}");
+    d_sinks.as_bytes_mut()[7] ^= 0x40;
+    folder.save(&[&entries[..], &[entry("dsinks", &d_sinks)]].concat());
+    let printed = folder.printed(&checked, 1);
+    assert!(printed.contains("dbias passed") && printed.contains("dsinks FAILED"), "{printed}");
+    assert!(printed.contains("worst [1]"), "{printed}");
+    let wrong = Tensor::zeros(DType::F32, &[3]);
+    folder.save(&[&entries[..], &[entry("dsinks", &wrong)]].concat());
+    std::fs::remove_file(folder.path("out.safetensors")).unwrap();
+    let line = folder.refused(&checked);
+    assert!(line.contains("tensor dsinks in in.safetensors is f32 [3]"), "{line}");
 }
 
 #[test]
