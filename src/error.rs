@@ -138,7 +138,7 @@ pub enum Error {
         message: String,
     },
     /// The driver refused to load a PTX module.
-    #[error("PTX module {module} was refused by the driver: {log}")]
+    #[error("the driver refused PTX module {module}: {log}")]
     Module {
         /// Name of the module.
         module: String,

@@ -1,4 +1,4 @@
-//! From tensors and options to a problem, or to an error that names what is wrong.
+//! From tensors and options to a problem, or to an error that names the wrong tensor or option.
 
 use candle_core::{DType, Error, Result, Tensor, bail};
 use flash_attention::{Alibi, Bias, Layout, Problem, ProblemBuilder};
@@ -113,8 +113,8 @@ fn dense(
     Ok(builder.head_dim_v(v_extents[3]).layout(layout))
 }
 
-/// Keys that the page table has room for in each of `batch` sequences, where the cache has that many pages
-/// of that many keys.
+/// The keys that the page table has room for in each of `batch` sequences. The cache has `pages` pages of
+/// `page_size` keys.
 fn keys_in_pages(
     table: &Tensor,
     q: &Tensor,

@@ -23,7 +23,7 @@ const fn right_of(causal: bool) -> Option<usize> {
     if causal { Some(0) } else { None }
 }
 
-/// No cap is written as 0.
+/// The cap; 0 stands for none.
 fn cap(softcap: f32) -> Option<f32> {
     (softcap != 0.0).then_some(softcap)
 }
@@ -52,7 +52,7 @@ pub fn flash_attn(
 }
 
 /// As [`flash_attn`], where row `i` sees that many keys before and after key `i + Nk - Nq`. A right bound
-/// of 0 is a causal mask; no bound hides nothing.
+/// of 0 is a causal mask; a missing bound hides no key.
 ///
 /// # Errors
 /// As [`flash_attn`].
@@ -129,8 +129,9 @@ pub fn flash_attn_alibi_windowed_softcap(
 /// Attention of packed sequences.
 ///
 /// `q`: `[total_q, H, D]`; `k`, `v`: `[total_k, Hkv, D]`; `seqlens_q`, `seqlens_k`: u32 `[B + 1]`, where the
-/// sequences begin in `q` and in `k`, from 0 on, and past the last. None has more than `max_seqlen_q` rows
-/// or `max_seqlen_k` keys: on a GPU only the device sees the numbers. The result has the shape of `q`.
+/// sequences begin in `q` and in `k`, from 0 on, and past the last. No sequence has more than
+/// `max_seqlen_q` rows or `max_seqlen_k` keys: on a GPU only the device sees the numbers. The result has the
+/// shape of `q`.
 ///
 /// # Errors
 /// As [`flash_attn`].

@@ -1,7 +1,7 @@
 //! Attention of tensors on a CUDA device: in candle's context, on its stream, in its memory.
 //!
-//! Tensors are read where they lie, and outputs come from candle's allocator. What a call launches is
-//! planned once for each problem and thread.
+//! Kernels read tensors in place, and outputs come from candle's allocator. A thread plans the launches of
+//! a problem once.
 
 use std::{
     cell::RefCell,
@@ -35,9 +35,10 @@ use crate::{
     options::Options,
 };
 
-/// Rows of heads that share keys up to which keys are split between blocks: a tile of the decode kernel.
+/// The most rows of heads that share keys for which keys are split between blocks: a tile of the decode
+/// kernel.
 const DECODE_ROWS: usize = 16;
-/// Plans that a thread keeps of each operation.
+/// Plans that a thread keeps per operation.
 const PLANS: usize = 64;
 
 type Stored<'a> = (&'a CudaStorage, &'a Layout);
@@ -121,8 +122,8 @@ fn decode(call: &Call, k: &Layout) -> Result<Decode> {
     Decode::paged(p, Pages { page_size, pages, max_pages }).map_err(wrap)
 }
 
-/// Launches the decode kernel where few rows see many keys, keys have lengths or lie in pages, and the best
-/// attention kernel otherwise.
+/// Launches the decode kernel where few rows see many keys, or where keys have lengths or lie in pages; else
+/// the best attention kernel.
 fn launch_forward(device: &CudaDevice, args: Args, cache: &Cache) -> Result<()> {
     let p = cache.decode.problem();
     let gpu = context(device)?;
@@ -142,7 +143,7 @@ fn launch_forward(device: &CudaDevice, args: Args, cache: &Cache) -> Result<()> 
     launch(&gpu, device, &plan, |workspace| args.workspace(workspace))
 }
 
-/// The gradients that are wanted; `d_o` is contiguous.
+/// The requested gradients; `d_o` is contiguous.
 pub fn backward(
     call: &Call,
     qkvo: [&Tensor; 4],
@@ -367,7 +368,7 @@ impl Beside {
     }
 }
 
-/// What a call reads and writes on a stream. While it lives, candle knows of these uses.
+/// The memory that a call reads and writes on a stream. While it lives, candle knows of these uses.
 struct Uses<'a> {
     stream: &'a CudaStream,
     recorded: Vec<SyncOnDrop<'a>>,
@@ -388,7 +389,10 @@ impl<'a> Uses<'a> {
             CudaStorageSlice::U32(slice) => self.read(slice, first),
             CudaStorageSlice::I32(slice) => self.read(slice, first),
             CudaStorageSlice::U8(slice) => self.read(slice, first),
-            _ => bail!("a tensor of {:?} has no place in attention", storage.dtype()),
+            _ => bail!(
+                "a tensor is {:?}: attention takes F32, F16, BF16, U32, I32 and U8",
+                storage.dtype()
+            ),
         })
     }
 
@@ -419,7 +423,7 @@ impl<'a> Uses<'a> {
     }
 }
 
-/// A context of the library's for one of candle's.
+/// The library's context for one of candle's.
 struct Gpu {
     // Dropped before the context that it is of.
     context: Context,
@@ -444,14 +448,14 @@ fn context(device: &CudaDevice) -> Result<Arc<Gpu>> {
     Ok(gpu)
 }
 
-/// Plans of one operation, the last used last, each with the context that it is for.
+/// Plans of one operation, in the order of use, each with its context.
 type Plans<P> = RefCell<Vec<(usize, P, Rc<Plan<P>>)>>;
 
 /// An operation whose plans are kept.
 trait Kept: Operation + PartialEq {
     fn with_plans<R>(then: impl FnOnce(&Plans<Self>) -> R) -> R;
 
-    /// Bytes of the workspace of a call that gives memory for the LSE.
+    /// Bytes of the workspace of a call with memory for the LSE.
     fn workspace_bytes(plan: &Plan<Self>) -> u64;
 }
 
@@ -475,7 +479,7 @@ kept!(
     Backward: workspace_bytes
 );
 
-/// The plan for a problem, of the best kernel that can do it.
+/// The plan of the best kernel for a problem.
 fn plan<P: Kept>(gpu: &Gpu, problem: P) -> Result<Rc<Plan<P>>> {
     let of = gpu.context.handle().addr();
     P::with_plans(|plans| {
@@ -512,8 +516,8 @@ fn launch<P: Kept>(
         // borrowed until this returns, or of a workspace; it is freed in the stream's order, after the
         // launches. Outputs and workspace were allocated for this call, or belong to this thread and
         // stream, whose launches follow one another; a kept workspace was zeroed, and each launch leaves
-        // it zero. The kernels clamp
-        // key_lengths and page numbers to the cache; cu_seqlens are as the caller promises.
+        // it zero. The kernels clamp key_lengths and page numbers to the cache; cu_seqlens are as
+        // the functions of this crate ask.
         unsafe { gpu.context.enqueue(plan, &args(workspace), stream.cu_stream().cast()) }
             .map_err(wrap)
     };
@@ -523,7 +527,7 @@ fn launch<P: Kept>(
     if bytes == 0 {
         return enqueue(Region::default());
     }
-    // SAFETY: kernels write what they read of it, but for what is zeroed next.
+    // SAFETY: kernels write each byte before they read it; the next lines zero the other bytes.
     let mut workspace = unsafe { device.alloc::<u8>(bytes)? };
     if zeroed > 0 {
         stream
@@ -534,10 +538,10 @@ fn launch<P: Kept>(
     enqueue(Region::new(address, bytes as u64))
 }
 
-/// The largest workspace that is kept: queues, which are zero before and after a launch.
+/// The largest kept workspace: queues, which are zero before and after a launch.
 const KEPT_BYTES: usize = 1 << 16;
 
-/// Calls with a workspace of this thread and stream, all of which is zero.
+/// Calls with a zeroed workspace of this thread and stream.
 fn with_kept_workspace(device: &CudaDevice, then: impl FnOnce(Region) -> Result<()>) -> Result<()> {
     thread_local!(
         static KEPT: RefCell<Vec<CudaSlice<u8>>> = const { RefCell::new(Vec::new()) };

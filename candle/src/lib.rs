@@ -2,8 +2,8 @@
 //!
 //! [`flash_attn`] and its variants have the signatures of candle-flash-attn: replace the crate's name.
 //! [`attention`] has more: sinks, an additive bias, padding masks, caches, dropout.
-//! [`attention_with_lse`] gives the log-sum-exp too. All of them have gradients but of caches, in f32, f16
-//! and bf16, on CPUs and, with feature `cuda`, on GPUs.
+//! [`attention_with_lse`] gives the log-sum-exp too. All have gradients, except of caches, in f32, f16 and
+//! bf16, on CPUs and, with feature `cuda`, on GPUs.
 //!
 //! ```
 //! use candle_core::{DType, Device, Result, Tensor, Var};
@@ -28,14 +28,14 @@
 //!
 //! # On a GPU
 //! With feature `cuda` a tensor on a CUDA device is computed on that device, in its context, on its stream.
-//! Nothing is copied: tensors are read through their strides, and the outputs come from candle's allocator.
+//! Kernels read tensors through their strides, without a copy; outputs come from candle's allocator.
 //! One case may copy Q and O: packed queries against a cache in pages, unless each sequence has one query.
-//! What a call launches is planned once for each problem. The driver is called through functions that are
-//! opened on first use: no `cu*` symbol is exported, and none of candle's is taken.
+//! The launches of a problem are planned once. The crate opens the driver's functions on first use: it
+//! exports no `cu*` symbol, and takes none of candle's.
 //!
 //! # On a CPU
-//! Tiles are multiplied by the `gemm` crate, as candle does, on every thread of rayon's pool; arithmetic is
-//! f32. No matrix of `Nq x Nk` is stored, in neither pass.
+//! The `gemm` crate multiplies tiles, as it does for candle, on every thread of rayon's pool; arithmetic is
+//! f32. Neither pass stores an `Nq x Nk` matrix.
 //!
 //! # Shapes, types, strides, errors
 //! | | |
@@ -54,9 +54,9 @@
 //! | LSE | f32 `[B, H, Nq]`; packed `[H, total_q]`; natural log; no gradient |
 //! | a row that sees no key | O = 0, LSE = -inf or the sink, no gradient |
 //!
-//! An error is a [`candle_core::Error`] that names the tensor, what it is, and what it must be: a shape, a
-//! type, a device, strides, numbers out of range. On a GPU nobody looks at the numbers of `cu_seqlens`,
-//! `key_lengths` and page tables, which only the device sees: they are as the functions say.
+//! An error is a [`candle_core::Error`] that names the tensor, its value, and the right one: a shape, a
+//! type, a device, strides, numbers out of range. On a GPU only the device sees the numbers of `cu_seqlens`,
+//! `key_lengths` and page tables: the call does not check them.
 
 #![warn(missing_debug_implementations)]
 

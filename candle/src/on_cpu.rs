@@ -31,7 +31,7 @@ pub fn forward(call: &Call, qkv: [Stored<'_>; 3]) -> Result<(CpuStorage, CpuStor
     }
 }
 
-/// The gradients that are wanted; `d_o` is contiguous.
+/// The requested gradients; `d_o` is contiguous.
 pub fn backward(
     call: &Call,
     qkvo: [&Tensor; 4],
@@ -100,7 +100,7 @@ fn with_call<T: Element + WithDType, R>(
     then: impl FnOnce(&cpu::Call<'_, T>) -> Result<R>,
 ) -> Result<R> {
     let (p, options) = (&call.problem, &call.options);
-    // Rows of a bias are read as they lie.
+    // Rows of a bias are read in place.
     let bias = match &options.bias {
         Some(bias) if p.seq_k() > 1 && bias.stride()[3] != 1 => Some(bias.contiguous()?),
         other => other.clone(),
@@ -109,7 +109,7 @@ fn with_call<T: Element + WithDType, R>(
     let bias = match &guard {
         Some((storage, layout)) => {
             let data = &on_cpu(storage)?.as_slice::<T>()?[layout.start_offset()..];
-            // What there is one of is the same for all.
+            // A dimension of 1 repeats.
             let stride = |at: usize| if layout.dims()[at] > 1 { layout.stride()[at] } else { 0 };
             Some(Rows { data, strides: [stride(0), stride(1), stride(2)], d: p.seq_k() })
         }
@@ -136,7 +136,7 @@ fn with_call<T: Element + WithDType, R>(
     then(&cpu::Call { problem: *p, q, k, v, beside, sequences, pages })
 }
 
-/// The pages of the sequences: those that are read are checked.
+/// The pages of the sequences; the pages that a call reads are checked.
 fn pages(table: &Tensor, p: &Problem, k: &Layout, sequences: &[Sequence]) -> Result<Pages> {
     let (_, per_sequence) = table.dims2()?;
     let [count, page_size] = crate::op::pages(p, k);

@@ -10,9 +10,9 @@ use flash_attention::Problem;
 
 use crate::{check, cpu::Wanted, on_cpu, options::Options, paged};
 
-/// Attention of `q`, `k` and `v`: `softmax(Q Kᵀ scale) V`, with what the options ask for.
+/// Attention of `q`, `k` and `v`: `softmax(Q Kᵀ scale) V`, with the features of the options.
 ///
-/// Of the default layout, `q` is `[B, H, Nq, D]`, `k` `[B, Hkv, Nk, D]`, `v` `[B, Hkv, Nk, Dv]`, and the
+/// In the default layout, `q` is `[B, H, Nq, D]`, `k` `[B, Hkv, Nk, D]`, `v` `[B, Hkv, Nk, Dv]`, and the
 /// result `[B, H, Nq, Dv]`, contiguous. `Hkv` divides `H`.
 ///
 /// # Errors
@@ -22,7 +22,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &Options) -> Resul
 }
 
 /// As [`attention`], with the log-sum-exp of each row's scores: f32 `[B, H, Nq]`, of packed sequences
-/// `[H, total_q]`, natural log. It is no part of the graph.
+/// `[H, total_q]`, natural log. The graph does not include it.
 ///
 /// # Errors
 /// As [`attention`].
@@ -62,7 +62,7 @@ pub fn attention_with_lse(
     Ok((o, lse))
 }
 
-/// What both passes of a call share.
+/// The state that both passes of a call share.
 #[derive(Debug)]
 pub struct Call {
     pub problem: Problem,
@@ -71,7 +71,7 @@ pub struct Call {
     pub lse: OnceLock<Tensor>,
 }
 
-/// The gradients that were asked for; those of Q, K and V in the shapes of those.
+/// The requested gradients; dQ, dK and dV have the shapes of Q, K and V.
 #[derive(Debug, Default)]
 pub struct Gradients {
     pub qkv: Option<[Tensor; 3]>,
@@ -98,7 +98,7 @@ impl Call {
         }
     }
 
-    /// The gradients, of the gradient of O.
+    /// The gradients, given the gradient of O.
     fn gradients(&self, qkvo: [&Tensor; 4], d_o: &Tensor, wanted: Wanted) -> Result<Gradients> {
         for (name, tensor) in
             [("key_lengths", &self.options.key_lengths), ("page_table", &self.options.page_table)]
@@ -171,11 +171,11 @@ impl CustomOp3 for Attention {
     }
 }
 
-/// O as it is, of O and a bias or sinks: an operation has three tensors at most, so that their gradients
-/// are another's.
+/// Passes O on, and takes a bias or sinks: an operation has at most three tensors, so their gradients come
+/// from this one.
 struct OfBeside {
     call: Arc<Call>,
-    /// What the call was given and gave.
+    /// The call's tensors and outputs.
     qkvo: [Tensor; 4],
     wanted: Wanted,
 }

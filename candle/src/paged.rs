@@ -45,7 +45,7 @@ pub fn padded(
 
     let number = |n: usize| Tensor::new(&[[n as u32]], q.device());
     let numbers = |n: usize| Tensor::arange(0, n as u32, q.device());
-    // Row i of a sequence is row end + i - rows of Q; where that is negative, any will do.
+    // Row i of a sequence is row end + i - rows of Q; where that is negative, any row will do.
     let ends = varlen.cu_seqlens_q.narrow(0, 1, batch)?.unsqueeze(1)?;
     let ends = ends.broadcast_minimum(&number(total)?)?;
     let from = ends.broadcast_add(&numbers(rows)?.unsqueeze(0)?)?;
@@ -55,7 +55,7 @@ pub fn padded(
     let (o, lse) = attention_with_lse(&padded, k, v, &options)?;
 
     // b sequences end at or before row r of Q: it belongs to sequence b, and is row
-    // (b + 1) rows + r - end of the padded ones.
+    // (b + 1) rows + r - end of the padded rows.
     let row = numbers(total)?.unsqueeze(0)?;
     let b = ends.broadcast_le(&row)?.to_dtype(DType::U32)?.sum_keepdim(0)?;
     let b = b.broadcast_minimum(&number(batch - 1)?)?.flatten_all()?;

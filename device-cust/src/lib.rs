@@ -78,13 +78,14 @@ unsafe impl Owner for CustOwner {
     }
 
     unsafe fn free(&self, address: u64) -> Result<(), ResultCode> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the allocation is live and no work uses it any more, as `Owner::free` asks.
         unsafe { cust::memory::cuda_free(DevicePointer::<u8>::from_raw(address)) }
             .map_err(codes::of)
     }
 
     unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), ResultCode> {
-        // SAFETY: `data` is borrowed until the copy has ended; the rest is the caller's.
+        // SAFETY: `Owner::upload` asks that the bytes lie in one live allocation without another
+        // user; `data` is borrowed until the copy has ended.
         unsafe { slice(address, data.len()).async_copy_from(data, &self.stream) }
             .and_then(|()| self.stream.synchronize())
             .map_err(codes::of)
@@ -98,15 +99,16 @@ unsafe impl Owner for CustOwner {
     }
 
     unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), ResultCode> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: `Owner::fill` asks that the bytes lie in one live allocation without another
+        // user.
         unsafe { slice(address, bytes as usize).set_8_async(value, &self.stream) }
             .map_err(codes::of)
     }
 
     unsafe fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), ResultCode> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: `Owner::copy` asks that both ranges lie in live allocations without another user.
         let [mut to, from] = unsafe { [to, from].map(|address| slice(address, bytes as usize)) };
-        // SAFETY: passed on to the caller.
+        // SAFETY: the ranges stay live until the stream has passed the copy, as `Owner::copy` asks.
         unsafe { to.async_copy_from(&from, &self.stream) }.map_err(codes::of)
     }
 
@@ -134,6 +136,6 @@ unsafe impl Owner for CustOwner {
 /// `bytes` bytes at `address` lie in one live allocation, and nothing else uses them while the
 /// slice does.
 unsafe fn slice(address: u64, bytes: usize) -> DeviceSlice<u8> {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the bytes are live and have no other user, as stated above; `u8` needs no alignment.
     unsafe { DeviceSlice::from_raw_parts_mut(DevicePointer::from_raw(address), bytes) }
 }

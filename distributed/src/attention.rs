@@ -328,7 +328,8 @@ impl Attention {
         check_region("workspace", workspace, self.workspace_bytes(), 256)?;
         for (at, list) in self.parts().filter_map(|part| part.lists.as_ref()).flatten() {
             let bytes: Vec<u8> = list.iter().flat_map(|n| n.to_le_bytes()).collect();
-            // SAFETY: the place is inside the workspace, as checked; the rest is the caller's.
+            // SAFETY: the place is inside the workspace, as checked; the workspace is live and
+            // unused, as stated above.
             unsafe { engine.upload(workspace.address + at, &bytes) }?;
         }
         Ok(())
@@ -345,7 +346,7 @@ impl Attention {
         args: MergeArgs,
     ) -> Result<(), Error> {
         let plan = self.merge_plan(merge)?;
-        // SAFETY: passed on to the caller.
+        // SAFETY: the views are live and have the merge's shape, as stated above.
         unsafe { engine.start(&plan, &args) }
     }
 
@@ -387,7 +388,7 @@ unsafe fn start<E: Engine, P: Operation>(
 ) -> Result<(), Error> {
     // Other plans leave other things there.
     let zeroed = Region::new(workspace.address, plan.zeroed_bytes());
-    // SAFETY: passed on to the caller.
+    // SAFETY: the zeroed bytes are the begin of the workspace in `args`, as stated above.
     unsafe {
         engine.fill(zeroed, 0)?;
         engine.start(plan, args)

@@ -61,7 +61,7 @@ impl<'e, E: Engine, C: Communicator<E>> Communicator<WithoutComputation<'e, E>>
         engine: &WithoutComputation<'e, E>,
         transfers: &[Transfer],
     ) -> Result<(), Error> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the inner communicator asks the same of the same transfers.
         unsafe { self.0.exchange(engine.0, transfers) }
     }
 
@@ -97,7 +97,7 @@ unsafe impl<E: Engine> Engine for WithoutComputation<'_, E> {
     }
 
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<(), Error> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the inner engine asks the same.
         unsafe { self.0.upload(address, bytes) }
     }
 
@@ -118,12 +118,12 @@ unsafe impl<E: Engine> Engine for WithoutComputation<'_, E> {
     }
 
     unsafe fn offer(&self, region: Region) -> Result<E::Parcel, Error> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the inner engine asks the same.
         unsafe { self.0.offer(region) }
     }
 
     unsafe fn accept(&self, parcel: &E::Parcel, to: Region) -> Result<E::Receipt, Error> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the inner engine asks the same.
         unsafe { self.0.accept(parcel, to) }
     }
 
@@ -178,7 +178,7 @@ impl Pass<'_> {
         communicator: &C,
         workspace: Region,
     ) -> Result<(), Error> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the tensors and the workspace are as the pass asks, as stated above.
         unsafe {
             match self {
                 Self::Forward(tensors) => {
@@ -211,7 +211,8 @@ impl Pass<'_> {
             |start: &dyn Fn() -> Result<(), Error>| median_ms(engine, communicator, runs, start);
         let (idle, transfers) = (WithoutComputation(engine), Transfers(communicator));
         let alone = WithoutTransfers(communicator);
-        // SAFETY: passed on to the caller.
+        // SAFETY: each run has the tensors and the workspace that the pass asks for, as stated
+        // above.
         unsafe {
             Ok(Times {
                 all: time(&|| self.start(attention, engine, communicator, workspace))?,

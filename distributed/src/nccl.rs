@@ -106,7 +106,7 @@ functions! {
 /// # Safety
 /// The library's symbol of that name has the type `F`, a function.
 unsafe fn symbol<F: Copy>(library: &Library, name: &str) -> Result<F, String> {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the symbol has the type `F`, as stated above.
     let symbol = unsafe { library.get::<F>(name) };
     symbol.map(|function| *function).map_err(|_| format!("it has no function {name}"))
 }
@@ -228,8 +228,8 @@ impl Nccl {
 }
 
 fn open(path: &OsStr) -> Result<Library, String> {
-    // SAFETY: the initialisers of NCCL's library (or of what the user named in its place) are trusted,
-    // as they are for a program that links to it.
+    // SAFETY: the initialisers of NCCL's library (or of what the user named in its place) are
+    // trusted, as they are for a program that links to it.
     match unsafe { Library::new(path) } {
         Ok(library) => Ok(library),
         Err(error) => Err(error.source().map_or_else(|| error.to_string(), ToString::to_string)),

@@ -136,10 +136,10 @@ fn values_of_one_command_are_checked_too() {
             &["compare", "--peers=bogus"],
             "[possible values: math, efficient, flash, cudnn, flex, flash_attn, ",
         ),
-        (&["compare", "--peers=cudnn"], "--peers cudnn: those here are math, flash"),
+        (&["compare", "--peers=cudnn"], "--peers cudnn: the peers here are math, flash"),
         (
             &["compare", "--level", "backward", "--peers=cudnn"],
-            "--peers cudnn: those here are math, flash",
+            "--peers cudnn: the peers here are math, flash",
         ),
         (&["compare", "--timeout", "0"], "use a number of seconds from 0.001"),
         (&["compare", "--csv", "/no/such/folder/a.csv"], "cannot be written"),

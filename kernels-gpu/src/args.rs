@@ -54,7 +54,8 @@ impl Buffer {
     #[inline(always)]
     #[must_use]
     pub unsafe fn view<T: Memory>(&self) -> Global<T> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the region is allocated and aligned, and its accesses are ordered, as stated
+        // above.
         unsafe { Global::new(self.address, self.bytes / size_of::<T>() as u64) }
     }
 
@@ -65,7 +66,8 @@ impl Buffer {
     #[inline(always)]
     #[must_use]
     pub unsafe fn view_mut<T: Memory>(&self) -> GlobalMut<T> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the region is allocated, aligned and writable, and its accesses are ordered, as
+        // stated above.
         unsafe { GlobalMut::new(self.address, self.bytes / size_of::<T>() as u64) }
     }
 }
@@ -133,7 +135,7 @@ impl<A, const N: usize> WithMaps<A, N> {
     #[inline(always)]
     #[must_use]
     pub unsafe fn split(&self) -> (Maps<N>, &A) {
-        // SAFETY: passed on to the caller.
+        // SAFETY: `self` is the parameter of the entry that runs, as stated above.
         (Maps(unsafe { parameter::address(self) }), &self.args)
     }
 }

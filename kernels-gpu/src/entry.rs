@@ -177,7 +177,8 @@ macro_rules! entries {
             pub unsafe extern "ptx-kernel" fn entry(args: $args) {
                 simt::launch_bounds!($threads, $min_blocks, cluster $cluster);
                 let kernel: unsafe fn(&$args) = $kernel;
-                // SAFETY: passed on to whoever launches.
+                // SAFETY: the launch has the threads, the arguments and the memory that the kernel
+                // documents.
                 unsafe { kernel(&args) }
             }
         };

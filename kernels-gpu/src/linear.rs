@@ -74,7 +74,7 @@ pub trait LinearProduct: 'static {
 /// The buffer must hold so many rows and columns.
 #[inline(always)]
 unsafe fn contiguous<T: Scalar>(buffer: &Buffer, (rows, columns): (u32, u32)) -> Matrix<T> {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the buffer holds the rows, one after the other, as stated above.
     unsafe { Matrix::new(buffer, 0, columns.into(), rows, columns) }
 }
 

@@ -27,8 +27,8 @@ pub fn copy_or_zero<T: Memory>(
     inside: bool,
 ) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: whoever made the views promised that their indices are in bounds; with a
-    // source size of 0 nothing is read.
+    // SAFETY: `Shared::dynamic` and `Global::new` ask that every index is in bounds; with a source
+    // size of 0 nothing is read.
     unsafe {
         core::arch::asm!(
             "cp.async.cg.shared.global.L2::128B [{0}], [{1}], 16, {2};",
@@ -54,7 +54,7 @@ pub fn copy_or_zero<T: Memory>(
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn copy<T: Memory>(tile: Shared<T>, to: u32, source: Global<T>, from: u64) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: whoever made the views promised that their indices are in bounds.
+    // SAFETY: `Shared::dynamic` and `Global::new` ask that every index is in bounds.
     unsafe {
         core::arch::asm!(
             "cp.async.cg.shared.global.L2::128B [{0}], [{1}], 16;",

@@ -24,7 +24,7 @@ macro_rules! atomic {
             #[cfg(target_arch = "nvptx64")]
             {
                 let old: $type;
-                // SAFETY: whoever made the view promised that its indices are in bounds.
+                // SAFETY: `Shared::dynamic` asks that every index is in bounds.
                 unsafe {
                     core::arch::asm!(concat!("atom.shared.", $op, " {0}, [{1}], {2};"),
                         out(reg32) old, in(reg32) view.address_of(index), in(reg32) value,
@@ -54,7 +54,7 @@ macro_rules! atomic {
             #[cfg(target_arch = "nvptx64")]
             {
                 let old: $type;
-                // SAFETY: whoever made the view promised that its indices are in bounds.
+                // SAFETY: `GlobalMut::new` asks that every index is in bounds.
                 unsafe {
                     core::arch::asm!(concat!("atom.global.", $op, " {0}, [{1}], {2};"),
                         out(reg32) old, in(reg64) view.address_of(index), in(reg32) value,
@@ -100,7 +100,7 @@ atomic! {
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn reduce_add_x4_global(view: GlobalMut<f32>, index: u64, values: [f32; 4]) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: whoever made the view promised that its indices are in bounds.
+    // SAFETY: `GlobalMut::new` asks that every index is in bounds.
     unsafe {
         core::arch::asm!("red.relaxed.gpu.global.add.v4.f32 [{0}], {{{1}, {2}, {3}, {4}}};",
             in(reg64) view.address_of(index), in(reg32) values[0], in(reg32) values[1],

@@ -141,7 +141,7 @@ impl<T: Memory> Distributed<T> {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn read(self, index: u32) -> T {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: whoever made the view promised that its indices are in bounds.
+        // SAFETY: the view that was mapped was made for these indices (`Shared::dynamic`).
         unsafe {
             T::ld_cluster(self.address_of(index))
         }
@@ -162,7 +162,7 @@ impl<T: Memory> Distributed<T> {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn write(self, index: u32, value: T) {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: whoever made the view promised that its indices are in bounds.
+        // SAFETY: the view that was mapped was made for these indices (`Shared::dynamic`).
         unsafe {
             T::st_cluster(self.address_of(index), value);
         }

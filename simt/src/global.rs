@@ -42,8 +42,10 @@ impl<T: Memory> Global<T> {
     /// A view of `len` elements at `address`.
     ///
     /// # Safety
-    /// The memory must be allocated, aligned for `T`, and live while the kernel runs; every
-    /// index used later must be below `len`, and accesses that conflict must be ordered.
+    /// - `len` elements at `address` are allocated while the kernel runs, and aligned for `T`.
+    /// - Every index used later is below `len`. A vector ([`read_as`](Self::read_as)) is inside as a
+    ///   whole, and aligned as a whole.
+    /// - Something orders two accesses to an element of which one writes.
     #[inline(always)]
     #[must_use]
     pub const unsafe fn new(address: u64, len: u64) -> Self {
@@ -96,7 +98,7 @@ impl<T: Memory> Global<T> {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn read_as<V: Memory>(self, index: u64) -> V {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: whoever made the view promised that its indices are in bounds.
+        // SAFETY: `new` asks that every index is in bounds.
         unsafe {
             V::ld_global(self.address_of(index))
         }
@@ -150,7 +152,7 @@ impl Global<u32> {
         #[cfg(target_arch = "nvptx64")]
         {
             let value;
-            // SAFETY: whoever made the view promised that its indices are in bounds.
+            // SAFETY: `new` asks that every index is in bounds.
             unsafe {
                 core::arch::asm!(
                     "{{ .reg .pred chosen; setp.ne.u32 chosen, {3}, 0;",
@@ -174,7 +176,7 @@ impl<T: Memory> GlobalMut<T> {
     #[inline(always)]
     #[must_use]
     pub const unsafe fn new(address: u64, len: u64) -> Self {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the memory is as `Global::new` asks, as stated above.
         Self(unsafe { Global::new(address, len) })
     }
 
@@ -226,7 +228,7 @@ impl<T: Memory> GlobalMut<T> {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn write_as<V: Memory>(self, index: u64, value: V) {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: whoever made the view promised that its indices are in bounds.
+        // SAFETY: `new` asks that every index is in bounds.
         unsafe {
             V::st_global(self.address_of(index), value);
         }

@@ -45,7 +45,8 @@ macro_rules! load {
             #[cfg(target_arch = "nvptx64")]
             {
                 let mut v = [0u32; $n];
-                // SAFETY: whoever made the view promised that its indices are in bounds.
+                // SAFETY: `Shared::dynamic` asks that every index is in bounds, and aligned for a
+                // row.
                 unsafe {
                     core::arch::asm!($text, $(out(reg32) v[$i],)* in(reg32) tile.address_of(row),
                         options(readonly, nostack));
@@ -108,7 +109,7 @@ pub fn load_chunk<T: Memory>(tile: Shared<T>, index: u32) -> [u32; 4] {
 pub fn store_x4<T: Memory>(tile: Shared<T>, row: u32, v: [u32; 4]) {
     const { assert!(T::BYTES == 2, "matrices have 16-bit elements") };
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: whoever made the view promised that its indices are in bounds.
+    // SAFETY: `Shared::dynamic` asks that every index is in bounds, and aligned for a row.
     unsafe {
         core::arch::asm!("stmatrix.sync.aligned.m8n8.x4.shared.b16 [{0}], {{{1}, {2}, {3}, {4}}};",
             in(reg32) tile.address_of(row), in(reg32) v[0], in(reg32) v[1], in(reg32) v[2],

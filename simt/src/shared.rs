@@ -79,8 +79,11 @@ impl<T: Memory> Shared<T> {
     /// A view of `len` elements that begins `byte_offset` bytes into dynamic shared memory.
     ///
     /// # Safety
-    /// The launch must give that much shared memory, the offset must be aligned for `T`,
-    /// and accesses by several lanes must be ordered by barriers.
+    /// - The launch gives dynamic shared memory up to the end of the view.
+    /// - The offset is aligned for `T`.
+    /// - Every index used later is below `len`. A vector ([`read_as`](Self::read_as)) is inside as a
+    ///   whole, and aligned as a whole.
+    /// - Barriers order two accesses of different lanes to an element of which one writes.
     #[inline(always)]
     #[must_use]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
@@ -118,8 +121,8 @@ impl<T: Memory> Shared<T> {
     /// A view of `len` elements at a shared address.
     ///
     /// # Safety
-    /// The memory must belong to the block, and accesses by several lanes must be
-    /// ordered by barriers.
+    /// - `len` elements at `address` are shared memory of the block, and aligned for `T`.
+    /// - Indices and accesses are as [`dynamic`](Self::dynamic) asks.
     #[inline(always)]
     #[must_use]
     pub const unsafe fn from_raw(address: u32, len: u32) -> Self {
@@ -182,7 +185,7 @@ impl<T: Memory> Shared<T> {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn read_as<V: Memory>(self, index: u32) -> V {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: whoever made the view promised that its indices are in bounds.
+        // SAFETY: `dynamic` and `from_raw` ask that every index is in bounds.
         unsafe {
             V::ld_shared(self.address_of(index))
         }
@@ -203,7 +206,7 @@ impl<T: Memory> Shared<T> {
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn write_as<V: Memory>(self, index: u32, value: V) {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: whoever made the view promised that its indices are in bounds.
+        // SAFETY: `dynamic` and `from_raw` ask that every index is in bounds.
         unsafe {
             V::st_shared(self.address_of(index), value);
         }

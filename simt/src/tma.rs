@@ -27,7 +27,7 @@ pub use crate::emulator::tensor_map::{Element, TensorMapError, TensorMapSpec};
 #[inline(always)]
 pub unsafe fn prefetch_map(map: u64) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: the address is that of a map, as the function asks.
+    // SAFETY: the address is that of a map, as stated above.
     unsafe {
         core::arch::asm!("prefetch.tensormap [{0}];", in(reg64) map, options(nostack));
     }
@@ -50,7 +50,8 @@ pub unsafe fn prefetch_map(map: u64) {
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn load_4d(destination: u32, map: u64, coordinates: [u32; 4], barrier: Mbarrier) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: map, shared memory and barrier are as the function asks.
+    // SAFETY: the list above: a map, room for the box, an initialised barrier, and nobody at the
+    // box.
     unsafe {
         core::arch::asm!(
             "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [{0}], [{1}, {{{2}, {3}, {4}, {5}}}], [{6}];",
@@ -72,7 +73,8 @@ pub unsafe fn load_4d(destination: u32, map: u64, coordinates: [u32; 4], barrier
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn load_5d(destination: u32, map: u64, coordinates: [u32; 5], barrier: Mbarrier) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: map, shared memory and barrier are as the function asks.
+    // SAFETY: the list above: a map, room for the box, an initialised barrier, and nobody at the
+    // box.
     unsafe {
         core::arch::asm!(
             "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [{0}], [{1}, {{{2}, {3}, {4}, {5}, {6}}}], [{7}];",
@@ -102,7 +104,8 @@ pub unsafe fn load_4d_multicast(
     blocks: u16,
 ) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: map, shared memory and barrier are as the function asks.
+    // SAFETY: the list above: a map, room for the box, an initialised barrier, and nobody at the
+    // box.
     unsafe {
         core::arch::asm!(
             "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [{0}], [{1}, {{{2}, {3}, {4}, {5}}}], [{6}], {7};",
@@ -134,7 +137,7 @@ pub unsafe fn load_4d_multicast(
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn store_4d(map: u64, coordinates: [u32; 4], source: u32) {
-    // SAFETY: passed on to the caller.
+    // SAFETY: `store_4d_if` asks what is stated above.
     unsafe { store_4d_if(true, map, coordinates, source) }
 }
 
@@ -146,7 +149,7 @@ pub unsafe fn store_4d(map: u64, coordinates: [u32; 4], source: u32) {
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn store_4d_if(condition: bool, map: u64, coordinates: [u32; 4], source: u32) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: map and shared memory are as the function asks.
+    // SAFETY: the list above: a map, and a whole box that nobody writes.
     unsafe {
         core::arch::asm!(
             "{{ .reg .pred chosen; setp.ne.u32 chosen, {6}, 0;",
@@ -171,7 +174,7 @@ pub unsafe fn store_4d_if(condition: bool, map: u64, coordinates: [u32; 4], sour
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn store_5d_if(condition: bool, map: u64, coordinates: [u32; 5], source: u32) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: map and shared memory are as the function asks.
+    // SAFETY: the list above: a map, and a whole box that nobody writes.
     unsafe {
         core::arch::asm!(
             "{{ .reg .pred chosen; setp.ne.u32 chosen, {7}, 0;",
@@ -198,7 +201,7 @@ pub unsafe fn store_5d_if(condition: bool, map: u64, coordinates: [u32; 5], sour
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub unsafe fn reduce_add_4d(map: u64, coordinates: [u32; 4], source: u32) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: map and shared memory are as the function asks.
+    // SAFETY: the list above: a map, and a whole box that nobody writes.
     unsafe {
         core::arch::asm!(
             "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [{0}, {{{1}, {2}, {3}, {4}}}], [{5}];",

@@ -424,7 +424,8 @@ macro_rules! shared_product {
                     let d = &mut self.values;
                     macro_rules! issue {
                         ($type:literal) => {
-                            // SAFETY: passed on to the caller. Every output is written.
+                            // SAFETY: the whole warpgroup is here, and the operands stay until the
+                            // wait, as the trait asks. Every output is written.
                             unsafe {
                                 core::arch::asm!(
                                     "{{ .reg .b64 a, b; .reg .b32 low; wgmma.fence.sync.aligned; ",
@@ -496,7 +497,8 @@ macro_rules! slice_product {
                     let d = &mut self.values;
                     macro_rules! issue {
                         ($type:literal) => {
-                            // SAFETY: passed on to the caller.
+                            // SAFETY: the whole warpgroup is here, and the operands stay until the
+                            // wait, as the trait asks.
                             unsafe {
                                 core::arch::asm!(
                                     "{{ .reg .b64 a, b; .reg .b32 low; wgmma.fence.sync.aligned; ",
@@ -589,7 +591,8 @@ macro_rules! register_product {
                     let d = &mut self.values;
                     macro_rules! issue {
                         ($type:literal) => {
-                            // SAFETY: passed on to the caller.
+                            // SAFETY: the whole warpgroup is here, and the operands stay until the
+                            // wait, as the trait asks.
                             unsafe {
                                 core::arch::asm!(
                                     "{{ .reg .b64 b; .reg .b32 low; wgmma.fence.sync.aligned; ",
@@ -663,7 +666,8 @@ macro_rules! transposed_product {
                     let d = &mut self.values;
                     macro_rules! issue {
                         ($type:literal) => {
-                            // SAFETY: passed on to the caller. Every output is written.
+                            // SAFETY: the whole warpgroup is here, and the operands stay until the
+                            // wait, as the trait asks. Every output is written.
                             unsafe {
                                 core::arch::asm!(
                                     "{{ .reg .b64 a, b; .reg .b32 low; wgmma.fence.sync.aligned; ",

@@ -215,7 +215,7 @@ fn atomics_and_copies_are_counted_at_their_line() {
 /// # Safety
 /// As for `product_shared`.
 unsafe fn start_product(acc: &mut Accumulator<16>, k: Descriptor) {
-    // SAFETY: passed on to the caller.
+    // SAFETY: what `product_shared` asks is stated above.
     unsafe { SharedProduct::<4>::product_shared::<f16, 0, 0>(acc, k, k) } // a product
 }
 

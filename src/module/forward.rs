@@ -187,7 +187,7 @@ impl Forward {
     /// # Safety
     /// The mask of the last run is still in memory.
     unsafe fn weights(&mut self) -> Result<Tensor, Error> {
-        // SAFETY: q, k and v belong to this value; the mask is there by the caller's word.
+        // SAFETY: q, k and v belong to this value; the mask is still in memory, as stated above.
         unsafe { self.attention.weights() }
     }
 }
@@ -203,7 +203,8 @@ pub(super) unsafe fn launch_linear(
     args: &LinearArgs,
 ) -> Result<(), Error> {
     for launch in plan.launches_for(device, args)? {
-        // SAFETY: the plan checked the lengths; the rest is passed on to the caller.
+        // SAFETY: the plan checked the lengths; the tensors are live and have no other user, as
+        // stated above.
         unsafe { device.launch(&launch)? };
     }
     Ok(())

@@ -54,7 +54,8 @@ impl Context {
                     .to_owned(),
             });
         }
-        // SAFETY: passed on to the caller.
+        // SAFETY: `handle` is the current context; the other facts are those that `from_handle`
+        // asks.
         unsafe { Self::from_handle(handle) }
     }
 
@@ -139,7 +140,7 @@ impl Context {
     /// - From the launch to its end, no other work writes those buffers, and none reads the buffers
     ///   that the kernel writes.
     pub unsafe fn launch(&self, launch: &Launch, stream: *mut c_void) -> Result<(), Error> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the four facts above are what `start` asks.
         unsafe { self.start(launch, stream) }?
             .map_err(|code| self.failed(Description(launch), code))
     }
@@ -154,7 +155,7 @@ impl Context {
         stream: functions::Stream,
     ) -> Result<Result<(), ResultCode>, Error> {
         match self.enter() {
-            // SAFETY: passed on to the caller.
+            // SAFETY: the context is entered, and the facts that `launch` asks hold.
             Ok(_entered) => unsafe { self.start_entered(launch, stream) },
             Err(code) => Ok(Err(code)),
         }

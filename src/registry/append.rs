@@ -204,7 +204,7 @@ impl Operation for Append {
 pub static APPEND_KERNELS: &[AppendSpec] = &[AppendSpec {
     name: "append",
     summary: "new keys and values take their places in a cache, rotated on the way",
-    idea: "a block for each token",
+    idea: "one block per token",
     dtypes: &[DType::F16, DType::BF16],
     capability: (8, 0),
     exact_capability: false,

@@ -294,7 +294,7 @@ const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
 const BACKWARD_TILED: BackwardSpec = BackwardSpec {
     name: "backward_tiled",
     summary: "tiles in shared memory, scalar arithmetic: dK and dV by tiles of keys, dQ by tiles of rows",
-    idea: "weights come back from the LSE, a tile at a time: no N x N matrix",
+    idea: "weights come back from the LSE, one tile at a time: no N x N matrix",
     dtypes: &DType::ALL,
     capability: (7, 5),
     exact_capability: false,

@@ -130,7 +130,7 @@ pub static LINEAR_KERNELS: &[LinearSpec] = &[LINEAR_NAIVE, LINEAR_TILED, LINEAR_
 
 const LINEAR_NAIVE: LinearSpec = LinearSpec {
     name: "linear_naive",
-    summary: "a thread per element of the result",
+    summary: "one thread per element of the result",
     idea: "a projection as the textbook has it",
     dtypes: &DType::ALL,
     capability: (7, 5),
@@ -149,7 +149,7 @@ const LINEAR_NAIVE: LinearSpec = LinearSpec {
 const LINEAR_TILED: LinearSpec = LinearSpec {
     name: "linear_tiled",
     summary: "tiles in shared memory, pieces in registers, scalar arithmetic",
-    idea: "what is read once from memory serves a whole tile",
+    idea: "each element read from memory serves a whole tile",
     dtypes: &DType::ALL,
     capability: (7, 5),
     exact_capability: false,

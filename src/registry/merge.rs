@@ -143,7 +143,7 @@ impl Operation for Merge {
 /// Every kernel that merges.
 pub static MERGE_KERNELS: &[MergeSpec] = &[MergeSpec {
     name: "merge",
-    summary: "a part of attention, or of a gradient, joins the sum of those before it",
+    summary: "a part of attention, or of a gradient, joins the sum of the parts before it",
     idea: "two parts are joined by their LSE, as the online softmax joins two tiles",
     dtypes: &DType::ALL,
     capability: (8, 0),

@@ -210,7 +210,7 @@ const FLASH_TURING: KernelSpec = KernelSpec {
 const FLASH_ASYNC: KernelSpec = KernelSpec {
     name: "flash_async",
     summary: "flash_swizzled with asynchronous copies into two stages",
-    idea: "the next tile arrives while this one is computed with",
+    idea: "the next tile arrives during the arithmetic on this one",
     draft: |p, _| mma_draft(flash_async::ENTRIES, flash_async::shared_bytes, p),
     ..FLASH_SWIZZLED
 };
@@ -228,7 +228,7 @@ fn mma_draft(
 
 const FLASH_PIPELINED: KernelSpec = KernelSpec {
     name: "flash_pipelined",
-    summary: "mma.sync at its best: copies ahead, 32 rows a warp, masks only where they cut",
+    summary: "mma.sync at its best: copies ahead, 32 rows per warp, masks only where they cut",
     idea: "every operand is there before it is needed, serves two products when it comes, and \
            what need not be done is not done",
     dtypes: &[DType::F16, DType::BF16],

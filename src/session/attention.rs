@@ -196,7 +196,7 @@ impl Attention {
     /// The inputs in `args` are live memory of this device, whose owners are freed through the
     /// device; all other fields of `args` come from [`Attention::args_of`] of this value.
     pub(crate) unsafe fn run_on(&mut self, args: Args) -> Result<(), Error> {
-        // SAFETY: inputs are live by the caller's word; outputs and workspace belong to this value,
+        // SAFETY: the inputs are live, as stated above; outputs and workspace belong to this value,
         // which nobody else can use meanwhile.
         unsafe { self.runner.run(args) }
     }

@@ -73,21 +73,21 @@ unsafe impl Device for Counting {
         self.device.allocate(bytes)
     }
     unsafe fn free(&self, address: u64, bytes: u64) {
-        // SAFETY: passed on.
+        // SAFETY: the counted device asks the same.
         unsafe { self.device.free(address, bytes) }
     }
     unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
         self.count(|calls| calls.upload += 1);
-        // SAFETY: passed on.
+        // SAFETY: the counted device asks the same.
         unsafe { self.device.upload(address, data) }
     }
     unsafe fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error> {
-        // SAFETY: passed on.
+        // SAFETY: the counted device asks the same.
         unsafe { self.device.download(address, data) }
     }
     unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error> {
         self.count(|calls| calls.fill += 1);
-        // SAFETY: passed on.
+        // SAFETY: the counted device asks the same.
         unsafe { self.device.fill(address, bytes, value) }
     }
     fn encode_tensor_map(&self, map: &TensorMapSpec) -> Result<[u8; 128], Error> {
@@ -100,7 +100,7 @@ unsafe impl Device for Counting {
             let (symbol, fault) = (launch.entry.symbol.to_owned(), "asked to fail".into());
             return Err(Error::Kernel { symbol, fault });
         }
-        // SAFETY: passed on.
+        // SAFETY: the counted device asks the same.
         unsafe { self.device.launch(launch) }
     }
     fn synchronize(&self) -> Result<(), Error> {

@@ -54,7 +54,8 @@ impl<P: Operation> Runner<P> {
         }
         self.queue_is_zero = false;
         for launch in launches.iter() {
-            // SAFETY: the plan checked the arguments; the rest is passed on to the caller.
+            // SAFETY: the plan checked the arguments; inputs are live, outputs and workspace have
+            // no other user, as stated above.
             unsafe { device.launch(launch)? };
         }
         self.queue_is_zero = true;

@@ -1,5 +1,5 @@
-//! The gradients on the CPU: a task for each part of the keys of a head of K and V, which the rows that
-//! share the head pass in tiles. The weights come back from the LSE (Dao et al., "FlashAttention-2",
+//! The gradients on the CPU. A task has a part of the keys of one head of K and V; the rows that share the
+//! head pass through it in tiles. The weights come back from the LSE (Dao et al., "FlashAttention-2",
 //! algorithm 2).
 //!
 //! ```text
@@ -8,8 +8,8 @@
 //!         S = Q Kᵀ; P = 2^(S - LSE); dP = dO Vᵀ     [ROWS, KEYS]
 //!         dV += Pᵀ dO; dS = P (dP - rowsum(dO ∘ O)); dK += dSᵀ Q; dQ += dS K
 //! ```
-//! Each part sums its own dQ. The parts of a head are added in order: the bits are the same each time,
-//! whatever the number of threads. Memory is Q, dO and dQ of a head in f32 for each part.
+//! Each part sums its own dQ. The parts of a head are added in order, so any number of threads gives the
+//! same bits. Each part takes memory for Q, dO and dQ of a head in f32.
 
 use std::{f32::consts::LOG2_E, ops::Range};
 
@@ -25,7 +25,7 @@ use super::{
 const ROWS: usize = 128;
 /// Keys of a tile.
 const KEYS: usize = 128;
-/// Tasks that a call has at least, where there are keys enough: several for each of a few threads.
+/// The least number of tasks of a call with enough keys: several for each of a few threads.
 const TASKS: usize = 8;
 
 /// The outputs of the forward pass, and the gradient of O.
@@ -39,18 +39,18 @@ pub struct Passed<'a, T> {
     pub d_o: Rows<'a, T>,
 }
 
-/// The gradients that are asked for.
+/// The requested gradients.
 #[derive(Debug)]
 pub struct Gradients<T> {
-    /// Of Q, K and V, each contiguous in the problem's layout.
+    /// The gradients of Q, K and V, each contiguous in the problem's layout.
     pub qkv: [Vec<T>; 3],
-    /// Of the bias, contiguous.
+    /// The gradient of the bias, contiguous.
     pub bias: Option<Vec<T>>,
-    /// Of the sinks.
+    /// The gradient of the sinks.
     pub sinks: Option<Vec<f32>>,
 }
 
-/// Which gradients are asked for.
+/// The choice of gradients.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Wanted {
     /// The gradients of Q, K and V.
@@ -123,7 +123,7 @@ pub fn backward<T: Element>(
     }
 }
 
-/// The gradient of the sinks: a sink takes its weight from what the others have.
+/// The gradient of the sinks, `-sum_i exp(sink - LSE[i]) dO[i] · O[i]`: a sink has a weight and no value.
 fn of_sinks<T: Element>(call: &Call<'_, T>, passed: &Passed<'_, T>, sinks: &[f32]) -> Vec<f32> {
     let mut sums = vec![0.0; sinks.len()];
     let (mut o, mut d_o) = (Vec::new(), Vec::new());
@@ -147,16 +147,16 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 /// The sums of a task, in f32.
 struct Part {
-    /// Of all rows of the group.
+    /// dQ of all rows of the group.
     dq: Vec<f32>,
-    /// Of the keys of the part.
+    /// dK and dV of the keys of the part.
     dk: Vec<f32>,
     dv: Vec<f32>,
-    /// Of all rows and the keys of the part; empty where it is not asked for.
+    /// The bias's gradient of all rows and the keys of the part; empty unless requested.
     d_bias: Vec<f32>,
 }
 
-/// Memory that a thread uses for one part after the other.
+/// A thread's memory, used for one part after the other.
 #[derive(Default)]
 struct Scratch {
     /// Rows of the whole group.
@@ -174,7 +174,7 @@ struct Scratch {
 struct Tiles {
     weights: Vec<f32>,
     d_scores: Vec<f32>,
-    /// Of one row: the cap's derivative, and weights before dropout.
+    /// The cap's derivative and the weights before dropout, of one row.
     capped: Vec<f32>,
     before: Vec<f32>,
 }
@@ -250,7 +250,7 @@ fn part<T: Element>(
 }
 
 /// Products `Q Kᵀ` become weights after dropout, products `dO Vᵀ` gradients of scores. `d_bias` takes
-/// those before the cap's derivative, from the first row and key on, with the step from row to row.
+/// the gradients before the cap's derivative, from the first row and key on, with the step from row to row.
 #[inline(always)]
 fn gradients_of_scores<T: Element>(
     call: &Call<'_, T>,

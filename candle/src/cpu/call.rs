@@ -1,4 +1,4 @@
-//! One call of attention on the CPU: its tensors, its sequences, and what is done to a score.
+//! One call of attention on the CPU: its tensors, its sequences, and the changes to a score.
 
 use std::ops::Range;
 
@@ -11,7 +11,7 @@ use super::{
     matmul::Mat,
 };
 
-/// A range in parts of `size`, of which the last may be shorter.
+/// A range in parts of `size`; the last may be shorter.
 pub fn parts(of: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
     of.clone().step_by(size).map(move |start| start..(start + size).min(of.end))
 }
@@ -19,7 +19,7 @@ pub fn parts(of: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>
 /// A tensor `[B, H, N, D]` seen through strides; a row's D elements are contiguous.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a, T> {
-    /// From the first element on.
+    /// The elements, from the first on.
     pub data: &'a [T],
     /// Elements from one batch entry, head and row to the next.
     pub strides: [usize; 3],
@@ -59,14 +59,14 @@ impl<'a, T: Element> Rows<'a, T> {
     }
 }
 
-/// The tensors of a call beside Q, K and V, each where the problem has it.
+/// The tensors of a call beside Q, K and V; the problem says which exist.
 #[derive(Clone, Debug)]
 pub struct Beside<'a, T> {
     /// Padding mask `[B, Nk]`, 0 = hidden.
     pub mask: Option<Vec<u8>>,
     /// Slopes of ALiBi, `[H]` or `[B, H]`.
     pub alibi_slopes: Option<Vec<f32>>,
-    /// Additive bias `[B, H, Nq, Nk]` as rows of Nk; strides of what repeats are 0.
+    /// Additive bias `[B, H, Nq, Nk]` as rows of Nk; a repeated dimension has stride 0.
     pub bias: Option<Rows<'a, T>>,
     /// Sinks, `[H]`.
     pub sinks: Option<Vec<f32>>,
@@ -75,7 +75,7 @@ pub struct Beside<'a, T> {
 /// The inputs of a call.
 #[derive(Debug)]
 pub struct Call<'a, T> {
-    /// What is to be computed.
+    /// The problem.
     pub problem: Problem,
     /// Queries.
     pub q: Rows<'a, T>,
@@ -87,16 +87,16 @@ pub struct Call<'a, T> {
     pub beside: Beside<'a, T>,
     /// The sequences, one for each batch entry of the problem.
     pub sequences: Vec<Sequence>,
-    /// Where keys and values lie, if in pages.
+    /// The pages of keys and values, if they are in pages.
     pub pages: Option<Pages>,
 }
 
 /// The pages of keys and values: K and V are `[pages, Hkv, page_size, D]`.
 #[derive(Debug)]
 pub struct Pages {
-    /// The page numbers of one sequence after the other. Up to its last key they are pages that there are.
+    /// The page numbers, sequence after sequence. Up to a sequence's last key they are valid.
     pub numbers: Vec<usize>,
-    /// Numbers of each.
+    /// Page numbers of each sequence.
     pub per_sequence: usize,
     /// Keys of a page.
     pub page_size: usize,
@@ -242,7 +242,7 @@ impl<T: Element> Call<'_, T> {
         tensor.block(self.batch_of(group), group.kv_head, keys, scratch)
     }
 
-    /// What is done to the scores of one row.
+    /// The changes to the scores of one row.
     pub fn row_scores(&self, group: &Group, row: usize) -> RowScores<'_, T> {
         let p = &self.problem;
         let (h, i) = group.place(row);
@@ -269,7 +269,7 @@ impl<T: Element> Call<'_, T> {
     }
 }
 
-/// What is done to the scores of one row.
+/// The changes to the scores of one row.
 #[derive(Debug)]
 pub struct RowScores<'a, T> {
     /// Keys that the row sees by position.
@@ -279,9 +279,9 @@ pub struct RowScores<'a, T> {
     scale: f32,
     softcap: Option<f32>,
     slope: f32,
-    /// Of all keys.
+    /// The bias of all keys.
     bias: Option<&'a [T]>,
-    /// Of all keys, 0 = hidden.
+    /// The padding mask of all keys, 0 = hidden.
     mask: Option<&'a [u8]>,
 }
 
@@ -292,8 +292,8 @@ impl<T: Element> RowScores<'_, T> {
         at(self.keys.start)..at(self.keys.end)
     }
 
-    /// Makes base-2 scores of products `q · k` of the keys from `first` on, in place, and says which is
-    /// the largest. `capped` takes `1 - tanh²` of each where there is a cap: the cap's derivative.
+    /// Makes base-2 scores of products `q · k` of the keys from `first` on, in place, and returns the
+    /// largest. Where there is a cap, `capped` takes the cap's derivative at each, `1 - tanh²`.
     #[inline(always)]
     pub fn apply(&self, first: usize, s: &mut [f32], capped: Option<&mut [f32]>) -> f32 {
         use std::f32::consts::LOG2_E;
@@ -364,10 +364,10 @@ impl RowDropout {
     }
 }
 
-/// Numbers that are handled at once, whatever the width of a vector.
+/// Numbers that a loop handles at once, at any width of a vector.
 const LANES: usize = 16;
 
-/// The largest number, -inf without any; NaN is none.
+/// The largest number; -inf of none. NaN does not count.
 #[inline(always)]
 fn max(numbers: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };

@@ -1,4 +1,4 @@
-//! The forward pass on the CPU: a task for each tile of rows, which the keys pass in tiles, with an
+//! The forward pass on the CPU. A task has a tile of rows; the keys pass through it in tiles, with an
 //! online softmax in between (Dao et al., "FlashAttention", algorithm 1).
 //!
 //! ```text
@@ -10,7 +10,7 @@
 //!     O = O / l; LSE = (m + log2 l) ln 2
 //! ```
 //! A tile of scores (128 KiB), of K and of V (64 KiB each at D 64) stay in a core's second-level
-//! cache. Memory beyond that is a second O.
+//! cache. The only further memory is a second O.
 
 use std::{
     f32::consts::{LN_2, LOG2_E},
@@ -26,9 +26,9 @@ use super::{
     matmul::{Mat, matmul},
 };
 
-/// Rows of a tile, and where there is little to do for several threads.
+/// Rows of a tile, and rows of a tile where larger tiles would leave threads idle.
 const ROWS: [usize; 2] = [128, 32];
-/// Tiles of the larger kind from which on those are taken.
+/// The least number of larger tiles: with fewer, the smaller tiles are taken.
 const ENOUGH_TILES: usize = 16;
 /// Keys of a tile.
 const KEYS: usize = 256;
@@ -62,7 +62,7 @@ pub fn forward<T: Element>(call: &Call<'_, T>) -> (Vec<T>, Vec<f32>) {
     (o, lse)
 }
 
-/// Memory that a thread uses for one tile after the other.
+/// A thread's memory, used for one tile after the other.
 #[derive(Default)]
 struct Scratch {
     q: Vec<f32>,
@@ -144,7 +144,7 @@ fn softmax<T: Element>(
         let (m, l) = state[at];
         let new = if largest > m { largest } else { m };
         if new == f32::NEG_INFINITY {
-            // Nothing is seen: all scores are -inf, or NaN, which stays.
+            // The row sees no key: all scores are -inf, or NaN, which stays.
             s.iter_mut().for_each(|s| *s = if s.is_nan() { *s } else { 0.0 });
             state[at].1 = s.iter().fold(l, |l, s| l + s);
             continue;

@@ -1,5 +1,5 @@
-//! Exponential and hyperbolic tangent without branches and calls, so that loops over them become
-//! vector instructions.
+//! Exponential and hyperbolic tangent without branches and calls: loops over them become vector
+//! instructions.
 
 use std::f32::consts::LOG2_E;
 

@@ -1,4 +1,4 @@
-//! Matrices that are seen through strides, and their product on one thread.
+//! Matrices seen through strides, and their product on one thread.
 
 /// A matrix `[rows, cols]`: element `(r, c)` is `data[r * row_stride + c * col_stride]`.
 #[derive(Clone, Copy, Debug)]
@@ -38,8 +38,8 @@ pub fn matmul(c: &mut [f32], row_stride: usize, add: bool, a: Mat<'_>, b: Mat<'_
         return;
     }
     let stride = |stride: usize| stride as isize;
-    // SAFETY: `c` has all of `[a.rows, b.cols]` at these strides, by `check`, no two elements at one
-    // place, and is borrowed alone; `a` and `b` have all of their elements since they were made.
+    // SAFETY: `check` says that `c` has all of `[a.rows, b.cols]` at these strides, no two elements at
+    // one place. `c` is borrowed alone. `a` and `b` were made with all of their elements.
     unsafe {
         gemm::gemm(
             a.rows,

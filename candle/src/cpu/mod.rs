@@ -1,8 +1,8 @@
-//! Attention on the CPU: blocked, on every thread of rayon's pool, in f32 arithmetic. Not the emulator:
-//! no kernel of a GPU runs here.
+//! Attention on the CPU: blocked, on every thread of rayon's pool, in f32 arithmetic. It runs no GPU
+//! kernel and does not use the emulator.
 //!
-//! Each task multiplies tiles by the `gemm` crate, as candle does, and has the softmax between the products
-//! in loops that become vector instructions of the widest kind that the CPU has.
+//! Each task multiplies tiles by the `gemm` crate, as candle does. The softmax between the products is in
+//! loops that become vector instructions of the widest kind that the CPU has.
 
 mod backward;
 mod call;

@@ -123,7 +123,8 @@ impl Attention {
         }
         let [q, k, v, o, lse] = forward.all();
         let own = [q, k, v, o, lse, d_o, dq, dk, dv].map(|region| region.address);
-        // SAFETY: the sections are inside the workspace, as checked; the rest is the caller's.
+        // SAFETY: the sections are inside the workspace, as checked; tensors and workspace are live
+        // and have no other user, as stated above.
         unsafe {
             if self.share.grid().heads == 1 {
                 return self.ring_back(engine, communicator, own, workspace);
@@ -149,6 +150,10 @@ impl Attention {
     }
 
     /// The gradients of the member's rows and keys. `tensors` are Q, K, V, O, the LSE, dO, dQ, dK, dV.
+    ///
+    /// # Safety
+    /// - `tensors` are addresses of live memory with the shapes of a member, without another user.
+    /// - `workspace` is as [`Attention::backward`] asks.
     unsafe fn ring_back<E: Engine, C: Communicator<E>>(
         &self,
         engine: &E,
@@ -164,7 +169,7 @@ impl Attention {
             let to = [q_shape.whole(dq), k_shape.whole(dk), v_shape.whole(dv)];
             return self.parts().zip(plans).try_for_each(|(part, plan)| {
                 let of = (part, self.steps[0].keys);
-                // SAFETY: passed on to the caller.
+                // SAFETY: the gradients are whole tensors, live, as stated above.
                 unsafe { self.part_back(engine, tensors, [k, v], of, plan, to, workspace) }
             });
         }
@@ -172,17 +177,19 @@ impl Attention {
         let [q_shape, ..] = self.member_shapes();
         let sums = |step: usize| sections.sums[step % 2].map(at);
         let in_f32 = |keys: usize| self.member_shapes_k(keys).map(Shape::in_f32);
-        // SAFETY: passed on to the caller.
+        // SAFETY: the section of dQ is inside the live workspace.
         unsafe { engine.fill(q_shape.in_f32().region(at(sections.dq)), 0) }?;
         for (shape, address) in in_f32(self.steps[0].keys).into_iter().zip(sums(0)) {
-            // SAFETY: passed on to the caller.
+            // SAFETY: the sections of the sums are inside the live workspace, taken for the most
+            // keys.
             unsafe { engine.fill(shape.region(address), 0) }?;
         }
         let mut sums_here: Option<E::Mark> = None;
         for (number, step) in self.steps.iter().enumerate() {
             let block = |at| self.block([k, v], sections.blocks, at, workspace);
             let here = block(number);
-            // SAFETY: passed on to the caller.
+            // SAFETY: K and V are live, and so are the blocks in the workspace, taken for the most
+            // keys.
             let mark =
                 unsafe { self.pass_on(engine, communicator, number, [here, block(number + 1)]) }?;
             for (part, plan) in step.parts.iter().zip(&mut plans) {
@@ -192,7 +199,8 @@ impl Attention {
                 let q_part = q_shape.with_rows(rows.len());
                 let to = [q_part.whole(dq_part), k_part.whole(dk_part), v_part.whole(dv_part)];
                 let [k_sum, v_sum] = in_f32(step.keys);
-                // SAFETY: passed on to the caller.
+                // SAFETY: the parts and the sums are sections of the live workspace; the part's
+                // rows and keys are inside the tensors and the block.
                 unsafe {
                     let of = (part, step.keys);
                     self.part_back(engine, tensors, here, of, plan, to, workspace)?;
@@ -213,7 +221,7 @@ impl Attention {
             // The next block's sums come as this one's go; the last come home.
             let next = self.steps.get(number + 1).map_or(self.steps[0].keys, |next| next.keys);
             let passed = [(in_f32(step.keys), sums(number)), (in_f32(next), sums(number + 1))];
-            // SAFETY: passed on to the caller.
+            // SAFETY: the sums are sections of the live workspace, taken for the most keys.
             sums_here = Some(unsafe { self.pass(engine, communicator, passed) }?);
             if let Some(mark) = mark {
                 engine.join(&mark)?;
@@ -227,13 +235,18 @@ impl Attention {
         for (shape, sum, to) in
             [(q_shape, at(sections.dq), dq), (k_shape, dk_sum, dk), (v_shape, dv_sum, dv)]
         {
-            // SAFETY: passed on to the caller.
+            // SAFETY: the sums are in the workspace, and the gradients are whole tensors, all live.
             unsafe { self.round(engine, shape, sum, to) }?;
         }
         Ok(())
     }
 
     /// The gradients of a part.
+    ///
+    /// # Safety
+    /// - The tensors and the workspace are as for [`Attention::ring_back`].
+    /// - `k` and `v` are live, with the part's keys among `keys`.
+    /// - `to` is live memory of the part's shapes.
     #[allow(clippy::too_many_arguments, reason = "the tensors of a call")]
     unsafe fn part_back<E: Engine>(
         &self,
@@ -260,7 +273,8 @@ impl Attention {
             let first = lse + (rows.start * lse_shape.size) as u64;
             let from = Rows { address: first, pitch: row_bytes(lse_shape) };
             let matrices = (lse_shape.batch * lse_shape.heads) as u64;
-            // SAFETY: passed on to the caller.
+            // SAFETY: the rows are inside the LSE, and the section is inside the workspace: they do
+            // not overlap.
             unsafe { engine.copy_rows(to, from, matrices, row_bytes(of_part)) }?;
         }
         let own = Region::new(at(sections.kernel), plan.workspace_bytes());
@@ -272,11 +286,14 @@ impl Attention {
         );
         let args = part.with_lists(args.lse(lse_of_rows).workspace(own), workspace);
         let args = BackwardArgs::new(args, o_shape.view(d_o, rows), to);
-        // SAFETY: passed on to the caller.
+        // SAFETY: the views are inside live tensors, and the kernel's section inside the workspace.
         unsafe { start(engine, plan, &args, own) }
     }
 
     /// Adds a part of a gradient to rows of its sum.
+    ///
+    /// # Safety
+    /// `from` and `to` are live memory of these shapes, and `sum` has the rows.
     unsafe fn add<E: Engine>(
         &self,
         engine: &E,
@@ -290,11 +307,14 @@ impl Attention {
             sum: (sum.view(to, rows), Region::default()),
             ..MergeArgs::default()
         };
-        // SAFETY: passed on to the caller.
+        // SAFETY: part and sum are live and have the rows, as stated above.
         unsafe { self.merge(engine, merge, args) }
     }
 
     /// Rounds a sum to the storage type.
+    ///
+    /// # Safety
+    /// `sum` is live memory of the shape in f32, and `to` in the storage type.
     unsafe fn round<E: Engine>(
         &self,
         engine: &E,
@@ -311,7 +331,7 @@ impl Attention {
             out: (shape.whole(to), Region::default()),
             ..MergeArgs::default()
         };
-        // SAFETY: passed on to the caller.
+        // SAFETY: sum and gradient are live and have the shape, as stated above.
         unsafe { self.merge(engine, merge.of(true, false).out(true), args) }
     }
 }

@@ -140,7 +140,8 @@ impl Attention {
         self.check_tensors(tensors, workspace)?;
         let own = tensors.all().map(|region| region.address);
         let (local, places) = (self.local_shapes(), self.forward.gathered);
-        // SAFETY: the sections are inside the workspace, as checked; the rest is the caller's.
+        // SAFETY: the sections are inside the workspace, as checked; tensors and workspace are live
+        // and have no other user, as stated above.
         unsafe {
             if self.share.grid().heads == 1 {
                 return self.ring(engine, communicator, own, workspace);
@@ -198,7 +199,7 @@ impl Attention {
         let Some(following) = self.steps.get(step + 1) else { return Ok(None) };
         let sent = self.member_shapes_k(self.steps[step].keys);
         let received = self.member_shapes_k(following.keys);
-        // SAFETY: passed on to the caller.
+        // SAFETY: the blocks are live and hold the most keys, as stated above.
         unsafe { self.pass(engine, communicator, [(sent, here), (received, next)]) }.map(Some)
     }
 
@@ -222,12 +223,16 @@ impl Attention {
             .collect();
         transfers.retain(|transfer| transfer.region.bytes > 0);
         engine.fork()?;
-        // SAFETY: passed on to the caller.
+        // SAFETY: the tensors are live; `fork` puts the transfers behind the work that uses them.
         unsafe { communicator.exchange(engine, &transfers) }?;
         engine.mark()
     }
 
     /// O and the LSE of the member's rows, from all keys. `tensors` are Q, K, V, O and the LSE.
+    ///
+    /// # Safety
+    /// - `tensors` are addresses of live memory with the shapes of a member, without another user.
+    /// - `workspace` is as [`Attention::forward`] asks.
     unsafe fn ring<E: Engine, C: Communicator<E>>(
         &self,
         engine: &E,
@@ -237,17 +242,18 @@ impl Attention {
     ) -> Result<(), Error> {
         if self.has_ring() && self.merges.begin_empty {
             let rows = 0..self.member_shapes()[3].rows;
-            // SAFETY: passed on to the caller.
+            // SAFETY: the rows are those of O, and the sections are inside the live workspace.
             unsafe { self.join_part(engine, tensors, workspace, &rows, [false, false], false) }?;
         }
         let mut joins = self.merges.joins.iter();
         for (at, step) in self.steps.iter().enumerate() {
             let block = |at| self.block([k, v], self.forward.blocks, at, workspace);
             let here = block(at);
-            // SAFETY: passed on to the caller.
+            // SAFETY: K and V are live, and so are the blocks in the workspace, taken for the most
+            // keys.
             let mark = unsafe { self.pass_on(engine, communicator, at, [here, block(at + 1)]) }?;
             for (part, joins) in step.parts.iter().zip(&mut joins) {
-                // SAFETY: passed on to the caller.
+                // SAFETY: the part's rows and keys are inside the tensors and the block, all live.
                 unsafe { self.part(engine, tensors, here, (part, step.keys), *joins, workspace) }?;
             }
             if let Some(mark) = mark {
@@ -256,7 +262,7 @@ impl Attention {
         }
         if self.has_ring() {
             for rows in &self.merges.finish {
-                // SAFETY: passed on to the caller.
+                // SAFETY: the rows are inside O, and the sums inside the workspace, both live.
                 unsafe { self.join_part(engine, tensors, workspace, rows, [true, false], true) }?;
             }
         }
@@ -264,6 +270,9 @@ impl Attention {
     }
 
     /// Attention of a part, which joins the sum where there is one.
+    ///
+    /// # Safety
+    /// As for [`Attention::ring`]; `k` and `v` are live, with the part's keys among `keys`.
     unsafe fn part<E: Engine>(
         &self,
         engine: &E,
@@ -290,7 +299,7 @@ impl Attention {
         let args =
             Args::new(q_shape.view(q, rows), k_shape.view(k, keys), v_shape.view(v, keys), to);
         let args = part.with_lists(args.lse(to_lse).workspace(own), workspace);
-        // SAFETY: passed on to the caller.
+        // SAFETY: the views are inside live tensors, and the kernel's section inside the workspace.
         unsafe {
             start(engine, &part.forward, &args, own)?;
             if self.has_ring() {
@@ -303,6 +312,9 @@ impl Attention {
 
     /// Joins the last computed part to the sum of its rows, or turns the sum into O: `sum` and
     /// `part` say which of the two exist.
+    ///
+    /// # Safety
+    /// As for [`Attention::ring`]; `rows` are rows of the member.
     unsafe fn join_part<E: Engine>(
         &self,
         engine: &E,
@@ -328,7 +340,8 @@ impl Attention {
             out: (o_shape.view(o, rows), lse_rows(lse)),
             lse_stride: lse_shape.rows as u64,
         };
-        // SAFETY: passed on to the caller.
+        // SAFETY: the views are inside O, the LSE and the workspace, all live, with the rows of
+        // `merge`.
         unsafe { self.merge(engine, merge, args) }
     }
 }

@@ -46,7 +46,8 @@ impl Group {
         communicator: &C,
         tensors: &[Tensor<'_>],
     ) -> Result<(), Error> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the tensors and their staging are live, as stated above; `fork` puts the
+        // transfers behind the copies.
         unsafe {
             self.stage(engine, tensors, false)?;
             engine.fork()?;
@@ -68,10 +69,11 @@ impl Group {
         let transfers: Vec<_> =
             self.transfers(tensors).into_iter().map(Transfer::reversed).collect();
         engine.fork()?;
-        // SAFETY: passed on to the caller.
+        // SAFETY: both sides are live, as stated above; `fork` puts the transfers behind the work
+        // before.
         unsafe { communicator.exchange(engine, &transfers) }?;
         engine.join(&engine.mark()?)?;
-        // SAFETY: passed on to the caller.
+        // SAFETY: the tensors and their staging are live, as stated above.
         unsafe { self.stage(engine, tensors, true) }
     }
 
@@ -133,6 +135,9 @@ impl Group {
     }
 
     /// Copies local tensors head by head, or back from there, where tokens come first.
+    ///
+    /// # Safety
+    /// As for [`Group::gather`].
     unsafe fn stage<E: Engine>(
         self,
         engine: &E,
@@ -150,7 +155,7 @@ impl Group {
                 let local = Rows { address: address + peer * bytes, pitch };
                 let staged = Rows { address: staging + peer * rows * bytes, pitch: bytes };
                 let (to, from) = if back { (local, staged) } else { (staged, local) };
-                // SAFETY: passed on to the caller.
+                // SAFETY: the rows are inside the tensor and its staging, two live regions.
                 unsafe { engine.copy_rows(to, from, rows, bytes) }?;
             }
         }

@@ -395,7 +395,7 @@ unsafe fn start<E: Engine, C: Communicator<E>>(
     communicator: &C,
 ) -> Result<(), Error> {
     let workspace: Region = tensors.workspace.region();
-    // SAFETY: passed on to the caller.
+    // SAFETY: the tensors are live until the ranks are done, as stated above.
     unsafe {
         match pass {
             Pass::Forward => attention.forward(engine, communicator, &tensors.forward(), workspace),
@@ -508,7 +508,7 @@ fn measure<C: Communicator<GpuEngine>>(
         })?;
         times.transfers = time(engine, communicator, || {
             let (engine, transfers) = (WithoutComputation(engine), Transfers(communicator));
-            // SAFETY: as above.
+            // SAFETY: the tensors are live until the ranks are done, as stated above.
             unsafe { start(&attention, pass, &tensors, &engine, &transfers) }
         })?;
         let bytes = match pass {

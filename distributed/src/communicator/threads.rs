@@ -82,7 +82,8 @@ impl<E: Engine> Communicator<E> for ThreadCommunicator<E> {
         self.peers.reach();
         let is = |direction| transfers.iter().filter(move |t: &&Transfer| t.direction == direction);
         for &Transfer { peer, region, .. } in is(Direction::Send) {
-            // SAFETY: passed on to the caller.
+            // SAFETY: the region is live until the lane has passed the transfer, as `exchange`
+            // asks.
             let parcel = unsafe { engine.offer(region) }?;
             self.with_mail(own, peer, |mail| mail.parcels.push_back((parcel, region.bytes)));
         }
@@ -97,7 +98,8 @@ impl<E: Engine> Communicator<E> for ThreadCommunicator<E> {
                     ours: region.bytes.to_string(),
                 });
             }
-            // SAFETY: passed on to the caller.
+            // SAFETY: the region is live, and the other rank sends as many bytes, as `exchange`
+            // asks.
             let receipt = unsafe { engine.accept(&parcel, region) }?;
             self.with_mail(peer, own, |mail| mail.receipts.push_back(receipt));
         }

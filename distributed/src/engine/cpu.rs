@@ -57,7 +57,7 @@ impl CpuEngine {
     /// As for [`Engine::offer`].
     unsafe fn bytes(&self, region: Region) -> Result<Vec<u8>, Error> {
         let mut bytes = vec![0; region.bytes as usize];
-        // SAFETY: passed on to the caller.
+        // SAFETY: the region is live memory of this device, as stated above.
         unsafe { self.device().download(region.address, &mut bytes) }?;
         for (_, address, data) in self.arrived.borrow().iter() {
             let from = region.address.max(*address);
@@ -72,8 +72,8 @@ impl CpuEngine {
     }
 }
 
-// SAFETY: an operation has ended when its call returns; what is received is kept in order until it is
-// joined, and read from there by what the lane of communication sends.
+// SAFETY: an operation has ended when its call returns; what is received is kept in order until it
+// is joined, and read from there by what the lane of communication sends.
 unsafe impl Engine for CpuEngine {
     type Mark = u64;
     type Parcel = CpuParcel;
@@ -85,7 +85,8 @@ unsafe impl Engine for CpuEngine {
 
     unsafe fn start<P: Operation>(&self, plan: &Plan<P>, args: &P::Args) -> Result<(), Error> {
         for launch in plan.launches_for(self.device(), args)? {
-            // SAFETY: the plan checked the arguments; the rest is passed on to the caller.
+            // SAFETY: the plan checked the arguments; the buffers are live and have no other user,
+            // as `Engine::start` asks.
             unsafe { self.device().launch(&launch) }?;
         }
         Ok(self.device().synchronize()?)
@@ -94,7 +95,7 @@ unsafe impl Engine for CpuEngine {
     unsafe fn copy_rows(&self, to: Rows, from: Rows, rows: u64, bytes: u64) -> Result<(), Error> {
         let mut row = vec![0; bytes as usize];
         for at in 0..rows {
-            // SAFETY: passed on to the caller.
+            // SAFETY: both sides are live and do not overlap, as `Engine::copy_rows` asks.
             unsafe {
                 self.device().download(from.address + at * from.pitch, &mut row)?;
                 self.device().upload(to.address + at * to.pitch, &row)?;
@@ -105,14 +106,14 @@ unsafe impl Engine for CpuEngine {
 
     unsafe fn fill(&self, region: Region, value: u8) -> Result<(), Error> {
         if region.bytes > 0 {
-            // SAFETY: passed on to the caller.
+            // SAFETY: the region is live, as `Engine::fill` asks.
             unsafe { self.device().fill(region.address, region.bytes, value) }?;
         }
         Ok(())
     }
 
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<(), Error> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the bytes at `address` are live and unused, as `Engine::upload` asks.
         Ok(unsafe { self.device().upload(address, bytes) }?)
     }
 
@@ -141,12 +142,12 @@ unsafe impl Engine for CpuEngine {
     }
 
     unsafe fn offer(&self, region: Region) -> Result<CpuParcel, Error> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the region is live until the receipt is settled, as `Engine::offer` asks.
         unsafe { self.bytes(region) }.map(|bytes| CpuParcel(Arc::new(bytes)))
     }
 
     unsafe fn accept(&self, parcel: &CpuParcel, to: Region) -> Result<(), Error> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the region is live until the copy has ended, as `Engine::accept` asks.
         unsafe { self.device().fill(to.address, to.bytes, POISON) }?;
         self.arrived.borrow_mut().push((self.marks.get(), to.address, parcel.0.to_vec()));
         Ok(())

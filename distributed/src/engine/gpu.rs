@@ -29,8 +29,8 @@ pub struct GpuEngine {
     owned: Option<Primary>,
 }
 
-// SAFETY: the handles are pointers that only the driver follows, and its functions may be called with
-// them from any thread.
+// SAFETY: the handles are pointers that only the driver follows, and its functions may be called
+// with them from any thread.
 unsafe impl Send for GpuEngine {}
 
 /// A reference to a GPU's primary context, given back when dropped.
@@ -227,7 +227,8 @@ unsafe impl Engine for GpuEngine {
     }
 
     unsafe fn start<P: Operation>(&self, plan: &Plan<P>, args: &P::Args) -> Result<(), Error> {
-        // SAFETY: the stream is live; the rest is passed on to the caller.
+        // SAFETY: the stream is live; the buffers are live and have no other user, as
+        // `Engine::start` asks.
         Ok(unsafe { self.context.enqueue(plan, args, self.compute) }?)
     }
 
@@ -239,10 +240,10 @@ unsafe impl Engine for GpuEngine {
         let (bytes, count) = (bytes as usize, rows as usize);
         self.call(|| {
             if count == 1 {
-                // SAFETY: passed on to the caller.
+                // SAFETY: both sides are live and do not overlap, as `Engine::copy_rows` asks.
                 return unsafe { functions::copy(to.address, from.address, bytes, self.compute) };
             }
-            // SAFETY: passed on to the caller.
+            // SAFETY: both sides are live and do not overlap, as `Engine::copy_rows` asks.
             unsafe { functions::copy_rows(side(to), side(from), bytes, count, self.compute) }
         })
     }
@@ -252,14 +253,15 @@ unsafe impl Engine for GpuEngine {
             return Ok(());
         }
         let (address, bytes) = (region.address, region.bytes as usize);
-        // SAFETY: passed on to the caller.
+        // SAFETY: the region is live until the fill has ended, as `Engine::fill` asks.
         self.call(|| unsafe { functions::fill(address, value, bytes, self.compute) })
     }
 
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<(), Error> {
         self.call(|| {
             let (from, length) = (bytes.as_ptr().cast(), bytes.len());
-            // SAFETY: `bytes` is borrowed until the copy has ended; the rest is the caller's.
+            // SAFETY: `bytes` is borrowed until the copy has ended; the bytes at `address` are live
+            // and unused, as `Engine::upload` asks.
             unsafe {
                 functions::copy_to_device(address, from, length, self.compute)?;
                 functions::stream_synchronize(self.compute)
@@ -301,7 +303,8 @@ unsafe impl Engine for GpuEngine {
         self.wait_for(self.communication, &parcel.ready)?;
         let (from, bytes) = (parcel.region.address, to.bytes as usize);
         self.call(|| {
-            // SAFETY: the parcel is live until its receipt is settled; the rest is the caller's.
+            // SAFETY: the parcel is live until its receipt is settled; the region is live and as
+            // long, as `Engine::accept` asks.
             unsafe { functions::copy(to.address, from, bytes, self.communication) }
         })?;
         self.record(self.communication)

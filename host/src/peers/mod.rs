@@ -56,7 +56,7 @@ pub fn backends(emulated: bool, names: &[String]) -> Result<Vec<&'static str>> {
     let all = if emulated { ON_CPU } else { &ON_GPU };
     let find = |name: &String| {
         all.iter().copied().find(|backend| backend == name).ok_or_else(|| {
-            Usage(format!("--peers {name}: those here are {}", all.join(", "))).into()
+            Usage(format!("--peers {name}: the peers here are {}", all.join(", "))).into()
         })
     };
     names.iter().map(find).collect()

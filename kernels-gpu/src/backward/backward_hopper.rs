@@ -150,7 +150,7 @@ struct Rings {
 #[inline(always)]
 pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
     let tiles = const { G::TILES };
-    // SAFETY: the caller passes the entry's parameter.
+    // SAFETY: `args` is the parameter of the running entry, as stated above.
     let (maps, args) = unsafe { args.split() };
 
     // Who am I.
@@ -158,7 +158,7 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
         return;
     }
     let warpgroup = warpgroup::id();
-    // SAFETY: the caller gives the shared memory.
+    // SAFETY: the launch gives the shared memory stated above.
     let (smem, barriers) = unsafe {
         let barriers = Shared::<u64>::dynamic(tiles.barriers(), Tiles::BARRIERS);
         (Shared::<u8>::dynamic(0, 0).address(), barriers)
@@ -200,15 +200,15 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
         column: warp::lane_id() % 4 * 2,
         elected: warpgroup::thread_id() == 0,
         smem,
-        // SAFETY: the caller gives the shared memory.
+        // SAFETY: the launch gives the shared memory stated above.
         ds_buffers: unsafe {
             let first = tiles.ds() + warp_keys * CHUNK_ROW_BYTES;
             let bytes = 2 * tiles.ds_bytes() - warp_keys * CHUNK_ROW_BYTES;
             Shared::dynamic(first, bytes / T::BYTES)
         },
-        // SAFETY: as above.
+        // SAFETY: the launch gives the shared memory stated above.
         lse: unsafe { Shared::dynamic(tiles.lse(), STAGES * tiles.rows) },
-        // SAFETY: as above.
+        // SAFETY: the launch gives the shared memory stated above.
         delta: unsafe { Shared::dynamic(tiles.delta(), STAGES * tiles.rows) },
         rings,
         stage: Stage::FIRST,

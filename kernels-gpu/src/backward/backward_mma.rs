@@ -123,7 +123,7 @@ impl<T: Scalar, const D: usize> Tiles<T, D> {
     unsafe fn new() -> Self {
         let of_keys = const { keys(D) * D as u32 };
         let of_scores = const { keys(D) * BR };
-        // SAFETY: passed on to the caller.
+        // SAFETY: the launch gives the shared memory, as stated above.
         let all = unsafe { Shared::<T>::dynamic(0, const { shared_bytes(D) / 2 }) };
         let behind = 2 * of_keys + 2 * STAGES * Self::ROWS;
         Self {
@@ -375,7 +375,7 @@ unsafe fn gradients<T: Scalar, const N: usize>(
     } else {
         [u32::MAX; 2]
     };
-    // SAFETY: passed on to the caller.
+    // SAFETY: both hold the rows, as stated above.
     let (delta, lse_log2) =
         unsafe { (args.steps.delta.view::<f32>(), args.steps.lse_log2.view::<f32>()) };
     let row = policy.head.padded_row(i);
@@ -496,7 +496,7 @@ unsafe fn add_to_memory<const D: usize, const O: usize>(
     part: u32,
     dq: &[[f32; 4]; O],
 ) {
-    // SAFETY: passed on to the caller.
+    // SAFETY: `dq_acc` holds the rows, as stated above.
     let dq_acc = unsafe { args.steps.dq_acc.view_mut::<f32>() };
     let first = head.padded_row(first_row) * D as u64 + warp::lane_id() as u64;
     unroll!(for TILE in 0..16 {
@@ -526,7 +526,8 @@ unsafe fn store<T: Scalar, const SPLIT: usize, const O: usize>(
 ) where
     Ampere: TensorCore<T>,
 {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the rows are in the tensor, and these columns have no other writer, as
+    // stated above.
     let view = unsafe { tensor.buffer.view_mut::<T>() };
     let (g, column) = fragment::row_and_column();
     unroll!(for R in 0..2 {

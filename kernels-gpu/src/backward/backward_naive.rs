@@ -111,7 +111,7 @@ pub(super) unsafe fn products<T: Scalar>(
 /// The tensors must hold `columns` elements there.
 #[inline(always)]
 unsafe fn dot<T: Scalar>(a: (&Tensor, u64), b: (&Tensor, u64), columns: u32) -> f32 {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the tensors hold `columns` elements there, as stated above.
     let views = unsafe { (a.0.buffer.view::<T>(), b.0.buffer.view::<T>()) };
     let mut sum = 0.0;
     for first in (0..columns).step_by(SPAN) {

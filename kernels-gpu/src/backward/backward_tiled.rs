@@ -83,7 +83,7 @@ impl Tiles {
     #[inline(always)]
     unsafe fn new<const D: usize>() -> Self {
         let (rows, square) = (scalar_tile::len(D), scalar_tile::len(BC as usize));
-        // SAFETY: passed on to the caller.
+        // SAFETY: the launch gives the shared memory, as stated above.
         let all = unsafe { Shared::<f32>::dynamic(0, 4 * rows + 2 * square) };
         Self {
             q: all.slice(0, rows),
@@ -231,7 +231,8 @@ pub unsafe fn keys<T: Scalar, const D: usize>(args: &BackwardArgs) {
             unsafe { tiles.load_rows::<T, D>(args, head, first_row) };
             // Hazard: tiles are read by threads that did not write them (K and V too, at first).
             thread::sync_threads();
-            // SAFETY: as above.
+            // SAFETY: the buffers have the shapes stated for `keys`, and the barrier above has made
+            // the tiles there.
             unsafe { tiles.gradients::<T, D>(args, head, (first_row, first_key)) };
             // Hazard: columns of P and dS are read by threads that did not write them.
             thread::sync_threads();
@@ -294,7 +295,8 @@ pub unsafe fn queries<T: Scalar, const D: usize>(args: &BackwardArgs) {
         unsafe { tiles.load_keys::<T, D>(args, head, first_key) };
         // Hazard: tiles are read by threads that did not write them (Q and dO too, at first).
         thread::sync_threads();
-        // SAFETY: as above.
+        // SAFETY: the buffers have the shapes stated for `keys`, and the barrier above has made the
+        // tiles there.
         unsafe { tiles.gradients::<T, D>(args, head, (first_row, first_key)) };
         // Hazard: a row of dS is read by the eight threads that wrote it together. They are in one
         // warp, so that the block need not wait.

@@ -53,7 +53,7 @@ const _: () = assert!(super::ROW_PADDING % ROWS == 0, "blocks cover the padded r
 pub unsafe fn prepare<T: Chunk>(args: &BackwardArgs) {
     let Some(head) = Head::of_block_yz(&args.forward) else { return };
     if Head::is_packed() {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the gradients have the shapes stated above.
         unsafe { clear_beyond::<T>(args, &head) };
     }
     if thread::block_idx_x() * ROWS >= super::padded(head.seq_q) {
@@ -117,7 +117,7 @@ unsafe fn clear_beyond<T: Chunk>(args: &BackwardArgs, head: &Head) {
         return;
     }
     let Gradients { dq, dk, dv, .. } = &args.gradients;
-    // SAFETY: passed on to the caller.
+    // SAFETY: the gradients have their shapes, as stated above: rows up to `total_q` and `total_k`.
     unsafe {
         clear::<T>(dq, head.query(dq, 0), head.seq_q..shape.total_q - head.first_q, shape.head_dim);
         if head.h == head.h_kv * Head::group() {
@@ -134,7 +134,7 @@ unsafe fn clear_beyond<T: Chunk>(args: &BackwardArgs, head: &Head) {
 /// The tensor must have those rows.
 #[inline(always)]
 unsafe fn clear<T: Chunk>(tensor: &Tensor, head: u64, rows: Range<u32>, columns: u32) {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the tensor has the rows, as stated above.
     let view = unsafe { tensor.buffer.view_mut::<T>() };
     let step = thread::grid_dim_x() * ROWS;
     let lane = thread::thread_idx_x() % ROW_THREADS;

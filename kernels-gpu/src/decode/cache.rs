@@ -35,7 +35,7 @@ use crate::{
 #[inline(always)]
 #[must_use]
 pub unsafe fn length(cache: &CacheArgs, b: u32, most: u32) -> u32 {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the lengths are empty or `[B]`, as stated above.
     let lengths = unsafe { cache.lengths.view::<u32>() };
     let length = lengths.read_if(cache.lengths.bytes != 0, b as u64, most);
     let length = (length as i32).max(0) as u32;
@@ -50,7 +50,7 @@ pub unsafe fn length(cache: &CacheArgs, b: u32, most: u32) -> u32 {
 #[inline(always)]
 #[must_use]
 pub unsafe fn page_of(cache: &CacheArgs, b: u32, key: u32) -> u32 {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the table has a page for the key, as stated above.
     let table = unsafe { cache.page_table.view::<u32>() };
     let place = b as u64 * cache.max_pages as u64 + (key / page()) as u64;
     let page = table.read_if(is_paged(), place, 0);
@@ -113,7 +113,7 @@ impl<T: Memory> Side<T> {
     #[inline(always)]
     unsafe fn new(tensor: &Tensor, b: u32, h_kv: u32) -> Self {
         let b = if is_paged() { 0 } else { b };
-        // SAFETY: passed on to the caller.
+        // SAFETY: the tensor is a cache of the shape that `Cache::new` asks.
         let first = unsafe { tensor.buffer.view::<T>() }.skip(tensor.head(b, h_kv));
         Self { first, stride_page: tensor.stride_b, stride_key: tensor.stride_n }
     }
@@ -137,7 +137,7 @@ impl<T: Memory> Cache<T> {
     pub unsafe fn new(args: &DecodeArgs, b: u32, h_kv: u32, length: u32) -> Self {
         let CacheArgs { page_table, pages, max_pages, .. } = args.cache;
         let tensors = &args.forward.tensors;
-        // SAFETY: passed on to the caller.
+        // SAFETY: K and V are caches of the shapes stated above.
         unsafe {
             Self {
                 k: Side::new(&tensors.k, b, h_kv),

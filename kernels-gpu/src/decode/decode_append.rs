@@ -49,7 +49,7 @@ const CHUNK: u32 = 8;
 pub unsafe fn decode_append<T: Chunk>(args: &AppendArgs) {
     let AppendShape { seq_new, seq_k, heads, kv_heads, head_dim, head_dim_v, .. } = args.shape;
     let (b, t) = divide(thread::block_idx_x(), seq_new);
-    // SAFETY: passed on to the caller.
+    // SAFETY: the lengths are empty or `[B]`, as the shapes above say, and `b` is a block's.
     let length = unsafe { cache::length(&args.cache, b, seq_k) };
     if length + t < seq_new {
         return;
@@ -65,7 +65,7 @@ pub unsafe fn decode_append<T: Chunk>(args: &AppendArgs) {
     let cached = |tensor: &Tensor, h: u32| cache::row(tensor, (b, h), page, position);
     let mut chunk = thread::thread_idx_x();
     while chunk < end {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the tensors have the shapes stated above, and each place has one writer.
         unsafe {
             if chunk < k_end {
                 let (h, c) = divide(chunk, k_chunks);
@@ -94,7 +94,7 @@ pub unsafe fn decode_append<T: Chunk>(args: &AppendArgs) {
 /// As for [`Buffer::view`](crate::args::Buffer::view).
 #[inline(always)]
 unsafe fn view<T: Memory>(tensor: &Tensor, first: u64) -> Global<T> {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the tensor is allocated and aligned, as stated above.
     unsafe { tensor.buffer.view::<T>() }.skip(first)
 }
 
@@ -104,7 +104,7 @@ unsafe fn view<T: Memory>(tensor: &Tensor, first: u64) -> Global<T> {
 /// As for [`Buffer::view_mut`](crate::args::Buffer::view_mut).
 #[inline(always)]
 unsafe fn view_mut<T: Memory>(tensor: &Tensor, first: u64) -> (GlobalMut<T>, u64) {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the tensor is allocated, aligned and writable, as stated above.
     (unsafe { tensor.buffer.view_mut::<T>() }, first)
 }
 
@@ -136,7 +136,7 @@ unsafe fn rotate<T: Chunk>(
         return;
     }
     let half = rotary_dim / 2;
-    // SAFETY: passed on to the caller.
+    // SAFETY: both have a row for each position, as stated above.
     let (cos, sin) = unsafe { (args.cos.view::<f32>(), args.sin.view::<f32>()) };
     let angles = position.min(positions.wrapping_sub(1)) as u64 * half as u64;
     let column = c * CHUNK;

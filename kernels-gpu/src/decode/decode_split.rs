@@ -302,7 +302,7 @@ unsafe fn load_queries<
     q_smem: Shared<T>,
 ) {
     let q = &args.forward.tensors.q;
-    // SAFETY: passed on to the caller.
+    // SAFETY: Q has the shape stated above.
     let q_gmem = unsafe { q.buffer.view::<T>() };
     let lane = warp::lane_id();
     for_each_chunk!(L, D, ROWS, lane of LANES, |index, (row, below), (column, right)| {
@@ -331,7 +331,7 @@ impl<const D: usize> WarpSums<D> {
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     unsafe fn new(first_byte: u32) -> Self {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the launch gives the words, as stated above.
         Self(unsafe { Shared::dynamic(first_byte, Self::WORDS) })
     }
 
@@ -433,7 +433,7 @@ unsafe fn store<T: Scalar>(
     });
     let has_column = Columns::of_values().has(column);
     if args.parts.splits > 1 {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the parts are as `decode_split` states.
         let (o_gmem, sums) =
             unsafe { (args.parts.o.view_mut::<f32>(), args.parts.sums.view_mut::<f32>()) };
         let rows = args.forward.shape.batch as u64 * args.forward.shape.heads as u64;
@@ -452,7 +452,7 @@ unsafe fn store<T: Scalar>(
         }
         return;
     }
-    // SAFETY: passed on to the caller.
+    // SAFETY: O and the LSE are as `decode_split` states.
     let (o_gmem, lse) = unsafe {
         (args.forward.tensors.o.buffer.view_mut::<T>(), args.forward.tensors.lse.view_mut::<f32>())
     };

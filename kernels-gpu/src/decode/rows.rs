@@ -79,8 +79,8 @@ impl<'a> RowTile<'a> {
         let h = self.h_kv * Head::group() + member;
         let mut head = Head::new(&self.args.forward, self.b, h);
         head.seq_k = self.length;
-        // SAFETY: whoever launches gives slopes and sinks where it says so; there is no padding mask
-        // and no bias.
+        // SAFETY: slopes and sinks have the shapes that `args.scores` states; there is no padding
+        // mask and no bias.
         PackedRow { policy: unsafe { Policy::new(&self.args.forward, head) }, i }
     }
 

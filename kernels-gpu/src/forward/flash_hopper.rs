@@ -158,12 +158,12 @@ pub unsafe fn flash_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
         assert!(2 <= G::CONSUMERS && G::CONSUMERS <= most, "registers suffice");
     }
 
-    // SAFETY: the caller passes the entry's parameter.
+    // SAFETY: `args` is the parameter of the running entry, as stated above.
     let (maps, args) = unsafe { args.split() };
 
     // Who am I.
     let warpgroup = warpgroup::id();
-    // SAFETY: the caller gives the shared memory.
+    // SAFETY: the launch gives the shared memory stated above.
     let (smem, barriers, slots) = unsafe {
         let barriers = Shared::<u64>::dynamic(tiles.barriers(), tiles.num_barriers());
         let slots = Shared::<u32>::dynamic(tiles.tasks(), tiles.task_words());
@@ -214,7 +214,7 @@ pub unsafe fn flash_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
         own_row: warp_rows + warp::lane_id() / 4,
         column: warp::lane_id() % 4 * 2,
         elected: warpgroup::thread_id() == 0,
-        // SAFETY: the caller gives the shared memory.
+        // SAFETY: the launch gives the shared memory stated above.
         output: unsafe {
             let bytes = const { G::TILES.output_bytes() };
             let first = tiles.outputs() + warp_rows / OUTPUT_ROWS * bytes;

@@ -205,7 +205,7 @@ pub unsafe fn flash_pipelined<
     // Who am I.
     let row_bytes = 2 * D as u64 * T::BYTES as u64;
     let mut task = schedule::query_tile(args, opaque(thread::block_idx_x()), BR, row_bytes);
-    // SAFETY: the caller gives the shared memory.
+    // SAFETY: the launch gives the shared memory stated above.
     let next_task = unsafe { NextTask::new(const { tile_bytes(D) }) };
     // The task, or the next one in the queue that has rows.
     let with_rows = |mut task: Option<QueryTile>| {
@@ -332,7 +332,7 @@ pub unsafe fn flash_pipelined<
                 state.attend::<Swizzled<D>, D>(shared(), tiles, first_key, keys_are_read);
             }
             if taken != NOT_ASKED {
-                // SAFETY: as above.
+                // SAFETY: the queue holds zeros before the launch, as `args.scratch.queue` says.
                 let place = unsafe { queue::<BR>(args) }.place(taken);
                 let next = place.map(|place| schedule::query_tile(args, place, BR, row_bytes));
                 // Since this task began, a barrier: all have read what is overwritten.
@@ -373,7 +373,7 @@ pub unsafe fn flash_pipelined<
 #[inline(always)]
 unsafe fn queue<const BR: u32>(args: &AttentionArgs) -> Queue {
     let (tasks, blocks) = (Extent::anew(args, BR).tasks(), thread::grid_dim_x());
-    // SAFETY: passed on to the caller.
+    // SAFETY: the queue holds zeros before the launch, as stated above.
     let words = unsafe { args.scratch.queue.view_mut() };
     Queue { words, index: 0, tasks, given: blocks, blocks }
 }
@@ -396,7 +396,7 @@ impl NextTask {
     /// As for [`Shared::dynamic`].
     #[inline(always)]
     unsafe fn new(byte_offset: u32) -> Self {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the launch gives the words of a task, as stated above.
         Self(unsafe { Shared::dynamic(byte_offset, TASK_WORDS) })
     }
 

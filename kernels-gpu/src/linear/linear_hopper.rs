@@ -270,12 +270,12 @@ pub unsafe fn linear_hopper<T: Operand, P: LinearProduct, const BN: u32, const G
     let tile = const { TileShape { columns: BN } };
     const { assert!(GROUPS as u32 * 8 == BN) };
 
-    // SAFETY: the caller passes the entry's parameter.
+    // SAFETY: `args` is the parameter of the running entry, as stated above.
     let (maps, args) = unsafe { args.split() };
 
     // Who am I.
     let warpgroup = warpgroup::id();
-    // SAFETY: the caller gives the shared memory.
+    // SAFETY: the launch gives the shared memory stated above.
     let (smem, ring) = unsafe {
         let barriers = Shared::<u64>::dynamic(tile.barriers(), Ring::<Stages<STAGES>>::BARRIERS);
         (Shared::<u8>::dynamic(0, 0).address(), Ring::<Stages<STAGES>>::new(barriers, 0))
@@ -305,7 +305,7 @@ pub unsafe fn linear_hopper<T: Operand, P: LinearProduct, const BN: u32, const G
     let a = descriptor::<P::A>(smem + own_rows * CHUNK_ROW_BYTES);
     let b = descriptor::<P::B>(smem + tile.b());
     let warp_rows = own_rows + warpgroup::thread_id() / warp::LANES * OUTPUT_ROWS;
-    // SAFETY: the caller gives the shared memory.
+    // SAFETY: the launch gives the shared memory stated above.
     let output = unsafe {
         let first = tile.outputs() + warp_rows / OUTPUT_ROWS * 2 * OUTPUT_CHUNK * T::BYTES;
         Shared::<T>::dynamic(first, 2 * OUTPUT_CHUNK)

@@ -120,7 +120,7 @@ impl<T: Memory> MatrixMut<T> {
     #[inline(always)]
     #[must_use]
     pub unsafe fn new(place: Matrix<T>, buffer: &Buffer) -> Self {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the buffer is the place's, and writable, as stated above.
         Self { place, view: unsafe { buffer.view_mut::<T>() } }
     }
 

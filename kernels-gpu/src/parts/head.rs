@@ -207,7 +207,7 @@ impl Head {
     #[inline(always)]
     #[must_use]
     pub unsafe fn queries<T: Memory>(&self, tensor: &Tensor) -> Rows<T> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the tensor holds this head's rows of Q, as stated above.
         unsafe { Rows::new(tensor, self.query(tensor, 0), self.seq_q) }
     }
 
@@ -218,7 +218,7 @@ impl Head {
     #[inline(always)]
     #[must_use]
     pub unsafe fn keys<T: Memory>(&self, tensor: &Tensor) -> Rows<T> {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the tensor holds this head's keys, as stated above.
         unsafe { Rows::new(tensor, self.key(tensor, 0), self.seq_k) }
     }
 
@@ -230,7 +230,7 @@ impl Head {
     #[must_use]
     pub unsafe fn query_matrix<T: Memory>(&self, tensor: &Tensor, columns: u32) -> Matrix<T> {
         let (first, rows) = (self.query(tensor, 0), self.seq_q);
-        // SAFETY: passed on to the caller.
+        // SAFETY: the tensor holds this head's rows, as stated above.
         unsafe { Matrix::new(&tensor.buffer, first, tensor.stride_n, rows, columns) }
     }
 
@@ -242,7 +242,7 @@ impl Head {
     #[must_use]
     pub unsafe fn key_matrix<T: Memory>(&self, tensor: &Tensor, columns: u32) -> Matrix<T> {
         let (first, rows) = (self.key(tensor, 0), self.seq_k);
-        // SAFETY: passed on to the caller.
+        // SAFETY: the tensor holds this head's rows, as stated above.
         unsafe { Matrix::new(&tensor.buffer, first, tensor.stride_n, rows, columns) }
     }
 

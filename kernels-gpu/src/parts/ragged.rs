@@ -66,7 +66,7 @@ impl MapRows {
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub unsafe fn load(self, to: u32, map: u64, column: u32, row: u32, full: Mbarrier) {
-        // SAFETY: passed on to the caller.
+        // SAFETY: map, destination and barrier are as `tma::load_4d` asks, as stated above.
         unsafe {
             if Head::is_packed() {
                 tma::load_5d(to, map, self.ragged(column, row), full);
@@ -83,7 +83,7 @@ impl MapRows {
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub unsafe fn store_if(self, condition: bool, map: u64, column: u32, row: u32, from: u32) {
-        // SAFETY: passed on to the caller.
+        // SAFETY: map and source are as `tma::store_4d` asks, as stated above.
         unsafe {
             if Head::is_packed() {
                 tma::store_5d_if(condition, map, self.ragged(column, row), from);

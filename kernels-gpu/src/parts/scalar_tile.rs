@@ -82,7 +82,7 @@ pub unsafe fn load<T: Scalar, const D: usize>(
     seq: u32,
     tile: Shared<f32>,
 ) {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the rows are in the tensor, as stated above; none is read beyond `seq`.
     let view = unsafe { tensor.buffer.view::<T>() };
     for element in (thread::thread_idx_x()..ROWS * D as u32).step_by(THREADS as usize) {
         let (row, column) = (element / D as u32, element % D as u32);
@@ -166,7 +166,7 @@ pub unsafe fn store<T: Scalar, const D: usize>(
     (head, first_row, seq): (u64, u32, u32),
 ) {
     let (ty, tx) = place();
-    // SAFETY: passed on to the caller.
+    // SAFETY: the rows are in the tensor and have no other writer, as stated above.
     let view = unsafe { tensor.buffer.view_mut::<T>() };
     unroll!(for R in 0..2 {
         let row = first_row + ty * OWN_ROWS as u32 + R as u32;

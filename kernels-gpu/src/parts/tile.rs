@@ -43,7 +43,7 @@ impl<T: Memory> Rows<T> {
     /// The tensor must hold them, its address and strides multiples of 16 bytes.
     #[inline(always)]
     pub unsafe fn new(tensor: &Tensor, first: u64, seq: u32) -> Self {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the tensor holds the rows, as stated above.
         let view = unsafe { tensor.buffer.view::<T>() };
         Self { head: view.skip(first), stride: tensor.stride_n, seq, columns: Columns::ALL }
     }
@@ -223,7 +223,7 @@ impl<T: Memory, const D: usize, const BC: u32, const THREADS: u32, const STAGES:
     #[inline(always)]
     #[must_use]
     pub unsafe fn new(k: Rows<T>, v: Rows<T>) -> Self {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the launch gives the stages, as stated above.
         Self { k, v, smem: unsafe { Shared::dynamic(0, STAGES * 2 * Self::TILE) } }
     }
 

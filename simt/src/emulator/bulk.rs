@@ -129,7 +129,8 @@ impl Block {
         let mut read = 0;
         load.map.for_each_unit(&load.coordinates, |offset, address, valid| {
             let mut unit = [0u8; 16];
-            // SAFETY: these bytes are within the map's tensor, which is allocated, as the copy asks.
+            // SAFETY: these bytes are within the map's tensor, which is allocated, as the copy
+            // asks.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     address as *const u8,
@@ -236,7 +237,7 @@ impl Block {
 unsafe fn add(element: Element, from: *const u8, to: u64, bytes: u32) {
     for offset in (0..bytes).step_by(element.bytes() as usize) {
         let to = to + u64::from(offset);
-        // SAFETY: passed on to the caller.
+        // SAFETY: both addresses are valid for `bytes` bytes and aligned, as stated above.
         unsafe {
             let from = from.add(offset as usize);
             match element {
@@ -266,7 +267,7 @@ unsafe fn add(element: Element, from: *const u8, to: u64, bytes: u32) {
 /// # Safety
 /// The address must be valid and aligned.
 unsafe fn update(address: u64, f: impl Fn(u16) -> u16) {
-    // SAFETY: passed on to the caller.
+    // SAFETY: the address is valid and aligned, as stated above.
     let there = unsafe { AtomicU16::from_ptr(address as *mut u16) };
     _ = there.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| Some(f(old)));
 }

@@ -70,7 +70,7 @@ pub enum FaultKind {
     #[error(
         "race on global memory at address {address:#x}: {what} by {this}, and {other_what} by {other}{}, with nothing that orders them: {}",
         .other_block.map_or(String::new(), |b| format!(" of block ({}, {}, {})", b.x, b.y, b.z)),
-        if .other_block.is_some() { "blocks of a launch are ordered by nothing, only atomic operations may meet" } else { "a barrier must come between" }
+        if .other_block.is_some() { "nothing orders the blocks of a launch, and only atomic operations may meet" } else { "a barrier must come between" }
     )]
     GlobalRace {
         /// The address.

@@ -224,21 +224,24 @@ unsafe impl<O: Owner> Device for Gpu<O> {
 
     unsafe fn upload(&self, address: u64, data: &[u8]) -> Result<(), Error> {
         self.call(format_args!("copying {} bytes to the GPU", data.len()), |owner| {
-            // SAFETY: passed on to the caller.
+            // SAFETY: `Device::upload` asks what `Owner::upload` asks: one live allocation, no
+            // other user.
             unsafe { owner.upload(address, data) }
         })
     }
 
     unsafe fn download(&self, address: u64, data: &mut [u8]) -> Result<(), Error> {
         self.call(format_args!("copying {} bytes from the GPU", data.len()), |owner| {
-            // SAFETY: passed on to the caller.
+            // SAFETY: `Device::download` asks what `Owner::download` asks: one live allocation, no
+            // other user.
             unsafe { owner.download(address, data) }
         })
     }
 
     unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), Error> {
         self.call(format_args!("filling {bytes} bytes"), |owner| {
-            // SAFETY: passed on to the caller; `free` waits for the stream.
+            // SAFETY: the bytes lie in one live allocation, as `Device::fill` asks; `free` waits
+            // for the stream.
             unsafe { owner.fill(address, bytes, value) }
         })
     }
@@ -248,7 +251,8 @@ unsafe impl<O: Owner> Device for Gpu<O> {
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Result<(), Error> {
-        // SAFETY: the owner's stream belongs to its context; the rest is the caller's.
+        // SAFETY: the owner's stream belongs to its context. `Device::launch` asks for the argument
+        // struct, live buffers, and no other user of them; `free` waits for the launch.
         unsafe { self.context.start(launch, self.owner.stream()) }?
             .map_err(|code| self.failed(Description(launch), code))?;
         let mut launched = lock(&self.launched);
@@ -308,8 +312,8 @@ impl<O: Owner> Instruments for Gpu<O> {
         let copy = || {
             self.time_ms(&mut || {
                 self.call("copying the GPU's memory", |owner| {
-                    // SAFETY: the halves of a buffer of which nobody else knows; `free_flush_buffer`
-                    // waits for the stream.
+                    // SAFETY: the halves of a buffer of which nobody else knows;
+                    // `free_flush_buffer` waits for the stream.
                     unsafe { owner.copy(buffer.address, buffer.address + half, half) }
                 })
             })

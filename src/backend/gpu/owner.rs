@@ -182,7 +182,8 @@ unsafe impl Owner for DriverOwner {
     }
 
     unsafe fn free(&self, address: u64) -> Result<(), ResultCode> {
-        // SAFETY: the context is current; the rest is the caller's.
+        // SAFETY: the context is current; no work uses the live allocation any more, as `free`
+        // asks.
         unsafe { functions::mem_free(address) }.map_err(code)
     }
 
@@ -202,12 +203,14 @@ unsafe impl Owner for DriverOwner {
     }
 
     unsafe fn fill(&self, address: u64, bytes: u64, value: u8) -> Result<(), ResultCode> {
-        // SAFETY: the context is current; the rest is the caller's.
+        // SAFETY: the context is current; the bytes lie in one live allocation until the stream has
+        // passed the fill, as `fill` asks.
         unsafe { functions::fill(address, value, bytes as usize, self.stream) }.map_err(code)
     }
 
     unsafe fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), ResultCode> {
-        // SAFETY: the context is current; the rest is the caller's.
+        // SAFETY: the context is current; both ranges lie in live allocations until the stream has
+        // passed the copy, as `copy` asks.
         unsafe { functions::copy(to, from, bytes as usize, self.stream) }.map_err(code)
     }
 

@@ -116,7 +116,8 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     #[inline(always)]
     pub unsafe fn work(&mut self) {
         let mut work = RowTiles::of_block::<G>(self.args);
-        // SAFETY: passed on to the caller.
+        // SAFETY: all warps of the warpgroup are here, the rings bring the tiles, and the buffers
+        // have their shapes, as stated above.
         unsafe {
             if let Some(mut before) = work.next() {
                 // Hazard: K may not have landed.
@@ -186,7 +187,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     unsafe fn start_scores(&mut self) {
         self.rings.q.wait(self.stage);
         let (k, q) = (self.own_rows(0), self.columns(const { G::TILES.q() }));
-        // SAFETY: passed on to the caller.
+        // SAFETY: all four warps are here, and the stage is released only after the scores.
         unsafe { G::start_scores::<T>(&mut self.s, k, q) };
     }
 
@@ -202,7 +203,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         let ds = Descriptor::n_major(ds + self.own * const { G::TILES.dq_row_chunk() }, 0);
         let k = self.address(0) + self.own * const { G::TILES.dq_column_chunk() };
         let k = Descriptor::n_major(k, 0);
-        // SAFETY: passed on to the caller.
+        // SAFETY: all four warps are here, and dS and K stay until dQ is waited for.
         unsafe { TransposedProduct::<8>::product_transposed::<T, PLACE>(&mut dq, ds, k) };
         dq
     }
@@ -218,7 +219,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         if self.elected {
             self.rings.d_o.release(self.stage);
         }
-        // SAFETY: passed on to the caller.
+        // SAFETY: all four warps are here, and the stage of Q is released only after dK.
         unsafe { G::start_gradient::<T>(&mut self.dk, ds, q) };
     }
 
@@ -244,7 +245,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         self.rings.d_o.wait(stage);
         let (v, d_o) =
             (self.own_rows(const { G::TILES.v() }), self.columns(const { G::TILES.d_o() }));
-        // SAFETY: passed on to the caller.
+        // SAFETY: all four warps are here, and the stage of dO is released only after dV.
         unsafe { G::start_scores::<T>(&mut self.dp, v, d_o) };
         // Sᵀ is complete, and so is dK of the tile before.
         self.s.wait_group::<1>();
@@ -265,7 +266,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         let kept = G::Scores::kept(&policy, i, j);
         let p = self.s.pack::<T>(kept);
         let d_o = self.rows(const { G::TILES.d_o() });
-        // SAFETY: passed on to the caller.
+        // SAFETY: all four warps are here, and the stage of dO is released only after dV.
         unsafe { G::start_gradient::<T>(&mut self.dv, &p, d_o) };
         // dPᵀ is complete; dV may still run.
         self.dp.wait_group::<1>();

@@ -83,7 +83,7 @@ macro_rules! geometry {
                 rows: Descriptor,
             ) {
                 const Q_CHUNK: u32 = Tiles::of($d).rows * CHUNK_ROW_BYTES;
-                // SAFETY: passed on to the caller.
+                // SAFETY: all four warps are here, and the operands stay, as the trait asks.
                 unsafe {
                     SharedProduct::<{ $d / 16 }>::product_shared::<T, K_CHUNK, Q_CHUNK>(
                         s, keys, rows,
@@ -98,7 +98,7 @@ macro_rules! geometry {
                 weights: &Self::Weights,
                 rows: Descriptor,
             ) {
-                // SAFETY: passed on to the caller.
+                // SAFETY: all four warps are here, and the operands stay, as the trait asks.
                 unsafe { gradient.product_registers::<T>(weights, rows) };
             }
         }

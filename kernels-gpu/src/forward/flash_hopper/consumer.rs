@@ -70,7 +70,8 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
             NamedBarrier::of(self.own_rows).pass();
         }
         let mut next = self.inbox.receive(self.q_stage);
-        // SAFETY: passed on to the caller.
+        // SAFETY: all four warps are here, the rings bring the tiles, and the buffers have their
+        // shapes, as stated above.
         unsafe {
             while let Some(mut task) = next {
                 let own_end = self.own_end(task);
@@ -198,7 +199,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     #[inline(always)]
     unsafe fn first_tile(&mut self, task: Task) {
         self.acc_o = OutputTile::zero();
-        // SAFETY: passed on to the caller.
+        // SAFETY: all four warps are here, as stated above.
         self.in_turn(|this| unsafe { this.start_scores() });
         self.first_softmax(task);
     }
@@ -210,7 +211,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// As for [`change_task`](Self::change_task).
     #[inline(always)]
     unsafe fn store_and_begin(&mut self, before: Task, factors: [f32; ROWS], task: Task) {
-        // SAFETY: passed on to the caller.
+        // SAFETY: all four warps are here, and the buffers have their shapes, as stated above.
         unsafe {
             self.in_turn(|this| this.start_scores());
             self.store_output(before, factors);
@@ -237,7 +238,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// [`flash_hopper`](super::flash_hopper()) states.
     #[inline(always)]
     unsafe fn change_task(&mut self, before: Task, task: Task) {
-        // SAFETY: passed on to the caller.
+        // SAFETY: all four warps are here, and the buffers have their shapes, as stated above.
         unsafe {
             self.start_products();
             let (m_i, l_i) = (self.m_i, self.l_i);
@@ -271,14 +272,14 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         if Policy::hides() {
             while tile > whole_end {
                 tile -= 1;
-                // SAFETY: passed on to the caller.
+                // SAFETY: all four warps are here, after the first tile, as stated above.
                 unsafe { self.next_tile::<true>(task, tile) };
             }
         }
         if !Policy::is_left_bounded() {
             while tile > 0 {
                 tile -= 1;
-                // SAFETY: passed on to the caller.
+                // SAFETY: all four warps are here, after the first tile, as stated above.
                 unsafe { self.next_tile::<false>(task, tile) };
             }
         }

@@ -120,7 +120,7 @@ macro_rules! geometry {
             unsafe fn start_scores<T: Operand>(s: &mut Self::Scores, q: Descriptor, k: Descriptor) {
                 const K_CHUNK: u32 =
                     Tiles::with_values($d, $d_v, $consumers).keys * CHUNK_ROW_BYTES;
-                // SAFETY: passed on to the caller.
+                // SAFETY: all four warps are here, and the operands stay, as the trait asks.
                 unsafe {
                     SharedProduct::<{ $d / 16 }>::product_shared::<T, Q_CHUNK, K_CHUNK>(s, q, k);
                 }
@@ -133,7 +133,7 @@ macro_rules! geometry {
                 p: &Self::Weights,
                 v: Descriptor,
             ) {
-                // SAFETY: passed on to the caller.
+                // SAFETY: all four warps are here, and the operands stay, as the trait asks.
                 unsafe { o.product_registers::<T>(p, v) };
             }
         }

@@ -40,7 +40,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// The whole warpgroup calls it, after the first tile.
     #[inline(always)]
     pub(super) unsafe fn next_tile<const CUT: bool>(&mut self, task: Task, tile: u32) {
-        // SAFETY: passed on to the caller.
+        // SAFETY: all four warps are here, as stated above.
         unsafe { self.start_products() };
         // S is complete; O += P V may still run.
         self.s.wait_group::<1>();

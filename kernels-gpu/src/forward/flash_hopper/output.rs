@@ -124,7 +124,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         self.m_i = [f32::NEG_INFINITY; ROWS];
         self.l_i = [0.0; ROWS];
         self.acc_o = OutputTile::zero();
-        // SAFETY: passed on to the caller.
+        // SAFETY: the buffers have their shapes, as stated above.
         unsafe {
             let factors = self.store_lse(task, self.m_i, self.l_i);
             self.store_output(task, factors);

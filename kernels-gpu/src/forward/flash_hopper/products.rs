@@ -67,7 +67,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// The whole warpgroup calls it.
     #[inline(always)]
     pub(super) unsafe fn start_products(&mut self) {
-        // SAFETY: passed on to the caller.
+        // SAFETY: all four warps are here, as stated above.
         self.in_turn(|this| unsafe {
             this.start_scores();
             this.start_output();

@@ -51,7 +51,7 @@ impl Tasks {
             Groups::NONE
         };
         let of_all = Queue {
-            // SAFETY: passed on to the caller.
+            // SAFETY: the queue holds zeros before the launch, as stated above.
             words: unsafe { args.scratch.queue.view_mut() },
             index: 0,
             tasks: (extent.heads - groups.all_heads()) * extent.num_q_tiles,

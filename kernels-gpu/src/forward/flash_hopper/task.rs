@@ -30,7 +30,7 @@ impl Task {
     #[inline(always)]
     pub unsafe fn of(args: &AttentionArgs, tiles: Tiles, work: Work) -> Self {
         let tile = QueryTile::of(args, work, tiles.rows());
-        // SAFETY: passed on to the caller.
+        // SAFETY: mask, slopes, bias and sinks have their shapes, as `Policy::new` asks.
         let policy = unsafe { Policy::new(args, tile.head(args)) };
         let seen = policy.key_tiles(tile.first_row, tile.first_row + tiles.rows(), tiles.keys);
         let end_tile = if seen.is_empty() { 0 } else { seen.end };

@@ -192,7 +192,7 @@ pub unsafe fn tile<
     }
 
     let aligned = product.c.place.is_aligned();
-    // SAFETY: as above; C is no larger than the stages.
+    // SAFETY: the launch gives the stages, and C is no larger.
     let c_smem = unsafe { Shared::<T>::dynamic(0, BM * BN as u32) };
     if !aligned {
         // Hazard: other warps may still read the stages that C is put in place of.
