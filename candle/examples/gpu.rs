@@ -2,7 +2,7 @@
 //! launch alone.
 //!
 //! ```sh
-//! cargo run --release -p flash-attention-candle --features cuda --example gpu -- check
+//! cargo run --release -p flash-attention-candle --features cuda --example gpu -- check [f32|f16|bf16]
 //! cargo run --release -p flash-attention-candle --features cuda --example gpu -- measure
 //! ```
 
@@ -34,7 +34,7 @@ fn main() -> Result<()> {
     match command.as_str() {
         "check" => {
             let wrong = [
-                check(&default)?,
+                check(&default, std::env::args().nth(2))?,
                 check_views(&default)?,
                 check_lengths(&default)?,
                 check_pages(&default)?,
@@ -51,12 +51,15 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The cases of the CPU, and larger ones.
-fn check(device: &Device) -> Result<usize> {
+/// The cases of the CPU, and larger ones, in every type or in the one that is named.
+fn check(device: &Device, only: Option<String>) -> Result<usize> {
+    use flash_attention::DType as T;
+    let dtypes = match only {
+        Some(name) => vec![name.parse::<T>().map_err(candle_core::Error::wrap)?],
+        None => vec![T::F32, T::F16, T::BF16],
+    };
     let (mut wrong, mut right) = (0, 0);
-    for dtype in
-        [flash_attention::DType::F32, flash_attention::DType::F16, flash_attention::DType::BF16]
-    {
+    for dtype in dtypes {
         let of = |name, builder: flash_attention::ProblemBuilder| {
             let problem = builder.dtype(dtype).build().map_err(candle_core::Error::wrap)?;
             Ok::<_, candle_core::Error>(Case { name, problem, size: 1.0, cu_seqlens: None })

@@ -258,6 +258,9 @@ fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     x.reshape((b * n, c))?.matmul(&w.t()?)?.reshape((b, n, ()))
 }
 
+/// Runs of each attention, of which the median rate is shown.
+const ROUNDS: usize = 3;
+
 /// The results of a run.
 struct Written {
     tokens: Vec<u32>,
@@ -314,16 +317,28 @@ fn main() -> Result<()> {
     let weights = VarBuilder::from_tensors(weights, dtype, &device);
     let model = Model::new(&config, weights, prompt + count)?;
     let prompt: Vec<u32> = (0..prompt).map(|i| (i * 7919 % config.vocab_size) as u32).collect();
-    let mut written = Vec::new();
-    for by in [By::Candle, By::Flash] {
+    let both = [By::Candle, By::Flash];
+    for by in both {
         // The first run has the kernels compiled.
         write(&model, &prompt, 2, by)?;
-        let run = write(&model, &prompt, count, by)?;
-        let [reading, writing] = run.rates;
-        println!("{by:?}: {reading:.0} tokens/s read, {writing:.1} tokens/s written");
-        written.push(run.tokens);
     }
-    let same = written[0].iter().zip(&written[1]).take_while(|(a, b)| a == b).count();
+    // In turns, so that a change of the machine's load meets both.
+    let mut runs = both.map(|_| Vec::with_capacity(ROUNDS));
+    for _ in 0..ROUNDS {
+        for (by, runs) in both.into_iter().zip(&mut runs) {
+            runs.push(write(&model, &prompt, count, by)?);
+        }
+    }
+    for (by, runs) in both.into_iter().zip(&runs) {
+        let median = |of: usize| {
+            let mut rates: Vec<f64> = runs.iter().map(|run| run.rates[of]).collect();
+            rates.sort_by(f64::total_cmp);
+            rates[ROUNDS / 2]
+        };
+        println!("{by:?}: {:.0} tokens/s read, {:.1} tokens/s written", median(0), median(1));
+    }
+    let [candle, flash] = runs.each_ref().map(|runs| &runs[0].tokens);
+    let same = candle.iter().zip(flash).take_while(|(a, b)| a == b).count();
     println!("the first {same} of {count} tokens are the same");
     Ok(())
 }
