@@ -54,16 +54,25 @@ fn cases() -> [Case; 5] {
     ]
 }
 
-/// Each with every storage type.
-fn dtypes_and(cases: impl IntoIterator<Item = Case>) -> impl Iterator<Item = (DType, Case)> {
+/// Each with every storage type; on the emulator, of bf16 [some](suite::thinned).
+fn dtypes_and(emulated: bool, cases: impl IntoIterator<Item = Case>) -> Vec<(DType, Case)> {
     let cases: Vec<Case> = cases.into_iter().collect();
-    DType::ALL.into_iter().flat_map(move |dtype| cases.clone().into_iter().map(move |c| (dtype, c)))
+    let of = |dtype| {
+        let cases = cases.clone();
+        let some = if emulated { suite::thinned(dtype, cases) } else { cases };
+        some.into_iter().map(move |case| (dtype, case))
+    };
+    DType::ALL.into_iter().flat_map(of).collect()
 }
 
 /// Checks every case in every type: `of_case` gives the failures, and how many kernels it compared.
-fn every_case(of_case: impl Fn((DType, Case)) -> (Vec<String>, usize) + Sync) {
+fn every_case(
+    device: &Arc<dyn Device>,
+    of_case: impl Fn((DType, Case)) -> (Vec<String>, usize) + Sync,
+) {
+    let cases = dtypes_and(device.is_emulated(), cases());
     let (failures, compared): (Vec<_>, Vec<usize>) =
-        suite::on_every_core(dtypes_and(cases()), of_case).into_iter().unzip();
+        suite::on_every_core(cases, of_case).into_iter().unzip();
     let failures = failures.concat();
     assert!(compared.iter().all(|&compared| compared > 0), "no kernel could run");
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
@@ -200,7 +209,7 @@ fn run(device: &Arc<dyn Device>) {
         }
         (failures, compared)
     };
-    every_case(of_case);
+    every_case(device, of_case);
 }
 
 #[test]
@@ -252,7 +261,7 @@ fn run_backward(device: &Arc<dyn Device>) {
         }
         (failures, compared)
     };
-    every_case(of_case);
+    every_case(device, of_case);
 }
 
 #[test]
@@ -342,7 +351,7 @@ fn the_oracle_is_the_textbook() {
 /// enough: the others run with the kernels that keep weights, and with one that does not.
 #[test]
 fn weights_are_those_of_the_textbook_with_every_kernel() {
-    suite::on_every_core(dtypes_and(evaluated()), |(dtype, case)| {
+    suite::on_every_core(dtypes_and(true, evaluated()), |(dtype, case)| {
         let draws = (0..SEEDS).map(|seed| {
             let draw = case.draw(dtype, seed);
             let (_, plain) = textbook(&case, &draw, true);
