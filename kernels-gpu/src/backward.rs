@@ -8,7 +8,8 @@
 //! | [`backward_hopper`] | transposed scores, copies and products at the same time (sm_90a) |
 //!
 //! [`prepare`] is the first step of every rung, [`convert`] the last of those that sum dQ in memory. [`bias`]
-//! and [`sinks`] are steps of calls that ask for these gradients.
+//! and [`sinks`] are steps of calls that ask for these gradients. [`order`] is for calls that want the same bits
+//! each time.
 //!
 //! With `P = exp(S - LSE)`, the weights before dropout, and `Z` what dropout multiplies them by (0 or
 //! `1 / (1 - p)`), the gradients are
@@ -31,6 +32,7 @@ pub mod backward_naive;
 pub mod backward_tiled;
 pub mod bias;
 pub mod convert;
+pub mod order;
 pub mod prepare;
 pub mod sinks;
 

@@ -33,6 +33,8 @@ simt::specialisation_constants! {
         head_dim_v,
         /// Keys of a page, where a decode kernel's cache is in pages.
         page,
+        /// 1: the first step of a backward pass clears what gives the sums of dQ an order.
+        ordered,
     }
 }
 

@@ -79,6 +79,14 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
     // Told that two blocks fit, it spills 8 bytes with a diagonal, masks or a cap.
     ("flash_tf32", "_d128", &[FULL, VARLEN]),
     ("flash_tf32", "", &[FULL, CAUSAL, MASKS, CAPPED, VARLEN, PADDED]),
+    // With an order of its sums a rung needs more registers: backward_mma spills up to 36 bytes at head dim 128,
+    // 12 at 224 and 4 at 256 where it is not causal; backward_hopper spills 4 bytes at 64 where it is.
+    ("backward_mma", "_d128_ordered", &[]),
+    ("backward_mma", "_d224_ordered", &[CAUSAL]),
+    ("backward_mma", "_d256_ordered", &[CAUSAL]),
+    ("backward_mma", "_ordered", &[FULL, CAUSAL]),
+    ("backward_hopper", "_d64_ordered", &[FULL]),
+    ("backward_hopper", "_ordered", &[FULL, CAUSAL]),
     // It spills 4 bytes with packed sequences at head dims 64 and 96, 24 at 256, and more with windows.
     // At 128 it spills 16 bytes on sm_80, at 96 from 4 to 20 on sm_100, and none elsewhere: these two are
     // not assembled.

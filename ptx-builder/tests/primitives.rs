@@ -52,7 +52,7 @@ fn primitives_are_the_instructions_that_were_reviewed() {
 fn every_primitive_has_an_entry() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let entries = fs::read_to_string(root.join("ptx-builder/tests/primitives/lib.rs")).unwrap();
-    for module in ["async_copy", "barrier", "cluster", "mbarrier", "tma", "warpgroup"] {
+    for module in ["async_copy", "barrier", "cluster", "mbarrier", "tma", "turn", "warpgroup"] {
         let text = fs::read_to_string(root.join(format!("simt/src/{module}.rs"))).unwrap();
         let mut function = "";
         for line in text.lines() {

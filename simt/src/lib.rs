@@ -26,6 +26,7 @@
 //! | [`barrier`] | barriers of some of a block's warps |
 //! | [`mod@unroll`] | loops that are gone before the compiler sees them |
 //! | [`atomic`] | atomic operations on shared and global memory |
+//! | [`turn`] | blocks that go one after another |
 //! | [`mbarrier`] | barriers in shared memory that count arrivals and bytes; proxy fences |
 //! | [`tma`] | bulk copies of tensor boxes, and their tensor maps |
 //! | [`parameter`] | the address of an entry's parameter |
@@ -75,6 +76,7 @@ pub mod shared;
 pub mod specialise;
 pub mod thread;
 pub mod tma;
+pub mod turn;
 pub mod unroll;
 pub mod warp;
 pub mod warpgroup;

@@ -5,14 +5,14 @@ mod common;
 use common::{Map, launch, view_mut};
 use half::f16;
 use simt::{
-    atomic,
+    Dim3, atomic,
     barrier::{self, Named},
     emulator::{self, Checks, Fault, FaultKind, Launch, Options, Stats},
     global::GlobalMut,
     mbarrier,
     memory::Memory,
     shared::Shared,
-    thread, tma, warp,
+    thread, tma, turn, warp,
 };
 
 fn smem<T: Memory>(len: u32) -> Shared<T> {
@@ -307,4 +307,63 @@ fn work_that_makes_progress_may_take_as_long_as_it_likes() {
         assert_eq!(sum, 1 << 14);
     })
     .unwrap_or_else(|fault| panic!("{fault}"));
+}
+
+const IN_TURN: Launch =
+    Launch { grid: Dim3::new(7, 1, 1), block: Dim3::new(64, 1, 1), cluster: 1, shared_bytes: 0 };
+
+/// Blocks that draw tickets, and write what the one before wrote in turn. Whether the order held.
+fn goes_in_order(seed: u64, waits: bool) -> bool {
+    // Tickets, the turn, the last that came, those that did not come after the one before.
+    let mut words = [0u32; 4];
+    let view = view_mut(&mut words);
+    let kernel = || {
+        let draws = thread::thread_idx_x() == 0;
+        let ticket = if draws { atomic::add_global_u32(view, 0, 1) } else { 0 };
+        // Hazard: none; other blocks may run meanwhile.
+        thread::sync_threads();
+        if draws {
+            if waits {
+                turn::wait(view, 1, ticket);
+            }
+            let before = atomic::exchange_global_u32(view, 2, ticket + 1);
+            let _ = atomic::add_global_u32(view, 3, u32::from(before != ticket));
+            turn::pass(view, 1);
+        }
+    };
+    emulator::launch_with(IN_TURN, &Options::seeded(seed), &kernel)
+        .unwrap_or_else(|fault| panic!("{fault}"));
+    let [tickets, turns, _, wrong] = std::hint::black_box(words);
+    assert_eq!((tickets, turns), (7, 7));
+    wrong == 0
+}
+
+#[test]
+fn blocks_go_in_turn() {
+    assert!((0..20).all(|seed| goes_in_order(seed, true)));
+    assert!(!(1..20).all(|seed| goes_in_order(seed, false)), "a turn that none awaits is found");
+}
+
+#[test]
+fn a_turn_that_never_comes_is_a_deadlock() {
+    let mut words = [0u32; 1];
+    let view = view_mut(&mut words);
+    let kernel = || {
+        if thread::thread_idx_x() == 0 {
+            turn::wait(view, 0, thread::block_idx_x());
+            // Block 2 keeps its turn.
+            if thread::block_idx_x() % 4 != 2 {
+                turn::pass(view, 0);
+            }
+        }
+    };
+    for seed in 0..6 {
+        std::hint::black_box(&mut words).fill(0);
+        let fault = emulator::launch_with(IN_TURN, &Options::seeded(seed), &kernel);
+        let FaultKind::Divergence(report) = fault.expect_err("nobody passes turn 2 on").kind else {
+            panic!("a deadlock was expected")
+        };
+        assert!(report.contains("1 thread(s) (0 to 0) wait at"), "{report}");
+        assert!(report.contains("of the count at"), "{report}");
+    }
 }

@@ -4,7 +4,7 @@
 use kernels_gpu::{
     args,
     backward::{
-        self, backward_hopper, backward_mma, backward_naive, backward_tiled, bias, convert,
+        self, backward_hopper, backward_mma, backward_naive, backward_tiled, bias, convert, order,
         prepare, sinks,
     },
     entry::Instances,
@@ -231,7 +231,10 @@ fn backward_args(call: &Call<'_, Backward>) -> args::BackwardArgs {
     let dq_bytes_of_column = 4 * padded_rows(call.problem);
     let dq_columns = (call.region(Usage::DqAcc).bytes / dq_bytes_of_column) as u32;
     args::BackwardArgs {
-        forward: attention_args(&call.problem.problem, forward, region),
+        forward: attention_args(&call.problem.problem, forward, |usage| {
+            // Of the forward pass's scratch memory the queue is what counts here, too.
+            region(if usage == Usage::Queue { Usage::Turns } else { usage })
+        }),
         gradients: args::Gradients {
             d_o: view(d_o),
             dq: view(dq),
@@ -323,7 +326,7 @@ const BACKWARD_TILED: BackwardSpec = BackwardSpec {
 
 const BACKWARD_MMA: BackwardSpec = BackwardSpec {
     name: "backward_mma",
-    summary: "tensor cores by mma.sync: keys stay, rows pass, dQ is summed in memory by atomics",
+    summary: "tensor cores by mma.sync: keys stay, rows pass, dQ is summed in memory",
     idea: "scores are computed transposed, so that P and dS are the next products' operands where \
            they are",
     dtypes: &[DType::F16, DType::BF16],
@@ -338,31 +341,42 @@ const BACKWARD_MMA: BackwardSpec = BackwardSpec {
         let p = &b.problem;
         let d = entry_size(p, backward_mma::ENTRIES)?;
         let keys = backward_mma::keys(d);
-        check_order(b, keys)?;
+        let instances =
+            if in_order(b, keys) { backward_mma::ORDERED_ENTRIES } else { backward_mma::ENTRIES };
         let main = Step {
             grid: grid(tiles(p.seq_k(), keys), kv_heads(p)),
             shared_bytes: backward_mma::shared_bytes(d),
-            ..padded_step(b, backward_mma::ENTRIES, d)?
+            ..padded_step(b, instances, d)?
         };
         let convert = Step {
             grid: grid(tiles(p.seq_q(), prepare::ROWS), heads(p)),
             ..step(b, convert::ENTRIES)?
         };
-        let sections = row_sections(b).into_iter().chain([sums(b, d)]).collect();
-        Ok(Draft { sections, steps: steps(b, [main, convert])? })
+        sums_in_memory(b, d, keys, [main, convert])
     },
 };
 
-/// Refuses determinism where several blocks, with `keys` keys each, add to the same rows of dQ in
-/// no fixed order.
-fn check_order(b: &Backward, keys: u32) -> Result<(), String> {
-    if b.deterministic && b.problem.seq_k() > keys as usize {
-        return Err(format!(
-            "sums dQ in no fixed order where there are more than {keys} keys: backward_tiled gives the \
-             same bits each time"
-        ));
+/// Whether blocks of `keys` keys are to add to dQ in a fixed order. Of two numbers, added to 0, the
+/// order does not matter.
+fn in_order(b: &Backward, keys: u32) -> bool {
+    b.deterministic && b.problem.seq_k() > 2 * keys as usize
+}
+
+/// The plan of a kernel whose blocks, of `keys` keys, add to dQ in memory, in tiles of `d` columns.
+fn sums_in_memory(
+    b: &Backward,
+    d: usize,
+    keys: u32,
+    own: [Step<Backward>; 2],
+) -> Result<Draft<Backward>, String> {
+    let sums = Section::new(Usage::DqAcc, padded_rows(b) * 4 * d as u64);
+    let mut sections: Vec<_> = row_sections(b).into_iter().chain([sums]).collect();
+    let mut steps = steps(b, own)?;
+    if in_order(b, keys) {
+        sections.push(Section::new(Usage::Turns, 4 * order::words(padded_rows(b))));
+        steps[0].constants.ordered = 1;
     }
-    Ok(())
+    Ok(Draft { sections, steps })
 }
 
 /// Heads of K and V of all batch entries.
@@ -390,7 +404,11 @@ const BACKWARD_HOPPER: BackwardSpec = BackwardSpec {
         let p = &b.problem;
         let d = entry_size(p, backward_hopper::ENTRIES)?;
         let hopper = backward_hopper::Tiles::of(d as u32);
-        check_order(b, backward_hopper::Tiles::KEYS)?;
+        let instances = if in_order(b, backward_hopper::Tiles::KEYS) {
+            backward_hopper::ORDERED_ENTRIES
+        } else {
+            backward_hopper::ENTRIES
+        };
         let [rows, keys, numbers] = hopper.boxes();
         let main = Step {
             grid: grid(tiles(p.seq_k(), backward_hopper::Tiles::KEYS), kv_heads(p)),
@@ -415,16 +433,14 @@ const BACKWARD_HOPPER: BackwardSpec = BackwardSpec {
                 Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::LseLog2, b) },
                 Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::Delta, b) },
             ],
-            ..padded_step(b, backward_hopper::ENTRIES, d)?
+            ..padded_step(b, instances, d)?
         };
         let parts = backward_hopper::CONSUMERS * tiles(p.seq_q(), hopper.rows);
         let convert = Step {
             grid: grid(parts, heads(p)),
             ..padded_step(b, backward_hopper::convert::ENTRIES, d)?
         };
-        let [delta, lse] = row_sections(b);
-        let sections = vec![delta, lse, sums(b, d)];
-        Ok(Draft { sections, steps: steps(b, [main, convert])? })
+        sums_in_memory(b, d, backward_hopper::Tiles::KEYS, [main, convert])
     },
 };
 
@@ -503,11 +519,6 @@ fn prepare_step(b: &Backward) -> Result<Step<Backward>, String> {
     let p = &b.problem;
     let grid = grid(backward::padded(p.seq_q() as u32) / prepare::ROWS, heads(p));
     Ok(Step { grid, ..step(b, prepare::ENTRIES)? })
-}
-
-/// The sums of dQ, for tiles of `d` columns.
-fn sums(b: &Backward, d: usize) -> Section {
-    Section::new(Usage::DqAcc, padded_rows(b) * 4 * d as u64)
 }
 
 /// `of_head` blocks for each of `heads` heads: `z` continues where `y` ends, at 65,535. The last

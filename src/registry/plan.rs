@@ -35,6 +35,8 @@ pub enum Usage {
     LseLog2,
     /// Sums of dQ in f32.
     DqAcc,
+    /// Tickets and turns of the blocks that add to dQ in a fixed order.
+    Turns,
     /// Gradients of the scores `[B, H, Nq, Nk]` in the storage type.
     DScores,
     /// O of each part of a decode, f32 `[splits, B, H, Nq, Dv]`.

@@ -359,6 +359,7 @@ pub(super) fn constants(p: &Problem) -> Constants {
         head_dim: 0,
         head_dim_v: 0,
         page: 0,
+        ordered: 0,
     }
 }
 

@@ -166,6 +166,8 @@ fn name(kind: SyncKind) -> &'static str {
         SyncKind::BulkCommit => "commit of a group of bulk stores",
         SyncKind::BulkWait => "wait for groups of bulk stores",
         SyncKind::WgmmaWait => "wait for wgmma products",
+        SyncKind::TurnWait => "wait for a turn among blocks",
+        SyncKind::TurnPass => "passing of a turn to the next block",
         SyncKind::RegistersDecrease => "release of registers",
         SyncKind::RegistersIncrease => "request for registers",
     }

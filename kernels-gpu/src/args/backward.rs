@@ -12,7 +12,8 @@ pub struct BackwardArgs {
     pub steps: BackwardScratch,
     /// The call whose gradients are wanted. All of its tensors are read, O and the LSE too; its
     /// scratch is the backward pass's own: `weights` is P after dropout for the kernels that
-    /// materialise it, `queue` as in the forward pass.
+    /// materialise it, `queue` the tickets and turns of [`order`](crate::backward::order), which the
+    /// first step clears where the constant `ordered` is on.
     pub forward: AttentionArgs,
 }
 

@@ -30,8 +30,8 @@
 //!
 //! | D | BR x BC | shared bytes | registers of dK, dV, S, dP, P a thread |
 //! |---|---|---|---|
-//! | 64 | 128 x 128 | 166,064 | 32, 32, 64, 64, 32 of 240 |
-//! | 128 | 64 x 128 | 165,040 | 64, 64, 32, 32, 16 of 240 |
+//! | 64 | 128 x 128 | 166,072 | 32, 32, 64, 64, 32 of 240 |
+//! | 128 | 64 x 128 | 165,048 | 64, 64, 32, 32, 16 of 240 |
 //!
 //! Where the time goes, by counting, for a tile at D = 128: five products of 64 x 128 x 128 take
 //! 2560 clocks of the tensor cores. Their operands are 256 KB of shared memory, 2048 clocks at 128
@@ -40,7 +40,7 @@
 //! the kernel. The 8192 exponentials take 512 clocks, the other arithmetic about as long.
 //!
 //! dQ is summed in f32 in the order in which the blocks come, so that its last bits differ from run to
-//! run. Its elements lie in memory as the registers have them: a thread's 16 bytes, and then the next
+//! run; [`order`](super::order) gives the sums a fixed one. Its elements lie in memory as the registers have them: a thread's 16 bytes, and then the next
 //! thread's, so that a warp adds 512 neighbouring bytes. `convert` puts them in order.
 //!
 //! Measured (f16, 16k tokens, hidden 2048, prepare and convert included, one H200): at N 16,384 593
@@ -53,7 +53,7 @@
 //! slower); S of a tile before dQ of the one before (2 to 8 % slower: it spills).
 //!
 //! Limits: f16 and bf16; head dims up to 128, in tiles of 64 or 128 columns; strides and addresses in
-//! multiples of 16 bytes (TMA's rule); no fixed order of the sums of dQ.
+//! multiples of 16 bytes (TMA's rule).
 //!
 //! Source: Shah et al., "FlashAttention-3", 2024, section 3.4 and appendix B.1 (backward pass with
 //! warp specialisation).
@@ -142,7 +142,7 @@ struct Rings {
 ///
 /// # Shared memory
 /// [`Tiles::shared_bytes`] of it, dynamic: K, V, the stages of Q and of dO, two buffers of dS, the
-/// stages of LSE and of delta, the mbarriers.
+/// stages of LSE and of delta, the mbarriers, the block's place.
 ///
 /// # Safety
 /// `args` must be the parameter of the running entry, its buffers and maps must have these shapes,
@@ -154,7 +154,10 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
     let (maps, args) = unsafe { args.split() };
 
     // Who am I.
-    if Head::of_kv_block_yz(&args.forward).is_none() {
+    let place = G::place();
+    // SAFETY: the caller gives the shared memory, and the queue has its words.
+    unsafe { place.draw(args) };
+    if Head::of_kv_number(&args.forward, place.number()).is_none() {
         return;
     }
     let warpgroup = warpgroup::id();
@@ -195,6 +198,7 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
     let warp_keys = own_keys + warpgroup::thread_id() / warp::LANES * WARP_KEYS;
     let mut consumer = Consumer::<T, G> {
         args,
+        place,
         own,
         own_key: warp_keys + warp::lane_id() / 4,
         column: warp::lane_id() % 4 * 2,
@@ -224,7 +228,15 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
 }
 
 entries! {
-    /// Instances of [`backward_hopper()`].
+    /// Instances of [`backward_hopper()`] that sum dQ in the order in which the blocks come.
     pub static ENTRIES: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
-    backward_hopper: T in [f16, bf16], d D in [64, 128] = backward_hopper::<T, Hopper<{ D as u32 }>>;
+    backward_hopper: T in [f16, bf16], d D in [64, 128] =
+        backward_hopper::<T, Hopper<{ D as u32 }, false>>;
+}
+
+entries! {
+    /// Instances of [`backward_hopper()`] that sum dQ in a fixed order.
+    pub static ORDERED_ENTRIES: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
+    backward_hopper: T in [f16, bf16], d D in [64, 128], "_ordered" =
+        backward_hopper::<T, Hopper<{ D as u32 }, true>>;
 }

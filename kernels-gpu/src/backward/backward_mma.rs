@@ -28,16 +28,18 @@
 //!
 //! | D | keys | warps a fragment of 16 keys | registers of dK, dV, Sᵀ, dPᵀ a lane | shared bytes |
 //! |---|---|---|---|---|
-//! | 64 | 128 | 1 | 32, 32, 32, 32 | 81,920 |
-//! | 128 | 128 | 1 | 64, 64, 32, 32 | 147,456 |
-//! | 256 | 64 | 2 | 64, 64, 16, 16 | 212,992 |
+//! | 64 | 128 | 1 | 32, 32, 32, 32 | 81,928 |
+//! | 128 | 128 | 1 | 64, 64, 32, 32 | 147,464 |
+//! | 256 | 64 | 2 | 64, 64, 16, 16 | 213,000 |
 //!
 //! The sums of dQ lie in memory in the order of the registers: 16 rows and 8 columns are 128 neighbours,
 //! so that each of a lane's four additions is one line of 128 bytes a warp
 //! ([`convert`](super::convert) puts them in rows).
 //!
-//! Measured: not measured yet. Limits: f16 and bf16; sums of dQ come in no fixed order, so that bits
-//! differ from run to run, but where one tile holds all keys; a fragment of B serves one product of a
+//! The sums of dQ come in no fixed order: bits differ from run to run where more than two tiles of keys
+//! add to a row. [`order`] gives them one for calls that ask for it.
+//!
+//! Measured: not measured yet. Limits: f16 and bf16; a fragment of B serves one product of a
 //! warp, 16 FLOP a byte of shared memory.
 //!
 //! Source: Dao, "FlashAttention-2", 2023, algorithm 2 and section 3.2.
@@ -54,6 +56,7 @@ use simt::{
     thread, unroll, warp,
 };
 
+use super::order::{self, Part, Place};
 use crate::{
     args::{BackwardArgs, Tensor},
     entries,
@@ -94,10 +97,14 @@ pub const fn keys(d: usize) -> u32 {
     WARPS / split(d) * fragment::ROWS
 }
 
-/// Dynamic shared memory of a block in bytes: K, V, the stages of Q and dO, dS, and P where two warps
-/// share keys.
+/// Dynamic shared memory of a block in bytes: its tiles, and its place.
 #[must_use]
 pub const fn shared_bytes(d: usize) -> u32 {
+    tile_bytes(d) + order::PLACE_BYTES
+}
+
+/// Bytes of K, V, the stages of Q and dO, dS, and P where two warps share keys.
+const fn tile_bytes(d: usize) -> u32 {
     (2 * (keys(d) + STAGES * BR) * d as u32 + split(d) * keys(d) * BR) * 2
 }
 
@@ -124,7 +131,7 @@ impl<T: Scalar, const D: usize> Tiles<T, D> {
         let of_keys = const { keys(D) * D as u32 };
         let of_scores = const { keys(D) * BR };
         // SAFETY: the launch gives the shared memory, as stated above.
-        let all = unsafe { Shared::<T>::dynamic(0, const { shared_bytes(D) / 2 }) };
+        let all = unsafe { Shared::<T>::dynamic(0, const { tile_bytes(D) / 2 }) };
         let behind = 2 * of_keys + 2 * STAGES * Self::ROWS;
         Self {
             k: all.slice(0, of_keys),
@@ -165,7 +172,7 @@ impl<T: Scalar, const D: usize> Tiles<T, D> {
 
 /// What a warp is in its block.
 #[derive(Clone, Copy)]
-struct Place {
+struct WarpPlace {
     /// Its first key of the tile.
     key: u32,
     /// Which of the warps that share its keys it is.
@@ -198,6 +205,7 @@ pub unsafe fn backward_mma<
     const COLUMN_TILES: usize,
     const SCORE_TILES: usize,
     const DQ_TILES: usize,
+    const ORDERED: bool,
 >(
     args: &BackwardArgs,
 ) where
@@ -210,15 +218,18 @@ pub unsafe fn backward_mma<
     }
     // Who am I.
     let forward = &args.forward;
-    let Some(of_keys) = Head::of_kv_block_yz(forward) else { return };
-    let number = Head::number_of_block();
-    let first_key = thread::block_idx_x() * BC;
+    let place_in_order = Place::at(const { tile_bytes(D) }, ORDERED);
+    // SAFETY: the launch gives the shared memory, and the queue has its words.
+    unsafe { place_in_order.draw(args) };
+    let number = place_in_order.number();
+    let Some(of_keys) = Head::of_kv_number(forward, number) else { return };
+    let first_key = place_in_order.key_tile() * BC;
     if of_keys.keys_end_before(first_key) {
         return;
     }
     let warp_id = warp::uniform(warp::warp_id());
     let key_warps = const { BC / fragment::ROWS };
-    let place = Place { key: warp_id % key_warps * fragment::ROWS, part: warp_id / key_warps };
+    let place = WarpPlace { key: warp_id % key_warps * fragment::ROWS, part: warp_id / key_warps };
     // SAFETY: the launch gives the shared memory.
     let tiles = unsafe { Tiles::<T, D>::new() };
     // Load K and V.
@@ -322,8 +333,15 @@ pub unsafe fn backward_mma<
                     add_half::<T, D, DQ_TILES>(&mut dq, a, (tiles.k, b), key);
                 }
             });
-            // SAFETY: the rows are padded ones, and other blocks add atomically too.
-            unsafe { add_to_memory::<D, DQ_TILES>(args, head, first_row + rows_of_dq, part, &dq) };
+            let own = Part { first_row, rows: BR, part: warp_id, place: place_in_order, keys: BC };
+            let first_row = first_row + rows_of_dq;
+            // SAFETY: the rows are padded ones, and other blocks add atomically too; each block that has
+            // keys for them does.
+            unsafe {
+                own.in_turn(args, &policy, || {
+                    add_to_memory::<D, DQ_TILES>(args, head, first_row, part, &dq);
+                });
+            }
             stage ^= 1;
         }
     }
@@ -331,8 +349,8 @@ pub unsafe fn backward_mma<
     // Copies that no row asked for.
     async_copy::wait::<0>();
     // Found again, and opaque: kept, they would take registers of the loop.
-    let of_keys = Head::of_group(forward, opaque(Head::number_of_block()), 0);
-    let first_key = opaque(thread::block_idx_x()) * BC;
+    let of_keys = Head::of_group(forward, opaque(place_in_order.number()), 0);
+    let first_key = opaque(place_in_order.key_tile()) * BC;
     let (scale, first, part) = (forward.scores.scale, first_key + place.key, place.part);
     let (dk_tensor, dv_tensor) = (&args.gradients.dk, &args.gradients.dv);
     // SAFETY: dK and dV are `[B, Hkv, Nk, D]`; this warp alone has these columns of these rows.
@@ -546,16 +564,32 @@ unsafe fn store<T: Scalar, const SPLIT: usize, const O: usize>(
     });
 }
 
-entries! {
-    /// Instances of [`backward_mma()`].
-    pub static ENTRIES: BackwardArgs => "sm_80", threads THREADS, min_blocks 1;
-    backward_mma: T in [f16, bf16], d D in [32, 64, 96, 128, 160, 192, 224, 256] = backward_mma::<
-        T,
-        D,
-        { keys(D) },
-        { split(D) as usize },
-        { D / 8 / split(D) as usize },
-        { ROW_TILES / split(D) as usize },
-        { D / 16 },
-    >;
+macro_rules! instances {
+    ($(#[$meta:meta])* $table:ident, $end:literal, $ordered:literal) => {
+        entries! {
+            $(#[$meta])*
+            pub static $table: BackwardArgs => "sm_80", threads THREADS, min_blocks 1;
+            backward_mma: T in [f16, bf16], d D in [32, 64, 96, 128, 160, 192, 224, 256], $end =
+                backward_mma::<
+                    T,
+                    D,
+                    { keys(D) },
+                    { split(D) as usize },
+                    { D / 8 / split(D) as usize },
+                    { ROW_TILES / split(D) as usize },
+                    { D / 16 },
+                    $ordered,
+                >;
+        }
+    };
+}
+
+instances! {
+    /// Instances of [`backward_mma()`] that sum dQ in the order in which the blocks come.
+    ENTRIES, "", false
+}
+
+instances! {
+    /// Instances of [`backward_mma()`] that sum dQ in a fixed order.
+    ORDERED_ENTRIES, "_ordered", true
 }

@@ -4,6 +4,7 @@
 //! delta    = rowsum(dO ∘ O)
 //! lse_log2 = LSE * log2(e), or +inf where a row sees no key or is past the last
 //! dq_acc   = 0, where dQ is summed in memory
+//! turns    = 0, where it is summed in order
 //! dQ, dK and dV of rows beyond the last packed sequence = 0
 //! ```
 //!
@@ -19,6 +20,7 @@ use core::{f32::consts::LOG2_E, ops::Range};
 use half::{bf16, f16};
 use simt::{math, thread, warp};
 
+use super::order;
 use crate::{
     args::{BackwardArgs, Gradients, Tensor},
     entries,
@@ -56,6 +58,8 @@ pub unsafe fn prepare<T: Chunk>(args: &BackwardArgs) {
         // SAFETY: the gradients have the shapes stated above.
         unsafe { clear_beyond::<T>(args, &head) };
     }
+    // SAFETY: the queue has a word for the tickets.
+    unsafe { order::clear_tickets(args) };
     if thread::block_idx_x() * ROWS >= super::padded(head.seq_q) {
         return;
     }
@@ -96,6 +100,8 @@ pub unsafe fn prepare<T: Chunk>(args: &BackwardArgs) {
         lse_log2.write(head.padded_row(i), value);
     }
 
+    // SAFETY: the queue has words for the padded rows.
+    unsafe { order::clear_turns(args, &head, i, lane) };
     if !args.steps.dq_acc.is_empty() {
         let columns = args.steps.dq_columns;
         let first = head.padded_row(i) * columns as u64;

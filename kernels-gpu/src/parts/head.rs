@@ -126,7 +126,14 @@ impl Head {
     #[inline(always)]
     #[must_use]
     pub fn of_kv_block_yz(args: &AttentionArgs) -> Option<Self> {
-        let number = Self::number_of_block();
+        Self::of_kv_number(args, Self::number_of_block())
+    }
+
+    /// The first of the heads of Q that share head `number` of K, counted over the batch, if there is
+    /// one.
+    #[inline(always)]
+    #[must_use]
+    pub fn of_kv_number(args: &AttentionArgs, number: u32) -> Option<Self> {
         let kv_heads = args.shape.batch * schedule::divide(args.shape.heads, Self::group()).0;
         (number < kv_heads).then(|| Self::of_group(args, number, 0))
     }

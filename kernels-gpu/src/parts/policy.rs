@@ -124,6 +124,22 @@ impl Policy {
         (first / tile).min(end)..end
     }
 
+    /// Of the tiles of `tile` keys that rows before `end_i` are visited by, the last: where a tile of rows
+    /// that ends at `end_i` is among the [`query_tiles`](Self::query_tiles) of any tile of keys, those that
+    /// have it are neighbours up to this one.
+    #[inline(always)]
+    #[must_use]
+    pub fn last_key_tile(&self, end_i: u32, tile: u32) -> u32 {
+        let (seq_q, seq_k) = self.lengths();
+        let last = seq_k.div_ceil(tile) - 1;
+        if !Self::is_causal() {
+            return last;
+        }
+        let right = if Constants::causal() == 2 { self.keys.right } else { 0 };
+        let seen = seq_k.saturating_add(right).saturating_add(end_i - 1).saturating_sub(seq_q);
+        last.min(seen / tile)
+    }
+
     /// The first key that no row before `end_i` sees by its position: tiles of keys from there
     /// on need not be visited.
     #[inline(always)]
@@ -475,6 +491,7 @@ mod tests {
     #[test]
     fn a_window_is_what_its_definition_says() {
         const TILE: u32 = 3;
+        const KEYS: u32 = 4;
         let bounds = [0, 1, 2, 5, 40, u32::MAX - 1, u32::MAX];
         for (left, right) in bounds.into_iter().flat_map(|l| bounds.map(|r| (l, r))) {
             for (seq_q, seq_k) in [(1, 1), (7, 7), (9, 4), (4, 11), (1, 10)] {
@@ -516,6 +533,16 @@ mod tests {
                             let last = tile == seq_q.div_ceil(TILE) - 1;
                             assert!(seen || last, "{rows:?} need not be visited by {first}");
                         }
+                    }
+                    for tile in 0..seq_q.div_ceil(TILE) {
+                        let visits = |keys: &u32| {
+                            let first = keys * KEYS;
+                            policy.query_tiles(first, first + KEYS, TILE).contains(&tile)
+                        };
+                        let visitors: Vec<_> = (0..seq_k.div_ceil(KEYS)).filter(visits).collect();
+                        let Some(&first) = visitors.first() else { continue };
+                        let last = policy.last_key_tile((tile + 1) * TILE, KEYS);
+                        assert!(visitors.into_iter().eq(first..=last), "{left} {right} {tile}");
                     }
                 });
             }

@@ -15,7 +15,7 @@ use simt::{
     mma,
     scalar::Scalar,
     shared::Shared,
-    shared_array, thread, tma, warp, warpgroup,
+    shared_array, thread, tma, turn, warp, warpgroup,
     wgmma::{
         Accumulator, Descriptor, KMajor, MnMajor, RegisterProduct, SharedProduct, SliceProduct,
         TransposedProduct, WaitGroup,
@@ -231,5 +231,7 @@ entries! {
     atomic_max_global_u32(out: u64, to: u64, value: u32) { one(out).write(0, atomic::max_global_u32(one(to), 0, value)) }
     atomic_min_shared_u32(out: u64, value: u32) { one(out).write(0, atomic::min_shared_u32(tile(), 1, value)) }
     atomic_increment_global_u32(out: u64, to: u64, value: u32) { one(out).write(0, atomic::increment_global_u32(one(to), 0, value)) }
+    turn_wait(counts: u64, number: u32) { turn::wait(one(counts), 0, number) }
+    turn_pass(counts: u64) { turn::pass(one(counts), 0) }
     atomic_exchange_shared_u32(out: u64, value: u32) { one(out).write(0, atomic::exchange_shared_u32(tile(), 1, value)) }
 }

@@ -24,6 +24,7 @@ use super::{
     registers::Registers,
     shadow::SharedMemory,
     tensor_core::TensorCores,
+    turns::{self, Waiting},
 };
 use crate::Dim3;
 
@@ -34,6 +35,7 @@ pub(crate) enum LaneState {
     AtBarrier { id: BarrierId, at: Place },
     InCollective { name: &'static str, at: Place },
     AtMbarrier { address: u32, parity: u32, at: Place },
+    AtTurn { address: u64, turn: u32, at: Place },
     AtWgmma { at: Place },
     AtRegisters { need: u32, at: Place },
     Done,
@@ -94,6 +96,8 @@ pub(crate) struct Block {
     pub bulk: BulkCopies,
     pub tensor_cores: TensorCores,
     pub(super) registers: Registers,
+    /// Lanes that wait for turns.
+    pub(super) turns: Vec<Waiting>,
     /// Accesses and switches since the last progress.
     pub(super) idle: u64,
     pub(super) visits: Visits,
@@ -140,6 +144,7 @@ impl Block {
             bulk: BulkCopies::default(),
             tensor_cores: TensorCores::default(),
             registers: Registers::default(),
+            turns: Vec::new(),
             idle: 0,
             visits: Visits::default(),
             recording: None,
@@ -216,6 +221,7 @@ impl Block {
             n => (1 << n) - 1,
         }));
         self.registers.reset(self.blocks, self.block_threads);
+        self.turns.clear();
         self.mbarriers.reset();
         self.bulk.reset();
         self.tensor_cores.reset(threads);
@@ -384,6 +390,12 @@ impl Block {
                     at.line(),
                     lane / self.block_threads,
                     self.free_registers(lane / self.block_threads)
+                ),
+                LaneState::AtTurn { address, turn, at } => format!(
+                    "wait at {}:{} for {}",
+                    at.file(),
+                    at.line(),
+                    turns::describe(address, turn)
                 ),
                 LaneState::AtWgmma { at } => format!(
                     "wait at {}:{} for a wgmma product that not all of their warpgroup asked for",

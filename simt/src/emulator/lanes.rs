@@ -30,6 +30,17 @@ pub(super) type LaneYielder = Yielder<(), ()>;
 /// Payload of the unwinding that a fault starts in a lane.
 pub(super) struct FaultPayload(pub FaultKind);
 
+/// What a step of a cluster came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// A lane ran, or a load landed.
+    Went,
+    /// Every lane that has not returned waits, some of them for other blocks.
+    Waits,
+    /// The cluster has ended; its stats are there.
+    Ended,
+}
+
 /// Runs blocks (or clusters of them) one after another, keeping lanes and memory for the next.
 pub(super) struct Engine {
     lanes: Vec<Lane>,
@@ -57,8 +68,15 @@ impl Engine {
     /// Runs cluster `index` to its end.
     pub fn run_block(&mut self, run: &Run<'_>, index: u64) -> Result<Stats, Box<Fault>> {
         self.start(run, index)?;
-        while !self.step(run)? {}
-        Ok(self.block.stats)
+        let mut companion = run.together.join();
+        loop {
+            match self.step(run)? {
+                Step::Went => companion.goes_on(),
+                Step::Waits if companion.pauses() => return Err(self.deadlock()),
+                Step::Waits => {}
+                Step::Ended => return Ok(self.block.stats),
+            }
+        }
     }
 
     /// Gets ready to run cluster `index`, which [`step`](Self::step) then does. The kernel must
@@ -90,21 +108,21 @@ impl Engine {
         Ok(())
     }
 
-    /// One choice of the schedule. True when the cluster has ended; its stats are then there.
-    pub fn step(&mut self, run: &Run<'_>) -> Result<bool, Box<Fault>> {
+    /// One choice of the schedule.
+    pub fn step(&mut self, run: &Run<'_>) -> Result<Step, Box<Fault>> {
         let entered = current::Entered::new(&mut self.block);
         let stopped = run.options.stopped();
         let mut result = if stopped { Err(FaultKind::Stopped) } else { self.take_step() };
         drop(entered);
-        if let Ok(true) = result
+        if let Ok(Step::Ended) = result
             && run.options.checks.global_races
             && self.block.blocks() as u64 != run.launch.grid.count()
         {
             let block = self.index * u64::from(run.launch.cluster);
             let added = run.between.add(&self.block.global, block, run.launch.grid);
-            result = added.map(|()| true);
+            result = added.map(|()| Step::Ended);
         }
-        if let Ok(true) = result
+        if let Ok(Step::Ended) = result
             && let Some(recording) = self.block.recording.take()
         {
             run.gathered.add(*recording);
@@ -126,25 +144,35 @@ impl Engine {
         self.block.stats
     }
 
+    /// Gives up a cluster that waits for others, which do not go on either.
+    pub fn deadlock(&mut self) -> Box<Fault> {
+        let kind = self.block.deadlock();
+        // Suspended lanes stand in the middle of the kernel.
+        self.abandon();
+        self.fault(kind)
+    }
+
     fn fault(&self, kind: FaultKind) -> Box<Fault> {
         Box::new(Fault { kind, block: Some(self.first_block), seed: self.seed })
     }
 
-    fn take_step(&mut self) -> Result<bool, FaultKind> {
+    fn take_step(&mut self) -> Result<Step, FaultKind> {
+        self.block.look_at_turns();
         let loads = self.block.loads_on_their_way();
         match self.schedule.next(&self.block.ready, loads > 0) {
             Next::Warp { warp, first, backwards } => self.run_warp(warp, first, backwards)?,
             Next::Load | Next::Nothing if self.block.all_done() => {
                 self.block.finish()?;
-                return Ok(true);
+                return Ok(Step::Ended);
             }
             Next::Load => {
                 let load = self.schedule.load(loads);
                 self.block.land_load(load)?;
             }
+            Next::Nothing if !self.block.turns.is_empty() => return Ok(Step::Waits),
             Next::Nothing => return Err(self.block.deadlock()),
         }
-        Ok(false)
+        Ok(Step::Went)
     }
 
     /// Runs each ready lane of a warp until it waits.

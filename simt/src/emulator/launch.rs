@@ -9,8 +9,13 @@ use std::{
 use rayon::prelude::*;
 
 use super::{
-    Fault, FaultKind, Launch, Options, Stats, global_memory::BetweenBlocks, lanes::Engine, record,
-    recording::Gathered, schedule::Random,
+    Fault, FaultKind, Launch, Options, Stats,
+    global_memory::BetweenBlocks,
+    lanes::{Engine, Step},
+    record,
+    recording::Gathered,
+    schedule::Random,
+    together::Together,
 };
 
 thread_local! {
@@ -24,6 +29,7 @@ pub(super) struct Run<'a> {
     pub launch: Launch,
     pub options: &'a Options,
     pub between: &'a BetweenBlocks,
+    pub together: &'a Together,
     pub gathered: &'a Gathered,
     pub kernel: &'a (dyn Fn() + Sync),
 }
@@ -32,6 +38,8 @@ pub(super) struct Run<'a> {
 const RESIDENT: usize = 3;
 /// Steps of a cluster before another one's turn, at most.
 const TURN: usize = 64;
+/// Steps in a row, of clusters that chance chooses, in which none can go on: a deadlock.
+const PATIENCE: usize = 1000;
 
 /// Runs `kernel` once for every thread of the launch, with the default [`Options`].
 ///
@@ -57,8 +65,8 @@ pub fn launch_with(
     let clusters = launch.grid.count() / u64::from(launch.cluster);
     let recorder = options.recorder.as_deref();
     let (gathered, on) = (Gathered::default(), record::On::new(recorder));
-    let between = &BetweenBlocks::default();
-    let run = &Run { launch, options, between, gathered: &gathered, kernel };
+    let (between, together) = (&BetweenBlocks::default(), &Together::default());
+    let run = &Run { launch, options, between, together, gathered: &gathered, kernel };
     let result =
         if options.seed == 0 { side_by_side(run, clusters) } else { in_turn(run, clusters) };
     drop(on);
@@ -121,7 +129,7 @@ fn in_turn(run: &Run<'_>, clusters: u64) -> Result<Stats, Box<Fault>> {
         idle.push(Engine::new());
     }
     let mut running: Vec<Engine> = Vec::new();
-    let mut stats = Stats::default();
+    let (mut stats, mut waits) = (Stats::default(), 0);
     let mut all = || loop {
         while running.len() < RESIDENT
             && !waiting.is_empty()
@@ -137,10 +145,17 @@ fn in_turn(run: &Run<'_>, clusters: u64) -> Result<Stats, Box<Fault>> {
         }
         let turn = random.below(running.len());
         for _ in 0..=random.below(TURN) {
-            if running[turn].step(run)? {
-                stats += running[turn].stats();
-                idle.push(running.swap_remove(turn));
-                break;
+            let step = running[turn].step(run)?;
+            waits = if step == Step::Waits { waits + 1 } else { 0 };
+            match step {
+                Step::Went => {}
+                Step::Waits if waits > PATIENCE => return Err(running[turn].deadlock()),
+                Step::Waits => break,
+                Step::Ended => {
+                    stats += running[turn].stats();
+                    idle.push(running.swap_remove(turn));
+                    break;
+                }
             }
         }
     };

@@ -58,6 +58,9 @@ mod schedule;
 mod shadow;
 pub(crate) mod tensor_core;
 pub(crate) mod tensor_map;
+#[cfg(feature = "emulator")]
+mod together;
+pub(crate) mod turns;
 
 use std::ops::AddAssign;
 

@@ -110,6 +110,10 @@ pub enum SyncKind {
     BulkCommit,
     BulkWait,
     WgmmaWait,
+    /// Waiting for a turn.
+    TurnWait,
+    /// Passing the turn on.
+    TurnPass,
     /// Giving registers back.
     RegistersDecrease,
     /// Taking registers.

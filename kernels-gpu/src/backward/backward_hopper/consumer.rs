@@ -6,7 +6,7 @@ use simt::{
     layout::{Swizzled, TileLayout},
     matrix, mbarrier,
     shared::Shared,
-    thread, unroll, warp, warpgroup,
+    unroll, warp, warpgroup,
     wgmma::{
         Accumulator, CHUNK_COLUMNS, CHUNK_ROW_BYTES, Descriptor, Operand, TransposedProduct,
         WaitGroup,
@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     args::{BackwardArgs, Tensor},
+    backward::order::{Part, Place},
     parts::{
         columns::Columns,
         head::Head,
@@ -28,6 +29,9 @@ use crate::{
         policy::Policy,
     },
 };
+
+/// Warps of a consumer.
+const WARPS: u32 = warpgroup::THREADS / warp::LANES;
 
 /// A tile of rows of a head.
 #[derive(Clone, Copy)]
@@ -41,6 +45,7 @@ pub(super) struct At {
 #[derive(Clone, Copy)]
 pub(super) struct RowTiles<'a> {
     args: &'a BackwardArgs,
+    place: Place,
     member: u32,
     /// The next tile of that head, the first of each, and where they end.
     tile: u32,
@@ -52,15 +57,16 @@ impl<'a> RowTiles<'a> {
     /// The tiles of this block.
     #[inline(always)]
     pub fn of_block<G: Geometry>(args: &'a BackwardArgs) -> Self {
-        let head = Head::of_group(&args.forward, Head::number_of_block(), 0);
+        let place = G::place();
+        let head = Head::of_group(&args.forward, place.number(), 0);
         // SAFETY: positions read no memory.
         let policy = unsafe { Policy::new(&args.forward, head) };
-        let first_key = thread::block_idx_x() * Tiles::KEYS;
+        let first_key = place.key_tile() * Tiles::KEYS;
         let mut tiles = policy.query_tiles(first_key, first_key + Tiles::KEYS, G::TILES.rows);
         if head.keys_end_before(first_key) {
             tiles.end = tiles.start;
         }
-        Self { args, member: 0, tile: tiles.start, first: tiles.start, end: tiles.end }
+        Self { args, place, member: 0, tile: tiles.start, first: tiles.start, end: tiles.end }
     }
 
     /// The next tile.
@@ -74,7 +80,7 @@ impl<'a> RowTiles<'a> {
         if self.tile >= self.end || self.member >= Head::group() {
             return None;
         }
-        let head = Head::of_group(&self.args.forward, Head::number_of_block(), self.member);
+        let head = Head::of_group(&self.args.forward, self.place.number(), self.member);
         self.tile += 1;
         Some(At { head, tile: self.tile - 1 })
     }
@@ -83,6 +89,8 @@ impl<'a> RowTiles<'a> {
 /// A thread of a consumer warpgroup.
 pub(super) struct Consumer<'a, T, G: Geometry> {
     pub args: &'a BackwardArgs,
+    /// Which keys the block has.
+    pub place: Place,
     /// Number of its warpgroup among the consumers.
     pub own: u32,
     /// The first of this thread's two keys, counted from the block's first; the other is 8 further on.
@@ -240,7 +248,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         // SAFETY: the mask and what shapes scores are as `args` says.
         let policy = unsafe { Policy::new(&self.args.forward, at.head) };
         let i = at.tile * rows + self.column;
-        let j = thread::block_idx_x() * Tiles::KEYS + self.own_key;
+        let j = self.place.key_tile() * Tiles::KEYS + self.own_key;
 
         self.rings.d_o.wait(stage);
         let (v, d_o) =
@@ -289,7 +297,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     #[inline(always)]
     fn is_cut(&self, policy: &Policy, at: At) -> bool {
         let first_row = at.tile * const { G::TILES.rows };
-        let first_key = thread::block_idx_x() * Tiles::KEYS + self.own * CONSUMER_KEYS;
+        let first_key = self.place.key_tile() * Tiles::KEYS + self.own * CONSUMER_KEYS;
         policy.whole_keys(first_row) < first_key + CONSUMER_KEYS
             || Policy::is_left_bounded()
                 && policy.whole_from(first_row + const { G::TILES.rows - 1 }) > first_key
@@ -333,10 +341,24 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         // Neighbouring threads, neighbouring 16 bytes.
         let first = part_of::<G>(&at.head, at.tile, self.own) + warpgroup::thread_id() as u64 * 4;
         let values = dq.values();
-        unroll!(for G in 0..8 {
-            let index = first + (G as u32 * warpgroup::THREADS * 4) as u64;
-            atomic::reduce_add_x4_global(dq_acc, index, values[G]);
-        });
+        let rows = const { G::TILES.rows };
+        let own = Part {
+            first_row: at.tile * rows,
+            rows,
+            part: self.own * WARPS + warpgroup::thread_id() / warp::LANES,
+            place: self.place,
+            keys: Tiles::KEYS,
+        };
+        // SAFETY: positions read no memory; every block that has keys for these rows comes here.
+        unsafe {
+            let policy = Policy::new(&self.args.forward, at.head);
+            own.in_turn(self.args, &policy, || {
+                unroll!(for G in 0..8 {
+                    let index = first + (G as u32 * warpgroup::THREADS * 4) as u64;
+                    atomic::reduce_add_x4_global(dq_acc, index, values[G]);
+                });
+            });
+        }
     }
 
     /// Stores dK and dV.
@@ -346,8 +368,8 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     #[inline(always)]
     unsafe fn store(&self) {
         let (forward, gradients) = (&self.args.forward, &self.args.gradients);
-        let head = Head::of_group(forward, Head::number_of_block(), 0);
-        let j = thread::block_idx_x() * Tiles::KEYS + self.own_key;
+        let head = Head::of_group(forward, self.place.number(), 0);
+        let j = self.place.key_tile() * Tiles::KEYS + self.own_key;
         // SAFETY: the mask and what shapes scores are as `args` says.
         let rescale = unsafe { Policy::new(forward, head) }.rescale();
         // SAFETY: dK and dV have the shapes of K and V, and each key is one thread's.

@@ -6,6 +6,7 @@ use simt::wgmma::{
 };
 
 use super::{tile::ScoreTile, tiles::Tiles};
+use crate::backward::order::Place;
 
 /// Bytes of a chunk of K or V: 64 columns.
 const K_CHUNK: u32 = Tiles::KEYS * CHUNK_ROW_BYTES;
@@ -14,6 +15,8 @@ const K_CHUNK: u32 = Tiles::KEYS * CHUNK_ROW_BYTES;
 pub trait Geometry {
     /// The tiles of a block.
     const TILES: Tiles;
+    /// Whether the sums of dQ have an order.
+    const ORDERED: bool;
 
     /// Sᵀ and dPᵀ of a consumer, `[64, BR]`.
     type Scores: ScoreTile<Self::Weights>;
@@ -21,6 +24,13 @@ pub trait Geometry {
     type Weights: Copy + AsRef<[[u32; 4]]>;
     /// dK and dV of a consumer, `[64, D]`.
     type Gradient: GradientTile;
+
+    /// Which keys a block has.
+    #[inline(always)]
+    #[must_use]
+    fn place() -> Place {
+        Place::at(const { Self::TILES.place() }, Self::ORDERED)
+    }
 
     /// Starts `K Qᵀ` or `V dOᵀ`.
     ///
@@ -62,17 +72,18 @@ where
     }
 }
 
-/// The geometry of head dim `D`.
-pub struct Hopper<const D: u32>;
+/// The geometry of head dim `D`, with an order of the sums of dQ or without.
+pub struct Hopper<const D: u32, const ORDERED: bool>;
 
 /// Implements [`Geometry`], whose arrays have lengths that no generic code can compute.
 macro_rules! geometry {
     ($d:literal) => {
-        impl Geometry for Hopper<$d> {
+        impl<const ORDERED: bool> Geometry for Hopper<$d, ORDERED> {
             const TILES: Tiles = Tiles::of($d);
+            const ORDERED: bool = ORDERED;
 
-            type Scores = Accumulator<{ Self::TILES.rows as usize / 8 }>;
-            type Weights = Fragments<{ Self::TILES.rows as usize / 16 }>;
+            type Scores = Accumulator<{ Tiles::of($d).rows as usize / 8 }>;
+            type Weights = Fragments<{ Tiles::of($d).rows as usize / 16 }>;
             type Gradient = Accumulator<{ $d / 8 }>;
 
             #[inline(always)]

@@ -2,7 +2,7 @@
 
 use simt::{
     mbarrier::Mbarrier,
-    thread, tma,
+    tma,
     wgmma::{CHUNK_COLUMNS, CHUNK_ROW_BYTES},
 };
 
@@ -35,7 +35,7 @@ pub(super) unsafe fn produce<G: Geometry>(
     };
     let mut work = RowTiles::of_block::<G>(args);
     let Some(mut at) = work.next() else { return };
-    let first_key = thread::block_idx_x() * Tiles::KEYS;
+    let first_key = G::place().key_tile() * Tiles::KEYS;
     let keys = MapRows::keys(&at.head);
     rings.k.arrive_expect_tx(tiles.k_bytes());
     copy(keys, smem, maps.address::<1>(), Tiles::KEYS, first_key, rings.k);

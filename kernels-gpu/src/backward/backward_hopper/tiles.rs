@@ -6,7 +6,10 @@ use simt::{
     wgmma::{CHUNK_COLUMNS, CHUNK_ROW_BYTES},
 };
 
-use crate::parts::pipeline::{Ring, Stages};
+use crate::{
+    backward::order,
+    parts::pipeline::{Ring, Stages},
+};
 
 /// Consumer warpgroups.
 pub const CONSUMERS: u32 = 2;
@@ -98,10 +101,15 @@ impl Tiles {
         self.delta() + STAGES * self.row_bytes()
     }
 
+    /// Where the block's place is kept.
+    pub(super) const fn place(&self) -> u32 {
+        self.barriers() + Self::BARRIERS * Mbarrier::BYTES
+    }
+
     /// Dynamic shared memory of a block in bytes.
     #[must_use]
     pub const fn shared_bytes(&self) -> u32 {
-        self.barriers() + Self::BARRIERS * Mbarrier::BYTES
+        self.place() + order::PLACE_BYTES
     }
 
     /// Bytes from the chunk of K that consumer 0 multiplies for dQ to that of consumer 1: they share
