@@ -443,7 +443,7 @@ pub struct Row {
     pub speedup: Option<f64>,
     /// Share of `naive`'s peak memory that this kernel saves; negative if it needs more.
     pub memory_saved: Option<f64>,
-    /// Median time of `standard` divided by this kernel's.
+    /// Median time of `standard` (for gradients `backward_standard`) divided by this kernel's.
     pub speedup_standard: Option<f64>,
     /// Share of `standard`'s peak memory that this kernel saves.
     pub memory_saved_standard: Option<f64>,

@@ -3,6 +3,7 @@
 //! | rung | the idea it adds |
 //! |---|---|
 //! | [`backward_naive`] | the formulas; P and dS in memory |
+//! | [`backward_standard`] | the same products on the best GEMMs (sm_80): the fair baseline |
 //! | [`backward_tiled`] | P computed again from the LSE, a tile at a time; no N x N matrix |
 //! | [`backward_mma`] | all five products on the tensor cores, each computed once (sm_80) |
 //! | [`backward_hopper`] | transposed scores, copies and products at the same time (sm_90a) |
@@ -29,6 +30,7 @@
 pub mod backward_hopper;
 pub mod backward_mma;
 pub mod backward_naive;
+pub mod backward_standard;
 pub mod backward_tiled;
 pub mod bias;
 pub mod convert;

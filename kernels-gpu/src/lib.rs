@@ -44,8 +44,8 @@ pub static PTX: &[u8] = include_bytes!("../ptx/modules.ptx.zst");
 #[cfg(not(target_arch = "nvptx64"))]
 use {
     backward::{
-        backward_hopper, backward_mma, backward_naive, backward_tiled, bias, convert, prepare,
-        sinks,
+        backward_hopper, backward_mma, backward_naive, backward_standard, backward_tiled, bias,
+        convert, prepare, sinks,
     },
     decode::{decode_append, decode_combine, decode_split},
     forward::{
@@ -81,6 +81,14 @@ const TABLES: &[entry::Instances] = &[
     backward_naive::SCORES,
     backward_naive::QUERIES,
     backward_naive::KEYS,
+    backward_standard::SCORES,
+    backward_standard::QUERIES,
+    backward_standard::KEYS,
+    backward_standard::VALUES,
+    backward_standard::TILED_SCORES,
+    backward_standard::TILED_QUERIES,
+    backward_standard::TILED_KEYS,
+    backward_standard::TILED_VALUES,
     backward_tiled::KEYS,
     backward_tiled::QUERIES,
     backward_mma::ENTRIES,

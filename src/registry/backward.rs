@@ -4,8 +4,8 @@
 use kernels_gpu::{
     args,
     backward::{
-        self, backward_hopper, backward_mma, backward_naive, backward_tiled, bias, convert, order,
-        prepare, sinks,
+        self, backward_hopper, backward_mma, backward_naive, backward_standard, backward_tiled,
+        bias, convert, order, prepare, sinks,
     },
     entry::Instances,
 };
@@ -258,7 +258,7 @@ fn backward_args(call: &Call<'_, Backward>) -> args::BackwardArgs {
 
 /// Every kernel of the backward pass, the slowest first.
 pub static BACKWARD_KERNELS: &[BackwardSpec] =
-    &[BACKWARD_NAIVE, BACKWARD_TILED, BACKWARD_MMA, BACKWARD_HOPPER];
+    &[BACKWARD_NAIVE, BACKWARD_STANDARD, BACKWARD_TILED, BACKWARD_MMA, BACKWARD_HOPPER];
 
 const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
     name: "backward_naive",
@@ -285,14 +285,79 @@ const BACKWARD_NAIVE: BackwardSpec = BackwardSpec {
             grid: grid(tiles(p.seq_k() * columns, threads), kv_heads(p)),
             ..step(b, backward_naive::KEYS)?
         };
-        let matrices =
-            [kept_weights(p), Section::new(Usage::DScores, p.weights_bytes())].into_iter();
-        Ok(Draft {
-            sections: matrices.chain(row_sections(b)).collect(),
-            steps: steps(b, [scores, queries, keys])?,
-        })
+        Ok(Draft { sections: matrix_sections(b), steps: steps(b, [scores, queries, keys])? })
     },
 };
+
+const BACKWARD_STANDARD: BackwardSpec = BackwardSpec {
+    name: "backward_standard",
+    summary: "five products on tensor cores, P and dS in memory, transposed as they are read",
+    idea: "the same products, done well: the fair baseline",
+    dtypes: &DType::ALL,
+    capability: (8, 0),
+    exact_capability: false,
+    limits: AttentionLimits {
+        head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
+        features: ALL_FEATURES,
+        sizes: |dtype, _| {
+            let is_scalar = dtype == DType::F32;
+            let rows =
+                if is_scalar { backward_standard::TILED_TILE } else { backward_standard::MMA_TILE };
+            let of_scores = if is_scalar { rows } else { backward_standard::SCORES_KEYS };
+            Sizes { rows: vec![rows], keys: vec![rows, of_scores] }
+        },
+    },
+    draft: |b, _| {
+        let steps = steps(b, standard_products(b)?)?;
+        Ok(Draft { sections: matrix_sections(b), steps })
+    },
+};
+
+/// The products of `backward_standard`, S and dP together: tensor cores for 16-bit types, scalar tiles for
+/// f32.
+fn standard_products(b: &Backward) -> Result<[Step<Backward>; 4], String> {
+    use backward_standard::{
+        KEYS, MMA_TILE, QUERIES, SCORES, SCORES_KEYS, SCORES_SHARED_BYTES, TILED_KEYS,
+        TILED_QUERIES, TILED_SCORES, TILED_TILE, TILED_VALUES, VALUES, output_columns,
+        output_shared_bytes,
+    };
+
+    let p = &b.problem;
+    let is_scalar = p.dtype() == DType::F32;
+    let tile = if is_scalar { TILED_TILE } else { MMA_TILE };
+    let [rows, keys] = [p.seq_q(), p.seq_k()].map(|n| tiles(n, tile));
+    let (of_scores, shared_bytes, scores) = match is_scalar {
+        true => (TILED_TILE, 0, TILED_SCORES),
+        false => (SCORES_KEYS, SCORES_SHARED_BYTES, SCORES),
+    };
+    let blocks = rows.saturating_mul(tiles(p.seq_k(), of_scores));
+    let scores = Step { grid: grid(blocks, heads(p)), shared_bytes, ..step(b, scores)? };
+    // A gradient of `d` columns: its tiles along the sequence, its heads, its two kernels.
+    let product = |d: usize, along: u32, heads: u32, scalar: Instances, mma: Instances| {
+        let columns = if is_scalar { TILED_TILE } else { output_columns(d as u32) };
+        let (entries, size, shared_bytes) = match is_scalar {
+            true => (scalar, 0, 0),
+            false => (mma, columns as usize, output_shared_bytes(columns)),
+        };
+        let grid = grid(along.saturating_mul(tiles(d, columns)), heads);
+        let step = Step::new(entries, p.dtype(), size, args)?;
+        Ok::<_, String>(Step { grid, shared_bytes, constants: constants(p), ..step })
+    };
+    let (d, d_v) = (p.head_dim(), p.head_dim_v());
+    Ok([
+        scores,
+        product(d, rows, heads(p), TILED_QUERIES, QUERIES)?,
+        product(d, keys, kv_heads(p), TILED_KEYS, KEYS)?,
+        product(d_v, keys, kv_heads(p), TILED_VALUES, VALUES)?,
+    ])
+}
+
+/// Sections of the rungs that keep P and dS.
+fn matrix_sections(b: &Backward) -> Vec<Section> {
+    let p = &b.problem;
+    let matrices = [kept_weights(p), Section::new(Usage::DScores, p.weights_bytes())];
+    matrices.into_iter().chain(row_sections(b)).collect()
+}
 
 const BACKWARD_TILED: BackwardSpec = BackwardSpec {
     name: "backward_tiled",

@@ -11,6 +11,8 @@
 //! Operands are [`Matrix`] views with a stride, so that a head is read from and written to
 //! `[B, N, H, D]` or `[B, H, N, D]` where it stands: no transpose is launched.
 
+use core::ops::Range;
+
 use simt::{
     global::{Global, GlobalMut},
     layout::{Swizzled, TileLayout},
@@ -63,6 +65,15 @@ impl<T: Memory> Matrix<T> {
     pub const fn is_aligned(&self) -> bool {
         let row_bytes = (self.stride | self.columns as u64) * T::BYTES as u64;
         (self.view.address_of(self.origin) | row_bytes) % VECTOR_BYTES == 0
+    }
+
+    /// Some of its rows and columns.
+    #[inline(always)]
+    #[must_use]
+    pub fn part(self, rows: Range<u32>, columns: Range<u32>) -> Self {
+        let origin = self.index(rows.start, columns.start);
+        let (rows, columns) = (rows.end - rows.start, columns.end - columns.start);
+        Self { origin, rows, columns, ..self }
     }
 
     /// Index of an element in the view.
@@ -243,10 +254,10 @@ pub trait Storage: Major {
     );
 
     /// Where this lane's address points for the first fragment of A at line `line` of a tile, a
-    /// multiple of 64 (of 16 where lines are rows).
+    /// multiple of the lines of a warp, which are a power of two; of 16 where lines are rows.
     fn a_origin<const LINES: usize>(line: u32) -> u32;
 
-    /// As [`a_origin`](Self::a_origin), for B.
+    /// As [`a_origin`](Self::a_origin), for B; `line` is a multiple of 64 (of 16 where lines are rows).
     fn b_origin<const LINES: usize>(line: u32) -> u32;
 
     /// A fragment of A, or those of two products side by side of B: `lines` and `terms` (constant
@@ -322,11 +333,12 @@ impl Storage for MnMajor {
     }
     #[inline(always)]
     fn a_origin<const LINES: usize>(line: u32) -> u32 {
-        // Whole spans of a swizzled row to the right the exchange is the same.
-        fragment::b_origin::<Swizzled<LINES>>(0) + line
+        // The lines of its fragments set other bits than `line`, so that the exchange is by both.
+        Swizzled::<LINES>::right(fragment::b_origin::<Swizzled<LINES>>(0), line)
     }
     #[inline(always)]
     fn b_origin<const LINES: usize>(line: u32) -> u32 {
+        // Whole spans of a swizzled row to the right the exchange is the same.
         fragment::a_origin::<Swizzled<LINES>>(0) + line
     }
     #[inline(always)]

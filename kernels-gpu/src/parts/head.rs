@@ -260,9 +260,20 @@ impl Head {
     #[inline(always)]
     #[must_use]
     pub unsafe fn weight_matrix<T: Memory>(&self, args: &AttentionArgs) -> Matrix<T> {
-        let (first, stride) = (self.weight(0, 0), self.weights[1] as u64);
         // SAFETY: `weights` is `[B, H, Nq, Nk]`.
-        unsafe { Matrix::new(&args.scratch.weights, first, stride, self.seq_q, self.seq_k) }
+        unsafe { self.score_matrix(&args.scratch.weights) }
+    }
+
+    /// What has an element for each row and key, as a matrix `[Nq, Nk]`.
+    ///
+    /// # Safety
+    /// The buffer must be `[B, H, Nq, Nk]`.
+    #[inline(always)]
+    #[must_use]
+    pub unsafe fn score_matrix<T: Memory>(&self, buffer: &Buffer) -> Matrix<T> {
+        let (first, stride) = (self.weight(0, 0), self.weights[1] as u64);
+        // SAFETY: the buffer is `[B, H, Nq, Nk]`.
+        unsafe { Matrix::new(buffer, first, stride, self.seq_q, self.seq_k) }
     }
 
     /// Index of key 0 of the padding mask, `[B, Nk]`. Opaque: computed where it is asked for.

@@ -31,7 +31,7 @@ use simt::{
     thread, unroll, warp,
 };
 
-use super::{Epilogue, Matrix, Product, Storage};
+use super::{Epilogue, Matrix, MatrixMut, Product, Storage};
 use crate::parts::{fragment, online::transpose_quad, tile};
 
 /// Rows of C that a block computes.
@@ -84,6 +84,36 @@ pub fn load<T: Scalar, L: TileLayout, const COLUMNS: usize, const ROWS: usize>(
     }
 }
 
+/// The sums of a warp, `[M_TILES][N_TILES]` products of 16 x 8.
+pub type Sums<const M_TILES: usize, const N_TILES: usize> = [[[f32; 4]; N_TILES]; M_TILES];
+
+/// Rows and columns of C at which this thread's warp begins.
+#[inline(always)]
+fn place_of_warp<const BN: usize, const M_TILES: usize, const N_TILES: usize>() -> (u32, u32) {
+    let side_by_side = const {
+        let side_by_side = BN as u32 / (8 * N_TILES as u32);
+        assert!(side_by_side * 8 * N_TILES as u32 == BN as u32, "columns are divided evenly");
+        assert!(WARPS / side_by_side * 16 * M_TILES as u32 == BM, "every row has its warp");
+        assert!(M_TILES <= 4 && N_TILES <= 16 && N_TILES % 4 == 0, "as the loops are written");
+        side_by_side
+    };
+    let warp = warp::warp_id();
+    (
+        warp / side_by_side * const { 16 * M_TILES as u32 },
+        warp % side_by_side * const { 8 * N_TILES as u32 },
+    )
+}
+
+/// This lane's first row and column of C in a tile: it has this row and the one 8 below of every 16
+/// rows of its warp's, this column and the next of every 8 columns.
+#[inline(always)]
+#[must_use]
+pub fn place<const BN: usize, const M_TILES: usize, const N_TILES: usize>() -> (u32, u32) {
+    let (warp_row, warp_column) = place_of_warp::<BN, M_TILES, N_TILES>();
+    let (g, column) = fragment::row_and_column();
+    (warp_row + g, warp_column + column)
+}
+
 /// Computes the tile of BM x BN elements of C from `first_row` and `first_column` on.
 ///
 /// # Thread mapping
@@ -110,24 +140,48 @@ pub unsafe fn tile<
     first_row: u32,
     first_column: u32,
 ) {
-    let warp_columns = const { 8 * N_TILES as u32 };
-    let warp_rows = const { 16 * M_TILES as u32 };
-    let warps_side_by_side = const {
-        let side_by_side = BN as u32 / (8 * N_TILES as u32);
-        assert!(side_by_side * 8 * N_TILES as u32 == BN as u32, "columns are divided evenly");
-        assert!(WARPS / side_by_side * 16 * M_TILES as u32 == BM, "every row has its warp");
-        assert!(side_by_side == 1 || N_TILES % 8 == 0, "a warp begins at a whole span");
-        assert!(!A::IS_MN || M_TILES % 4 == 0, "a warp begins at a whole span of rows");
-        assert!(BM * BN as u32 * 2 <= shared_bytes(BN as u32), "C fits where the stages were");
-        assert!(M_TILES <= 4 && N_TILES <= 16 && N_TILES % 4 == 0, "as the loops are written");
-        side_by_side
-    };
+    let mut acc: Sums<M_TILES, N_TILES> = [[[0.0; 4]; N_TILES]; M_TILES];
+    let Product { a, b, c, depth, epilogue } = product;
+    let (operands, first) = ((a, b, *depth), (first_row, first_column));
+    // SAFETY: the launch gives the threads and the shared memory stated above.
+    unsafe {
+        accumulate::<T, C, A, B, BN, M_TILES, N_TILES>(&mut acc, operands, first);
+        store::<T, C, E, BN, M_TILES, N_TILES>(c, epilogue, &acc, first);
+    }
+}
+
+/// Adds the product of A and B, over the first `depth` terms, to the sums of the tile from row
+/// and column `first` on. Between two calls the block has a barrier: the stages of the first may still
+/// be read.
+///
+/// # Thread mapping, shared memory
+/// As for [`tile`].
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+pub unsafe fn accumulate<
+    T: Scalar,
+    C: TensorCore<T>,
+    A: Storage,
+    B: Storage,
+    const BN: usize,
+    const M_TILES: usize,
+    const N_TILES: usize,
+>(
+    acc: &mut Sums<M_TILES, N_TILES>,
+    (a, b, depth): (&Matrix<T>, &Matrix<T>, u32),
+    (first_row, first_column): (u32, u32),
+) {
+    const {
+        let whole = BN as u32 == 8 * N_TILES as u32 || N_TILES % 8 == 0;
+        assert!(!B::IS_MN || whole, "a warp begins at a whole span");
+        assert!(!A::IS_MN || M_TILES.is_power_of_two(), "a warp begins at a power of two of rows");
+    }
     let (a_len, b_len) = const { (BM * DEPTH, BN as u32 * DEPTH) };
 
     // Who am I.
-    let warp = warp::warp_id();
-    let warp_row = warp / warps_side_by_side * warp_rows;
-    let warp_column = warp % warps_side_by_side * warp_columns;
+    let (warp_row, warp_column) = place_of_warp::<BN, M_TILES, N_TILES>();
     let a_origin = A::a_origin::<{ BM as usize }>(warp_row);
     let b_origin = B::b_origin::<BN>(warp_column);
     // SAFETY: the launch gives the shared memory.
@@ -138,14 +192,14 @@ pub unsafe fn tile<
         )
     };
 
-    let num_slices = product.depth.div_ceil(DEPTH);
+    let num_slices = depth.div_ceil(DEPTH);
     let load_slice = |slice: u32, stage: u32| {
         if slice < num_slices {
             let term = slice * DEPTH;
             let a_smem = a_stages.slice(stage * a_len, a_len);
-            A::load::<T, { BM as usize }>(&product.a, first_row, term, a_smem);
+            A::load::<T, { BM as usize }>(a, first_row, term, a_smem);
             let b_smem = b_stages.slice(stage * b_len, b_len);
-            B::load::<T, BN>(&product.b, first_column, term, b_smem);
+            B::load::<T, BN>(b, first_column, term, b_smem);
         }
         // An empty group too: slices and groups are counted alike.
         async_copy::commit();
@@ -154,7 +208,6 @@ pub unsafe fn tile<
         load_slice(slice, slice);
     }
 
-    let mut acc = [[[0.0f32; 4]; N_TILES]; M_TILES];
     let (mut stage, mut free_stage) = (0, STAGES - 1);
     for slice in 0..num_slices {
         // Hazard: this thread's copies of the slice may not have landed.
@@ -190,12 +243,39 @@ pub unsafe fn tile<
         free_stage = stage;
         stage = if stage == STAGES - 1 { 0 } else { stage + 1 };
     }
+}
 
-    let aligned = product.c.place.is_aligned();
+/// Writes the sums of the tile from row and column `first` on, as the epilogue makes them.
+///
+/// # Thread mapping, shared memory
+/// As for [`tile`]: C takes the place of the stages where it is not aligned.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+pub unsafe fn store<
+    T: Scalar,
+    C: TensorCore<T>,
+    E: Epilogue,
+    const BN: usize,
+    const M_TILES: usize,
+    const N_TILES: usize,
+>(
+    c: &MatrixMut<T>,
+    epilogue: &E,
+    acc: &Sums<M_TILES, N_TILES>,
+    (first_row, first_column): (u32, u32),
+) {
+    const {
+        assert!(BM * BN as u32 * 2 <= shared_bytes(BN as u32), "C fits where the stages were");
+    }
+    let (warp_row, warp_column) = place_of_warp::<BN, M_TILES, N_TILES>();
+    let aligned = c.place.is_aligned();
     // SAFETY: the launch gives the stages, and C is no larger.
     let c_smem = unsafe { Shared::<T>::dynamic(0, BM * BN as u32) };
     if !aligned {
-        // Hazard: other warps may still read the stages that C is put in place of.
+        // Hazard: other warps may still read the stages, or what was stored before, that C is put in
+        // place of.
         thread::sync_threads();
     }
     let (g, column) = fragment::row_and_column();
@@ -205,7 +285,7 @@ pub unsafe fn tile<
             let mut of_column = [[0.0; 2]; 4];
             unroll!(for TILE in 0..4 {
                 let at = first_column + quad + 8 * TILE as u32 + column;
-                of_column[TILE] = [product.epilogue.column(at), product.epilogue.column(at + 1)];
+                of_column[TILE] = [epilogue.column(at), epilogue.column(at + 1)];
             });
             unroll!(for M in 0..4 {
                 if M < M_TILES {
@@ -213,8 +293,8 @@ pub unsafe fn tile<
                         let pack = |tile: usize| {
                             let sums = acc[M][4 * Q + tile];
                             C::pack(
-                                product.epilogue.apply(sums[2 * HALF], of_column[tile][0]),
-                                product.epilogue.apply(sums[2 * HALF + 1], of_column[tile][1]),
+                                epilogue.apply(sums[2 * HALF], of_column[tile][0]),
+                                epilogue.apply(sums[2 * HALF + 1], of_column[tile][1]),
                             )
                         };
                         // Eight columns to each of the row's four lanes.
@@ -222,11 +302,7 @@ pub unsafe fn tile<
                         let row = warp_row + (16 * M as u32 + 8 * HALF as u32) + g;
                         let column = quad + 4 * column;
                         if aligned {
-                            product.c.write_chunk_if_inside(
-                                first_row + row,
-                                first_column + column,
-                                chunk,
-                            );
+                            c.write_chunk_if_inside(first_row + row, first_column + column, chunk);
                         } else {
                             c_smem.write_as(Swizzled::<BN>::index(row, column), chunk);
                         }
@@ -242,7 +318,7 @@ pub unsafe fn tile<
         for element in (thread::thread_idx_x()..BM * BN as u32).step_by(THREADS as usize) {
             let (row, column) = (element / BN as u32, element % BN as u32);
             let value = c_smem.read(element_index::<Swizzled<BN>>(row, column));
-            product.c.write_if_inside(first_row + row, first_column + column, value);
+            c.write_if_inside(first_row + row, first_column + column, value);
         }
     }
 }

@@ -11,7 +11,7 @@
 
 use simt::{math, memory::Memory, scalar::Scalar, shared::Shared, shared_array, thread, unroll};
 
-use super::{Epilogue, Product, Storage};
+use super::{Epilogue, Matrix, MatrixMut, Product, Storage};
 
 /// Rows and columns of C that a block computes.
 pub const TILE: u32 = 64;
@@ -31,6 +31,17 @@ const PITCH: u32 = TILE + 4;
 const _: () = assert!(SIDE * SIDE == THREADS, "every piece has its thread");
 const _: () = assert!(DEPTH * TILE % THREADS == 0, "every load has its thread");
 
+/// The sums of a thread.
+pub type Sums = [[f32; PIECE]; PIECE];
+
+/// This thread's first row and column in a tile.
+#[inline(always)]
+#[must_use]
+pub fn place() -> (u32, u32) {
+    let tid = thread::thread_idx_x();
+    (tid / SIDE * PIECE as u32, tid % SIDE * PIECE as u32)
+}
+
 /// Computes the tile of TILE x TILE elements of C from `first_row` and `first_column` on.
 ///
 /// # Thread mapping
@@ -44,32 +55,49 @@ pub fn tile<T: Scalar, A: Storage, B: Storage, E: Epilogue>(
     first_row: u32,
     first_column: u32,
 ) {
+    let mut acc = [[0.0f32; PIECE]; PIECE];
+    let Product { a, b, c, depth, epilogue } = product;
+    let first = (first_row, first_column);
+    accumulate::<T, A, B>(&mut acc, (a, b, *depth), first);
+    store(c, epilogue, &acc, first);
+}
+
+/// Adds the product of A and B, over the first `depth` terms, to the sums of the tile from row and
+/// column `first` on.
+///
+/// # Thread mapping, shared memory
+/// As for [`tile`].
+#[inline(always)]
+pub fn accumulate<T: Scalar, A: Storage, B: Storage>(
+    acc: &mut Sums,
+    (a_matrix, b_matrix, depth): (&Matrix<T>, &Matrix<T>, u32),
+    (first_row, first_column): (u32, u32),
+) {
     // Who am I.
     let tid = thread::thread_idx_x();
-    let (ty, tx) = (tid / SIDE, tid % SIDE);
+    let (row, column) = place();
     let a_smem = shared_array!(f32; (DEPTH * PITCH) as usize);
     let b_smem = shared_array!(f32; (DEPTH * PITCH) as usize);
 
-    let mut acc = [[0.0f32; PIECE]; PIECE];
-    for slice in 0..product.depth.div_ceil(DEPTH) {
+    for slice in 0..depth.div_ceil(DEPTH) {
         let first_term = slice * DEPTH;
         // Hazard: the slice before may still be read while this one is written.
         thread::sync_threads();
         for element in (tid..DEPTH * TILE).step_by(THREADS as usize) {
             let (line, term) = A::share(element, TILE, DEPTH);
-            let (row, column) = A::place(first_row + line, first_term + term);
-            a_smem.write(term * PITCH + line, product.a.read_or_zero(row, column).to_f32());
+            let place = A::place(first_row + line, first_term + term);
+            a_smem.write(term * PITCH + line, a_matrix.read_or_zero(place.0, place.1).to_f32());
             let (line, term) = B::share(element, TILE, DEPTH);
-            let (row, column) = B::place(first_column + line, first_term + term);
-            b_smem.write(term * PITCH + line, product.b.read_or_zero(row, column).to_f32());
+            let place = B::place(first_column + line, first_term + term);
+            b_smem.write(term * PITCH + line, b_matrix.read_or_zero(place.0, place.1).to_f32());
         }
         // Hazard: the slices are read by threads that did not write them.
         thread::sync_threads();
 
         // acc += A B
         for term in 0..DEPTH {
-            let a = read_vector(a_smem, term * PITCH + ty * PIECE as u32);
-            let b = read_vector(b_smem, term * PITCH + tx * PIECE as u32);
+            let a = read_vector(a_smem, term * PITCH + row);
+            let b = read_vector(b_smem, term * PITCH + column);
             unroll!(for R in 0..4 {
                 unroll!(for C in 0..4 {
                     acc[R][C] = math::fma(a[R], b[C], acc[R][C]);
@@ -77,14 +105,27 @@ pub fn tile<T: Scalar, A: Storage, B: Storage, E: Epilogue>(
             });
         }
     }
+}
 
+/// Writes the sums of the tile from row and column `first` on, as the epilogue makes them.
+///
+/// # Thread mapping
+/// As for [`tile`].
+#[inline(always)]
+pub fn store<T: Scalar, E: Epilogue>(
+    c: &MatrixMut<T>,
+    epilogue: &E,
+    acc: &Sums,
+    (first_row, first_column): (u32, u32),
+) {
+    let (row, column) = place();
     unroll!(for C in 0..4 {
-        let column = first_column + tx * PIECE as u32 + C as u32;
-        let of_column = product.epilogue.column(column);
+        let column = first_column + column + C as u32;
+        let of_column = epilogue.column(column);
         unroll!(for R in 0..4 {
-            let row = first_row + ty * PIECE as u32 + R as u32;
-            let value = product.epilogue.apply(acc[R][C], of_column);
-            product.c.write_if_inside(row, column, T::from_f32(value));
+            let row = first_row + row + R as u32;
+            let value = epilogue.apply(acc[R][C], of_column);
+            c.write_if_inside(row, column, T::from_f32(value));
         });
     });
 }
