@@ -111,7 +111,7 @@ impl Tensor {
     }
 }
 
-/// What a kernel that copies through TMA is given: `N` tensor maps and its other arguments.
+/// The parameter of a kernel that copies through TMA: `N` tensor maps and its other arguments.
 ///
 /// The maps are part of the parameter, so that a launch with other pointers copies nothing to
 /// the device first, and a captured launch carries its own. They come first: the address of

@@ -4,12 +4,12 @@
 //! |---|---|
 //! | [`backward_naive`] | the formulas; P and dS in memory |
 //! | [`backward_standard`] | the same products on the best GEMMs (sm_80): the fair baseline |
-//! | [`backward_tiled`] | P computed again from the LSE, a tile at a time; no N x N matrix |
+//! | [`backward_tiled`] | P computed again from the LSE, one tile at a time; no N x N matrix |
 //! | [`backward_mma`] | all five products on the tensor cores, each computed once (sm_80) |
 //! | [`backward_hopper`] | transposed scores, copies and products at the same time (sm_90a) |
 //!
-//! [`prepare`] is the first step of every rung, [`convert`] the last of those that sum dQ in memory. [`bias`]
-//! and [`sinks`] are steps of calls that ask for these gradients. [`order`] is for calls that want the same bits
+//! [`prepare`] is the first step of every rung, [`convert`] the last step of the rungs that sum dQ in memory.
+//! [`bias`] and [`sinks`] are steps of calls that ask for these gradients. [`order`] is for calls that want the same bits
 //! each time.
 //!
 //! With `P = exp(S - LSE)`, the weights before dropout, and `Z` what dropout multiplies them by (0 or

@@ -1,10 +1,11 @@
-//! What a launch of an attention kernel fixes before the driver compiles its entry.
+//! The numbers that a launch of an attention kernel fixes before the driver compiles its entry.
 //!
 //! [`Policy`](crate::parts::policy::Policy) reads these, and [`Head`](crate::parts::head::Head) the
-//! group and `varlen`: a kernel asks them. What is off costs nothing, neither an instruction nor a register.
+//! group and `varlen`: a kernel asks them. A feature that is off costs neither an instruction nor a
+//! register.
 
 simt::specialisation_constants! {
-    /// What a launch asks for beyond plain attention.
+    /// The features of a launch beyond plain attention.
     pub struct Constants {
         /// Row `i` sees keys `j <= i + Nk - Nq` if 1, and `args.keys.right` more if 2. 0: every key.
         causal,
@@ -27,7 +28,7 @@ simt::specialisation_constants! {
         /// 1: batch entries are sequences of lengths of their own, packed one after the other.
         varlen,
         /// Columns of Q and K, a multiple of 8, if fewer than the D that the entry is made for. The
-        /// tensors then have so many where a kernel says D.
+        /// tensors then have this number of columns where a kernel says D.
         head_dim,
         /// Columns of V and O, likewise.
         head_dim_v,
@@ -40,7 +41,7 @@ simt::specialisation_constants! {
 
 #[cfg(not(target_arch = "nvptx64"))]
 impl core::fmt::Display for Constants {
-    /// What is on, `full` if nothing.
+    /// The features that are on; `full` if none is.
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         let mut separator = "";
         for (name, value) in self.iter().filter(|&(_, value)| value != 0) {

@@ -1,6 +1,6 @@
 //! Decoding: a few queries against a long cache of keys and values.
 //!
-//! | file | what it holds |
+//! | file | contents |
 //! |---|---|
 //! | [`decode_split`] | attention of a part of the keys (sm_80) |
 //! | [`decode_combine`] | the parts of a row become one |

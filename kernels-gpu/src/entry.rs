@@ -16,7 +16,7 @@ pub struct Entry {
     pub size: usize,
     /// PTX module that holds it, which is the least architecture that can run it.
     pub module: &'static str,
-    /// Threads of a block: its launch bound, and what it must be launched with.
+    /// Threads of a block: its launch bound. A launch must have as many.
     pub threads: u32,
     /// Blocks that must fit on a multiprocessor at once; bounds the registers. 0: no bound.
     pub min_blocks: u32,

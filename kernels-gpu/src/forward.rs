@@ -7,8 +7,8 @@
 //! | [`flash_tiled`] | tiles in shared memory, online softmax, no N x N matrix |
 //! | [`flash_mma`] | both products on the tensor cores, weights stay in registers |
 //! | [`flash_swizzled`] | tiles without bank conflicts and without padding |
-//! | [`flash_async`] | the next tile arrives while this one is computed with |
-//! | [`flash_pipelined`] | copies ahead, two fragments a warp, nothing done that need not be (sm_80) |
+//! | [`flash_async`] | the next tile arrives during the arithmetic on this one |
+//! | [`flash_pipelined`] | copies ahead, two fragments per warp, no wasted work (sm_80) |
 //! | [`flash_tf32`] | f32 on the tensor cores: each product is three of tf32 (sm_80) |
 //! | [`flash_hopper`] | copies, products and softmax at the same time (sm_90a) |
 //!

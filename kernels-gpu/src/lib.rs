@@ -1,6 +1,6 @@
 //! Attention kernels, one file a rung.
 //!
-//! | folder | what it holds |
+//! | folder | contents |
 //! |---|---|
 //! | [`forward`] | the ladder of attention, from naive to Hopper: start here |
 //! | [`backward`] | the ladder of attention's gradients |
@@ -8,7 +8,7 @@
 //! | [`linear`] | the ladder of projections |
 //! | [`merge`] | parts of attention and of gradients become one |
 //! | [`parts`] | what several rungs share |
-//! | [`args`] | what a kernel is given |
+//! | [`args`] | the arguments of kernels |
 //!
 //! [`entry`] says how a generic kernel becomes entries, [`constants`] what a launch fixes before
 //! its entry is compiled. [`probe`] is there for tests.

@@ -71,7 +71,7 @@ pub trait LinearProduct: 'static {
 /// A whole buffer as a matrix.
 ///
 /// # Safety
-/// The buffer must hold so many rows and columns.
+/// The buffer must hold `rows` rows of `columns` elements.
 #[inline(always)]
 unsafe fn contiguous<T: Scalar>(buffer: &Buffer, (rows, columns): (u32, u32)) -> Matrix<T> {
     // SAFETY: the buffer holds the rows, one after the other, as stated above.

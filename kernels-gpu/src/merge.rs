@@ -52,10 +52,10 @@ pub const OUT: u32 = 8;
 /// As [`MergeArgs`] says. D is a multiple of 8.
 ///
 /// # Thread mapping
-/// Eight neighbouring threads a row, [`ROWS`] rows a block, along `x`.
+/// Eight neighbouring threads per row, [`ROWS`] rows per block, along `x`.
 ///
 /// # Safety
-/// The buffers of `args` must have these shapes, those that its flags ask for, with addresses and
+/// The buffers of `args` must have these shapes, as far as its flags ask for them, with addresses and
 /// strides that are multiples of 16 bytes. Nobody else may write the sum and the result.
 #[inline(always)]
 pub unsafe fn merge<T: Chunk>(args: &MergeArgs) {
@@ -89,7 +89,7 @@ pub unsafe fn merge<T: Chunk>(args: &MergeArgs) {
     // How much of the sum and of the part there is in the result.
     let (mut of_sum, mut of_part, mut lse) = (1.0, 1.0, f32::NEG_INFINITY);
     if has(WEIGHTED) {
-        // Past the last row there is nothing to read: that row's LSE is written by another warp.
+        // Past the last row: another warp writes that row's LSE.
         let of = |flag: u32, lse: Global<f32>, at: u64| {
             if has(flag) && is_row { lse.read(at) } else { f32::NEG_INFINITY }
         };

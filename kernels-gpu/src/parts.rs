@@ -1,6 +1,6 @@
-//! What several rungs share.
+//! The parts that several rungs share.
 //!
-//! | what a block works on | |
+//! | the work of a block | |
 //! |---|---|
 //! | [`head`] | which head of which sequence, and where its rows lie |
 //! | [`policy`] | which keys a row sees, which weights are kept |
@@ -13,7 +13,7 @@
 //! | [`dropout`] | Philox |
 //! | [`score`], [`gradient`] | one score at a time, and its gradient |
 //! | [`fragment`] | the two products of attention on a warp's fragments |
-//! | [`attend`], [`warp_rows`] | what a warp does with a tile of keys: the first tensor core rungs, the later ones |
+//! | [`attend`], [`warp_rows`] | the work of a warp on a KV tile: in the first tensor core rungs, in the later ones |
 //! | [`scalar_tile`] | products of tiles in scalar arithmetic |
 //! | [`gemm`] | matrix products: the projections and standard attention are made of these |
 //!

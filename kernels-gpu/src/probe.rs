@@ -61,13 +61,13 @@ pub unsafe fn probe(args: &ProbeArgs) {
     // Hazard: the other block's numbers may not be here.
     bar.wait_cluster(0);
     let sum = given.read(t) + cluster::map_shared_rank(own, other).read(t);
-    // Hazard: the other block may still read what is overwritten, and must not end before this
+    // Hazard: the other block may still read the overwritten numbers, and must not end before this
     // one has read.
     cluster::sync();
 
     own.write(t, sum);
     mbarrier::fence_proxy_async();
-    // Hazard: the copy engine reads what all threads have written.
+    // Hazard: the copy engine reads numbers that all threads have written.
     thread::sync_threads();
     if t == 0 {
         // SAFETY: the caller passes the entry's parameter, which holds the map.

@@ -1,4 +1,4 @@
-//! Copies from global to shared memory that run by themselves: `cp.async`, from sm_80 on.
+//! Copies from global to shared memory that run beside the threads: `cp.async`, from sm_80 on.
 //!
 //! A thread starts copies of 16 bytes, closes them into a group with [`commit`], and
 //! waits for groups with [`wait`]. After the wait the bytes are there for the thread that

@@ -2,7 +2,7 @@
 //! `atom` is by default: they do not order other accesses.
 //!
 //! Under the emulator lanes of a block run one at a time, and blocks side by side:
-//! atomics on shared memory are plain, those on global memory are real.
+//! atomics on shared memory are plain accesses, atomics on global memory are real.
 
 #[cfg(not(target_arch = "nvptx64"))]
 use std::{

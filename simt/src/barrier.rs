@@ -48,7 +48,7 @@ pub fn sync(barrier: impl Named, threads: u32) {
 }
 
 /// Comes to the barrier without waiting: what this thread did before is ordered before
-/// what those do that wait there.
+/// the accesses of the threads that wait there.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn arrive(barrier: impl Named, threads: u32) {

@@ -6,7 +6,7 @@
 //! blocks are clusters of one otherwise.
 //!
 //! Blocks do not start at the same moment, nor end: before the first access to another block
-//! and after the last, all [`sync`], unless something else makes sure of it.
+//! and after the last, all [`sync`], unless another synchronisation orders them.
 
 use core::marker::PhantomData;
 

@@ -1,7 +1,7 @@
-//! What a kernel says to the compiler, and not to the GPU.
+//! Hints for the compiler, which are no instructions of the GPU.
 
-/// The same value, of which the compiler knows nothing: what is computed from it stays
-/// where it stands. LLVM moves whatever does not change in a loop in front of it, also what
+/// The same value, of which the compiler knows nothing: the computation from it stays in
+/// its place. LLVM moves whatever does not change in a loop in front of it, also what
 /// only a rare branch needs, and a kernel that is short of registers pays for that with
 /// spills. Costs no instruction.
 #[inline(always)]

@@ -144,7 +144,7 @@ impl<T: Memory> Global<T> {
 
 impl Global<u32> {
     /// Element `index` where `condition` holds, else `otherwise`: without a branch, so that a condition
-    /// that is constant leaves nothing but what it chooses.
+    /// that is constant leaves only the chosen side.
     #[inline(always)]
     #[must_use]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]

@@ -1,5 +1,5 @@
 //! Facts about the hardware that the public modules and the emulator share. The public modules
-//! call the emulator; the emulator takes what it needs to know from here, and from none of them.
+//! call the emulator; the emulator takes these facts from here, and from none of them.
 
 /// All lanes of a warp.
 pub const FULL_MASK: u32 = u32::MAX;
@@ -54,7 +54,7 @@ pub const MAX_CONSTANTS: usize = 16;
 #[cfg(not(target_arch = "nvptx64"))]
 #[inline(always)]
 pub(crate) fn widen_f16(bits: u16) -> f32 {
-    /// What the exponents' biases differ by. The product is exact, also of a subnormal.
+    /// The difference of the exponents' biases. The product is exact, also of a subnormal.
     const TWO_TO_THE_112: f32 = f32::from_bits((127 + 112) << 23);
     let (sign, magnitude) = (u32::from(bits & 0x8000) << 16, u32::from(bits & 0x7fff));
     let finite = (f32::from_bits(magnitude << 13) * TWO_TO_THE_112).to_bits();

@@ -22,7 +22,7 @@
 //! A row of 4 more chunks than a multiple of 8 begins in the other half of the groups than
 //! the one before, so that two rows share a value: `c ^ (r / 2 % 4)`.
 
-/// Elements of a chunk: what one lane of a matrix load or of a 16-byte copy touches.
+/// Elements of a chunk, which one lane of a matrix load or of a 16-byte copy touches.
 pub const CHUNK: u32 = 8;
 
 /// Where the elements of a tile are.
@@ -42,7 +42,7 @@ pub trait TileLayout: 'static {
     fn down(index: u32, rows: u32) -> u32;
 }
 
-/// Rows of `COLUMNS` elements as they stand: what the other layouts are measured against.
+/// Rows of `COLUMNS` elements, unchanged: the baseline of the other layouts.
 #[derive(Clone, Copy, Debug)]
 pub struct Plain<const COLUMNS: usize>;
 

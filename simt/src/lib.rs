@@ -10,7 +10,7 @@
 //! CUDA Guide finds [`thread::thread_idx_x`], [`thread::sync_threads`],
 //! [`warp::lane_id`] and [`warp::sync_warp`] here.
 //!
-//! | module | what it holds |
+//! | module | contents |
 //! |---|---|
 //! | [`thread`] | indices of lane and block, block barrier |
 //! | [`warp`] | lane id, warp barrier, shuffles, votes, reductions |
@@ -22,7 +22,7 @@
 //! | [`mma`] | products of small matrices on tensor cores |
 //! | [`matrix`] | loads and stores of the tensor cores' fragments |
 //! | [`layout`] | padded and swizzled tiles in shared memory |
-//! | [`async_copy`] | copies from global to shared memory that run by themselves |
+//! | [`async_copy`] | copies from global to shared memory that run beside the threads |
 //! | [`barrier`] | barriers of some of a block's warps |
 //! | [`mod@unroll`] | loops that are gone before the compiler sees them |
 //! | [`atomic`] | atomic operations on shared and global memory |

@@ -105,7 +105,7 @@ pub fn max(a: f32, b: f32) -> f32 {
     }
 }
 
-/// The high 32 bits of `a * b`: what Philox mixes with.
+/// The high 32 bits of `a * b`, with which Philox mixes.
 #[inline(always)]
 #[must_use]
 pub const fn mul_hi(a: u32, b: u32) -> u32 {

@@ -70,7 +70,7 @@ load! {
     load_x4_transposed, 4, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{{0}, {1}, {2}, {3}}}, [{4}];", true, 0 1 2 3;
 }
 
-/// Loads 16 bytes a lane, each from the index that it gives and as they stand: an ordinary
+/// Loads 16 bytes per lane, each from its own index, in their order: an ordinary
 /// load, of which the emulator counts the bank conflicts. For elements that are no matrix
 /// of 16-bit ones.
 #[inline(always)]

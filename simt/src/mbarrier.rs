@@ -6,8 +6,8 @@
 //! the phase it waits for; on a fresh barrier parity 1 counts as complete, which is how a
 //! producer's first pass over empty stages does not wait.
 //!
-//! An arrival releases what its thread did and knew; a wait acquires what was released
-//! and the copied bytes. From sm_90 on.
+//! An arrival releases the accesses that its thread made and knew; a wait acquires the released
+//! accesses and the copied bytes. From sm_90 on.
 //!
 //! Threads of the other blocks of a [`cluster`](crate::cluster) may arrive
 //! ([`Mbarrier::arrive_at`]); the block that has the barrier waits for them with
@@ -97,7 +97,7 @@ impl Mbarrier {
     /// Arrives once at the barrier that the block of rank `rank` of the cluster has where this
     /// block has this one.
     ///
-    /// What this thread wrote, or knows to be written, is released to the other block, which
+    /// The arrival releases writes that this thread made or knows to the other block, which
     /// costs a fence of the whole GPU; [`signal_at`](Self::signal_at) has none.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]

@@ -1,7 +1,7 @@
 //! Products of small matrices on tensor cores: `mma.sync`.
 //!
 //! A warp computes `C += A B` with its operands spread over the lanes' registers. With
-//! `g = lane / 4` and `t = lane % 4`, for 16-bit elements (two a register, the lower index
+//! `g = lane / 4` and `t = lane % 4`, for 16-bit elements (two per register, the lower index
 //! in the lower half):
 //!
 //! ```text
@@ -103,7 +103,7 @@ pub fn to_tf32(value: f32) -> u32 {
 
 /// A generation of tensor cores that multiplies elements of type `T`.
 pub trait Multiply<T: Scalar>: 'static {
-    /// What a product takes of a register of A or B.
+    /// The operand of a product, made of a register of A or B.
     type Operand: Copy;
 
     /// Makes a register of A or B, as it comes from shared memory, an operand.
@@ -114,7 +114,7 @@ pub trait Multiply<T: Scalar>: 'static {
     fn multiply(c: &mut [f32; 4], a: [Self::Operand; 4], b: [Self::Operand; 2]);
 }
 
-/// One for 16-bit elements, two a register.
+/// A generation that multiplies 16-bit elements, two per register.
 pub trait TensorCore<T: Scalar>: Multiply<T, Operand = u32> {
     /// Two values rounded to `T` in one register.
     fn pack(low: f32, high: f32) -> u32;
@@ -193,7 +193,7 @@ ampere!(f16, m16n8k16_f16, "cvt.rn.f16x2.f32 {0}, {1}, {2};");
 ampere!(bf16, m16n8k16_bf16, "cvt.rn.bf16x2.f32 {0}, {1}, {2};");
 
 /// An f32 as the sum of two tf32: 11 bits of the value, and 11 of the 12 that are left
-/// besides a sign. What is lost is at most 2^-23 of the value.
+/// besides a sign. The lost part is at most 2^-23 of the value.
 #[derive(Clone, Copy, Debug)]
 pub struct Split {
     high: u32,
@@ -205,7 +205,7 @@ pub struct Split {
 /// f32 by three products: `A B = low high + high low + high high`, smallest first. The
 /// product of the low parts, 2^-24 of the whole at most, is left out.
 ///
-/// A tensor core adds in f32 but cuts off what it cannot hold, each time towards 0; over
+/// A tensor core adds in f32 but cuts off the bits that it cannot hold, each time towards 0; over
 /// a long sum that is an error of its own. So the three products are summed from 0, and
 /// an addition that rounds takes their sum into C. Source: Ootomo and Yokota, "Recovering
 /// single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
@@ -253,7 +253,7 @@ fn add_here(c: &mut f32, x: f32) {
     }
 }
 
-/// What the registers of A and B hold, and how a tensor core sums their products.
+/// The contents of the registers of A and B, and how a tensor core sums their products.
 #[cfg(not(target_arch = "nvptx64"))]
 trait Elements {
     /// Elements of a register.

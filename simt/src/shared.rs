@@ -2,7 +2,7 @@
 //!
 //! A view is a 32-bit address in the shared window and a length. The crate that holds
 //! the kernels invokes [`declare_dynamic_shared!`](crate::declare_dynamic_shared) once, at
-//! its root; [`Shared::dynamic`] then carves views out of what the launch gives.
+//! its root; [`Shared::dynamic`] then carves views out of the launch's shared memory.
 
 use core::marker::PhantomData;
 
@@ -50,7 +50,7 @@ macro_rules! shared_array {
     }};
 }
 
-/// Where a static array lies; for [`shared_array!`](crate::shared_array).
+/// The address of a static array; for [`shared_array!`](crate::shared_array).
 #[doc(hidden)]
 #[cfg(not(target_arch = "nvptx64"))]
 #[must_use]

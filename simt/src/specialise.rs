@@ -1,8 +1,8 @@
 //! Specialisation constants: numbers that a launch fixes before its entry is compiled.
 //!
-//! A kernel that can do much pays for what it does not do: with branches, and with registers
-//! for both of their sides. One entry for each combination of what it can do grows with the
-//! number of combinations. A specialisation constant is SPIR-V's way out: on a GPU a symbol
+//! A kernel with many features pays for features that are off: with branches, and with registers
+//! for both of their sides. One entry per combination of features means as many entries as
+//! combinations. A specialisation constant is SPIR-V's way out: on a GPU a symbol
 //! stands in the entry's PTX, the loader writes a number in its place, and the driver's
 //! compiler folds it, drops the dead branches, and allocates registers after that. Under the
 //! emulator the constants are part of the launch ([`Options::constants`]).
@@ -31,11 +31,11 @@ pub fn of_launch(index: usize) -> u32 {
 }
 
 /// Declares the specialisation constants of a crate of kernels: a struct of their values for
-/// whoever launches, and a function of the same name for the kernel that reads one.
+/// the caller that launches, and a function of the same name for the kernel that reads one.
 ///
 /// ```
 /// simt::specialisation_constants! {
-///     /// What a launch asks for.
+///     /// The features of a launch.
 ///     pub struct Constants {
 ///         /// 1: later rows see more.
 ///         causal,

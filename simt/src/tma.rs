@@ -1,6 +1,6 @@
 //! Bulk copies of tensor boxes between global and shared memory (TMA), from sm_90 on.
 //!
-//! One thread starts a copy; a machine beside the warps moves the box that a
+//! One thread starts a copy; the copy engine, beside the warps, moves the box that a
 //! [`TensorMap`] describes, and swizzles its rows so that wgmma reads them without bank
 //! conflicts. Elements outside of the tensor are loaded as zero and are not stored.
 //!
@@ -127,7 +127,7 @@ pub unsafe fn load_4d_multicast(
 }
 
 /// Starts to copy the shared bytes at `source` to the box at `coordinates` of a
-/// four-dimensional tensor. What ordinary writes left there needs
+/// four-dimensional tensor. Data of ordinary writes there needs
 /// [`fence_proxy_async`](crate::mbarrier::fence_proxy_async) first.
 ///
 /// # Safety

@@ -1,4 +1,4 @@
-//! What the 32 lanes of a warp do together: barrier, shuffles, votes, reductions.
+//! Operations of the 32 lanes of a warp together: barrier, shuffles, votes, reductions.
 //!
 //! Shuffles, votes and reductions exchange registers; they do not order memory
 //! accesses. Only [`sync_warp`] does (and the barriers of the block).

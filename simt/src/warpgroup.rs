@@ -1,4 +1,4 @@
-//! Four neighbouring warps: what wgmma runs on, and what registers are moved between.
+//! Four neighbouring warps, which run wgmma together and give and take registers.
 
 #[cfg(not(target_arch = "nvptx64"))]
 use std::panic::Location;
@@ -24,8 +24,8 @@ pub fn thread_id() -> u32 {
     thread::index_in_block() % THREADS
 }
 
-/// Whether the registers of a block, with a multiprocessor to itself, suffice for so many a thread
-/// of each of its warpgroups. If not, [`increase_registers`] waits for ever.
+/// Whether the registers of a block, with a multiprocessor to itself, suffice for these numbers per
+/// thread, one per warpgroup. If not, [`increase_registers`] waits for ever.
 #[must_use]
 pub const fn registers_suffice(of_warpgroups: &[u32]) -> bool {
     let count = of_warpgroups.len() as u32;

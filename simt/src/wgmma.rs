@@ -8,7 +8,7 @@
 //!
 //! # Registers
 //! Group `g` of an accumulator covers columns `8 g .. 8 g + 8`. With `w`, `l` the warp
-//! in the warpgroup and the lane, the four values of a group are those of
+//! in the warpgroup and the lane, the four values of a group are the elements in
 //!
 //! ```text
 //! row 16 w + l / 4      columns 8 g + 2 (l % 4), + 1
@@ -16,7 +16,7 @@
 //! ```
 //!
 //! and the A operand in registers ([`Fragments`]) packs two neighbouring groups of such a
-//! tile into four registers a step of 16 columns: S = QKᵀ becomes P of P V in place.
+//! tile into four registers per step of 16 columns: S = QKᵀ becomes P of P V in place.
 //!
 //! # Shared memory
 //! Tiles have rows of 64 elements (128 bytes) with the 128-byte swizzle, as TMA writes
@@ -100,7 +100,7 @@ impl Major for MnMajor {
     const IS_MN: bool = true;
 }
 
-/// Where a tile lies in shared memory and how: the lower half of the 64 bits that wgmma
+/// The place and the layout of a tile in shared memory: the lower half of the 64 bits that wgmma
 /// takes. The upper half is the same for every tile here, and address arithmetic in 32 bits
 /// needs no carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,7 +211,7 @@ type Place = &'static Location<'static>;
 /// Waiting for products.
 pub trait WaitGroup {
     /// Waits until all but the last `PENDING` products of this warpgroup are complete.
-    /// What the wait is called on is what becomes readable: call it on each accumulator.
+    /// The wait makes its own accumulator readable: call it on each.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn wait_group<const PENDING: u32>(&mut self) {
@@ -219,7 +219,7 @@ pub trait WaitGroup {
     }
 
     /// The same, in arm `ARM` of a branch. ptxas moves a wait to the beginning of its basic
-    /// block; what is to come before it needs a block of its own, and the wait then stands in
+    /// block; work that is to come before it needs its own block, and the wait then stands in
     /// every arm of the branch that ends that block. LLVM would move equal instructions of
     /// all arms back before the branch: different numbers make them different.
     fn wait_group_in<const PENDING: u32, const ARM: u32>(&mut self);
@@ -266,7 +266,7 @@ pub trait RegisterProduct<const STEPS: usize>: WaitGroup {
 /// Products with both operands in shared memory, A transposed, over `STEPS` steps of 16 rows.
 pub trait TransposedProduct<const STEPS: usize>: WaitGroup {
     /// Starts `self = Aᵀ B` with A `[16 * STEPS, 64]` and B `[16 * STEPS, 8 * GROUPS]`, both
-    /// [`Descriptor::n_major`]. LLVM makes one of equal products in two places; those of different
+    /// [`Descriptor::n_major`]. LLVM merges equal products of two places; products of different
     /// numbers `PLACE` stay two, each with a wait that ptxas can tell is its own.
     ///
     /// # Safety
@@ -353,7 +353,7 @@ macro_rules! wait_group {
                 #[cfg(target_arch = "nvptx64")]
                 {
                     let d = &mut self.values;
-                    // SAFETY: waits; the operands tie what the product wrote to the wait.
+                    // SAFETY: waits; the operands tie the product's results to the wait.
                     unsafe {
                         core::arch::asm!(
                             concat!("wgmma.wait_group.sync.aligned {pending}; // {arm} ",

@@ -1,8 +1,8 @@
-//! What the attention kernels of the forward ladder are given.
+//! The arguments of the forward attention kernels.
 
 use super::{Buffer, Tensor};
 
-/// What every attention kernel is given.
+/// The arguments of every attention kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AttentionArgs {
@@ -10,11 +10,11 @@ pub struct AttentionArgs {
     pub tensors: Tensors,
     /// Where packed sequences begin.
     pub sequences: Sequences,
-    /// What hides keys.
+    /// Masks.
     pub keys: Keys,
     /// Memory beside inputs and outputs.
     pub scratch: Scratch,
-    /// What happens to scores and weights.
+    /// Changes to scores and weights.
     pub scores: Scores,
     /// Extents.
     pub shape: Shape,
@@ -49,7 +49,7 @@ pub struct Sequences {
     pub cu_seqlens_k: Buffer,
 }
 
-/// What hides keys from rows.
+/// The masks, which hide keys from rows.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Keys {
@@ -73,7 +73,7 @@ pub struct Scratch {
     pub queue: Buffer,
 }
 
-/// What happens to scores, and to the weights that they become.
+/// Changes to scores, and to the weights that they become.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Scores {
@@ -133,7 +133,7 @@ pub struct DropoutArgs {
     pub seed: u64,
     /// An entry is dropped when its 32-bit draw is below this; 0 drops nothing.
     pub threshold: u32,
-    /// What kept weights are multiplied by: `1 / (1 - p)`.
+    /// The factor of kept weights: `1 / (1 - p)`.
     pub rescale: f32,
 }
 

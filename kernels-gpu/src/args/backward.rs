@@ -6,7 +6,7 @@ use super::{AttentionArgs, Bias, Buffer, Tensor};
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct BackwardArgs {
-    /// The gradient that comes in, and those that go out.
+    /// The gradient of O, and the gradients of Q, K and V.
     pub gradients: Gradients,
     /// Memory that the steps of a call hand on.
     pub steps: BackwardScratch,
@@ -51,7 +51,7 @@ pub struct BackwardScratch {
     /// Gradient of the scores, `[B, H, Nq, Nk]` in the storage type, for the kernels that
     /// materialise it; else empty.
     pub d_scores: Buffer,
-    /// Columns of a row of `dq_acc`: those of the kernel's tiles, D or more.
+    /// Columns of a row of `dq_acc`: as many as the kernel's tiles have, D or more.
     pub dq_columns: u32,
     /// Rows of K and V over all packed sequences, and beyond the last. Read if the constant `varlen` is
     /// on.

@@ -8,7 +8,7 @@ use super::{AttentionArgs, Buffer, Tensor};
 pub struct DecodeArgs {
     /// Where the keys of each sequence are.
     pub cache: CacheArgs,
-    /// What the blocks of a sequence hand on.
+    /// The parts that the blocks of a sequence hand on.
     pub parts: PartsArgs,
     /// The call. `shape.seq_k` is the longest that a sequence may be. K and V are the cache: their
     /// batch entries are pages where the constant `page` is not 0.
@@ -31,7 +31,7 @@ pub struct CacheArgs {
     pub max_pages: u32,
 }
 
-/// What the blocks of a sequence hand on: of each row, O under the maximum of the part's scores, that
+/// The parts that the blocks of a sequence hand on: of each row, O under the maximum of the part's scores, that
 /// maximum, and the sum of the part's weights.
 ///
 /// An LSE would say as much as maximum and sum; but one of 1e4 rounds by 2^-11, and weights that
@@ -75,7 +75,7 @@ pub struct AppendArgs {
     pub shape: AppendShape,
 }
 
-/// Extents of what is appended.
+/// Extents of the appended keys and values.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AppendShape {

@@ -1,8 +1,8 @@
-//! What the linear kernels are given.
+//! The arguments of the linear kernels.
 
 use super::Buffer;
 
-/// What every linear kernel is given: the tensors of `y = x wᵀ + bias`, or their gradients. Which of
+/// The arguments of every linear kernel: the tensors of `y = x wᵀ + bias`, or their gradients. Which of
 /// them a kernel reads and which it writes is said by its
 /// [`LinearProduct`](crate::linear::LinearProduct).
 #[repr(C)]

@@ -1,4 +1,4 @@
-//! What [`merge`](crate::merge) is given.
+//! The arguments of [`merge`](crate::merge).
 
 use super::{Buffer, Tensor};
 

@@ -21,7 +21,7 @@
 //! ```
 //!
 //! ```text
-//!                  rows: BR a tile
+//!                  rows: BR per tile
 //!              +------------------+
 //! consumer 0   | Sᵀ, then Pᵀ      |   64 keys      dK, dV: 64 x D of each consumer
 //! consumer 1   | and dSᵀ          |   64 keys      dQ: 64 x 64 of each, columns or rows
@@ -35,7 +35,7 @@
 //!
 //! Where the time goes, by counting, for a tile at D = 128: five products of 64 x 128 x 128 take
 //! 2560 clocks of the tensor cores. Their operands are 256 KB of shared memory, 2048 clocks at 128
-//! bytes a clock; dS adds 16 KB, the copies 32 KB. dQ leaves the registers by vector reductions into
+//! bytes per clock; dS adds 16 KB, the copies 32 KB. dQ leaves the registers by vector reductions into
 //! memory, not through shared memory, which would add 64 KB: then shared memory would be what limits
 //! the kernel. The 8192 exponentials take 512 clocks, the other arithmetic about as long.
 //!

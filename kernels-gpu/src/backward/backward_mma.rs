@@ -5,7 +5,7 @@
 //! the operand A of `dV += Pᵀ dO` and `dK += dSᵀ Q`. Only dS goes through shared memory, for dQ, to
 //! which every warp adds: `dQ += dS K` is summed in global memory by atomics.
 //!
-//! What changed from backward_tiled: tensor cores; five products, not seven; copies run ahead.
+//! Change from backward_tiled: tensor cores; five products, not seven; copies run ahead.
 //!
 //! ```text
 //! start to copy K, V
@@ -18,11 +18,11 @@
 //!         Pᵀ = exp2(Sᵀ - LSE); dSᵀ = Pᵀ ∘ (dPᵀ - delta)
 //!         dV += Pᵀ dO; dK += dSᵀ Q                      dSᵀ to shared memory on the way
 //!         barrier
-//!         dq_acc += dS K                                16 rows and half of the columns a warp
+//!         dq_acc += dS K                                16 rows and half of the columns per warp
 //! dK * scale, dV
 //! ```
 //!
-//! Above D = 128 the accumulators of 16 keys, 2 D registers a lane, are too many. Two warps then share
+//! Above D = 128 the accumulators of 16 keys, 2 D registers per lane, are too many. Two warps then share
 //! 16 keys: each computes half of the scores, for half of the rows, and half of the columns of dK and
 //! dV; P goes through shared memory too.
 //!
@@ -33,7 +33,7 @@
 //! | 256 | 64 | 2 | 64, 64, 16, 16 | 213,000 |
 //!
 //! The sums of dQ lie in memory in the order of the registers: 16 rows and 8 columns are 128 neighbours,
-//! so that each of a lane's four additions is one line of 128 bytes a warp
+//! so that each of a lane's four additions is one line of 128 bytes per warp
 //! ([`convert`](super::convert) puts them in rows).
 //!
 //! The sums of dQ come in no fixed order: bits differ from run to run where more than two tiles of keys
@@ -75,7 +75,7 @@ pub const THREADS: u32 = 256;
 pub const BR: u32 = 64;
 
 const WARPS: u32 = THREADS / warp::LANES;
-/// Stages of Q and dO: one is computed with while the other is filled.
+/// Stages of Q and dO: copies fill one during the arithmetic on the other.
 const STAGES: u32 = 2;
 /// Warps that share 16 rows of dQ.
 const ROW_WARPS: u32 = WARPS / (BR / fragment::ROWS);
@@ -170,7 +170,7 @@ impl<T: Scalar, const D: usize> Tiles<T, D> {
     }
 }
 
-/// What a warp is in its block.
+/// The place of a warp in its block.
 #[derive(Clone, Copy)]
 struct WarpPlace {
     /// Its first key of the tile.
@@ -362,7 +362,7 @@ pub unsafe fn backward_mma<
     }
 }
 
-/// What kept weights are multiplied by: dV is, once.
+/// The factor of kept weights, which dV takes once.
 #[inline(always)]
 fn rescale(args: &BackwardArgs) -> f32 {
     if Policy::drops() { args.forward.scores.dropout.rescale } else { 1.0 }
@@ -431,7 +431,7 @@ unsafe fn gradients<T: Scalar, const N: usize>(
 #[inline(always)]
 fn bits<const N: usize>(i: u32, j: u32, holds: impl Fn(u32, u32) -> bool) -> [u32; 2] {
     let mut bits = [0; 2];
-    // A loop that stays one: what is asked may be long.
+    // A loop that stays one: `holds` may be long.
     for n in 0..2 * N as u32 {
         let row = i + 8 * (n / 2) + n % 2;
         bits[0] |= u32::from(holds(row, j)) << n;
@@ -532,7 +532,7 @@ unsafe fn add_to_memory<const D: usize, const O: usize>(
 /// warps' the `part`-th 16 of every 32.
 ///
 /// # Safety
-/// The tensor must be `[B, Hkv, Nk, D]`; nobody else writes these columns of these rows.
+/// The tensor must be `[B, Hkv, Nk, D]`; no other thread writes these columns of these rows.
 #[inline(always)]
 unsafe fn store<T: Scalar, const SPLIT: usize, const O: usize>(
     sum: &[[f32; 4]; O],

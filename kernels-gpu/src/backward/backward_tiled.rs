@@ -1,4 +1,4 @@
-//! backward_tiled: P computed again from the LSE, a tile at a time; no N x N matrix.
+//! backward_tiled: P computed again from the LSE, one tile at a time; no N x N matrix.
 //!
 //! The idea: P and dS live in shared memory, a tile of each, as long as they are needed. dK and dV of
 //! a tile of keys are sums over all rows, dQ of a tile of rows is a sum over all keys: one kernel
@@ -16,7 +16,7 @@
 //!              dV += Pᵀ dO; dK += dSᵀ Q
 //! ```
 //!
-//! What changed from backward_naive: no matrix in global memory; S and dP are computed twice, seven
+//! Change from backward_naive: no matrix in global memory; S and dP are computed twice, seven
 //! products where five would do.
 //!
 //! Memory: four tiles of 32 x D and two of 32 x 32, in f32 with padded rows: 76,800 bytes at

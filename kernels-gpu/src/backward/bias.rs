@@ -52,7 +52,7 @@ pub unsafe fn bias<T: Scalar>(args: &BackwardArgs) {
         return;
     }
     let (entry, own_head) = divide(number, heads);
-    // Those that share the element: itself, or all.
+    // Batch entries and heads that share the element: one, or all.
     let sharing_entries = divide(shape.batch, entries).0;
     let sharing_heads = divide(shape.heads, heads).0;
     let mut sum = 0.0;

@@ -1,4 +1,4 @@
-//! prepare: what all tiles of keys need of a row, computed once.
+//! prepare: the two numbers of a row that all KV tiles need, computed once.
 //!
 //! ```text
 //! delta    = rowsum(dO ∘ O)
@@ -46,7 +46,7 @@ const _: () = assert!(super::ROW_PADDING % ROWS == 0, "blocks cover the padded r
 /// `dq_acc: [B, H, Nq', dq_columns]` or empty.
 ///
 /// # Thread mapping
-/// Eight neighbouring threads a row; `x` counts groups of [`ROWS`] padded rows, `y` and `z` heads.
+/// Eight neighbouring threads per row; `x` counts groups of [`ROWS`] padded rows, `y` and `z` heads.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes, with addresses and strides that are multiples of

@@ -126,7 +126,7 @@ impl<T: Memory> Side<T> {
 }
 
 impl<T: Memory> Cache<T> {
-    /// Those of head `h_kv` of sequence `b`, which has `length` keys.
+    /// The cache of head `h_kv` of sequence `b`, which has `length` keys.
     ///
     /// # Safety
     /// `args.forward.tensors.k` and `v` must be `[B, Hkv, Nk, D]`, or `[pages, Hkv, page, D]` with the
@@ -155,8 +155,8 @@ impl<T: Memory> Cache<T> {
         Constants::page() % KEYS == 0
     }
 
-    /// What this lane has to know of the tile from `first_key` on before it can be copied. Asked for a
-    /// tile ahead, so that nobody waits for the answer.
+    /// The page that this lane needs to know before the tile from `first_key` on is copied. A kernel
+    /// asks one tile ahead, so that no copy waits for the answer.
     #[inline(always)]
     #[must_use]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
@@ -199,7 +199,7 @@ struct WarpTile {
     first_key: u32,
     /// Keys of the sequence from the first on.
     keys: u32,
-    /// What was looked up.
+    /// The page that was looked up.
     page: u32,
     lane: u32,
 }

@@ -46,7 +46,7 @@ const AHEAD: u32 = 4;
 /// [`THREADS`] threads; a block for each row `(b H + h) Nq + i`, along `x`.
 ///
 /// # Safety
-/// The buffers of `args` must have these shapes, those of the parts as
+/// The buffers of `args` must have these shapes, the parts as
 /// [`decode_split`](decode_split::decode_split) left them.
 #[inline(always)]
 pub unsafe fn decode_combine<T: Scalar, const D: usize, const LANES: u32, const GROUPS: u32>(
@@ -120,7 +120,7 @@ pub unsafe fn decode_combine<T: Scalar, const D: usize, const LANES: u32, const 
     }
     let groups: Shared<f32> = shared_array!(f32; 4 * THREADS as usize);
     groups.write_as(4 * tid, o.map(f32::to_bits));
-    // Hazard: what the groups summed is read by threads of the first.
+    // Hazard: threads of the first group read the sums of the others.
     thread::sync_threads();
     if group != 0 || column >= columns {
         return;

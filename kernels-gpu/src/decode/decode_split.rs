@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! copy Q to the last stage; copy the warp's first STAGES - 1 tiles of K and V
-//! for each tile of the part:                        KEYS keys a warp, 4 KEYS a block
+//! for each tile of the part:                        KEYS keys per warp, 4 KEYS per block
 //!     wait for the oldest copy; barrier of the warp
 //!     start to copy the tile STAGES - 1 further on to the stage that was just read
 //!     S = Q Kᵀ; shape; hide; raise m; P = exp2(S * scale - m); l += rowsum(P); O += P V
@@ -20,19 +20,19 @@
 //! the group
 //! ```
 //!
-//! | D | keys a warp | stages | bytes of a stage | shared bytes | blocks | bytes in flight |
+//! | D | keys per warp | stages | bytes of a stage | shared bytes | blocks | bytes in flight |
 //! |---|---|---|---|---|---|---|
 //! | 64 | 32 | 3 | 8,192 | 98,304 | 2 | 131,072 |
 //! | 128 | 16 | 3 | 8,192 | 98,304 | 2 | 131,072 |
 //! | 256 | 16 | 2 | 16,384 | 131,072 | 1 | 65,536 |
 //!
-//! By counting: a byte of K or V takes part in 16 rows' products, 16 FLOP a byte, and a multiprocessor
+//! By counting: a byte of K or V takes part in 16 rows' products, 16 FLOP per byte, and a multiprocessor
 //! of an H200 is fed about 18 bytes a cycle: 300 FLOP a cycle of 2,048 and more that `mma.sync` does. What
 //! counts is bytes in flight. A copy takes about 1 µs from request to arrival under load, in which memory
 //! brings 4.3 TB/s / 132 = 33 KB to each multiprocessor: the last column is that several times. For 8,192
 //! bytes a warp issues about 400 instructions, a fourth of what four schedulers can meanwhile.
 //!
-//! Copies are of 16 bytes a lane, eight lanes side by side on 128 bytes of a row. Tiles are
+//! Copies are of 16 bytes per lane, eight lanes side by side on 128 bytes of a row. Tiles are
 //! swizzled: neither a copy nor a matrix load meets a bank twice. Q stays in registers, and passes through
 //! the stage that is still empty. Of O, the warps' sums lie in their stages, rows 8 words longer than D, so
 //! that the 16 lanes of a pass write to 32 different banks.
@@ -269,7 +269,7 @@ pub unsafe fn decode_split<
     // Hazard: the stages, which are overwritten, may still be read by slower lanes of this warp.
     warp::sync_warp(warp::FULL_MASK);
     sums_of(warp_id).write(&acc_o[0], &rows);
-    // Hazard: what the warps wrote is read by all threads.
+    // Hazard: all threads read the sums that the warps wrote.
     thread::sync_threads();
     unroll!(for PASS in 0..4 {
         if (PASS as u32) < const { ROWS * D as u32 / 8 / THREADS } {
@@ -324,7 +324,7 @@ impl<const D: usize> WarpSums<D> {
     /// Words of all.
     const WORDS: u32 = ROWS * (Self::PITCH + 2);
 
-    /// Those from `first_byte` of dynamic shared memory on.
+    /// The sums from `first_byte` of dynamic shared memory on.
     ///
     /// # Safety
     /// As for [`Shared::dynamic`].
@@ -380,7 +380,7 @@ struct Merged {
 }
 
 impl Merged {
-    /// What all warps have of row `r`.
+    /// The merged sums of all warps for row `r`.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn of<const D: usize>(sums_of: impl Fn(u32) -> WarpSums<D>, r: u32, column: u32) -> Self {

@@ -25,7 +25,7 @@ pub struct RowTile<'a> {
     pub length: u32,
 }
 
-/// A row: what it sees, and its query.
+/// A row: the keys that it sees, and its query.
 #[derive(Clone, Copy)]
 pub struct PackedRow {
     /// That of its head.

@@ -1,10 +1,10 @@
-//! flash_async: the next tile arrives while this one is computed with.
+//! flash_async: the next tile arrives during the arithmetic on this one.
 //!
 //! The idea: two stages of K and V. A thread starts copies (`cp.async`) into one stage, and
 //! goes on computing with the other; nothing passes through its registers.
 //!
-//! What changed from flash_swizzled: the loop. Loads and arithmetic took turns, with two
-//! barriers a tile; now they overlap, with one.
+//! Change from flash_swizzled: the loop. Loads and arithmetic took turns, with two
+//! barriers per tile; now they overlap, with one.
 //!
 //! ```text
 //! start to copy Q, and K, V of tile 0 to stage 0

@@ -20,7 +20,7 @@
 //! ```
 //!
 //! ```text
-//!              keys: BC a tile                  row of a consumer: 16 warp + lane / 4 (+ 8)
+//!              keys: BC per tile                row of a consumer: 16 warp + lane / 4 (+ 8)
 //!            +-----------------+
 //! consumer 0 | S, then P:      |   64 rows      S, P and O stay in registers: a thread has
 //! consumer 1 |   64 x BC each  |   64 rows      two rows, and of each every fourth pair
@@ -28,7 +28,7 @@
 //!            +-----------------+
 //! ```
 //!
-//! | D | BR x BC | consumers | shared bytes | registers of O, S, P a thread |
+//! | D | BR x BC | consumers | shared bytes | registers of O, S, P per thread |
 //! |---|---|---|---|---|
 //! | 64 | 192 x 128 | 3 | 205,216 | 32, 64, 32 of 160 |
 //! | 64 | 128 x 128 | 2 | 180,544 | 32, 64, 32 of 232 |
@@ -42,15 +42,15 @@
 //! | 256 | 128 x 64 | 2 | 229,536 | 128, 32, 16 of 232 |
 //!
 //! Where the time goes, by counting: a tile costs 4 BR BC D FLOP and brings 4 BC D bytes
-//! from L2, BR FLOP a byte. A multiprocessor's tensor cores do 4096 FLOP a clock, so that
+//! from L2, BR FLOP per byte. A multiprocessor's tensor cores do 4096 FLOP per clock, so that
 //! at D = 128 a tile of 128 x 128 keeps them busy for 2048 clocks; its 16,384 exponentials
-//! take 1024 clocks at 16 a clock, and the other arithmetic of the softmax about 4
-//! instructions an element, 512 clocks at 128 a clock. At D = 64 the products take half
+//! take 1024 clocks at 16 per clock, and the other arithmetic of the softmax about 4
+//! instructions per element, 512 clocks at 128 per clock. At D = 64 the products take half
 //! as long and the softmax the same: there the exponentials alone fill the tensor
 //! cores' time; a third consumer gives them more to overlap with ([`Tiles::best`]). At D = 80 and 96 it
 //! needs tiles of 112 keys, to leave O its registers, and still takes an eighth less time than two.
 //!
-//! What keeps the threads' part small:
+//! The threads' part stays small:
 //! - the scale and the maximum go into one fma before exp2;
 //! - O is rescaled only when some row's maximum has grown by more than 2^8 since the last
 //!   time (its weights are then at most 256, which f16 holds as exactly as 1);
@@ -58,7 +58,7 @@
 //! - dropout's rescaling is part of the last division;
 //! - O goes through shared memory, from where the copy engine stores it.
 //!
-//! What keeps the tensor cores busy between tiles and tasks:
+//! The tensor cores stay busy between tiles and tasks:
 //! - two consumers start their products in turn, so that one's softmax runs beside the
 //!   other's products;
 //! - the last product of a task comes with the first of the next; where there is room for one
@@ -136,15 +136,15 @@ const _: () = assert!(
 /// # Layout
 /// `q: [B, H, Nq, D]`, `k: [B, H, Nk, D]`, `v: [B, H, Nk, Dv]`, `o: [B, H, Nq, Dv]`,
 /// `lse: [B, H, Nq]`; maps of q, k, v and o, in this order, over dimensions `[D, N, H, B]` or
-/// `[Dv, N, H, B]`, boxes as [`Tiles::boxes`] says. D and Dv are at most those of the tiles.
+/// `[Dv, N, H, B]`, boxes as [`Tiles::boxes`] says. D and Dv are at most the tiles' head dims.
 /// Of packed sequences as [`ragged::map`](crate::parts::ragged::map) says, boxes with a further extent of 1.
 ///
 /// # Thread mapping
 /// At most as many blocks along x as there are tasks, `B * H * ceil(Nq / BR)`, which they share;
-/// at best one a multiprocessor. [`Tiles::threads`] each. Warpgroup 0 is the producer.
+/// at best one per multiprocessor. [`Tiles::threads`] each. Warpgroup 0 is the producer.
 ///
 /// # Shared memory
-/// [`Tiles::shared_bytes`] of it, dynamic: Q, the stages of K, those of V, what O is stored
+/// [`Tiles::shared_bytes`] of it, dynamic: Q, the stages of K, the stages of V, what O is stored
 /// from, the mbarriers, the tasks.
 ///
 /// # Safety

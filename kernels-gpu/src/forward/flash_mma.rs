@@ -4,7 +4,7 @@
 //! in the instruction's own fragments, and the weights go from the first product into
 //! the second without leaving their registers.
 //!
-//! What changed from flash_tiled: tiles stay in the storage type; each warp has 16 rows of
+//! Change from flash_tiled: tiles stay in the storage type; each warp has 16 rows of
 //! its own, all keys and all columns, so that P is never shared and needs no memory;
 //! `ldmatrix` brings the operands.
 //!
@@ -13,7 +13,7 @@
 //! m = -inf, l = 0, acc_o = 0
 //! for each tile of BC keys:
 //!     load K, V                            BC x D each
-//!     S = Q Kᵀ                             16 x BC a warp: D/16 * BC/8 instructions
+//!     S = Q Kᵀ                             16 x BC per warp: D/16 * BC/8 instructions
 //!     hide; m_new = max(m, rowmax(S)); alpha = exp2(m - m_new)
 //!     P = exp2(S - m_new); l = l * alpha + rowsum(P)
 //!     acc_o = acc_o * alpha + P V          as many instructions again
@@ -30,11 +30,11 @@
 //!
 //! Memory: Q, K and V tiles of 16-bit elements, rows padded by 16 bytes so that eight rows
 //! of a matrix load meet eight groups of banks. D = 64: 27,648 bytes, D = 128: 52,224.
-//! A warp loads 256 bytes of shared memory for each instruction, 16 FLOP a byte: 16 rows
+//! A warp loads 256 bytes of shared memory for each instruction, 16 FLOP per byte: 16 rows
 //! are few.
 //!
 //! Measured: 0.291 ms, flash_turing 0.320 (H100; f16, batch 4, 12 heads, N 2048, D 64).
-//! Limits: loads and arithmetic take turns, with two barriers a tile; every score goes through
+//! Limits: loads and arithmetic take turns, with two barriers per tile; every score goes through
 //! a mask; padding costs memory (see flash_swizzled).
 //!
 //! Source: Dao, "FlashAttention-2", 2023, section 3.3 (rows split between warps, not keys);

@@ -8,10 +8,10 @@
 //! start to copy Q, and K, V of the first tile, of the block's first task
 //! for each task (head, query tile), while there is one:
 //!     for each tile of BC keys:
-//!         wait for the copies; barrier            one a tile
+//!         wait for the copies; barrier            one per tile
 //!         start to copy K, V of the next tile     into the other stage
 //!         last tile: ask the queue for a task     one thread
-//!         S = Q Kᵀ                                32 rows a warp
+//!         S = Q Kᵀ                                32 rows per warp
 //!         hide, in tiles that the diagonal, the last key or padding cuts
 //!         if some row's maximum has grown a lot: raise m; O, l *= alpha
 //!         for each 16 keys: P = exp2(S * scale - m); l += rowsum(P); O += P V
@@ -27,7 +27,7 @@
 //!    warp 1  |   ...   |
 //! ```
 //!
-//! | D | warps x fragments | BC | Q in | registers of Q, S, O a thread | shared bytes |
+//! | D | warps x fragments | BC | Q in | registers of Q, S, O per thread | shared bytes |
 //! |---|---|---|---|---|---|
 //! | 32 | 4 x 2 | 64 | registers | 16, 64, 32 | 16,400 |
 //! | 64 | 4 x 2 | 64 | registers | 32, 64, 64 | 32,784 |
@@ -44,7 +44,7 @@
 //! them, stand between the two products; those of the next 16 keys go beside the products of
 //! these.
 //!
-//! What is not done: the scale is part of the fma before exp2; maxima are exchanged, and O is
+//! Work that is left out: the scale is part of the fma before exp2; maxima are exchanged, and O is
 //! rescaled, only when a maximum has grown by more than 2^8 (one vote of the warp decides);
 //! tiles that no row of a warp sees are skipped.
 //!
@@ -305,8 +305,8 @@ pub unsafe fn flash_pipelined<
                 kv.start(kv_tile + 1, stage ^ 1);
             }
             if is_last && opaque(thread::thread_idx_x()) == 0 {
-                // Asked for late: whoever asks early may keep a task that another block has
-                // time for. The answer comes while this tile is computed with.
+                // Asked for late: a block that asks early may keep a task that another block has
+                // time for. The answer comes during the arithmetic on this tile.
                 // SAFETY: the queue holds zeros before the launch, as `args.scratch.queue` says.
                 taken = unsafe { queue::<BR>(args) }.ask();
             }
@@ -335,7 +335,7 @@ pub unsafe fn flash_pipelined<
                 // SAFETY: the queue holds zeros before the launch, as `args.scratch.queue` says.
                 let place = unsafe { queue::<BR>(args) }.place(taken);
                 let next = place.map(|place| schedule::query_tile(args, place, BR, row_bytes));
-                // Since this task began, a barrier: all have read what is overwritten.
+                // A barrier since this task began: all threads have read the overwritten words.
                 next_task.write(with_rows(next));
             }
             stage ^= const { STAGES - 1 };

@@ -4,7 +4,7 @@
 //! different groups of banks. Exchanging the 16-byte chunks of each row by the row's number
 //! does that and costs nothing, while padding each row costs memory.
 //!
-//! What changed from flash_mma: the type of the layout. The kernel is the same function.
+//! Change from flash_mma: the type of the layout. The kernel is the same function.
 //!
 //! ```text
 //! chunk c of row r of a tile with rows of 8 chunks stands at   c ^ (r % 8)

@@ -8,7 +8,7 @@
 //! x y  =  low high + high low + high high      (low low is 2^-24 of it: left out)
 //! ```
 //!
-//! What changed from flash_pipelined: each operand is split when it comes to registers, and
+//! Change from flash_pipelined: each operand is split when it comes to registers, and
 //! a product is three (`Multiply<f32>` in `simt::mma`). Q, K and V stay f32 in shared
 //! memory, P in registers: nothing is stored twice. V is read in another way, see below.
 //! The rest is flash_pipelined's: copies ahead, scores and softmax.
@@ -16,7 +16,7 @@
 //! ```text
 //! start to copy Q, and K, V of the first tile
 //! for each tile of BC keys:
-//!     wait for the copies; barrier                one a tile
+//!     wait for the copies; barrier                one per tile
 //!     start to copy K, V of the next tile         into the other stage
 //!     S = Q Kᵀ                                    ldmatrix, split, 3 products of 16 x 8 x 8
 //!     hide; raise m where it was outgrown
@@ -33,13 +33,13 @@
 //! lane 4 g + t of a product of 8 keys    A wants P at the places t, t + 4 of row g; S left it
 //!                                        at the keys 2 t, 2 t + 1: these take those places
 //!                                        B wants the same keys of V in column g
-//! load of 16 bytes a key                 columns 4 g .. 4 g + 4 of 32: column 4 g + e goes
+//! load of 16 bytes per key               columns 4 g .. 4 g + 4 of 32: column 4 g + e goes
 //!                                        to product e, and four products have their B
 //! O                                      lane t has 8 t .. 8 t + 8 of 32 columns of a row:
 //!                                        two stores of 16 bytes, nothing to exchange
 //! ```
 //!
-//! | D | warps x fragments | BC | registers of S, O a thread | shared bytes |
+//! | D | warps x fragments | BC | registers of S, O per thread | shared bytes |
 //! |---|---|---|---|---|
 //! | 32 | 4 x 2 | 32 | 32, 32 | 32,768 |
 //! | 64 | 4 x 2 | 32 | 32, 64 | 65,536 |
@@ -55,7 +55,7 @@
 //!
 //! Where the time goes, by counting: a product of 16 x 8 x 8 is three instructions of the
 //! tensor core, four additions that round, and six that split B; the twelve that split A
-//! serve all tiles of a step, and with two fragments those of B serve both. At half the
+//! serve all tiles of a step, and with two fragments the operands of B serve both. At half the
 //! rate of f16 and three for one, a sixth of flash_pipelined's speed is the most there is.
 //!
 //! Measured: 45 TFLOP/s at D 128 and 57 at D 64 (H100; 16k tokens, hidden 2048, N 8192), where
@@ -137,7 +137,7 @@ pub const fn shared_bytes(d: usize) -> u32 {
 /// Halves after which the order of a swizzled row repeats.
 const SWIZZLE_PERIOD: u32 = 64;
 
-/// What tiles count in: an f32 as two of them.
+/// The unit of tiles: an f32 counts as two.
 type Half = u16;
 
 /// Flash attention forward in f32, each product three of tf32.
@@ -371,7 +371,7 @@ fn add_output<C: Multiply<f32>, L: TileLayout, const O: usize, const F: usize>(
 
 /// Normalises the 16 rows from `first_row` on and stores them, with their LSE. Lane `t` of a row has columns
 /// `8 t` to `8 t + 8` of each 32: column `8 t + 4 c + e` in product `e`, at `c` of its two.
-/// What both parts have is part 0's to store, as is LSE.
+/// Part 0 stores the columns that both parts have, and the LSE.
 ///
 /// # Safety
 /// `args.tensors.o` must be `[B, H, Nq, Dv]`, its address and strides multiples of 16 bytes,

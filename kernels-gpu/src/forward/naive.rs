@@ -77,7 +77,7 @@ pub unsafe fn scores<T: Scalar, const D: usize>(args: &AttentionArgs) {
 /// `weights: [B, H, Nq, Nk]`, `lse: [B, H, Nq]`.
 ///
 /// # Thread mapping
-/// A warp per row, four rows a block; `x` counts groups of rows, head after head.
+/// A warp per row, four rows per block; `x` counts groups of rows, head after head.
 ///
 /// # Safety
 /// As for [`scores`], which must have run.

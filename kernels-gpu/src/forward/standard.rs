@@ -1,10 +1,10 @@
 //! standard: attention in three kernels, none of them naive.
 //!
-//! The idea: what a framework does without a fused kernel, done well. Two matrix products
+//! The idea: the work of a framework without a fused kernel, done well. Two matrix products
 //! by the best tiles there are, and between them a softmax that reads a row once and
 //! writes it once. It is the baseline that a flash kernel has to beat.
 //!
-//! What changed from naive: the products run on tensor cores, over tiles
+//! Change from naive: the products run on tensor cores, over tiles
 //! ([`gemm::mma`](crate::parts::gemm::mma), which the projections share); rows of the softmax stand
 //! in shared memory and move 16 bytes at a time; tiles above the diagonal of a causal mask
 //! are left out of both products. What did not: the N x N matrix goes through memory.
@@ -17,7 +17,7 @@
 //!
 //! Memory: S is written, read, and replaced by P, which is read again: four times B*H*Nq*Nk
 //! elements of the storage type, next to which Q, K, V and O are small. Each element stands
-//! for 4 D FLOP: D = 64 and f16 make 32 FLOP a byte, where tensor cores need hundreds.
+//! for 4 D FLOP: D = 64 and f16 make 32 FLOP per byte, where tensor cores need hundreds.
 //!
 //! S and P are stored in the type of the tensors. The 2x rule decides: the plain algorithm
 //! that it measures with rounds both, so that f32 in memory would be twice the traffic for
@@ -63,7 +63,7 @@ pub const TILED_TILE: u32 = tiled::TILE;
 /// Threads of their blocks.
 pub const TILED_THREADS: u32 = tiled::THREADS;
 
-/// Columns of a tile of the output for a head dim: those that compute least beside it.
+/// Columns of a tile of the output for a head dim: the width that computes the fewest columns beside it.
 #[must_use]
 pub const fn output_columns(d: u32) -> u32 {
     let [mut best, ..] = OUTPUT_COLUMNS;

@@ -4,8 +4,8 @@
 //! of its row twice: once for the maximum and the sum of exponentials, once for the weights.
 //! The log-sum-exp, which the flash kernel left, would spare the first time, but not for large
 //! scores: at 1e4 the spacing of f32 is 1e-3, and its sum was rounded otherwise. So the weights
-//! of a row sum to 1, whatever the size of the scores. For whoever wants to look at the weights;
-//! attention itself never needs them.
+//! of a row sum to 1, whatever the size of the scores. For callers who want to look at the
+//! weights; attention never needs them.
 //!
 //! ```text
 //! for each key of this thread:  s = Q[i, :] · K[j, :];  m, l = running maximum and sum

@@ -8,7 +8,7 @@
 //! blocks. A thread sums 16 bytes of every 256th row in registers; then the lanes of a warp, and
 //! then the warps, in a fixed order: the same bits each time.
 //!
-//! Memory: reads dy once, 1 FLOP an element. Shared memory: 1,024 bytes, static. Measured: not
+//! Memory: reads dy once, 1 FLOP per element. Shared memory: 1,024 bytes, static. Measured: not
 //! measured.
 //!
 //! Source: the derivative of `y = x wᵀ + bias` by the bias is 1 in every row.
@@ -40,7 +40,7 @@ const WARPS: u32 = THREADS / warp::LANES;
 /// The most columns of a block.
 const MAX_COLUMNS: u32 = CHUNKS * MAX_ELEMENTS as u32;
 
-/// Columns of a block, of elements of so many bytes.
+/// Columns of a block, given the bytes of an element.
 #[must_use]
 pub const fn columns(element_bytes: u32) -> u32 {
     CHUNKS * 16 / element_bytes

@@ -4,7 +4,7 @@
 //! rows of `w`. Each fetches half of them, and the copy engine puts that half into the shared
 //! memory of both: with tiles of 256 columns, what comes from the L2 cache shrinks by a third.
 //!
-//! What changed from linear_mma: a producer and two consumer warpgroups in place of four warps
+//! Change from linear_mma: a producer and two consumer warpgroups in place of four warps
 //! that do everything, wgmma in place of mma.sync, TMA in place of cp.async, tiles of
 //! 128 x 256 in place of 128 x 128; blocks stay, and while one tile is stored the slices of the
 //! next arrive. From flash_hopper it has the roles and the ring of stages.
@@ -35,7 +35,7 @@
 //! theirs, since either producer writes to both. So consumers arrive at two barriers, one of them
 //! in the other block.
 //!
-//! | BN | shared bytes | registers of acc a thread | FLOP a byte from L2 |
+//! | BN | shared bytes | registers of acc per thread | FLOP per byte from L2 |
 //! |---|---|---|---|
 //! | 256 | 229,440 | 128 of 232 | 128 (85 without clusters) |
 //! | 192 | 196,672 | 96 of 232 | 110 (77 without clusters) |
@@ -121,7 +121,7 @@ const OUTPUT_CHUNK: u32 = OUTPUT_ROWS * CHUNK_COLUMNS;
 /// work at the same time share what they read of both operands.
 const BAND: u32 = 8;
 
-/// What a block works with, for tiles of so many columns.
+/// The tiles of a block, by their columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TileShape {
     /// Columns of the result.
@@ -139,7 +139,7 @@ impl TileShape {
         self.columns / CLUSTER
     }
 
-    /// Offset of the stages of B; those of A come first.
+    /// Offset of the stages of B; the stages of A come first.
     const fn b(self) -> u32 {
         STAGES * A_BYTES
     }
@@ -172,7 +172,7 @@ impl TileShape {
     const COSTS: [(Self, u64); 3] =
         [(Self { columns: 256 }, 100), (Self { columns: 192 }, 78), (Self { columns: 128 }, 57)];
 
-    /// The tile for a result of so many rows and columns on so many multiprocessors: the one with which the last cluster is
+    /// The tile for a result of `rows` and `columns` on `multiprocessors`: with it the last cluster is
     /// done first.
     #[must_use]
     pub fn best(rows: u32, columns: u32, multiprocessors: u32) -> Self {
@@ -450,7 +450,7 @@ fn store<T: Operand, const GROUPS: usize>(
     warp::sync_warp(warp::FULL_MASK);
     unroll!(for CHUNK in 0..4 {
         if 8 * CHUNK < GROUPS {
-            // Two buffers in turn: what is overwritten was read before the last warp barrier.
+            // Two buffers in turn: the overwritten one was read before the last warp barrier.
             let buffer = output.slice(CHUNK as u32 % 2 * OUTPUT_CHUNK, OUTPUT_CHUNK);
             unroll!(for PAIR in 0..4 {
                 let pack = |group: usize, row: usize| {

@@ -3,18 +3,18 @@
 //! The idea: the products of a tile are `mma.sync` instructions, and the slices of `x` and
 //! `w` that they need are already on their way while the slice before is multiplied.
 //!
-//! What changed from linear_tiled: tiles of 128 x 128 in place of 64 x 64, kept in the storage
+//! Change from linear_tiled: tiles of 128 x 128 in place of 64 x 64, kept in the storage
 //! type and swizzled; a warp holds 64 x 64 of `y` in registers; copies are asynchronous,
 //! two slices ahead, with one barrier a slice in place of two. The tile is
 //! [`gemm::mma::tile`](crate::parts::gemm::mma::tile), which standard attention is made of too.
 //!
 //! ```text
 //! for each slice of 32 input features:
-//!     acc += x wᵀ                          128 x 128 of y, 64 x 64 a warp
+//!     acc += x wᵀ                          128 x 128 of y, 64 x 64 per warp
 //! y = acc + bias
 //! ```
 //!
-//! Memory: 256 elements from global memory for 32,768 FLOP: 64 FLOP a byte; 49,152 bytes of
+//! Memory: 256 elements from global memory for 32,768 FLOP: 64 FLOP per byte; 49,152 bytes of
 //! dynamic shared memory. 128 f32 registers of a thread hold its part of `y`.
 //!
 //! Heads: `y` is `[B, N, H * D]`, which read as `[B, N, H, D]` is what the attention kernels
@@ -68,7 +68,7 @@ pub const SHARED_BYTES: u32 = mma::shared_bytes(TILE);
 #[inline(always)]
 pub unsafe fn linear_mma<T: Scalar, C: TensorCore<T>, P: LinearProduct>(args: &LinearArgs) {
     // Blocks start in the order of `x`, then `y`. They take the tiles of a row one after the
-    // other, so that those at work at the same time share what they read of x and w.
+    // other, so that blocks at work at the same time share rows of x and w.
     let block = thread::block_idx_y() * thread::grid_dim_x() + thread::block_idx_x();
     // There is at least one; saying so spares the check for a division by zero.
     let column_tiles = thread::grid_dim_y().max(1);

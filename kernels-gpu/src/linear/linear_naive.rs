@@ -1,6 +1,6 @@
 //! linear_naive: a projection `y = x wᵀ + bias` as the formula says.
 //!
-//! The idea: a thread per element of `y`.
+//! The idea: one thread per element of `y`.
 //!
 //! ```text
 //! y[r, c] = dot(x[r, :], w[c, :]) + bias[c]

@@ -5,7 +5,7 @@
 //! [`gemm::tiled::tile`](crate::parts::gemm::tiled::tile).
 //!
 //! ```text
-//! acc = 0                                  TILE x TILE of y, 4 x 4 a thread
+//! acc = 0                                  TILE x TILE of y, 4 x 4 per thread
 //! for each slice of DEPTH input features:
 //!     load x, w                            TILE x DEPTH each, as f32, transposed
 //!     acc += x wᵀ

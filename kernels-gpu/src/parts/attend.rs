@@ -1,4 +1,4 @@
-//! What a warp of the rungs from flash_mma to flash_async does with a tile of keys: 16 rows,
+//! The work of a warp on a KV tile, in the rungs from flash_mma to flash_async: 16 rows,
 //! every score through the mask, O rescaled each time.
 
 use simt::{layout::TileLayout, mma::TensorCore, scalar::Scalar, shared::Shared, unroll, warp};
@@ -10,7 +10,7 @@ use crate::parts::{
     tile,
 };
 
-/// Query rows of a tile: 16 a warp.
+/// Query rows of a tile: 16 per warp.
 pub const BR: u32 = 64;
 /// Keys of a tile.
 pub const BC: u32 = 64;
@@ -22,7 +22,7 @@ const KEY_TILES: usize = BC as usize / 8;
 
 const _: () = assert!(BR == fragment::ROWS * THREADS / warp::LANES, "every row has its warp");
 
-/// What a warp knows of its 16 rows: O columns of 8.
+/// The state of a warp's 16 rows: O columns of 8.
 pub struct FragmentRows<const O: usize> {
     /// The first row.
     pub first_row: u32,

@@ -11,14 +11,14 @@ impl Columns {
     /// As many as the tile.
     pub const ALL: Self = Self(0);
 
-    /// Those of Q and K.
+    /// The columns of Q and K.
     #[inline(always)]
     #[must_use]
     pub fn of_keys() -> Self {
         Self(Constants::head_dim())
     }
 
-    /// Those of V and O.
+    /// The columns of V and O.
     #[inline(always)]
     #[must_use]
     pub fn of_values() -> Self {

@@ -11,7 +11,7 @@ use crate::args::DropoutArgs;
 
 /// Multipliers of Philox 4x32.
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
-/// What the key grows by each round: the golden ratio and sqrt(3) - 1.
+/// The increments of the key per round: the golden ratio and sqrt(3) - 1.
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 /// Rounds that pass the statistical tests with a margin.
 const ROUNDS: u32 = 10;

@@ -1,8 +1,8 @@
-//! The two products of attention on fragments: what a warp does with its rows of Q and P.
+//! The two products of attention on fragments: the work of a warp on its rows of Q and P.
 //!
 //! A fragment is 16 rows. Its scores are `[[f32; 4]; N]`: `N` products of 16 x 8, so 8 N keys;
 //! its output is the same over the head's columns. [`simt::mma`] says which lane has what.
-//! A warp keeps `F` fragments: what it loads of K and V serves all of them.
+//! A warp keeps `F` fragments: each loaded fragment of K and V serves all of them.
 //!
 //! ```text
 //! S = Q Kᵀ   A: rows of Q as they stand           B: rows of K as they stand, since B is
@@ -11,8 +11,8 @@
 //!               where it is, in registers
 //! ```
 //!
-//! Rows count in elements of 16 bits, also those of f32: 32 bytes of a row are a step of
-//! the product over it. With 4-byte elements a matrix load brings one a register, which is
+//! Rows count in elements of 16 bits, rows of f32 too: 32 bytes of a row are a step of
+//! the product over it. With 4-byte elements a matrix load brings one per register, which is
 //! where the product of f32 wants it.
 //!
 //! What depends on the lane alone (its rows, its addresses) is computed where it is asked
@@ -127,7 +127,7 @@ impl<const F: usize, const STEPS: usize> RegisterQueries<F, STEPS> {
         Self(a)
     }
 
-    /// What stands in their place where Q stays in shared memory.
+    /// The value in their place where Q stays in shared memory.
     #[inline(always)]
     #[must_use]
     pub const fn none() -> Self {

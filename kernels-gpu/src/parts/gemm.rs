@@ -1,4 +1,4 @@
-//! Matrix products `C = A B`: what the projections and standard attention share.
+//! Matrix products `C = A B`, which the projections and standard attention share.
 //!
 //! A product is made of three choices, each compile-time:
 //!
@@ -161,9 +161,9 @@ impl<T: Memory> MatrixMut<T> {
     }
 }
 
-/// What happens to a sum before it is rounded and stored.
+/// The epilogue: the change of a sum before it is rounded and stored.
 pub trait Epilogue: Copy {
-    /// What is the same for a whole column: a lane asks once for each of its columns.
+    /// The value for a whole column: a lane asks once for each of its columns.
     fn column(&self, column: u32) -> f32;
     /// The value to store. `of_column` is what [`Epilogue::column`] gave.
     fn apply(&self, sum: f32, of_column: f32) -> f32;
@@ -364,7 +364,7 @@ pub struct Product<T, E> {
     pub c: MatrixMut<T>,
     /// Terms of each sum: K, or less where the rest is known to be 0.
     pub depth: u32,
-    /// What happens to a sum before it is stored.
+    /// The change of a sum before it is stored.
     pub epilogue: E,
 }
 

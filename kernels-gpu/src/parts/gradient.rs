@@ -7,7 +7,7 @@ use crate::{
     parts::{head::Head, policy::Policy},
 };
 
-/// What [`prepare`](crate::backward::prepare) left of a row.
+/// The numbers that [`prepare`](crate::backward::prepare) left for a row.
 #[derive(Clone, Copy, Debug)]
 pub struct Row {
     /// `rowsum(dO ∘ O)`.
@@ -46,7 +46,7 @@ pub fn of_score<T: Scalar>(
     (p, d_shaped * policy.score_slope::<T>(s))
 }
 
-/// As [`of_score`], of the score as it is after the cap: what a bias, which joins it there, has.
+/// As [`of_score`], of the score after the cap: the gradient of a bias, which joins it there.
 #[inline(always)]
 #[must_use]
 pub fn of_shaped<T: Scalar>(

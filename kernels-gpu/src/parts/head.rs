@@ -46,7 +46,7 @@ fn sequence(cu_seqlens: &Buffer, b: u32, rows: u32) -> (u32, u32) {
     let cu_seqlens = unsafe { cu_seqlens.view::<u32>() };
     let read = |at: u32, otherwise| cu_seqlens.read_if(Head::is_packed(), at as u64, otherwise);
     let (first, end) = (read(b, 0), read(b + 1, rows));
-    // Less 0 it is what it was: the compiler knows that of no other function of both.
+    // Less 0 it is unchanged: the compiler knows that of no other function of both.
     (first, end.wrapping_sub(first))
 }
 
@@ -161,7 +161,7 @@ impl Head {
         Self::is_packed() && j >= self.seq_k
     }
 
-    /// Index of row `i` of what has [`padded`](crate::backward::padded) rows a head.
+    /// Index of row `i` of what has [`padded`](crate::backward::padded) rows per head.
     #[inline(always)]
     #[must_use]
     pub const fn padded_row(&self, i: u32) -> u64 {

@@ -1,4 +1,4 @@
-//! The online softmax on fragments: what a warp knows of 16 rows, and the epilogue.
+//! The online softmax on fragments: the state of a warp's 16 rows, and the epilogue.
 
 use simt::{
     global::GlobalMut, math, memory::Memory, mma::TensorCore, scalar::Scalar, unroll, warp,
@@ -62,7 +62,7 @@ impl RowState {
     }
 
     /// Raises `m_i` to a tile's maxima, of which each lane has those of its own columns.
-    /// What was summed before is to be multiplied by the result, as `l_i` is here.
+    /// The caller multiplies the earlier sums by the result, as `l_i` is here.
     #[inline(always)]
     pub fn raise(&mut self, maxima: [f32; 2]) -> [f32; 2] {
         let mut alpha = [0.0; 2];

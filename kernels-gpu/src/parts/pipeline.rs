@@ -82,7 +82,7 @@ impl<S: Depth> Ring<S> {
         Self { barriers: barriers.slice(first, Self::BARRIERS), depth: PhantomData }
     }
 
-    /// Initialises the barriers for `consumers` arrivals a stage; by one thread.
+    /// Initialises the barriers for `consumers` arrivals per stage; by one thread.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn init(&self, consumers: u32) {

@@ -1,7 +1,7 @@
 //! Which keys a row sees, which tiles that makes it visit, and which weights dropout keeps:
 //! written once, asked by every rung.
 //!
-//! What a launch asks for are [specialisation constants](crate::constants): on a GPU a question
+//! The features of a launch are [specialisation constants](crate::constants): on a GPU a question
 //! about a feature is answered when the entry is compiled, and what is off is gone. A new kind of
 //! mask is a constant and an answer here, not a change of a main loop.
 //!
@@ -177,7 +177,7 @@ impl Policy {
 
     #[inline(always)]
     fn is_no_padding(&self, padding_row: u64, key: u32) -> bool {
-        // SAFETY: whoever made the policy states the mask, if there is one.
+        // SAFETY: `new` asks that the mask, if there is one, is `[B, Nk]`.
         let padding: Global<u8> = unsafe { self.keys.padding.view() };
         key < self.head.seq_k && padding.read(padding_row + key as u64) != 0
     }
@@ -335,7 +335,7 @@ impl Policy {
             };
             return [check(0), check(1)];
         }
-        // What takes a search is searched for only where the answer matters.
+        // The search runs only where its answer matters.
         let search = Self::is_padded() && warp::any(l_i[0] == 0.0 || l_i[1] == 0.0);
         let first_key = if search { self.first_key() } else { 0 };
         [0, 1].map(|r: usize| {
@@ -367,7 +367,7 @@ impl Policy {
         dropout::apply(&self.scores.dropout, (self.head.b, self.head.h, i, j), p)
     }
 
-    /// What kept weights are multiplied by. Where they were not, the normaliser is.
+    /// The factor of kept weights. Where the weights have not taken it, the normaliser does.
     #[inline(always)]
     #[must_use]
     pub fn rescale(&self) -> f32 {

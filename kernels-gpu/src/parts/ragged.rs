@@ -47,13 +47,13 @@ pub struct MapRows {
 }
 
 impl MapRows {
-    /// Those of Q or O.
+    /// The rows of Q or O.
     #[inline(always)]
     pub const fn queries(head: &Head) -> Self {
         Self { b: head.b, h: head.h, first: head.first_q, rows: head.seq_q }
     }
 
-    /// Those of K or V.
+    /// The rows of K or V.
     #[inline(always)]
     pub const fn keys(head: &Head) -> Self {
         Self { b: head.b, h: head.h_kv, first: head.first_k, rows: head.seq_k }

@@ -1,4 +1,4 @@
-//! Tiles in f32 and their products in scalar arithmetic: what a block of [`THREADS`] threads does
+//! Tiles in f32 and their products in scalar arithmetic: the work of a block of [`THREADS`] threads
 //! with tiles of [`ROWS`] rows.
 //!
 //! ```text
@@ -156,7 +156,7 @@ pub fn add_row<const D: usize>(
 /// the columns, that there are.
 ///
 /// # Safety
-/// The `seq` rows of a head of the tensor begin at element `head`, and nobody else writes them.
+/// The `seq` rows of a head of the tensor begin at element `head`, and no other block writes them.
 #[inline(always)]
 pub unsafe fn store<T: Scalar, const D: usize>(
     sum: &Sum,

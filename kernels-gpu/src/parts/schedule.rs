@@ -16,7 +16,7 @@ use crate::{
     parts::{head::Head, policy::Policy, queue::QUEUE_WORDS},
 };
 
-/// What a section of heads may occupy of the L2 cache (50 MB on an H100) in KiB.
+/// The share of the L2 cache (50 MB on an H100) that a section of heads may occupy, in KiB.
 const SECTION_KIB: u32 = 32 << 10;
 
 /// A block's share of the work.
@@ -156,7 +156,7 @@ pub fn in_sections(
     last_first: bool,
 ) -> Work {
     let (section, in_section) = divide(place, section_heads * num_q_tiles);
-    // The last section may have fewer heads. A place past the last one, whose work nobody does,
+    // The last section may have fewer heads. A place past the last one, whose work no block does,
     // wraps around.
     let first = section.wrapping_mul(section_heads);
     let (tile, head) = divide(in_section, section_heads.min(heads.wrapping_sub(first)));

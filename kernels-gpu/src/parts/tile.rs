@@ -1,4 +1,4 @@
-//! Tiles between global and shared memory, 16 bytes a thread at a time.
+//! Tiles between global and shared memory, 16 bytes per thread at a time.
 //!
 //! Neighbouring threads take neighbouring chunks of 8 elements: 8 of a row (128 bytes), or
 //! 4 where a row is not a multiple of 8 chunks long. Either way the eight threads of a
@@ -188,12 +188,12 @@ pub(crate) fn load_async_by<
     });
 }
 
-/// Stages of K and V: one is computed with while the other is filled.
+/// Stages of K and V: copies fill one during the arithmetic on the other.
 pub const STAGES: u32 = 2;
 
 /// K and V of a head, and the stages in shared memory that their tiles of BC keys go
 /// through: K and V of stage 0, then of stage 1, swizzled. With a single stage, K and V are copied
-/// in turns, each while the other is computed with.
+/// in turns, each during the arithmetic on the other.
 #[derive(Clone, Copy)]
 pub struct KvStages<T, const D: usize, const BC: u32, const THREADS: u32, const STAGES: u32 = 2> {
     k: Rows<T>,
@@ -216,7 +216,7 @@ impl<T: Memory, const D: usize, const BC: u32, const THREADS: u32, const STAGES:
     /// Bytes of all stages.
     pub const BYTES: u32 = STAGES * 2 * Self::TILE * T::BYTES;
 
-    /// Those of `k` and `v`, at the beginning of dynamic shared memory.
+    /// The stages of `k` and `v`, at the beginning of dynamic shared memory.
     ///
     /// # Safety
     /// As for [`Shared::dynamic`].

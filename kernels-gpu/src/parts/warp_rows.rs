@@ -1,4 +1,4 @@
-//! What a warp of flash_pipelined and flash_tf32 has in registers, and how it takes in a tile of
+//! The registers of a warp of flash_pipelined and flash_tf32, and how the warp takes in a tile of
 //! keys: up to 32 rows, scores hidden only where something cuts the tile, O rescaled only where a
 //! maximum has moved far.
 
@@ -26,7 +26,7 @@ pub fn warp_row<const FRAGMENTS: usize>() -> u32 {
         * const { FRAGMENTS as u32 * fragment::ROWS }
 }
 
-/// What a warp has in registers: N tiles of 8 keys, O tiles of 8 columns, F fragments of
+/// The registers of a warp: N tiles of 8 keys, O tiles of 8 columns, F fragments of
 /// 16 rows.
 pub struct WarpRows<T, const N: usize, const O: usize, const F: usize> {
     policy: Policy,

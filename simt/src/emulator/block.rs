@@ -101,7 +101,7 @@ pub(crate) struct Block {
     /// Accesses and switches since the last progress.
     pub(super) idle: u64,
     pub(super) visits: Visits,
-    /// What the launch records of this cluster.
+    /// The launch's record of this cluster.
     pub(super) recording: Option<Box<Recording>>,
     /// Whether anyone but the lanes has accessed shared memory.
     pub has_agents: bool,
@@ -119,7 +119,7 @@ pub(crate) struct Block {
     pub(super) copies: Copies,
     /// The last access of each lane to the shared memory of each other block.
     pub(super) remote: Vec<RemoteAccess>,
-    /// What lanes have released to other blocks.
+    /// Accesses that lanes have released to other blocks.
     pub(super) released: Clock,
     pub(super) kernel: Option<*const (dyn Fn() + Sync)>,
 }
@@ -299,7 +299,7 @@ impl Block {
         }
     }
 
-    /// Notes what a lane does.
+    /// Notes the action of a lane.
     #[inline]
     pub fn set_state(&mut self, lane: usize, state: LaneState) {
         let bit = 1 << (lane % 32);
@@ -336,7 +336,7 @@ impl Block {
         self.lanes[..self.threads()].iter().all(|l| matches!(l.state, LaneState::Done))
     }
 
-    /// Checks what must hold when every lane has returned.
+    /// Checks the conditions that must hold when every lane has returned.
     pub fn finish(&mut self) -> Result<(), FaultKind> {
         self.finish_barriers()?;
         if let Some((lane, at)) = self.copies.unfinished() {
@@ -353,7 +353,7 @@ impl Block {
         self.finish_remote()
     }
 
-    /// Makes what the current lane has written so far visible to copies and wgmma.
+    /// Makes the current lane's writes so far visible to copies and wgmma.
     pub fn fence_proxy_async(&mut self) {
         let now = self.tick();
         self.lanes[self.current].fences.push(now);
@@ -364,7 +364,7 @@ impl Block {
         FaultKind::Divergence(format!("no thread can go on{}", self.what_lanes_do()))
     }
 
-    /// Where all lanes are: groups of those that do the same.
+    /// The places of all lanes, in groups of lanes that do the same.
     pub(super) fn what_lanes_do(&self) -> String {
         let mut text = String::new();
         let mut groups: Vec<(String, Vec<usize>)> = Vec::new();

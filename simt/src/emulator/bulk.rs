@@ -24,13 +24,13 @@ struct Load {
     coordinates: Vec<u32>,
     /// Where the box goes, and the mbarrier where its bytes count: one for each block.
     destinations: Vec<(u32, usize)>,
-    /// What the lane that started it knew.
+    /// The accesses that the starting lane knew.
     clock: Clock,
     lane: u16,
     at: Place,
 }
 
-/// What a store does with the elements that are there.
+/// The effect of a store on the elements in memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Write {
     Replace,
@@ -88,7 +88,7 @@ impl Block {
         Ok(spec)
     }
 
-    /// What the current lane knows, its own accesses included.
+    /// The accesses that the current lane knows, its own included.
     fn own_knowledge(&self) -> Clock {
         let mut clock = self.lanes[self.current].clock.clone();
         clock.learn_lane(self.current as u16, self.time);
@@ -345,7 +345,7 @@ fn write(write: Write, map: u64, coordinates: &[u32], source: u32, at: Place) {
         let (lane, rank, threads) = (b.current as u16, b.rank(), b.block_threads());
         let clock = &b.own_knowledge();
         let agent = Agent::store(lane).lane();
-        // What lies outside of the tensor is not stored, and need not have been written.
+        // Elements outside of the tensor are not stored, and need not have been written.
         let mut read = Ok(());
         let kind = match write {
             Write::Replace => GlobalAccess::Write,

@@ -1,4 +1,4 @@
-//! What the blocks of a cluster do with each other's shared memory, beyond what holds within
+//! Accesses of the blocks of a cluster to each other's shared memory, beyond what holds within
 //! a block: a block that is reached must have started, and must not end before.
 
 use super::{

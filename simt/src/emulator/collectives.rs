@@ -31,7 +31,7 @@ impl Collective {
     }
 }
 
-/// What the last lane of a collective does for all.
+/// The work of the last lane of a collective for all.
 pub(crate) struct WarpCall<'a> {
     /// The block.
     pub block: &'a mut Block,
@@ -39,14 +39,14 @@ pub(crate) struct WarpCall<'a> {
     pub warp: usize,
     /// Lanes that take part.
     pub mask: u32,
-    /// What each lane brought.
+    /// The input of each lane.
     pub input: &'a WarpRegisters,
-    /// What each lane gets.
+    /// The output of each lane.
     pub output: &'a mut WarpRegisters,
 }
 
 impl WarpCall<'_> {
-    /// Refuses what only a whole warp can do.
+    /// Refuses an operation that only a whole warp can do.
     pub fn whole_warp(&self, name: &str, at: Place) -> Result<(), FaultKind> {
         if self.mask == FULL_MASK {
             return Ok(());
@@ -60,7 +60,7 @@ impl WarpCall<'_> {
 }
 
 /// A collective of the lanes of `mask` in the current warp: each brings registers, the
-/// last to come computes what all of them get.
+/// last to come computes the outputs of all.
 pub(crate) fn collective<const I: usize, const O: usize>(
     name: &'static str,
     mask: u32,

@@ -1,4 +1,4 @@
-//! What can be wrong with a kernel, as a typed error with its source line.
+//! The faults of a kernel, as a typed error with its source line.
 
 use std::{fmt, panic::Location};
 
@@ -23,7 +23,7 @@ impl Site {
     pub const SEVERAL_WARPS: u32 = u32::MAX;
     /// Threads that made atomic accesses.
     pub const ATOMICS: u32 = u32::MAX - 1;
-    /// What the number of a warp is added to, for several of its threads.
+    /// The base to which a warp's number is added, for several of its threads.
     pub const OF_WARP: u32 = 1 << 31;
 }
 
@@ -45,7 +45,7 @@ impl fmt::Display for Site {
     }
 }
 
-/// What went wrong.
+/// The fault.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FaultKind {
@@ -205,7 +205,7 @@ pub enum FaultKind {
     /// Wrong use of a primitive; the text says which.
     #[error("{message}, by {this}")]
     Misuse {
-        /// What is wrong, and what would be right.
+        /// The wrong use, and the right one.
         message: String,
         /// Who did it.
         this: Site,
@@ -242,7 +242,7 @@ pub enum FaultKind {
 /// A fault and the block it happened in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// What went wrong.
+    /// The fault.
     pub kind: FaultKind,
     /// Index of the block, the first of its cluster, where one had started.
     pub block: Option<Dim3>,

@@ -29,7 +29,7 @@ const KEPT_PAGES: usize = 2048;
 /// Pages that are found without a look into the table.
 const RECENT: usize = 16;
 
-/// What an access does.
+/// The kind of an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GlobalAccess {
     Read,
@@ -90,7 +90,7 @@ pub(crate) struct GlobalMemory {
 }
 
 impl GlobalMemory {
-    /// Forgets what was accessed before time `begin`.
+    /// Forgets accesses before time `begin`.
     pub fn reset(&mut self, begin: Time, warps: usize) {
         (self.begin, self.warps) = (begin, warps);
         self.parts.clear();
@@ -257,7 +257,7 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
-    /// What the access races with: the last write, or a read since.
+    /// The access that races with this one: the last write, or a read since.
     #[inline(always)]
     fn other(&self, cell: &Cell) -> Option<GlobalAccess> {
         let (by, warps) = (self.by, &(0..self.warps));
@@ -313,7 +313,7 @@ impl Last {
     }
 }
 
-/// What blocks did to 16 bytes: to which parts, and who was the last.
+/// Accesses of blocks to 16 bytes: to which parts, and by which block last.
 #[derive(Clone, Copy, Default)]
 struct Summary {
     written: u8,
@@ -323,7 +323,7 @@ struct Summary {
     reader: Last,
 }
 
-/// What the blocks of a launch that have ended did to global memory.
+/// Accesses to global memory of the launch's ended blocks.
 #[derive(Default)]
 pub(crate) struct BetweenBlocks(Mutex<HashMap<u64, Box<[Summary; GRANULES]>>>);
 

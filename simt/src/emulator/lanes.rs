@@ -139,7 +139,7 @@ impl Engine {
         self.lanes.clear();
     }
 
-    /// What was counted so far.
+    /// The counts so far.
     pub fn stats(&self) -> Stats {
         self.block.stats
     }

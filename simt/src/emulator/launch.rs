@@ -24,7 +24,7 @@ thread_local! {
     static ENGINES: RefCell<Vec<Engine>> = const { RefCell::new(Vec::new()) };
 }
 
-/// What the clusters of a launch have in common.
+/// The state that the clusters of a launch share.
 pub(super) struct Run<'a> {
     pub launch: Launch,
     pub options: &'a Options,
@@ -78,7 +78,7 @@ pub fn launch_with(
 
 /// Runs clusters on all cores.
 fn side_by_side(run: &Run<'_>, clusters: u64) -> Result<Stats, Box<Fault>> {
-    // The least index of a cluster that failed; those after it need not run.
+    // The least index of a cluster that failed; later clusters need not run.
     let failed = AtomicU64::new(u64::MAX);
     let (stats, fault) = (0..clusters)
         .into_par_iter()

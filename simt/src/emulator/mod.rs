@@ -1,4 +1,4 @@
-//! The emulator: runs a kernel's blocks on the CPU and checks what a GPU would not.
+//! The emulator: runs a kernel's blocks on the CPU, with checks that a GPU does not make.
 //!
 //! Every lane of a block is a coroutine. A lane runs until a barrier or a warp
 //! collective, where it is suspended until the others have come; blocks are spread
@@ -7,7 +7,7 @@
 //! beside each word of shared memory ([`shadow`](self)), which knows who wrote and
 //! who read it, and by the clocks that say which accesses are ordered.
 //!
-//! What is reported, each as a [`Fault`] with the kernel's source line: races on shared
+//! The emulator reports, each as a [`Fault`] with the kernel's source line: races on shared
 //! and on global memory, reads of shared memory that nothing wrote, accesses out of bounds or
 //! misaligned (shared and global), accesses to where an asynchronous copy has not landed,
 //! barriers that not all threads reach, collectives reached by some lanes of a warp only,
@@ -22,7 +22,7 @@
 //! its operands before is a race. Missing proxy fences and arrivals are reported too, and a
 //! wait for an mbarrier that on a GPU could come a phase too late.
 //!
-//! A [`Recorder`] counts by source line what launches do, and keeps it in order.
+//! A [`Recorder`] counts the actions of launches by source line, and keeps their order.
 //!
 //! The blocks of a cluster run together, as one block of several windows of shared memory.
 //!
@@ -130,7 +130,7 @@ impl Launch {
     }
 }
 
-/// What was counted while a launch ran, over all its blocks.
+/// The counts of a launch, over all its blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Bytes read from global memory, as the kernel asked for them.

@@ -1,4 +1,4 @@
-//! What stands for the lanes without the feature `emulator`: none can exist.
+//! The lanes without the feature `emulator`: none can exist.
 
 use super::fault::FaultKind;
 

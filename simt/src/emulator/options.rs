@@ -1,4 +1,4 @@
-//! How a launch runs: its seed, its checks, and what it leaves out on purpose.
+//! How a launch runs: its seed, its checks, and the synchronisations that it leaves out on purpose.
 
 use std::{
     collections::BTreeSet,
@@ -34,7 +34,7 @@ pub struct Options {
     pub sites: Option<Arc<Sites>>,
     /// Name of the launch, for records of it.
     pub name: &'static str,
-    /// Where to record what the launch does, line by line.
+    /// The recorder of the launch, line by line.
     pub recorder: Option<Arc<Recorder>>,
     /// Once this is true the launch ends, with [`FaultKind::Stopped`](super::FaultKind::Stopped),
     /// when lanes next wait.
@@ -121,7 +121,7 @@ pub enum SyncKind {
 }
 
 impl SyncKind {
-    /// What can be done to a synchronisation of this kind.
+    /// The possible changes of a synchronisation of this kind.
     #[must_use]
     pub fn alterations(self) -> &'static [Alteration] {
         match self {
@@ -143,7 +143,7 @@ pub struct SyncSite {
     pub line: u32,
     /// Column.
     pub column: u32,
-    /// What stands there.
+    /// The kind of synchronisation there.
     pub kind: SyncKind,
 }
 
@@ -159,7 +159,7 @@ impl fmt::Display for SyncSite {
     }
 }
 
-/// What is done to a synchronisation.
+/// A change of a synchronisation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Alteration {
     /// It does nothing.
@@ -175,7 +175,7 @@ pub enum Alteration {
 pub struct Change {
     /// Which one.
     pub site: SyncSite,
-    /// What is done to it.
+    /// The change.
     pub alteration: Alteration,
 }
 
@@ -184,7 +184,7 @@ pub struct Change {
 pub struct Sites(Mutex<BTreeSet<SyncSite>>);
 
 impl Sites {
-    /// Those noted so far, in the order of the source.
+    /// The sites noted so far, in the order of the source.
     #[must_use]
     pub fn list(&self) -> Vec<SyncSite> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()

@@ -24,7 +24,7 @@ impl Block {
         self.idle = 0;
     }
 
-    /// Looks at what a block does whose budget is used up, and reports it.
+    /// Reports the work of a block whose budget is used up.
     #[cold]
     pub(super) fn spins(&mut self, at: Option<Place>) -> Result<(), FaultKind> {
         if self.idle == self.options.budget + 1 {

@@ -1,5 +1,5 @@
-//! What a launch did, line by line and in order: filled by [`Options::recorder`](super::Options),
-//! read by whoever wants to see a kernel at work.
+//! The record of a launch, line by line and in order. [`Options::recorder`](super::Options) fills it;
+//! a program reads it to show a kernel at work.
 //!
 //! Lanes of a warp run one after the other here. What they do between two points at which the warp
 //! meets (a collective, a barrier) is put together again: the n-th time that each lane comes to a place
@@ -42,7 +42,7 @@ impl Drop for On {
     }
 }
 
-/// Collects what launches do.
+/// Collects the records of launches.
 #[derive(Debug, Default)]
 pub struct Recorder {
     /// Clusters (blocks, where there are none) whose events are kept in order, from the first on.
@@ -73,7 +73,7 @@ impl Recorder {
     }
 }
 
-/// What one launch did.
+/// The record of one launch.
 #[derive(Clone, Debug)]
 pub struct LaunchRecord {
     /// Its name, by [`Options::name`](super::Options::name).
@@ -86,7 +86,7 @@ pub struct LaunchRecord {
     pub traces: Vec<ClusterTrace>,
 }
 
-/// What was done at one place of the source.
+/// The actions at one place of the source.
 #[derive(Clone, Debug)]
 pub struct LineRecord {
     /// Source file.
@@ -95,13 +95,13 @@ pub struct LineRecord {
     pub line: u32,
     /// Column.
     pub column: u32,
-    /// What was counted.
+    /// The counts.
     pub counts: Counts,
     /// How often the warps of each cluster that came here did: the cluster's index, and the number.
     pub clusters: Vec<(u64, u64)>,
 }
 
-/// What was counted at a place.
+/// The counts of a place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Times that a warp executed it.
@@ -178,7 +178,7 @@ pub struct Event {
     pub file: &'static str,
     /// Line.
     pub line: u32,
-    /// What.
+    /// The action.
     pub action: Action,
     /// How often.
     pub times: u64,
@@ -186,7 +186,7 @@ pub struct Event {
     pub counts: Counts,
 }
 
-/// What a warp does.
+/// An action of a warp.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
     /// Reads global memory.
@@ -211,7 +211,7 @@ pub enum Action {
     CopyStart,
     /// Makes its copies a group.
     CopyCommit,
-    /// Waits for its groups of copies, all but the newest so many.
+    /// Waits for its groups of copies, all but this number of the newest.
     CopyWait(u32),
     /// Waits for the lanes of the warp.
     WarpBarrier,
@@ -229,7 +229,7 @@ pub enum Action {
     BulkStore,
     /// Makes its stores a group.
     BulkCommit,
-    /// Waits until its groups of stores have read their memory, all but the newest so many.
+    /// Waits until its groups of stores have read their memory, all but this number of the newest.
     BulkWait(u32),
     /// Starts product `number` of its warpgroup.
     WgmmaStart(u64),

@@ -36,9 +36,9 @@ impl Direction {
 /// block has left.
 #[derive(Default)]
 pub(crate) struct Registers {
-    /// Of each thread of each warp.
+    /// The registers of each thread of each warp.
     of_warp: Vec<u32>,
-    /// Of each block, not in use.
+    /// The registers of each block that are not in use.
     free: Vec<u32>,
     /// The changes that each warp has come to: the threads of a warpgroup come to the same.
     changes: Vec<Vec<(Place, u32)>>,

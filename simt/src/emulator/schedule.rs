@@ -1,4 +1,4 @@
-//! What happens next: which ready warp runs, whether a bulk load lands, and which one.
+//! The next event: which ready warp runs, whether a bulk load lands, and which one.
 
 use super::clock::MAX_WARPS;
 
@@ -29,14 +29,14 @@ impl Random {
     }
 }
 
-/// What happens next.
+/// The next event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
     /// The ready lanes of a warp run, from lane `first` on (and round), each until it waits.
     Warp { warp: usize, first: u32, backwards: bool },
     /// A load lands.
     Load,
-    /// Nothing can.
+    /// Nothing can happen.
     Nothing,
 }
 
@@ -44,7 +44,7 @@ pub(super) enum Next {
 enum Order {
     /// Warps in turn; a load lands when no lane can go on, the oldest first.
     Forward,
-    /// The same the other way round: the last warp first, the newest load first.
+    /// The reverse order: the last warp first, the newest load first.
     Backward,
     /// Any ready warp; loads at any time.
     Any,

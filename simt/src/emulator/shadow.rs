@@ -139,7 +139,7 @@ impl Access<'_> {
         time <= self.clock.floor || warps.clone().all(|warp| self.clock.knows_warp(warp, time))
     }
 
-    /// `warps` are those of the block whose memory it is.
+    /// `warps` are the warps of the block whose memory it is.
     #[inline]
     pub(super) fn knows_write(&self, write: Stamp, warps: &Range<usize>) -> bool {
         let (lane, time) = (write.lane(), write.time());
@@ -151,7 +151,7 @@ impl Access<'_> {
             || self.clock.knows(lane, usize::from(lane / 32), time)
     }
 
-    /// `warps` are those of the block whose memory it is.
+    /// `warps` are the warps of the block whose memory it is.
     #[inline]
     pub(super) fn knows_read(&self, read: Stamp, warps: &Range<usize>) -> bool {
         let (lane, time) = (read.lane(), read.time());

@@ -20,19 +20,19 @@ use crate::hardware::{FULL_MASK, widen_f16};
 const LANES: usize = 128;
 /// Rows of a product.
 const ROWS: usize = 64;
-/// Columns of A a step.
+/// Columns of A per step.
 const STEP: usize = 16;
 
 /// Where A comes from.
 #[derive(Clone, Copy)]
 pub(crate) enum OperandA<'a> {
-    /// Shared memory, for so many steps.
+    /// Shared memory, for a number of steps.
     Shared(SharedTile, usize),
     /// This lane's fragments.
     Registers(&'a [[u32; 4]]),
 }
 
-/// How an operand lies in shared memory.
+/// The layout of an operand in shared memory.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum SharedTile {
     /// Rows along the dimension that is summed over, chunks `chunk` bytes apart.
@@ -53,7 +53,7 @@ pub(crate) struct Product<'a> {
     pub bf16: bool,
 }
 
-/// What all lanes must agree on.
+/// The values that all lanes must agree on.
 #[derive(Clone, Copy, PartialEq)]
 struct Common {
     a: Option<SharedTile>,
@@ -66,7 +66,7 @@ struct Common {
 }
 
 impl Common {
-    /// What the warpgroup's product does.
+    /// The counts of the warpgroup's product.
     fn counts(&self) -> Counts {
         let depth = self.steps * STEP;
         // Elements of 16 bits: of B, and of A where it is there.

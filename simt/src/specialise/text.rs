@@ -4,7 +4,7 @@
 /// How the symbol of a constant begins; its name follows.
 pub const PREFIX: &str = "simt_constant_";
 
-/// A module with one of its entries only, so that a driver compiles what is launched and not every
+/// A module with one of its entries only, so that a driver compiles the launched entry and not every
 /// instance of every kernel. `None` if it has no such entry.
 #[must_use]
 pub fn entry(module: &str, symbol: &str) -> Option<String> {

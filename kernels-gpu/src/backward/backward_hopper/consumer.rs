@@ -245,7 +245,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     #[inline(always)]
     unsafe fn tile<const LATER: bool>(&mut self, at: At) -> G::Weights {
         let (rows, stage) = (const { G::TILES.rows }, self.stage);
-        // SAFETY: the mask and what shapes scores are as `args` says.
+        // SAFETY: mask, slopes and bias are as `args` says.
         let policy = unsafe { Policy::new(&self.args.forward, at.head) };
         let i = at.tile * rows + self.column;
         let j = self.place.key_tile() * Tiles::KEYS + self.own_key;
@@ -326,7 +326,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         });
         // Hazard: the tensor cores read what threads have written.
         mbarrier::fence_proxy_async();
-        // Hazard: each consumer multiplies what both have written.
+        // Hazard: each consumer multiplies the dS that both have written.
         barrier::sync(NamedBarrier::Consumers, CONSUMERS * warpgroup::THREADS);
     }
 
@@ -370,7 +370,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         let (forward, gradients) = (&self.args.forward, &self.args.gradients);
         let head = Head::of_group(forward, self.place.number(), 0);
         let j = self.place.key_tile() * Tiles::KEYS + self.own_key;
-        // SAFETY: the mask and what shapes scores are as `args` says.
+        // SAFETY: mask, slopes and bias are as `args` says.
         let rescale = unsafe { Policy::new(forward, head) }.rescale();
         // SAFETY: dK and dV have the shapes of K and V, and each key is one thread's.
         unsafe {
@@ -394,7 +394,7 @@ pub(super) const fn part_of<G: Geometry>(head: &Head, tile: u32, consumer: u32) 
 /// Stores a thread's rows `j` and `j + 8` of dK or dV, times `factor`.
 ///
 /// # Safety
-/// `to` must be `[B, Hkv, Nk, D]`, and nobody else writes those rows' columns.
+/// `to` must be `[B, Hkv, Nk, D]`, and no other thread writes the columns of these rows.
 #[inline(always)]
 unsafe fn store_rows<T: Operand>(
     head: Head,

@@ -18,11 +18,11 @@ pub trait ScoreTile<Weights>: WaitGroup {
     /// Before any product.
     fn zero() -> Self;
 
-    /// Softcap, ALiBi and bias. Returns what the gradient of each score is to be multiplied by where
+    /// Softcap, ALiBi and bias. Returns the factor of each score's gradient where
     /// there is a cap.
     fn shape<T: Operand>(&mut self, policy: &Policy, i: u32, j: u32) -> Weights;
 
-    /// Hides what the rows do not see: scores become -inf.
+    /// Hides keys that the rows do not see: their scores become -inf.
     fn hide(&mut self, policy: &Policy, i: u32, j: u32);
 
     /// P replaces S: exp2 of the scaled scores less the rows' LSE. `column` is where the thread's first

@@ -22,7 +22,7 @@ pub(super) const STAGES: u32 = 2;
 /// Elements of dQ that a consumer computes of a tile: 64 x 64.
 pub(super) const DQ_ELEMENTS: u32 = 64 * 64;
 
-/// What a block works with, for a head dim.
+/// The tiles of a block, for a head dim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
     /// Head dim.
@@ -39,7 +39,7 @@ impl Tiles {
     /// Mbarriers: of two rings, of K and of V.
     pub(super) const BARRIERS: u32 = 2 * Ring::<Stages<STAGES>>::BARRIERS + 2;
 
-    /// Those of head dim `d`, 64 or 128: as many rows as registers leave room for.
+    /// The tiles of head dim `d`, 64 or 128: as many rows as registers leave room for.
     #[must_use]
     pub const fn of(d: u32) -> Self {
         assert!(d == 64 || d == 128, "dQ of a tile is 64 x 64 of each consumer");

@@ -1,4 +1,4 @@
-//! What a consumer warpgroup does with its 64 rows: products, mask, softmax.
+//! The work of a consumer warpgroup on its 64 rows: products, mask, softmax.
 
 use simt::{
     shared::Shared,
@@ -46,7 +46,7 @@ pub(super) struct Consumer<'a, T, G: Geometry> {
     pub v_stage: Stage<G::KvStages>,
     /// Whether the K of `k_stage` is known to be there.
     pub k_is_there: bool,
-    /// What is subtracted from the scaled scores: the running maximum, or up to
+    /// The number subtracted from the scaled scores: the running maximum, or up to
     /// [`SLACK`] less.
     pub m_i: [f32; ROWS],
     /// Running sum of this thread's columns.
@@ -130,7 +130,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         // Hazard: O is stored from shared memory that the block gives up.
         tma::wait_group_read::<0>();
         if G::TURNS && self.own_rows == 0 {
-            // The turn that nobody takes any more.
+            // The turn that no consumer takes any more.
             NamedBarrier::of(self.own_rows).await_other();
         }
     }

@@ -1,4 +1,4 @@
-//! What is known of a block when it is compiled: its tiles, and the registers that they take.
+//! The facts of a block at compile time: its tiles, and the registers that they take.
 
 use simt::{
     unroll,
@@ -98,7 +98,7 @@ where
     }
 }
 
-/// The geometry of head dim `D`, values of head dim `D_V`, and so many consumers.
+/// The geometry of head dim `D`, values of head dim `D_V`, and a number of consumers.
 pub struct Hopper<const D: u32, const D_V: u32, const CONSUMERS: u32>;
 
 /// Implements [`Geometry`], whose arrays have lengths that no generic code can compute.

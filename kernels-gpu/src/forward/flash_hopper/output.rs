@@ -76,7 +76,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         };
         unroll!(for HALF in 0..2 {
             if groups * HALF < G::Output::GROUPS {
-                // Hazard: what is written here may not have been stored yet.
+                // Hazard: the copy engine may still read the bytes that are overwritten here.
                 tma::wait_group_read::<0>();
                 warp::sync_warp(warp::FULL_MASK);
                 unroll!(for PAIR in 0..8 {
@@ -98,7 +98,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
                         );
                     }
                 });
-                // Hazard: the copy engine reads what all lanes have written.
+                // Hazard: the copy engine reads bytes that all lanes have written.
                 mbarrier::fence_proxy_async();
                 warp::sync_warp(warp::FULL_MASK);
                 unroll!(for CHUNK in 0..2 {

@@ -98,7 +98,7 @@ pub(super) unsafe fn produce<G: Geometry>(
         }
         // SAFETY: the mask has the shape that `args` says.
         let task = unsafe { Task::of(args, tiles, work) };
-        // Asked for late: whoever asks early may keep a task that another block has time for.
+        // Asked for late: a block that asks early may keep a task that another block has time for.
         // Before the last tile, so that the answer is there after it.
         let mut answer = 0;
         if task.num_tiles() <= 1 {

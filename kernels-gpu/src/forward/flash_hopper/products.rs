@@ -16,7 +16,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         }
     }
 
-    /// Gives back what a tile's scores were computed from: K, and after the last tile Q.
+    /// Gives back the operands of a tile's scores: K, and after the last tile Q.
     #[inline(always)]
     pub(super) fn scores_done(&mut self, task: Task, tile: u32) {
         self.release_k();

@@ -109,7 +109,7 @@ impl Tasks {
         Work { head: head * self.groups.count + group, q_tile }
     }
 
-    /// The work at a place of those for all blocks.
+    /// The work at a place among the tasks for all blocks.
     #[inline(always)]
     fn at(&self, place: u32) -> Work {
         let Extent { heads, num_q_tiles } = self.extent;

@@ -1,4 +1,4 @@
-//! What a thread does with its scores of a tile: S becomes P where it stands.
+//! The work of a thread on its scores of a tile: S becomes P in place.
 
 use simt::{
     math, unroll, warp,
@@ -19,7 +19,7 @@ pub trait ScoreTile<Weights>: WaitGroup {
     /// Softcap, ALiBi and bias.
     fn shape<T: Operand>(&mut self, policy: &Policy, i: u32, j: u32);
 
-    /// Hides what the rows do not see: scores become -inf.
+    /// Hides keys that the rows do not see: their scores become -inf.
     fn hide(&mut self, policy: &Policy, i: u32, j: u32);
 
     /// The maxima of the rows, in log2 units, over their four threads.

@@ -12,7 +12,7 @@ use crate::{
     },
 };
 
-/// A tile of query rows, and what it sees.
+/// A tile of query rows, and the KV tiles that it sees.
 #[derive(Clone, Copy)]
 pub(super) struct Task {
     pub tile: QueryTile,
@@ -88,7 +88,7 @@ const END: u32 = u32::MAX;
 
 impl<S: Depth> Inbox<S> {
     /// Producer: waits for a free stage of Q, and announces a task (or that there is none) and
-    /// so many bytes of Q. Returns the barrier that they count at.
+    /// `bytes` bytes of Q. Returns the barrier that they count at.
     #[inline(always)]
     pub fn announce(&self, stage: Stage<S>, task: Option<Task>, bytes: u32) -> Mbarrier {
         self.ring.wait_empty(stage);

@@ -12,7 +12,7 @@ use crate::constants::Constants;
 /// Query rows of a consumer warpgroup.
 pub const CONSUMER_ROWS: u32 = 64;
 
-/// What a block works with, for a head dim.
+/// The tiles of a block, for a head dim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
     /// Head dim of Q and K.
@@ -34,7 +34,7 @@ pub struct Tiles {
 }
 
 impl Tiles {
-    /// Those of head dim `d` and so many consumers: what shared memory and registers leave
+    /// The tiles of head dim `d` and a number of consumers: what shared memory and registers leave
     /// room for.
     #[must_use]
     pub const fn of(d: u32, consumers: u32) -> Self {
@@ -106,7 +106,7 @@ impl Tiles {
         self.v() + self.kv_stages * self.v_bytes()
     }
 
-    /// Bytes of a warp's buffers for O: as many chunks as are filled together, if O has so many.
+    /// Bytes of a warp's buffers for O: as many chunks as are filled together, or as O has.
     pub(super) const fn output_bytes(&self) -> u32 {
         let together = self.output_chunks * CHUNK_COLUMNS;
         tile_bytes(OUTPUT_ROWS, if self.d_v < together { self.d_v } else { together })
@@ -152,19 +152,19 @@ impl Tiles {
 }
 
 /// Consumers that a block may have for head dim `d`: two, and three where O is narrow
-/// enough for 160 registers a thread. These leave none for padding and dropout.
+/// enough for 160 registers per thread. These leave none for padding and dropout.
 #[must_use]
 pub const fn max_consumers(d: u32) -> u32 {
     if d <= 96 { 3 } else { 2 }
 }
 
 impl Tiles {
-    /// Those that are done first with `heads` heads of `seq_q` rows and `seq_k` keys on
+    /// The tiles that are done first with `heads` heads of `seq_q` rows and `seq_k` keys on
     /// `multiprocessors`, which run one block each.
     ///
     /// Three consumers take less time a row, by an eighth or more, but tasks of 192 rows leave
     /// more of a short launch's last round idle (measured on an H100 at D = 64: two were
-    /// ahead with 1.5 tasks a multiprocessor, level with 3, behind with 6), and more rows and keys
+    /// ahead with 1.5 tasks per multiprocessor, level with 3, behind with 6), and more rows and keys
     /// past the end (measured on an H200 at D = 80, in time of three by time of two: 1.05 at N 1024,
     /// where their tiles cover a fifth more, 0.94 at 2048, 0.90 at 4096, 0.88 at 16,384; with a
     /// diagonal 1.03 at 768, 1.00 at 1536, 0.99 at 2048, 0.90 at 16,384).
@@ -207,7 +207,7 @@ pub(super) const fn tile_bytes(rows: u32, d: u32) -> u32 {
     d.div_ceil(CHUNK_COLUMNS) * rows * CHUNK_ROW_BYTES
 }
 
-/// Rows of O that are stored at a time: those of a warp.
+/// Rows of O that are stored at a time: the rows of a warp.
 pub(super) const OUTPUT_ROWS: u32 = CONSUMER_ROWS * warp::LANES / warpgroup::THREADS;
 /// Elements of a chunk of O: 64 columns of a warp's rows.
 pub(super) const OUTPUT_CHUNK: u32 = OUTPUT_ROWS * CHUNK_COLUMNS;
@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn three_consumers_where_their_tiles_cover_little_beyond_the_end() {
         let consumers = |d, n| Tiles::best(d, Constants::default(), [n, n], 1024, 132).consumers;
-        // 192 rows a task; 128 keys a tile at 64, 112 above.
+        // 192 rows per task; 128 keys per tile at 64, 112 above.
         let of_80 = [512, 768, 1024, 2048, 16_384].map(|n| consumers(80, n));
         assert_eq!(of_80, [2, 3, 2, 3, 3]);
         assert_eq!([512, 640, 1024].map(|n| consumers(64, n)), [3, 2, 3]);

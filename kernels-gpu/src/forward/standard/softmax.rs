@@ -76,7 +76,7 @@ pub const fn shared_bytes(seq_k: u32, element_bytes: u32, row_threads: u32) -> u
 }
 
 /// Threads of a row of `seq_k` keys: a warp while a block can keep a row for each of its
-/// warps, since a warp waits for nobody else; else the block.
+/// warps, since a warp waits for no other warp; else the block.
 #[must_use]
 pub const fn row_threads(seq_k: u32, element_bytes: u32) -> u32 {
     if seq_k <= edge_keys(element_bytes)[0] { warp::LANES } else { THREADS }
@@ -304,7 +304,7 @@ pub unsafe fn softmax_rows<T: Chunk, const ROW_THREADS: u32>(args: &AttentionArg
     let m_used = safe_max(m_i);
     let (m_lse, l_lse, factor) = row.policy.with_sink(m_i * const { STORED_UNIT * LOG2_E }, l_i);
     let normaliser = normaliser(l_lse) * factor;
-    // The only segment is still there, unless those before it were written through its memory.
+    // The only segment is still there, unless earlier segments were written through its memory.
     let again = row.end > first + segment || first > 0;
     let mut start = 0;
     while start < head.seq_k {

@@ -20,7 +20,7 @@
 //! ```
 //!
 //! A warp with 64 x 64 loads four fragments of A and four pairs of B, 4 KiB of shared memory,
-//! for 32 instructions of 4,096 FLOP: 32 FLOP a byte.
+//! for 32 instructions of 4,096 FLOP: 32 FLOP per byte.
 
 use simt::{
     async_copy,
@@ -121,7 +121,7 @@ pub fn place<const BN: usize, const M_TILES: usize, const N_TILES: usize>() -> (
 /// `2 t` and `2 t + 1` of every 8.
 ///
 /// # Shared memory
-/// Dynamic, [`shared_bytes`]`(BN)`: the stages of A, then those of B.
+/// Dynamic, [`shared_bytes`]`(BN)`: the stages of A, then the stages of B.
 ///
 /// # Safety
 /// The launch must give the threads and the shared memory stated here.

@@ -2,7 +2,7 @@
 //! registers. For every storage type and every GPU.
 //!
 //! ```text
-//! acc = 0                                  TILE x TILE of C, 4 x 4 a thread
+//! acc = 0                                  TILE x TILE of C, 4 x 4 per thread
 //! for each slice of DEPTH terms:
 //!     load A, B                            TILE x DEPTH each, as f32, term by term
 //!     acc += A B

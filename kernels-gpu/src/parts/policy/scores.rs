@@ -252,11 +252,11 @@ impl Policy {
         if T::BYTES < 4 { math::tanh_approx(s) } else { math::tanh(s) }
     }
 
-    /// What the distance is multiplied by: less than 0 for a slope above 0.
+    /// The factor of the distance: less than 0 for a slope above 0.
     #[inline(always)]
     fn slope(&self) -> f32 {
         let slopes = self.scores.alibi;
-        // SAFETY: whoever made the policy states the slopes, if there are any.
+        // SAFETY: `Policy::new` asks that the slopes, if there are any, have their shape.
         let of_heads: Global<f32> = unsafe { slopes.buffer.view() };
         -of_heads.read(self.head.b as u64 * slopes.stride_b + self.head.h as u64)
     }
@@ -276,7 +276,7 @@ impl Policy {
         let of_head = head.b as u64 * bias.stride_b + head.h as u64 * bias.stride_h;
         let i = i.min(self.head.seq_q - 1);
         let first = of_head + i as u64 * bias.stride_q;
-        // SAFETY: whoever made the policy states the bias, if there is one.
+        // SAFETY: `Policy::new` asks that the bias, if there is one, has its shape.
         let first = unsafe { bias.buffer.view::<T>() }.skip(first);
         BiasRow { first, stride: bias.stride_k, last: self.head.seq_k.saturating_sub(1) }
     }
@@ -296,7 +296,7 @@ impl Policy {
         if !Self::has_sink() {
             return (m_i, l_i, 1.0);
         }
-        // SAFETY: whoever made the policy states the sinks, if there are any.
+        // SAFETY: `Policy::new` asks that the sinks, if there are any, have their shape.
         let sinks: Global<f32> = unsafe { self.scores.sinks.view() };
         let sink = sinks.read(self.head.h as u64) * LOG2_E;
         let m_new = math::max(m_i, sink);
