@@ -2,7 +2,7 @@
 
 use std::{ffi::CStr, fmt};
 
-/// What a driver call returned: 0, or why it failed.
+/// The result of a driver call: 0, or the code of its failure.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ResultCode(pub u32);
 
@@ -27,7 +27,7 @@ impl ResultCode {
     pub const LIBRARY_NOT_FOUND: Self = Self(303);
     /// A name is not there (a kernel in a module, for one).
     pub const NOT_FOUND: Self = Self(500);
-    /// What was asked about has not ended yet.
+    /// The stream or the event has not ended yet.
     pub const NOT_READY: Self = Self(600);
     /// A kernel accessed memory that it may not.
     pub const ILLEGAL_ADDRESS: Self = Self(700);
@@ -48,7 +48,7 @@ impl ResultCode {
         find(self.0).map(|code| code.name)
     }
 
-    /// What it means, in a few words.
+    /// Its meaning, in a few words.
     #[must_use]
     pub fn text(self) -> &'static CStr {
         find(self.0).map_or(c"an error that this program has no name for", |code| code.text)

@@ -1,11 +1,11 @@
 //! The driver's functions, each looked up in the library on its first call.
 //!
-//! Handles are plain pointers and numbers, so that they fit those of any other library.
+//! Handles are plain pointers and numbers, as any other library has them.
 //! The first pointer of a driver function to which it writes its result is the return
 //! value here.
 //!
 //! # Safety
-//! A call is sound when these facts hold; each function names those that concern it, and
+//! A call is sound when these facts hold; each function names the facts that concern it, and
 //! one that takes no handle and no address is safe:
 //!
 //! 1. A handle (context, stream, event, module, function) came from the driver and was
@@ -182,21 +182,21 @@ pub const EVENT_WITHOUT_TIME: u32 = 2;
 
 /// Numbers that the driver knows of GPUs and kernels.
 pub mod attribute {
-    /// Of a GPU: the highest clock of the multiprocessors in kHz.
+    /// A GPU's attribute: the highest clock of the multiprocessors in kHz.
     pub const CLOCK_KHZ: u32 = 13;
-    /// Of a GPU: multiprocessors.
+    /// A GPU's attribute: multiprocessors.
     pub const MULTIPROCESSORS: u32 = 16;
-    /// Of a GPU: bytes of L2 cache.
+    /// A GPU's attribute: bytes of L2 cache.
     pub const L2_BYTES: u32 = 38;
-    /// Of a GPU: the first number of its compute capability.
+    /// A GPU's attribute: the first number of its compute capability.
     pub const CAPABILITY_MAJOR: u32 = 75;
-    /// Of a GPU: the second number of its compute capability.
+    /// A GPU's attribute: the second number of its compute capability.
     pub const CAPABILITY_MINOR: u32 = 76;
-    /// Of a GPU: the most shared memory of a block, static and dynamic, in bytes.
+    /// A GPU's attribute: the most shared memory of a block, static and dynamic, in bytes.
     pub const MAX_SHARED_BYTES: u32 = 97;
-    /// Of a kernel: its static shared memory in bytes.
+    /// A kernel's attribute: its static shared memory in bytes.
     pub const STATIC_SHARED_BYTES: u32 = 1;
-    /// Of a kernel: the most dynamic shared memory that a launch may ask for, in bytes.
+    /// A kernel's attribute: the most dynamic shared memory that a launch may ask for, in bytes.
     pub const DYNAMIC_SHARED_BYTES: u32 = 8;
 }
 

@@ -41,7 +41,7 @@ pub const LIBRARY_VARIABLE: &str = "FLASH_ATTENTION_CUDA_DRIVER";
 /// A driver that answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Driver {
-    /// What was opened: a name that the loader found, or a path.
+    /// The opened file: a name that the loader found, or a path.
     pub library: PathBuf,
     /// The newest CUDA version that the driver supports, `(major, minor)`.
     pub cuda_version: (u32, u32),
@@ -56,14 +56,14 @@ pub enum DriverError {
     LibraryMissing {
         /// The name searched for.
         name: &'static str,
-        /// What the loader said.
+        /// The loader's message.
         detail: String,
     },
     /// The library that was named could not be opened.
     LibraryUnusable {
         /// The file named.
         path: PathBuf,
-        /// What the loader said.
+        /// The loader's message.
         detail: String,
     },
     /// The driver is there and finds no GPU.
@@ -75,13 +75,13 @@ pub enum DriverError {
     NotStarted {
         /// The library opened.
         library: PathBuf,
-        /// What `cuInit` or `cuDriverGetVersion` returned.
+        /// The code of `cuInit` or `cuDriverGetVersion`.
         code: ResultCode,
     },
 }
 
 impl DriverError {
-    /// What is missing or wrong.
+    /// The missing or wrong part.
     #[must_use]
     pub fn reason(&self) -> String {
         match self {
@@ -100,7 +100,7 @@ impl DriverError {
         }
     }
 
-    /// What would cure it.
+    /// The remedy.
     #[must_use]
     pub fn remedy(&self) -> String {
         match self {

@@ -11,7 +11,7 @@ use libloading::Library;
 
 use crate::{DriverError, LIBRARY_VARIABLE, codes::ResultCode};
 
-/// Where the driver library may be, in the order tried. A bare name is searched for
+/// The places of the driver library, in the order tried. A bare name is searched for
 /// by the system's loader.
 #[cfg(windows)]
 const CANDIDATES: &[&str] = &["nvcuda.dll"];
@@ -23,7 +23,7 @@ const CANDIDATES: &[&str] = &["libcuda.so.1", "libcuda.so", "/usr/lib/wsl/lib/li
 /// An open driver library.
 pub(crate) struct Open {
     library: Library,
-    /// What it was opened as.
+    /// The name or path that was opened.
     pub(crate) path: PathBuf,
 }
 
@@ -82,7 +82,7 @@ fn open_one(path: &std::ffi::OsStr) -> Result<Open, String> {
 /// Address of a function of the driver, or the code that says why there is none.
 pub(crate) fn address(name: &str) -> Result<usize, ResultCode> {
     let open = open().map_err(|_| ResultCode::LIBRARY_NOT_FOUND)?;
-    // SAFETY: only the address is taken; whoever calls it states the signature.
+    // SAFETY: only the address is taken; a caller of the function states its signature.
     let symbol = unsafe { open.library.get::<unsafe extern "C" fn()>(name) };
     match symbol {
         Ok(function) => Ok(*function as usize),

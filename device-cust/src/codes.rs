@@ -32,7 +32,7 @@ pub(crate) fn known_to_cust(code: ResultCode) -> ResultCode {
 /// The driver's code behind an error of cust, which does not know every code.
 pub(crate) fn of(error: CudaError) -> ResultCode {
     match last_failure() {
-        // What cust does not know it calls unknown, so the driver's word is better.
+        // cust calls a code that it does not know 'unknown': the driver's text is better.
         Some(last) if error == CudaError::UnknownError || last.code.0 == error as u32 => last.code,
         _ => ResultCode(error as u32),
     }

@@ -5,7 +5,7 @@
 //! those names (`forward.rs`), each of which opens the driver on first use and passes the call
 //! on: a program with cust builds without a CUDA toolkit, and starts without a driver.
 //!
-//! Those symbols are the program's: they would catch the calls of another library that links to
+//! The symbols are the program's: they would catch the calls of another library that links to
 //! the driver, and cust's build script needs the `[patch]` of this workspace. So this crate is
 //! for programs of this workspace; others open a [`GpuDevice`](flash_attention::GpuDevice).
 //!
@@ -72,7 +72,7 @@ unsafe impl Owner for CustOwner {
     }
 
     fn allocate(&self, bytes: u64) -> Result<u64, ResultCode> {
-        // SAFETY: the memory is freed by `free` only, and read by whoever wrote it.
+        // SAFETY: `free` alone frees the memory; readers of it write it first.
         let pointer = unsafe { cust::memory::cuda_malloc::<u8>(bytes as usize) };
         pointer.map(|pointer| pointer.as_raw()).map_err(codes::of)
     }

@@ -64,8 +64,7 @@ fn check(events: &[Value]) {
     for event in of_phase(events, "s").into_iter().chain(of_phase(events, "f")) {
         arrows.entry(event["id"].as_u64().unwrap()).or_default().push(event);
         let ts = number(event, "ts");
-        let touches =
-            tracks[&track(event)].iter().any(|&(a, b)| a - close <= ts && ts <= b + close);
+        let touches = tracks[&track(event)].iter().any(|&(a, b)| a - close <= ts && ts < b);
         assert!(touches, "{event}");
     }
     for pair in arrows.values() {
@@ -83,6 +82,12 @@ fn check(events: &[Value]) {
         left.insert(counter["pid"].as_u64().unwrap(), bytes);
     }
     assert!(left.values().all(|&bytes| bytes == 0), "{left:?}");
+}
+
+/// Whether a viewer ties an arrow at `ts` to the slice: at a slice's end it takes the next one.
+fn encloses(slice: &Value, ts: f64) -> bool {
+    let begin = number(slice, "ts");
+    begin <= ts && ts < begin + number(slice, "dur") - 1e-9
 }
 
 fn named<'a>(events: &'a [Value], name: &str) -> Vec<&'a Value> {
@@ -130,25 +135,30 @@ fn agents_have_tracks_and_arrows_to_the_waits_that_they_end() {
     let arrows = |from: &[&Value], to: &str| {
         let leaves = of_phase(&events, "s").into_iter().filter(|s| {
             let ts = number(s, "ts");
-            from.iter().any(|f| {
-                track(f) == track(s)
-                    && number(f, "ts") <= ts
-                    && ts <= number(f, "ts") + number(f, "dur") + 1e-9
-            })
+            from.iter().any(|f| track(f) == track(s) && encloses(f, ts))
         });
         let waits = named(&events, to);
         leaves
             .filter(|s| {
                 let end = of_phase(&events, "f").into_iter().find(|f| f["id"] == s["id"]).unwrap();
-                waits.iter().any(|w| {
-                    track(w) == track(end)
-                        && (number(w, "ts") + number(w, "dur") - number(end, "ts")).abs() < 1e-9
-                })
+                waits.iter().any(|w| track(w) == track(end) && encloses(w, number(end, "ts")))
             })
             .count()
     };
     assert!(arrows(&loads, "wait for mbarrier") > 0, "from copies to waits");
     assert!(arrows(&products, "wait for wgmma") > 0, "from products to waits");
+    // What ends a wait for an mbarrier or for products is no other slice's neighbour.
+    let into = |name: &str| {
+        let slices = named(&events, name);
+        let ends = of_phase(&events, "f");
+        let is_into = |f: &&&Value| {
+            slices.iter().any(|s| track(s) == track(f) && encloses(s, number(f, "ts")))
+        };
+        ends.iter().filter(is_into).count()
+    };
+    for neighbour in ["read shared", "reduce_max"] {
+        assert_eq!(into(neighbour), 0, "an arrow into {neighbour}, which waits for nothing");
+    }
     let counters: Vec<i64> =
         of_phase(&events, "C").iter().map(|c| c["args"]["bytes"].as_i64().unwrap()).collect();
     // At least Q, and a tile of K.

@@ -1,4 +1,4 @@
-//! What tests set and ask, beyond the driver's own functions.
+//! Settings and questions of tests, beyond the driver's own functions.
 
 use crate::state::state;
 
@@ -66,7 +66,7 @@ extern "C" fn fake_cuda_last_stream() -> u64 {
     state().last_stream
 }
 
-/// How often memory was freed or a module unloaded while a stream had launches that nobody
+/// How often memory was freed or a module unloaded while a stream had launches that no call
 /// had waited for.
 #[unsafe(no_mangle)]
 extern "C" fn fake_cuda_early() -> u64 {
@@ -85,7 +85,7 @@ extern "C" fn fake_cuda_filled_async() -> u64 {
     state().filled_async
 }
 
-/// Tensor maps encoded so far; those that got another address are not counted.
+/// Tensor maps encoded so far; maps that got another address are not counted.
 #[unsafe(no_mangle)]
 extern "C" fn fake_cuda_maps_encoded() -> u64 {
     state().maps_encoded

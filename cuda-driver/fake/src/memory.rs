@@ -8,9 +8,9 @@ use crate::{
     stream, write,
 };
 
-/// What a GPU aligns allocations to, at the least.
+/// The least alignment of a GPU's allocations.
 const ALIGNMENT: usize = 256;
-/// What fresh memory holds: NaN in every float type.
+/// The content of fresh memory: NaN in every float type.
 const POISON: u8 = 0xFF;
 
 fn layout(bytes: u64) -> Result<Layout, u32> {

@@ -1,4 +1,4 @@
-//! What the fake GPUs are and hold: one state for the process, as of a real driver.
+//! The state of the fake GPUs: one for the process, as of a real driver.
 
 use std::{
     cell::Cell,
@@ -20,9 +20,9 @@ pub(crate) struct State {
     pub(crate) handles: HashSet<usize>,
     /// References to the context of each GPU.
     pub(crate) contexts: BTreeMap<i32, u32>,
-    /// What a kernel did wrong, not reported yet.
+    /// A kernel's fault that is not reported yet.
     pub(crate) pending_fault: u32,
-    /// What every call fails with, since a fault was reported.
+    /// The code of every call since a fault was reported.
     pub(crate) fault: u32,
     /// Code of the call after so many more.
     pub(crate) planned: Option<(u32, u32)>,
@@ -30,7 +30,7 @@ pub(crate) struct State {
     pub(crate) launches: u64,
     /// The stream of the last launch.
     pub(crate) last_stream: u64,
-    /// Streams with launches that nobody has waited for.
+    /// Streams with launches that no call has waited for.
     pub(crate) busy: HashSet<usize>,
     /// The capture that goes on.
     pub(crate) capture: Option<Capture>,

@@ -56,11 +56,10 @@ impl Document {
             let (from, to) = (&timeline.slices[arrow.from], &timeline.slices[arrow.to]);
             // An arrow into a wait ends where the wait does, one to an agent where its work begins.
             let at = match to.track {
-                Track::Warp(_) => to.end,
+                Track::Warp(_) => within(to, to.end),
                 _ => to.start,
             };
-            // Within the slice that it leaves.
-            let leaves = from.end.min(at).max(from.start);
+            let leaves = within(from, from.end.min(at));
             let flow = |phase: &str, slice: &Slice, at: f64| {
                 let (pid, tid) = cluster.place(slice.track);
                 let mut event = json!({
@@ -183,6 +182,11 @@ fn complete(slice: &Slice, cluster: &Cluster, begin: f64) -> Value {
         "dur": (slice.end - slice.start) / CLOCKS_PER_UNIT,
         "args": args,
     })
+}
+
+/// `at`, or the last whole clock of the slice: at its end a viewer finds the next slice of the track.
+fn within(slice: &Slice, at: f64) -> f64 {
+    at.min(slice.end - 1.0).max(slice.start)
 }
 
 fn is_wait(action: &Action) -> bool {

@@ -14,7 +14,7 @@ pub const SHARED_LATENCY: f64 = 25.0;
 pub const PASS: f64 = 1.0;
 /// Clocks of an arithmetic instruction of a warp.
 pub const ARITHMETIC: f64 = 1.0;
-/// Clocks of a special function of a warp: four lanes a clock.
+/// Clocks of a special function of a warp: four lanes per clock.
 pub const SPECIAL: f64 = 8.0;
 /// Clocks of an exchange of registers, a fence, an arrival, a barrier once all are there.
 pub const EXCHANGE: f64 = 25.0;
@@ -30,8 +30,8 @@ pub const COPY_BYTES: f64 = 64.0;
 /// The costs, in lines for a reader.
 pub const STATED: &str = "\
 global memory 500 clocks and 1 for each sector; shared memory 25 and 1 for each pass; arithmetic 1, special \
-functions 8 for each instruction of a warp; exchanges, barriers and fences 25; tensor cores 1024 FLOP a clock for \
-each warp; the copy engine 500 clocks and 64 bytes a clock. Warps do not slow each other down but through agents and \
+functions 8 for each instruction of a warp; exchanges, barriers and fences 25; tensor cores 1024 FLOP per clock for \
+each warp; the copy engine 500 clocks and 64 bytes per clock. Warps slow each other down only through agents and \
 waits, and what a loop does again before the next synchronisation overlaps.";
 
 /// Clocks that a warp is busy with an action, waiting apart.
