@@ -1,7 +1,7 @@
 //! The trace event format that Perfetto and Chrome read. Source: "Trace Event Format", the document of the
 //! Chromium project.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use flash_attention::backend::cpu::emulator::Action;
 use serde::Serialize;
@@ -51,11 +51,16 @@ impl Document {
         for slice in &timeline.slices {
             self.trace_events.push(complete(slice, cluster, begin));
         }
+        let begin_of = |slice: &Slice| (slice.track, slice.start.to_bits());
+        let begins: HashSet<(Track, u64)> = timeline.slices.iter().map(begin_of).collect();
         for (id, arrow) in timeline.arrows.iter().enumerate() {
             let id = (cluster.first_process << 32) + id;
             let (from, to) = (&timeline.slices[arrow.from], &timeline.slices[arrow.to]);
-            // An arrow into a wait ends where the wait does, one to an agent where its work begins.
+            // An arrow into a wait ends where the wait does, one to an agent where its work begins. At
+            // the end of a wait a viewer finds the slice that begins there. That one has to be later
+            // than the cause, since viewers turn arrows round that lead to an earlier slice.
             let at = match to.track {
+                Track::Warp(_) if begins.contains(&(to.track, to.end.to_bits())) => to.end,
                 Track::Warp(_) => within(to, to.end),
                 _ => to.start,
             };
