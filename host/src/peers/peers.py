@@ -200,6 +200,12 @@ def flex(job, device, mask):
 
     # Each problem is a compilation of its own.
     torch._dynamo.config.recompile_limit = 1 << 20
+    if is_backward(job):
+        import torch._functorch.config as functorch
+
+        # A compiled backward pass would reuse what the forward pass has kept, which another run reads.
+        if hasattr(functorch, "donated_buffer"):
+            functorch.donated_buffer = False
     seq_q, seq_k = job["seq"], job["seq_k"] or job["seq"]
     left, right = job["window"]
     slopes = torch.tensor(job["alibi_slopes"] or [0.0], device=device)
@@ -422,6 +428,9 @@ def main():
     while line := sys.stdin.buffer.readline():
         job = json.loads(line)
         device = torch.device(job["device"])
+        if device.type == "cuda":
+            # Events and graphs are those of the current device.
+            torch.cuda.set_device(device)
         torch.manual_seed(job["seed"])
         if job["deterministic"]:
             deterministic()
