@@ -1,4 +1,4 @@
-//! The backward ladder: the gradients of attention, one file a rung. Read them in this order:
+//! The backward ladder: the gradients of attention, one file per rung. Read them in this order:
 //!
 //! | rung | the idea it adds |
 //! |---|---|

@@ -1,4 +1,4 @@
-//! The forward ladder, one file a rung. Read them in this order:
+//! The forward ladder, one file per rung. Read them in this order:
 //!
 //! | rung | the idea it adds |
 //! |---|---|

@@ -1,4 +1,4 @@
-//! Attention kernels, one file a rung.
+//! Attention kernels, one file per rung.
 //!
 //! | folder | contents |
 //! |---|---|

@@ -1,4 +1,4 @@
-//! The ladder of projections `y = x wᵀ + bias` and of their gradients, one file a rung.
+//! The ladder of projections `y = x wᵀ + bias` and of their gradients, one file per rung.
 //!
 //! | rung | the idea it adds |
 //! |---|---|

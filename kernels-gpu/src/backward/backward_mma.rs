@@ -40,7 +40,7 @@
 //! add to a row. [`order`] gives them one for calls that ask for it.
 //!
 //! Measured: not measured yet. Limits: f16 and bf16; a fragment of B serves one product of a
-//! warp, 16 FLOP a byte of shared memory.
+//! warp, 16 FLOP per byte of shared memory.
 //!
 //! Source: Dao, "FlashAttention-2", 2023, algorithm 2 and section 3.2.
 

@@ -39,9 +39,9 @@
 //! | 256 | 8 x 1 | 32 | shared memory | -, 16, 128 | 131,088 |
 //!
 //! Where the time goes, by counting: with two fragments a B of 512 bytes serves four products
-//! of 4096 FLOP, 32 FLOP a byte of shared memory, twice what 16 rows give. Q that is loaded
+//! of 4096 FLOP, 32 FLOP per byte of shared memory, twice what 16 rows give. Q that is loaded
 //! again for each tile of keys lowers that: 24 at D = 128. A tile's exponentials, BR BC of
-//! them, stand between the two products; those of the next 16 keys go beside the products of
+//! them, stand between the two products; the exponentials of the next 16 keys go beside the products of
 //! these.
 //!
 //! Work that is left out: the scale is part of the fma before exp2; maxima are exchanged, and O is

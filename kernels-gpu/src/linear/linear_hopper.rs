@@ -117,7 +117,7 @@ const TERMS_SHARE: u32 = SLICE / CLUSTER;
 const OUTPUT_ROWS: u32 = 16;
 /// Elements of the buffer through which a warp stores 64 columns; it has two.
 const OUTPUT_CHUNK: u32 = OUTPUT_ROWS * CHUNK_COLUMNS;
-/// Tiles of columns that a band has. Tiles are worked through band by band, so that those at
+/// Tiles of columns per band. Clusters work through tiles band by band, so that tiles at
 /// work at the same time share what they read of both operands.
 const BAND: u32 = 8;
 

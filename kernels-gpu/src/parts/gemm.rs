@@ -260,7 +260,7 @@ pub trait Storage: Major {
     /// As [`a_origin`](Self::a_origin), for B; `line` is a multiple of 64 (of 16 where lines are rows).
     fn b_origin<const LINES: usize>(line: u32) -> u32;
 
-    /// A fragment of A, or those of two products side by side of B: `lines` and `terms` (constant
+    /// A fragment of A, or the fragments of two products side by side of B: `lines` and `terms` (constant
     /// multiples of 16) from the origin.
     fn fragments<T: Scalar, const LINES: usize>(
         tile: Shared<T>,
@@ -311,7 +311,7 @@ impl Storage for KMajor {
     }
 }
 
-/// Matrices are transposed as they are loaded. That takes those of A in the order that B has
+/// Matrices are transposed as they are loaded. That takes the matrices of A in the order that B has
 /// otherwise, and the reverse.
 impl Storage for MnMajor {
     #[inline(always)]

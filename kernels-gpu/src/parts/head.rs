@@ -27,7 +27,7 @@ pub struct Head {
     pub seq_q: u32,
     /// Key and value rows.
     pub seq_k: u32,
-    /// Its first row among those of packed sequences in Q and O; else 0.
+    /// Its first row among the rows of packed sequences in Q and O; else 0.
     pub first_q: u32,
     /// The same in K and V.
     pub first_k: u32,
@@ -145,7 +145,7 @@ impl Head {
         Constants::group().max(1)
     }
 
-    /// Head `member` of those that share head `number` of K and V, counted over the batch.
+    /// Head `member` of the heads that share head `number` of K and V, counted over the batch.
     #[inline(always)]
     #[must_use]
     pub fn of_group(args: &AttentionArgs, number: u32, member: u32) -> Self {

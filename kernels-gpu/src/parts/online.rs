@@ -54,14 +54,14 @@ impl RowState {
     }
 
     /// Whether a tile's maxima are so far above what is subtracted that the sums have to
-    /// be rescaled. `maxima` may be those of this lane's columns alone.
+    /// be rescaled. `maxima` may be the maxima of this lane's columns alone.
     #[inline(always)]
     #[must_use]
     pub fn outgrown(&self, maxima: [f32; 2]) -> bool {
         maxima[0] - self.m_i[0] > softmax::SLACK || maxima[1] - self.m_i[1] > softmax::SLACK
     }
 
-    /// Raises `m_i` to a tile's maxima, of which each lane has those of its own columns.
+    /// Raises `m_i` to a tile's maxima, of which each lane has the maxima of its own columns.
     /// The caller multiplies the earlier sums by the result, as `l_i` is here.
     #[inline(always)]
     pub fn raise(&mut self, maxima: [f32; 2]) -> [f32; 2] {

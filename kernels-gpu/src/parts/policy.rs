@@ -7,7 +7,7 @@
 //!
 //! Scalar rungs ask for one weight at a time ([`Policy::sees`]). The tensor core rungs ask for a
 //! lane's part of a tile, laid out as [`simt::mma`] has it: lane `4 g + t` holds rows `g`
-//! and `g + 8` of 16, and of every 8 columns those at `2 t` and `2 t + 1`. Sets of a lane's
+//! and `g + 8` of 16, and of every 8 columns `2 t` and `2 t + 1`. Sets of a lane's
 //! columns are bits: bit `2 n + e` is column `8 n + 2 t + e`.
 
 use simt::{compiler::opaque, global::Global, unroll, warp};
@@ -149,7 +149,7 @@ impl Policy {
     }
 
     /// The end of the keys that the rows from `first_i` on all see: tiles below are whole, but for
-    /// those before [`whole_from`](Self::whole_from). 0 where padding or a bias may hide any.
+    /// the tiles before [`whole_from`](Self::whole_from). 0 where padding or a bias may hide any.
     #[inline(always)]
     #[must_use]
     pub fn whole_keys(&self, first_i: u32) -> u32 {
@@ -220,7 +220,7 @@ impl Policy {
         visible
     }
 
-    /// Of the keys `j + 8 n + e` with `n < N` and `e < 2`, those that are not padding; `j` is
+    /// The keys among `j + 8 n + e`, with `n < N` and `e < 2`, that are not padding; `j` is
     /// the lane's first key, and all lanes of the warp ask.
     #[inline(always)]
     #[must_use]
@@ -279,7 +279,7 @@ impl Policy {
     }
 
     /// Sets the scores of a fragment that are before `begins` or from `ends` on in a lane's two rows,
-    /// counted from its first key, to -inf; and those of keys that are not among `visible`.
+    /// counted from its first key, to -inf; and the scores of keys that are not among `visible`.
     #[inline(always)]
     pub fn hide_outside<const N: usize>(
         s: &mut [[f32; 4]; N],
@@ -396,7 +396,7 @@ impl Policy {
         [0, 1, 2, 3].map(|e: usize| if kept(e) { p[e] * self.scores.dropout.rescale } else { 0.0 })
     }
 
-    /// Of a lane's weights in the rows `i` and `i + 8`, those that dropout keeps; `i` and `j` as
+    /// The weights of a lane in the rows `i` and `i + 8` that dropout keeps; `i` and `j` as
     /// for [`hide`](Self::hide).
     #[inline(always)]
     #[must_use]
@@ -407,7 +407,7 @@ impl Policy {
         [self.kept_in_row::<N>(i, j), self.kept_in_row::<N>(i + 8, j)]
     }
 
-    /// Of the weights of row `i` at the keys `j + 8 n + e`, those that dropout keeps. `j` is
+    /// The weights of row `i` at the keys `j + 8 n + e` that dropout keeps. `j` is
     /// even.
     #[inline(always)]
     fn kept_in_row<const N: usize>(&self, i: u32, j: u32) -> u32 {

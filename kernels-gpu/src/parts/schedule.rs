@@ -188,7 +188,7 @@ impl Groups {
     /// No groups: all heads are for all blocks.
     pub const NONE: Self = Self { count: 0, heads: 0 };
 
-    /// Those of `blocks` blocks for `heads` heads of `num_q_tiles` tiles, each with so many bytes
+    /// The groups of `blocks` blocks for `heads` heads of `num_q_tiles` tiles, each with this number of bytes
     /// of keys and values: as many rounds of a head a group as leave one for all blocks, if the
     /// cache holds what is read at a time.
     #[inline(always)]
@@ -213,7 +213,7 @@ impl Groups {
         (self.heads > 0 && group < self.count).then_some((group, block % Self::SIZE))
     }
 
-    /// Heads of all groups: the first so many.
+    /// The number of heads of all groups, which come first.
     #[inline(always)]
     #[must_use]
     pub const fn all_heads(self) -> u32 {

@@ -126,7 +126,7 @@ macro_rules! for_each_chunk {
 pub(crate) use for_each_chunk;
 
 /// Loads rows `first..first + ROWS` into a tile, through registers. Rows and columns past the end
-/// are 0, so that what is computed from them and hidden later is finite.
+/// are 0, so that their scores, which are hidden later, are finite.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn load<T: Memory, L: TileLayout, const D: usize, const ROWS: u32, const THREADS: u32>(

@@ -108,7 +108,7 @@ where
         }
     }
 
-    /// Of this lane's weights of a tile, those that dropout keeps.
+    /// The weights of this lane in a tile that dropout keeps.
     #[inline(always)]
     pub fn kept_weights(&self, first_key: u32) -> [[u32; 2]; F] {
         let (row, column) = fragment::row_and_column();
@@ -124,7 +124,7 @@ where
     }
 
     /// The weights of the scores `s` of a fragment for the `tile`-th 8 keys; they join the
-    /// sum, and those that are dropped are 0 after that.
+    /// sum, and the dropped weights are 0 after that.
     #[inline(always)]
     pub fn weigh(&mut self, fragment: usize, s: [f32; 4], kept: [u32; 2], tile: usize) -> [f32; 4] {
         let mut p = self.rows[fragment].weigh(s, self.policy.scale_log2());
