@@ -360,7 +360,7 @@ mod tests {
             ("torch-math", Status::Ok, Some(7))
         );
         assert_eq!(math.times_ms, [1.5, 2.5]);
-        assert_eq!(math.outputs, [inputs.v.clone()]);
+        assert_eq!(math.outputs, std::slice::from_ref(inputs.v));
         assert_eq!((flash.status, flash.reason.as_str()), (Status::Unsupported, "no mask"));
         let sent = link.to;
         let end = sent.iter().position(|&b| b == b'\n').unwrap();
