@@ -155,10 +155,10 @@ pub unsafe fn tile<
 /// be read.
 ///
 /// # Thread mapping, shared memory
-/// As for [`tile`].
+/// As for [`tile()`].
 ///
 /// # Safety
-/// As for [`tile`].
+/// As for [`tile()`].
 #[inline(always)]
 pub unsafe fn accumulate<
     T: Scalar,
@@ -248,10 +248,10 @@ pub unsafe fn accumulate<
 /// Writes the sums of the tile from row and column `first` on, as the epilogue makes them.
 ///
 /// # Thread mapping, shared memory
-/// As for [`tile`]: C takes the place of the stages where it is not aligned.
+/// As for [`tile()`]: C takes the place of the stages where it is not aligned.
 ///
 /// # Safety
-/// As for [`tile`].
+/// As for [`tile()`].
 #[inline(always)]
 pub unsafe fn store<
     T: Scalar,
