@@ -103,9 +103,16 @@ fn kernels() -> impl Iterator<Item = (&'static BackwardSpec, DType)> {
     BACKWARD_KERNELS.iter().flat_map(|k| k.dtypes.iter().map(move |&dtype| (k, dtype)))
 }
 
-/// Lengths beside a kernel's tiles, and every feature alone.
-fn edges(kernel: &BackwardSpec, dtype: DType) -> Vec<Case> {
-    let d = kernel.limits.head_dims[0];
+/// Head dims that a kernel has different code for. Above 128 columns, warps or warpgroups share keys in the
+/// last two rungs.
+fn head_dims_apart(kernel: &BackwardSpec) -> Vec<usize> {
+    let shares_keys = ["backward_mma", "backward_hopper"].contains(&kernel.name);
+    let first = kernel.limits.head_dims[0];
+    if shares_keys { vec![first, 192] } else { vec![first] }
+}
+
+/// Lengths beside a kernel's tiles, and every feature alone, of a head dim.
+fn edges(kernel: &BackwardSpec, dtype: DType, d: usize) -> Vec<Case> {
     let Sizes { rows, keys } = (kernel.limits.sizes)(dtype, d);
     let (br, bc) = (rows[0] as usize, keys[0] as usize);
     let shape = |batch, heads, seq_q, seq_k| {
@@ -153,13 +160,15 @@ fn edges(kernel: &BackwardSpec, dtype: DType) -> Vec<Case> {
     ];
     let mut cases: Vec<_> =
         problems.into_iter().map(|(name, p)| Case::new(name, p.build().unwrap())).collect();
-    for &other in &kernel.limits.head_dims[1..] {
+    let others = kernel.limits.head_dims.iter().filter(|&&other| other != d);
+    for &other in others.filter(|_| d == kernel.limits.head_dims[0]) {
         let Sizes { rows, keys } = (kernel.limits.sizes)(dtype, other);
         let p = Problem::builder(1, 1, rows[0] as usize + 1, other);
         let p = p.seq_k(keys[0] as usize + 1).dtype(dtype).causal(true);
         cases.push(Case::new("another head dim", p.build().unwrap()));
     }
-    for (other, of_values) in [(d - 8, d - 8), (d + 8, 16), (24, d + 24)] {
+    for (other, of_values) in [(d - 8, d - 8), (d + 8, 16), (24, d + 24), (d, d.div_ceil(24) * 16)]
+    {
         let p = Problem::builder(2, 2, 5, other).head_dim_v(of_values);
         let p = p.seq_k(bc + 1).dtype(dtype);
         let name = format!("head dim {other} and {of_values} of the values");
@@ -182,7 +191,8 @@ fn edges(kernel: &BackwardSpec, dtype: DType) -> Vec<Case> {
 #[test]
 fn edges_and_features_are_right() {
     let failures = suite::on_every_core(kernels(), |(kernel, dtype)| {
-        let cases = suite::thinned(dtype, edges(kernel, dtype));
+        let edges = head_dims_apart(kernel).into_iter().flat_map(|d| edges(kernel, dtype, d));
+        let cases = suite::thinned(dtype, edges.collect());
         cases.iter().filter_map(|case| faults_of(&emulator(), kernel, case)).collect::<Vec<_>>()
     });
     check_all(failures.concat());
@@ -195,7 +205,10 @@ fn edges_and_features_are_right_on_a_gpu() {
         let target = Target::of(&**gpu);
         let mut failures = Vec::new();
         for (kernel, dtype) in kernels().filter(|(kernel, _)| kernel.runs_on(&target).is_ok()) {
-            failures.extend(edges(kernel, dtype).iter().filter_map(|c| faults_of(gpu, kernel, c)));
+            for d in head_dims_apart(kernel) {
+                let cases = edges(kernel, dtype, d);
+                failures.extend(cases.iter().filter_map(|c| faults_of(gpu, kernel, c)));
+            }
             let mut draws = Draws::new(seed());
             for &head_dim in kernel.limits.head_dims {
                 let p = draws.problem(head_dim, dtype);
@@ -311,9 +324,9 @@ impl Draws {
 #[test]
 fn random_combinations_are_right() {
     let failures = suite::on_every_core(kernels(), |(kernel, dtype)| {
-        let mut draws = Draws::new(seed());
+        let (mut draws, head_dims) = (Draws::new(seed()), kernel.limits.head_dims);
         let fault = |index: usize| {
-            let p = draws.problem(kernel.limits.head_dims[index % 2], dtype);
+            let p = draws.problem(head_dims[index % head_dims.len()], dtype);
             faults_of(&emulator(), kernel, &Case::new(&format!("{p:?}"), p))
         };
         suite::thinned(dtype, (0..12).collect()).into_iter().filter_map(fault).collect::<Vec<_>>()
@@ -428,20 +441,20 @@ fn several_key_tiles() -> impl Iterator<Item = (&'static BackwardSpec, Case)> {
     let dtype = DType::F16;
     let sums = |k: &&BackwardSpec| ["backward_mma", "backward_hopper"].contains(&k.name);
     BACKWARD_KERNELS.iter().filter(sums).flat_map(move |kernel| {
-        let head_dims = kernel.limits.head_dims;
-        let (d, large) = (head_dims[0], head_dims[head_dims.len() - 1]);
+        let d = kernel.limits.head_dims[0];
         let keys = |d| (kernel.limits.sizes)(dtype, d).keys[0] as usize;
         let bc = keys(d);
         let shape =
             |heads, seq_q, seq_k| Problem::builder(1, heads, seq_q, d).seq_k(seq_k).dtype(dtype);
         let window = |left, right| Window { left: Some(left), right: Some(right) };
-        let large = Problem::builder(1, 1, 70, large).seq_k(3 * keys(large) + 1).dtype(dtype);
+        let other = |d| Problem::builder(1, 1, 70, d).seq_k(3 * keys(d) + 1).dtype(dtype);
         let cases = [
             ("full", shape(1, 70, 3 * bc + 5)),
             ("causal", shape(1, 3 * bc + 1, 3 * bc + 1).causal(true)),
             ("a window", shape(1, 2 * bc, 4 * bc - 3).window(window(bc as u32 + 9, 40))),
             ("shared keys", shape(2, 70, 3 * bc + 1).kv_heads(1).causal(true)),
-            ("another head dim", large),
+            ("head dim 192", other(192)),
+            ("head dim 256, causal", other(256).causal(true)),
         ];
         let cases = cases.map(|(name, p)| Case::new(name, p.build().unwrap()));
         let lengths = [[0, 9], [70, 3 * bc + 5], [3, 0], [5, 2 * bc + 1]];
@@ -523,6 +536,45 @@ fn turns_are_needed() {
         for seed in [0, 1] {
             let fault = run(SyncKind::TurnPass, seed).unwrap_err().to_string();
             assert!(fault.contains("of the count at"), "{}: {fault}", kernel.name);
+        }
+    });
+}
+
+/// Many runs on a GPU, where blocks race, have the same bits.
+#[test]
+fn gradients_in_order_repeat_on_a_gpu() {
+    let sums = |k: &&BackwardSpec| ["backward_mma", "backward_hopper"].contains(&k.name);
+    suite::on_a_gpu(|gpu| {
+        let (target, session) = (Target::of(&**gpu), Session::new(gpu.clone()));
+        let repeats = suite::number("FLASH_ATTENTION_TEST_REPEATS", 100);
+        for (d, causal) in
+            [(64, false), (64, true), (128, false), (128, true), (192, false), (256, true)]
+        {
+            let p = Problem::builder(2, 8, 1500, d).kv_heads(4).dtype(DType::F16).causal(causal);
+            let p = p.build().unwrap();
+            let tensors = ill_conditioned(&Case::new("", p));
+            let [q, k, v] = tensors.each_ref().map(|tensor| session.upload(tensor).unwrap());
+            let d_o = session.upload(&d_o(&p)).unwrap();
+            let kernel = registry::find("flash_pipelined").unwrap();
+            let mut attention = session.attention(kernel, &p).unwrap();
+            attention.run(&q, &k, &v, None).unwrap();
+            let (o, lse) = (attention.o(), attention.lse());
+            let forward = Forward { q: &q, k: &k, v: &v, extras: Extras::default(), o, lse };
+            for kernel in
+                BACKWARD_KERNELS.iter().filter(sums).filter(|k| k.runs_on(&target).is_ok())
+            {
+                let backward = Backward::new(p).deterministic(true);
+                let mut backward = session.backward(kernel, &backward).unwrap();
+                let mut run = || {
+                    backward.run(forward, &d_o).unwrap();
+                    let Gradients { dq, dk, dv, .. } = backward.gradients().unwrap();
+                    (dq, dk, dv)
+                };
+                let first = run();
+                for repeat in 0..repeats {
+                    assert!(run() == first, "{} d {d} causal {causal}: {repeat}", kernel.name);
+                }
+            }
         }
     });
 }

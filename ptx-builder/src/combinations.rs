@@ -82,12 +82,11 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
     // With everything on it spills 108 bytes on sm_90a, 176 on sm_80.
     ("backward_standard_scores", "f16", &[FULL, CAUSAL, MASKS, CAPPED, ALIBI, VARLEN]),
     // With an order of its sums a rung needs more registers: backward_mma spills up to 36 bytes at head dim 128,
-    // 12 at 224 and 4 at 256 where it is not causal; backward_hopper spills 4 bytes at 64 where it is.
+    // 12 at 224 and 4 at 256 where it is not causal.
     ("backward_mma", "_d128_ordered", &[]),
     ("backward_mma", "_d224_ordered", &[CAUSAL]),
     ("backward_mma", "_d256_ordered", &[CAUSAL]),
     ("backward_mma", "_ordered", &[FULL, CAUSAL]),
-    ("backward_hopper", "_d64_ordered", &[FULL]),
     ("backward_hopper", "_ordered", &[FULL, CAUSAL]),
     // It spills 4 bytes with packed sequences at head dims 64 and 96, 24 at 256, and more with windows.
     // At 128 it spills 16 bytes on sm_80, at 96 from 4 to 20 on sm_100, and none elsewhere: these two are
@@ -98,6 +97,8 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
     // At head dim 64 it spills 16 bytes with packed sequences, 76 with a window.
     ("backward_hopper", "_d64", &[FULL, CAUSAL, PADDED]),
     ("backward_hopper", "_d128", &[FULL, CAUSAL, PADDED, WINDOW, VARLEN]),
+    ("backward_hopper", "_d192", &[FULL, CAUSAL, PADDED, WINDOW, VARLEN]),
+    ("backward_hopper", "_d256", &[FULL, CAUSAL, PADDED, WINDOW, VARLEN]),
     // The steps before and after it.
     ("backward_hopper", "", &[FULL, CAUSAL]),
     ("decode", "", &[FULL, PAGED, ODD_PAGES, WINDOW, DECODE_ALL]),

@@ -754,3 +754,8 @@ with_groups!(64 shared_product (8 [0 1 2 3 4 5 6 7]));
 with_groups!(128 register_product (4 [(0 p0 p1 p2 p3) (1 p4 p5 p6 p7) (2 p8 p9 p10 p11)
     (3 p12 p13 p14 p15)]));
 with_groups!(64 transposed_product (8 [0 1 2 3 4 5 6 7]));
+// Head dims above 128: 64 rows and 64 keys. (64 rows of head dim 256 are above, and so is dV of it.)
+with_groups!(64 shared_product (12 [0 1 2 3 4 5 6 7 8 9 10 11]));
+with_groups!(192 register_product (4 [(0 p0 p1 p2 p3) (1 p4 p5 p6 p7) (2 p8 p9 p10 p11)
+    (3 p12 p13 p14 p15)]));
+with_groups!(64 transposed_product (4 [0 1 2 3]));

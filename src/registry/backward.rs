@@ -458,25 +458,25 @@ const BACKWARD_HOPPER: BackwardSpec = BackwardSpec {
     capability: (9, 0),
     exact_capability: true,
     limits: AttentionLimits {
-        head_dims: &[64, 128],
+        head_dims: &[64, 128, 192, 256],
         features: ALL_FEATURES,
-        sizes: |_, d| Sizes {
-            rows: vec![backward_hopper::Tiles::of(d as u32).rows],
-            keys: vec![backward_hopper::Tiles::KEYS],
+        sizes: |_, d| {
+            let tiles = backward_hopper::Tiles::of(d as u32);
+            Sizes { rows: vec![tiles.rows], keys: vec![tiles.keys] }
         },
     },
     draft: |b, _| {
         let p = &b.problem;
         let d = entry_size(p, backward_hopper::ENTRIES)?;
         let hopper = backward_hopper::Tiles::of(d as u32);
-        let instances = if in_order(b, backward_hopper::Tiles::KEYS) {
+        let instances = if in_order(b, hopper.keys) {
             backward_hopper::ORDERED_ENTRIES
         } else {
             backward_hopper::ENTRIES
         };
         let [rows, keys, numbers] = hopper.boxes();
         let main = Step {
-            grid: grid(tiles(p.seq_k(), backward_hopper::Tiles::KEYS), kv_heads(p)),
+            grid: grid(tiles(p.seq_k(), hopper.keys), kv_heads(p)),
             shared_bytes: hopper.shared_bytes(),
             maps: vec![
                 Map {
@@ -500,12 +500,12 @@ const BACKWARD_HOPPER: BackwardSpec = BackwardSpec {
             ],
             ..padded_step(b, instances, d)?
         };
-        let parts = backward_hopper::CONSUMERS * tiles(p.seq_q(), hopper.rows);
+        let parts = hopper.dq_parts() * tiles(p.seq_q(), hopper.rows);
         let convert = Step {
             grid: grid(parts, heads(p)),
             ..padded_step(b, backward_hopper::convert::ENTRIES, d)?
         };
-        sums_in_memory(b, d, backward_hopper::Tiles::KEYS, [main, convert])
+        sums_in_memory(b, d, hopper.keys, [main, convert])
     },
 };
 

@@ -32,6 +32,7 @@
 //! |---|---|---|---|
 //! | 64 | 128 x 128 | 166,072 | 32, 32, 64, 64, 32 of 240 |
 //! | 128 | 64 x 128 | 165,048 | 64, 64, 32, 32, 16 of 240 |
+//! | 192, 256 | 64 x 64 | 164,952, 214,104 | in `wide.rs`: consumers share keys, one has dV, the other dK |
 //!
 //! Where the time goes, by counting, for a tile at D = 128: five products of 64 x 128 x 128 take
 //! 2560 clocks of the tensor cores. Their operands are 256 KB of shared memory, 2048 clocks at 128
@@ -39,20 +40,25 @@
 //! memory, not through shared memory, which would add 64 KB: then shared memory would be what limits
 //! the kernel. The 8192 exponentials take 512 clocks, the other arithmetic about as long.
 //!
+//! At D = 256 a tile of 64 x 64 takes 1280 clocks of the tensor cores. Its operands are 256 KB of shared
+//! memory, 2048 clocks; P and dS add 24 KB, the copies 64 KB. So shared memory limits this head dim, at
+//! less than half of the peak.
+//!
 //! dQ is summed in f32 in the order in which the blocks come, so that its last bits differ from run to
-//! run; [`order`](super::order) gives the sums a fixed one. Its elements lie in memory as the registers have them: a thread's 16 bytes, and then the next
-//! thread's, so that a warp adds 512 neighbouring bytes. `convert` puts them in order.
+//! run; [`order`](super::order) gives the sums a fixed one. Its elements lie in memory as the registers
+//! have them: a thread's 16 bytes, and then the next thread's, so that a warp adds 512 neighbouring bytes.
+//! `convert` puts them in order.
 //!
 //! Measured (f16, 16k tokens, hidden 2048, prepare and convert included, one H200): at N 16,384 593
 //! TFLOP/s at D 128, 513 at D 64, causal 576 and 495, where cuDNN took 589, 474, 563 and 447; at N 512
 //! 308 and 281, causal 188 and 161 (bursts). FlashAttention's CuTe kernel is 1.1 to 1.3 times as fast from
-//! N 2048 on, back to back, and up to 1.6 times at N 512.
+//! N 2048 on, back to back, and up to 1.6 times at N 512. D 192 and 256: not measured.
 //!
 //! Tried, and no faster: dQ through shared memory and a bulk reduction (D 128 2 % faster, D 64 3 %
 //! slower); dK behind dP of the next tile, with dSᵀ from shared memory (causal 3 % faster, full 1 to 7 %
 //! slower); S of a tile before dQ of the one before (2 to 8 % slower: it spills).
 //!
-//! Limits: f16 and bf16; head dims up to 128, in tiles of 64 or 128 columns; strides and addresses in
+//! Limits: f16 and bf16; head dims up to 256, in tiles of 64, 128, 192 or 256 columns; strides and addresses in
 //! multiples of 16 bytes (TMA's rule).
 //!
 //! Source: Shah et al., "FlashAttention-3", 2024, section 3.4 and appendix B.1 (backward pass with
@@ -71,7 +77,7 @@ use crate::{
     entries,
     parts::{
         head::Head,
-        pipeline::{Ring, Stage, Stages},
+        pipeline::{Ring, Stages},
     },
 };
 
@@ -81,12 +87,11 @@ mod geometry;
 mod producer;
 mod tile;
 mod tiles;
+mod wide;
 
-use consumer::Consumer;
-use geometry::GradientTile;
+use consumer::Setting;
 pub use geometry::{Geometry, Hopper};
 use producer::produce;
-use tile::ScoreTile;
 use tiles::{CONSUMER_KEYS, STAGES, WARP_KEYS};
 pub use tiles::{CONSUMERS, Tiles};
 
@@ -104,8 +109,10 @@ const _: () = assert!(
 /// The named barriers of a block; 0 is the barrier of the whole block.
 #[derive(Clone, Copy)]
 enum NamedBarrier {
-    /// Both consumers have written dS.
+    /// dS is written.
     Consumers = 1,
+    /// P is written, where consumers share keys.
+    Weights = 2,
 }
 
 impl barrier::Named for NamedBarrier {
@@ -194,9 +201,9 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
 
     warpgroup::increase_registers::<{ REGISTERS[1] }>();
     let own = warpgroup - 1;
-    let own_keys = own * CONSUMER_KEYS;
+    let own_keys = if const { G::TILES.is_wide() } { 0 } else { own * CONSUMER_KEYS };
     let warp_keys = own_keys + warpgroup::thread_id() / warp::LANES * WARP_KEYS;
-    let mut consumer = Consumer::<T, G> {
+    let setting = Setting::<T> {
         args,
         place,
         own,
@@ -215,28 +222,22 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
         // SAFETY: the launch gives the shared memory stated above.
         delta: unsafe { Shared::dynamic(tiles.delta(), STAGES * tiles.rows) },
         rings,
-        stage: Stage::FIRST,
-        s: ScoreTile::zero(),
-        dp: ScoreTile::zero(),
-        dk: GradientTile::zero(),
-        dv: GradientTile::zero(),
-        element: core::marker::PhantomData,
     };
     // SAFETY: the whole warpgroup is here, the rings bring what is multiplied, and the buffers have
     // the shapes stated above.
-    unsafe { consumer.work() };
+    unsafe { G::consume(setting) };
 }
 
 entries! {
     /// Instances of [`backward_hopper()`] that sum dQ in the order in which the blocks come.
     pub static ENTRIES: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
-    backward_hopper: T in [f16, bf16], d D in [64, 128] =
+    backward_hopper: T in [f16, bf16], d D in [64, 128, 192, 256] =
         backward_hopper::<T, Hopper<{ D as u32 }, false>>;
 }
 
 entries! {
     /// Instances of [`backward_hopper()`] that sum dQ in a fixed order.
     pub static ORDERED_ENTRIES: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
-    backward_hopper: T in [f16, bf16], d D in [64, 128], "_ordered" =
+    backward_hopper: T in [f16, bf16], d D in [64, 128, 192, 256], "_ordered" =
         backward_hopper::<T, Hopper<{ D as u32 }, true>>;
 }

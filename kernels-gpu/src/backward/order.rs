@@ -39,8 +39,8 @@ use crate::{
     parts::{head::Head, policy::Policy, schedule},
 };
 
-/// Rows per turn: a tile of 64 rows has a turn for each of eight warps.
-const TURN_ROWS: u32 = 8;
+/// Rows per turn: a tile of 64 rows has 16 turns, four warps' for each of four chunks of columns.
+const TURN_ROWS: u32 = 4;
 /// Words before the turns, of which the first counts tickets: a sector of its own.
 const TICKETS: u64 = 8;
 /// Bytes of a [`Place`] in shared memory.
@@ -163,7 +163,7 @@ pub struct Part {
     pub first_row: u32,
     /// The rows of the tile.
     pub rows: u32,
-    /// Number of the part, below 8.
+    /// Number of the part, below 16.
     pub part: u32,
     /// Which keys the warp's block has.
     pub place: Place,

@@ -17,7 +17,7 @@ use super::{
     CONSUMERS, NamedBarrier, Rings,
     geometry::{Geometry, GradientTile},
     tile::ScoreTile,
-    tiles::{CONSUMER_KEYS, DQ_ELEMENTS, STAGES, Tiles, WARP_KEYS},
+    tiles::{CONSUMER_KEYS, DQ_ELEMENTS, STAGES, WARP_KEYS},
 };
 use crate::{
     args::{BackwardArgs, Tensor},
@@ -61,8 +61,9 @@ impl<'a> RowTiles<'a> {
         let head = Head::of_group(&args.forward, place.number(), 0);
         // SAFETY: positions read no memory.
         let policy = unsafe { Policy::new(&args.forward, head) };
-        let first_key = place.key_tile() * Tiles::KEYS;
-        let mut tiles = policy.query_tiles(first_key, first_key + Tiles::KEYS, G::TILES.rows);
+        let (rows, keys) = const { (G::TILES.rows, G::TILES.keys) };
+        let first_key = place.key_tile() * keys;
+        let mut tiles = policy.query_tiles(first_key, first_key + keys, rows);
         if head.keys_end_before(first_key) {
             tiles.end = tiles.start;
         }
@@ -86,53 +87,95 @@ impl<'a> RowTiles<'a> {
     }
 }
 
-/// A thread of a consumer warpgroup.
-pub(super) struct Consumer<'a, T, G: Geometry> {
-    pub args: &'a BackwardArgs,
+/// What a thread of a consumer warpgroup works with.
+#[derive(Clone, Copy)]
+pub struct Setting<'a, T> {
+    pub(super) args: &'a BackwardArgs,
     /// Which keys the block has.
-    pub place: Place,
+    pub(super) place: Place,
     /// Number of its warpgroup among the consumers.
-    pub own: u32,
+    pub(super) own: u32,
     /// The first of this thread's two keys, counted from the block's first; the other is 8 further on.
-    pub own_key: u32,
+    pub(super) own_key: u32,
     /// Its first row of every group of eight.
-    pub column: u32,
+    pub(super) column: u32,
     /// Whether it speaks for its warpgroup.
-    pub elected: bool,
+    pub(super) elected: bool,
     /// Where shared memory begins.
-    pub smem: u32,
+    pub(super) smem: u32,
     /// The buffers of dS from its warp's first key on.
-    pub ds_buffers: Shared<T>,
+    pub(super) ds_buffers: Shared<T>,
     /// The stages of LSE and of delta.
-    pub lse: Shared<f32>,
-    pub delta: Shared<f32>,
-    pub rings: Rings,
-    pub stage: Stage<Stages<STAGES>>,
-    pub s: G::Scores,
-    pub dp: G::Scores,
-    pub dk: G::Gradient,
-    pub dv: G::Gradient,
-    pub element: core::marker::PhantomData<T>,
+    pub(super) lse: Shared<f32>,
+    pub(super) delta: Shared<f32>,
+    pub(super) rings: Rings,
 }
 
-impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
+impl<T: Operand> Setting<'_, T> {
+    /// Address of what lies `offset` bytes into shared memory. Opaque: descriptors are made where they
+    /// are used, and not kept in registers.
+    #[inline(always)]
+    pub(super) fn address(&self, offset: u32) -> u32 {
+        opaque(self.smem) + offset
+    }
+
+    /// The first of the heads that share the block's keys.
+    #[inline(always)]
+    pub(super) fn head(&self) -> Head {
+        Head::of_group(&self.args.forward, self.place.number(), 0)
+    }
+
+    /// Whether some row of a tile does not see all 64 keys of the block from `own_keys` on.
+    #[inline(always)]
+    pub(super) fn is_cut<G: Geometry>(&self, policy: &Policy, at: At, own_keys: u32) -> bool {
+        let first_row = at.tile * const { G::TILES.rows };
+        let first_key = self.place.key_tile() * const { G::TILES.keys } + own_keys;
+        policy.whole_keys(first_row) < first_key + CONSUMER_KEYS
+            || Policy::is_left_bounded()
+                && policy.whole_from(first_row + const { G::TILES.rows - 1 }) > first_key
+    }
+}
+
+/// A thread of a consumer warpgroup that has keys of its own.
+pub(super) struct Consumer<'a, T, G: Geometry> {
+    setting: Setting<'a, T>,
+    stage: Stage<Stages<STAGES>>,
+    s: G::Scores,
+    dp: G::Scores,
+    dk: G::Gradient,
+    dv: G::Gradient,
+}
+
+impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
+    /// Before the first tile.
+    #[inline(always)]
+    pub fn new(setting: Setting<'a, T>) -> Self {
+        Self {
+            setting,
+            stage: Stage::FIRST,
+            s: ScoreTile::zero(),
+            dp: ScoreTile::zero(),
+            dk: GradientTile::zero(),
+            dv: GradientTile::zero(),
+        }
+    }
+
     /// dK and dV of a block, and its part of dQ.
     ///
     /// # Safety
-    /// The whole warpgroup calls it, the rings bring what is multiplied, and the buffers must have the
-    /// shapes that [`backward_hopper`](super::backward_hopper()) states.
+    /// As for [`Geometry::consume`].
     #[inline(always)]
     pub unsafe fn work(&mut self) {
-        let mut work = RowTiles::of_block::<G>(self.args);
+        let mut work = RowTiles::of_block::<G>(self.setting.args);
         // SAFETY: all warps of the warpgroup are here, the rings bring the tiles, and the buffers
         // have their shapes, as stated above.
         unsafe {
             if let Some(mut before) = work.next() {
                 // Hazard: K may not have landed.
-                self.rings.k.wait(0);
+                self.setting.rings.k.wait(0);
                 self.start_scores();
                 // Hazard: V may not have landed.
-                self.rings.v.wait(0);
+                self.setting.rings.v.wait(0);
                 let mut ds = self.tile::<false>(before);
                 while let Some(at) = work.next() {
                     let mut dq = self.start_dq::<0>();
@@ -147,44 +190,39 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
                         dq.wait_group::<1>();
                         self.dk.wait_group::<1>();
                     }
-                    self.add_dq(before, &dq);
+                    add_part::<G>(&self.setting, before, self.setting.own, &dq);
                     ds = self.tile::<true>(at);
                     before = at;
                 }
                 let mut dq = self.start_dq::<1>();
                 self.start_dk(&ds);
                 dq.wait_group::<1>();
-                self.add_dq(before, &dq);
+                add_part::<G>(&self.setting, before, self.setting.own, &dq);
                 self.dk.wait_group::<0>();
             }
             self.store();
         }
     }
 
-    /// Address of what lies `offset` bytes into shared memory. Opaque: descriptors are made where they
-    /// are used, and not kept in registers.
-    #[inline(always)]
-    fn address(&self, offset: u32) -> u32 {
-        opaque(self.smem) + offset
-    }
-
     /// This warpgroup's rows of K, or of V if that is `offset` bytes into shared memory.
     #[inline(always)]
     fn own_rows(&self, offset: u32) -> Descriptor {
-        Descriptor::k_major(self.address(offset) + self.own * (CONSUMER_KEYS * CHUNK_ROW_BYTES))
+        Descriptor::k_major(
+            self.setting.address(offset) + self.setting.own * (CONSUMER_KEYS * CHUNK_ROW_BYTES),
+        )
     }
 
     /// This stage of Q, or of dO if that is `offset` bytes into shared memory, to be summed over its rows.
     #[inline(always)]
     fn rows(&self, offset: u32) -> Descriptor {
         let chunk = const { G::TILES.rows * CHUNK_ROW_BYTES };
-        Descriptor::n_major(self.address(offset) + self.q_offset(), chunk)
+        Descriptor::n_major(self.setting.address(offset) + self.q_offset(), chunk)
     }
 
     /// The same, to be summed over its columns.
     #[inline(always)]
     fn columns(&self, offset: u32) -> Descriptor {
-        Descriptor::k_major(self.address(offset) + self.q_offset())
+        Descriptor::k_major(self.setting.address(offset) + self.q_offset())
     }
 
     /// Starts Sᵀ = K Qᵀ of this stage's tile.
@@ -193,7 +231,7 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// As for [`work`](Self::work).
     #[inline(always)]
     unsafe fn start_scores(&mut self) {
-        self.rings.q.wait(self.stage);
+        self.setting.rings.q.wait(self.stage);
         let (k, q) = (self.own_rows(0), self.columns(const { G::TILES.q() }));
         // SAFETY: all four warps are here, and the stage is released only after the scores.
         unsafe { G::start_scores::<T>(&mut self.s, k, q) };
@@ -207,9 +245,9 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     unsafe fn start_dq<const PLACE: u32>(&mut self) -> Accumulator<8> {
         let mut dq = Accumulator::zero();
         let buffer = self.stage.index() * const { G::TILES.ds_bytes() };
-        let ds = self.address(const { G::TILES.ds() }) + buffer;
-        let ds = Descriptor::n_major(ds + self.own * const { G::TILES.dq_row_chunk() }, 0);
-        let k = self.address(0) + self.own * const { G::TILES.dq_column_chunk() };
+        let ds = self.setting.address(const { G::TILES.ds() }) + buffer;
+        let ds = Descriptor::n_major(ds + self.setting.own * const { G::TILES.dq_row_chunk() }, 0);
+        let k = self.setting.address(0) + self.setting.own * const { G::TILES.dq_column_chunk() };
         let k = Descriptor::n_major(k, 0);
         // SAFETY: all four warps are here, and dS and K stay until dQ is waited for.
         unsafe { TransposedProduct::<8>::product_transposed::<T, PLACE>(&mut dq, ds, k) };
@@ -224,8 +262,8 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     unsafe fn start_dk(&mut self, ds: &G::Weights) {
         let q = self.rows(const { G::TILES.q() });
         // Each consumer has waited for dV, the last that reads dO.
-        if self.elected {
-            self.rings.d_o.release(self.stage);
+        if self.setting.elected {
+            self.setting.rings.d_o.release(self.stage);
         }
         // SAFETY: all four warps are here, and the stage of Q is released only after dK.
         unsafe { G::start_gradient::<T>(&mut self.dk, ds, q) };
@@ -246,11 +284,11 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     unsafe fn tile<const LATER: bool>(&mut self, at: At) -> G::Weights {
         let (rows, stage) = (const { G::TILES.rows }, self.stage);
         // SAFETY: mask, slopes and bias are as `args` says.
-        let policy = unsafe { Policy::new(&self.args.forward, at.head) };
-        let i = at.tile * rows + self.column;
-        let j = self.place.key_tile() * Tiles::KEYS + self.own_key;
+        let policy = unsafe { Policy::new(&self.setting.args.forward, at.head) };
+        let i = at.tile * rows + self.setting.column;
+        let j = self.setting.place.key_tile() * const { G::TILES.keys } + self.setting.own_key;
 
-        self.rings.d_o.wait(stage);
+        self.setting.rings.d_o.wait(stage);
         let (v, d_o) =
             (self.own_rows(const { G::TILES.v() }), self.columns(const { G::TILES.d_o() }));
         // SAFETY: all four warps are here, and the stage of dO is released only after dV.
@@ -261,16 +299,16 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
             if const { G::TILES.d > 64 } {
                 self.dk.wait_group::<1>();
             }
-            if self.elected {
-                self.rings.q.release(stage.before());
+            if self.setting.elected {
+                self.setting.rings.q.release(stage.before());
             }
         }
         let slopes = self.s.shape::<T>(&policy, i, j);
-        if self.is_cut(&policy, at) {
+        if self.setting.is_cut::<G>(&policy, at, self.setting.own * CONSUMER_KEYS) {
             self.s.hide(&policy, i, j);
         }
-        let lse = self.lse.slice(stage.index() * rows, rows);
-        self.s.weigh(policy.scale_log2(), lse, opaque(self.column));
+        let lse = self.setting.lse.slice(stage.index() * rows, rows);
+        self.s.weigh(policy.scale_log2(), lse, opaque(self.setting.column));
         let kept = G::Scores::kept(&policy, i, j);
         let p = self.s.pack::<T>(kept);
         let d_o = self.rows(const { G::TILES.d_o() });
@@ -278,13 +316,13 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         unsafe { G::start_gradient::<T>(&mut self.dv, &p, d_o) };
         // dPᵀ is complete; dV may still run.
         self.dp.wait_group::<1>();
-        let delta = self.delta.slice(stage.index() * rows, rows);
+        let delta = self.setting.delta.slice(stage.index() * rows, rows);
         self.s.differentiate::<T>(
             &self.dp,
             kept,
             policy.rescale(),
             delta,
-            opaque(self.column),
+            opaque(self.setting.column),
             slopes,
         );
         let ds = self.s.pack::<T>([u32::MAX; 2]);
@@ -293,72 +331,19 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
         ds
     }
 
-    /// Whether some row of a tile does not see all keys of this warpgroup.
-    #[inline(always)]
-    fn is_cut(&self, policy: &Policy, at: At) -> bool {
-        let first_row = at.tile * const { G::TILES.rows };
-        let first_key = self.place.key_tile() * Tiles::KEYS + self.own * CONSUMER_KEYS;
-        policy.whole_keys(first_row) < first_key + CONSUMER_KEYS
-            || Policy::is_left_bounded()
-                && policy.whole_from(first_row + const { G::TILES.rows - 1 }) > first_key
-    }
-
     /// Gives dSᵀ of this warpgroup to both, for dQ.
     #[inline(always)]
     fn share(&self, ds: &G::Weights) {
-        const STRIP: u32 = WARP_KEYS * CHUNK_COLUMNS;
-        // Opaque: places are found where they are used, and not kept in registers.
-        let lane = opaque(warp::lane_id());
-        // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the first, the
-        // others to their right.
-        let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(lane % 16, lane / 16 * 8);
         let buffer = self.stage.index() * const { G::TILES.ds_bytes() } / T::BYTES;
         // Hazard: none that needs a wait. The products that read this buffer two tiles ago were waited
         // for by each consumer before it came to the barrier of the tile before.
-        let ds = ds.as_ref();
-        unroll!(for STEP in 0..8 {
-            if STEP < ds.len() {
-                let chunk = STEP as u32 / 4 * (Tiles::KEYS * CHUNK_COLUMNS);
-                let place =
-                    Swizzled::<{ CHUNK_COLUMNS as usize }>::right(place, 16 * (STEP as u32 % 4));
-                matrix::store_x4(self.ds_buffers.slice(buffer + chunk, STRIP), place, ds[STEP]);
-            }
-        });
+        let buffers = self.setting.ds_buffers;
+        let buffer = buffers.slice(buffer, buffers.len() - buffer);
+        share_scores::<T>(buffer, const { G::TILES.keys }, ds.as_ref());
         // Hazard: the tensor cores read what threads have written.
         mbarrier::fence_proxy_async();
         // Hazard: each consumer multiplies the dS that both have written.
         barrier::sync(NamedBarrier::Consumers, CONSUMERS * warpgroup::THREADS);
-    }
-
-    /// Adds this warpgroup's part of dQ of a tile.
-    ///
-    /// # Safety
-    /// As for [`work`](Self::work).
-    #[inline(always)]
-    unsafe fn add_dq(&self, at: At, dq: &Accumulator<8>) {
-        // SAFETY: `dq_acc` is f32 `[B, H, Nq', D]`.
-        let dq_acc = unsafe { self.args.steps.dq_acc.view_mut::<f32>() };
-        // Neighbouring threads, neighbouring 16 bytes.
-        let first = part_of::<G>(&at.head, at.tile, self.own) + warpgroup::thread_id() as u64 * 4;
-        let values = dq.values();
-        let rows = const { G::TILES.rows };
-        let own = Part {
-            first_row: at.tile * rows,
-            rows,
-            part: self.own * WARPS + warpgroup::thread_id() / warp::LANES,
-            place: self.place,
-            keys: Tiles::KEYS,
-        };
-        // SAFETY: positions read no memory; every block that has keys for these rows comes here.
-        unsafe {
-            let policy = Policy::new(&self.args.forward, at.head);
-            own.in_turn(self.args, &policy, || {
-                unroll!(for G in 0..8 {
-                    let index = first + (G as u32 * warpgroup::THREADS * 4) as u64;
-                    atomic::reduce_add_x4_global(dq_acc, index, values[G]);
-                });
-            });
-        }
     }
 
     /// Stores dK and dV.
@@ -367,9 +352,8 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
     /// As for [`work`](Self::work).
     #[inline(always)]
     unsafe fn store(&self) {
-        let (forward, gradients) = (&self.args.forward, &self.args.gradients);
-        let head = Head::of_group(forward, self.place.number(), 0);
-        let j = self.place.key_tile() * Tiles::KEYS + self.own_key;
+        let (forward, gradients) = (&self.setting.args.forward, &self.setting.args.gradients);
+        let head = self.setting.head();
         // SAFETY: mask, slopes and bias are as `args` says.
         let rescale = unsafe { Policy::new(forward, head) }.rescale();
         // SAFETY: dK and dV have the shapes of K and V, and each key is one thread's.
@@ -378,38 +362,95 @@ impl<T: Operand, G: Geometry> Consumer<'_, T, G> {
                 (&gradients.dk, Columns::of_keys(), forward.scores.scale),
                 (&gradients.dv, Columns::of_values(), rescale),
             );
-            store_rows::<T>(head, dk, self.dk.values(), j, self.column);
-            store_rows::<T>(head, dv, self.dv.values(), j, self.column);
+            store_gradient::<T, G>(&self.setting, head, dk, self.dk.values());
+            store_gradient::<T, G>(&self.setting, head, dv, self.dv.values());
         }
     }
 }
 
-/// Where a consumer's part of dQ of a tile begins.
+/// Writes a warp's part of dSᵀ, 16 keys and all rows of a tile, to where it begins in a buffer; chunks have
+/// `keys` keys.
 #[inline(always)]
-pub(super) const fn part_of<G: Geometry>(head: &Head, tile: u32, consumer: u32) -> u64 {
-    let parts = (tile * CONSUMERS + consumer) as u64;
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub(super) fn share_scores<T: Operand>(buffer: Shared<T>, keys: u32, ds: &[[u32; 4]]) {
+    const STRIP: u32 = WARP_KEYS * CHUNK_COLUMNS;
+    // Opaque: places are found where they are used, and not kept in registers.
+    let lane = opaque(warp::lane_id());
+    // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the first, the
+    // others to their right.
+    let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(lane % 16, lane / 16 * 8);
+    unroll!(for STEP in 0..8 {
+        if STEP < ds.len() {
+            let chunk = STEP as u32 / 4 * (keys * CHUNK_COLUMNS);
+            let place =
+                Swizzled::<{ CHUNK_COLUMNS as usize }>::right(place, 16 * (STEP as u32 % 4));
+            matrix::store_x4(buffer.slice(chunk, STRIP), place, ds[STEP]);
+        }
+    });
+}
+
+/// Adds a part of dQ of a tile that this warpgroup has computed.
+///
+/// # Safety
+/// As for [`Geometry::consume`].
+#[inline(always)]
+pub(super) unsafe fn add_part<G: Geometry>(
+    setting: &Setting<'_, impl Operand>,
+    at: At,
+    part: u32,
+    dq: &Accumulator<8>,
+) {
+    // SAFETY: `dq_acc` is f32 `[B, H, Nq', D]`.
+    let dq_acc = unsafe { setting.args.steps.dq_acc.view_mut::<f32>() };
+    // Neighbouring threads, neighbouring 16 bytes.
+    let first = part_of::<G>(&at.head, at.tile, part) + warpgroup::thread_id() as u64 * 4;
+    let values = dq.values();
+    let rows = const { G::TILES.rows };
+    let own = Part {
+        first_row: at.tile * rows,
+        rows,
+        part: part * WARPS + warpgroup::thread_id() / warp::LANES,
+        place: setting.place,
+        keys: const { G::TILES.keys },
+    };
+    // SAFETY: positions read no memory; every block that has keys for these rows comes here.
+    unsafe {
+        let policy = Policy::new(&setting.args.forward, at.head);
+        own.in_turn(setting.args, &policy, || {
+            unroll!(for G in 0..8 {
+                let index = first + (G as u32 * warpgroup::THREADS * 4) as u64;
+                atomic::reduce_add_x4_global(dq_acc, index, values[G]);
+            });
+        });
+    }
+}
+
+/// Where a part of dQ of a tile begins.
+#[inline(always)]
+pub(super) const fn part_of<G: Geometry>(head: &Head, tile: u32, part: u32) -> u64 {
+    let parts = (tile * G::TILES.dq_parts() + part) as u64;
     head.padded_row(0) * G::TILES.d as u64 + parts * DQ_ELEMENTS as u64
 }
 
-/// Stores a thread's rows `j` and `j + 8` of dK or dV, times `factor`.
+/// Stores a thread's two keys of dK or dV, of all columns, times `factor`.
 ///
 /// # Safety
-/// `to` must be `[B, Hkv, Nk, D]`, and no other thread writes the columns of these rows.
+/// `to` must be `[B, Hkv, Nk, D]`, and no other thread writes the columns of these keys.
 #[inline(always)]
-unsafe fn store_rows<T: Operand>(
+pub(super) unsafe fn store_gradient<T: Operand, G: Geometry>(
+    setting: &Setting<'_, T>,
     head: Head,
     (to, columns, factor): (&Tensor, Columns, f32),
     values: &[[f32; 4]],
-    j: u32,
-    column: u32,
 ) {
     // SAFETY: the tensor has that shape.
     let view = unsafe { to.buffer.view_mut::<T>() };
+    let j = setting.place.key_tile() * const { G::TILES.keys } + setting.own_key;
     unroll!(for R in 0..2 {
         let key = j + 8 * R as u32;
         if key < head.seq_k {
-            let row = head.key(to, key) + column as u64;
-            unroll!(for G in 0..16 {
+            let row = head.key(to, key) + setting.column as u64;
+            unroll!(for G in 0..32 {
                 if G < values.len() && columns.has(8 * G as u32) {
                     let pair = [0, 1].map(|e: usize| values[G][2 * R + e] * factor);
                     view.write_as(row + 8 * G as u64, T::pack(pair[0], pair[1]));

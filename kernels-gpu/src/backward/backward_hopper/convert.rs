@@ -32,25 +32,28 @@ const _: () = assert!(DQ_ELEMENTS == PASSES as u32 * THREADS * 16);
 /// `dQ = dq_acc * scale`.
 ///
 /// # Layout
-/// `dq: [B, H, Nq, D]`; `dq_acc: [B, H, Nq', D]`, of each head 64 x 64 elements of a consumer after
+/// `dq: [B, H, Nq, D]`; `dq_acc: [B, H, Nq', D]`, of each head 64 x 64 elements of a tile's part after
 /// another: of those, 16 bytes of each thread for each 8 columns, as
 /// [`wgmma`](simt::wgmma) has an accumulator's registers.
 ///
 /// # Thread mapping
-/// A block for each consumer's part; `x` counts them over a head, `y` and `z` heads.
+/// A block for each part; `x` counts them over a head, `y` and `z` heads.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes, and the main kernel must have run.
 #[inline(always)]
 pub unsafe fn convert<T: Operand, G: Geometry>(args: &BackwardArgs) {
     let Some(head) = Head::of_block_yz(&args.forward) else { return };
-    let (tile, consumer) = (thread::block_idx_x() / 2, thread::block_idx_x() % 2);
-    let (first_row, first_column) = G::TILES.dq_part(consumer);
+    let (tile, part) = (
+        thread::block_idx_x() / const { G::TILES.dq_parts() },
+        thread::block_idx_x() % const { G::TILES.dq_parts() },
+    );
+    let (first_row, first_column) = G::TILES.dq_part(part);
     let column = first_column + thread::thread_idx_x() % GROUPS * 8;
     // SAFETY: the buffers have the shapes stated above.
     let (dq_acc, dq) =
         unsafe { (args.steps.dq_acc.view::<f32>(), args.gradients.dq.buffer.view_mut::<T>()) };
-    let part = part_of::<G>(&head, tile, consumer);
+    let part = part_of::<G>(&head, tile, part);
     let group = part + (thread::thread_idx_x() % GROUPS * GROUP_ELEMENTS) as u64;
     // Row 8 of 16 is the pair of row 0.
     let pair = |pass: usize| thread::thread_idx_x() / GROUPS + pass as u32 * (THREADS / GROUPS);
@@ -79,6 +82,6 @@ pub unsafe fn convert<T: Operand, G: Geometry>(args: &BackwardArgs) {
 entries! {
     /// Instances of [`convert()`].
     pub static ENTRIES: BackwardArgs => "sm_90a", threads THREADS, min_blocks 1;
-    backward_hopper_convert: T in [f16, bf16], d D in [64, 128] =
+    backward_hopper_convert: T in [f16, bf16], d D in [64, 128, 192, 256] =
         convert::<T, Hopper<{ D as u32 }, false>>;
 }

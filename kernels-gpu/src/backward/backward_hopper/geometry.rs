@@ -5,11 +5,13 @@ use simt::wgmma::{
     WaitGroup,
 };
 
-use super::{tile::ScoreTile, tiles::Tiles};
+use super::{
+    consumer::{Consumer, Setting},
+    tile::ScoreTile,
+    tiles::Tiles,
+    wide::Wide,
+};
 use crate::backward::order::Place;
-
-/// Bytes of a chunk of K or V: 64 columns.
-const K_CHUNK: u32 = Tiles::KEYS * CHUNK_ROW_BYTES;
 
 /// A head dim, and what follows from it.
 pub trait Geometry {
@@ -31,6 +33,13 @@ pub trait Geometry {
     fn place() -> Place {
         Place::at(const { Self::TILES.place() }, Self::ORDERED)
     }
+
+    /// dK and dV of a block, and its part of dQ: the work of a consumer.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it, the rings bring what is multiplied, and the buffers must have the
+    /// shapes that [`backward_hopper`](super::backward_hopper()) states.
+    unsafe fn consume<T: Operand>(setting: Setting<'_, T>);
 
     /// Starts `K Qᵀ` or `V dOᵀ`.
     ///
@@ -77,7 +86,7 @@ pub struct Hopper<const D: u32, const ORDERED: bool>;
 
 /// Implements [`Geometry`], whose arrays have lengths that no generic code can compute.
 macro_rules! geometry {
-    ($d:literal) => {
+    ($d:literal, $consumer:ident) => {
         impl<const ORDERED: bool> Geometry for Hopper<$d, ORDERED> {
             const TILES: Tiles = Tiles::of($d);
             const ORDERED: bool = ORDERED;
@@ -87,12 +96,19 @@ macro_rules! geometry {
             type Gradient = Accumulator<{ $d / 8 }>;
 
             #[inline(always)]
+            unsafe fn consume<T: Operand>(setting: Setting<'_, T>) {
+                // SAFETY: passed on to the caller.
+                unsafe { $consumer::<T, Self>::new(setting).work() };
+            }
+
+            #[inline(always)]
             #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
             unsafe fn start_scores<T: Operand>(
                 s: &mut Self::Scores,
                 keys: Descriptor,
                 rows: Descriptor,
             ) {
+                const K_CHUNK: u32 = Tiles::of($d).keys * CHUNK_ROW_BYTES;
                 const Q_CHUNK: u32 = Tiles::of($d).rows * CHUNK_ROW_BYTES;
                 // SAFETY: all four warps are here, and the operands stay, as the trait asks.
                 unsafe {
@@ -116,5 +132,7 @@ macro_rules! geometry {
     };
 }
 
-geometry!(64);
-geometry!(128);
+geometry!(64, Consumer);
+geometry!(128, Consumer);
+geometry!(192, Wide);
+geometry!(256, Wide);

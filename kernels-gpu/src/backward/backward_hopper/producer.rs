@@ -6,7 +6,7 @@ use simt::{
     wgmma::{CHUNK_COLUMNS, CHUNK_ROW_BYTES},
 };
 
-use super::{Geometry, HopperMaps, Rings, consumer::RowTiles, tiles::Tiles};
+use super::{Geometry, HopperMaps, Rings, consumer::RowTiles};
 use crate::{
     args::BackwardArgs,
     parts::{pipeline::Stage, ragged::MapRows},
@@ -35,10 +35,10 @@ pub(super) unsafe fn produce<G: Geometry>(
     };
     let mut work = RowTiles::of_block::<G>(args);
     let Some(mut at) = work.next() else { return };
-    let first_key = G::place().key_tile() * Tiles::KEYS;
+    let first_key = G::place().key_tile() * tiles.keys;
     let keys = MapRows::keys(&at.head);
     rings.k.arrive_expect_tx(tiles.k_bytes());
-    copy(keys, smem, maps.address::<1>(), Tiles::KEYS, first_key, rings.k);
+    copy(keys, smem, maps.address::<1>(), tiles.keys, first_key, rings.k);
 
     let mut stage = Stage::FIRST;
     loop {
@@ -55,7 +55,7 @@ pub(super) unsafe fn produce<G: Geometry>(
 
         if stage == Stage::FIRST {
             rings.v.arrive_expect_tx(tiles.k_bytes());
-            copy(keys, smem + tiles.v(), maps.address::<2>(), Tiles::KEYS, first_key, rings.v);
+            copy(keys, smem + tiles.v(), maps.address::<2>(), tiles.keys, first_key, rings.v);
         }
 
         let full = rings.d_o.acquire(stage, bytes);

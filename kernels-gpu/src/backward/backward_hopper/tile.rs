@@ -35,6 +35,22 @@ pub trait ScoreTile<Weights>: WaitGroup {
     /// Rounded to the storage type, in the order that products take; 0 where dropout keeps nothing.
     fn pack<T: Operand>(&self, kept: [u32; 2]) -> Weights;
 
+    /// As [`pack`](Self::pack) of all, each times its slope where there is a cap.
+    fn pack_shaped<T: Operand>(&self, slopes: Weights) -> Weights;
+
+    /// dS replaces dP in step `step` of 16 rows: `P (dP - delta)`, with dP times `rescale` where dropout
+    /// kept the weight, and 0 elsewhere. `p` has the step's P, as [`pack_shaped`](Self::pack_shaped) has
+    /// it.
+    fn differentiate_step<T: Operand>(
+        &mut self,
+        step: usize,
+        p: [u32; 4],
+        kept: [u32; 2],
+        rescale: f32,
+        delta: Shared<f32>,
+        column: u32,
+    );
+
     /// dS replaces P: `P (dP - delta)`, with dP times `rescale` where dropout kept the weight, and 0
     /// elsewhere.
     fn differentiate<T: Operand>(
@@ -145,6 +161,54 @@ where
             }
         });
         p
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn pack_shaped<T: Operand>(&self, slopes: Fragments<STEPS>) -> Fragments<STEPS> {
+        if !Policy::caps_scores() {
+            return self.pack::<T>([u32::MAX; 2]);
+        }
+        let s = self.values();
+        let mut p = [[0; 4]; STEPS];
+        unroll!(for G in 0..16 {
+            if G < GROUPS {
+                unroll!(for R in 0..2 {
+                    let (low, high) = T::unpack(slopes[G / 2][G % 2 * 2 + R]);
+                    p[G / 2][G % 2 * 2 + R] = T::pack(s[G][2 * R] * low, s[G][2 * R + 1] * high);
+                });
+            }
+        });
+        p
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn differentiate_step<T: Operand>(
+        &mut self,
+        step: usize,
+        p: [u32; 4],
+        kept: [u32; 2],
+        rescale: f32,
+        delta: Shared<f32>,
+        column: u32,
+    ) {
+        let s = self.values_mut();
+        unroll!(for HALF in 0..2 {
+            let group = 2 * step + HALF;
+            let delta = pair(delta, column, group);
+            unroll!(for R in 0..2 {
+                let (low, high) = T::unpack(p[2 * HALF + R]);
+                unroll!(for E in 0..2 {
+                    let e = 2 * R + E;
+                    let mut dp = s[group][e];
+                    if Policy::drops() {
+                        dp = if keeps(kept, group, e) { dp * rescale } else { 0.0 };
+                    }
+                    s[group][e] = [low, high][E] * (dp - delta[E]);
+                });
+            });
+        });
     }
 
     #[inline(always)]

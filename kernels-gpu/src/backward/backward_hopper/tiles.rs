@@ -19,7 +19,7 @@ pub const CONSUMER_KEYS: u32 = 64;
 pub(super) const WARP_KEYS: u32 = CONSUMER_KEYS * warp::LANES / warpgroup::THREADS;
 /// Stages of Q, and of dO.
 pub(super) const STAGES: u32 = 2;
-/// Elements of dQ that a consumer computes of a tile: 64 x 64.
+/// Elements of dQ that a consumer computes at a time of a tile: 64 x 64.
 pub(super) const DQ_ELEMENTS: u32 = 64 * 64;
 
 /// The tiles of a block, for a head dim.
@@ -29,26 +29,36 @@ pub struct Tiles {
     pub d: u32,
     /// Query rows of a tile.
     pub rows: u32,
+    /// Keys of a block.
+    pub keys: u32,
 }
 
 impl Tiles {
-    /// Keys of a block.
-    pub const KEYS: u32 = CONSUMERS * CONSUMER_KEYS;
     /// Threads of a block: the producer's warpgroup and the consumers'.
     pub const THREADS: u32 = (1 + CONSUMERS) * warpgroup::THREADS;
     /// Mbarriers: of two rings, of K and of V.
     pub(super) const BARRIERS: u32 = 2 * Ring::<Stages<STAGES>>::BARRIERS + 2;
 
-    /// The tiles of head dim `d`, 64 or 128: as many rows as registers leave room for.
+    /// The tiles of head dim `d`: as many rows as registers leave room for. Up to 128 dQ of a tile is 64 x 64
+    /// of each consumer, and each has keys of its own; above, consumers share 64 keys.
     #[must_use]
     pub const fn of(d: u32) -> Self {
-        assert!(d == 64 || d == 128, "dQ of a tile is 64 x 64 of each consumer");
-        Self { d, rows: CONSUMERS * DQ_ELEMENTS / d }
+        assert!(d == 64 || d == 128 || d == 192 || d == 256, "no tiles for this head dim");
+        if d > 128 {
+            Self { d, rows: CHUNK_COLUMNS, keys: CONSUMER_KEYS }
+        } else {
+            Self { d, rows: CONSUMERS * DQ_ELEMENTS / d, keys: CONSUMERS * CONSUMER_KEYS }
+        }
+    }
+
+    /// Whether consumers share the block's keys.
+    pub(super) const fn is_wide(&self) -> bool {
+        self.keys == CONSUMER_KEYS
     }
 
     /// Bytes of K, and of V.
     pub(super) const fn k_bytes(&self) -> u32 {
-        Self::KEYS * self.d * 2
+        self.keys * self.d * 2
     }
 
     /// Bytes of a stage of Q, and of one of dO.
@@ -58,7 +68,7 @@ impl Tiles {
 
     /// Bytes of a buffer of dS.
     pub(super) const fn ds_bytes(&self) -> u32 {
-        Self::KEYS * self.rows * 2
+        self.keys * self.rows * 2
     }
 
     /// Bytes of a stage of LSE, and of one of delta.
@@ -81,9 +91,14 @@ impl Tiles {
         self.q() + STAGES * self.q_bytes()
     }
 
-    /// Offset of the two buffers of dS.
+    /// Offset of the two buffers of dS, or of one and P.
     pub(super) const fn ds(&self) -> u32 {
         self.d_o() + STAGES * self.q_bytes()
+    }
+
+    /// Offset of P, where consumers share keys: it takes the place of the second buffer of dS.
+    pub(super) const fn weights(&self) -> u32 {
+        self.ds() + self.ds_bytes()
     }
 
     /// Offset of the stages of LSE.
@@ -115,28 +130,30 @@ impl Tiles {
     /// Bytes from the chunk of K that consumer 0 multiplies for dQ to that of consumer 1: they share
     /// the columns of dQ where there are two chunks.
     pub(super) const fn dq_column_chunk(&self) -> u32 {
-        if self.d > CHUNK_COLUMNS { Self::KEYS * CHUNK_ROW_BYTES } else { 0 }
+        if self.d > CHUNK_COLUMNS { self.keys * CHUNK_ROW_BYTES } else { 0 }
     }
 
     /// Bytes from the chunk of dS that consumer 0 multiplies for dQ to that of consumer 1: they share
     /// the rows of dQ where there is one chunk of columns.
     pub(super) const fn dq_row_chunk(&self) -> u32 {
-        if self.d > CHUNK_COLUMNS { 0 } else { Self::KEYS * CHUNK_ROW_BYTES }
+        if self.d > CHUNK_COLUMNS { 0 } else { self.keys * CHUNK_ROW_BYTES }
     }
 
-    /// The first row and column of a consumer's part of dQ of a tile.
-    pub(super) const fn dq_part(&self, consumer: u32) -> (u32, u32) {
-        if self.d > CHUNK_COLUMNS {
-            (0, consumer * CHUNK_COLUMNS)
-        } else {
-            (consumer * CHUNK_COLUMNS, 0)
-        }
+    /// Parts of dQ of a tile, of 64 x 64 elements.
+    #[must_use]
+    pub const fn dq_parts(&self) -> u32 {
+        self.rows * self.d / DQ_ELEMENTS
+    }
+
+    /// The first row and column of a part of dQ of a tile.
+    pub(super) const fn dq_part(&self, part: u32) -> (u32, u32) {
+        if self.d > CHUNK_COLUMNS { (0, part * CHUNK_COLUMNS) } else { (part * CHUNK_COLUMNS, 0) }
     }
 
     /// Extents of the boxes of the tensor maps of q and d_o, of k and v, and of lse_log2 and delta,
     /// fastest dimension first. Swizzle: 128 bytes; none for the last.
     #[must_use]
     pub const fn boxes(&self) -> [[u32; 4]; 3] {
-        [[CHUNK_COLUMNS, self.rows, 1, 1], [CHUNK_COLUMNS, Self::KEYS, 1, 1], [self.rows, 1, 1, 1]]
+        [[CHUNK_COLUMNS, self.rows, 1, 1], [CHUNK_COLUMNS, self.keys, 1, 1], [self.rows, 1, 1, 1]]
     }
 }
