@@ -311,6 +311,7 @@ impl<'a, T: Operand, G: Geometry> Wide<'a, T, G> {
     /// As for [`work`](Self::work).
     #[inline(always)]
     unsafe fn start_dk(&mut self, ds: &G::Weights) {
+        // The other consumer has found Q there before it gave P: this never waits.
         self.setting.rings.q.wait(self.stage);
         let q = Descriptor::n_major(
             self.rows(const { G::TILES.q() }),
