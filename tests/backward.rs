@@ -8,7 +8,7 @@ use std::sync::Arc;
 use flash_attention::{
     Alibi, Bias, CpuDevice, DType, Device, Dropout, Extras, Layout, Problem, Tensor, Varlen,
     Window,
-    backend::{DeviceTensor, Memory},
+    backend::{DeviceTensor, Memory, instruments::take_counters},
     oracle,
     problem::ProblemBuilder,
     raw::{Args, BackwardArgs, Plan, Region, View},
@@ -709,6 +709,30 @@ fn wrong_sequences_are_refused() {
     backward.set_sequences(&[0, 3, 5], &[0, 4, 6]).unwrap();
     backward.run(forward(Extras::default()), &q).unwrap();
     assert_eq!(backward.gradients().unwrap().dq.shape(), p.q_shape());
+}
+
+/// Tiles that no row sees are in neither matrix of backward_standard and read by no product; and its tiles
+/// meet no bank twice.
+#[test]
+fn hidden_tiles_of_backward_standard_are_not_there() {
+    let kernel = registry::find_backward("backward_standard").unwrap();
+    for (dtype, tile) in [(DType::F16, 128), (DType::F32, 64)] {
+        let [full, causal] = [false, true].map(|causal| {
+            let p = Problem::builder(1, 1, 3 * tile, 64).dtype(dtype).causal(causal);
+            let p = p.build().unwrap();
+            let (device, draw) = (emulator(), Case::new("", p).draw(0));
+            take_counters(&*device);
+            run_on(&device, kernel, Backward::new(p), &draw.inputs(), &d_o(&p));
+            take_counters(&*device).unwrap()
+        });
+        // Of nine tiles three are hidden: P and dS are written there, P is read once and dS twice.
+        let hidden = (3 * tile * tile * dtype.size()) as u64;
+        assert_eq!(full.global_bytes_written - causal.global_bytes_written, 2 * hidden);
+        assert!(full.global_bytes_read - causal.global_bytes_read > 3 * hidden);
+        if dtype == DType::F16 {
+            assert_eq!((full.bank_conflicts, causal.bank_conflicts), (0, 0));
+        }
+    }
 }
 
 #[test]
