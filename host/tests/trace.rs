@@ -218,8 +218,10 @@ fn the_steps_are_one_page() {
     let data = page.split("id=\"data\">").nth(1).unwrap().split("</script>").next().unwrap();
     let data: Value = serde_json::from_str(data).unwrap();
     assert_eq!(data["steps"].as_array().unwrap().len(), 24);
-    assert_eq!(data["tiles"].as_array().unwrap().len(), 3);
-    assert_eq!(data["tiles"][2]["s"][31], Value::Null, "there is no key 95");
+    assert_eq!((&data["tiles"], &data["tiles_of"]), (&Value::from(3), &Value::from("keys")));
+    let last = &data["matrices"][data["steps"][23]["shown"][0].as_u64().unwrap() as usize];
+    assert_eq!((&last["name"], &last["column"][1]), (&Value::from("S"), &Value::from(64)));
+    assert_eq!(last["values"][31], Value::Null, "there is no key 95");
     let arguments = ["trace", "--kernel", "flash_swizzled", "--seq", "130", "--causal"];
     let (code, stdout, stderr) = run(host().args(arguments).arg("--html").arg(&file));
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
@@ -244,7 +246,7 @@ fn the_steps_are_one_page() {
         }
     }
     for (arguments, part) in [
-        (&["--kernel", "naive"][..], "flash_swizzled and flash_turing, not naive: leave it out"),
+        (&["--kernel", "decode"][..], "backward_mma and backward_hopper, not decode: leave it out"),
         (&["--kernel", "flash_tiled", "--softcap", "5"], "attention without further features"),
     ] {
         let (code, _, stderr) = run(host().arg("trace").args(arguments).arg("--html").arg(&file));

@@ -8,6 +8,7 @@
 //! flash-attention-scaling --ranks 2 --hang 1              rank 1 stands still
 //! flash-attention-scaling --model           the tables of the chapter, from the model
 //!   --tokens 32768,131072   --kv-heads 16,8   --grids heads,context,both   --masks full,causal
+//!   --deterministic         gradients with the same bits each time
 //!   --no-check              without the run on one GPU that results are compared with
 //!   --limit 60              seconds that a rank may keep the others waiting
 //! ```
@@ -27,7 +28,7 @@ use flash_attention::{
 };
 use flash_attention_distributed::{
     Attention, Error, Grid, Share,
-    attention::{BackwardTensors, ForwardTensors},
+    attention::{self, BackwardTensors, ForwardTensors},
     communicator::{Communicator, NcclCommunicator, ThreadCommunicator, Transfer},
     engine::{Engine, GpuEngine},
     measure::{Times, Transfers, WithoutComputation, WithoutTransfers},
@@ -53,8 +54,23 @@ struct Options {
     kv_heads: Vec<usize>,
     grids: Vec<String>,
     masks: Vec<String>,
+    deterministic: bool,
     check: bool,
     limit: Duration,
+}
+
+impl Options {
+    /// Both passes of a rank.
+    fn attention(
+        &self,
+        share: &Share,
+        rank: usize,
+        engine: &GpuEngine,
+    ) -> Result<Attention, Error> {
+        let kernels =
+            attention::Options { deterministic: self.deterministic, ..Default::default() };
+        Attention::with(share, rank, &engine.target(), kernels)?.with_backward()
+    }
 }
 
 fn options() -> Result<Options, String> {
@@ -68,6 +84,7 @@ fn options() -> Result<Options, String> {
         kv_heads: vec![16, 8],
         grids: ["heads", "context", "both"].map(String::from).to_vec(),
         masks: ["full", "causal"].map(String::from).to_vec(),
+        deterministic: false,
         check: true,
         limit: Duration::from_secs(60),
     };
@@ -89,6 +106,7 @@ fn options() -> Result<Options, String> {
             "--kv-heads" => options.kv_heads = numbers(value()?)?,
             "--grids" => options.grids = words(value()?),
             "--masks" => options.masks = words(value()?),
+            "--deterministic" => options.deterministic = true,
             "--no-check" => options.check = false,
             "--limit" => options.limit = Duration::from_secs(number(value()?)? as u64),
             _ => return Err(format!("unknown argument {name}")),
@@ -432,13 +450,14 @@ fn time<C: Communicator<GpuEngine>>(
 }
 
 fn alone(
+    options: &Options,
     case: &Case,
     engine: &GpuEngine,
     memory: &Arc<Memory>,
-    limit: Duration,
 ) -> Result<Alone, Error> {
+    let limit = options.limit;
     let share = Share::new(case.problem()?, Grid::of_context(1))?;
-    let attention = Attention::new(&share, 0, &engine.target())?.with_backward()?;
+    let attention = options.attention(&share, 0, engine)?;
     let tensors = Tensors::of(&attention, memory)?;
     let Some(communicator) = ThreadCommunicator::<GpuEngine>::ranks(1, limit).pop() else {
         return Err(Error::Late { ranks: Vec::new(), at: "a run alone".into(), limit });
@@ -466,7 +485,7 @@ fn measure<C: Communicator<GpuEngine>>(
         for turn in 0..peers.world() {
             let is_own = turn == peers.rank();
             if options.check && (is_own && options.one_gpu || !options.one_gpu && turn == 0) {
-                *one_gpu = Some(match alone(case, engine, memory, options.limit) {
+                *one_gpu = Some(match alone(options, case, engine, memory) {
                     Ok(alone) => Some(alone),
                     Err(Error::Attention(error)) if error.is_out_of_memory() => None,
                     Err(error) => return Err(error),
@@ -479,7 +498,7 @@ fn measure<C: Communicator<GpuEngine>>(
     let alone = one_gpu.as_ref().and_then(Option::as_ref);
     let part = Memory::new(memory.device().clone());
     let share = Share::new(case.problem()?, case.grid)?;
-    let attention = Attention::new(&share, peers.rank(), &engine.target())?.with_backward()?;
+    let attention = options.attention(&share, peers.rank(), engine)?;
     let tensors = Tensors::of(&attention, &part)?;
     // SAFETY: the workspace is live until the ranks are done.
     unsafe { attention.prepare(engine, communicator, tensors.workspace.region()) }?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use clap::Args;
 use flash_attention::{
-    DType, Error, Layout, Problem,
+    DType, Error, Layout, Problem, Tensor,
     backend::cpu::{CpuDevice, emulator},
     registry::{BACKWARD_KERNELS, DECODE_KERNELS, Decode, DecodeSpec, KERNELS},
     session::{DecodeInputs, Inputs, Session, Work},
@@ -207,6 +207,16 @@ impl Specimen<'_> {
         let is_plain = ["", ", causal"].contains(&record.features().to_string().as_str());
         match &self.drawn {
             Drawn::Level(subject) => subject.inputs().filter(|_| is_plain),
+            Drawn::Decode(_) => None,
+        }
+    }
+
+    /// The gradient of O, of a backward pass.
+    #[must_use]
+    pub fn d_o(&self) -> Option<&Tensor> {
+        match &self.drawn {
+            // After Q, K and V.
+            Drawn::Level(subject) => subject.tensors().get(3).copied(),
             Drawn::Decode(_) => None,
         }
     }

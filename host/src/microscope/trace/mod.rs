@@ -2,6 +2,7 @@
 
 pub mod chrome;
 pub mod costs;
+pub mod numbers;
 mod page;
 pub mod rungs;
 pub mod steps;
@@ -49,8 +50,8 @@ pub struct TraceArgs {
     /// and text goes to standard error
     #[arg(long, value_name = "FILE", required_unless_present = "html")]
     pub out: Option<PathBuf>,
-    /// Write a page that goes through the first block step by step, with the numbers of S, P, m, l and O (of
-    /// flash_tiled, flash_mma, flash_swizzled and flash_turing)
+    /// Write a page that goes through the first block step by step, with the numbers that it has: S, P, m, l and O, or
+    /// S, P, dP, dS, dV, dK and dQ
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
     /// Trace this many blocks of each launch (clusters, where there are any), from the first on
@@ -88,7 +89,8 @@ pub fn run(args: &TraceArgs) -> Result<Outcome> {
             let reason = "--html goes through attention without further features, causal or not: leave them out";
             return Err(Usage(reason.into()).into());
         };
-        let steps = Steps::new(specimen.kernel, &specimen.problem, [inputs.q, inputs.k, inputs.v])?;
+        let tensors = [inputs.q, inputs.k, inputs.v];
+        let steps = Steps::new(specimen.kernel, &specimen.problem, tensors, specimen.d_o())?;
         let page = page::page(&specimen.describe(), &steps)?;
         html.write(|to| Ok(to.write_all(page.as_bytes())?))?;
         print_lines(&format!("wrote {}: {} steps", html.path().display(), steps.steps.len()));

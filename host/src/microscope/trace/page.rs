@@ -42,10 +42,9 @@ pub fn page(title: &str, steps: &Steps) -> Result<String> {
                         } }
                     } }
                     div.state {
-                        figure { h3 { "S = Q Kᵀ, scaled" } canvas id="s" {} }
-                        figure { h3 { "P = exp(S - m)" } canvas id="p" {} }
-                        figure { h3 { "m, l and α, a column for each row" } canvas id="ml" {} }
-                        figure { h3 id="oname" { "O" } canvas id="o" {} }
+                        @for (i, title) in steps.figures.iter().enumerate() {
+                            figure { h3 id={ "title" (i) } { (title) } canvas id={ "figure" (i) } {} }
+                        }
                         p.readout id="readout" { "Point at a cell to read its number." }
                         h3 { "Shared memory" }
                         div.memory id="memory" {}
@@ -57,7 +56,7 @@ pub fn page(title: &str, steps: &Steps) -> Result<String> {
                     }
                 }
                 p.note {
-                    "The numbers are worked out in f64 from the same Q, K and V, tile by tile as the kernel goes. Keys: \
+                    "The page computes the numbers in f64 from the same inputs, tile by tile as the kernel goes. Keys: \
                      ← and → a step, page up and page down a tile, home and end."
                 }
                 script type="application/json" id="data" { (PreEscaped(data)) }

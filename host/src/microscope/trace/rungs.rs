@@ -1,9 +1,15 @@
 //! The kernels that can be gone through step by step, and the phases of a tile of keys in their source.
 
-use anyhow::{Context as _, Result};
+mod backward;
+mod forward;
 
-use super::steps::{Excerpt, Stage, excerpt};
-use crate::microscope::source;
+use anyhow::Result;
+use flash_attention::Problem;
+
+use super::{
+    numbers::Stage,
+    steps::{Excerpt, excerpt},
+};
 
 /// Where the lines of a phase end.
 #[derive(Clone, Copy, Debug)]
@@ -31,9 +37,9 @@ pub struct Phase {
     pub to: To,
     /// What is there after it.
     pub stage: Stage,
-    /// Which lanes wait: "block", "warp" or none.
+    /// Which lanes wait: "block", "warp", "consumers" or none.
     pub barrier: &'static str,
-    /// Regions of shared memory that it writes.
+    /// Regions of shared memory that it writes; with a `+` those of the next tile, where there is one.
     pub writes: &'static [&'static str],
     /// Regions that it reads.
     pub reads: &'static [&'static str],
@@ -41,6 +47,8 @@ pub struct Phase {
     pub once: Option<bool>,
     /// Only where something is hidden.
     pub is_mask: bool,
+    /// It belongs to the tile before.
+    pub of_before: bool,
 }
 
 impl Phase {
@@ -63,6 +71,7 @@ impl Phase {
             reads: &[],
             once: None,
             is_mask: false,
+            of_before: false,
         }
     }
 
@@ -92,6 +101,10 @@ impl Phase {
     const fn mask(self) -> Self {
         Self { is_mask: true, ..self }
     }
+
+    const fn of_before(self) -> Self {
+        Self { of_before: true, ..self }
+    }
 }
 
 /// Tiles, threads and shared memory of a block.
@@ -103,8 +116,29 @@ pub struct Shape {
     pub keys: usize,
     /// Warps.
     pub warps: usize,
-    /// Regions of shared memory: name and bytes.
+    /// Regions of shared memory: name and bytes. With several stages, the regions of K and of V have a
+    /// number behind their name.
     pub regions: Vec<(&'static str, usize)>,
+    /// How blocks and tiles follow each other.
+    pub order: Order,
+}
+
+/// How blocks and tiles follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// Stages of K and of V, which tiles take in turns.
+    pub stages: usize,
+    /// With a diagonal the first block has the last rows, which see most.
+    pub longest_first: bool,
+    /// The last keys come first.
+    pub descending: bool,
+    /// What is done for the first tile stands among the phases that come once, before.
+    pub first_is_apart: bool,
+}
+
+impl Order {
+    const PLAIN: Self =
+        Self { stages: 1, longest_first: false, descending: false, first_is_apart: false };
 }
 
 /// Kernels with the same phases.
@@ -116,127 +150,42 @@ pub struct Rung {
     pub phases: &'static [Phase],
     /// File, what the first line contains, how the line after the last begins.
     excerpts: &'static [(&'static str, &'static str, &'static str)],
-    shape: fn(&str, usize) -> Result<Shape>,
+    shape: fn(&str, &Problem) -> Result<Shape>,
 }
 
-const TILED: &str = "kernels-gpu/src/forward/flash_tiled.rs";
-const SCALAR_TILE: &str = "kernels-gpu/src/parts/scalar_tile.rs";
-const MMA: &str = "kernels-gpu/src/forward/flash_mma.rs";
-const ATTEND: &str = "kernels-gpu/src/parts/attend.rs";
-
 const SYNC: &str = "thread::sync_threads();";
-const SCORES: &str = "S = Q Kᵀ";
-const SOFTMAX: &str = "m grows to the largest score so far; α = exp(m before - m) scales l and O of the tiles before; \
-                       P = exp(S - m) takes the place of S, and l takes its row sums.";
-const STORE: &str = "O / l goes to global memory, and LSE = m + log(l).";
+const AHEAD: &str = "The next tile is copied while this one is computed with.";
 
-/// The kernels.
-pub static RUNGS: [Rung; 2] = [
-    Rung {
-        kernels: &["flash_tiled"],
-        excerpts: &[(TILED, "pub unsafe fn flash_tiled", "entries! {")],
-        shape: |_, d| {
-            let rows = constant(SCALAR_TILE, "ROWS")?;
-            // As f32, of the entry's columns, rows 4 elements longer than they are wide.
-            let d = d.next_multiple_of(32);
-            let bytes = |columns: usize| 4 * rows * (columns + 4);
-            let regions = vec![("Q", bytes(d)), ("K", bytes(d)), ("V", bytes(d)), ("P", bytes(rows))];
-            let warps = constant(SCALAR_TILE, "THREADS")? / 32;
-            Ok(Shape { rows, keys: rows, warps, regions })
-        },
-        phases: &[
-            Phase::new("Load Q", 0, "// Load Q.", To::Before("for tile in"), Stage::Before)
-                .note("All threads copy the rows of Q to shared memory, as f32. m = -∞, l = 0, O = 0.")
-                .memory(&["Q"], &[])
-                .once(false),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
-            Phase::new("Load K and V", 0, "// SAFETY", To::Before("// Hazard"), Stage::Before)
-                .note("All threads copy the next keys and their values to shared memory, as f32.")
-                .memory(&["K", "V"], &[]),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
-            Phase::new(SCORES, 0, "// S = Q", To::Before("// Shape and mask"), Stage::Scores)
-                .note("Each thread computes 2 rows and 4 keys of S in its registers.")
-                .memory(&[], &["Q", "K"]),
-            Phase::new("Mask", 0, "// Shape and mask", To::Before("// Online softmax"), Stage::Scores)
-                .mask(),
-            Phase::new("Online softmax", 0, "// Online softmax", To::Before("if Policy::drops"), Stage::Softmax)
-                .note(SOFTMAX)
-                .memory(&["P"], &[]),
-            Phase::new("Barrier of the warp", 0, "warp::sync_warp", To::Lines(1), Stage::Softmax)
-                .barrier("warp"),
-            Phase::new("O += P V", 0, "// O += P V", To::Before("    // Normalise"), Stage::Output)
-                .note("Each thread reads its rows of P and all of V.")
-                .memory(&[], &["V", "P"]),
-            Phase::new("Normalise and store", 0, "// Normalise", To::End, Stage::Done)
-                .note(STORE)
-                .once(true),
-        ],
-    },
-    Rung {
-        kernels: &["flash_mma", "flash_swizzled", "flash_turing"],
-        excerpts: &[(MMA, "// Who am I.", "entries! {"), (ATTEND, "pub fn attend", "}")],
-        shape: |kernel, d| {
-            let (rows, keys) = (constant(ATTEND, "BR")?, constant(ATTEND, "BC")?);
-            // Of 16 bits, of the entry's columns; flash_mma's rows are a chunk longer.
-            let padding = if kernel == "flash_mma" { 8 } else { 0 };
-            let row = 2 * (d.next_multiple_of(64) + padding);
-            let regions = vec![("Q", rows * row), ("K", keys * row), ("V", keys * row)];
-            Ok(Shape { rows, keys, warps: rows / 16, regions })
-        },
-        phases: &[
-            Phase::new("Load Q", 0, "// Load Q.", To::Before("for kv_tile in"), Stage::Before)
-                .note("All threads copy the rows of Q to shared memory. m = -∞, l = 0, O = 0.")
-                .memory(&["Q"], &[])
-                .once(false),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
-            Phase::new("Load K and V", 0, "tile::load", To::Lines(2), Stage::Before)
-                .note("All threads copy the next keys and their values to shared memory.")
-                .memory(&["K", "V"], &[]),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
-            Phase::new(SCORES, 1, "// S = Q", To::Before("// Shape, scale"), Stage::Scores)
-                .note("Each warp multiplies its 16 rows on tensor cores; S stays in the fragments of C.")
-                .memory(&[], &["Q", "K"]),
-            Phase::new("Mask", 1, "// Shape, scale", To::Before("// Online softmax"), Stage::Scores)
-                .mask(),
-            Phase::new("Online softmax", 1, "// Online softmax", To::Before("let kept"), Stage::Softmax)
-                .note(SOFTMAX),
-            Phase::new("O += P V", 1, "// O += P V", To::Lines(3), Stage::Output)
-                .note("P is an operand as it stands: two neighbouring fragments of C are one of A.")
-                .memory(&[], &["V"]),
-            Phase::new("Normalise and store", 0, "// Normalise", To::End, Stage::Done)
-                .note(STORE)
-                .once(true),
-        ],
-    },
-];
-
-/// The number that a constant of the source has.
-fn constant(file: &str, name: &str) -> Result<usize> {
-    let begin = format!("pub const {name}: u32 = ");
-    let line = source::text(file).lines().find_map(|line| line.trim().strip_prefix(&begin));
-    let number = line.and_then(|rest| rest.trim_end_matches(';').parse().ok());
-    number.with_context(|| format!("{file} has no number {name}"))
+/// The shape of a rung that is shown as a whole, since its scores are a matrix in memory.
+fn whole(_: &str, problem: &Problem) -> Result<Shape> {
+    let (rows, keys) = (problem.seq_q(), problem.seq_k());
+    Ok(Shape { rows, keys, warps: 8, regions: Vec::new(), order: Order::PLAIN })
 }
 
 impl Rung {
+    /// Every one.
+    fn all() -> impl Iterator<Item = &'static Self> {
+        forward::RUNGS.iter().chain(&backward::RUNGS)
+    }
+
     /// That of a kernel.
     #[must_use]
     pub fn find(kernel: &str) -> Option<&'static Self> {
-        RUNGS.iter().find(|rung| rung.kernels.contains(&kernel))
+        Self::all().find(|rung| rung.kernels.contains(&kernel))
     }
 
     /// The kernels that can be gone through.
     #[must_use]
     pub fn kernels() -> Vec<String> {
-        RUNGS.iter().flat_map(|rung| rung.kernels).map(ToString::to_string).collect()
+        Self::all().flat_map(|rung| rung.kernels).map(ToString::to_string).collect()
     }
 
-    /// Tiles, threads and shared memory of one of the kernels with `d` columns.
+    /// Tiles, threads and shared memory of one of the kernels for a problem.
     ///
     /// # Errors
     /// A source file without the constants.
-    pub fn shape(&self, kernel: &str, d: usize) -> Result<Shape> {
-        (self.shape)(kernel, d)
+    pub fn shape(&self, kernel: &str, problem: &Problem) -> Result<Shape> {
+        (self.shape)(kernel, problem)
     }
 
     /// What is shown of the source.

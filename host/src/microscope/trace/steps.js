@@ -1,28 +1,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
-const { steps, tiles, rows, columns, keys } = data;
+const { steps, tiles, matrices } = data;
 const byId = (id) => document.getElementById(id);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 let at = 0;
-
-// What is there after a step: the tile's own numbers from the stage on that makes them, those of the tile before until then.
-function numbers(step) {
-  const order = ["before", "scores", "softmax", "output", "done"].indexOf(step.stage);
-  const tile = tiles[step.tile], before = tiles[step.tile - 1];
-  const soft = order >= 2 ? tile : before;
-  const zeros = Array(rows * columns).fill(0);
-  let o = before ? before.o : zeros;
-  if (order === 2) o = o.map((x, i) => x * tile.alpha[Math.floor(i / columns)]);
-  if (order === 3) o = tile.o;
-  if (order === 4) o = data.o;
-  return {
-    s: order >= 1 ? tile?.s : null,
-    p: order >= 2 ? tile?.p : before?.p ?? null,
-    m: soft ? soft.m : Array(rows).fill(null),
-    l: soft ? soft.l : Array(rows).fill(0),
-    alpha: order >= 2 ? tile?.alpha : null,
-    o,
-  };
-}
 
 const shown = {};
 
@@ -33,29 +13,39 @@ function mix(value, largest) {
   return `color-mix(in srgb, ${hue} ${Math.round(share * 100)}%, ${colour("--card")})`;
 }
 
-// Colours by the largest value, or by that of each line.
-function draw(id, values, width, name, byLine = false) {
-  const canvas = byId(id), cell = 8, height = values ? values.length / width : rows;
-  canvas.width = width * cell;
-  canvas.height = height * cell;
+// Colours by the largest value, or by that of each line where lines have names.
+function draw(figure, matrix) {
+  const canvas = byId(`figure${figure}`), cell = 8;
+  byId(`title${figure}`).textContent = matrix?.title ?? data.figures[figure];
+  shown[canvas.id] = matrix;
+  const like = matrix ?? matrices.find(({ title }) => title === data.figures[figure]);
+  canvas.width = (like?.width ?? 1) * cell;
+  canvas.height = (like ? like.values.length / like.width : 1) * cell;
   const context = canvas.getContext("2d");
   context.fillStyle = colour("--bg");
   context.fillRect(0, 0, canvas.width, canvas.height);
-  shown[id] = { values, width, name };
-  if (!values) return;
-  const largest = (some) => Math.max(...some.filter((value) => value !== null).map(Math.abs), 1e-30);
+  if (!matrix) return;
+  const { values, width, lines } = matrix;
+  const largest = (some) => some.reduce((most, value) => Math.max(most, Math.abs(value ?? 0)), 1e-30);
   const all = largest(values);
   values.forEach((value, i) => {
     const first = i - (i % width);
-    context.fillStyle = mix(value, byLine ? largest(values.slice(first, first + width)) : all);
+    context.fillStyle = mix(value, lines.length ? largest(values.slice(first, first + width)) : all);
     context.fillRect((i % width) * cell, Math.floor(i / width) * cell, cell - 1, cell - 1);
   });
 }
 
+// What a cell is: a row and a column by their numbers, or a line by its name.
+function label({ name, width, row, column, lines }, index) {
+  const [r, c] = [Math.floor(index / width), index % width];
+  const of = lines.length ? lines[r] : `${name} of ${row[0]} ${row[1] + r}`;
+  return `${of}${lines.length ? " of" : ","} ${column[0]} ${column[1] + c}`;
+}
+
 function show(index) {
   at = Math.max(0, Math.min(steps.length - 1, index));
-  const step = steps[at], now = numbers(step);
-  byId("title").textContent = tiles.length ? `${step.title} (tile ${step.tile + 1} of ${tiles.length})` : step.title;
+  const step = steps[at];
+  byId("title").textContent = tiles ? `${step.title} (tile ${step.tile + 1} of ${tiles})` : step.title;
   byId("note").textContent = step.note;
   byId("count").textContent = `${at + 1} of ${steps.length}`;
   byId("at").value = at;
@@ -65,22 +55,17 @@ function show(index) {
   for (let line = step.lines[0]; line <= step.lines[1]; line++) byId(`l${step.source}-${line}`)?.classList.add("on");
   const code = document.querySelector(".code"), line = byId(`l${step.source}-${step.lines[0]}`);
   if (line) code.scrollTop = line.offsetTop - code.offsetTop - code.clientHeight / 3;
-  draw("s", now.s, keys, (i) => `S of row ${Math.floor(i / keys)}, key ${step.tile * keys + (i % keys)}`);
-  draw("p", now.p, keys, (i) => `P of row ${Math.floor(i / keys)}, key ${i % keys} of its tile`);
-  const ofRows = [...now.m, ...now.l, ...(now.alpha ?? Array(rows).fill(null))];
-  draw("ml", ofRows, rows, (i) => `${["m", "l", "α"][Math.floor(i / rows)]} of row ${i % rows}`, true);
-  draw("o", now.o, columns, (i) => `O of row ${Math.floor(i / columns)}, column ${i % columns}`);
-  byId("oname").textContent = step.stage === "done" ? "O, normalised" : "O, not yet divided by l";
+  data.figures.forEach((_, figure) => draw(figure, matrices[step.shown[figure] ?? -1]));
   memory(step);
   lanes(step);
 }
 
 function memory(step) {
-  const owners = ["--line3", "--line1", "--line5", "--line0"]; // Q, K, V, P
+  const owners = { Q: "--line3", K: "--line1", V: "--line5", P: "--line0", d: "--line4" };
   byId("memory").replaceChildren(...data.regions.map(([name, bytes], i) => {
     const [holds, does] = step.memory[i] ?? ["", ""], box = document.createElement("div");
     box.style.flex = bytes;
-    box.style.setProperty("--owner", `var(${owners[i]})`);
+    box.style.setProperty("--owner", `var(${owners[name[0]]})`);
     box.className = `${holds ? "full" : ""} ${does}`;
     const what = document.createElement("b");
     what.textContent = holds || `${name}: nothing yet`;
@@ -89,15 +74,18 @@ function memory(step) {
   }));
 }
 
-// As the emulator runs them in order: the last warp of the block, or the last lane of each warp, is still to come.
+// As the emulator runs them in order: the last warp of the block, or the last lane of each warp, is still to come. Consumers
+// wait for the copy engine or for tensor cores.
 function lanes(step) {
   byId("lanes").replaceChildren(...Array.from({ length: data.warps }, (_, warp) => {
     const row = document.createElement("div");
     row.append(`warp ${warp}`);
     for (let lane = 0; lane < 32; lane++) {
       const cell = document.createElement("i");
-      const last = step.barrier === "block" ? warp === data.warps - 1 : lane === 31;
-      if (step.barrier && !last) cell.className = "wait";
+      const waits = {
+        block: warp !== data.warps - 1, warp: lane !== 31, consumers: warp >= data.first_consumer,
+      }[step.barrier];
+      if (waits) cell.className = "wait";
       cell.title = `thread ${warp * 32 + lane}${cell.className ? `: waits at line ${step.lines[0]}` : ""}`;
       row.append(cell);
     }
@@ -126,13 +114,14 @@ addEventListener("keydown", (event) => {
 });
 for (const canvas of document.querySelectorAll("canvas")) {
   canvas.addEventListener("pointermove", (event) => {
-    const { values, width, name } = shown[canvas.id] ?? {}, box = canvas.getBoundingClientRect();
-    const cell = canvas.width / width / canvas.width;
-    const column = Math.floor((event.clientX - box.left) / box.width / cell);
-    const row = Math.floor((event.clientY - box.top) / box.height * (canvas.height / 8));
-    const index = row * width + column, value = values?.[index];
-    byId("readout").textContent = values && index < values.length
-      ? `${name(index)}: ${value === null ? "-∞, or not there" : value.toPrecision(4)}` : "";
+    const matrix = shown[canvas.id], box = canvas.getBoundingClientRect();
+    if (!matrix) return;
+    const { values, width } = matrix;
+    const column = Math.floor((event.clientX - box.left) / box.width * width);
+    const row = Math.floor((event.clientY - box.top) / box.height * (values.length / width));
+    const index = row * width + column, value = values[index];
+    byId("readout").textContent = index < values.length
+      ? `${label(matrix, index)}: ${value === null ? "hidden, or not there" : value.toPrecision(4)}` : "";
   });
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => show(at));
