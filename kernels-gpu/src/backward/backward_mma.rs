@@ -334,13 +334,12 @@ pub unsafe fn backward_mma<
                 }
             });
             let own = Part { first_row, rows: BR, part: warp_id, place: place_in_order, keys: BC };
-            let first_row = first_row + rows_of_dq;
             // SAFETY: the rows are padded ones, and other blocks add atomically too; each block that has
             // keys for them does.
             unsafe {
-                own.in_turn(args, &policy, || {
-                    add_to_memory::<D, DQ_TILES>(args, head, first_row, part, &dq);
-                });
+                own.wait(args, &policy);
+                add_to_memory::<D, DQ_TILES>(args, head, first_row + rows_of_dq, part, &dq);
+                own.pass(args, &policy);
             }
             stage ^= 1;
         }

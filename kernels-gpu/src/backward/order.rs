@@ -172,29 +172,36 @@ pub struct Part {
 }
 
 impl Part {
-    /// Calls `add` when it is this part's turn, where there is an order: by all lanes of the warp.
+    /// Waits for this part's turn, where there is an order: by all lanes of the warp, before they add.
     ///
     /// # Safety
-    /// The queue must have [`words`], and every block that has keys for these rows must come here once,
-    /// with tickets in the order of [`Place::draw`].
+    /// The queue must have [`words`], and every block that has keys for these rows must wait for the part
+    /// once and [`pass`](Self::pass) it, with tickets in the order of [`Place::draw`].
     #[inline(always)]
-    pub unsafe fn in_turn(self, args: &BackwardArgs, policy: &Policy, add: impl FnOnce()) {
+    pub unsafe fn wait(self, args: &BackwardArgs, policy: &Policy) {
         if self.place.ordered {
             if opaque(warp::lane_id()) == 0 {
                 let last = policy.last_key_tile(opaque(self.first_row) + self.rows, self.keys);
                 let before = last - self.place.key_tile();
-                // SAFETY: passed on to the caller.
+                // SAFETY: the queue has the words, as stated above.
                 turn::wait(unsafe { queue(args) }, self.index(policy), before);
             }
             // Hazard: other lanes add too, and only one has waited for the sums of the blocks before.
             warp::sync_warp(FULL_MASK);
         }
-        add();
+    }
+
+    /// Passes the turn on, where there is an order: by all lanes of the warp, when they have added.
+    ///
+    /// # Safety
+    /// As for [`wait`](Self::wait).
+    #[inline(always)]
+    pub unsafe fn pass(self, args: &BackwardArgs, policy: &Policy) {
         if self.place.ordered {
             // Hazard: the turn is over when every lane has added.
             warp::sync_warp(FULL_MASK);
             if opaque(warp::lane_id()) == 0 {
-                // SAFETY: passed on to the caller.
+                // SAFETY: the queue has the words, as stated above.
                 turn::pass(unsafe { queue(args) }, self.index(policy));
             }
         }

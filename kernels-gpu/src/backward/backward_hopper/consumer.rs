@@ -416,12 +416,12 @@ pub(super) unsafe fn add_part<G: Geometry>(
     // SAFETY: positions read no memory; every block that has keys for these rows comes here.
     unsafe {
         let policy = Policy::new(&setting.args.forward, at.head);
-        own.in_turn(setting.args, &policy, || {
-            unroll!(for G in 0..8 {
-                let index = first + (G as u32 * warpgroup::THREADS * 4) as u64;
-                atomic::reduce_add_x4_global(dq_acc, index, values[G]);
-            });
+        own.wait(setting.args, &policy);
+        unroll!(for G in 0..8 {
+            let index = first + (G as u32 * warpgroup::THREADS * 4) as u64;
+            atomic::reduce_add_x4_global(dq_acc, index, values[G]);
         });
+        own.pass(setting.args, &policy);
     }
 }
 
