@@ -69,7 +69,7 @@ pub mod verify;
 #[cfg(feature = "emulator")]
 pub use backend::CpuDevice;
 pub use backend::{Device, GpuDevice};
-pub use dtype::DType;
+pub use dtype::{DType, E4m3};
 pub use error::Error;
 pub use half;
 pub use problem::{Alibi, Bias, Dropout, Extras, Layout, Problem, ProblemBuilder, Varlen, Window};

@@ -458,6 +458,7 @@ pub(crate) fn round(dtype: DType, value: f32) -> f32 {
         DType::F32 => value,
         DType::F16 => half::f16::from_f32(value).to_f32(),
         DType::BF16 => half::bf16::from_f32(value).to_f32(),
+        DType::E4M3 => dtype.round(value.into()) as f32,
     }
 }
 

@@ -3,7 +3,7 @@
 use half::{bf16, f16, slice::HalfFloatSliceExt as _};
 
 use crate::{
-    dtype::{DType, Element},
+    dtype::{DType, E4m3, Element},
     error::{Error, Shape},
 };
 
@@ -13,6 +13,7 @@ enum Data {
     F32(Vec<f32>),
     F16(Vec<f16>),
     BF16(Vec<bf16>),
+    E4M3(Vec<E4m3>),
 }
 
 /// Runs one expression for the elements' type.
@@ -22,6 +23,7 @@ macro_rules! each {
             Data::F32($values) => $body,
             Data::F16($values) => $body,
             Data::BF16($values) => $body,
+            Data::E4M3($values) => $body,
         }
     };
 }
@@ -41,6 +43,10 @@ macro_rules! make {
             DType::BF16 => {
                 type $t = bf16;
                 Data::BF16($body)
+            }
+            DType::E4M3 => {
+                type $t = E4m3;
+                Data::E4M3($body)
             }
         }
     };
@@ -108,7 +114,7 @@ impl Tensor {
     }
 
     /// Takes elements of one of the storage types: `f32`, `f16` or `bf16` of the crate `half`
-    /// ([`crate::half`]).
+    /// ([`crate::half`]), or [`E4m3`].
     ///
     /// ```
     /// use flash_attention::{DType, Tensor, half::f16};
@@ -161,6 +167,7 @@ impl Tensor {
             Data::F32(_) => DType::F32,
             Data::F16(_) => DType::F16,
             Data::BF16(_) => DType::BF16,
+            Data::E4M3(_) => DType::E4M3,
         }
     }
 
@@ -216,6 +223,7 @@ impl Tensor {
             Data::F32(values) => values.clone(),
             Data::F16(values) => values.to_f32_vec(),
             Data::BF16(values) => values.to_f32_vec(),
+            Data::E4M3(values) => values.iter().map(|value| value.to_f32()).collect(),
         }
     }
 

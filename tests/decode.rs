@@ -1,13 +1,17 @@
 //! Decoding against f64: a few queries against caches, contiguous and in pages, split and merged.
 
+#[path = "gpu/graph.rs"]
+mod graph;
+#[path = "gpu/replay.rs"]
+mod replay;
 mod suite;
 
 use std::{num::NonZeroU32, sync::Arc};
 
 use flash_attention::{
-    Alibi, DType, Device, Layout, Problem, Tensor, Window,
+    Alibi, DType, Device, GpuDevice, Layout, Problem, Tensor, Window,
     problem::ProblemBuilder,
-    registry::{DECODE_KERNELS, Decode, Pages},
+    registry::{DECODE_KERNELS, Decode, Pages, Target},
     session::{DecodeInputs, Inputs, Outputs, Session, Work},
     verify::verify_decode,
 };
@@ -24,6 +28,8 @@ struct Setup {
     sinks: Option<Tensor>,
     lengths: Vec<i32>,
     table: Option<Vec<i32>>,
+    /// Of K and of V, of a cache in e4m3.
+    scales: Option<[Vec<f32>; 2]>,
 }
 
 impl Setup {
@@ -48,6 +54,7 @@ impl Setup {
             sinks: of_heads(p.sinks_shape(), 5, |x| x),
             lengths: lengths.iter().map(|&length| length as i32).collect(),
             table: None,
+            scales: None,
         };
         for (tensor, columns) in [(&mut setup.k, p.head_dim()), (&mut setup.v, p.head_dim_v())] {
             let from = tensor.clone();
@@ -56,6 +63,18 @@ impl Setup {
             });
         }
         setup
+    }
+
+    /// The same, with a cache in e4m3: scales that are no powers of two, and other ones for each head.
+    fn in_e4m3(&self) -> Self {
+        let p = self.decode.problem();
+        let scales = |first: f32| (0..p.kv_heads()).map(|h| first + h as f32 / 3.0).collect();
+        let scales = Some([scales(0.7), scales(1.9)]);
+        // Values that use codes of every size, subnormal ones included.
+        let codes = |tensor: &Tensor| tensor.scaled(0.9).cast(DType::E4M3);
+        let (k, v) = (codes(&self.k), codes(&self.v));
+        let decode = self.decode.cache_dtype(DType::E4M3).unwrap();
+        Self { decode, k, v, scales, ..self.clone() }
     }
 
     /// The same cache in pages of `page_size` keys, shuffled. There are more pages than are used.
@@ -84,6 +103,7 @@ impl Setup {
         let [page_size_u32, pages, max_pages] = pages;
         let pages = Pages { page_size: page_size_u32, pages, max_pages };
         let decode = Decode::paged(p, pages).unwrap();
+        let decode = decode.cache_dtype(self.decode.stored()).unwrap();
         let rows = |tensor: &Tensor, columns| {
             rearranged(&p, tensor, [count, page_size, columns], |page, slot| {
                 let (b, at): (usize, usize) = of_page[page]?;
@@ -108,6 +128,7 @@ impl Setup {
             },
             seqused_k: Some(&self.lengths),
             page_table: self.table.as_deref(),
+            scales: self.scales.as_ref().map(|scales| scales.each_ref().map(Vec::as_slice)),
         }
     }
 
@@ -128,7 +149,8 @@ impl Setup {
     fn fault_on(&self, device: &Arc<dyn Device>, label: &str) -> Option<String> {
         let result = verify_decode(&self.decode, &self.inputs(), &self.run_on(device)).unwrap();
         let p = self.decode.problem();
-        (!result.passes()).then(|| format!("{label} {} d {}: {result}", p.dtype(), p.head_dim()))
+        let of = format!("{} d {}, cache in {}", p.dtype(), p.head_dim(), self.decode.stored());
+        (!result.passes()).then(|| format!("{label} {of}: {result}"))
     }
 }
 
@@ -140,10 +162,10 @@ fn rearranged(
     [entries, rows, columns]: [usize; 3],
     source: impl Fn(usize, usize) -> Option<(usize, usize)>,
 ) -> Tensor {
-    let (heads, size) = (p.kv_heads(), p.dtype().size());
+    let (heads, dtype) = (p.kv_heads(), from.dtype());
+    let size = dtype.size();
     let shape = p.layout().shape(entries, heads, rows, columns);
-    let mut to =
-        Tensor::from_f64(p.dtype(), &shape, &vec![f64::NAN; shape.iter().product()]).unwrap();
+    let mut to = Tensor::from_f64(dtype, &shape, &vec![f64::NAN; shape.iter().product()]).unwrap();
     let from_rows = match p.layout() {
         Layout::HeadsFirst => from.shape()[2],
         Layout::TokensFirst => from.shape()[1],
@@ -238,10 +260,24 @@ fn edges() -> Vec<(&'static str, Setup)> {
     cases
 }
 
+/// The edges of a cache in e4m3: those with head dims that are multiples of 16.
+fn edges_in_e4m3() -> Vec<(&'static str, Setup)> {
+    let whole = |setup: &Setup| {
+        let p = setup.decode.problem();
+        p.head_dim() % 16 == 0 && p.head_dim_v() % 16 == 0
+    };
+    let cases = edges().into_iter().filter(|(_, setup)| whole(setup));
+    let mut cases: Vec<_> = cases.map(|(name, setup)| (name, setup.in_e4m3())).collect();
+    let odd = shape([2, 4, 2], 1, 150, 80).dtype(DType::BF16).head_dim_v(48);
+    cases.push(("odd head dims", Setup::new(odd, &[150, 33]).in_e4m3()));
+    cases
+}
+
 #[test]
 fn edges_and_features_are_right() {
     // Split or not, in turns: both take the same way up to their last step.
-    let cases = edges().into_iter().enumerate().map(|(at, case)| (case, [1, 3][at % 2]));
+    let cases = edges().into_iter().chain(edges_in_e4m3());
+    let cases = cases.enumerate().map(|(at, case)| (case, [1, 3][at / 2 % 2]));
     check_all(on_every_core(cases, |((name, setup), splits)| {
         setup.splits(splits).fault(&format!("{name}, {splits} splits"))
     }));
@@ -251,16 +287,18 @@ fn edges_and_features_are_right() {
 #[test]
 fn edges_and_features_are_right_on_a_gpu() {
     suite::on_a_gpu(|gpu| {
-        check_all(edges().iter().enumerate().flat_map(|(at, (name, setup))| {
-            [1, 3, 97].into_iter().flat_map(move |splits| {
-                let page_size = [1, 16, 48, 256][at % 4];
-                let (alone, paged) =
-                    (setup.splits(splits), setup.in_pages(page_size, 1).splits(splits));
-                let label = format!("{name}, {splits} splits");
-                let in_pages = format!("{label}, pages of {page_size}");
-                [alone.fault_on(gpu, &label), paged.fault_on(gpu, &in_pages)]
-            })
-        }));
+        check_all(edges().iter().chain(&edges_in_e4m3()).enumerate().flat_map(
+            |(at, (name, setup))| {
+                [1, 3, 97].into_iter().flat_map(move |splits| {
+                    let page_size = [1, 16, 48, 256][at % 4];
+                    let (alone, paged) =
+                        (setup.splits(splits), setup.in_pages(page_size, 1).splits(splits));
+                    let label = format!("{name}, {splits} splits");
+                    let in_pages = format!("{label}, pages of {page_size}");
+                    [alone.fault_on(gpu, &label), paged.fault_on(gpu, &in_pages)]
+                })
+            },
+        ));
     });
 }
 
@@ -277,6 +315,7 @@ fn pages_give_the_bits_of_a_contiguous_cache() {
         let p = shape([3, 4, 2], 2, 2 * bc + 9, d).dtype(dtype).layout(layout);
         let setup = Setup::new(p, &[2 * bc + 9, 0, bc + 1]).splits(2);
         cases.extend([1, 7, 16, 48, 64, 256].map(|page_size| (setup.clone(), page_size)));
+        cases.extend([1, 16, 96].map(|page_size| (setup.in_e4m3(), page_size)));
     }
     check_all(on_every_core(cases, |(setup, page_size)| {
         let expected = setup.run();
@@ -296,6 +335,7 @@ fn splits_change_nothing_but_rounding() {
         let setup =
             Setup::new(shape([2, 4, 1], 2, 6 * tile(d), d).sinks(true), &[6 * tile(d) - 3, 50]);
         cases.extend([1, 2, 3, 5, 17, 97].map(|splits| (setup.splits(splits), splits)));
+        cases.extend([3, 97].map(|splits| (setup.in_e4m3().splits(splits), splits)));
         cases.push((setup, 0));
     }
     check_all(on_every_core(cases, |(setup, splits)| setup.fault(&format!("{splits} splits"))));
@@ -346,6 +386,94 @@ fn launches_are_repeated_with_other_lengths() {
     }
 }
 
+/// A decode from a cache in e4m3 is one from the same numbers in f16, where scales are powers of two and D does not
+/// change the order of sums: within rounding, and on GPUs without the conversion of codes too.
+#[test]
+fn codes_are_the_numbers_that_they_stand_for() {
+    let device = emulator();
+    for (dtype, d) in [(DType::F16, 64), (DType::BF16, 128), (DType::F16, 256)] {
+        let setup = Setup::new(shape([2, 4, 2], 2, 300, d).dtype(dtype), &[300, 77]).in_e4m3();
+        let session = Session::new(device.clone());
+        let run = |target: Target| {
+            let plan = DECODE_KERNELS[0].plan(&setup.decode, &target).unwrap();
+            let symbol = plan.entries().next().unwrap().entry.symbol;
+            let mut prepared = session.prepare_decode(plan, &setup.inputs()).unwrap();
+            prepared.launch().unwrap();
+            (symbol, prepared.outputs().unwrap())
+        };
+        let hopper = session.target();
+        let (with_conversion, expected) = run(hopper);
+        let mut ampere = hopper;
+        ampere.capability = (8, 0);
+        let (without, found) = run(ampere);
+        assert!(with_conversion.contains("hopper") && !without.contains("hopper"));
+        // Factors of 2^8 alone differ, but where f32 rounds them.
+        let result = verify_decode(&setup.decode, &setup.inputs(), &found).unwrap();
+        assert!(result.passes(), "{without}: {result}");
+        assert_eq!(found.o, expected.o, "{without}");
+    }
+}
+
+/// A key or a value that is NaN is NaN in what sees it, and a large query in bf16 is finite in f16.
+#[test]
+fn codes_without_a_number_are_not_taken_for_one() {
+    for dtype in [DType::F16, DType::BF16] {
+        let p = shape([1, 2, 1], 1, 40, 64).dtype(dtype);
+        let setup = Setup::new(p, &[40]).in_e4m3();
+        for (of_keys, code) in [(true, 0x7f), (false, 0xff)] {
+            let mut wrong = setup.clone();
+            let side = if of_keys { &mut wrong.k } else { &mut wrong.v };
+            side.as_bytes_mut()[64 * 33 + 7] = code;
+            let o = wrong.run().o.to_f32();
+            let expected = |column: usize| of_keys || column % 64 == 7;
+            for (at, x) in o.iter().enumerate() {
+                assert_eq!(x.is_nan(), expected(at), "{dtype} {at}: {x}");
+            }
+        }
+    }
+    let large = Setup::new(shape([1, 2, 1], 2, 200, 64).dtype(DType::BF16), &[200]).in_e4m3();
+    for factor in [1e30, 1e-5] {
+        let p = large.decode.problem().to_builder().scale(Some((0.125 / factor) as f32));
+        let decode = Decode::new(p.build().unwrap()).cache_dtype(DType::E4M3).unwrap();
+        let setup = Setup { decode, q: large.q.scaled(factor), ..large.clone() };
+        assert_eq!(setup.fault("queries of another magnitude"), None);
+    }
+}
+
+/// What does not fit a cache in e4m3 is named.
+#[test]
+fn wrong_scales_are_named() {
+    let setup = Setup::new(shape([1, 4, 2], 1, 40, 64), &[40]).in_e4m3();
+    let session = Session::new(emulator());
+    let refused = |setup: &Setup| {
+        let result = session.run_decode(&DECODE_KERNELS[0], &setup.decode, &setup.inputs());
+        result.unwrap_err().to_string()
+    };
+    let text = refused(&Setup { scales: None, ..setup.clone() });
+    assert!(text.contains("k_scale is missing: the cache is in e4m3"), "{text}");
+    let text = refused(&Setup { scales: Some([vec![1.0; 2], vec![1.0; 4]]), ..setup.clone() });
+    assert!(text.contains("v_scale"), "{text}");
+    let text = refused(&Setup { k: setup.k.cast(DType::F16), ..setup.clone() });
+    assert!(text.contains("k is f16, expected e4m3"), "{text}");
+    let plain = Setup::new(shape([1, 4, 2], 1, 40, 64), &[40]);
+    let text = refused(&Setup { scales: setup.scales.clone(), ..plain });
+    assert!(text.contains("k_scale was given"), "{text}");
+    let text = shape([1, 1, 1], 1, 1, 64).dtype(DType::E4M3).build().unwrap_err().to_string();
+    assert!(text.contains("storage type = e4m3"), "{text}");
+}
+
+/// The same by a CUDA graph.
+#[test]
+fn a_graph_is_replayed_with_other_lengths_on_a_gpu() {
+    match GpuDevice::open(0) {
+        Ok(gpu) => {
+            let gpu = Arc::new(gpu);
+            replay::follows_lengths(&gpu, gpu.context());
+        }
+        Err(error) => suite::skipped(&error),
+    }
+}
+
 /// Sequences with the same beginning share its pages.
 #[test]
 fn a_prefix_is_shared_by_sequences() {
@@ -379,6 +507,7 @@ fn numbers_out_of_range_stay_within_the_cache() {
             v: &v,
             seqused_k: Some(&lengths),
             page_table: Some(&table),
+            scales: None,
         };
         decode.run(&q, cache, flash_attention::Extras::default()).unwrap();
         let outputs = decode.outputs().unwrap();

@@ -3,8 +3,9 @@
 mod suite;
 
 use flash_attention::{
-    DType, Extras, Layout, Problem, Tensor,
+    DType, E4m3, Extras, Layout, Problem, Tensor,
     backend::{DeviceTensor, Memory},
+    dtype::Element as _,
     half::f16,
     raw::{AppendArgs, View},
     registry::{APPEND_KERNELS, Append, DECODE_KERNELS, Decode, Pages, Rotary, Target},
@@ -181,6 +182,7 @@ fn check(session: &Session, cache: &KvCache, sequences: &[(SequenceId, Expected)
         tensors: Inputs::new(&q, &k, &v),
         seqused_k: Some(&lengths),
         page_table: None,
+        scales: None,
     };
     let result = verify_decode(&Decode::new(p), &inputs, &outputs).unwrap();
     assert!(result.passes(), "{lengths:?}: {result}");
@@ -269,6 +271,102 @@ fn positions_go_on_where_a_sequence_ends() {
         (rows(&k)[..11 * KV_HEADS].to_vec(), rows(&v)[..11 * KV_HEADS].to_vec())
     };
     assert_eq!(fill(&[11]), fill(&[1, 6, 7, 11]));
+}
+
+/// A cache in e4m3: new keys, rotated, and values become the codes that are nearest to them under their head's scale,
+/// and stay these when a shared page is copied.
+#[test]
+fn tokens_become_codes_under_the_scales_of_their_heads() {
+    const D_V: usize = 16;
+    let session = Session::new(emulator());
+    // The smaller scales let some values become the largest code.
+    let scales = [[0.005f32, 0.3], [0.9, 0.004]];
+    let rotary = Rotary { dim: 16, positions: 20, interleaved: false };
+    let tables = rotary.tables(100.0);
+    let buffers = tables.each_ref().map(|a| session.memory().upload(a).unwrap());
+    let angles = || Some(Angles { rotary, cos: &buffers[0], sin: &buffers[1] });
+    for dtype in [DType::F16, DType::BF16] {
+        let shape = KvCacheShape {
+            dtype: DType::E4M3,
+            kv_heads: KV_HEADS,
+            head_dim: D,
+            head_dim_v: D_V,
+            page_size: 5,
+            pages: 8,
+        };
+        let [k_scale, v_scale] = &scales;
+        let mut cache = KvCache::with_scales(&session, shape, [k_scale, v_scale]).unwrap();
+        let draw = |shape: &[usize], seed| Tensor::random(dtype, shape, seed, 0.0);
+        let upload = |tensor: &Tensor| session.upload(tensor).unwrap();
+        // 11 tokens, of which the last page has one; then a token each for the two that share them.
+        let first = [draw(&[1, 11, KV_HEADS, D], 1), draw(&[1, 11, KV_HEADS, D_V], 2)];
+        let then = [draw(&[2, 1, KV_HEADS, D], 3), draw(&[2, 1, KV_HEADS, D_V], 4)];
+        let prompt = cache.insert();
+        cache.append(&[prompt], &upload(&first[0]), &upload(&first[1]), angles()).unwrap();
+        let ids = [prompt, cache.fork(prompt).unwrap()];
+        cache.append(&ids, &upload(&then[0]), &upload(&then[1]), angles()).unwrap();
+        assert_eq!(cache.free_pages(), 8 - 4);
+
+        let codes = |side: usize, columns: usize| {
+            let of_row = |row: &[f32], position: usize, h: usize| {
+                let mut row = row.to_vec();
+                for pair in 0..if side == 0 { rotary.dim / 2 } else { 0 } {
+                    let (x, y, at) = (row[pair], row[pair + 8], position * 8 + pair);
+                    let (cos, sin) = (tables[0][at], tables[1][at]);
+                    row[pair] = x.mul_add(cos, -(y * sin));
+                    row[pair + 8] = y.mul_add(cos, x * sin);
+                }
+                row.into_iter().map(move |x| E4m3::from_f64((x / scales[side][h]).into()))
+            };
+            let mut codes = Vec::new();
+            for b in 0..2 {
+                let tokens = [(&first[side], 0, 11, 0), (&then[side], b, 1, 11)];
+                for (tensor, entry, tokens, start) in tokens {
+                    let values = tensor.to_f32();
+                    for at in 0..tokens * KV_HEADS {
+                        let row = &values[(entry * tokens * KV_HEADS + at) * columns..][..columns];
+                        codes.extend(of_row(row, start + at / KV_HEADS, at % KV_HEADS));
+                    }
+                }
+            }
+            Tensor::from_vec(&[2, 12, KV_HEADS, columns], codes).unwrap()
+        };
+        let (k, v) = (codes(0, D), codes(1, D_V));
+        let largest = |codes: &Tensor| codes.to_f32().iter().filter(|x| x.abs() == 448.0).count();
+        assert!(largest(&k) > 10 && largest(&v) > 10);
+
+        let p = Problem::builder(2, 4, 1, D).kv_heads(KV_HEADS).head_dim_v(D_V).seq_k(12);
+        let p = p.causal(true).dtype(dtype).layout(Layout::TokensFirst).build().unwrap();
+        let decode = cache.decode(p).unwrap();
+        let batch = cache.batch(&decode, &ids).unwrap();
+        let mut attention = session.decode(&DECODE_KERNELS[0], &decode).unwrap();
+        // Small queries: scores of codes under 0.3 are large.
+        let q = draw(&p.q_shape(), 9).scaled(1.0 / 16.0);
+        attention.run(&upload(&q), cache.cached(&batch), Extras::default()).unwrap();
+        let found = attention.outputs().unwrap();
+        let contiguous = Decode::new(p).cache_dtype(DType::E4M3).unwrap();
+        let inputs = DecodeInputs {
+            tensors: Inputs::new(&q, &k, &v),
+            seqused_k: None,
+            page_table: None,
+            scales: Some([k_scale, v_scale]),
+        };
+        let (expected, _) = session.run_decode(&DECODE_KERNELS[0], &contiguous, &inputs).unwrap();
+        assert_eq!((&found.o, &found.lse), (&expected.o, &expected.lse), "{dtype}");
+        let result = verify_decode(&contiguous, &inputs, &found).unwrap();
+        assert!(result.passes(), "{dtype}: {result}");
+
+        let refused = |scales: [&[f32]; 2], dtype| {
+            let shape = KvCacheShape { dtype, ..shape };
+            KvCache::with_scales(&session, shape, scales).unwrap_err().to_string()
+        };
+        assert!(refused([&[1.0], &[1.0; 2]], DType::E4M3).contains("k_scale = 1 scales"));
+        assert!(refused([&[1.0; 2], &[1.0, 0.0]], DType::E4M3).contains("v_scale = 0"));
+        assert!(refused([&[1.0; 2], &[1.0; 2]], DType::F16).contains("storage type = f16"));
+        let wrong = upload(&draw(&[2, 1, KV_HEADS, D], 3).cast(DType::F32));
+        let text = cache.append(&ids, &wrong, &upload(&then[1]), None).unwrap_err().to_string();
+        assert!(text.contains("k is f32"), "{text}");
+    }
 }
 
 /// What cannot be appended changes nothing, and says why.

@@ -53,6 +53,7 @@ pub fn forward(call: &Call, qkv: [Stored<'_>; 3]) -> Result<(CudaStorage, CudaSt
         DType::F32 => forward_of::<f32>(call, qkv),
         DType::F16 => forward_of::<f16>(call, qkv),
         DType::BF16 => forward_of::<bf16>(call, qkv),
+        DType::E4M3 => bail!("attention has f32, f16 and bf16"),
     }
 }
 
@@ -155,6 +156,7 @@ pub fn backward(
         DType::F32 => backward_of::<f32>(call, qkvo, lse, d_o, wanted),
         DType::F16 => backward_of::<f16>(call, qkvo, lse, d_o, wanted),
         DType::BF16 => backward_of::<bf16>(call, qkvo, lse, d_o, wanted),
+        DType::E4M3 => bail!("attention has f32, f16 and bf16"),
     }
 }
 

@@ -28,6 +28,7 @@ pub fn forward(call: &Call, qkv: [Stored<'_>; 3]) -> Result<(CpuStorage, CpuStor
         flash_attention::DType::F32 => of::<f32>(call, qkv),
         flash_attention::DType::F16 => of::<f16>(call, qkv),
         flash_attention::DType::BF16 => of::<bf16>(call, qkv),
+        flash_attention::DType::E4M3 => bail!("attention has f32, f16 and bf16"),
     }
 }
 
@@ -43,6 +44,7 @@ pub fn backward(
         flash_attention::DType::F32 => backward_of::<f32>(call, qkvo, lse, d_o, wanted),
         flash_attention::DType::F16 => backward_of::<f16>(call, qkvo, lse, d_o, wanted),
         flash_attention::DType::BF16 => backward_of::<bf16>(call, qkvo, lse, d_o, wanted),
+        flash_attention::DType::E4M3 => bail!("attention has f32, f16 and bf16"),
     }
 }
 

@@ -14,6 +14,8 @@ mod maps;
 mod plans;
 #[path = "../../tests/gpu/raw.rs"]
 mod raw;
+#[path = "../../tests/gpu/replay.rs"]
+mod replay;
 #[path = "../../tests/gpu/session.rs"]
 mod session;
 

@@ -18,6 +18,7 @@ use crate::{
     failure::{Outcome, Usage},
     interrupt,
     machine::{self, DeviceChoice},
+    options::{CacheArgs, ProblemArgs},
     output,
     progress::{Progress, print_lines},
     table, values,
@@ -77,9 +78,6 @@ pub struct DecodeCommandArgs {
     /// Keys of each sequence, separated by commas
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = values::count)]
     pub seq_k: Option<Vec<usize>>,
-    /// Keys of a page, separated by commas; 0 is a contiguous cache
-    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = values::count_or_none)]
-    pub page_size: Option<Vec<usize>>,
     /// Sequences
     #[arg(long, value_name = "B", default_value_t = 1, value_parser = values::count)]
     pub batch: usize,
@@ -101,9 +99,9 @@ pub struct DecodeCommandArgs {
     /// Let row i see only keys from i + Nk - Nq - L to i + Nk - Nq + R; -1 means no bound
     #[arg(long, value_name = "L,R", allow_hyphen_values = true, value_parser = values::window)]
     pub window: Option<Window>,
-    /// Split the keys of a sequence into this many parts, in place of the number with the least cost
-    #[arg(long, value_name = "COUNT", value_parser = values::count)]
-    pub splits: Option<usize>,
+    /// Caches.
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// Timed runs
     #[arg(long, value_name = "COUNT", value_parser = values::count)]
     pub iters: Option<usize>,
@@ -122,6 +120,71 @@ pub struct DecodeCommandArgs {
     /// Write the lines as a JSON array; - is standard output, and text goes to standard error
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Rows to verify, where `verify` says how many.
+    #[arg(skip)]
+    pub rows: Option<usize>,
+    /// Whether to measure times.
+    #[arg(skip = true)]
+    pub timed: bool,
+}
+
+impl DecodeCommandArgs {
+    /// The arguments for the problem of `compare` or `verify` with `--level decode`.
+    ///
+    /// # Errors
+    /// An option that is not for caches, or has more numbers than a decode has.
+    pub fn of(problem: &ProblemArgs) -> Result<Self> {
+        let ProblemArgs { shape, cache, kernels, device, memory_limit } = problem;
+        refuse(&[
+            (shape.tokens.is_some(), "--tokens"),
+            (shape.hidden.is_some(), "--hidden"),
+            (shape.head_dim_v.is_some(), "--head-dim-v"),
+            (shape.softcap.is_some(), "--softcap"),
+            (shape.alibi, "--alibi"),
+            (shape.sinks, "--sinks"),
+            (shape.varlen, "--varlen"),
+            (shape.mask, "--mask"),
+            (shape.dropout != 0.0, "--dropout"),
+            (shape.deterministic, "--deterministic"),
+            (kernels.is_some(), "--kernels"),
+        ])?;
+        let queries = match shape.seq.as_deref() {
+            None => 1,
+            Some(&[queries]) => queries,
+            Some(_) => {
+                let reason = "--seq has several numbers: --level decode has one number of queries";
+                return Err(Usage(reason.into()).into());
+            }
+        };
+        Ok(Self {
+            seq_k: shape.seq_k.clone(),
+            batch: shape.batch.unwrap_or(1),
+            queries,
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            dtype: shape.dtype.unwrap_or(DType::F16),
+            window: shape.window,
+            cache: cache.clone(),
+            iters: None,
+            device: *device,
+            seed: shape.seed,
+            memory_limit: *memory_limit,
+            wide: false,
+            json: None,
+            rows: None,
+            timed: true,
+        })
+    }
+}
+
+/// Refuses options that caches do not have.
+///
+/// # Errors
+/// The option.
+pub fn refuse(options: &[(bool, &str)]) -> Result<()> {
+    let Some((_, option)) = options.iter().find(|&&(given, _)| given) else { return Ok(()) };
+    Err(Usage(format!("{option} is not for --level decode: leave it out")).into())
 }
 
 /// One cache, measured.
@@ -135,10 +198,10 @@ pub struct DecodeRow {
     pub splits: u32,
     /// Bytes of the keys and values that are read.
     pub cache_bytes: u64,
-    /// Median time from a cold L2 cache in milliseconds.
-    pub median_ms: f64,
+    /// Median time from a cold L2 cache in milliseconds, where it was measured.
+    pub median_ms: Option<f64>,
     /// Time of a launch among others, back to back, in milliseconds.
-    pub sustained_ms: f64,
+    pub sustained_ms: Option<f64>,
     /// The rate at which the keys and values are read, from a cold L2 cache, as a share of the
     /// GPU's memory copy rate, measured in the same run. `None` under the emulator.
     pub share_of_copy: Option<f64>,
@@ -177,7 +240,8 @@ pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
         }
     }
     interrupt::listen();
-    let copy_rate = opened.device.instruments().map_or(Ok(None), Instruments::copy_rate)?;
+    let instruments = opened.device.instruments().filter(|_| args.timed);
+    let copy_rate = instruments.map_or(Ok(None), Instruments::copy_rate)?;
     print_lines(&heading(&opened, &decodes, copy_rate));
     let iters = args.iters.unwrap_or(ITERS[usize::from(emulated)]);
     let progress = Progress::new(decodes.len());
@@ -188,8 +252,8 @@ pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
         }
         let page_size = decode.pages().map_or(0, |pages| pages.page_size);
         progress.doing(format!("Nk {}, pages of {page_size}", decode.problem().seq_k()));
-        let mut row = measure(&session, decode, args.seed, iters)?;
-        row.share_of_copy = copy_rate.map(|rate| row.rate(row.median_ms) / rate);
+        let mut row = measure(&session, decode, args, iters)?;
+        row.share_of_copy = copy_rate.zip(row.median_ms).map(|(rate, ms)| row.rate(ms) / rate);
         rows.push(row);
         progress.step();
     }
@@ -217,13 +281,14 @@ fn heading(opened: &machine::Opened, decodes: &[Decode], copy_rate: Option<f64>)
     }
     if let Some(p) = decodes.first().map(Decode::problem) {
         text += &format!(
-            "\nbatch {}, heads {}/{}, head dim {}, {}, {} queries; GB/s of keys and values",
+            "\nbatch {}, heads {}/{}, head dim {}, {}, {} queries; GB/s of keys and values in {}",
             p.batch(),
             p.heads(),
             p.kv_heads(),
             p.head_dim(),
             p.dtype(),
-            p.seq_q()
+            p.seq_q(),
+            decodes.first().map_or(p.dtype(), Decode::stored)
         );
     }
     if let Some(rate) = copy_rate {
@@ -235,13 +300,15 @@ fn heading(opened: &machine::Opened, decodes: &[Decode], copy_rate: Option<f64>)
 /// The requested caches: every length with every page size.
 fn decodes(args: &DecodeCommandArgs, defaults: &Defaults) -> Result<Vec<Decode>> {
     let seq_k = args.seq_k.as_deref().unwrap_or(defaults.seq_k);
-    let page_sizes = args.page_size.as_deref().unwrap_or(defaults.page_size);
+    let page_sizes = args.cache.page_size.as_deref().unwrap_or(defaults.page_size);
     let [heads, kv_heads] = defaults.heads;
     let heads = args.heads.unwrap_or(heads);
     let kv_heads = args.kv_heads.unwrap_or(kv_heads);
     let head_dim = args.head_dim.unwrap_or(defaults.head_dim);
-    let splits =
-        args.splits.map(|splits| NonZeroU32::try_from(u32::try_from(splits).unwrap_or(u32::MAX)));
+    let splits = args
+        .cache
+        .splits
+        .map(|splits| NonZeroU32::try_from(u32::try_from(splits).unwrap_or(u32::MAX)));
     let splits = splits.transpose()?;
     let mut decodes = Vec::new();
     for &keys in seq_k {
@@ -271,45 +338,61 @@ fn decodes(args: &DecodeCommandArgs, defaults: &Defaults) -> Result<Vec<Decode>>
                     },
                 )?
             };
+            let decode = decode.cache_dtype(args.cache.cache_dtype.unwrap_or(args.dtype))?;
             decodes.push(decode.splits(splits));
         }
     }
     Ok(decodes)
 }
 
-/// Verifies and times one decode.
-fn measure(session: &Session, decode: &Decode, seed: u64, iters: usize) -> Result<DecodeRow> {
-    let p = decode.problem();
-    let draw = |shape: [usize; 4], stream: u64| {
-        Tensor::random(p.dtype(), &shape, seed.wrapping_mul(3).wrapping_add(stream), 0.0)
+/// Verifies one decode, and times it if asked to.
+fn measure(
+    session: &Session,
+    decode: &Decode,
+    args: &DecodeCommandArgs,
+    iters: usize,
+) -> Result<DecodeRow> {
+    let (p, seed) = (decode.problem(), args.seed);
+    let draw = |dtype, shape: [usize; 4], stream: u64| {
+        Tensor::random(dtype, &shape, seed.wrapping_mul(3).wrapping_add(stream), 0.0)
     };
-    let (q, k, v) = (draw(p.q_shape(), 0), draw(decode.k_shape(), 1), draw(decode.v_shape(), 2));
+    let (q, stored) = (draw(p.dtype(), p.q_shape(), 0), decode.stored());
+    let (k, v) = (draw(stored, decode.k_shape(), 1), draw(stored, decode.v_shape(), 2));
+    // Any scales will do that are no powers of two.
+    let scales: Vec<f32> = (0..p.kv_heads()).map(|h| 0.75 + h as f32 / 64.0).collect();
     let lengths = vec![i32::try_from(p.seq_k())?; p.batch()];
     let table = decode.pages().map(|pages| shuffled(pages.pages, seed));
     let inputs = DecodeInputs {
         tensors: Inputs::new(&q, &k, &v),
         seqused_k: Some(&lengths),
         page_table: table.as_deref(),
+        scales: decode.has_scales().then_some([&scales, &scales]),
     };
     let plan = registry::best_for(decode, &session.target())?.plan;
     let splits = plan.splits();
     let mut prepared = session.prepare_decode(plan, &inputs)?;
     prepared.launch()?;
     let outputs = prepared.outputs()?;
-    let rows = (BUDGET / (p.seq_k() * (p.head_dim() + p.head_dim_v())).max(1)).max(64);
+    let affordable = (BUDGET / (p.seq_k() * (p.head_dim() + p.head_dim_v())).max(1)).max(64);
+    let rows = args.rows.unwrap_or(affordable);
     let verification = verify_decode_rows(decode, &inputs, &outputs, rows)?;
     let device = session.device();
-    let mut times = work::time_ms(device, &mut prepared, 1, iters)?;
-    times.sort_by(f64::total_cmp);
-    let together = if device.is_emulated() { 1 } else { TOGETHER * iters };
-    let sustained_ms = work::sustained_ms(device, &mut prepared, together)?;
+    let [median_ms, sustained_ms] = if args.timed {
+        let mut times = work::time_ms(device, &mut prepared, 1, iters)?;
+        times.sort_by(f64::total_cmp);
+        let together = if device.is_emulated() { 1 } else { TOGETHER * iters };
+        let sustained = work::sustained_ms(device, &mut prepared, together)?;
+        [times.get(times.len() / 2).copied(), Some(sustained)]
+    } else {
+        [None; 2]
+    };
     let Verification { o, .. } = &verification;
     Ok(DecodeRow {
         seq_k: p.seq_k(),
         page_size: decode.pages().map_or(0, |pages| pages.page_size as usize),
         splits,
         cache_bytes: decode.cache_bytes(std::iter::repeat_n(p.seq_k(), p.batch())),
-        median_ms: times.get(times.len() / 2).copied().unwrap_or(f64::NAN),
+        median_ms,
         sustained_ms,
         share_of_copy: None,
         max_abs_err: o.max_abs,

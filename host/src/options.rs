@@ -39,9 +39,9 @@ pub struct ShapeArgs {
     /// given
     #[arg(long, value_name = "H", value_parser = values::count)]
     pub kv_heads: Option<usize>,
-    /// Keys; as many as queries unless given
-    #[arg(long, value_name = "N", value_parser = values::count)]
-    pub seq_k: Option<usize>,
+    /// Keys; as many as queries unless given. With --level decode several, separated by commas
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = values::count)]
+    pub seq_k: Option<Vec<usize>>,
     /// Features over all heads; divided by the heads it is the head dim
     #[arg(long, value_name = "SIZE", value_parser = values::count, conflicts_with = "head_dim")]
     pub hidden: Option<usize>,
@@ -87,12 +87,46 @@ pub struct ShapeArgs {
     pub seed: u64,
 }
 
+/// The options of caches.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Caches (--level decode)")]
+pub struct CacheArgs {
+    /// Keys of a page, separated by commas; 0 is a contiguous cache
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = values::count_or_none)]
+    pub page_size: Option<Vec<usize>>,
+    /// Storage type of the cache: the tensors', or e4m3 with a scale for each head of K and of V
+    #[arg(long, value_name = "TYPE", value_parser = values::dtype)]
+    pub cache_dtype: Option<DType>,
+    /// Split the keys of a sequence into this many parts, in place of the number with the least cost
+    #[arg(long, value_name = "COUNT", value_parser = values::count)]
+    pub splits: Option<usize>,
+}
+
+impl CacheArgs {
+    /// Refuses options of caches at another level.
+    ///
+    /// # Errors
+    /// The option.
+    pub fn refuse(&self) -> Result<()> {
+        let given = [
+            (self.page_size.is_some(), "--page-size"),
+            (self.cache_dtype.is_some(), "--cache-dtype"),
+            (self.splits.is_some(), "--splits"),
+        ];
+        let Some((_, option)) = given.into_iter().find(|&(given, _)| given) else { return Ok(()) };
+        Err(Usage(format!("{option} is for caches: add --level decode")).into())
+    }
+}
+
 /// The options of both `compare` and `verify`.
 #[derive(Args, Clone, Debug)]
 pub struct ProblemArgs {
     /// The problem.
     #[command(flatten)]
     pub shape: ShapeArgs,
+    /// Caches.
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// Kernels by name, separated by commas; every kernel of the level unless given
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = values::kernel())]
     pub kernels: Option<Vec<String>>,
@@ -154,6 +188,14 @@ impl ShapeArgs {
             let reason = "--deterministic is for gradients: add --level backward";
             return Err(Usage(reason.into()).into());
         }
+        let seq_k = match self.seq_k.as_deref() {
+            None => None,
+            Some(&[keys]) => Some(keys),
+            Some(_) => {
+                let reason = "--seq-k has several numbers, for caches: add --level decode";
+                return Err(Usage(reason.into()).into());
+            }
+        };
         let heads = self.heads.unwrap_or(defaults.heads);
         let head_dim = match (self.head_dim, self.hidden) {
             (Some(head_dim), _) => head_dim,
@@ -169,7 +211,7 @@ impl ShapeArgs {
         };
         let seq = self.seq.as_deref().unwrap_or(defaults.seq);
         let problem = |&n: &usize| {
-            let (batch, seq_k) = (batch(n)?, self.seq_k.unwrap_or(n));
+            let (batch, seq_k) = (batch(n)?, seq_k.unwrap_or(n));
             let totals = || {
                 let [total_q, total_k] = cu_seqlens(batch, [n, seq_k], self.seed)
                     .map(|at| at.last().map_or(0, |&end| end as usize));

@@ -275,6 +275,8 @@ pub enum LevelChoice {
     /// A forward and a backward pass of the module.
     #[serde(rename = "module-backward")]
     ModuleBackward,
+    /// A few queries against caches of keys and values: the command `decode`, which has a table of its own.
+    Decode,
 }
 
 impl fmt::Display for LevelChoice {
@@ -285,6 +287,7 @@ impl fmt::Display for LevelChoice {
             Self::Both => "both",
             Self::Backward => "backward",
             Self::ModuleBackward => "module-backward",
+            Self::Decode => "decode",
         })
     }
 }

@@ -162,22 +162,28 @@ pub fn decodes(rows: &[DecodeRow], width: Option<usize>) -> String {
     let mut add = |name, rank, cell: &dyn Fn(&DecodeRow) -> String| {
         columns.push(Column { name, rank, cells: rows.iter().map(cell).collect() });
     };
-    let micros = |ms: f64| format::digits(1e3 * ms);
+    let timed = rows.iter().any(|row| row.median_ms.is_some());
+    let micros = |ms| cell(ms, |ms: f64| format::digits(1e3 * ms));
+    let rate = |row: &DecodeRow, ms| cell(ms, |ms| format::digits(row.rate(ms)));
     add("Nk", 0, &|row| row.seq_k.to_string());
     add("page", 0, &|row| match row.page_size {
         0 => "-".to_owned(),
         page_size => page_size.to_string(),
     });
     add("splits", 1, &|row| row.splits.to_string());
-    add("median µs", 0, &|row| micros(row.median_ms));
-    add("GB/s", 0, &|row| format::digits(row.rate(row.median_ms)));
+    if timed {
+        add("median µs", 0, &|row| micros(row.median_ms));
+        add("GB/s", 0, &|row| rate(row, row.median_ms));
+    }
     if rows.iter().any(|row| row.share_of_copy.is_some()) {
         add("of a copy", 1, &|row| {
             cell(row.share_of_copy, |share| format!("{:.0}%", 100.0 * share))
         });
     }
-    add("back to back µs", 0, &|row| micros(row.sustained_ms));
-    add("GB/s", 0, &|row| format::digits(row.rate(row.sustained_ms)));
+    if timed {
+        add("back to back µs", 0, &|row| micros(row.sustained_ms));
+        add("GB/s", 0, &|row| rate(row, row.sustained_ms));
+    }
     add("max error", 2, &|row| format!("{:.1e}", row.max_abs_err));
     add("≤ 2 × plain", 0, &|row| if row.passed { "yes" } else { "NO" }.to_owned());
     table(columns, width)

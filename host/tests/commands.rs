@@ -184,6 +184,40 @@ fn decode_verifies_and_measures_caches() {
         assert_eq!((code, stdout.as_str()), (2, ""), "{arguments:?}: {stderr}");
         assert!(stderr.contains(part), "{arguments:?}: {stderr}");
     }
+    // The same by the other commands; verify measures no time.
+    let caches =
+        ["--level", "decode", "--seq-k", "70,130", "--kv-heads", "2", "--page-size", "0,16"];
+    let (code, stdout, stderr) = run(host()
+        .args(["compare", "--cache-dtype", "e4m3"])
+        .args(caches)
+        .args(["--json"])
+        .arg(&json));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert!(stdout.contains("GB/s of keys and values in e4m3"), "{stdout}");
+    let rows: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    // Half the bytes of f16.
+    let bytes: Vec<_> =
+        rows.as_array().unwrap().iter().map(|row| row["cache_bytes"].as_u64()).collect();
+    assert_eq!(bytes, [70, 70, 130, 130].map(|keys| Some(keys * 2 * 2 * 64)));
+    let (code, stdout, stderr) = run(host().arg("verify").args(caches).args(["--seq", "2"]));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert!(stdout.contains("2 queries") && !stdout.contains("median"), "{stdout}");
+    assert_eq!(stdout.matches(" yes").count(), 4, "{stdout}");
+    for (arguments, part) in [
+        (&["compare", "--level", "decode", "--softcap", "2"][..], "--softcap is not for --level"),
+        (&["compare", "--level", "decode", "--csv", "a.csv"], "--csv is not for --level decode"),
+        (&["verify", "--level", "decode", "--threshold", "1"], "--threshold is not for"),
+        (&["compare", "--level", "decode", "--seq", "1,2"], "--seq has several numbers"),
+        (&["verify", "--level", "attention", "--seq-k", "64,65"], "add --level decode"),
+        (&["compare", "--page-size", "16"], "--page-size is for caches: add --level decode"),
+        (&["decode", "--cache-dtype", "bf16"], "storage type of the cache = bf16"),
+        (&["decode", "--cache-dtype", "e4m3", "--head-dim", "72"], "multiples of 16"),
+        (&["verify", "--dtype", "e4m3"], "storage type = e4m3"),
+    ] {
+        let (code, stdout, stderr) = run(host().args(arguments));
+        assert_eq!((code, stdout.as_str()), (2, ""), "{arguments:?}: {stderr}");
+        assert!(stderr.contains(part), "{arguments:?}: {stderr}");
+    }
     let small = ["decode", "--page-size", "100000000", "--memory-limit", "1MiB"];
     let (code, _, stderr) = run(host().args(small));
     assert!(code == 1 && stderr.contains("51200002088 bytes needed, 1048576 free"), "{stderr}");

@@ -18,7 +18,7 @@ pub use attention::{
     AttentionArgs, Bias, DropoutArgs, Keys, Scores, Scratch, Sequences, Shape, Slopes, Tensors,
 };
 pub use backward::{BackwardArgs, BackwardScratch, Gradients};
-pub use decode::{AppendArgs, AppendShape, CacheArgs, DecodeArgs, PartsArgs};
+pub use decode::{AppendArgs, AppendShape, CacheArgs, DecodeArgs, PartsArgs, ScaleArgs};
 pub use linear::LinearArgs;
 pub use merge::MergeArgs;
 

@@ -36,6 +36,8 @@ simt::specialisation_constants! {
         page,
         /// 1: the first step of a backward pass clears what gives the sums of dQ an order.
         ordered,
+        /// 1: the cache of a decode is in e4m3, whose tiles have other numbers of keys.
+        e4m3,
     }
 }
 

@@ -12,8 +12,8 @@ use common::{
 };
 use half::f16;
 use kernels_gpu::{
-    args::{AttentionArgs, DecodeArgs, LinearArgs, MergeArgs, PartsArgs, Tensor},
-    decode::{decode_combine, decode_split},
+    args::{AttentionArgs, DecodeArgs, LinearArgs, MergeArgs, PartsArgs, ScaleArgs, Tensor},
+    decode::{decode_combine, decode_e4m3, decode_split},
     forward::{
         flash_async, flash_mma, flash_pipelined, flash_swizzled, flash_tf32, flash_tiled,
         standard::{self, softmax},
@@ -99,6 +99,27 @@ const MAY_PASS: &[Passes] = &[
         subject: "decode_empty",
         kind: SyncKind::CopyCommit,
         file: "decode/decode_split.rs",
+        text: "start(further, page",
+        reason: "the part has one tile: nothing is copied in the loop",
+    },
+    Passes {
+        subject: "decode_codes_empty",
+        kind: SyncKind::CopyWait,
+        file: "decode/decode_e4m3.rs",
+        text: "for kv_tile in tiles.clone() {\n        async_copy::wait",
+        reason: "the only tile of the part came with Q",
+    },
+    Passes {
+        subject: "decode_codes_empty",
+        kind: SyncKind::WarpBarrier,
+        file: "decode/decode_e4m3.rs",
+        text: "may still be read for the tile before (or Q in it).",
+        reason: "the only tile of the part came with Q, and no stage is filled again",
+    },
+    Passes {
+        subject: "decode_codes_empty",
+        kind: SyncKind::CopyCommit,
+        file: "decode/decode_e4m3.rs",
         text: "start(further, page",
         reason: "the part has one tile: nothing is copied in the loop",
     },
@@ -385,6 +406,48 @@ fn decode_needs_its_barriers_and_waits() {
                 })
             });
         }
+    }
+}
+
+/// The same of a cache in e4m3, with the tiles of head dim 64, which are those of f16 for the kernel that merges.
+#[test]
+fn decode_of_codes_needs_its_barriers_and_waits() {
+    const SPLITS: u32 = 2;
+    const D: usize = 64;
+    const { assert!(decode_split::keys(D) == decode_e4m3::KEYS) };
+    for (name, seq_k) in [("rounds", 9 * decode_e4m3::KEYS - 5), ("empty", 5)] {
+        let case = Case { causal: true, ..Case::new(3, seq_k, D as u32) };
+        // Codes of both signs and of all sizes but the largest.
+        let codes = |seed: u32| -> Vec<u8> {
+            let of = |at: u32| (at.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 24) as u8;
+            (0..seq_k * D as u32).map(|at| of(at) & 0xbf).collect()
+        };
+        let (k, v, scales) = (codes(1), codes(2), [0.5f32]);
+        change_all(&format!("decode_codes_{name}"), || {
+            attention::<f16>(&case, |args| {
+                let mut o = vec![f32::NAN; (SPLITS * 3) as usize * D];
+                let mut sums = vec![f32::NAN; (SPLITS * 3 * 2) as usize];
+                let (o, sums) = (buffer_mut(&mut o), buffer_mut(&mut sums));
+                let mut forward = *args;
+                forward.tensors.k.buffer = buffer(&k);
+                forward.tensors.v.buffer = buffer(&v);
+                let args = DecodeArgs {
+                    parts: PartsArgs { o, sums, splits: SPLITS, padding: 0 },
+                    scales: ScaleArgs { k: buffer(&scales), v: buffer(&scales) },
+                    forward,
+                    ..DecodeArgs::default()
+                };
+                let (threads, shared) = (decode_e4m3::THREADS, decode_e4m3::shared_bytes(D));
+                try_run("decode_e4m3_f16_d64", SPLITS.into(), threads.into(), shared, &args)?;
+                try_run(
+                    "decode_combine_f16_d64",
+                    3.into(),
+                    decode_combine::THREADS.into(),
+                    0,
+                    &args,
+                )
+            })
+        });
     }
 }
 

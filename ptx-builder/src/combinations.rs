@@ -38,6 +38,8 @@ const VARLEN: Combination = &[("causal", 1), ("group", 4), ("varlen", 1)];
 const PAGED: Combination = &[("group", 8), ("page", 16)];
 /// Several queries, and pages that are no multiple of a tile.
 const ODD_PAGES: Combination = &[("causal", 1), ("group", 4), ("page", 7)];
+/// A cache in e4m3, in pages that are multiples of a tile.
+const CODES: Combination = &[("causal", 1), ("group", 8), ("page", 64), ("e4m3", 1)];
 /// All that a decode may have.
 const DECODE_ALL: Combination = &[
     ("causal", 2),
@@ -101,7 +103,7 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
     ("backward_hopper", "_d256", &[FULL, CAUSAL, PADDED, WINDOW, VARLEN]),
     // The steps before and after it.
     ("backward_hopper", "", &[FULL, CAUSAL]),
-    ("decode", "", &[FULL, PAGED, ODD_PAGES, WINDOW, DECODE_ALL]),
+    ("decode", "", &[FULL, PAGED, ODD_PAGES, WINDOW, CODES, DECODE_ALL]),
     ("", "", &[FULL, ALL, VARLEN, PADDED]),
 ];
 

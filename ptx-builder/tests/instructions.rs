@@ -14,6 +14,7 @@ use ptx_builder::{Workspace, ptxas};
 // Whole mnemonics, with what they are given where it is a number. `DTYPE` is the entry's.
 const EX2: &str = "ex2.approx.ftz.f32 ";
 const MMA: &str = "mma.sync.aligned.m16n8k16.row.col.f32.DTYPE.DTYPE.f32 {";
+const MMA_F16: &str = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {";
 const LDMATRIX: &str = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {";
 const LDMATRIX_TRANS: &str = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {";
 const CP_ASYNC: &str = "cp.async.cg.shared.global.L2::128B [";
@@ -87,6 +88,14 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("backward_tiled", &[EX2, "ld.shared.v4.b32 {", BAR, "fma.rn.f32"]),
     ("backward_mma", &[EX2, BAR, MMA, LDMATRIX, CP_ASYNC, "atom.global.add.f32 "]),
     ("decode_split", &[EX2, BAR, MMA, LDMATRIX, CP_ASYNC, STORE, "bar.warp.sync "]),
+    (
+        "decode_e4m3",
+        &[EX2, BAR, MMA_F16, LDMATRIX, LDMATRIX_TRANS, CP_ASYNC, STORE, "bar.warp.sync "],
+    ),
+    (
+        "decode_e4m3_hopper",
+        &[EX2, BAR, MMA_F16, LDMATRIX, LDMATRIX_TRANS, CP_ASYNC, STORE, "cvt.rn.f16x2.e4m3x2 "],
+    ),
     ("decode_combine", &[EX2, BAR, "ld.global.v4.b32 {"]),
     ("linear_tiled", &["ld.shared", BAR, "fma.rn.f32"]),
     ("linear_mma", &[MMA, LDMATRIX, CP_ASYNC, BAR, STORE]),

@@ -60,6 +60,7 @@ pub mod barrier;
 pub mod cluster;
 pub mod compiler;
 pub mod dim;
+pub mod e4m3;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod emulator;
 pub mod global;

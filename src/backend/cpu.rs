@@ -189,6 +189,10 @@ unsafe impl Device for CpuDevice {
                 DType::F32 => tma::Element::F32,
                 DType::F16 => tma::Element::F16,
                 DType::BF16 => tma::Element::Bf16,
+                DType::E4M3 => {
+                    let reason = "no kernel copies e4m3 through one".into();
+                    return Err(Error::TensorMap { reason });
+                }
             },
             dims: map.dims.clone(),
             strides_bytes: map.strides_bytes.clone(),

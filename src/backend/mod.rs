@@ -228,16 +228,16 @@ unsafe impl KernelArgs for BackwardArgs {
         std::mem::offset_of!(BackwardArgs, forward) + AttentionArgs::FIELD_BYTES;
 }
 
-// Four buffers and four 32-bit numbers before the forward's arguments.
-const _: () = assert!(std::mem::offset_of!(DecodeArgs, forward) == 4 * 16 + 4 * 4);
+// Six buffers and four 32-bit numbers before the forward's arguments.
+const _: () = assert!(std::mem::offset_of!(DecodeArgs, forward) == 6 * 16 + 4 * 4);
 // SAFETY: the assertion above leaves no room for padding before the forward's arguments.
 unsafe impl KernelArgs for DecodeArgs {
     const FIELD_BYTES: usize =
         std::mem::offset_of!(DecodeArgs, forward) + AttentionArgs::FIELD_BYTES;
 }
 
-// Six tensors of 40 bytes, the cache's 40, two buffers, and ten 32-bit numbers.
-const _: () = assert!(size_of::<AppendArgs>() == 6 * 40 + 40 + 2 * 16 + 10 * 4);
+// Six tensors of 40 bytes, the cache's 40, four buffers, and ten 32-bit numbers.
+const _: () = assert!(size_of::<AppendArgs>() == 6 * 40 + 40 + 4 * 16 + 10 * 4);
 // SAFETY: the assertion above leaves no room for padding.
 unsafe impl KernelArgs for AppendArgs {
     const FIELD_BYTES: usize = size_of::<AppendArgs>();

@@ -1,6 +1,7 @@
 //! A decode as attention of packed sequences, the input of the other references.
 
 use crate::{
+    dtype::DType,
     error::Error,
     problem::{Layout, Problem, Varlen},
     registry::Decode,
@@ -45,11 +46,15 @@ impl<'a> Gathered<'a> {
         let longest = lengths.iter().copied().max().unwrap_or_default();
         let varlen = Varlen { total_q: p.batch() * p.seq_q(), total_k };
         let problem = p.to_builder().seq_k(longest).varlen(Some(varlen)).build()?;
-        let gather = |tensor: &Tensor, extents, shape: [usize; 4]| {
-            gather(decode, inputs, tensor, extents, &shape)
+        let gather = |tensor: &Tensor, extents, shape: [usize; 4], side: usize| {
+            let gathered = gather(decode, inputs, tensor, extents, &shape)?;
+            match inputs.scales {
+                Some(scales) => scaled(&gathered, scales[side]),
+                None => Ok(gathered),
+            }
         };
-        let k = gather(inputs.tensors.k, decode.k_extents(), problem.k_shape())?;
-        let v = gather(inputs.tensors.v, decode.v_extents(), problem.v_shape())?;
+        let k = gather(inputs.tensors.k, decode.k_extents(), problem.k_shape(), 0)?;
+        let v = gather(inputs.tensors.v, decode.v_extents(), problem.v_shape(), 1)?;
         let q = tokens_first(p, inputs.tensors.q)?.reshaped(&problem.q_shape())?;
         Ok(Self { problem, q, k, v, cu_seqlens, beside: inputs.tensors })
     }
@@ -99,7 +104,8 @@ fn gather(
 ) -> Result<Tensor, Error> {
     let p = decode.problem();
     let [stride_b, stride_h, stride_n] = p.layout().strides(heads, rows, columns);
-    let row_bytes = columns * p.dtype().size();
+    let size = decode.stored().size();
+    let row_bytes = columns * size;
     let mut bytes = Vec::new();
     for b in 0..p.batch() {
         let table = inputs.pages_of(decode, b);
@@ -113,10 +119,19 @@ fn gather(
             };
             for h in 0..heads {
                 let first = entry * stride_b + h * stride_h + row * stride_n;
-                let first = first * p.dtype().size();
+                let first = first * size;
                 bytes.extend_from_slice(&tensor.as_bytes()[first..first + row_bytes]);
             }
         }
     }
-    Tensor::from_bytes(p.dtype(), shape, &bytes)
+    Tensor::from_bytes(decode.stored(), shape, &bytes)
+}
+
+/// Codes `[1, total_k, Hkv, D]` times the scale of their head, in f32.
+fn scaled(codes: &Tensor, scales: &[f32]) -> Result<Tensor, Error> {
+    let columns = codes.shape().last().copied().unwrap_or(1).max(1);
+    let of_head = scales.iter().flat_map(|&scale| std::iter::repeat_n(f64::from(scale), columns));
+    let values: Vec<f64> =
+        codes.to_f64().into_iter().zip(of_head.cycle()).map(|(code, scale)| code * scale).collect();
+    Tensor::from_f64(DType::F32, codes.shape(), &values)
 }

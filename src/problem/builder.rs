@@ -168,6 +168,13 @@ impl ProblemBuilder {
         if self.causal {
             p.window.right = Some(0);
         }
+        if p.dtype == DType::E4M3 {
+            return Err(Error::InvalidValue {
+                what: "storage type",
+                given: p.dtype.to_string(),
+                remedy: "it must be f32, f16 or bf16; the cache of a decode may be in e4m3".into(),
+            });
+        }
         if let Some(varlen) = p.varlen {
             p.layout = Layout::TokensFirst;
             check_packed(&p, varlen)?;

@@ -246,6 +246,10 @@ pub(super) fn encode_tensor_map(map: &TensorMapSpec) -> Result<[u8; 128], Error>
             DType::F32 => TensorMapType::F32,
             DType::F16 => TensorMapType::F16,
             DType::BF16 => TensorMapType::Bf16,
+            DType::E4M3 => {
+                let reason = "no kernel copies e4m3 through one".into();
+                return Err(Error::TensorMap { reason });
+            }
         },
         dims: &map.dims,
         strides_bytes: &map.strides_bytes,

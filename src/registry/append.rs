@@ -7,7 +7,7 @@ use kernels_gpu::{
 
 use super::{
     Call, Draft, Operation, Spec, Step,
-    decode::Decode,
+    decode::{Decode, scale_args},
     tensors::{Region, View},
 };
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
     dtype::DType,
     error::Error,
     problem::Problem,
-    registry::{HEAD_DIM_STEP, attention},
+    registry::attention,
 };
 
 /// Rotary embedding of keys and queries: it turns pairs of columns by an angle that grows with the
@@ -55,7 +55,7 @@ pub struct Append {
 }
 
 impl Append {
-    /// Keys and values as they are.
+    /// Keys and values as they are, or rounded to the codes of a cache in e4m3.
     #[must_use]
     pub const fn new(decode: Decode) -> Self {
         Self { decode, rotary: None }
@@ -106,13 +106,15 @@ pub struct AppendArgs {
     page_table: Option<Region>,
     queries: Option<[View; 2]>,
     angles: Option<[Region; 2]>,
+    scales: Option<[Region; 2]>,
 }
 
 impl AppendArgs {
     /// New keys and values, `[B, Hkv, Nnew, D]` seen through strides, and the cache's.
     #[must_use]
     pub const fn new(new: [View; 2], cache: [View; 2]) -> Self {
-        Self { new, cache, seqused_k: None, page_table: None, queries: None, angles: None }
+        let (seqused_k, page_table, queries, angles, scales) = (None, None, None, None, None);
+        Self { new, cache, seqused_k, page_table, queries, angles, scales }
     }
 
     /// Keys of each sequence, including the new ones: i32 `[B]`. Without it, all sequences have the
@@ -144,6 +146,14 @@ impl AppendArgs {
         self.angles = Some([cos, sin]);
         self
     }
+
+    /// Scales of a cache in e4m3, f32 `[Hkv]` each: a code is the one nearest to a value divided by the scale of
+    /// its head, ties to even, and at most 448.
+    #[must_use]
+    pub const fn scales(mut self, k: Region, v: Region) -> Self {
+        self.scales = Some([k, v]);
+        self
+    }
 }
 
 impl Operation for Append {
@@ -159,25 +169,24 @@ impl Operation for Append {
     }
 
     fn obstacle(&self, _: &()) -> Option<String> {
-        let p = self.decode.problem();
-        let odd = [p.head_dim(), p.head_dim_v()].into_iter().find(|d| d % HEAD_DIM_STEP != 0)?;
-        Some(format!("does not support head dim {odd}: it has multiples of {HEAD_DIM_STEP}"))
+        self.decode.odd_columns()
     }
 
     fn check(&self, args: &AppendArgs) -> Result<(), Error> {
         let (p, decode) = (self.decode.problem(), &self.decode);
         let [q, k, v, _] = attention::extents(p);
         let new = |[batch, heads, _, columns]: [usize; 4]| [batch, heads, p.seq_q(), columns];
-        let AppendArgs { new: [k_new, v_new], cache, seqused_k, page_table, queries, angles } =
-            args;
+        let AppendArgs { new: [k_new, v_new], cache, seqused_k, page_table, .. } = args;
+        let AppendArgs { queries, angles, scales, .. } = args;
         k_new.check("k_new", p.dtype(), new(k))?;
         v_new.check("v_new", p.dtype(), new(v))?;
         for (what, view, extents) in
             [("k", cache[0], decode.k_extents()), ("v", cache[1], decode.v_extents())]
         {
-            view.check(what, p.dtype(), extents)?;
+            view.check(what, decode.stored(), extents)?;
             view.check_distinct(what, extents)?;
         }
+        decode.check_scales(*scales)?;
         if let Some([from, to]) = queries {
             from.check("q", p.dtype(), q)?;
             to.check("q_rotated", p.dtype(), q)?;
@@ -212,10 +221,12 @@ pub static APPEND_KERNELS: &[AppendSpec] = &[AppendSpec {
     draft: |append, _| {
         let p = append.decode.problem();
         let tokens = u32::try_from(p.batch() * p.seq_q()).unwrap_or(u32::MAX);
+        let codes = append.decode.has_scales();
+        let entries = if codes { decode_append::E4M3 } else { decode_append::ENTRIES };
         let step = Step {
             constants: Constants { page: append.decode.page(), ..Constants::default() },
             grid: tokens.into(),
-            ..Step::new(decode_append::ENTRIES, p.dtype(), 0, args)?
+            ..Step::new(entries, p.dtype(), 0, args)?
         };
         Ok(Draft::from(step))
     },
@@ -223,7 +234,7 @@ pub static APPEND_KERNELS: &[AppendSpec] = &[AppendSpec {
 
 /// The arguments of a call, as bytes.
 fn args(call: &Call<'_, Append>) -> Vec<u8> {
-    let &AppendArgs { new, cache, seqused_k, page_table, queries, angles } = call.args;
+    let &AppendArgs { new, cache, seqused_k, page_table, queries, angles, scales } = call.args;
     let Append { decode, rotary } = call.problem;
     let p: &Problem = decode.problem();
     let [q, q_rotated] = queries.unwrap_or_default();
@@ -250,6 +261,7 @@ fn args(call: &Call<'_, Append>) -> Vec<u8> {
             interleaved: rotary.is_some_and(|rotary| rotary.interleaved).into(),
             padding: 0,
         },
+        scales: scale_args(scales),
     }
     .to_launch_bytes()
 }

@@ -386,19 +386,24 @@ impl Args {
 
     /// Compares the tensors with a problem.
     pub(super) fn check(&self, p: &Problem) -> Result<(), Error> {
-        self.check_extents(p, extents(p))
+        self.check_extents(p, p.dtype(), extents(p))
     }
 
-    /// As [`check`](Self::check), with other extents of Q, K, V and O.
+    /// As [`check`](Self::check), with other extents of Q, K, V and O, and another storage type of K and V.
     pub(super) fn check_extents(
         &self,
         p: &Problem,
+        of_keys: DType,
         [q, k, v, o]: [[usize; 4]; 4],
     ) -> Result<(), Error> {
-        for (what, view, extents) in
-            [("q", self.q, q), ("k", self.k, k), ("v", self.v, v), ("o", self.o, o)]
-        {
-            view.check(what, p.dtype(), extents)?;
+        let own = p.dtype();
+        for (what, view, dtype, extents) in [
+            ("q", self.q, own, q),
+            ("k", self.k, of_keys, k),
+            ("v", self.v, of_keys, v),
+            ("o", self.o, own, o),
+        ] {
+            view.check(what, dtype, extents)?;
         }
         self.o.check_distinct("o", o)?;
         if let Some(lse) = self.lse {

@@ -5,13 +5,13 @@
 use std::num::NonZeroU32;
 
 use kernels_gpu::{
-    args::{self, CacheArgs, PartsArgs},
-    decode::{decode_combine, decode_split},
+    args::{self, CacheArgs, PartsArgs, ScaleArgs},
+    decode::{decode_combine, decode_e4m3, decode_split},
     entry::Instances,
 };
 
 use super::{
-    Call, Draft, Operation, Section, Spec, Step, Target, Usage,
+    Call, Draft, HEAD_DIM_STEP, Operation, Section, Spec, Step, Target, Usage,
     attention::{self, Args, AttentionLimits, Features, Sizes, attention_args},
     plan::Plan,
     table::{ALL_FEATURES, entry_size, padded_constants, tiles},
@@ -28,6 +28,10 @@ use crate::{
 pub const MAX_SPLITS: u32 = 65_535;
 /// The maximum number of rows of the heads of one group together.
 const MAX_ROWS: usize = 1 << 20;
+/// Codes of e4m3 in 16 bytes.
+const CODES_OF_CHUNK: usize = 16;
+/// The compute capability of the entries with the conversion of codes.
+const HOPPER: (u32, u32) = (9, 0);
 
 /// Keys and values in pages of `page_size` keys, which a table assigns to sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +53,8 @@ pub struct Pages {
 pub struct Decode {
     problem: Problem,
     pages: Option<Pages>,
+    /// Storage type of the cache, where it differs from the problem's.
+    cache: Option<DType>,
     expected_keys: Option<usize>,
     splits: Option<NonZeroU32>,
 }
@@ -57,7 +63,7 @@ impl Decode {
     /// Queries against a cache `[B, Nk, Hkv, D]`, in the order of the problem's layout.
     #[must_use]
     pub const fn new(problem: Problem) -> Self {
-        Self { problem, pages: None, expected_keys: None, splits: None }
+        Self { problem, pages: None, cache: None, expected_keys: None, splits: None }
     }
 
     /// Queries against a paged cache, `[pages, page_size, Hkv, D]` in the order of the problem's
@@ -89,6 +95,35 @@ impl Decode {
             }
         }
         Ok(decode)
+    }
+
+    /// The storage type of the cache: the problem's, or e4m3 with a scale for each head of K and of V.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] for any other type.
+    pub fn cache_dtype(mut self, dtype: DType) -> Result<Self, Error> {
+        let own = self.problem.dtype();
+        if dtype != own && dtype != DType::E4M3 {
+            return Err(Error::InvalidValue {
+                what: "storage type of the cache",
+                given: dtype.to_string(),
+                remedy: format!("it must be {own} as Q, or e4m3"),
+            });
+        }
+        self.cache = Some(dtype).filter(|&dtype| dtype != own);
+        Ok(self)
+    }
+
+    /// Storage type of the cache.
+    #[must_use]
+    pub fn stored(&self) -> DType {
+        self.cache.unwrap_or(self.problem.dtype())
+    }
+
+    /// Whether the cache is in e4m3, with scales.
+    #[must_use]
+    pub fn has_scales(&self) -> bool {
+        self.stored() == DType::E4M3
     }
 
     /// The length for which to choose the splits, where sequences are shorter than the maximum.
@@ -177,6 +212,32 @@ impl Decode {
         }
     }
 
+    /// Compares scales, of K and of V, with the problem.
+    pub(super) fn check_scales(&self, scales: Option<[Region; 2]>) -> Result<(), Error> {
+        match (scales, self.has_scales()) {
+            (Some([k, v]), true) => {
+                let bytes = self.problem.kv_heads() as u64 * 4;
+                k.check("k_scale", bytes, 4)?;
+                v.check("v_scale", bytes, 4)
+            }
+            (None, false) => Ok(()),
+            (None, true) => Err(missing_scales()),
+            (Some(_), false) => Err(Error::UnexpectedTensor { what: "k_scale".into() }),
+        }
+    }
+
+    /// Columns of which kernels find no whole chunk of 16 bytes in a row of the cache.
+    pub(super) fn odd_columns(&self) -> Option<String> {
+        let p = &self.problem;
+        let step = match self.has_scales() {
+            true => CODES_OF_CHUNK,
+            false => HEAD_DIM_STEP,
+        };
+        let odd = [p.head_dim(), p.head_dim_v()].into_iter().find(|d| d % step != 0)?;
+        let of = if self.has_scales() { " of a cache in e4m3" } else { "" };
+        Some(format!("does not support head dim {odd}{of}: it has multiples of {step}"))
+    }
+
     /// Lengths and pages of a call in the kernels' form.
     pub(super) fn cache_args(
         &self,
@@ -200,7 +261,7 @@ impl Decode {
     #[must_use]
     pub fn cache_bytes(&self, lengths: impl IntoIterator<Item = usize>) -> u64 {
         let p = &self.problem;
-        let row = p.kv_heads() * (p.head_dim() + p.head_dim_v()) * p.dtype().size();
+        let row = p.kv_heads() * (p.head_dim() + p.head_dim_v()) * self.stored().size();
         lengths.into_iter().map(|keys| (keys * row) as u64).sum()
     }
 }
@@ -214,6 +275,7 @@ pub struct DecodeArgs {
     forward: Args,
     seqused_k: Option<Region>,
     page_table: Option<Region>,
+    scales: Option<[Region; 2]>,
 }
 
 impl DecodeArgs {
@@ -222,7 +284,7 @@ impl DecodeArgs {
     /// the problem's number of keys.
     #[must_use]
     pub const fn new(forward: Args) -> Self {
-        Self { forward, seqused_k: None, page_table: None }
+        Self { forward, seqused_k: None, page_table: None, scales: None }
     }
 
     /// Keys of each sequence: i32 `[B]`. The launch reads the lengths and clamps them to the range
@@ -240,6 +302,18 @@ impl DecodeArgs {
         self.page_table = Some(table);
         self
     }
+
+    /// Scales of a cache in e4m3, f32 `[Hkv]` each: a key is its codes times the scale of its head.
+    #[must_use]
+    pub const fn scales(mut self, k: Region, v: Region) -> Self {
+        self.scales = Some([k, v]);
+        self
+    }
+}
+
+/// The error for a cache in e4m3 without scales.
+pub(crate) fn missing_scales() -> Error {
+    Error::MissingTensor { what: "k_scale".into(), context: ": the cache is in e4m3".into() }
 }
 
 impl Operation for Decode {
@@ -268,13 +342,15 @@ impl Operation for Decode {
         if let Some(splits) = self.splits.filter(|splits| splits.get() > MAX_SPLITS) {
             return Some(format!("does not support {splits} splits: it has at most {MAX_SPLITS}"));
         }
-        p.obstacle(limits)
+        p.obstacle(limits).or_else(|| self.odd_columns())
     }
 
     fn check(&self, args: &DecodeArgs) -> Result<(), Error> {
         let p = &self.problem;
         let [q, .., o] = attention::extents(p);
-        args.forward.check_extents(p, [q, self.k_extents(), self.v_extents(), o])?;
+        let extents = [q, self.k_extents(), self.v_extents(), o];
+        args.forward.check_extents(p, self.stored(), extents)?;
+        self.check_scales(args.scales)?;
         self.check_numbers(args.seqused_k, args.page_table)
     }
 
@@ -307,14 +383,16 @@ impl Plan<Decode> {
     /// sequences, the problem's other inputs, outputs and workspace.
     #[must_use]
     pub fn peak_bytes(&self) -> u64 {
-        let (decode, size) = (self.problem(), self.problem().dtype().size() as u64);
+        let decode = self.problem();
         let p = decode.problem();
+        let (size, stored) = (p.dtype().size() as u64, decode.stored().size() as u64);
         let elements = |shape: [usize; 4]| shape.iter().map(|&n| n as u64).product::<u64>();
         let cache = elements(decode.k_shape()) + elements(decode.v_shape());
         let beside = p.input_bytes() - (p.k_elements() + p.v_elements()) as u64 * size;
         let table = decode.page_table_shape().map_or(0, |[batch, pages]| (batch * pages) as u64);
-        let numbers = (p.batch() as u64 + table) * 4;
-        beside + cache * size + numbers + p.output_bytes() + self.workspace_bytes_beside_lse()
+        let scales = if decode.has_scales() { 2 * p.kv_heads() as u64 } else { 0 };
+        let numbers = (p.batch() as u64 + table + scales) * 4;
+        beside + cache * stored + numbers + p.output_bytes() + self.workspace_bytes_beside_lse()
     }
 
     /// Bytes of the workspace of a call that gives memory for the LSE.
@@ -415,11 +493,9 @@ const DECODE: DecodeSpec = DecodeSpec {
     },
     draft: |d, target| {
         let p = &d.problem;
-        let split = step(d, decode_split::ENTRIES)?;
-        let size = split.entry.size;
-        let shared_bytes = decode_split::shared_bytes(size);
+        let split = split_step(d, target)?;
         let parts = d.splits.map_or_else(|| chosen(d, &split, target), NonZeroU32::get);
-        let split = Step { grid: work(p).saturating_mul(parts).into(), shared_bytes, ..split };
+        let split = Step { grid: work(p).saturating_mul(parts).into(), ..split };
         if parts == 1 {
             return Ok(split.into());
         }
@@ -434,26 +510,46 @@ const DECODE: DecodeSpec = DecodeSpec {
     },
 };
 
+/// The launch that reads the cache, but for its grid.
+fn split_step(d: &Decode, target: &Target) -> Result<Step<Decode>, String> {
+    let (entries, shared_bytes): (_, fn(usize) -> u32) = match d.has_scales() {
+        false => (decode_split::ENTRIES, decode_split::shared_bytes),
+        // The conversion of codes is in the module of this architecture alone.
+        true if target.capability == HOPPER => (decode_e4m3::HOPPER, decode_e4m3::shared_bytes),
+        true => (decode_e4m3::ENTRIES, decode_e4m3::shared_bytes),
+    };
+    let step = step(d, entries)?;
+    Ok(Step { shared_bytes: shared_bytes(step.entry.size), ..step })
+}
+
 /// The number of splits for a decode on a device.
 fn chosen(d: &Decode, split: &Step<Decode>, target: &Target) -> u32 {
-    let size = split.entry.size;
     let keys = d.expected_keys.unwrap_or(usize::MAX).min(d.problem.seq_k());
-    let at_once = target.blocks_at_once(split.entry, decode_split::shared_bytes(size));
+    let at_once = target.blocks_at_once(split.entry, split.shared_bytes);
     let blocks = work(&d.problem);
-    let tiles = tiles(keys, decode_split::keys(size));
+    let of_tile =
+        if d.has_scales() { decode_e4m3::KEYS } else { decode_split::keys(split.entry.size) };
+    let tiles = tiles(keys, of_tile);
     splits(SplitWork { tiles, blocks, at_once, multiprocessors: target.multiprocessors })
 }
 
 /// A launch of the smallest entry that has the columns of the problem.
 fn step(d: &Decode, entries: Instances) -> Result<Step<Decode>, String> {
     let size = entry_size(&d.problem, entries)?;
-    let constants = Constants { page: d.page(), ..padded_constants(&d.problem, size) };
+    let e4m3 = d.has_scales().into();
+    let constants = Constants { page: d.page(), e4m3, ..padded_constants(&d.problem, size) };
     Ok(Step { constants, ..Step::new(entries, d.dtype(), size, args)? })
+}
+
+/// Scales in the kernels' form.
+pub(super) fn scale_args(scales: Option<[Region; 2]>) -> ScaleArgs {
+    let [k, v] = scales.unwrap_or_default().map(Region::arg);
+    ScaleArgs { k, v }
 }
 
 /// The arguments of decode kernels, as bytes.
 fn args(call: &Call<'_, Decode>) -> Vec<u8> {
-    let &DecodeArgs { ref forward, seqused_k, page_table } = call.args;
+    let &DecodeArgs { ref forward, seqused_k, page_table, scales } = call.args;
     let region = |usage| call.region(usage).arg();
     let parts = call.region(Usage::PartSums).bytes / (call.problem.problem.rows() as u64 * 8);
     args::DecodeArgs {
@@ -465,6 +561,7 @@ fn args(call: &Call<'_, Decode>) -> Vec<u8> {
             splits: u32::try_from(parts).unwrap_or(u32::MAX).max(1),
             padding: 0,
         },
+        scales: scale_args(scales),
         forward: attention_args(&call.problem.problem, forward, region),
     }
     .to_launch_bytes()
@@ -518,6 +615,33 @@ mod tests {
         assert_eq!(splits(&decode.splits(NonZeroU32::new(97))), 97);
         let text = DECODE_KERNELS[0].plan(&decode.splits(NonZeroU32::new(1 << 20)), &H200);
         assert!(text.unwrap_err().to_string().contains("at most 65535"));
+    }
+
+    #[test]
+    fn a_cache_in_e4m3_is_half_the_bytes_and_needs_whole_chunks() {
+        let p = |d| Problem::builder(1, 8, 1, d).kv_heads(2).seq_k(4096).dtype(DType::F16);
+        let decode = |d| Decode::new(p(d).build().unwrap());
+        let codes = |d| decode(d).cache_dtype(DType::E4M3).unwrap();
+        assert_eq!(codes(128).cache_bytes([4096]) * 2, decode(128).cache_bytes([4096]));
+        let peak = |decode: &Decode| {
+            DECODE_KERNELS[0].plan(&decode.splits(NonZeroU32::new(4)), &H200).unwrap().peak_bytes()
+        };
+        let (cache, scales) = (decode(128).cache_bytes([4096]) / 2, 2 * 2 * 4);
+        assert_eq!(peak(&codes(128)) + cache, peak(&decode(128)) + scales);
+        let symbols = |target| {
+            let plan = DECODE_KERNELS[0].plan(&codes(96), &target).unwrap();
+            plan.entries().map(|entry| entry.entry.symbol).collect::<Vec<_>>()
+        };
+        assert_eq!(symbols(H200)[0], "decode_e4m3_hopper_f16_d128");
+        assert_eq!(symbols(Target { capability: (8, 0), ..H200 })[0], "decode_e4m3_f16_d128");
+        assert_eq!(symbols(Target { capability: (10, 0), ..H200 })[0], "decode_e4m3_f16_d128");
+        let text = DECODE_KERNELS[0].plan(&codes(72), &H200).unwrap_err().to_string();
+        assert!(text.contains("72 of a cache in e4m3: it has multiples of 16"), "{text}");
+        DECODE_KERNELS[0].plan(&decode(72), &H200).unwrap();
+        let text = decode(64).cache_dtype(DType::BF16).unwrap_err().to_string();
+        assert!(text.contains("storage type of the cache = bf16"), "{text}");
+        let own = decode(64).cache_dtype(DType::F16).unwrap();
+        assert_eq!((own, own.has_scales()), (decode(64), false));
     }
 
     #[test]

@@ -203,6 +203,7 @@ mod tests {
             DType::F32 => f32::EPSILON as f64 / 2.0,
             DType::F16 => 1.0 / 2048.0,
             DType::BF16 => 1.0 / 256.0,
+            DType::E4M3 => 1.0 / 16.0,
         }
     }
 

@@ -360,6 +360,7 @@ pub(super) fn constants(p: &Problem) -> Constants {
         head_dim_v: 0,
         page: 0,
         ordered: 0,
+        e4m3: 0,
     }
 }
 

@@ -9,7 +9,7 @@ use crate::{
     error::Error,
     problem::Extras,
     raw::{Args, DecodeArgs, Plan},
-    registry::{Decode, DecodeSpec},
+    registry::{Decode, DecodeSpec, decode::missing_scales},
     tensor::Tensor,
 };
 
@@ -24,6 +24,8 @@ pub struct Cached<'a> {
     pub seqused_k: Option<&'a DeviceBuffer>,
     /// Pages of each sequence, i32 `[B, max_pages]`, where the cache is paged.
     pub page_table: Option<&'a DeviceBuffer>,
+    /// Scales of K and of V, f32 `[Hkv]` each, where the cache is in e4m3.
+    pub scales: Option<[&'a DeviceBuffer; 2]>,
 }
 
 /// The inputs of a decode, on the host.
@@ -37,6 +39,9 @@ pub struct DecodeInputs<'a> {
     /// Pages of each sequence, `[B, max_pages]`, where the cache is paged. Entries beyond a
     /// sequence's length may be any number.
     pub page_table: Option<&'a [i32]>,
+    /// Scales of K and of V, `[Hkv]` each, where the cache is in e4m3: a key is its codes times the scale of its
+    /// head.
+    pub scales: Option<[&'a [f32]; 2]>,
 }
 
 impl DecodeInputs<'_> {
@@ -48,16 +53,26 @@ impl DecodeInputs<'_> {
     pub fn check(&self, decode: &Decode) -> Result<(), Error> {
         let p = decode.problem();
         let Inputs { q, k, v, .. } = self.tensors;
-        for (what, tensor, shape) in
-            [("q", q, p.q_shape()), ("k", k, decode.k_shape()), ("v", v, decode.v_shape())]
-        {
-            tensor.expect(what, p.dtype(), &shape)?;
-        }
+        q.expect("q", p.dtype(), &p.q_shape())?;
+        k.expect("k", decode.stored(), &decode.k_shape())?;
+        v.expect("v", decode.stored(), &decode.v_shape())?;
         self.tensors.check_beside(p)?;
         let mismatch = |what: &str, expected: &[usize], given: usize| {
             let (expected, given) = (expected.into(), [given].into());
             Err(Error::ShapeMismatch { what: what.into(), expected, given })
         };
+        match self.scales {
+            Some(scales) if decode.has_scales() => {
+                for (what, scales) in ["k_scale", "v_scale"].into_iter().zip(scales) {
+                    if scales.len() != p.kv_heads() {
+                        return mismatch(what, &[p.kv_heads()], scales.len());
+                    }
+                }
+            }
+            Some(_) => return Err(Error::UnexpectedTensor { what: "k_scale".into() }),
+            None if decode.has_scales() => return Err(missing_scales()),
+            None => {}
+        }
         if let Some(lengths) = self.seqused_k {
             if lengths.len() != p.batch() {
                 return mismatch("seqused_k", &[p.batch()], lengths.len());
@@ -141,12 +156,12 @@ impl DecodeInputs<'_> {
 ///     let mut lengths = session.memory().upload(&[200i32, 7])?;
 ///     let kernel = registry::best_for(&decode, &session.target())?.kernel;
 ///     let mut attention = session.decode(kernel, &decode)?;
-///     let cached = Cached { k: &k, v: &v, seqused_k: Some(&lengths), page_table: None };
+///     let cached = Cached { k: &k, v: &v, seqused_k: Some(&lengths), page_table: None, scales: None };
 ///     attention.run(&q, cached, Extras::default())?;
 ///     assert_eq!(attention.o().to_host()?.shape(), [2, 1, 4, 64]);
 ///     // The same plan, one key later.
 ///     lengths.write(&[200i32, 8])?;
-///     let cached = Cached { k: &k, v: &v, seqused_k: Some(&lengths), page_table: None };
+///     let cached = Cached { k: &k, v: &v, seqused_k: Some(&lengths), page_table: None, scales: None };
 ///     attention.run(&q, cached, Extras::default())?;
 ///     Ok(())
 /// }
@@ -198,12 +213,16 @@ impl Session {
         let tensors = [upload(q)?, upload(k)?, upload(v)?];
         let numbers = |numbers: Option<&[i32]>| numbers.map(|x| memory.upload(x)).transpose();
         let [seqused_k, page_table] = [numbers(inputs.seqused_k)?, numbers(inputs.page_table)?];
+        let scales = match inputs.scales {
+            Some([k, v]) => Some([memory.upload(k)?, memory.upload(v)?]),
+            None => None,
+        };
         let extras = inputs.tensors.extras().try_map(|bytes| memory.upload(bytes))?;
         let input_bytes = memory.current();
         let decode = AttentionDecode::new(&memory, plan)?;
         let workspace = decode.runner.workspace.bytes();
         let memory = MemoryReport::of(&memory, input_bytes, workspace);
-        Ok(PreparedDecode { decode, tensors, seqused_k, page_table, extras, memory })
+        Ok(PreparedDecode { decode, tensors, seqused_k, page_table, scales, extras, memory })
     }
 
     /// Runs a decode kernel once.
@@ -281,13 +300,15 @@ impl AttentionDecode {
     ) -> Result<DecodeArgs, Error> {
         let (decode, memory) = (self.plan().problem(), &self.runner.memory);
         let p = decode.problem();
-        let Cached { k, v, seqused_k, page_table } = cache;
-        for (what, tensor, shape) in
-            [("q", q, p.q_shape()), ("k", k, decode.k_shape()), ("v", v, decode.v_shape())]
+        let Cached { k, v, seqused_k, page_table, scales } = cache;
+        q.expect("q", memory, p.dtype(), &p.q_shape())?;
+        k.expect("k", memory, decode.stored(), &decode.k_shape())?;
+        v.expect("v", memory, decode.stored(), &decode.v_shape())?;
+        let [k_scale, v_scale] = scales.map_or([None; 2], |scales| scales.map(Some));
+        let numbers = [("seqused_k", seqused_k), ("page_table", page_table)];
+        for (what, buffer) in
+            numbers.into_iter().chain([("k_scale", k_scale), ("v_scale", v_scale)])
         {
-            tensor.expect(what, memory, p.dtype(), &shape)?;
-        }
-        for (what, buffer) in [("seqused_k", seqused_k), ("page_table", page_table)] {
             buffer.map_or(Ok(()), |buffer| expect_device(what, buffer, memory))?;
         }
         extras.check(p, |what, _, _, buffer| expect_device(what, buffer, memory))?;
@@ -301,6 +322,9 @@ impl AttentionDecode {
         }
         if let Some(table) = page_table {
             args = args.page_table(table.region());
+        }
+        if let Some([k, v]) = scales {
+            args = args.scales(k.region(), v.region());
         }
         Ok(args)
     }
@@ -323,6 +347,7 @@ pub struct PreparedDecode {
     tensors: [DeviceTensor; 3],
     seqused_k: Option<DeviceBuffer>,
     page_table: Option<DeviceBuffer>,
+    scales: Option<[DeviceBuffer; 2]>,
     extras: Extras<DeviceBuffer>,
     memory: MemoryReport,
 }
@@ -369,6 +394,8 @@ impl Work for PreparedDecode {
     fn start(&mut self) -> Result<(), Error> {
         let [q, k, v] = &self.tensors;
         let (seqused_k, page_table) = (self.seqused_k.as_ref(), self.page_table.as_ref());
-        self.decode.run(q, Cached { k, v, seqused_k, page_table }, self.extras.as_ref())
+        let scales = self.scales.as_ref().map(|scales| scales.each_ref());
+        let cached = Cached { k, v, seqused_k, page_table, scales };
+        self.decode.run(q, cached, self.extras.as_ref())
     }
 }

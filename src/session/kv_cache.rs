@@ -19,7 +19,7 @@ pub struct SequenceId(u64);
 /// The format of a [`KvCache`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvCacheShape {
-    /// Storage type: f16 or bf16.
+    /// Storage type: f16 or bf16, or e4m3 for tokens of either.
     pub dtype: DType,
     /// Heads of K and V.
     pub kv_heads: usize,
@@ -98,6 +98,8 @@ pub struct KvCache {
     shape: KvCacheShape,
     k: DeviceTensor,
     v: DeviceTensor,
+    /// Scales of K and V in e4m3.
+    scales: Option<[DeviceBuffer; 2]>,
     /// Free pages; the last is the next to take.
     free: Vec<u32>,
     /// The number of sequences that have each page.
@@ -120,17 +122,61 @@ pub struct CacheBatch {
 }
 
 impl KvCache {
-    /// A cache without sequences. Its memory is filled with NaN.
+    /// A cache without sequences. Its memory is filled with NaN. Scales of a cache in e4m3 are 1.
     ///
     /// # Errors
     /// [`Error::InvalidValue`] for a size of zero; [`Error::OutOfMemory`].
     pub fn new(session: &Session, shape: KvCacheShape) -> Result<Self, Error> {
+        let ones = vec![1.0; shape.kv_heads];
+        Self::with(session, shape, (shape.dtype == DType::E4M3).then_some([&ones, &ones]))
+    }
+
+    /// A cache in e4m3 without sequences, with a scale for each head of K and of V, `[Hkv]`: a code is the one
+    /// nearest to a value divided by its head's scale. A scale of a 448th of a head's largest value uses the whole
+    /// range; larger values become the largest.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Error::InvalidValue`] for another storage type, another number of scales, or a
+    /// scale that is not positive and finite.
+    pub fn with_scales(
+        session: &Session,
+        shape: KvCacheShape,
+        scales: [&[f32]; 2],
+    ) -> Result<Self, Error> {
+        let wrong =
+            |what, given: String, remedy: String| Err(Error::InvalidValue { what, given, remedy });
+        if shape.dtype != DType::E4M3 {
+            let remedy = "a cache with scales is in e4m3".into();
+            return wrong("storage type", shape.dtype.to_string(), remedy);
+        }
+        for (what, scales) in ["k_scale", "v_scale"].into_iter().zip(scales) {
+            if scales.len() != shape.kv_heads {
+                let remedy = format!("there are {} heads of K and V", shape.kv_heads);
+                return wrong(what, format!("{} scales", scales.len()), remedy);
+            }
+            if let Some(scale) = scales.iter().find(|scale| !(scale.is_finite() && **scale > 0.0)) {
+                return wrong(what, scale.to_string(), "it must be positive and finite".into());
+            }
+        }
+        Self::with(session, shape, Some(scales))
+    }
+
+    fn with(
+        session: &Session,
+        shape: KvCacheShape,
+        scales: Option<[&[f32]; 2]>,
+    ) -> Result<Self, Error> {
         let KvCacheShape { dtype, kv_heads, head_dim, head_dim_v, page_size, pages } = shape;
         // What is wrong with a size, a problem says.
         let p = Problem::builder(1, kv_heads, 1, head_dim).head_dim_v(head_dim_v);
-        let p = p.seq_k(page_size as usize).dtype(dtype).build()?;
+        let of_tokens = if dtype == DType::E4M3 { DType::F16 } else { dtype };
+        let p = p.seq_k(page_size as usize).dtype(of_tokens).build()?;
         Decode::paged(p, Pages { page_size, pages, max_pages: 1 })?;
         let memory = session.memory().clone();
+        let scales = match scales {
+            Some([k, v]) => Some([memory.upload(k)?, memory.upload(v)?]),
+            None => None,
+        };
         let filled = |columns: usize| {
             let shape = [pages as usize, page_size as usize, kv_heads, columns];
             DeviceTensor::filled(&memory, dtype, &shape, POISON)
@@ -141,6 +187,7 @@ impl KvCache {
             shape,
             k,
             v,
+            scales,
             free: (0..pages).rev().collect(),
             users: vec![0; pages as usize],
             sequences: BTreeMap::new(),
@@ -227,18 +274,19 @@ impl KvCache {
     }
 
     /// The decode of a problem against this cache. The problem's heads of K and V, columns and
-    /// storage type are the cache's, and the layout is tokens first.
+    /// storage type are the cache's, but for a cache in e4m3, and the layout is tokens first.
     ///
     /// # Errors
     /// [`Error::InvalidValue`] names the difference.
     pub fn decode(&self, problem: Problem) -> Result<Decode, Error> {
         let KvCacheShape { dtype, kv_heads, head_dim, head_dim_v, page_size, pages } = self.shape;
         let p = &problem;
+        let of_queries = if dtype == DType::E4M3 { p.dtype() } else { dtype };
         for (what, given, cache) in [
             ("heads of K and V", p.kv_heads().to_string(), kv_heads.to_string()),
             ("head dim", p.head_dim().to_string(), head_dim.to_string()),
             ("head dim of the values", p.head_dim_v().to_string(), head_dim_v.to_string()),
-            ("storage type", p.dtype().to_string(), dtype.to_string()),
+            ("storage type", p.dtype().to_string(), of_queries.to_string()),
             ("layout", format!("{:?}", p.layout()), format!("{:?}", Layout::TokensFirst)),
         ] {
             if given != cache {
@@ -250,7 +298,7 @@ impl KvCache {
             }
         }
         let max_pages = u32::try_from(p.seq_k().div_ceil(page_size as usize)).unwrap_or(u32::MAX);
-        Decode::paged(problem, Pages { page_size, pages, max_pages })
+        Decode::paged(problem, Pages { page_size, pages, max_pages })?.cache_dtype(dtype)
     }
 
     /// The current lengths and pages of some sequences, for runs of a decode.
@@ -293,13 +341,16 @@ impl KvCache {
 
     /// The cache in the form that a run takes.
     #[must_use]
-    pub const fn cached<'a>(&'a self, batch: &'a CacheBatch) -> Cached<'a> {
+    pub fn cached<'a>(&'a self, batch: &'a CacheBatch) -> Cached<'a> {
         let CacheBatch { lengths, page_table } = batch;
-        Cached { k: &self.k, v: &self.v, seqused_k: Some(lengths), page_table: Some(page_table) }
+        let scales = self.scales.as_ref().map(|scales| scales.each_ref());
+        let (seqused_k, page_table) = (Some(lengths), Some(page_table));
+        Cached { k: &self.k, v: &self.v, seqused_k, page_table, scales }
     }
 
     /// Appends keys and values, `[B, Nnew, Hkv, D]` each, to `B` sequences, and rotates the keys to
-    /// their positions where there are angles. Does not wait. On an error the cache is unchanged.
+    /// their positions where there are angles. A cache in e4m3 takes f16 or bf16, and rounds them to codes. Does
+    /// not wait. On an error the cache is unchanged.
     ///
     /// # Errors
     /// [`Error::InvalidValue`] for a sequence that is unknown or named twice, for too few free
@@ -313,6 +364,11 @@ impl KvCache {
         angles: Option<Angles<'_>>,
     ) -> Result<(), Error> {
         let KvCacheShape { dtype, kv_heads, head_dim, head_dim_v, .. } = self.shape;
+        let dtype = match (dtype, k.dtype()) {
+            (DType::E4M3, DType::BF16) => DType::BF16,
+            (DType::E4M3, _) => DType::F16,
+            (dtype, _) => dtype,
+        };
         let tokens = k.shape().get(1).copied().unwrap_or_default();
         k.expect("k", &self.memory, dtype, &[ids.len(), tokens, kv_heads, head_dim])?;
         v.expect("v", &self.memory, dtype, &[ids.len(), tokens, kv_heads, head_dim_v])?;
@@ -420,10 +476,16 @@ impl KvCache {
 
     /// Starts to copy the first `keys` keys of a page to another.
     fn copy_page(&self, from: u32, to: u32, keys: usize) -> Result<(), Error> {
-        let KvCacheShape { dtype, kv_heads, head_dim, head_dim_v, page_size, .. } = self.shape;
+        let KvCacheShape { dtype, kv_heads, page_size, pages, .. } = self.shape;
+        let KvCacheShape { head_dim, head_dim_v, .. } = self.shape;
+        // Codes are copied as they are, two as 16 bits.
+        let (dtype, [head_dim, head_dim_v]) = match dtype {
+            DType::E4M3 => (DType::F16, [head_dim / 2, head_dim_v / 2]),
+            dtype => (dtype, [head_dim, head_dim_v]),
+        };
         let problem = Problem::builder(1, kv_heads, keys, head_dim).head_dim_v(head_dim_v);
         let problem = problem.seq_k(keys).dtype(dtype).layout(Layout::TokensFirst).build()?;
-        let append = Append::new(self.decode(problem)?);
+        let append = Append::new(Decode::paged(problem, Pages { page_size, pages, max_pages: 1 })?);
         let page = |tensor: &DeviceTensor, columns: usize| {
             let bytes = (page_size as usize * kv_heads * columns * dtype.size()) as u64;
             let region = tensor.region().part(u64::from(from) * bytes, bytes);
@@ -432,7 +494,8 @@ impl KvCache {
         let new = [page(&self.k, head_dim), page(&self.v, head_dim_v)];
         let lengths = self.memory.upload(&[keys as i32])?;
         let table = self.memory.upload(&[to as i32])?;
-        let args = AppendArgs::new(new, self.views()).seqused_k(lengths.region());
+        let cache = self.views([head_dim, head_dim_v]);
+        let args = AppendArgs::new(new, cache).seqused_k(lengths.region());
         self.launch(&append, args.page_table(table.region()))
     }
 
@@ -449,16 +512,20 @@ impl KvCache {
             View::contiguous(tensor.region(), Layout::TokensFirst, p.kv_heads(), p.seq_q(), columns)
         };
         let new = [view(k, p.head_dim()), view(v, p.head_dim_v())];
-        let args = AppendArgs::new(new, self.views()).seqused_k(batch.lengths.region());
+        let cache = self.views([p.head_dim(), p.head_dim_v()]);
+        let args = AppendArgs::new(new, cache).seqused_k(batch.lengths.region());
         let mut args = args.page_table(batch.page_table.region());
+        if let Some([k, v]) = &self.scales {
+            args = args.scales(k.region(), v.region());
+        }
         if let Some(Angles { cos, sin, .. }) = angles {
             args = args.angles(cos.region(), sin.region());
         }
         self.launch(append, args)
     }
 
-    fn views(&self) -> [View; 2] {
-        let KvCacheShape { kv_heads, head_dim, head_dim_v, page_size, .. } = self.shape;
+    fn views(&self, [head_dim, head_dim_v]: [usize; 2]) -> [View; 2] {
+        let KvCacheShape { kv_heads, page_size, .. } = self.shape;
         let view = |tensor: &DeviceTensor, columns| {
             View::contiguous(
                 tensor.region(),

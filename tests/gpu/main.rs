@@ -11,6 +11,7 @@ mod head;
 mod maps;
 mod plans;
 mod raw;
+mod replay;
 mod session;
 
 /// The device under test.

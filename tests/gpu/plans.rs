@@ -15,8 +15,16 @@ use crate::{
     fake_driver::open,
     graph::{Graph, OwnStream},
     head::{gpu, memory, set_current, synchronize},
+    replay,
     session::{inputs, problem, run},
 };
+
+#[test]
+fn a_captured_decode_is_replayed_with_other_lengths() {
+    let _fake = open();
+    let gpu = gpu();
+    replay::follows_lengths(&gpu, gpu.context());
+}
 
 #[test]
 fn an_enqueue_of_every_kernel_touches_no_memory_and_can_be_captured() {

@@ -155,6 +155,7 @@ pub fn candle(tensor: &flash_attention::Tensor, device: &Device) -> Result<Tenso
         flash_attention::DType::BF16 => {
             Tensor::from_slice(tensor.as_slice::<bf16>().unwrap(), tensor.shape(), device)
         }
+        flash_attention::DType::E4M3 => unreachable!("a problem has no tensors in e4m3"),
     }
 }
 

@@ -14,7 +14,8 @@ pub struct CompareArgs {
     #[command(flatten)]
     pub problem: ProblemArgs,
     /// Run attention alone, the multi-head attention module with its projections, both, the
-    /// gradients of attention, or a forward and a backward pass of the module
+    /// gradients of attention, a forward and a backward pass of the module, or a few queries against
+    /// caches, as the command decode does
     #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
     pub level: LevelChoice,
     /// Several GPUs.

@@ -19,6 +19,7 @@ use flash_attention::{
 };
 
 use crate::{
+    decode::{self, DecodeCommandArgs},
     failure::{self, Outcome},
     gpus, interrupt,
     machine::{self, Opened},
@@ -27,7 +28,7 @@ use crate::{
     peers::{self, Peers},
     progress::{Progress, print_lines, warn},
     report,
-    results::{Level, Options, Repeats, Results, Row, Status},
+    results::{Level, LevelChoice, Options, Repeats, Results, Row, Status},
     subject::{Effort, Kernel, Kind, foresee},
     table,
 };
@@ -51,12 +52,31 @@ pub const EMULATED: Defaults = Defaults { seq: &[64, 128, 256], batch: 1, heads:
 /// The number of runs under the emulator.
 pub const REPEATS_EMULATED: Repeats = Repeats { warmup: 0, iters: 2, sustained: None };
 
+/// The arguments of `decode` for `--level decode`.
+fn decode_args(args: &CompareArgs) -> Result<DecodeCommandArgs> {
+    decode::refuse(&[
+        (args.several.gpus.is_some(), "--gpus"),
+        (args.warmup.is_some(), "--warmup"),
+        (args.sustained.is_some(), "--sustained"),
+        (args.timeout.is_some(), "--timeout"),
+        (args.peers.is_some(), "--peers"),
+        (args.csv.is_some(), "--csv"),
+        (args.report.is_some(), "--report"),
+    ])?;
+    let (iters, wide, json) = (args.iters, args.wide, args.json.clone());
+    Ok(DecodeCommandArgs { iters, wide, json, ..DecodeCommandArgs::of(&args.problem)? })
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// A wrong request, found before any measurement; or a file that could not be written, after the
 /// results were printed.
 pub fn run(args: &CompareArgs) -> Result<Outcome> {
+    if args.level == LevelChoice::Decode {
+        return decode::run(&decode_args(args)?);
+    }
+    args.problem.cache.refuse()?;
     if let Some(gpus) = args.several.gpus {
         gpus::refuse(&[
             (args.json.is_some(), "--json"),

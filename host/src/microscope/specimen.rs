@@ -164,7 +164,7 @@ fn problem(shape: &ShapeArgs, pass: Pass, defaults: &Defaults) -> Result<Problem
     };
     if pass == Pass::Decode {
         // A few queries against a cache that is as long as a sequence is by default.
-        shape.seq_k = shape.seq_k.or_else(|| defaults.seq.first().copied());
+        shape.seq_k = shape.seq_k.or_else(|| defaults.seq.first().map(|&keys| vec![keys]));
         shape.seq.get_or_insert_with(|| vec![DECODE_QUERIES]);
         shape.causal = true;
     }
@@ -294,6 +294,7 @@ impl<'a> DrawnDecode<'a> {
             tensors: self.tensors.inputs(),
             seqused_k: Some(&self.lengths),
             page_table: None,
+            scales: None,
         };
         let mut prepared = self.session.prepare_decode(plan, &inputs)?;
         launch(&mut prepared)?;

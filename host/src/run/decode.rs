@@ -1,15 +1,18 @@
 //! A few queries against a cache: `q`, `k` and `v` of a file that also gives the number of keys of
-//! each sequence (`seqused_k`) or its pages (`page_table`).
+//! each sequence (`seqused_k`) or its pages (`page_table`), or the scales of a cache in e4m3 (`k_scale`,
+//! `v_scale`).
 
 use anyhow::Result;
 use flash_attention::{
-    Alibi, Bias, Dropout, Layout, Problem, Tensor,
+    Alibi, Bias, DType, Dropout, Layout, Problem, Tensor,
     backend::instruments::time_ms,
     oracle::{self, Gathered},
     registry::{self, Decode, Pages},
     session::{DecodeInputs, Inputs, Outputs, Session, Work},
     verify::Credit,
 };
+
+use safetensors::Dtype;
 
 use super::{
     Done, Given, RunArgs,
@@ -28,6 +31,8 @@ pub struct GivenDecode {
     sinks: Option<Tensor>,
     lengths: Option<Vec<i32>>,
     table: Option<Vec<i32>>,
+    /// Of K and of V in e4m3.
+    scales: Option<[Vec<f32>; 2]>,
     decode: Decode,
     /// Outputs to be compared with.
     expected: Option<Expected>,
@@ -36,7 +41,7 @@ pub struct GivenDecode {
 impl GivenDecode {
     /// Whether a file has a cache.
     pub fn is_in(file: &TensorFile) -> bool {
-        ["seqused_k", "page_table"].iter().any(|name| file.find(name).is_some())
+        ["seqused_k", "page_table", "k_scale"].iter().any(|name| file.find(name).is_some())
     }
 
     /// Looks the tensors up and derives the decode from their shapes.
@@ -95,6 +100,18 @@ impl GivenDecode {
             .scale(args.scale)
             .layout(layout)
             .build()?;
+        let codes = |stored: &Stored<'_>| stored.is(Dtype::F8_E4M3);
+        let of_cache = |stored: &Stored<'_>| match codes(stored) {
+            true => Ok(Tensor::from_bytes(DType::E4M3, stored.shape, stored.bytes)?),
+            false => stored.to_tensor(),
+        };
+        let scales = |name| match file.find(name) {
+            None => Ok(None),
+            Some(stored) if stored.is(Dtype::F32) && stored.shape == [kv_heads] => {
+                Ok(Some(stored.to_tensor()?.to_f32()))
+            }
+            Some(stored) => Err(stored.must_be(&format!("f32 [{kv_heads}], one for each head"))),
+        };
         let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let decode = match max_pages.map(number) {
             None => Decode::new(problem),
@@ -103,16 +120,18 @@ impl GivenDecode {
                 Decode::paged(problem, Pages { page_size, pages, max_pages })?
             }
         };
+        let decode = if codes(&k) { decode.cache_dtype(DType::E4M3)? } else { decode };
         let read = |stored: Option<Stored<'_>>| stored.map(|t| t.to_tensor()).transpose();
         let numbers = |name| file.find(name).map(|t| t.to_i32()).transpose();
         Ok(Self {
             q: q.to_tensor()?,
-            k: k.to_tensor()?,
-            v: v.to_tensor()?,
+            k: of_cache(&k)?,
+            v: of_cache(&v)?,
             alibi_slopes: read(alibi_slopes)?,
             sinks: read(sinks)?,
             lengths: numbers("seqused_k")?,
             table: numbers("page_table")?,
+            scales: scales("k_scale")?.zip(scales("v_scale")?).map(<[_; 2]>::from),
             decode,
             expected: if args.check { Some(Expected::read(file, &problem)?) } else { None },
         })
@@ -127,6 +146,7 @@ impl GivenDecode {
             },
             seqused_k: self.lengths.as_deref(),
             page_table: self.table.as_deref(),
+            scales: self.scales.as_ref().map(|scales| scales.each_ref().map(Vec::as_slice)),
         }
     }
 }

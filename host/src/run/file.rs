@@ -142,6 +142,12 @@ impl Stored<'_> {
         Usage(format!("tensor {name} in {path} is {dtype} {shape}: it must be {what}")).into()
     }
 
+    /// Whether it has this type in the file.
+    #[must_use]
+    pub fn is(&self, dtype: Dtype) -> bool {
+        self.dtype == dtype
+    }
+
     /// Its storage type.
     ///
     /// # Errors
@@ -247,6 +253,7 @@ pub const fn stored_dtype(dtype: DType) -> Dtype {
         DType::F32 => Dtype::F32,
         DType::F16 => Dtype::F16,
         DType::BF16 => Dtype::BF16,
+        DType::E4M3 => Dtype::F8_E4M3,
     }
 }
 

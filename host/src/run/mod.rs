@@ -46,9 +46,9 @@ pub struct RunArgs {
     /// keys) and sinks (f32, heads). Where k and v have fewer heads, heads of q share them. With
     /// cu_seqlens_q and cu_seqlens_k (i32, u32 or i64, from 0 on, one more than sequences) q, k and v
     /// are packed: tokens, heads, features. With seqused_k (i32, keys of each sequence) k and v are a
-    /// cache; with page_table (i32, batch by pages) they are its pages. With --backward do, of the
-    /// shape of o, and o and lse, which are computed where one of them is missing; with --weights dy, of
-    /// the shape of x
+    /// cache; with page_table (i32, batch by pages) they are its pages; with k_scale and v_scale (f32,
+    /// heads of k) they are in e4m3. With --backward do, of the shape of o, and o and lse, which are
+    /// computed where one of them is missing; with --weights dy, of the shape of x
     #[arg(long, value_name = "FILE")]
     pub input: PathBuf,
     /// Run the multi-head attention module whose state_dict is in this file: q_proj, k_proj,

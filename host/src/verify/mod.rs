@@ -12,6 +12,7 @@ use flash_attention::{DType, Error, Problem, session::Session};
 
 use crate::{
     accuracy::complaint,
+    decode::{self, DecodeCommandArgs},
     failure::Outcome,
     format,
     gpus::{self, GpusArgs},
@@ -41,7 +42,7 @@ pub struct VerifyArgs {
     #[command(flatten)]
     pub problem: ProblemArgs,
     /// Verify attention alone, the multi-head attention module with its projections, both, the
-    /// gradients of attention, or those of the module
+    /// gradients of attention, those of the module, or a few queries against caches
     #[arg(long, value_name = "LEVEL", default_value_t = LevelChoice::Both)]
     pub level: LevelChoice,
     /// Several GPUs.
@@ -65,11 +66,26 @@ pub struct VerifyArgs {
     pub json: Option<PathBuf>,
 }
 
+/// The arguments of `decode` for `--level decode`: it measures no time.
+fn decode_args(args: &VerifyArgs) -> Result<DecodeCommandArgs> {
+    decode::refuse(&[
+        (args.several.gpus.is_some(), "--gpus"),
+        (args.threshold.is_some(), "--threshold"),
+    ])?;
+    let (rows, wide, json) = (args.rows, args.wide, args.json.clone());
+    let args = DecodeCommandArgs::of(&args.problem)?;
+    Ok(DecodeCommandArgs { timed: false, rows, wide, json, ..args })
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// A wrong request; or a file that could not be written, after the differences were printed.
 pub fn run(args: &VerifyArgs) -> Result<Outcome> {
+    if args.level == LevelChoice::Decode {
+        return decode::run(&decode_args(args)?);
+    }
+    args.problem.cache.refuse()?;
     if let Some(gpus) = args.several.gpus {
         gpus::refuse(&[
             (args.json.is_some(), "--json"),

@@ -23,6 +23,8 @@ struct Case {
     decode: Decode,
     tensors: [Tensor; 3],
     sinks: Tensor,
+    /// Of K and of V in e4m3.
+    scales: Option<[Tensor; 2]>,
 }
 
 const LENGTHS: [i32; 2] = [17, 5];
@@ -38,7 +40,17 @@ impl Case {
         let random = |shape: [usize; 4], seed| Tensor::random(DType::F16, &shape, seed, 0.0);
         let (k, v) = (random(decode.k_shape(), 2), random(decode.v_shape(), 3));
         let sinks = Tensor::random(DType::F32, &[4], 4, 0.0);
-        Self { decode, tensors: [random(p.q_shape(), 1), k, v], sinks }
+        Self { decode, tensors: [random(p.q_shape(), 1), k, v], sinks, scales: None }
+    }
+
+    /// The same with a cache in e4m3.
+    fn in_e4m3(self) -> Self {
+        let [q, k, v] = &self.tensors;
+        let tensors = [q.clone(), k.cast(DType::E4M3), v.cast(DType::E4M3)];
+        let scales = |of| Tensor::from_f32(DType::F32, &[2], of).unwrap();
+        let scales = Some([scales(&[0.7, 1.3]), scales(&[1.9, 0.4])]);
+        let decode = self.decode.cache_dtype(DType::E4M3).unwrap();
+        Self { decode, tensors, scales, ..self }
     }
 
     fn inputs(&self) -> DecodeInputs<'_> {
@@ -47,6 +59,10 @@ impl Case {
             tensors: Inputs { sinks: Some(&self.sinks), ..Inputs::new(q, k, v) },
             seqused_k: Some(&LENGTHS),
             page_table: self.decode.pages().map(|_| &TABLE[..]),
+            scales: self
+                .scales
+                .as_ref()
+                .map(|scales| scales.each_ref().map(|scales| scales.as_slice().unwrap())),
         }
     }
 
@@ -58,14 +74,18 @@ impl Case {
         if self.decode.pages().is_some() {
             entries.push(numbers("page_table", &[2, 3], &TABLE));
         }
+        if let Some([k, v]) = &self.scales {
+            entries.extend([entry("k_scale", k), entry("v_scale", v)]);
+        }
         entries
     }
 }
 
 #[test]
 fn caches_of_both_kinds_are_read_from_the_file() {
-    for paged in [false, true] {
+    for (paged, codes) in [(false, false), (true, false), (true, true)] {
         let (case, folder) = (Case::new(paged), Folder::new());
+        let case = if codes { case.in_e4m3() } else { case };
         folder.save(&case.entries());
         folder.command(&FILES).arg("--causal").assert().success();
         let (o, lse) = (folder.load("o", DType::F16), folder.load("lse", DType::F32));
@@ -112,6 +132,19 @@ fn what_is_wrong_with_a_cache_is_one_line() {
         let mut entries = case.entries();
         entries.retain(|(name, ..)| *name != change.0);
         entries.push(change);
+        folder.save(&entries);
+        let line = folder.refused(&FILES);
+        assert!(line.contains(part), "{line}");
+    }
+    let codes = Case::new(true).in_e4m3();
+    for (change, part) in [
+        (None, "k_scale is missing: the cache is in e4m3"),
+        (Some(numbers("k_scale", &[2], &[1, 1])), "it must be f32 [2], one for each head"),
+    ] {
+        let folder = Folder::new();
+        let mut entries = codes.entries();
+        entries.retain(|(name, ..)| *name != "k_scale");
+        entries.extend(change);
         folder.save(&entries);
         let line = folder.refused(&FILES);
         assert!(line.contains(part), "{line}");

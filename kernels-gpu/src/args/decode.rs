@@ -10,9 +10,21 @@ pub struct DecodeArgs {
     pub cache: CacheArgs,
     /// The parts that the blocks of a sequence hand on.
     pub parts: PartsArgs,
+    /// Of a cache in e4m3.
+    pub scales: ScaleArgs,
     /// The call. `shape.seq_k` is the longest that a sequence may be. K and V are the cache: their
     /// batch entries are pages where the constant `page` is not 0.
     pub forward: AttentionArgs,
+}
+
+/// What the codes of a cache in e4m3 are to be multiplied by, f32 `[Hkv]` each; empty for other caches.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ScaleArgs {
+    /// Keys.
+    pub k: Buffer,
+    /// Values.
+    pub v: Buffer,
 }
 
 /// Where the keys of each sequence are.
@@ -73,6 +85,8 @@ pub struct AppendArgs {
     pub sin: Buffer,
     /// Extents.
     pub shape: AppendShape,
+    /// Of a cache in e4m3.
+    pub scales: ScaleArgs,
 }
 
 /// Extents of the appended keys and values.

@@ -9,6 +9,7 @@
 //! is a multiple of a warp's tile the tile's rows lie at one stride, as in a contiguous cache. Otherwise
 //! each lane looks up the page of one key, and the lanes that copy the key ask it.
 
+use half::{bf16, f16};
 use simt::{
     async_copy,
     compiler::opaque,
@@ -87,6 +88,31 @@ fn page() -> u32 {
     Constants::page().max(1)
 }
 
+/// What a warp copies as an element of a cache: one number, or a pair of codes.
+pub trait Element: Memory {
+    /// Numbers of an element.
+    const NUMBERS: u64 = 1;
+
+    /// Columns in elements.
+    #[inline(always)]
+    #[must_use]
+    fn columns(numbers: Columns) -> Columns {
+        numbers
+    }
+}
+
+impl Element for f16 {}
+impl Element for bf16 {}
+/// Two codes of e4m3.
+impl Element for u16 {
+    const NUMBERS: u64 = 2;
+
+    #[inline(always)]
+    fn columns(numbers: Columns) -> Columns {
+        numbers.pairs()
+    }
+}
+
 /// Keys and values of one head of one sequence.
 #[derive(Clone, Copy)]
 pub struct Cache<T> {
@@ -107,15 +133,17 @@ struct Side<T> {
     stride_key: u64,
 }
 
-impl<T: Memory> Side<T> {
+impl<T: Element> Side<T> {
     /// # Safety
     /// The tensor must be as the launch says.
     #[inline(always)]
     unsafe fn new(tensor: &Tensor, b: u32, h_kv: u32) -> Self {
         let b = if is_paged() { 0 } else { b };
         // SAFETY: the tensor is a cache of the shape that `Cache::new` asks.
-        let first = unsafe { tensor.buffer.view::<T>() }.skip(tensor.head(b, h_kv));
-        Self { first, stride_page: tensor.stride_b, stride_key: tensor.stride_n }
+        let first = unsafe { tensor.buffer.view::<T>() }.skip(tensor.head(b, h_kv) / T::NUMBERS);
+        let (stride_page, stride_key) =
+            (tensor.stride_b / T::NUMBERS, tensor.stride_n / T::NUMBERS);
+        Self { first, stride_page, stride_key }
     }
 
     /// The row of key `key`, which lies in `page`, from its first column on.
@@ -125,12 +153,12 @@ impl<T: Memory> Side<T> {
     }
 }
 
-impl<T: Memory> Cache<T> {
+impl<T: Element> Cache<T> {
     /// The cache of head `h_kv` of sequence `b`, which has `length` keys.
     ///
     /// # Safety
     /// `args.forward.tensors.k` and `v` must be `[B, Hkv, Nk, D]`, or `[pages, Hkv, page, D]` with the
-    /// constant `page`, their addresses and strides multiples of 16 bytes; then `args.cache.page_table`
+    /// constant `page`, with D numbers, their addresses and strides multiples of 16 bytes; then `args.cache.page_table`
     /// must be `[B, max_pages]` with pages for `length` keys, and `args.cache.pages` not be 0.
     #[inline(always)]
     #[must_use]
@@ -171,7 +199,7 @@ impl<T: Memory> Cache<T> {
         page.min(self.last_page)
     }
 
-    /// Starts to copy the keys and values of the tile from `first_key` on, whose `page` was looked up.
+    /// Starts to copy the keys and values, `D` elements each, of the tile from `first_key` on, whose `page` was looked up.
     /// Keys past the last are 0. The caller commits and waits; all lanes of the warp take part.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
@@ -188,8 +216,16 @@ impl<T: Memory> Cache<T> {
             page,
             lane: opaque(warp::lane_id()),
         };
-        self.k.start::<Swizzled<D>, D, KEYS, { warp::LANES }>(tile, Columns::of_keys(), k_smem);
-        self.v.start::<Swizzled<D>, D, KEYS, { warp::LANES }>(tile, Columns::of_values(), v_smem);
+        self.k.start::<Swizzled<D>, D, KEYS, { warp::LANES }>(
+            tile,
+            T::columns(Columns::of_keys()),
+            k_smem,
+        );
+        self.v.start::<Swizzled<D>, D, KEYS, { warp::LANES }>(
+            tile,
+            T::columns(Columns::of_values()),
+            v_smem,
+        );
     }
 }
 
@@ -204,7 +240,7 @@ struct WarpTile {
     lane: u32,
 }
 
-impl<T: Memory> Side<T> {
+impl<T: Element> Side<T> {
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn start<L: TileLayout, const D: usize, const KEYS: u32, const LANES: u32>(

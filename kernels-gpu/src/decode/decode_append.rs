@@ -9,6 +9,9 @@
 //!     y' = y cos a + x sin a             pairs: (c, c + R / 2), or (2 c, 2 c + 1) if interleaved
 //! ```
 //!
+//! A cache in e4m3 gets the code that is nearest to a value divided by its head's scale; a rotated key is rounded
+//! once, to its code.
+//!
 //! A block has a token. Each thread moves 16 bytes at a time: eight columns, and their partners where the pairs
 //! are half a row apart. What bounds it is the launch: 8 heads of 128 columns are 4 KB for a token.
 //!
@@ -16,6 +19,7 @@
 
 use half::{bf16, f16};
 use simt::{
+    e4m3,
     global::{Global, GlobalMut},
     math,
     memory::Memory,
@@ -23,7 +27,7 @@ use simt::{
 };
 
 use crate::{
-    args::{AppendArgs, AppendShape, Tensor},
+    args::{AppendArgs, AppendShape, Buffer, Tensor},
     decode::cache,
     entries,
     parts::{chunk::Chunk, schedule::divide},
@@ -46,7 +50,7 @@ const CHUNK: u32 = 8;
 /// The buffers of `args` must have these shapes, with addresses and strides that are multiples of 16 bytes. No two
 /// sequences may have the same place for a new key.
 #[inline(always)]
-pub unsafe fn decode_append<T: Chunk>(args: &AppendArgs) {
+pub unsafe fn decode_append<T: Chunk, E: Stored<T>>(args: &AppendArgs) {
     let AppendShape { seq_new, seq_k, heads, kv_heads, head_dim, head_dim_v, .. } = args.shape;
     let (b, t) = divide(thread::block_idx_x(), seq_new);
     // SAFETY: the lengths are empty or `[B]`, as the shapes above say, and `b` is a block's.
@@ -63,6 +67,8 @@ pub unsafe fn decode_append<T: Chunk>(args: &AppendArgs) {
     let end = v_end + heads * k_chunks;
     let new = |tensor: &Tensor, h: u32| tensor.head(b, h) + t as u64 * tensor.stride_n;
     let cached = |tensor: &Tensor, h: u32| cache::row(tensor, (b, h), page, position);
+    // SAFETY: scales are as `AppendArgs` says.
+    let scale = |scales: &Buffer, h: u32| unsafe { E::scale(scales, h) };
     let mut chunk = thread::thread_idx_x();
     while chunk < end {
         // SAFETY: the tensors have the shapes stated above, and each place has one writer.
@@ -70,18 +76,18 @@ pub unsafe fn decode_append<T: Chunk>(args: &AppendArgs) {
             if chunk < k_end {
                 let (h, c) = divide(chunk, k_chunks);
                 let from = view::<T>(&args.k_new, new(&args.k_new, h));
-                let to = view_mut::<T>(&args.k, cached(&args.k, h));
-                rotate(args, position, from, to, c);
+                let to = view_mut::<E>(&args.k, cached(&args.k, h));
+                rotate(args, position, from, to, scale(&args.scales.k, h), c);
             } else if chunk < v_end {
                 let (h, c) = divide(chunk - k_end, v_chunks);
                 let from = view::<T>(&args.v_new, new(&args.v_new, h));
-                let to = view_mut::<T>(&args.v, cached(&args.v, h));
-                copy(from, to, c);
+                let to = view_mut::<E>(&args.v, cached(&args.v, h));
+                copy(from, to, scale(&args.scales.v, h), c);
             } else {
                 let (h, c) = divide(chunk - v_end, k_chunks);
                 let from = view::<T>(&args.q, new(&args.q, h));
                 let to = view_mut::<T>(&args.q_rotated, new(&args.q_rotated, h));
-                rotate(args, position, from, to, c);
+                rotate(args, position, from, to, 1.0, c);
             }
         }
         chunk += THREADS;
@@ -108,12 +114,73 @@ unsafe fn view_mut<T: Memory>(tensor: &Tensor, first: u64) -> (GlobalMut<T>, u64
     (unsafe { tensor.buffer.view_mut::<T>() }, first)
 }
 
+/// How a cache keeps elements of a type.
+pub trait Stored<T: Chunk>: Memory {
+    /// The scale of head `h`: values are divided by it before they are stored.
+    ///
+    /// # Safety
+    /// `scales` must be f32 `[Hkv]`, where the type has scales.
+    unsafe fn scale(scales: &Buffer, h: u32) -> f32;
+
+    /// Stores a chunk that was not changed.
+    fn keep(to: GlobalMut<Self>, index: u64, chunk: [u32; 4], scale: f32);
+
+    /// Stores eight values.
+    fn store(to: GlobalMut<Self>, index: u64, values: [f32; 8], scale: f32);
+}
+
+/// As they are.
+impl<T: Chunk> Stored<T> for T {
+    #[inline(always)]
+    unsafe fn scale(_: &Buffer, _: u32) -> f32 {
+        1.0
+    }
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn keep(to: GlobalMut<T>, index: u64, chunk: [u32; 4], _: f32) {
+        to.write_as(index, chunk);
+    }
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn store(to: GlobalMut<T>, index: u64, values: [f32; 8], _: f32) {
+        to.write_as(index, T::pack(values));
+    }
+}
+
+/// As codes of e4m3.
+impl<T: Chunk> Stored<T> for u8 {
+    #[inline(always)]
+    unsafe fn scale(scales: &Buffer, h: u32) -> f32 {
+        // SAFETY: the scales are f32, as stated above.
+        unsafe { scales.view::<f32>() }.read(h as u64)
+    }
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn keep(to: GlobalMut<u8>, index: u64, chunk: [u32; 4], scale: f32) {
+        <u8 as Stored<T>>::store(to, index, T::unpack(chunk), scale);
+    }
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn store(to: GlobalMut<u8>, index: u64, values: [f32; 8], scale: f32) {
+        let mut codes = [0u32; 2];
+        unroll!(for E in 0..8 {
+            codes[E / 4] |= (e4m3::from_f32(values[E] / scale) as u32) << (E % 4 * 8);
+        });
+        to.write_as(index, codes);
+    }
+}
+
 /// Copies chunk `c` of a row.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn copy<T: Memory>(from: Global<T>, (to, first): (GlobalMut<T>, u64), c: u32) {
+fn copy<T: Chunk, E: Stored<T>>(
+    from: Global<T>,
+    (to, first): (GlobalMut<E>, u64),
+    scale: f32,
+    c: u32,
+) {
     let column = (c * CHUNK) as u64;
-    to.write_as(first + column, from.read_as::<[u32; 4]>(column));
+    E::keep(to, first + column, from.read_as::<[u32; 4]>(column), scale);
 }
 
 /// Rotates chunk `c` of a row, and the chunk half the rotated columns to its right, which is left to it. Both were
@@ -123,16 +190,17 @@ fn copy<T: Memory>(from: Global<T>, (to, first): (GlobalMut<T>, u64), c: u32) {
 /// `args.cos` and `args.sin` must be `[positions, rotary_dim / 2]`.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-unsafe fn rotate<T: Chunk>(
+unsafe fn rotate<T: Chunk, E: Stored<T>>(
     args: &AppendArgs,
     position: u32,
     from: Global<T>,
-    to: (GlobalMut<T>, u64),
+    to: (GlobalMut<E>, u64),
+    scale: f32,
     c: u32,
 ) {
     let AppendShape { rotary_dim, positions, interleaved, .. } = args.shape;
     if c * CHUNK >= rotary_dim {
-        copy(from, to, c);
+        copy(from, to, scale, c);
         return;
     }
     let half = rotary_dim / 2;
@@ -150,7 +218,7 @@ unsafe fn rotate<T: Chunk>(
             chunk[2 * PAIR] = x;
             chunk[2 * PAIR + 1] = y;
         });
-        store(to, first, column, chunk);
+        E::store(to, first + column as u64, chunk, scale);
     } else if column < half {
         let (mut left, mut right) = (load(from, column), load(from, column + half));
         unroll!(for E in 0..8 {
@@ -159,8 +227,8 @@ unsafe fn rotate<T: Chunk>(
             left[E] = x;
             right[E] = y;
         });
-        store(to, first, column, left);
-        store(to, first, column + half, right);
+        E::store(to, first + column as u64, left, scale);
+        E::store(to, first + (column + half) as u64, right, scale);
     }
 }
 
@@ -177,14 +245,14 @@ fn load<T: Chunk>(from: Global<T>, column: u32) -> [f32; 8] {
     T::unpack(from.read_as(column as u64))
 }
 
-#[inline(always)]
-#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn store<T: Chunk>(to: GlobalMut<T>, first: u64, column: u32, values: [f32; 8]) {
-    to.write_as(first + column as u64, T::pack(values));
-}
-
 entries! {
     /// Instances of [`decode_append`].
     pub static ENTRIES: AppendArgs => "sm_80", threads THREADS, min_blocks 1;
-    decode_append: T in [f16, bf16] = decode_append::<T>;
+    decode_append: T in [f16, bf16] = decode_append::<T, T>;
+}
+
+entries! {
+    /// Instances of [`decode_append`] that make codes of e4m3.
+    pub static E4M3: AppendArgs => "sm_80", threads THREADS, min_blocks 1;
+    decode_append_e4m3: T in [f16, bf16] = decode_append::<T, u8>;
 }

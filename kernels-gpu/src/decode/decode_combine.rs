@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Parts without keys were not written: how many there are follows from the sequence's length, as it did
-//! in decode_split.
+//! in decode_split or decode_e4m3.
 //!
 //! A block has a row; its threads are D / 4 columns times as many parts as there is room for, so that
 //! neighbours read 16 bytes each, side by side. A row of `S` parts takes `4 S (Dv + 2)` bytes, next to
@@ -24,8 +24,9 @@ use simt::{
 
 use crate::{
     args::DecodeArgs,
+    constants::Constants,
     decode::{
-        decode_split,
+        decode_e4m3, decode_split,
         rows::{PackedRow, RowTile, parts_with_keys},
     },
     entries,
@@ -64,7 +65,11 @@ pub unsafe fn decode_combine<T: Scalar, const D: usize, const LANES: u32, const 
     let packed = i * Head::group() + member;
     let tile = RowTile::new(args, b, h_kv, packed / fragment::ROWS * fragment::ROWS);
     let PackedRow { policy, i } = tile.row(packed % fragment::ROWS);
-    let tiles = tile.key_tiles(const { decode_split::keys(D) });
+    let tiles = if Constants::e4m3() == 0 {
+        tile.key_tiles(const { decode_split::keys(D) })
+    } else {
+        tile.key_tiles(decode_e4m3::KEYS)
+    };
     let parts = parts_with_keys(&tiles, args.parts.splits);
     // SAFETY: the parts are as `PartsArgs` says.
     let (o_parts, sums) = unsafe { (args.parts.o.view::<f32>(), args.parts.sums.view::<f32>()) };

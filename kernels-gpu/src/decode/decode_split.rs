@@ -51,7 +51,6 @@ use simt::{
     async_copy,
     compiler::opaque,
     layout::{Swizzled, TileLayout},
-    math,
     mma::{Ampere, TensorCore},
     scalar::Scalar,
     shared::Shared,
@@ -61,8 +60,9 @@ use simt::{
 use crate::{
     args::DecodeArgs,
     decode::{
-        cache::Cache,
+        cache::{Cache, Element},
         rows::{RowTile, part_of},
+        sums::{Merged, WARPS, WarpSums, store},
     },
     entries,
     parts::{
@@ -70,17 +70,17 @@ use crate::{
         fragment::{self, RegisterQueries, SharedQueries},
         online::{self, RowState},
         policy::Policy,
-        softmax,
         tile::for_each_chunk,
     },
 };
 
-/// Warps of a block.
-pub const WARPS: u32 = 4;
 /// Threads of a block.
 pub const THREADS: u32 = WARPS * warp::LANES;
 /// Rows of a block: the queries of the heads of a group.
 pub const ROWS: u32 = fragment::ROWS;
+
+/// The words by which a row of a warp's O is longer than D: a pass writes eight words to each of four rows.
+const PAD: u32 = 8;
 
 /// Keys of a warp's tile.
 const fn warp_keys(d: usize) -> u32 {
@@ -133,7 +133,7 @@ pub const fn shared_bytes(d: usize) -> u32 {
 /// and the launch the threads and shared memory stated here.
 #[inline(always)]
 pub unsafe fn decode_split<
-    T: Scalar,
+    T: Scalar + Element,
     const D: usize,
     const D_STEPS: usize,
     const COLUMN_TILES: usize,
@@ -151,7 +151,10 @@ pub unsafe fn decode_split<
         assert!(KEYS == warp_keys(D) && KEYS as usize == 8 * KEY_TILES);
         assert!(STAGES == stages(D) && PENDING + 2 == STAGES);
         assert!(ROWS * D as u32 <= stage_elems(D), "Q fits a stage");
-        assert!(WarpSums::<D>::WORDS * 4 <= STAGES * stage_elems(D) * 2, "O fits a warp's stages");
+        assert!(
+            WarpSums::<D, PAD>::WORDS * 4 <= STAGES * stage_elems(D) * 2,
+            "O fits a warp's stages"
+        );
     }
     // Who am I.
     let (tile, part) = RowTile::of_block(args);
@@ -264,7 +267,7 @@ pub unsafe fn decode_split<
     // The warps' O, maxima and sums become one.
     let sums_of = |warp: u32| {
         // SAFETY: the launch gives the shared memory of all stages.
-        unsafe { WarpSums::<D>::new(warp * STAGES * stage_elems * T::BYTES) }
+        unsafe { WarpSums::<D, PAD>::new(warp * STAGES * stage_elems * T::BYTES) }
     };
     // Hazard: the stages, which are overwritten, may still be read by slower lanes of this warp.
     warp::sync_warp(warp::FULL_MASK);
@@ -275,7 +278,7 @@ pub unsafe fn decode_split<
         if (PASS as u32) < const { ROWS * D as u32 / 8 / THREADS } {
             let chunk = opaque(thread::thread_idx_x()) + PASS as u32 * THREADS;
             let (r, column) = (chunk / (D as u32 / 8), chunk % (D as u32 / 8) * 8);
-            let merged = Merged::of::<D>(sums_of, r, column);
+            let merged = Merged::of::<D, PAD>(sums_of, r, column);
             // SAFETY: O, the LSE and the parts have the shapes stated above.
             unsafe {
                 store::<T>(args, &tile, (part, &tiles), (r, column), merged, const { keys(D) })
@@ -290,7 +293,7 @@ pub unsafe fn decode_split<
 /// `args.forward.tensors.q` must be `[B, H, Nq, D]`, its address and strides multiples of 16 bytes.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-unsafe fn load_queries<
+pub(super) unsafe fn load_queries<
     T: Scalar,
     L: TileLayout,
     const D: usize,
@@ -311,164 +314,6 @@ unsafe fn load_queries<
         let inside = tile.has(row + below) && Columns::of_keys().has(column + right);
         async_copy::copy_or_zero(q_smem, index, q_gmem, from, inside);
     });
-}
-
-/// O, maxima and sums of a warp's 16 rows in shared memory.
-#[derive(Clone, Copy)]
-struct WarpSums<const D: usize>(Shared<f32>);
-
-impl<const D: usize> WarpSums<D> {
-    /// Words from one row of O to the next: 8 more than D, so that neighbouring rows lie in other banks.
-    const PITCH: u32 = D as u32 + 8;
-
-    /// Words of all.
-    const WORDS: u32 = ROWS * (Self::PITCH + 2);
-
-    /// The sums from `first_byte` of dynamic shared memory on.
-    ///
-    /// # Safety
-    /// As for [`Shared::dynamic`].
-    #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    unsafe fn new(first_byte: u32) -> Self {
-        // SAFETY: the launch gives the words, as stated above.
-        Self(unsafe { Shared::dynamic(first_byte, Self::WORDS) })
-    }
-
-    /// Writes what this warp has.
-    #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn write<const O: usize>(&self, acc_o: &[[f32; 4]; O], rows: &RowState) {
-        let (g, column) = fragment::row_and_column();
-        let l_i = [warp::reduce_add::<4>(rows.l_i[0]), warp::reduce_add::<4>(rows.l_i[1])];
-        unroll!(for R in 0..2 {
-            let row = g + 8 * R as u32;
-            unroll!(for TILE in 0..32 {
-                if TILE < O {
-                    let pair = [acc_o[TILE][2 * R].to_bits(), acc_o[TILE][2 * R + 1].to_bits()];
-                    self.0.write_as(row * Self::PITCH + column + 8 * TILE as u32, pair);
-                }
-            });
-            if column == 0 {
-                let pair = [rows.m_i[R].to_bits(), l_i[R].to_bits()];
-                self.0.write_as(const { ROWS * Self::PITCH } + 2 * row, pair);
-            }
-        });
-    }
-
-    /// Maximum and sum of row `r`.
-    #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn sums(&self, r: u32) -> [f32; 2] {
-        let pair = self.0.read_as::<[u32; 2]>(const { ROWS * Self::PITCH } + 2 * r);
-        [f32::from_bits(pair[0]), f32::from_bits(pair[1])]
-    }
-
-    /// Four columns of row `r` of O.
-    #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn columns(&self, r: u32, column: u32) -> [u32; 4] {
-        self.0.read_as::<[u32; 4]>(r * Self::PITCH + column)
-    }
-}
-
-/// Eight columns of a row of O under one maximum, that maximum, and the sum of the weights.
-struct Merged {
-    m_i: f32,
-    l_i: f32,
-    o: [f32; 8],
-}
-
-impl Merged {
-    /// The merged sums of all warps for row `r`.
-    #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn of<const D: usize>(sums_of: impl Fn(u32) -> WarpSums<D>, r: u32, column: u32) -> Self {
-        let mut sums = [[0.0; 2]; WARPS as usize];
-        let mut m_i = f32::MIN;
-        unroll!(for WARP in 0..4 {
-            sums[WARP] = sums_of(WARP as u32).sums(r);
-            m_i = math::max(m_i, sums[WARP][0]);
-        });
-        let mut merged = Self { m_i, l_i: 0.0, o: [0.0; 8] };
-        unroll!(for WARP in 0..4 {
-            let alpha = math::exp2(sums[WARP][0] - m_i);
-            merged.l_i = math::fma(sums[WARP][1], alpha, merged.l_i);
-            unroll!(for HALF in 0..2 {
-                let four = sums_of(WARP as u32).columns(r, column + 4 * HALF as u32);
-                unroll!(for E in 0..4 {
-                    let o = &mut merged.o[4 * HALF + E];
-                    *o = math::fma(f32::from_bits(four[E]), alpha, *o);
-                });
-            });
-        });
-        merged
-    }
-}
-
-/// Stores eight columns of a row: O and the LSE where there is one part, or the part.
-///
-/// # Safety
-/// O, the LSE and the parts must be as [`decode_split`] says.
-#[inline(always)]
-unsafe fn store<T: Scalar>(
-    args: &DecodeArgs,
-    tile: &RowTile<'_>,
-    (part, tiles): (u32, &core::ops::Range<u32>),
-    (r, column): (u32, u32),
-    Merged { m_i, l_i, mut o }: Merged,
-    tile_keys: u32,
-) where
-    Ampere: TensorCore<T>,
-{
-    if !tile.has(r) {
-        return;
-    }
-    let row = tile.row(r);
-    let (policy, head) = (row.policy, row.policy.head);
-    // Of the part's keys.
-    let l_i = softmax::checked_fused_sum(m_i, l_i, || {
-        let begin = policy.begin_of_row(row.i).max(tiles.start * tile_keys);
-        begin < policy.end_of_row(row.i).min(tiles.end.saturating_mul(tile_keys))
-    });
-    let has_column = Columns::of_values().has(column);
-    if args.parts.splits > 1 {
-        // SAFETY: the parts are as `decode_split` states.
-        let (o_gmem, sums) =
-            unsafe { (args.parts.o.view_mut::<f32>(), args.parts.sums.view_mut::<f32>()) };
-        let rows = args.forward.shape.batch as u64 * args.forward.shape.heads as u64;
-        let rows = rows * args.forward.shape.seq_q as u64;
-        let place = part as u64 * rows + head.row(row.i);
-        let columns = Columns::of_values().of(args.forward.shape.head_dim_v) as u64;
-        if has_column {
-            unroll!(for HALF in 0..2 {
-                let four = [o[4 * HALF], o[4 * HALF + 1], o[4 * HALF + 2], o[4 * HALF + 3]];
-                let first = place * columns + (column + 4 * HALF as u32) as u64;
-                o_gmem.write_as(first, four.map(f32::to_bits));
-            });
-        }
-        if column == 0 {
-            sums.write_as(2 * place, [m_i.to_bits(), l_i.to_bits()]);
-        }
-        return;
-    }
-    // SAFETY: O and the LSE are as `decode_split` states.
-    let (o_gmem, lse) = unsafe {
-        (args.forward.tensors.o.buffer.view_mut::<T>(), args.forward.tensors.lse.view_mut::<f32>())
-    };
-    let (m_i, l_i, factor) = policy.with_sink(m_i, l_i);
-    let normaliser = softmax::normaliser(l_i) * factor;
-    unroll!(for E in 0..8 {
-        o[E] *= normaliser;
-    });
-    if has_column {
-        let pack = |pair: usize| Ampere::pack(o[2 * pair], o[2 * pair + 1]);
-        let first = head.query(&args.forward.tensors.o, row.i) + column as u64;
-        o_gmem.write_as(first, [pack(0), pack(1), pack(2), pack(3)]);
-    }
-    if column == 0 {
-        lse.write(head.row(row.i), softmax::log_sum_exp(m_i, l_i));
-    }
 }
 
 entries! {

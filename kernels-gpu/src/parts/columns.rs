@@ -32,6 +32,13 @@ impl Columns {
         Self(2 * self.0)
     }
 
+    /// The same columns in elements twice as long: codes of 8 bits as pairs.
+    #[inline(always)]
+    #[must_use]
+    pub const fn pairs(self) -> Self {
+        Self(self.0 / 2)
+    }
+
     /// Whether there is a column. Head dims are multiples of 8: of a chunk of 16 bytes all elements
     /// are there or none.
     #[inline(always)]
@@ -58,5 +65,6 @@ mod tests {
         let few = Columns(40);
         assert!(few.has(39) && !few.has(40) && few.of(64) == 40);
         assert!(few.halves().has(79) && !few.halves().has(80));
+        assert!(few.pairs().has(19) && !few.pairs().has(20));
     }
 }

@@ -56,5 +56,6 @@ const fn stored(dtype: DType) -> Dtype {
         DType::F32 => Dtype::F32,
         DType::F16 => Dtype::F16,
         DType::BF16 => Dtype::BF16,
+        DType::E4M3 => Dtype::F8_E4M3,
     }
 }
