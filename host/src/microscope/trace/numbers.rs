@@ -385,7 +385,8 @@ impl Numbers {
             stages[Stage::Done as usize] = shown;
         }
         let there = keys.min(seq_k) * d;
-        (dk.truncate(there), dv.truncate(there));
+        dk.truncate(there);
+        dv.truncate(there);
         all.results = vec![dk, dv, dq_all];
         all
     }
