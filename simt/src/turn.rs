@@ -10,7 +10,7 @@
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::turns;
+use crate::emulator::{global_memory::GlobalAccess, turns};
 use crate::global::GlobalMut;
 
 /// Waits until element `index` is `turn`. Acquires: what the blocks did before they passed the turn on
@@ -21,7 +21,7 @@ pub fn wait(counts: GlobalMut<u32>, index: u64, turn: u32) {
     #[cfg(target_arch = "nvptx64")]
     loop {
         let count: u32;
-        // SAFETY: whoever made the view promised that its indices are in bounds.
+        // SAFETY: indices are in bounds, as the function that made the view asks.
         unsafe {
             core::arch::asm!("ld.acquire.gpu.global.b32 {0}, [{1}];", out(reg32) count,
                 in(reg64) counts.address_of(index), options(nostack));
@@ -31,7 +31,10 @@ pub fn wait(counts: GlobalMut<u32>, index: u64, turn: u32) {
         }
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    turns::wait(counts, index, turn, Location::caller());
+    {
+        let at = Location::caller();
+        turns::wait(|| counts.as_global().check::<u32>(index, GlobalAccess::Atomic, at), turn, at);
+    }
 }
 
 /// Adds 1 to element `index`. Releases: what this thread did before, and what others did before a
@@ -40,11 +43,14 @@ pub fn wait(counts: GlobalMut<u32>, index: u64, turn: u32) {
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn pass(counts: GlobalMut<u32>, index: u64) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: whoever made the view promised that its indices are in bounds.
+    // SAFETY: indices are in bounds, as the function that made the view asks.
     unsafe {
         core::arch::asm!("red.release.gpu.global.add.u32 [{0}], 1;",
             in(reg64) counts.address_of(index), options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    turns::pass(counts, index, Location::caller());
+    {
+        let at = Location::caller();
+        turns::pass(|| counts.as_global().check::<u32>(index, GlobalAccess::Atomic, at), at);
+    }
 }

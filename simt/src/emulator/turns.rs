@@ -7,10 +7,8 @@ use super::{
     block::{Block, LaneState},
     current,
     fault::Place,
-    global_memory::GlobalAccess,
     options::SyncKind,
 };
-use crate::global::GlobalMut;
 
 /// A lane that waits for a turn.
 pub(crate) struct Waiting {
@@ -26,11 +24,12 @@ fn count(address: u64) -> &'static AtomicU32 {
     unsafe { AtomicU32::from_ptr(address as *mut u32) }
 }
 
-pub(crate) fn wait(counts: GlobalMut<u32>, index: u64, turn: u32, at: Place) {
+/// Waits; `address` checks the access and says where the count is.
+pub(crate) fn wait(address: impl FnOnce() -> u64, turn: u32, at: Place) {
     if current::left_out(SyncKind::TurnWait, at) {
         return;
     }
-    let address = counts.as_global().check::<u32>(index, GlobalAccess::Atomic, at);
+    let address = address();
     let waits = current::with(|b| {
         let waits = count(address).load(Ordering::Acquire) != turn;
         if waits {
@@ -44,12 +43,12 @@ pub(crate) fn wait(counts: GlobalMut<u32>, index: u64, turn: u32, at: Place) {
     }
 }
 
-pub(crate) fn pass(counts: GlobalMut<u32>, index: u64, at: Place) {
+/// Passes the turn on; `address` likewise.
+pub(crate) fn pass(address: impl FnOnce() -> u64, at: Place) {
     if current::left_out(SyncKind::TurnPass, at) {
         return;
     }
-    let address = counts.as_global().check::<u32>(index, GlobalAccess::Atomic, at);
-    count(address).fetch_add(1, Ordering::Release);
+    count(address()).fetch_add(1, Ordering::Release);
 }
 
 /// A turn that a lane waits for, for a report.
