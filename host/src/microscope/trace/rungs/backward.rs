@@ -152,7 +152,7 @@ pub(super) static RUNGS: [Rung; 5] = [
             Phase::new("dQ += dS K", 0, "// dQ += dS K", To::Before("let own = Part"), Stage::All)
                 .note("The part of these keys: other blocks have the others.")
                 .memory(&[], &["dS", "K"]),
-            Phase::new("Add dQ in memory", 0, "own.in_turn", To::Lines(3), Stage::All)
+            Phase::new("Add dQ in memory", 0, "own.wait(args", To::Lines(3), Stage::All)
                 .note("By atomics, in f32. In the entries that are deterministic, a block waits for its turn first."),
             Phase::new("Store dK and dV", 0, "let (scale, first, part)", To::End, Stage::Done)
                 .note("dK takes its scale once.")
