@@ -378,7 +378,7 @@ mod tests {
         use flash_attention::registry::{BACKWARD_KERNELS, KERNELS};
         let names = KERNELS.iter().map(|k| k.name).chain(BACKWARD_KERNELS.iter().map(|k| k.name));
         for name in names {
-            let steps = steps(name, 200, false);
+            let steps = steps(name, 130, false);
             assert!(steps.steps.len() >= 4, "{name}");
             let pictures = steps.steps.iter().filter(|step| step.shown.iter().any(Option::is_some));
             assert!(pictures.count() >= 3, "{name}");
@@ -389,7 +389,9 @@ mod tests {
     #[test]
     fn what_is_read_has_been_written() {
         for kernel in Rung::kernels() {
-            let steps = steps(&kernel, 600, false);
+            // More tiles than flash_hopper has stages; where there is no tile, N² numbers.
+            let seq = if kernel == "flash_hopper" { 600 } else { 150 };
+            let steps = steps(&kernel, seq, false);
             let mut read = 0;
             for step in &steps.steps {
                 for ((name, _), (holds, does)) in steps.regions.iter().zip(&step.memory) {
