@@ -242,7 +242,7 @@ impl Attention {
     ) -> Result<(), Error> {
         if self.has_ring() && self.merges.begin_empty {
             let rows = 0..self.member_shapes()[3].rows;
-            // SAFETY: the rows are those of O, and the sections are inside the live workspace.
+            // SAFETY: O has these rows, and the sections are inside the live workspace.
             unsafe { self.join_part(engine, tensors, workspace, &rows, [false, false], false) }?;
         }
         let mut joins = self.merges.joins.iter();

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::rungs::Order;
 
-/// What there is after a step.
+/// The numbers that exist after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
     /// Nothing new: a barrier, a copy.
@@ -39,7 +39,7 @@ const STAGES: usize = Stage::All as usize + 1;
 /// A picture: numbers in rows.
 #[derive(Clone, Debug, Serialize)]
 pub struct Matrix {
-    /// What it is.
+    /// Its title.
     pub title: &'static str,
     /// Its name before a row and a column.
     pub name: &'static str,
@@ -47,26 +47,29 @@ pub struct Matrix {
     pub width: usize,
     /// Row after row; none where a key is hidden or there is no number.
     pub values: Vec<Option<f64>>,
-    /// What a row is, and the number of the first.
+    /// The name of a row (row or key), and the number of the first.
     pub row: (&'static str, usize),
-    /// What a column is, and the number of the first.
+    /// The name of a column (key, row or column), and the number of the first.
     pub column: (&'static str, usize),
     /// Names of the rows, each of which has colours of its own.
     pub lines: Vec<&'static str>,
 }
 
 /// The numbers of a block.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Numbers {
     /// Titles of the pictures.
     pub figures: Vec<&'static str>,
     /// All matrices.
     pub matrices: Vec<Matrix>,
     /// The results: O and the LSE, or dK and dV, and dQ.
+    #[serde(skip)]
     pub results: Vec<Vec<f64>>,
     /// Of each tile, entries that are hidden.
+    #[serde(skip)]
     pub hidden: Vec<usize>,
     /// Of each tile and stage, the matrix of each figure.
+    #[serde(skip)]
     shown: Vec<[Vec<Option<usize>>; STAGES]>,
 }
 

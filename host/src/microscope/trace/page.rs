@@ -42,7 +42,7 @@ pub fn page(title: &str, steps: &Steps) -> Result<String> {
                         } }
                     } }
                     div.state {
-                        @for (i, title) in steps.figures.iter().enumerate() {
+                        @for (i, title) in steps.numbers.figures.iter().enumerate() {
                             figure { h3 id={ "title" (i) } { (title) } canvas id={ "figure" (i) } {} }
                         }
                         p.readout id="readout" { "Point at a cell to read its number." }

@@ -25,21 +25,21 @@ pub enum To {
 /// Something that the kernel does for a tile of keys, or once.
 #[derive(Clone, Copy, Debug)]
 pub struct Phase {
-    /// What.
+    /// Its name.
     pub title: &'static str,
     /// More; the comment above its first line if empty.
     pub note: &'static str,
     /// Number of the excerpt that it stands in.
     pub source: usize,
-    /// What its first line contains.
+    /// A part of its first line.
     pub from: &'static str,
     /// Its last line.
     pub to: To,
-    /// What is there after it.
+    /// The stage of the numbers after it.
     pub stage: Stage,
     /// Which lanes wait: "block", "warp", "consumers" or none.
     pub barrier: &'static str,
-    /// Regions of shared memory that it writes; with a `+` those of the next tile, where there is one.
+    /// Regions of shared memory that it writes. A `+` stands for the next tile: the last tile has no such phase.
     pub writes: &'static [&'static str],
     /// Regions that it reads.
     pub reads: &'static [&'static str],
@@ -102,6 +102,10 @@ impl Phase {
         Self { is_mask: true, ..self }
     }
 
+    const fn stage(self, stage: Stage) -> Self {
+        Self { stage, ..self }
+    }
+
     const fn of_before(self) -> Self {
         Self { of_before: true, ..self }
     }
@@ -132,7 +136,7 @@ pub struct Order {
     pub longest_first: bool,
     /// The last keys come first.
     pub descending: bool,
-    /// What is done for the first tile stands among the phases that come once, before.
+    /// The phases that come once, before, include the phases of the first tile.
     pub first_is_apart: bool,
 }
 
@@ -146,7 +150,7 @@ impl Order {
 pub struct Rung {
     /// Their names.
     pub kernels: &'static [&'static str],
-    /// What they do, in the order of the source.
+    /// Their phases, in the order of the source.
     pub phases: &'static [Phase],
     /// File, what the first line contains, how the line after the last begins.
     excerpts: &'static [(&'static str, &'static str, &'static str)],
@@ -154,6 +158,9 @@ pub struct Rung {
 }
 
 const SYNC: &str = "thread::sync_threads();";
+/// The barrier of a block.
+const BARRIER: Phase =
+    Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block");
 const AHEAD: &str = "The next tile is copied while this one is computed with.";
 
 /// The shape of a rung that is shown as a whole, since its scores are a matrix in memory.
@@ -188,7 +195,7 @@ impl Rung {
         (self.shape)(kernel, problem)
     }
 
-    /// What is shown of the source.
+    /// The excerpts of the source.
     ///
     /// # Errors
     /// A source file without the lines.

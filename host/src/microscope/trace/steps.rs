@@ -6,7 +6,7 @@ use flash_attention::{Problem, Tensor};
 use serde::Serialize;
 
 use super::{
-    numbers::{Extent, Matrix, Numbers},
+    numbers::{Extent, Numbers},
     rungs::{Order, Phase, Rung, To},
 };
 use crate::microscope::source::{self, Line};
@@ -22,18 +22,14 @@ pub struct Steps {
     pub warps: usize,
     /// The first warp that does not copy only.
     pub first_consumer: usize,
-    /// Titles of the pictures.
-    pub figures: Vec<&'static str>,
-    /// What they show.
-    pub matrices: Vec<Matrix>,
     /// Regions of shared memory: name and bytes.
     pub regions: Vec<(&'static str, usize)>,
     /// The steps.
     pub steps: Vec<Step>,
-    /// What is shown of the source.
+    /// The excerpts of the source.
     pub sources: Vec<Excerpt>,
-    /// The numbers.
-    #[serde(skip)]
+    /// The pictures.
+    #[serde(flatten)]
     pub numbers: Numbers,
 }
 
@@ -51,7 +47,7 @@ pub struct Excerpt {
 /// One step.
 #[derive(Clone, Debug, Serialize)]
 pub struct Step {
-    /// What is done.
+    /// Its title.
     pub title: String,
     /// More about it.
     pub note: String,
@@ -99,8 +95,6 @@ impl Steps {
             tiles: numbers.tiles(),
             warps: shape.warps,
             first_consumer: if kernel.ends_with("_hopper") { 4 } else { 0 },
-            figures: numbers.figures.clone(),
-            matrices: numbers.matrices.clone(),
             regions: shape.regions,
             steps: Vec::new(),
             sources: rung.excerpts()?,
@@ -326,7 +320,7 @@ mod tests {
             are_close(o, &right.o);
             are_close(lse, &right.lse);
             let last = steps.steps.last().unwrap().shown[3].unwrap();
-            assert_eq!(steps.matrices[last].title, "O, normalised", "{kernel}");
+            assert_eq!(steps.numbers.matrices[last].title, "O, normalised", "{kernel}");
         }
     }
 
@@ -359,7 +353,7 @@ mod tests {
         let steps = steps("flash_tiled", 96, false);
         let of_tile = |tile: usize| {
             let shown = steps.numbers.shown(tile, super::super::numbers::Stage::Output);
-            &steps.matrices[shown[2].unwrap()]
+            &steps.numbers.matrices[shown[2].unwrap()]
         };
         for tile in 1..steps.tiles {
             let (before, after) = (of_tile(tile - 1), of_tile(tile));

@@ -6,7 +6,7 @@ use kernels_gpu::{
     parts::scalar_tile,
 };
 
-use super::{AHEAD, Order, Phase, Rung, SYNC, Shape, To, whole};
+use super::{AHEAD, BARRIER, Order, Phase, Rung, Shape, To, whole};
 use crate::microscope::trace::numbers::Stage;
 
 const BACKWARD_NAIVE: &str = "kernels-gpu/src/backward/backward_naive.rs";
@@ -80,18 +80,18 @@ pub(super) static RUNGS: [Rung; 5] = [
                 .note("A block of this launch keeps a tile of keys; rows pass. dQ is the sum of another launch, which keeps rows.")
                 .memory(&["K", "V"], &[])
                 .once(false),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
+            BARRIER,
             Phase::new("Load Q and dO", 0, "tiles.load_rows", To::Lines(1), Stage::Before)
                 .note("All threads copy the next rows to shared memory, as f32.")
                 .memory(&["Q", "dO"], &[]),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
+            BARRIER,
             Phase::new("S = Q Kᵀ, dP = dO Vᵀ", 1, "let s = scalar_tile::product", To::Lines(2), Stage::Products)
                 .note("Each thread computes 2 rows and 4 keys of both in its registers.")
                 .memory(&[], &["Q", "K", "dO", "V"]),
             Phase::new("P and dS", 1, "// A loop that stays one", To::End, Stage::Gradients)
                 .note("P = exp(S - LSE) and dS = P (dP - delta): the LSE and delta of a row are known.")
                 .memory(&["P", "dS"], &[]),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Gradients).barrier("block"),
+            BARRIER.stage(Stage::Gradients),
             Phase::new("dV += Pᵀ dO, dK += dSᵀ Q", 0, "// dV += Pᵀ dO", To::Lines(7), Stage::Keys)
                 .note("Each thread owns keys, and reads columns of P and dS.")
                 .memory(&[], &["P", "dO", "dS", "Q"]),
@@ -133,7 +133,7 @@ pub(super) static RUNGS: [Rung; 5] = [
                 .once(false),
             Phase::new("Wait for the copies", 0, "async_copy::wait::<0>();", To::Lines(1), Stage::Before)
                 .note("Each thread waits for its own copies."),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
+            BARRIER,
             Phase::new("Start the copies of the next rows", 0, "if row_tile + 1", To::Lines(4), Stage::Before)
                 .note(AHEAD)
                 .memory(&["+Q", "+dO"], &[]),
@@ -148,7 +148,7 @@ pub(super) static RUNGS: [Rung; 5] = [
             Phase::new("dV += Pᵀ dO, dK += dSᵀ Q", 0, "// dV += Pᵀ dO", To::Before("// Hazard: dS is read"), Stage::Keys)
                 .note("From registers.")
                 .memory(&[], &["dO", "Q"]),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Keys).barrier("block"),
+            BARRIER.stage(Stage::Keys),
             Phase::new("dQ += dS K", 0, "// dQ += dS K", To::Before("let own = Part"), Stage::All)
                 .note("The part of these keys: other blocks have the others.")
                 .memory(&[], &["dS", "K"]),

@@ -6,7 +6,7 @@ use kernels_gpu::{
     parts::{attend, scalar_tile},
 };
 
-use super::{AHEAD, Order, Phase, Rung, SYNC, Shape, To, whole};
+use super::{AHEAD, BARRIER, Order, Phase, Rung, Shape, To, whole};
 use crate::microscope::trace::numbers::Stage;
 
 const NAIVE: &str = "kernels-gpu/src/forward/naive.rs";
@@ -31,6 +31,32 @@ const SOFTMAX: &str = "m grows to the largest score so far; α = exp(m before - 
 const RAISE: &str = "m grows only where some score is far above it; then α = exp(m before - m) scales l and O. The \
                      picture grows m each time: O / l is the same.";
 const STORE: &str = "O / l goes to global memory, and LSE = m + log(l).";
+
+/// Of kernels that copy ahead.
+const COPIES_LANDED: Phase = Phase::new(
+    "Wait for the copies",
+    0,
+    "// Hazard: this thread's copies of the tile",
+    To::Lines(2),
+    Stage::Before,
+)
+.note("Each thread waits for its own copies.");
+/// The phases of `attend`.
+const ATTEND_SCORES: Phase =
+    Phase::new(SCORES, 1, "// S = Q", To::Before("// Shape, scale"), Stage::Scores)
+        .note("Each warp multiplies its 16 rows on tensor cores; S stays in the fragments of C.")
+        .memory(&[], &["Q", "K"]);
+const ATTEND_MASK: Phase =
+    Phase::new("Mask", 1, "// Shape, scale", To::Before("// Online softmax"), Stage::Scores).mask();
+const ATTEND_SOFTMAX: Phase =
+    Phase::new("Online softmax", 1, "// Online softmax", To::Before("let kept"), Stage::Softmax)
+        .note(SOFTMAX);
+const ATTEND_VALUES: Phase = Phase::new("O += P V", 1, "// O += P V", To::Lines(3), Stage::Output)
+    .note("P is an operand as it stands: two neighbouring fragments of C are one of A.")
+    .memory(&[], &["V"]);
+const NORMALISE: Phase = Phase::new("Normalise and store", 0, "// Normalise", To::End, Stage::Done)
+    .note(STORE)
+    .once(true);
 
 /// The kernels of the forward pass.
 pub(super) static RUNGS: [Rung; 8] = [
@@ -91,11 +117,11 @@ pub(super) static RUNGS: [Rung; 8] = [
                 .note("All threads copy the rows of Q to shared memory, as f32. m = -∞, l = 0, O = 0.")
                 .memory(&["Q"], &[])
                 .once(false),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
+            BARRIER,
             Phase::new("Load K and V", 0, "// SAFETY", To::Before("// Hazard"), Stage::Before)
                 .note("All threads copy the next keys and their values to shared memory, as f32.")
                 .memory(&["K", "V"], &[]),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
+            BARRIER,
             Phase::new(SCORES, 0, "// S = Q", To::Before("// Shape and mask"), Stage::Scores)
                 .note("Each thread computes 2 rows and 4 keys of S in its registers.")
                 .memory(&[], &["Q", "K"]),
@@ -109,9 +135,7 @@ pub(super) static RUNGS: [Rung; 8] = [
             Phase::new("O += P V", 0, "// O += P V", To::Before("    // Normalise"), Stage::Output)
                 .note("Each thread reads its rows of P and all of V.")
                 .memory(&[], &["V", "P"]),
-            Phase::new("Normalise and store", 0, "// Normalise", To::End, Stage::Done)
-                .note(STORE)
-                .once(true),
+            NORMALISE,
         ],
     },
     Rung {
@@ -130,24 +154,16 @@ pub(super) static RUNGS: [Rung; 8] = [
                 .note("All threads copy the rows of Q to shared memory. m = -∞, l = 0, O = 0.")
                 .memory(&["Q"], &[])
                 .once(false),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
+            BARRIER,
             Phase::new("Load K and V", 0, "tile::load", To::Lines(2), Stage::Before)
                 .note("All threads copy the next keys and their values to shared memory.")
                 .memory(&["K", "V"], &[]),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
-            Phase::new(SCORES, 1, "// S = Q", To::Before("// Shape, scale"), Stage::Scores)
-                .note("Each warp multiplies its 16 rows on tensor cores; S stays in the fragments of C.")
-                .memory(&[], &["Q", "K"]),
-            Phase::new("Mask", 1, "// Shape, scale", To::Before("// Online softmax"), Stage::Scores)
-                .mask(),
-            Phase::new("Online softmax", 1, "// Online softmax", To::Before("let kept"), Stage::Softmax)
-                .note(SOFTMAX),
-            Phase::new("O += P V", 1, "// O += P V", To::Lines(3), Stage::Output)
-                .note("P is an operand as it stands: two neighbouring fragments of C are one of A.")
-                .memory(&[], &["V"]),
-            Phase::new("Normalise and store", 0, "// Normalise", To::End, Stage::Done)
-                .note(STORE)
-                .once(true),
+            BARRIER,
+            ATTEND_SCORES,
+            ATTEND_MASK,
+            ATTEND_SOFTMAX,
+            ATTEND_VALUES,
+            NORMALISE,
         ],
     },
     Rung {
@@ -165,22 +181,16 @@ pub(super) static RUNGS: [Rung; 8] = [
                 .note("cp.async: the threads ask for copies and go on. m = -∞, l = 0, O = 0.")
                 .memory(&["Q", "K", "V"], &[])
                 .once(false),
-            Phase::new("Wait for the copies", 0, "// Hazard: this thread's", To::Lines(2), Stage::Before)
-                .note("Each thread waits for its own copies."),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
+            COPIES_LANDED,
+            BARRIER,
             Phase::new("Start the copies of the next tile", 0, "kv.start(kv_tile + 1", To::Lines(2), Stage::Before)
                 .note(AHEAD)
                 .memory(&["+K", "+V"], &[]),
-            Phase::new(SCORES, 1, "// S = Q", To::Before("// Shape, scale"), Stage::Scores)
-                .note("Each warp multiplies its 16 rows on tensor cores; S stays in the fragments of C.")
-                .memory(&[], &["Q", "K"]),
-            Phase::new("Mask", 1, "// Shape, scale", To::Before("// Online softmax"), Stage::Scores).mask(),
-            Phase::new("Online softmax", 1, "// Online softmax", To::Before("let kept"), Stage::Softmax)
-                .note(SOFTMAX),
-            Phase::new("O += P V", 1, "// O += P V", To::Lines(3), Stage::Output)
-                .note("P is an operand as it stands: two neighbouring fragments of C are one of A.")
-                .memory(&[], &["V"]),
-            Phase::new("Normalise and store", 0, "// Normalise", To::End, Stage::Done).note(STORE).once(true),
+            ATTEND_SCORES,
+            ATTEND_MASK,
+            ATTEND_SOFTMAX,
+            ATTEND_VALUES,
+            NORMALISE,
         ],
     },
     Rung {
@@ -211,9 +221,8 @@ pub(super) static RUNGS: [Rung; 8] = [
                 .note("After a wait and a barrier of its own.")
                 .memory(&[], &["Q"])
                 .once(false),
-            Phase::new("Wait for the copies", 0, "// Hazard: this thread's copies of the tile", To::Lines(2), Stage::Before)
-                .note("Each thread waits for its own copies."),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
+            COPIES_LANDED,
+            BARRIER,
             Phase::new("Start the copies of the next tile", 0, "} else if !is_last {", To::Lines(3), Stage::Before)
                 .note(AHEAD)
                 .memory(&["+K", "+V"], &[]),
@@ -230,7 +239,7 @@ pub(super) static RUNGS: [Rung; 8] = [
             Phase::new("Take the answer", 0, "if taken != NOT_ASKED", To::Lines(7), Stage::Output)
                 .note("The thread that asked writes the next task to shared memory.")
                 .once(true),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Output).barrier("block").once(true),
+            BARRIER.stage(Stage::Output).once(true),
             Phase::new("Start the next task's copies", 0, "if let Some(next) = next_task.read()", To::Lines(3), Stage::Output)
                 .note("Where there is one: they are on their way while O is stored.")
                 .once(true),
@@ -255,9 +264,8 @@ pub(super) static RUNGS: [Rung; 8] = [
                 .note("cp.async: the threads ask for copies and go on. m = -∞, l = 0, O = 0.")
                 .memory(&["Q", "K", "V"], &[])
                 .once(false),
-            Phase::new("Wait for the copies", 0, "// Hazard: this thread's", To::Lines(2), Stage::Before)
-                .note("Each thread waits for its own copies."),
-            Phase::new("Barrier of the block", 0, SYNC, To::Lines(1), Stage::Before).barrier("block"),
+            COPIES_LANDED,
+            BARRIER,
             Phase::new("Start the copies of the next tile", 0, "if kv_tile + 1", To::Lines(4), Stage::Before)
                 .note(AHEAD)
                 .memory(&["+K", "+V"], &[]),
@@ -269,7 +277,7 @@ pub(super) static RUNGS: [Rung; 8] = [
             Phase::new("P, and O += P V", 1, "// P, and O += P V", To::End, Stage::Output)
                 .note("8 keys at a time; P is split into two parts as it is made.")
                 .memory(&[], &["V"]),
-            Phase::new("Normalise and store", 0, "// Normalise", To::End, Stage::Done).note(STORE).once(true),
+            NORMALISE,
         ],
     },
     Rung {
