@@ -103,20 +103,24 @@ fn kernels() -> impl Iterator<Item = (&'static BackwardSpec, DType)> {
     BACKWARD_KERNELS.iter().flat_map(|k| k.dtypes.iter().map(move |&dtype| (k, dtype)))
 }
 
-/// Head dims that a kernel has different code for. Above 128 columns, warps or warpgroups share keys in the
-/// last two rungs.
-fn head_dims_apart(kernel: &BackwardSpec) -> Vec<usize> {
-    let shares_keys = ["backward_mma", "backward_hopper"].contains(&kernel.name);
+/// Head dims, and those of the values, that a kernel has different code for. Above 128 columns, warps or
+/// warpgroups share keys in the last two rungs; the last has fewer columns of values, too.
+fn head_dims_apart(kernel: &BackwardSpec) -> Vec<(usize, usize)> {
     let first = kernel.limits.head_dims[0];
-    if shares_keys { vec![first, 192] } else { vec![first] }
+    let others: &[_] = match kernel.name {
+        "backward_mma" => &[(192, 192)],
+        "backward_hopper" => &[(192, 192), (192, 128)],
+        _ => &[],
+    };
+    [&[(first, first)], others].concat()
 }
 
-/// Lengths beside a kernel's tiles, and every feature alone, of a head dim.
-fn edges(kernel: &BackwardSpec, dtype: DType, d: usize) -> Vec<Case> {
+/// Lengths beside a kernel's tiles, and every feature alone, of a head dim and one of the values.
+fn edges(kernel: &BackwardSpec, dtype: DType, (d, d_v): (usize, usize)) -> Vec<Case> {
     let Sizes { rows, keys } = (kernel.limits.sizes)(dtype, d);
     let (br, bc) = (rows[0] as usize, keys[0] as usize);
     let shape = |batch, heads, seq_q, seq_k| {
-        Problem::builder(batch, heads, seq_q, d).seq_k(seq_k).dtype(dtype)
+        Problem::builder(batch, heads, seq_q, d).head_dim_v(d_v).seq_k(seq_k).dtype(dtype)
     };
     let dropout = Some(Dropout { p: 0.2, seed: 0x1234_5678_9abc });
     let window = |left, right| Window { left: Some(left), right };
@@ -167,8 +171,8 @@ fn edges(kernel: &BackwardSpec, dtype: DType, d: usize) -> Vec<Case> {
         let p = p.seq_k(keys[0] as usize + 1).dtype(dtype).causal(true);
         cases.push(Case::new("another head dim", p.build().unwrap()));
     }
-    for (other, of_values) in [(d - 8, d - 8), (d + 8, 16), (24, d + 24), (d, d.div_ceil(24) * 16)]
-    {
+    let narrower = [(d - 8, d_v - 8), (d + 8, 16), (24, d + 24), (d, d.div_ceil(24) * 16)];
+    for (other, of_values) in narrower {
         let p = Problem::builder(2, 2, 5, other).head_dim_v(of_values);
         let p = p.seq_k(bc + 1).dtype(dtype);
         let name = format!("head dim {other} and {of_values} of the values");
@@ -177,7 +181,7 @@ fn edges(kernel: &BackwardSpec, dtype: DType, d: usize) -> Vec<Case> {
     // Several tiles, none or one of rows or keys between others.
     let lengths = [[0, 9], [br + 3, bc + 5], [3, 0], [0, 0], [1, 33], [br, bc], [0, 1]];
     let packed = |name, change: fn(ProblemBuilder) -> ProblemBuilder| {
-        Case::packed(name, &lengths, (4, d), |p| change(p.dtype(dtype)))
+        Case::packed(name, &lengths, (4, d), |p| change(p.head_dim_v(d_v).dtype(dtype)))
     };
     cases.push(packed("packed sequences", |p| p));
     cases.push(packed("packed sequences, causal", |p| p.causal(true).kv_heads(2)));
@@ -454,6 +458,7 @@ fn several_key_tiles() -> impl Iterator<Item = (&'static BackwardSpec, Case)> {
             ("a window", shape(1, 2 * bc, 4 * bc - 3).window(window(bc as u32 + 9, 40))),
             ("shared keys", shape(2, 70, 3 * bc + 1).kv_heads(1).causal(true)),
             ("head dim 192", other(192)),
+            ("head dim 192, values of 128", other(192).head_dim_v(128)),
             ("head dim 256, causal", other(256).causal(true)),
         ];
         let cases = cases.map(|(name, p)| Case::new(name, p.build().unwrap()));
@@ -578,11 +583,17 @@ fn gradients_in_order_repeat_on_a_gpu() {
     suite::on_a_gpu(|gpu| {
         let (target, session) = (Target::of(&**gpu), Session::new(gpu.clone()));
         let repeats = suite::number("FLASH_ATTENTION_TEST_REPEATS", 100);
-        for (d, causal) in
-            [(64, false), (64, true), (128, false), (128, true), (192, false), (256, true)]
-        {
-            let p = Problem::builder(2, 8, 1500, d).kv_heads(4).dtype(DType::F16).causal(causal);
-            let p = p.build().unwrap();
+        for (d, d_v, causal) in [
+            (64, 64, false),
+            (64, 64, true),
+            (128, 128, false),
+            (128, 128, true),
+            (192, 192, false),
+            (192, 128, true),
+            (256, 256, true),
+        ] {
+            let p = Problem::builder(2, 8, 1500, d).head_dim_v(d_v).kv_heads(4);
+            let p = p.dtype(DType::F16).causal(causal).build().unwrap();
             let tensors = ill_conditioned(&Case::new("", p));
             let [q, k, v] = tensors.each_ref().map(|tensor| session.upload(tensor).unwrap());
             let d_o = session.upload(&d_o(&p)).unwrap();

@@ -95,6 +95,8 @@ const TABLES: &[entry::Instances] = &[
     backward_mma::ORDERED_ENTRIES,
     backward_hopper::ENTRIES,
     backward_hopper::ORDERED_ENTRIES,
+    backward_hopper::VALUES_OF_128,
+    backward_hopper::ORDERED_VALUES_OF_128,
     backward_hopper::convert::ENTRIES,
     decode_split::ENTRIES,
     decode_e4m3::ENTRIES,

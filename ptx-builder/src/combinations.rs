@@ -101,6 +101,7 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
     ("backward_hopper", "_d128", &[FULL, CAUSAL, PADDED, WINDOW, VARLEN]),
     ("backward_hopper", "_d192", &[FULL, CAUSAL, PADDED, WINDOW, VARLEN]),
     ("backward_hopper", "_d256", &[FULL, CAUSAL, PADDED, WINDOW, VARLEN]),
+    ("backward_hopper", "_v128", &[FULL, CAUSAL, PADDED, WINDOW, VARLEN]),
     // The steps before and after it.
     ("backward_hopper", "", &[FULL, CAUSAL]),
     ("decode", "", &[FULL, PAGED, ODD_PAGES, WINDOW, CODES, DECODE_ALL]),

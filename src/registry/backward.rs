@@ -468,11 +468,13 @@ const BACKWARD_HOPPER: BackwardSpec = BackwardSpec {
     draft: |b, _| {
         let p = &b.problem;
         let d = entry_size(p, backward_hopper::ENTRIES)?;
-        let hopper = backward_hopper::Tiles::of(d as u32);
-        let instances = if in_order(b, hopper.keys) {
-            backward_hopper::ORDERED_ENTRIES
-        } else {
-            backward_hopper::ENTRIES
+        let d_v = if d == 192 && p.head_dim_v() <= 128 { 128 } else { d };
+        let hopper = backward_hopper::Tiles::with_values(d as u32, d_v as u32);
+        let instances = match (d_v == d, in_order(b, hopper.keys)) {
+            (true, false) => backward_hopper::ENTRIES,
+            (true, true) => backward_hopper::ORDERED_ENTRIES,
+            (false, false) => backward_hopper::VALUES_OF_128,
+            (false, true) => backward_hopper::ORDERED_VALUES_OF_128,
         };
         let [rows, keys, numbers] = hopper.boxes();
         let main = Step {

@@ -33,6 +33,7 @@
 //! | 64 | 128 x 128 | 166,072 | 32, 32, 64, 64, 32 of 240 |
 //! | 128 | 64 x 128 | 165,048 | 64, 64, 32, 32, 16 of 240 |
 //! | 192, 256 | 64 x 64 | 164,952, 214,104 | in `wide.rs`: consumers share keys, one has dV, the other dK |
+//! | 192, values of 128 | 64 x 64 | 140,376 | likewise |
 //!
 //! Where the time goes, by counting, for a tile at D = 128: five products of 64 x 128 x 128 take
 //! 2560 clocks of the tensor cores. Their operands are 256 KB of shared memory, 2048 clocks at 128
@@ -232,12 +233,26 @@ entries! {
     /// Instances of [`backward_hopper()`] that sum dQ in the order in which the blocks come.
     pub static ENTRIES: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
     backward_hopper: T in [f16, bf16], d D in [64, 128, 192, 256] =
-        backward_hopper::<T, Hopper<{ D as u32 }, false>>;
+        backward_hopper::<T, Hopper<{ D as u32 }, { D as u32 }, false>>;
 }
 
 entries! {
     /// Instances of [`backward_hopper()`] that sum dQ in a fixed order.
     pub static ORDERED_ENTRIES: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
     backward_hopper: T in [f16, bf16], d D in [64, 128, 192, 256], "_ordered" =
-        backward_hopper::<T, Hopper<{ D as u32 }, true>>;
+        backward_hopper::<T, Hopper<{ D as u32 }, { D as u32 }, true>>;
+}
+
+entries! {
+    /// Instances of [`backward_hopper()`] for values of head dim 128, that sum dQ as [`ENTRIES`] do.
+    pub static VALUES_OF_128: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
+    backward_hopper: T in [f16, bf16], d D in [192], "_v128" =
+        backward_hopper::<T, Hopper<{ D as u32 }, 128, false>>;
+}
+
+entries! {
+    /// Instances of [`backward_hopper()`] for values of head dim 128, that sum dQ in a fixed order.
+    pub static ORDERED_VALUES_OF_128: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
+    backward_hopper: T in [f16, bf16], d D in [192], "_v128_ordered" =
+        backward_hopper::<T, Hopper<{ D as u32 }, 128, true>>;
 }

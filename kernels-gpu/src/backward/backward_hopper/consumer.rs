@@ -136,14 +136,24 @@ impl<T: Operand> Setting<'_, T> {
     }
 }
 
+/// dK and dV of a block's keys, and its part of dQ, where each consumer has keys of its own.
+///
+/// # Safety
+/// As for [`Geometry::consume`].
+#[inline(always)]
+pub(super) unsafe fn work<T: Operand, G: Geometry>(setting: Setting<'_, T>) {
+    // SAFETY: passed on to the caller.
+    unsafe { Consumer::<T, G>::new(setting).work() };
+}
+
 /// A thread of a consumer warpgroup that has keys of its own.
-pub(super) struct Consumer<'a, T, G: Geometry> {
+struct Consumer<'a, T, G: Geometry> {
     setting: Setting<'a, T>,
     stage: Stage<Stages<STAGES>>,
     s: G::Scores,
     dp: G::Scores,
-    dk: G::Gradient,
-    dv: G::Gradient,
+    dk: G::KeyGradient,
+    dv: G::ValueGradient,
 }
 
 impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
@@ -266,10 +276,10 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
             self.setting.rings.d_o.release(self.stage);
         }
         // SAFETY: all four warps are here, and the stage of Q is released only after dK.
-        unsafe { G::start_gradient::<T>(&mut self.dk, ds, q) };
+        unsafe { self.dk.start::<T>(ds, q) };
     }
 
-    /// Bytes from the first stage of Q, and of dO, to this one.
+    /// Bytes from the first stage of Q, and of dO, which has as many columns here, to this one.
     #[inline(always)]
     fn q_offset(&self) -> u32 {
         self.stage.index() * const { G::TILES.q_bytes() }
@@ -292,7 +302,7 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         let (v, d_o) =
             (self.own_rows(const { G::TILES.v() }), self.columns(const { G::TILES.d_o() }));
         // SAFETY: all four warps are here, and the stage of dO is released only after dV.
-        unsafe { G::start_scores::<T>(&mut self.dp, v, d_o) };
+        unsafe { G::start_dp::<T>(&mut self.dp, v, d_o) };
         // Sᵀ is complete, and so is dK of the tile before.
         self.s.wait_group::<1>();
         if LATER {
@@ -313,7 +323,7 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         let p = self.s.pack::<T>(kept);
         let d_o = self.rows(const { G::TILES.d_o() });
         // SAFETY: all four warps are here, and the stage of dO is released only after dV.
-        unsafe { G::start_gradient::<T>(&mut self.dv, &p, d_o) };
+        unsafe { self.dv.start::<T>(&p, d_o) };
         // dPᵀ is complete; dV may still run.
         self.dp.wait_group::<1>();
         let delta = self.setting.delta.slice(stage.index() * rows, rows);

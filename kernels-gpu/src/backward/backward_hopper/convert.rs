@@ -83,5 +83,5 @@ entries! {
     /// Instances of [`convert()`].
     pub static ENTRIES: BackwardArgs => "sm_90a", threads THREADS, min_blocks 1;
     backward_hopper_convert: T in [f16, bf16], d D in [64, 128, 192, 256] =
-        convert::<T, Hopper<{ D as u32 }, false>>;
+        convert::<T, Hopper<{ D as u32 }, { D as u32 }, false>>;
 }

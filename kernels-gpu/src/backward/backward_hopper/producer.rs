@@ -25,9 +25,9 @@ pub(super) unsafe fn produce<G: Geometry>(
 ) {
     let tiles = const { G::TILES };
     maps.prefetch();
-    // All chunks of a tile: rows from `row` on.
-    let copy = |of: MapRows, to: u32, map: u64, rows: u32, row: u32, full: Mbarrier| {
-        for chunk in 0..const { G::TILES.d / CHUNK_COLUMNS } {
+    // All chunks of a tile of `d` columns: rows from `row` on.
+    let copy = |of: MapRows, to: u32, map: u64, (rows, d): (u32, u32), row: u32, full: Mbarrier| {
+        for chunk in 0..d / CHUNK_COLUMNS {
             let to = to + chunk * rows * CHUNK_ROW_BYTES;
             // SAFETY: the parameter holds the maps; the ring keeps readers away.
             unsafe { of.load(to, map, chunk * CHUNK_COLUMNS, row, full) };
@@ -37,29 +37,32 @@ pub(super) unsafe fn produce<G: Geometry>(
     let Some(mut at) = work.next() else { return };
     let first_key = G::place().key_tile() * tiles.keys;
     let keys = MapRows::keys(&at.head);
+    let (k, v) = ((tiles.keys, tiles.d), (tiles.keys, tiles.d_v));
+    let (q, d_o) = ((tiles.rows, tiles.d), (tiles.rows, tiles.d_v));
     rings.k.arrive_expect_tx(tiles.k_bytes());
-    copy(keys, smem, maps.address::<1>(), tiles.keys, first_key, rings.k);
+    copy(keys, smem, maps.address::<1>(), k, first_key, rings.k);
 
     let mut stage = Stage::FIRST;
     loop {
         let row = at.tile * tiles.rows;
         let rows = MapRows::queries(&at.head);
         let row_from = [row, at.head.b * args.forward.shape.heads + at.head.h, 0, 0];
-        let bytes = tiles.q_bytes() + tiles.row_bytes();
-        let (to, to_row) = (stage.index() * tiles.q_bytes(), stage.index() * tiles.row_bytes());
+        let to_row = stage.index() * tiles.row_bytes();
 
-        let full = rings.q.acquire(stage, bytes);
-        copy(rows, smem + tiles.q() + to, maps.address::<0>(), tiles.rows, row, full);
+        let full = rings.q.acquire(stage, tiles.q_bytes() + tiles.row_bytes());
+        let to = smem + tiles.q() + stage.index() * tiles.q_bytes();
+        copy(rows, to, maps.address::<0>(), q, row, full);
         // SAFETY: as above.
         unsafe { tma::load_4d(smem + tiles.lse() + to_row, maps.address::<4>(), row_from, full) };
 
         if stage == Stage::FIRST {
-            rings.v.arrive_expect_tx(tiles.k_bytes());
-            copy(keys, smem + tiles.v(), maps.address::<2>(), tiles.keys, first_key, rings.v);
+            rings.v.arrive_expect_tx(tiles.v_bytes());
+            copy(keys, smem + tiles.v(), maps.address::<2>(), v, first_key, rings.v);
         }
 
-        let full = rings.d_o.acquire(stage, bytes);
-        copy(rows, smem + tiles.d_o() + to, maps.address::<3>(), tiles.rows, row, full);
+        let full = rings.d_o.acquire(stage, tiles.d_o_bytes() + tiles.row_bytes());
+        let to = smem + tiles.d_o() + stage.index() * tiles.d_o_bytes();
+        copy(rows, to, maps.address::<3>(), d_o, row, full);
         // SAFETY: as above.
         unsafe { tma::load_4d(smem + tiles.delta() + to_row, maps.address::<5>(), row_from, full) };
 

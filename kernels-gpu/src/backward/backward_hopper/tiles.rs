@@ -25,8 +25,10 @@ pub(super) const DQ_ELEMENTS: u32 = 64 * 64;
 /// The tiles of a block, for a head dim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
-    /// Head dim.
+    /// Head dim of Q and K.
     pub d: u32,
+    /// Head dim of V and O.
+    pub d_v: u32,
     /// Query rows of a tile.
     pub rows: u32,
     /// Keys of a block.
@@ -39,15 +41,22 @@ impl Tiles {
     /// Mbarriers: of two rings, of K and of V.
     pub(super) const BARRIERS: u32 = 2 * Ring::<Stages<STAGES>>::BARRIERS + 2;
 
-    /// The tiles of head dim `d`: as many rows as registers leave room for. Up to 128 dQ of a tile is 64 x 64
-    /// of each consumer, and each has keys of its own; above, consumers share 64 keys.
+    /// The tiles of head dim `d`, of V too: as many rows as registers leave room for. Up to 128 dQ of a tile
+    /// is 64 x 64 of each consumer, and each has keys of its own; above, consumers share 64 keys.
     #[must_use]
     pub const fn of(d: u32) -> Self {
+        Self::with_values(d, d)
+    }
+
+    /// The tiles of head dim `d` with values of head dim `d_v`: fewer only where consumers share keys.
+    #[must_use]
+    pub const fn with_values(d: u32, d_v: u32) -> Self {
         assert!(d == 64 || d == 128 || d == 192 || d == 256, "no tiles for this head dim");
+        assert!(d_v == d || d > 128 && d_v == 128, "no tiles for values of this head dim");
         if d > 128 {
-            Self { d, rows: CHUNK_COLUMNS, keys: CONSUMER_KEYS }
+            Self { d, d_v, rows: CHUNK_COLUMNS, keys: CONSUMER_KEYS }
         } else {
-            Self { d, rows: CONSUMERS * DQ_ELEMENTS / d, keys: CONSUMERS * CONSUMER_KEYS }
+            Self { d, d_v, rows: CONSUMERS * DQ_ELEMENTS / d, keys: CONSUMERS * CONSUMER_KEYS }
         }
     }
 
@@ -56,14 +65,24 @@ impl Tiles {
         self.keys == CONSUMER_KEYS
     }
 
-    /// Bytes of K, and of V.
+    /// Bytes of K.
     pub(super) const fn k_bytes(&self) -> u32 {
         self.keys * self.d * 2
     }
 
-    /// Bytes of a stage of Q, and of one of dO.
+    /// Bytes of V.
+    pub(super) const fn v_bytes(&self) -> u32 {
+        self.keys * self.d_v * 2
+    }
+
+    /// Bytes of a stage of Q.
     pub(super) const fn q_bytes(&self) -> u32 {
         self.rows * self.d * 2
+    }
+
+    /// Bytes of a stage of dO.
+    pub(super) const fn d_o_bytes(&self) -> u32 {
+        self.rows * self.d_v * 2
     }
 
     /// Bytes of a buffer of dS.
@@ -83,7 +102,7 @@ impl Tiles {
 
     /// Offset of the stages of Q.
     pub(super) const fn q(&self) -> u32 {
-        2 * self.k_bytes()
+        self.v() + self.v_bytes()
     }
 
     /// Offset of the stages of dO.
@@ -93,7 +112,7 @@ impl Tiles {
 
     /// Offset of the two buffers of dS, or of one and P.
     pub(super) const fn ds(&self) -> u32 {
-        self.d_o() + STAGES * self.q_bytes()
+        self.d_o() + STAGES * self.d_o_bytes()
     }
 
     /// Offset of P, where consumers share keys: it takes the place of the second buffer of dS.

@@ -23,6 +23,7 @@
 //!
 //! | D | registers of dV or dK, S or dP, P or dS, dQ a thread | chunks of dQ | shared bytes |
 //! |---|---|---|---|
+//! | 192, values of 128 | 64 or 96, 32, 16, 32 of 240 | 1 and 2 | 140,376 |
 //! | 192 | 96, 32, 16, 32 of 240 | 1 and 2 | 164,952 |
 //! | 256 | 128, 32, 16, 32 of 240 | 2 and 2 | 214,104 |
 
@@ -54,39 +55,45 @@ use crate::parts::{
 /// Steps of 16 rows in a tile.
 const STEPS: usize = 4;
 
+/// dV or dK of a block's keys, and this consumer's part of dQ.
+///
+/// # Safety
+/// As for [`Geometry::consume`].
+#[inline(always)]
+pub(super) unsafe fn work<T: Operand, G: Geometry>(setting: Setting<'_, T>) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if setting.own == 0 {
+            Wide::<T, G, G::ValueGradient>::new(setting).values();
+        } else {
+            Wide::<T, G, G::KeyGradient>::new(setting).keys();
+        }
+    }
+}
+
 /// A thread of one of the two.
-pub(super) struct Wide<'a, T, G: Geometry> {
+struct Wide<'a, T, G: Geometry, S> {
     setting: Setting<'a, T>,
     stage: Stage<Stages<STAGES>>,
     /// S, then P; or dP, then dS.
     scores: G::Scores,
     /// dV, or dK.
-    sum: G::Gradient,
+    sum: S,
 }
 
-impl<'a, T: Operand, G: Geometry> Wide<'a, T, G> {
+impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S> {
     /// Before the first tile.
     #[inline(always)]
-    pub fn new(setting: Setting<'a, T>) -> Self {
+    fn new(setting: Setting<'a, T>) -> Self {
         const { assert!(G::TILES.is_wide() && G::TILES.rows as usize == 16 * STEPS) };
         let (scores, sum) = (ScoreTile::zero(), GradientTile::zero());
         Self { setting, stage: Stage::FIRST, scores, sum }
     }
 
-    /// dV or dK of a block, and this consumer's part of dQ.
-    ///
-    /// # Safety
-    /// As for [`Geometry::consume`].
-    #[inline(always)]
-    pub unsafe fn work(&mut self) {
-        // SAFETY: passed on to the caller.
-        unsafe { if self.setting.own == 0 { self.values() } else { self.keys() } }
-    }
-
     /// dV.
     ///
     /// # Safety
-    /// As for [`work`](Self::work).
+    /// As for [`work`].
     #[inline(always)]
     unsafe fn values(&mut self) {
         let mut work = RowTiles::of_block::<G>(self.setting.args);
@@ -120,7 +127,7 @@ impl<'a, T: Operand, G: Geometry> Wide<'a, T, G> {
     /// dK.
     ///
     /// # Safety
-    /// As for [`work`](Self::work).
+    /// As for [`work`].
     #[inline(always)]
     unsafe fn keys(&mut self) {
         let args = self.setting.args;
@@ -155,7 +162,7 @@ impl<'a, T: Operand, G: Geometry> Wide<'a, T, G> {
     /// The policy of the block's first head.
     ///
     /// # Safety
-    /// As for [`work`](Self::work).
+    /// As for [`work`].
     #[inline(always)]
     unsafe fn policy(&self) -> Policy {
         let head = self.setting.head();
@@ -180,21 +187,29 @@ impl<'a, T: Operand, G: Geometry> Wide<'a, T, G> {
         }
     }
 
-    /// Address of this stage of Q, or of dO if that is `offset` bytes into shared memory.
+    /// Address of this stage of Q.
     #[inline(always)]
-    fn rows(&self, offset: u32) -> u32 {
-        self.setting.address(offset) + self.stage.index() * const { G::TILES.q_bytes() }
+    fn q(&self) -> u32 {
+        self.setting.address(const { G::TILES.q() })
+            + self.stage.index() * const { G::TILES.q_bytes() }
+    }
+
+    /// Address of this stage of dO.
+    #[inline(always)]
+    fn d_o(&self) -> u32 {
+        self.setting.address(const { G::TILES.d_o() })
+            + self.stage.index() * const { G::TILES.d_o_bytes() }
     }
 
     /// Starts Sᵀ = K Qᵀ of this stage's tile.
     ///
     /// # Safety
-    /// As for [`work`](Self::work).
+    /// As for [`work`].
     #[inline(always)]
     unsafe fn start_scores(&mut self) {
         self.setting.rings.q.wait(self.stage);
         let k = Descriptor::k_major(self.setting.address(0));
-        let q = Descriptor::k_major(self.rows(const { G::TILES.q() }));
+        let q = Descriptor::k_major(self.q());
         // SAFETY: passed on to the caller.
         unsafe { G::start_scores::<T>(&mut self.scores, k, q) };
     }
@@ -202,14 +217,14 @@ impl<'a, T: Operand, G: Geometry> Wide<'a, T, G> {
     /// Starts dPᵀ = V dOᵀ of this stage's tile.
     ///
     /// # Safety
-    /// As for [`work`](Self::work).
+    /// As for [`work`].
     #[inline(always)]
     unsafe fn start_gradients(&mut self) {
         self.setting.rings.d_o.wait(self.stage);
         let v = Descriptor::k_major(self.setting.address(const { G::TILES.v() }));
-        let d_o = Descriptor::k_major(self.rows(const { G::TILES.d_o() }));
+        let d_o = Descriptor::k_major(self.d_o());
         // SAFETY: passed on to the caller.
-        unsafe { G::start_scores::<T>(&mut self.scores, v, d_o) };
+        unsafe { G::start_dp::<T>(&mut self.scores, v, d_o) };
     }
 
     /// The first row and key of this thread in a tile.
@@ -223,7 +238,7 @@ impl<'a, T: Operand, G: Geometry> Wide<'a, T, G> {
     /// P of a tile from its scores, for the other consumer; starts dV += Pᵀ dO.
     ///
     /// # Safety
-    /// As for [`work`](Self::work).
+    /// As for [`work`].
     #[inline(always)]
     unsafe fn weigh(&mut self, at: At) {
         let (rows, stage) = (const { G::TILES.rows }, self.stage);
@@ -243,12 +258,9 @@ impl<'a, T: Operand, G: Geometry> Wide<'a, T, G> {
         let kept = G::Scores::kept(&policy, i, j);
         let p = self.scores.pack::<T>(kept);
         self.setting.rings.d_o.wait(stage);
-        let d_o = Descriptor::n_major(
-            self.rows(const { G::TILES.d_o() }),
-            const { G::TILES.rows * CHUNK_ROW_BYTES },
-        );
+        let d_o = Descriptor::n_major(self.d_o(), const { G::TILES.rows * CHUNK_ROW_BYTES });
         // SAFETY: passed on to the caller.
-        unsafe { G::start_gradient::<T>(&mut self.sum, &p, d_o) };
+        unsafe { self.sum.start::<T>(&p, d_o) };
     }
 
     /// The buffer of P: 16 bytes of each thread for each step, in elements of 4 bytes.
@@ -277,7 +289,7 @@ impl<'a, T: Operand, G: Geometry> Wide<'a, T, G> {
     /// dS of a tile from its dP, for both.
     ///
     /// # Safety
-    /// As for [`work`](Self::work).
+    /// As for [`work`].
     #[inline(always)]
     unsafe fn differentiate(&mut self, at: At) -> G::Weights {
         let (rows, stage) = (const { G::TILES.rows }, self.stage);
@@ -308,24 +320,21 @@ impl<'a, T: Operand, G: Geometry> Wide<'a, T, G> {
     /// Starts dK += dSᵀ Q of this stage's tile.
     ///
     /// # Safety
-    /// As for [`work`](Self::work).
+    /// As for [`work`].
     #[inline(always)]
     unsafe fn start_dk(&mut self, ds: &G::Weights) {
         // The other consumer has found Q there before it gave P: this never waits.
         self.setting.rings.q.wait(self.stage);
-        let q = Descriptor::n_major(
-            self.rows(const { G::TILES.q() }),
-            const { G::TILES.rows * CHUNK_ROW_BYTES },
-        );
+        let q = Descriptor::n_major(self.q(), const { G::TILES.rows * CHUNK_ROW_BYTES });
         // SAFETY: passed on to the caller.
-        unsafe { G::start_gradient::<T>(&mut self.sum, ds, q) };
+        unsafe { self.sum.start::<T>(ds, q) };
     }
 
     /// dQ = dS K of a tile, this consumer's chunks of columns, added to memory. Everything that was started
     /// before is complete then.
     ///
     /// # Safety
-    /// As for [`work`](Self::work).
+    /// As for [`work`].
     #[inline(always)]
     unsafe fn add_dq<const PLACE: u32>(&mut self, at: At) {
         // Places 0 and 1 are those of the consumer of dV, which computes P and has fewer of three chunks.
