@@ -607,3 +607,25 @@ fn padded_step(b: &Backward, entries: Instances, d: usize) -> Result<Step<Backwa
     let p = &b.problem;
     Ok(Step { constants: padded_constants(p, d), ..Step::new(entries, p.dtype(), d, args)? })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{backend::CpuDevice, registry::Target};
+
+    #[test]
+    fn values_of_few_columns_have_entries_of_their_own() {
+        let symbol = |d, d_v, deterministic| {
+            let p = Problem::builder(1, 1, 70, d).head_dim_v(d_v).seq_k(300).dtype(DType::F16);
+            let backward = Backward::new(p.build().unwrap()).deterministic(deterministic);
+            let kernel = BACKWARD_KERNELS.last().unwrap();
+            let plan = kernel.plan(&backward, &Target::of(&CpuDevice::new())).unwrap();
+            plan.entries().nth(1).unwrap().entry.symbol
+        };
+        assert_eq!(symbol(192, 128, false), "backward_hopper_f16_d192_v128");
+        assert_eq!(symbol(168, 104, true), "backward_hopper_f16_d192_v128_ordered");
+        assert_eq!(symbol(192, 136, false), "backward_hopper_f16_d192");
+        assert_eq!(symbol(128, 64, true), "backward_hopper_f16_d128_ordered");
+        assert_eq!(symbol(256, 128, false), "backward_hopper_f16_d256");
+    }
+}
