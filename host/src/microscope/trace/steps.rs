@@ -481,7 +481,7 @@ mod tests {
             ("Start Sᵀ = K Qᵀ", "&mut self.s"),
             ("Start dPᵀ = V dOᵀ", "&mut self.dp"),
             ("P = exp(S - LSE)", "self.s.weigh"),
-            ("Start dV += Pᵀ dO", "&mut self.dv"),
+            ("Start dV += Pᵀ dO", "self.dv.start"),
             ("dS = P (dP - delta)", "self.s.differentiate"),
             ("dS to shared memory", "share_scores::<T>"),
             ("Start dQ = dS K and dK += dSᵀ Q", "self.start_dk"),

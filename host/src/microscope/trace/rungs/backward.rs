@@ -196,7 +196,7 @@ pub(super) static RUNGS: [Rung; 5] = [
                 .note("One thread of warp 0 gives the copy engine (TMA) its orders. Warps 4 to 11 are two consumers of 64 keys each.")
                 .memory(&["K"], &[])
                 .once(false),
-            Phase::new("Producer: copy Q and the LSE", 0, "let full = rings.q.acquire", To::Lines(4), Stage::Before)
+            Phase::new("Producer: copy Q and the LSE", 0, "let full = rings.q.acquire", To::Lines(5), Stage::Before)
                 .note("Rows pass through two stages.")
                 .memory(&["Q"], &[])
                 .once(false),
@@ -204,7 +204,7 @@ pub(super) static RUNGS: [Rung; 5] = [
                 .note("Behind Q, since S needs Q first.")
                 .memory(&["V"], &[])
                 .once(false),
-            Phase::new("Producer: copy dO and delta", 0, "let full = rings.d_o.acquire", To::Lines(4), Stage::Before)
+            Phase::new("Producer: copy dO and delta", 0, "let full = rings.d_o.acquire", To::Lines(5), Stage::Before)
                 .note("Q and dO have rings of their own: each is given back as early as can be.")
                 .memory(&["dO"], &[])
                 .once(false),
