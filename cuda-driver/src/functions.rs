@@ -37,6 +37,10 @@ pub type Event = *mut c_void;
 pub type Module = *mut c_void;
 /// A kernel of a module (`CUfunction`).
 pub type Function = *mut c_void;
+/// Work that a stream was captured with (`CUgraph`).
+pub type CapturedGraph = *mut c_void;
+/// The same, ready for launches (`CUgraphExec`).
+pub type ExecutableGraph = *mut c_void;
 
 /// Calls the driver's function of that name.
 macro_rules! call {
@@ -149,6 +153,18 @@ functions! {
     /// Has what a stream gets from now on wait until another has passed an event; `flags` is 0
     unsafe fn stream_wait_event = cuStreamWaitEvent(stream: Stream, event: Event, flags: u32), "1, 2";
 
+    /// Captures what the calling thread gives to a stream from now on: it does not run. `mode` is
+    /// [`CAPTURE_THREAD_LOCAL`]
+    unsafe fn stream_begin_capture = cuStreamBeginCapture_v2(stream: Stream, mode: u32), "1, 2";
+    /// Makes a graph ready for launches; `flags` is 0
+    unsafe fn graph_instantiate = cuGraphInstantiateWithFlags(graph: CapturedGraph, flags: u64) -> ExecutableGraph, "1, 2";
+    /// Starts the work of a graph on a stream
+    unsafe fn graph_launch = cuGraphLaunch(graph: ExecutableGraph, stream: Stream), "1, 2, 3";
+    /// Destroys a graph that was ready for launches; a launch goes on to its end
+    unsafe fn executable_graph_destroy = cuGraphExecDestroy(graph: ExecutableGraph), "1";
+    /// Destroys a captured graph; what was made ready of it stays
+    unsafe fn captured_graph_destroy = cuGraphDestroy(graph: CapturedGraph), "1";
+
     /// Allocates device memory: its address
     fn mem_alloc = cuMemAlloc_v2(bytes: usize) -> u64;
     /// Frees device memory
@@ -179,6 +195,10 @@ pub const STREAM_NON_BLOCKING: u32 = 1;
 
 /// An event that takes no time, which costs the streams less.
 pub const EVENT_WITHOUT_TIME: u32 = 2;
+
+/// A capture in which the capturing thread alone must not allocate, wait or load modules
+/// (`CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`).
+pub const CAPTURE_THREAD_LOCAL: u32 = 1;
 
 /// Numbers that the driver knows of GPUs and kernels.
 pub mod attribute {
@@ -222,6 +242,19 @@ pub fn device_name(device: Device) -> Result<String, Failure> {
     ))?;
     let text = CStr::from_bytes_until_nul(&name).unwrap_or_default();
     Ok(text.to_string_lossy().into_owned())
+}
+
+/// Ends the capture of a stream: the graph of what it was given. (`cuStreamEndCapture`)
+///
+/// # Errors
+/// The driver's result code, which says what broke the capture, or that there is no driver.
+///
+/// # Safety
+/// Facts 1 and 2 of the [list](self#safety).
+pub unsafe fn stream_end_capture(stream: Stream) -> Result<CapturedGraph, Failure> {
+    let mut graph: CapturedGraph = ptr::null_mut();
+    call!(cuStreamEndCapture(stream => Stream, &raw mut graph => *mut CapturedGraph))?;
+    Ok(graph)
 }
 
 /// Free and total memory of the current context's GPU in bytes. (`cuMemGetInfo_v2`)

@@ -21,6 +21,7 @@
 
 mod codes;
 pub mod functions;
+mod graph;
 mod library;
 mod management;
 mod tensor_map;
@@ -32,6 +33,7 @@ use std::{
 };
 
 pub use codes::ResultCode;
+pub use graph::Graph;
 pub use management::driver_version;
 pub use tensor_map::{TensorMapLayout, TensorMapType, encode_tensor_map, replace_address};
 

@@ -1,5 +1,6 @@
 //! `decode`: a few queries against caches of several lengths, contiguous and paged. The command
-//! verifies each cache against f64 and then times it.
+//! verifies each cache against f64 and then times it, on a GPU over several copies of the cache in
+//! turn, launched one by one and replayed from a graph. Peers do the same.
 
 use std::{num::NonZeroU32, path::PathBuf};
 
@@ -7,9 +8,9 @@ use anyhow::Result;
 use clap::Args;
 use flash_attention::{
     DType, Error, Layout, Problem, Tensor, Window,
-    backend::Instruments,
+    backend::{Device, Instruments},
     registry::{self, Decode, Pages},
-    session::{DecodeInputs, Inputs, Session, Work as _, work},
+    session::{DecodeInputs, Inputs, Outputs, PreparedDecode, Session, Work, work},
     verify::{Verification, verify_decode_rows},
 };
 use serde::Serialize;
@@ -20,7 +21,9 @@ use crate::{
     machine::{self, DeviceChoice},
     options::{CacheArgs, ProblemArgs},
     output,
+    peers::{self, DecodeJob, PYTHON, Peers},
     progress::{Progress, print_lines},
+    results::Status,
     table, values,
 };
 
@@ -29,8 +32,10 @@ use crate::{
 const BUDGET: usize = 1 << 30;
 /// Timed runs on a GPU, and under the emulator.
 const ITERS: [usize; 2] = [30, 1];
-/// Launches back to back for each timed run.
+/// Launches back to back for each timed run, and the least number of launches of a graph.
 const TOGETHER: usize = 20;
+/// Between two reads of a copy of the cache come copies of as many bytes as this many L2 caches.
+const COLD: u64 = 2;
 
 /// The default values of options.
 #[derive(Clone, Copy, Debug)]
@@ -114,6 +119,11 @@ pub struct DecodeCommandArgs {
     /// Memory of the emulator, such as 512MiB or 2GiB; half of the free memory unless given
     #[arg(long, value_name = "SIZE", value_parser = values::bytes)]
     pub memory_limit: Option<u64>,
+    /// Run PyTorch, FlashAttention's CuTe kernel (contiguous caches) and FlashInfer (pages) beside the
+    /// kernels, by graph replay, where python3 (or the Python that FLASH_ATTENTION_PYTHON names) has
+    /// them: all of them, or the listed ones
+    #[arg(long, value_name = "PEER,…", value_delimiter = ',', num_args = 0.., require_equals = true, value_parser = peers::DECODE_ON_GPU)]
+    pub peers: Option<Vec<String>>,
     /// Print every column, however wide the terminal is
     #[arg(long)]
     pub wide: bool,
@@ -170,6 +180,7 @@ impl DecodeCommandArgs {
             device: *device,
             seed: shape.seed,
             memory_limit: *memory_limit,
+            peers: None,
             wide: false,
             json: None,
             rows: None,
@@ -187,27 +198,41 @@ pub fn refuse(options: &[(bool, &str)]) -> Result<()> {
     Err(Usage(format!("{option} is not for --level decode: leave it out")).into())
 }
 
-/// One cache, measured.
-#[derive(Clone, Debug, Serialize)]
+/// One cache, measured with one kernel.
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct DecodeRow {
+    /// `decode`, or the name of a peer.
+    pub kernel: String,
+    /// Whether this is another library's implementation.
+    pub peer: bool,
+    /// How it ended.
+    pub status: Status,
+    /// The reason for a failure; empty otherwise.
+    pub reason: String,
     /// Keys of each sequence.
     pub seq_k: usize,
     /// Keys of a page; 0 is a contiguous cache.
     pub page_size: usize,
-    /// Parts that the keys of a sequence were split into.
-    pub splits: u32,
+    /// Parts that the keys of a sequence were split into, where they are known.
+    pub splits: Option<u32>,
     /// Bytes of the keys and values that are read.
     pub cache_bytes: u64,
+    /// Copies of the cache that back-to-back launches and replays read in turn.
+    pub caches: usize,
     /// Median time from a cold L2 cache in milliseconds, where it was measured.
     pub median_ms: Option<f64>,
     /// Time of a launch among others, back to back, in milliseconds.
     pub sustained_ms: Option<f64>,
+    /// Time of a launch in a replayed graph, in milliseconds. `None` under the emulator.
+    pub replayed_ms: Option<f64>,
     /// The rate at which the keys and values are read, from a cold L2 cache, as a share of the
     /// GPU's memory copy rate, measured in the same run. `None` under the emulator.
     pub share_of_copy: Option<f64>,
-    /// Largest error of O.
-    pub max_abs_err: f64,
-    /// Whether O and the LSE are right by the 2x rule.
+    /// The same share of the replayed launches.
+    pub replayed_share_of_copy: Option<f64>,
+    /// Largest error of O, where there is an O.
+    pub max_abs_err: Option<f64>,
+    /// Whether O and the LSE are right by the 2x rule; of a peer O alone.
     pub passed: bool,
 }
 
@@ -216,6 +241,31 @@ impl DecodeRow {
     #[must_use]
     pub fn rate(&self, ms: f64) -> f64 {
         self.cache_bytes as f64 / ms * 1e-6
+    }
+
+    /// Sets the shares of the rate at which the memory is copied.
+    fn compare_with_copy(&mut self, copy_rate: Option<f64>) {
+        let share = |ms: Option<f64>| copy_rate.zip(ms).map(|(rate, ms)| self.rate(ms) / rate);
+        let shares = [share(self.median_ms), share(self.replayed_ms)];
+        [self.share_of_copy, self.replayed_share_of_copy] = shares;
+    }
+}
+
+/// One decode with several copies of the cache, each launch with the next copy.
+struct Rotation {
+    copies: Vec<PreparedDecode>,
+    next: usize,
+}
+
+impl Work for Rotation {
+    fn device(&self) -> &dyn Device {
+        self.copies[0].device()
+    }
+
+    fn start(&mut self) -> std::result::Result<(), Error> {
+        let copy = self.next;
+        self.next = (copy + 1) % self.copies.len();
+        self.copies[copy].start()
     }
 }
 
@@ -239,10 +289,13 @@ pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
             return Err(Error::OutOfMemory { device: opened.device.name(), needed, free }.into());
         }
     }
+    let names = args.peers.as_ref().map(|names| peers::decode_backends(emulated, names));
+    let names = names.transpose()?;
     interrupt::listen();
     let instruments = opened.device.instruments().filter(|_| args.timed);
     let copy_rate = instruments.map_or(Ok(None), Instruments::copy_rate)?;
     print_lines(&heading(&opened, &decodes, copy_rate));
+    let mut beside = names.and_then(|names| start_peers(&opened, args.device, names));
     let iters = args.iters.unwrap_or(ITERS[usize::from(emulated)]);
     let progress = Progress::new(decodes.len());
     let mut rows = Vec::new();
@@ -252,9 +305,24 @@ pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
         }
         let page_size = decode.pages().map_or(0, |pages| pages.page_size);
         progress.doing(format!("Nk {}, pages of {page_size}", decode.problem().seq_k()));
-        let mut row = measure(&session, decode, args, iters)?;
-        row.share_of_copy = copy_rate.zip(row.median_ms).map(|(rate, ms)| row.rate(ms) / rate);
+        let drawn = Drawn::new(decode, args.seed)?;
+        let (mut row, outputs) = measure(&session, decode, &drawn, args, iters)?;
+        row.compare_with_copy(copy_rate);
+        let ours = row.clone();
         rows.push(row);
+        if let Some(process) = &mut beside {
+            progress.doing(format!("Nk {}, pages of {page_size}: peers", ours.seq_k));
+            match measure_peers(process, decode, &drawn, (&ours, outputs), args, iters) {
+                Ok(of_peers) => rows.extend(of_peers.into_iter().map(|mut row| {
+                    row.compare_with_copy(copy_rate);
+                    row
+                })),
+                Err(error) => {
+                    progress.print(&format!("no further rows of peers: {error:#}"));
+                    beside = None;
+                }
+            }
+        }
         progress.step();
     }
     drop(progress);
@@ -265,7 +333,7 @@ pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
     if interrupt::requested() {
         return Ok(Outcome::Interrupted);
     }
-    let good = rows.iter().all(|row| row.passed);
+    let good = rows.iter().all(|row| row.passed || row.peer);
     print_lines(if good {
         "\nverdict: every line is right"
     } else {
@@ -345,59 +413,192 @@ fn decodes(args: &DecodeCommandArgs, defaults: &Defaults) -> Result<Vec<Decode>>
     Ok(decodes)
 }
 
-/// Verifies one decode, and times it if asked to.
+/// The inputs of a decode, drawn.
+struct Drawn {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Vec<i32>,
+    table: Option<Vec<i32>>,
+    /// Of the heads, where the cache has scales.
+    scales: Option<Vec<f32>>,
+}
+
+impl Drawn {
+    fn new(decode: &Decode, seed: u64) -> Result<Self> {
+        let p = decode.problem();
+        let draw = |dtype, shape: [usize; 4], stream: u64| {
+            Tensor::random(dtype, &shape, seed.wrapping_mul(3).wrapping_add(stream), 0.0)
+        };
+        let stored = decode.stored();
+        // Any scales will do that are no powers of two.
+        let scales = || (0..p.kv_heads()).map(|h| 0.75 + h as f32 / 64.0).collect();
+        Ok(Self {
+            q: draw(p.dtype(), p.q_shape(), 0),
+            k: draw(stored, decode.k_shape(), 1),
+            v: draw(stored, decode.v_shape(), 2),
+            lengths: vec![i32::try_from(p.seq_k())?; p.batch()],
+            table: decode.pages().map(|pages| shuffled(pages.pages, seed)),
+            scales: decode.has_scales().then(scales),
+        })
+    }
+
+    fn inputs(&self) -> DecodeInputs<'_> {
+        DecodeInputs {
+            tensors: Inputs::new(&self.q, &self.k, &self.v),
+            seqused_k: Some(&self.lengths),
+            page_table: self.table.as_deref(),
+            scales: self.scales.as_deref().map(|scales| [scales, scales]),
+        }
+    }
+}
+
+/// How many rows are compared with f64.
+fn rows_to_verify(decode: &Decode, args: &DecodeCommandArgs) -> usize {
+    let p = decode.problem();
+    let affordable = (BUDGET / (p.seq_k() * (p.head_dim() + p.head_dim_v())).max(1)).max(64);
+    args.rows.unwrap_or(affordable)
+}
+
+/// Copies of a cache that leave an L2 cache cold for each read, where that many fit in free memory; at
+/// least two.
+fn copies(cache_bytes: u64, l2_bytes: u64, copies_that_fit: u64) -> usize {
+    let between = (COLD * l2_bytes).div_ceil(cache_bytes.max(1)).max(1);
+    (1 + between).min(copies_that_fit.max(1)) as usize
+}
+
+/// Verifies one decode, and times it if asked to. Gives O and LSE too.
 fn measure(
     session: &Session,
     decode: &Decode,
+    drawn: &Drawn,
     args: &DecodeCommandArgs,
     iters: usize,
-) -> Result<DecodeRow> {
-    let (p, seed) = (decode.problem(), args.seed);
-    let draw = |dtype, shape: [usize; 4], stream: u64| {
-        Tensor::random(dtype, &shape, seed.wrapping_mul(3).wrapping_add(stream), 0.0)
-    };
-    let (q, stored) = (draw(p.dtype(), p.q_shape(), 0), decode.stored());
-    let (k, v) = (draw(stored, decode.k_shape(), 1), draw(stored, decode.v_shape(), 2));
-    // Any scales will do that are no powers of two.
-    let scales: Vec<f32> = (0..p.kv_heads()).map(|h| 0.75 + h as f32 / 64.0).collect();
-    let lengths = vec![i32::try_from(p.seq_k())?; p.batch()];
-    let table = decode.pages().map(|pages| shuffled(pages.pages, seed));
-    let inputs = DecodeInputs {
-        tensors: Inputs::new(&q, &k, &v),
-        seqused_k: Some(&lengths),
-        page_table: table.as_deref(),
-        scales: decode.has_scales().then_some([&scales, &scales]),
-    };
-    let plan = registry::best_for(decode, &session.target())?.plan;
-    let splits = plan.splits();
-    let mut prepared = session.prepare_decode(plan, &inputs)?;
+) -> Result<(DecodeRow, Outputs)> {
+    let (p, inputs, device) = (decode.problem(), drawn.inputs(), session.device());
+    let plan = || registry::best_for(decode, &session.target()).map(|choice| choice.plan);
+    let splits = plan()?.splits();
+    let mut prepared = session.prepare_decode(plan()?, &inputs)?;
     prepared.launch()?;
     let outputs = prepared.outputs()?;
-    let affordable = (BUDGET / (p.seq_k() * (p.head_dim() + p.head_dim_v())).max(1)).max(64);
-    let rows = args.rows.unwrap_or(affordable);
-    let verification = verify_decode_rows(decode, &inputs, &outputs, rows)?;
-    let device = session.device();
-    let [median_ms, sustained_ms] = if args.timed {
-        let mut times = work::time_ms(device, &mut prepared, 1, iters)?;
-        times.sort_by(f64::total_cmp);
-        let together = if device.is_emulated() { 1 } else { TOGETHER * iters };
-        let sustained = work::sustained_ms(device, &mut prepared, together)?;
-        [times.get(times.len() / 2).copied(), Some(sustained)]
-    } else {
-        [None; 2]
-    };
+    let verification = verify_decode_rows(decode, &inputs, &outputs, rows_to_verify(decode, args))?;
+    let cache_bytes = decode.cache_bytes(std::iter::repeat_n(p.seq_k(), p.batch()));
     let Verification { o, .. } = &verification;
-    Ok(DecodeRow {
+    let mut row = DecodeRow {
+        kernel: "decode".into(),
         seq_k: p.seq_k(),
         page_size: decode.pages().map_or(0, |pages| pages.page_size as usize),
-        splits,
-        cache_bytes: decode.cache_bytes(std::iter::repeat_n(p.seq_k(), p.batch())),
-        median_ms,
-        sustained_ms,
-        share_of_copy: None,
-        max_abs_err: o.max_abs,
+        splits: Some(splits),
+        cache_bytes,
+        caches: 1,
+        max_abs_err: Some(o.max_abs),
         passed: verification.passes(),
-    })
+        ..DecodeRow::default()
+    };
+    if !args.timed {
+        return Ok((row, outputs));
+    }
+    let mut times = work::time_ms(device, &mut prepared, 1, iters)?;
+    times.sort_by(f64::total_cmp);
+    row.median_ms = times.get(times.len() / 2).copied();
+    let mut rotation = Rotation { copies: vec![prepared], next: 0 };
+    if let Some(l2_bytes) = device.instruments().and_then(Instruments::l2_bytes) {
+        // Half of what is free: peers need the other.
+        let fit = 1 + device.memory_info()?.free / (2 * plan()?.peak_bytes()).max(1);
+        row.caches = copies(cache_bytes, l2_bytes, fit);
+        while rotation.copies.len() < row.caches {
+            rotation.copies.push(session.prepare_decode(plan()?, &inputs)?);
+        }
+        // A launch of each is behind it, so that a graph has nothing but their kernels.
+        (1..row.caches).try_for_each(|copy| rotation.copies[copy].launch())?;
+    }
+    let runs = if device.is_emulated() { 1 } else { TOGETHER * iters };
+    row.sustained_ms = Some(work::sustained_ms(device, &mut rotation, runs)?);
+    let together = in_a_graph(row.caches);
+    row.replayed_ms = work::replayed_ms(device, &mut rotation, together, runs)?;
+    Ok((row, outputs))
+}
+
+/// Launches of a graph: every copy of the cache as often.
+const fn in_a_graph(caches: usize) -> usize {
+    TOGETHER.div_ceil(caches) * caches
+}
+
+/// Starts the peers' process, or says in one line why peers will have no rows.
+fn start_peers(
+    opened: &machine::Opened,
+    choice: DeviceChoice,
+    names: Vec<&'static str>,
+) -> Option<Peers> {
+    match Peers::start(opened.info.emulated, choice, names) {
+        Ok(peers) => {
+            let (names, version) = (peers.backends().join(", "), peers.version());
+            print_lines(&format!("peers: {names}, with PyTorch {version}, on the same caches"));
+            Some(peers)
+        }
+        Err(error) => {
+            print_lines(&format!(
+                "no rows of peers: {error:#}; {PYTHON} names a Python that has them"
+            ));
+            None
+        }
+    }
+}
+
+/// The peers' rows beside ours, over as many copies of the cache.
+fn measure_peers(
+    peers: &mut Peers,
+    decode: &Decode,
+    drawn: &Drawn,
+    (ours, outputs): (&DecodeRow, Outputs),
+    args: &DecodeCommandArgs,
+    iters: usize,
+) -> Result<Vec<DecodeRow>> {
+    let together = in_a_graph(ours.caches);
+    let job = DecodeJob {
+        stored: decode.stored().to_string(),
+        window: args.window.is_some(),
+        page_size: ours.page_size,
+        page_table: drawn.table.as_deref(),
+        caches: ours.caches,
+        together,
+        replays: (TOGETHER * iters).div_ceil(together),
+        iters,
+    };
+    let mut rows = Vec::new();
+    for measured in peers.measure_decode(decode.problem(), [&drawn.q, &drawn.k, &drawn.v], &job)? {
+        let mut times = measured.times_ms;
+        times.sort_by(f64::total_cmp);
+        let mut row = DecodeRow {
+            kernel: measured.name,
+            peer: true,
+            status: measured.status,
+            reason: measured.reason,
+            splits: measured.splits,
+            median_ms: times.get(times.len() / 2).copied(),
+            sustained_ms: None,
+            replayed_ms: measured.replayed_ms,
+            max_abs_err: None,
+            passed: false,
+            ..ours.clone()
+        };
+        if let Some(o) = measured.outputs.into_iter().next() {
+            // A peer gives no LSE: ours has passed or failed on its own row.
+            let outputs = Outputs { o, lse: outputs.lse.clone(), weights: None };
+            let rows = rows_to_verify(decode, args);
+            let verification = verify_decode_rows(decode, &drawn.inputs(), &outputs, rows)?;
+            row.max_abs_err = Some(verification.o.max_abs);
+            let limit = &verification.credit.o;
+            row.passed = limit.allows(verification.o.max_abs);
+            if !row.passed {
+                row.status = Status::Failed;
+                let (error, limit) = (verification.o.max_abs, limit.limit());
+                row.reason = format!("O is wrong: an error of {error:.1e}, limit {limit:.1e}");
+            }
+        }
+        rows.push(row);
+    }
+    Ok(rows)
 }
 
 /// The numbers of all pages in random order.
@@ -406,4 +607,21 @@ fn shuffled(pages: u32, seed: u64) -> Vec<i32> {
     let mut order: Vec<i32> = (0..pages).map(|page| page as i32).collect();
     order.sort_by(|&a, &b| draws[a as usize].total_cmp(&draws[b as usize]));
     order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn between_two_reads_of_a_copy_lie_two_caches_of_the_gpu() {
+        const MIB: u64 = 1 << 20;
+        // 8 MiB in a GPU with an L2 of 50: 100 MiB are twelve and a half copies more.
+        assert_eq!(copies(8 * MIB, 50 * MIB, 1000), 14);
+        assert_eq!(copies(8 * MIB, 50 * MIB, 3), 3);
+        // A copy that evicts everything, the other.
+        assert_eq!((copies(268 * MIB, 50 * MIB, 1000), copies(268 * MIB, 50 * MIB, 1)), (2, 1));
+        assert_eq!(copies(0, 0, 1000), 2);
+        assert_eq!([1, 2, 14, 33].map(in_a_graph), [20, 20, 28, 33]);
+    }
 }

@@ -78,6 +78,7 @@ Examples:
   flash-attention decode --seq-k 4096,131072 --batch 8 --heads 64 --kv-heads 8
   flash-attention decode --page-size 1,16,48 --queries 4 --splits 3
   flash-attention decode --cache-dtype e4m3 --seq-k 4096
+  flash-attention decode --peers --json decode.json
   flash-attention verify --level decode --seq-k 4096 --page-size 16";
 
 /// Defaults of `decode`.

@@ -163,30 +163,54 @@ pub fn decodes(rows: &[DecodeRow], width: Option<usize>) -> String {
         columns.push(Column { name, rank, cells: rows.iter().map(cell).collect() });
     };
     let timed = rows.iter().any(|row| row.median_ms.is_some());
+    let replayed = rows.iter().any(|row| row.replayed_ms.is_some());
     let micros = |ms| cell(ms, |ms: f64| format::digits(1e3 * ms));
     let rate = |row: &DecodeRow, ms| cell(ms, |ms| format::digits(row.rate(ms)));
+    let percent = |share| cell(share, |share: f64| format!("{:.0}%", 100.0 * share));
+    if rows.iter().any(|row| row.peer) {
+        add("kernel", 0, &|row| row.kernel.clone());
+    }
     add("Nk", 0, &|row| row.seq_k.to_string());
     add("page", 0, &|row| match row.page_size {
         0 => "-".to_owned(),
         page_size => page_size.to_string(),
     });
-    add("splits", 1, &|row| row.splits.to_string());
+    add("splits", 2, &|row| cell(row.splits, |splits| splits.to_string()));
     if timed {
         add("median µs", 0, &|row| micros(row.median_ms));
-        add("GB/s", 0, &|row| rate(row, row.median_ms));
+        add("GB/s", if replayed { 5 } else { 0 }, &|row| rate(row, row.median_ms));
     }
     if rows.iter().any(|row| row.share_of_copy.is_some()) {
-        add("of a copy", 1, &|row| {
-            cell(row.share_of_copy, |share| format!("{:.0}%", 100.0 * share))
-        });
+        add("of a copy", if replayed { 4 } else { 1 }, &|row| percent(row.share_of_copy));
     }
     if timed {
         add("back to back µs", 0, &|row| micros(row.sustained_ms));
-        add("GB/s", 0, &|row| rate(row, row.sustained_ms));
+        add("GB/s", if replayed { 6 } else { 0 }, &|row| rate(row, row.sustained_ms));
     }
-    add("max error", 2, &|row| format!("{:.1e}", row.max_abs_err));
-    add("≤ 2 × plain", 0, &|row| if row.passed { "yes" } else { "NO" }.to_owned());
-    table(columns, width)
+    if replayed {
+        add("replayed µs", 0, &|row| micros(row.replayed_ms));
+        add("GB/s", 0, &|row| rate(row, row.replayed_ms));
+        if rows.iter().any(|row| row.replayed_share_of_copy.is_some()) {
+            add("of a copy", 1, &|row| percent(row.replayed_share_of_copy));
+        }
+    }
+    add("max error", 3, &|row| cell(row.max_abs_err, |error| format!("{error:.1e}")));
+    add("≤ 2 × plain", 0, &|row| match (row.max_abs_err, row.passed) {
+        (None, _) => row.status.to_string(),
+        (_, true) => "yes".to_owned(),
+        (_, false) => "NO".to_owned(),
+    });
+    let mut text = table(columns, width);
+    for row in rows.iter().filter(|row| !row.reason.is_empty()) {
+        let page = if row.page_size == 0 {
+            String::new()
+        } else {
+            format!(", pages of {}", row.page_size)
+        };
+        text +=
+            &format!("\n  {}, Nk {}{page} ({}): {}", row.kernel, row.seq_k, row.status, row.reason);
+    }
+    text
 }
 
 /// The ways in which several GPUs share attention.

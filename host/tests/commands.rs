@@ -556,6 +556,145 @@ fn peers_are_rows_or_one_line() {
     }
 }
 
+/// A graph replays what was launched, over copies of the cache; the emulator has no graphs.
+#[test]
+fn decodes_are_replayed_on_a_gpu() {
+    let Some(mut gpu) = with_gpu("9.0", 64 << 20) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("gpu.json");
+    let caches = ["--seq-k", "100", "--page-size", "0,16", "--head-dim", "64", "--iters", "1"];
+    let (code, stdout, stderr) = run(gpu.arg("decode").args(caches).arg("--json").arg(&json));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    assert!(stdout.contains("replayed_µs"), "{stdout}");
+    let rows: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    for row in rows.as_array().unwrap() {
+        assert_eq!((&row["kernel"], &row["peer"]), (&"decode".into(), &false.into()));
+        assert!(row["replayed_ms"].as_f64().unwrap() > 0.0, "{row}");
+        assert!(row["replayed_share_of_copy"].as_f64().unwrap() > 0.0, "{row}");
+        assert!(row["caches"].as_u64().unwrap() >= 2, "{row}");
+    }
+    // The results document describes these fields, and no others.
+    let page = include_str!("../../docs/json.md");
+    let section = page.split("\n## A row of `decode`").nth(1).unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let described = section.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+    let fields = rows[0].as_object().unwrap().keys().map(String::as_str);
+    let sorted = |mut names: Vec<&str>| {
+        names.sort_unstable();
+        names.join(" ")
+    };
+    assert_eq!(sorted(described.collect()), sorted(fields.collect()));
+    let (_, stdout, _) = run(host().arg("decode").args(caches).arg("--json").arg(&json));
+    assert!(!stdout.contains("replayed"), "{stdout}");
+    let rows: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert!(rows[0]["replayed_ms"].is_null() && rows[0]["caches"] == 1, "{rows}");
+}
+
+/// A program in place of Python, which speaks the protocol: it answers with the sums of nothing.
+#[cfg(unix)]
+const FAKE_PYTHON: &str = r#"#!/usr/bin/env python3
+import json, os, sys
+out = sys.stdout.buffer
+def send(message, payload=b""):
+    out.write(json.dumps(message).encode() + b"\n" + payload)
+    out.flush()
+send({"torch": "0.0", "cuda": True, "packages": []})
+while line := sys.stdin.buffer.readline():
+    job = json.loads(line)
+    sizes = {"f16": 2, "e4m3": 1}
+    types = [job["dtype"], job["stored"], job["stored"]]
+    for shape, of in zip(job["shapes"], types):
+        count = sizes[of]
+        for extent in shape:
+            count *= extent
+        assert len(sys.stdin.buffer.read(count)) == count
+    assert job["level"] == "decode" and job["together"] % job["caches"] == 0, job
+    assert (job["page_table"] is None) == (job["page_size"] == 0)
+    for name in job["backends"]:
+        if name == "flashinfer":
+            send({"status": "unsupported", "reason": "No module named 'flashinfer'"})
+        elif name == "cudnn" and os.environ.get("FAKE_PEERS_END"):
+            sys.exit(0)
+        else:
+            bytes = 2 * job["batch"] * job["seq"] * job["heads"] * job["head_dim"]
+            answer = {"status": "ok", "replayed_ms": 0.5, "splits": 16, "bytes": bytes}
+            send(answer, b"\0" * bytes)
+"#;
+
+#[cfg(unix)]
+#[test]
+fn peers_of_a_decode_are_rows_whatever_becomes_of_them() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let folder = tempfile::tempdir().unwrap();
+    let (python, json) = (folder.path().join("python"), folder.path().join("a.json"));
+    std::fs::write(&python, FAKE_PYTHON).unwrap();
+    std::fs::set_permissions(&python, PermissionsExt::from_mode(0o755)).unwrap();
+    if std::process::Command::new("python3").arg("--version").output().is_err() {
+        println!("skipped: no python3");
+        return;
+    }
+    let caches = ["--seq-k", "70", "--page-size", "0,16", "--head-dim", "64", "--iters", "1"];
+    let compare = ["compare", "--level", "decode", "--kv-heads", "2", "--heads", "4", "--peers"];
+    let measure = |ends: bool| {
+        let mut gpu = with_gpu("9.0", 64 << 20)?;
+        gpu.args(compare).args(caches).arg("--json").arg(&json);
+        gpu.env("FLASH_ATTENTION_PYTHON", &python);
+        if ends {
+            gpu.env("FAKE_PEERS_END", "1");
+        }
+        let (code, stdout, stderr) = run(&mut gpu);
+        // A peer that is wrong is no fault of ours.
+        assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+        let rows: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+        Some((stdout, rows.as_array().unwrap().clone()))
+    };
+    let Some((stdout, rows)) = measure(false) else { return };
+    // FlashInfer reads pages, the others contiguous caches.
+    let contiguous = ["decode", "torch-flash", "torch-cudnn", "flash_attn.cute"];
+    let pages = ["decode", "flashinfer", "flashinfer-tensor-cores"];
+    let found: Vec<_> = rows.iter().map(|row| row["kernel"].as_str().unwrap()).collect();
+    assert_eq!(found, [&contiguous[..], &pages[..]].concat(), "{stdout}");
+    for row in rows.iter().filter(|row| row["peer"] == true) {
+        if row["kernel"] == "flashinfer" {
+            assert_eq!((&row["status"], &row["replayed_ms"]), (&"unsupported".into(), &().into()));
+            assert!(row["max_abs_err"].is_null(), "{row}");
+            continue;
+        }
+        // Zeros are no attention.
+        assert_eq!((&row["status"], &row["passed"]), (&"failed".into(), &false.into()), "{row}");
+        assert_eq!((&row["replayed_ms"], &row["splits"]), (&0.5.into(), &16.into()));
+        assert!(
+            row["replayed_share_of_copy"].as_f64().unwrap() > 0.0 && row["median_ms"].is_null()
+        );
+    }
+    assert!(
+        stdout.contains("flashinfer, Nk 70, pages of 16 (unsupported): No module named"),
+        "{stdout}"
+    );
+    assert!(stdout.contains("torch-flash, Nk 70 (failed): O is wrong"), "{stdout}");
+    assert!(stdout.contains("verdict: every line is right"), "{stdout}");
+
+    // A process that ends takes its rows with it, and nothing else.
+    let (stdout, rows) = measure(true).unwrap();
+    assert_eq!(rows.len(), 2, "{stdout}");
+    assert!(
+        stdout.contains("no further rows of peers: the peers' process: it has ended"),
+        "{stdout}"
+    );
+    // None at all is a line; an unknown one an error.
+    let mut absent = host();
+    absent.args(["decode", "--peers"]).args(caches).env("FLASH_ATTENTION_PYTHON", "/no/python");
+    let (code, stdout, _) = run(&mut absent);
+    assert_eq!(code, 0, "{stdout}");
+    assert!(stdout.contains("no rows of peers: /no/python cannot be started"), "{stdout}");
+    let (code, _, stderr) = run(host().args(["decode", "--peers=cudnn"]));
+    assert!(code == 2 && stderr.contains("the peers here are math, flash"), "{stderr}");
+    let (code, _, stderr) = run(host().args(["compare", "--peers=flashinfer"]));
+    assert!(code == 2 && stderr.contains("--peers flashinfer"), "{stderr}");
+}
+
 #[test]
 fn help_and_version_are_no_errors() {
     for argument in ["--help", "--version"] {

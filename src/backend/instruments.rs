@@ -37,6 +37,25 @@ pub trait Instruments {
     /// # Errors
     /// An error that the device reports.
     fn copy_rate(&self) -> Result<Option<f64>, Error>;
+    /// Milliseconds of all that `work` starts, replayed: a graph of its launches is captured, which
+    /// runs nothing, and started `replays` times back to back, after one start without a measure.
+    /// `work` has run before, so that only kernels are left to start: what allocates, waits or
+    /// compiles breaks a capture. `None` under the emulator, which has no graphs.
+    ///
+    /// # Errors
+    /// The error of `work`, what broke the capture, or the fault of a kernel.
+    fn replayed_ms(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), Error>,
+        replays: usize,
+    ) -> Result<Option<f64>, Error> {
+        _ = (work, replays);
+        Ok(None)
+    }
+    /// Bytes of the L2 cache; `None` under the emulator.
+    fn l2_bytes(&self) -> Option<u64> {
+        None
+    }
     /// The counts since the last call; `None` on a GPU.
     fn take_counters(&self) -> Option<Counters>;
 }

@@ -61,3 +61,23 @@ pub fn sustained_ms(device: &dyn Device, work: &mut dyn Work, runs: usize) -> Re
     device.synchronize()?;
     Ok(all / runs as f64)
 }
+
+/// Milliseconds per launch of a graph of `together` launches, replayed back to back until there were
+/// `runs` launches or more; `None` on a device without graphs. The time when a launch costs the host
+/// nothing. The work must have run before.
+///
+/// # Errors
+/// The fault of a kernel; work that cannot be captured, since it does more than start kernels.
+pub fn replayed_ms(
+    device: &dyn Device,
+    work: &mut dyn Work,
+    together: usize,
+    runs: usize,
+) -> Result<Option<f64>, Error> {
+    let Some(instruments) = device.instruments() else { return Ok(None) };
+    let together = together.max(1);
+    let mut all = || (0..together).try_for_each(|_| work.start());
+    let replay = instruments.replayed_ms(&mut all, runs.div_ceil(together))?;
+    device.synchronize()?;
+    Ok(replay.map(|ms| ms / together as f64))
+}

@@ -71,6 +71,37 @@ fn memory_is_counted_and_given_back() {
 }
 
 #[test]
+fn launches_are_replayed_from_a_graph() {
+    let fake = open();
+    let objects = fake.live_objects();
+    {
+        let gpu = gpu();
+        let memory = memory(&gpu);
+        let head = Head::new(&memory).unwrap();
+        let launch = launch_of(SYMBOL, &head.args());
+        start(&gpu, &launch).unwrap();
+        gpu.synchronize().unwrap();
+        let launches = fake.launches();
+        let mut twice = || start(&gpu, &launch).and_then(|()| start(&gpu, &launch));
+        let ms = gpu.replayed_ms(&mut twice, 3).unwrap();
+        assert!(ms.is_some_and(|ms| ms > 0.0), "{ms:?}");
+        assert_eq!(fake.launches() - launches, 2 * (1 + 3), "once without a measure");
+        // The error of the work, or what broke the capture; after both the stream is as before.
+        let stopped = gpu.replayed_ms(&mut || Err(Error::Stopped), 1);
+        assert!(matches!(stopped, Err(Error::Stopped)), "{stopped:?}");
+        let waits =
+            gpu.replayed_ms(&mut || start(&gpu, &launch).and_then(|()| gpu.synchronize()), 1);
+        assert!(waits.unwrap_err().to_string().contains("captur"));
+        let broken = gpu.replayed_ms(&mut || gpu.synchronize().or(Ok(())), 1).unwrap_err();
+        assert!(broken.to_string().contains("capturing launches"), "{broken}");
+        start(&gpu, &launch).unwrap();
+        gpu.synchronize().unwrap();
+        assert!(gpu.l2_bytes().is_some_and(|bytes| bytes > 0));
+    }
+    assert_eq!(fake.live_objects(), objects, "a graph was left");
+}
+
+#[test]
 fn out_of_memory_says_what_was_needed_and_the_device_survives() {
     let fake = open();
     fake.set_memory_bytes(1 << 20);

@@ -34,10 +34,11 @@ pub struct CompareArgs {
     /// Time limit of one launch: a longer launch is reported, and ends the run
     #[arg(long, value_name = "SECONDS", value_parser = values::timeout)]
     pub timeout: Option<f64>,
-    /// Run PyTorch's attention and FlashAttention's packages, or their gradients, beside the kernels,
+    /// Run PyTorch's attention and FlashAttention's packages, or their gradients, beside the kernels (at
+    /// level decode those of the command decode),
     /// where python3 (or the Python that FLASH_ATTENTION_PYTHON names) has them: all of them, or the
     /// listed ones
-    #[arg(long, value_name = "BACKEND,…", value_delimiter = ',', num_args = 0.., require_equals = true, value_parser = peers::ON_GPU)]
+    #[arg(long, value_name = "BACKEND,…", value_delimiter = ',', num_args = 0.., require_equals = true, value_parser = peers::ALL)]
     pub peers: Option<Vec<String>>,
     /// Print every column, however wide the terminal is
     #[arg(long)]

@@ -59,12 +59,12 @@ fn decode_args(args: &CompareArgs) -> Result<DecodeCommandArgs> {
         (args.warmup.is_some(), "--warmup"),
         (args.sustained.is_some(), "--sustained"),
         (args.timeout.is_some(), "--timeout"),
-        (args.peers.is_some(), "--peers"),
         (args.csv.is_some(), "--csv"),
         (args.report.is_some(), "--report"),
     ])?;
-    let (iters, wide, json) = (args.iters, args.wide, args.json.clone());
-    Ok(DecodeCommandArgs { iters, wide, json, ..DecodeCommandArgs::of(&args.problem)? })
+    let (iters, wide) = (args.iters, args.wide);
+    let (peers, json) = (args.peers.clone(), args.json.clone());
+    Ok(DecodeCommandArgs { iters, peers, wide, json, ..DecodeCommandArgs::of(&args.problem)? })
 }
 
 /// Runs the command.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use flash_attention::{DType, Tensor};
+use flash_attention::{DType, Problem, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -28,6 +28,23 @@ pub const ON_GPU: [&str; 8] =
     ["math", "efficient", "flash", "cudnn", "flex", PACKAGES[0], PACKAGES[1], PACKAGES[2]];
 const PACKAGES: [&str; 3] = ["flash_attn", "flash_attn_interface", "flash_attn.cute"];
 const ON_CPU: &[&str] = &["math", "flash"];
+/// The peers of a decode on a GPU: backends of PyTorch, FlashAttention's CuTe kernel, and FlashInfer's
+/// kernels for pages, of which one is made for tensor cores.
+pub const DECODE_ON_GPU: [&str; 5] =
+    ["flash", "cudnn", PACKAGES[2], "flashinfer", "flashinfer-tensor-cores"];
+/// `--peers` of `compare`, at any level.
+pub const ALL: [&str; 10] = [
+    ON_GPU[0],
+    ON_GPU[1],
+    ON_GPU[2],
+    ON_GPU[3],
+    ON_GPU[4],
+    ON_GPU[5],
+    ON_GPU[6],
+    ON_GPU[7],
+    DECODE_ON_GPU[3],
+    DECODE_ON_GPU[4],
+];
 
 /// Names of the possible rows.
 pub fn names() -> impl Iterator<Item = String> {
@@ -36,7 +53,8 @@ pub fn names() -> impl Iterator<Item = String> {
 
 /// The row of a backend: `torch-math`, say, or the name of a package.
 pub fn row_name(backend: &str) -> String {
-    if PACKAGES.contains(&backend) { backend.into() } else { format!("torch-{backend}") }
+    let own = PACKAGES.contains(&backend) || DECODE_ON_GPU[2..].contains(&backend);
+    if own { backend.into() } else { format!("torch-{backend}") }
 }
 
 /// A Python process with PyTorch, waiting for work.
@@ -53,7 +71,21 @@ pub struct Peers {
 /// # Errors
 /// An unknown name.
 pub fn backends(emulated: bool, names: &[String]) -> Result<Vec<&'static str>> {
-    let all = if emulated { ON_CPU } else { &ON_GPU };
+    chosen(if emulated { ON_CPU } else { &ON_GPU }, names)
+}
+
+/// The peers of a decode with these names; all without names, whether Python has them or not: one
+/// that is missing gets a row that says so.
+///
+/// # Errors
+/// An unknown name.
+pub fn decode_backends(emulated: bool, names: &[String]) -> Result<Vec<&'static str>> {
+    let all = if emulated { ON_CPU } else { &DECODE_ON_GPU };
+    if names.is_empty() { Ok(all.to_vec()) } else { chosen(all, names) }
+}
+
+/// The backends of these names among `all`.
+fn chosen(all: &'static [&'static str], names: &[String]) -> Result<Vec<&'static str>> {
     let find = |name: &String| {
         all.iter().copied().find(|backend| backend == name).ok_or_else(|| {
             Usage(format!("--peers {name}: the peers here are {}", all.join(", "))).into()
@@ -75,6 +107,10 @@ pub struct Measured {
     pub times_ms: Vec<f64>,
     /// Milliseconds per run of many runs back to back.
     pub sustained_ms: Option<f64>,
+    /// Milliseconds per run in replays of a graph, of a decode.
+    pub replayed_ms: Option<f64>,
+    /// Parts that a decode split the keys into, where the peer says so.
+    pub splits: Option<u32>,
     /// PyTorch's peak memory, where PyTorch counts it.
     pub peak_bytes: Option<u64>,
     /// Milliseconds of the forward and of the backward pass alone, where a run has both.
@@ -188,8 +224,86 @@ impl Peers {
                 }
             },
         };
-        self.link.run(&job, &work).context("PyTorch's process")
+        self.link.run(&job, backends, &job.outputs, &work).context("PyTorch's process")
     }
+
+    /// Runs the peers that read pages, or those that read contiguous caches, on one decode of `q`, `k`
+    /// and `v`.
+    ///
+    /// # Errors
+    /// When the process has ended or sends an invalid answer; it is unusable after that.
+    pub fn measure_decode(
+        &mut self,
+        problem: &Problem,
+        tensors: [&Tensor; 3],
+        job: &DecodeJob<'_>,
+    ) -> Result<Vec<Measured>> {
+        let reads = |name: &&str| name.starts_with("flashinfer") == (job.page_size > 0);
+        let backends: Vec<&str> = self.backends.iter().copied().filter(reads).collect();
+        let header = Decode {
+            device: &self.device,
+            backends: &backends,
+            level: "decode",
+            dtype: problem.dtype().to_string(),
+            batch: problem.batch(),
+            heads: problem.heads(),
+            kv_heads: problem.kv_heads(),
+            head_dim: problem.head_dim(),
+            seq: problem.seq_q(),
+            seq_k: problem.seq_k(),
+            mask: false,
+            seed: 0,
+            deterministic: false,
+            shapes: tensors.iter().map(|tensor| tensor.shape()).collect(),
+            job,
+        };
+        let work = Work { tensors: tensors.to_vec(), mask: None };
+        let outputs = [problem.o_shape().to_vec()];
+        let run = self.link.run(&header, &backends, &outputs, &work);
+        run.context("the peers' process")
+    }
+}
+
+/// What peers do with a decode beyond its problem.
+#[derive(Clone, Debug, Serialize)]
+pub struct DecodeJob<'a> {
+    /// Storage type of the cache.
+    pub stored: String,
+    /// Whether there is a window.
+    pub window: bool,
+    /// Keys of a page; 0 is a contiguous cache.
+    pub page_size: usize,
+    /// The page of each sequence's pages, one sequence after the other.
+    pub page_table: Option<&'a [i32]>,
+    /// Copies of the cache that runs take in turn.
+    pub caches: usize,
+    /// Runs of a graph.
+    pub together: usize,
+    /// Replays of the graph.
+    pub replays: usize,
+    /// Timed runs where there are no graphs.
+    pub iters: usize,
+}
+
+/// One decode, for every peer.
+#[derive(Serialize)]
+struct Decode<'a> {
+    device: &'a str,
+    backends: &'a [&'a str],
+    level: &'a str,
+    dtype: String,
+    batch: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    seq: usize,
+    seq_k: usize,
+    mask: bool,
+    seed: u64,
+    deterministic: bool,
+    shapes: Vec<&'a [usize]>,
+    #[serde(flatten)]
+    job: &'a DecodeJob<'a>,
 }
 
 impl Drop for Peers {
@@ -248,6 +362,8 @@ struct Answer {
     reason: String,
     times_ms: Vec<f64>,
     sustained_ms: Option<f64>,
+    replayed_ms: Option<f64>,
+    splits: Option<u32>,
     peak_bytes: Option<u64>,
     forward_ms: Option<f64>,
     backward_ms: Option<f64>,
@@ -274,7 +390,13 @@ impl<R: BufRead, W: Write> Link<R, W> {
         self.line()
     }
 
-    fn run(&mut self, job: &Job<'_>, work: &Work<'_>) -> Result<Vec<Measured>> {
+    fn run(
+        &mut self,
+        job: &impl Serialize,
+        backends: &[&str],
+        outputs: &[Vec<usize>],
+        work: &Work<'_>,
+    ) -> Result<Vec<Measured>> {
         serde_json::to_writer(&mut self.to, job)?;
         self.to.write_all(b"\n")?;
         for tensor in &work.tensors {
@@ -283,7 +405,7 @@ impl<R: BufRead, W: Write> Link<R, W> {
         self.to.write_all(work.mask.unwrap_or_default())?;
         self.to.flush()?;
         let dtype = work.tensors[0].dtype();
-        job.backends.iter().map(|backend| self.answer(backend, dtype, &job.outputs)).collect()
+        backends.iter().map(|backend| self.answer(backend, dtype, outputs)).collect()
     }
 
     fn answer(&mut self, backend: &str, dtype: DType, shapes: &[Vec<usize>]) -> Result<Measured> {
@@ -308,6 +430,8 @@ impl<R: BufRead, W: Write> Link<R, W> {
             reason: answer.reason,
             times_ms: answer.times_ms,
             sustained_ms: answer.sustained_ms,
+            replayed_ms: answer.replayed_ms,
+            splits: answer.splits,
             peak_bytes: answer.peak_bytes,
             passes_ms: [answer.forward_ms, answer.backward_ms],
             forward_peak_bytes: answer.forward_peak_bytes,
@@ -318,7 +442,7 @@ impl<R: BufRead, W: Write> Link<R, W> {
 
 #[cfg(test)]
 mod tests {
-    use flash_attention::{Problem, session::Inputs};
+    use flash_attention::session::Inputs;
 
     use super::*;
     use crate::inputs::Tensors;
@@ -342,6 +466,14 @@ mod tests {
         }
     }
 
+    fn run(
+        link: &mut Link<&[u8], Vec<u8>>,
+        job: &Job<'_>,
+        work: &Work<'_>,
+    ) -> Result<Vec<Measured>> {
+        link.run(job, job.backends, &job.outputs, work)
+    }
+
     #[test]
     fn tensors_go_out_and_outputs_come_back() {
         let problem = Problem::builder(1, 1, 3, 32).mask(true).build().unwrap();
@@ -354,7 +486,8 @@ mod tests {
         answers.extend_from_slice(inputs.v.as_bytes());
         answers.extend_from_slice(b"{\"status\": \"unsupported\", \"reason\": \"no mask\"}\n");
         let mut link = Link { from: answers.as_slice(), to: Vec::new() };
-        let [math, flash] = <[_; 2]>::try_from(link.run(&job(&problem), &work).unwrap()).unwrap();
+        let [math, flash] =
+            <[_; 2]>::try_from(run(&mut link, &job(&problem), &work).unwrap()).unwrap();
         assert_eq!(
             (math.name.as_str(), math.status, math.peak_bytes),
             ("torch-math", Status::Ok, Some(7))
@@ -387,7 +520,7 @@ mod tests {
         let outputs = [q, k, v].map(|tensor| tensor.shape().to_vec()).to_vec();
         let job = Job { level: Level::Backward, backends: &["flash"], outputs, ..job(&problem) };
         let work = Work { tensors: vec![q, k, v, q], mask: None };
-        let [flash] = <[_; 1]>::try_from(link.run(&job, &work).unwrap()).unwrap();
+        let [flash] = <[_; 1]>::try_from(run(&mut link, &job, &work).unwrap()).unwrap();
         assert_eq!((flash.name.as_str(), flash.passes_ms), ("torch-flash", [None, Some(0.5)]));
         assert_eq!(flash.outputs, [q, k, v].map(Tensor::clone));
         assert!(link.from.is_empty());
@@ -404,7 +537,7 @@ mod tests {
             (b"{\"status\": \"ok\", \"bytes\": 4}\n", "expected 384"),
         ] {
             let mut link = Link { from: answers, to: Vec::new() };
-            let error = link.run(&job(&problem), &work).unwrap_err();
+            let error = run(&mut link, &job(&problem), &work).unwrap_err();
             assert!(format!("{error:#}").contains(part), "{error:#}");
         }
     }

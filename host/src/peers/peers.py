@@ -4,7 +4,8 @@ Protocol. First line out: {"torch": version, "cuda": bool, "packages": names} or
 Then, for each job, in: a line of JSON and the bytes of tensors of the "shapes" and, if "mask",
 the mask u8 [B, N]; out: for each of "backends" a line of JSON and, if its "status" is "ok", the
 "bytes" bytes of the outputs, one after the other. The tensors are q, k and v at "level" "attention";
-x, and weight and bias of the projections of q, k, v and the output at "level" "module". At the levels
+x, and weight and bias of the projections of q, k, v and the output at "level" "module"; q and a cache, of
+which "caches" copies are used in turn, at level "decode" (its job has fields of its own). At the levels
 "backward" and "module-backward" the gradient of the output comes after these, and the outputs are
 the gradients of the others, in their order. Slopes of ALiBi, sinks and the beginnings of packed
 sequences are lists in the line of JSON.
@@ -58,12 +59,18 @@ ABLE = {name: {"dropout", "padding masks"} for name in SDPA} | {
     "flash_attn_interface": {"windows", "caps of scores", "packed sequences", ALIGNED},
     "flash_attn.cute": {"windows", "caps of scores", "packed sequences", "sinks", ALIGNED},
 }
+# The numbers of parts that are tried of flash_attn.cute; 0 is its own choice.
+CUTE_SPLITS = [0, 16, 32]
+# Of FlashInfer's workspace.
+FLASHINFER_BYTES = 256 << 20
 # What none of them can do where gradients are asked for: the sinks' own gradient is not among theirs.
 NO_GRADIENT = {"sinks"}
 # Before each backend that is measured at the power limit: what ran before has warmed the GPU for none
 # of them.
 REST_SECONDS = 0.5
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# Codes as bytes: no peer computes with them.
+DTYPES["e4m3"] = torch.uint8
 
 
 def receive(job):
@@ -74,7 +81,9 @@ def receive(job):
         data = bytearray(sys.stdin.buffer.read(count * dtype.itemsize))
         return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
-    tensors = [read(shape, DTYPES[job["dtype"]]) for shape in job["shapes"]]
+    # Of a decode, the cache may have a type of its own.
+    types = [job["dtype"]] + [job.get("stored", job["dtype"])] * (len(job["shapes"]) - 1)
+    tensors = [read(shape, DTYPES[of]) for shape, of in zip(job["shapes"], types)]
     mask = read([job["batch"], 1, 1, job["seq_k"] or job["seq"]], torch.uint8) if job["mask"] else None
     return tensors, mask
 
@@ -383,6 +392,117 @@ def measure(job, name, tensors, mask, device):
         return answer | alone, payload
 
 
+def decode_calls(job, name, q, caches, device):
+    """Lists of functions with the splits of each list, where they are known: a function for each copy of the
+    cache, which gives O [B, Nq, H, D]. Of several lists the fastest counts."""
+    paged, queries = job["page_size"] > 0, job["seq"]
+    lacks = {
+        "cache in another type": job["stored"] != job["dtype"],
+        "windows": job["window"],
+        "pages": paged and not name.startswith("flashinfer"),
+        "contiguous caches": not paged and name.startswith("flashinfer"),
+        "several queries with a bottom-right diagonal": queries > 1 and name != "flash_attn.cute",
+    }
+    lacks = [what for what, is_so in lacks.items() if is_so]
+    if lacks:
+        raise NotImplementedError(f"it has no {', no '.join(lacks)} here")
+    if name in SDPA:
+        attend = torch.nn.functional.scaled_dot_product_attention
+        grouped = {"enable_gqa": True} if job["kv_heads"] != job["heads"] else {}
+        q = q.transpose(1, 2)
+
+        def of_sdpa(k, v):
+            return lambda: attend(q, k.transpose(1, 2), v.transpose(1, 2), **grouped).transpose(1, 2)
+
+        return [(None, [of_sdpa(k, v) for k, v in caches])]
+    if name == "flash_attn.cute":
+        attend = importlib.import_module(name).flash_attn_func
+
+        def of_cute(k, v, splits):
+            def run():
+                o = attend(q, k, v, causal=True, num_splits=splits)
+                return o[0] if isinstance(o, tuple) else o
+
+            return run
+
+        return [(n or None, [of_cute(k, v, n) for k, v in caches]) for n in CUTE_SPLITS]
+    flashinfer = importlib.import_module("flashinfer")
+    batch, page, keys = job["batch"], job["page_size"], job["seq_k"]
+    pages = -(-keys // page)
+    ints = {"dtype": torch.int32, "device": device}
+    starts = torch.arange(0, batch + 1, **ints) * pages
+    table = torch.tensor(job["page_table"], **ints)
+    last = torch.full((batch,), keys - (pages - 1) * page, **ints)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(FLASHINFER_BYTES, dtype=torch.uint8, device=device),
+        "NHD",
+        use_cuda_graph=True,
+        use_tensor_cores=name.endswith("tensor-cores"),
+        paged_kv_indptr_buffer=starts.clone(),
+        paged_kv_indices_buffer=table.clone(),
+        paged_kv_last_page_len_buffer=last.clone(),
+    )
+    sizes = (job["heads"], job["kv_heads"], job["head_dim"], page)
+    wrapper.plan(starts, table, last, *sizes, q_data_type=q.dtype, kv_data_type=q.dtype)
+    rows = q.squeeze(1)
+    out = torch.empty_like(rows)
+
+    def of_flashinfer(cache):
+        return lambda: wrapper.run(rows, cache, out=out).unsqueeze(1)
+
+    return [(None, [of_flashinfer(cache) for cache in caches])]
+
+
+def replayed(calls, job):
+    """Milliseconds of a run in a graph of "together" runs, the calls in turn, replayed back to back."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in range(job["together"]):
+            calls[run % len(calls)]()
+    graph.replay()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(job["replays"]):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / (job["replays"] * job["together"])
+
+
+def measure_decode(job, name, tensors, mask, device):
+    """One peer on a decode: its answer and O of its fastest way."""
+    q, k, v = tensors
+    copies = job["caches"] - 1
+    caches = [(k, v)] + [(k.clone(), v.clone()) for _ in range(copies)]
+    best, failure = None, None
+    with sdpa_kernel(SDPA[name]) if name in SDPA else nullcontext(), torch.inference_mode():
+        for splits, calls in decode_calls(job, name, q, caches, device):
+            try:
+                output = calls[0]().clone()
+                if device.type == "cuda":
+                    found = {"replayed_ms": replayed(calls, job)}
+                else:
+                    found = {"times_ms": times(calls[0], {"warmup": 1, "level": "decode", **job}, device)}
+            except Exception as error:
+                failure = failure or error
+                continue
+            shown = found.get("replayed_ms") or median(found["times_ms"])
+            if best is None or shown < best[0]:
+                best = shown, found | {"splits": splits}, output
+    if best is None:
+        raise failure
+    _, found, output = best
+    return found | {"status": "ok"}, output.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
 def attempt(job, name, tensors, mask, device):
     """Sends what one backend did, or why it did not."""
     with warnings.catch_warnings(record=True) as caught:
@@ -390,7 +510,8 @@ def attempt(job, name, tensors, mask, device):
         try:
             if name in SDPA and SDPA[name] is None:
                 raise NotImplementedError("this PyTorch has no such backend")
-            answer, payload = measure(job, name, tensors, mask, device)
+            run = measure_decode if job["level"] == "decode" else measure
+            answer, payload = run(job, name, tensors, mask, device)
         except torch.cuda.OutOfMemoryError as error:
             return send({"status": "oom", "reason": str(error).split("\n")[0]})
         except Exception as error:

@@ -17,6 +17,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use cuda_driver::Graph;
 pub use cuda_driver::ResultCode;
 
 use crate::{
@@ -322,6 +323,34 @@ impl<O: Owner> Instruments for Gpu<O> {
         self.free_flush_buffer(&buffer);
         let best = times?.into_iter().fold(f64::INFINITY, f64::min);
         Ok((best > 0.0).then(|| 2.0 * half as f64 / best * 1e-6))
+    }
+
+    fn replayed_ms(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), Error>,
+        replays: usize,
+    ) -> Result<Option<f64>, Error> {
+        // Current until the graph is gone.
+        let _entered =
+            self.context.enter().map_err(|code| self.failed("capturing launches", code))?;
+        let stream = self.owner.stream();
+        // SAFETY: the owner's stream belongs to its context, which is current.
+        let graph = unsafe { Graph::capture(stream, work) }
+            .map_err(|failure| self.failed("capturing launches", failure.code))??;
+        let launch = || {
+            // SAFETY: as above. What `work` borrows lives longer than this call, and memory that it gave
+            // up itself is not free: freeing waits, which breaks a capture.
+            unsafe { graph.launch(stream) }
+                .map_err(|failure| self.failed("launching a graph", failure.code))
+        };
+        launch()?;
+        let replays = replays.max(1);
+        let all = self.time_ms(&mut || (0..replays).try_for_each(|_| launch()))?;
+        Ok(Some(all / replays as f64))
+    }
+
+    fn l2_bytes(&self) -> Option<u64> {
+        Some(self.description.l2_bytes.into())
     }
 
     fn take_counters(&self) -> Option<Counters> {
