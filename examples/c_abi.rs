@@ -1,5 +1,6 @@
-//! The library for callers of C's conventions: a shared library of four functions, whose header is
-//! `examples/flash_attention.h`. `examples/torch_raw.py` calls it on PyTorch's tensors.
+//! The library for callers of C's conventions: a shared library of four functions. Its header,
+//! `examples/flash_attention.h`, is made of this file with its documentation (`c-header`).
+//! `examples/torch_raw.py` calls it on PyTorch's tensors.
 //!
 //! ```sh
 //! cargo build --release --no-default-features --features ptx --example c_abi
@@ -51,7 +52,7 @@ pub struct FaProblem {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct FaTensor {
-    /// The first element.
+    /// The first element, at a multiple of 16 bytes.
     pub address: *mut c_void,
     /// Bytes from there to the end of the memory.
     pub bytes: u64,
@@ -73,17 +74,16 @@ pub struct FaTensors {
     pub o: FaTensor,
     /// Log-sum-exp, f32 `[batch, heads, seq_q]`; null: not wanted.
     pub lse: *mut c_void,
-    /// As many bytes as `fa_workspace_bytes` says, zero before the first call on a stream; each call leaves it
-    /// as the next one on the stream wants it.
+    /// Zero before the first call on a stream; each call leaves it as the next one on the stream wants it.
     pub workspace: *mut c_void,
-    /// How many they are.
+    /// Its bytes, at least as many as `fa_workspace_bytes` says.
     pub workspace_bytes: u64,
 }
 
 thread_local!(static LAST: RefCell<CString> = RefCell::default());
 
-/// What was wrong with the last call of this thread that failed. The text is the library's, until the next
-/// call.
+/// What was wrong with the last call of this thread that failed. The text is the library's, until
+/// the thread's next call that fails.
 #[unsafe(no_mangle)]
 pub extern "C" fn fa_last_error() -> *const c_char {
     LAST.with(|last| last.borrow().as_ptr())
@@ -160,7 +160,8 @@ impl FaTensor {
     }
 }
 
-/// Bytes of the workspace of a problem's calls, in the context that is current; -1 where there is an error.
+/// Bytes of the workspace of a problem's calls, in the context that is current; -1 where there is
+/// an error.
 ///
 /// # Safety
 /// `problem` is null or points to a problem.
@@ -179,14 +180,14 @@ pub unsafe extern "C" fn fa_workspace_bytes(problem: *const FaProblem) -> i64 {
     })
 }
 
-/// Starts attention on a stream of the context that is current, and does not wait. 0, or -1 where there is an
-/// error.
+/// Starts attention on a stream of the context that is current, and does not wait. 0, or -1 where
+/// there is an error.
 ///
 /// # Safety
 /// - `problem` and `tensors` are null or point to what their types say.
 /// - `stream` is a stream of the context that is current; null is its default stream.
-/// - The memory of `tensors` is the device's until the stream has come to the end of the call; nothing else
-///   uses what is written meanwhile, and nothing writes what is read.
+/// - The memory of `tensors` is the device's until the stream has come to the end of the call;
+///   nothing else uses what is written meanwhile, and nothing writes what is read.
 /// - The context stays until the process ends.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fa_forward(
@@ -291,17 +292,19 @@ mod tests {
         let mut says = |what: &str, number: usize| {
             source += &format!("_Static_assert({what} == {number}, \"{what}\");\n");
         };
-        says("sizeof(FaProblem)", size_of::<FaProblem>());
-        says("offsetof(FaProblem, batch)", offset_of!(FaProblem, batch));
-        says("offsetof(FaProblem, head_dim)", offset_of!(FaProblem, head_dim));
-        says("offsetof(FaProblem, window_right)", offset_of!(FaProblem, window_right));
-        says("offsetof(FaProblem, softcap)", offset_of!(FaProblem, softcap));
-        says("sizeof(FaTensor)", size_of::<FaTensor>());
-        says("offsetof(FaTensor, strides)", offset_of!(FaTensor, strides));
-        says("sizeof(FaTensors)", size_of::<FaTensors>());
-        says("offsetof(FaTensors, o)", offset_of!(FaTensors, o));
-        says("offsetof(FaTensors, lse)", offset_of!(FaTensors, lse));
-        says("offsetof(FaTensors, workspace_bytes)", offset_of!(FaTensors, workspace_bytes));
+        /// Every field of a type.
+        macro_rules! layout {
+            ($type:ident: $($field:ident),*) => {
+                says(concat!("sizeof(", stringify!($type), ")"), size_of::<$type>());
+                $(says(
+                    concat!("offsetof(", stringify!($type), ", ", stringify!($field), ")"),
+                    offset_of!($type, $field),
+                );)*
+            };
+        }
+        layout!(FaProblem: dtype, batch, heads, kv_heads, seq_q, seq_k, head_dim, window_left, window_right, scale, softcap);
+        layout!(FaTensor: address, bytes, strides);
+        layout!(FaTensors: q, k, v, o, lse, workspace, workspace_bytes);
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("layout.c");
         std::fs::write(&file, source).unwrap();
