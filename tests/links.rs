@@ -111,3 +111,45 @@ fn every_chapter_is_in_the_summary() {
         .collect();
     assert!(missing.is_empty(), "{missing:?}");
 }
+
+/// What a page of the built book refers to, if it is not in the book or has no such heading.
+fn broken_in_book(page: &Path, pages: &BTreeMap<PathBuf, String>) -> Vec<String> {
+    let folder = page.parent().expect("below the book");
+    // Scripts make links of their own as they run.
+    let is_text = |part: &&str| !part.starts_with("<script") || part.starts_with("<script src=");
+    let text: String = pages[page]
+        .split_inclusive("</script>")
+        .flat_map(|part| {
+            let (before, script) = part.split_at(part.find("<script").unwrap_or(part.len()));
+            [before, script]
+        })
+        .filter(is_text)
+        .collect();
+    let links = between(&text, " href=\"", '"').chain(between(&text, " src=\"", '"'));
+    let is_missing = |link: &&str| {
+        let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+        let to =
+            if path.is_empty() { page.to_owned() } else { resolved(&folder.join(path)).into() };
+        let has = |text: &String| text.contains(&format!("id=\"{heading}\""));
+        !to.exists() || !heading.is_empty() && !pages.get(&to).is_some_and(has)
+    };
+    let links = links.filter(|link| !link.contains(':') && !link.starts_with("//"));
+    links.filter(is_missing).map(|link| format!("{}: {link}", page.display())).collect()
+}
+
+#[test]
+#[ignore = "reads the site that docs/build-book makes"]
+fn what_the_built_book_points_at_is_there() {
+    let book = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/book");
+    let mut found = Vec::new();
+    files(&book, &book, &mut found);
+    // print.html has every chapter on one page, with headings of the same names.
+    let pages = found.iter().filter(|file| file.ends_with(".html") && *file != "print.html");
+    let pages: BTreeMap<PathBuf, String> = pages
+        .map(|file| book.join(file))
+        .map(|page| (page.clone(), fs::read_to_string(&page).expect("a page")))
+        .collect();
+    assert!(pages.len() > 50, "{} pages in {}", pages.len(), book.display());
+    let broken: Vec<String> = pages.keys().flat_map(|page| broken_in_book(page, &pages)).collect();
+    assert!(broken.is_empty(), "{broken:#?}");
+}
