@@ -390,7 +390,20 @@ fn launches_are_repeated_with_other_lengths() {
 /// change the order of sums: within rounding, and on GPUs without the conversion of codes too.
 #[test]
 fn codes_are_the_numbers_that_they_stand_for() {
-    let device = emulator();
+    codes_are_numbers_on(&emulator());
+}
+
+/// Both ways on a GPU that has the conversion: the others' way is not launched there otherwise.
+#[test]
+fn codes_are_the_numbers_that_they_stand_for_on_a_gpu() {
+    suite::on_a_gpu(|gpu| {
+        if gpu.compute_capability() == (9, 0) {
+            codes_are_numbers_on(gpu);
+        }
+    });
+}
+
+fn codes_are_numbers_on(device: &Arc<dyn Device>) {
     for (dtype, d) in [(DType::F16, 64), (DType::BF16, 128), (DType::F16, 256)] {
         let setup = Setup::new(shape([2, 4, 2], 2, 300, d).dtype(dtype), &[300, 77]).in_e4m3();
         let session = Session::new(device.clone());
@@ -417,6 +430,15 @@ fn codes_are_the_numbers_that_they_stand_for() {
 /// A key or a value that is NaN is NaN in what sees it, and a large query in bf16 is finite in f16.
 #[test]
 fn codes_without_a_number_are_not_taken_for_one() {
+    no_numbers_are_numbers_on(&emulator());
+}
+
+#[test]
+fn codes_without_a_number_are_not_taken_for_one_on_a_gpu() {
+    suite::on_a_gpu(no_numbers_are_numbers_on);
+}
+
+fn no_numbers_are_numbers_on(device: &Arc<dyn Device>) {
     for dtype in [DType::F16, DType::BF16] {
         let p = shape([1, 2, 1], 1, 40, 64).dtype(dtype);
         let setup = Setup::new(p, &[40]).in_e4m3();
@@ -424,7 +446,7 @@ fn codes_without_a_number_are_not_taken_for_one() {
             let mut wrong = setup.clone();
             let side = if of_keys { &mut wrong.k } else { &mut wrong.v };
             side.as_bytes_mut()[64 * 33 + 7] = code;
-            let o = wrong.run().o.to_f32();
+            let o = wrong.run_on(device).o.to_f32();
             let expected = |column: usize| of_keys || column % 64 == 7;
             for (at, x) in o.iter().enumerate() {
                 assert_eq!(x.is_nan(), expected(at), "{dtype} {at}: {x}");
@@ -436,7 +458,7 @@ fn codes_without_a_number_are_not_taken_for_one() {
         let p = large.decode.problem().to_builder().scale(Some((0.125 / factor) as f32));
         let decode = Decode::new(p.build().unwrap()).cache_dtype(DType::E4M3).unwrap();
         let setup = Setup { decode, q: large.q.scaled(factor), ..large.clone() };
-        assert_eq!(setup.fault("queries of another magnitude"), None);
+        assert_eq!(setup.fault_on(device, "queries of another magnitude"), None);
     }
 }
 

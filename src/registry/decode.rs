@@ -402,8 +402,8 @@ impl Plan<Decode> {
     }
 }
 
-/// The inputs to the choice of splits. The unit of time is a multiprocessor's time for a KV tile
-/// while all multiprocessors are busy.
+/// The inputs to the choice of splits. The unit of time is a multiprocessor's time for a KV tile of
+/// 16-bit elements while all multiprocessors are busy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SplitWork {
     /// Tiles of keys of a sequence.
@@ -414,10 +414,13 @@ pub struct SplitWork {
     pub at_once: u32,
     /// Multiprocessors.
     pub multiprocessors: u32,
+    /// Bytes of a tile's keys and values, and those of a tile of 16-bit elements.
+    pub tile_bytes: [u32; 2],
 }
 
-// Fitted to times of 1 to 132 splits of 4,096 to 131,072 keys on an H200
-// (benches/record/2026-11-29-decode.md).
+// Fitted to times of 1 to 132 splits of 4,096 to 131,072 keys in f16 on an H200
+// (benches/record/2026-11-29-decode.md). A cache in e4m3 takes the same numbers by its bytes: derived,
+// not measured.
 
 /// The time until a block's first tile arrives: two dependent reads, and the copy.
 const START: f64 = 0.75;
@@ -447,10 +450,13 @@ impl SplitWork {
         whole as f64 * wave(at_once as f64) + last + merging
     }
 
-    /// The time of a tile for each of `blocks` blocks that run at once and share the memory.
+    /// The time of a tile for each of `blocks` blocks that run at once and share the memory: that of
+    /// its bytes, and at least the latency, which fewer bytes do not shorten.
     fn pace(self, blocks: f64) -> f64 {
         let share = blocks / f64::from(self.multiprocessors.max(1));
-        LATENCY.max(share.min(1.0) * ALONE + (share - 1.0).max(0.0) * (2.0 - ALONE))
+        let [bytes, fitted] = self.tile_bytes.map(|bytes| f64::from(bytes.max(1)));
+        let busy = share.min(1.0) * ALONE + (share - 1.0).max(0.0) * (2.0 - ALONE);
+        LATENCY.max(busy * bytes / fitted)
     }
 }
 
@@ -527,10 +533,15 @@ fn chosen(d: &Decode, split: &Step<Decode>, target: &Target) -> u32 {
     let keys = d.expected_keys.unwrap_or(usize::MAX).min(d.problem.seq_k());
     let at_once = target.blocks_at_once(split.entry, split.shared_bytes);
     let blocks = work(&d.problem);
-    let of_tile =
-        if d.has_scales() { decode_e4m3::KEYS } else { decode_split::keys(split.entry.size) };
+    let size = split.entry.size;
+    let fitted = decode_split::keys(size);
+    let of_tile = if d.has_scales() { decode_e4m3::KEYS } else { fitted };
+    // K and V.
+    let bytes = |keys: u32, of_number: usize| 2 * keys * (size * of_number) as u32;
+    let multiprocessors = target.multiprocessors;
+    let tile_bytes = [bytes(of_tile, d.stored().size()), bytes(fitted, d.problem.dtype().size())];
     let tiles = tiles(keys, of_tile);
-    splits(SplitWork { tiles, blocks, at_once, multiprocessors: target.multiprocessors })
+    splits(SplitWork { tiles, blocks, at_once, multiprocessors, tile_bytes })
 }
 
 /// A launch of the smallest entry that has the columns of the problem.
@@ -597,13 +608,54 @@ mod tests {
 
     #[test]
     fn a_part_more_must_gain_what_it_costs() {
-        let work = SplitWork { tiles: 1000, blocks: 10, at_once: 100, multiprocessors: 50 };
+        let work = SplitWork {
+            tiles: 1000,
+            blocks: 10,
+            at_once: 100,
+            multiprocessors: 50,
+            tile_bytes: [1, 1],
+        };
         assert_eq!(splits(work), 10);
         assert!(work.cost(10) < work.cost(9) && work.cost(10) < work.cost(11));
         assert_eq!(splits(SplitWork { blocks: 100, ..work }), 1);
         // Two tiles: half of the time, and the merging costs more.
         assert_eq!(splits(SplitWork { tiles: 2, ..work }), 1);
         assert_eq!(splits(SplitWork { tiles: 0, ..work }), 1);
+    }
+
+    /// A cache in e4m3 costs what 16-bit elements of the same number of bytes cost.
+    #[test]
+    fn bytes_decide_not_keys() {
+        let splits = |heads: [usize; 2], keys, d, stored| {
+            let [heads, kv_heads] = heads;
+            let p = Problem::builder(1, heads, 1, d).kv_heads(kv_heads).seq_k(keys);
+            let decode = Decode::new(p.dtype(DType::F16).build().unwrap());
+            DECODE_KERNELS[0].plan(&decode.cache_dtype(stored).unwrap(), &H200).unwrap().splits()
+        };
+        for heads in [[32, 4], [64, 8], [4, 1]] {
+            // A tile has as many bytes, and as many blocks run at once.
+            for d in [128, 256] {
+                for keys in [512, 4096, 32_768, 131_072] {
+                    let codes = splits(heads, 2 * keys, d, DType::E4M3);
+                    assert_eq!(codes, splits(heads, keys, d, DType::F16), "{keys} keys, D {d}");
+                }
+            }
+        }
+        // At D = 64 a tile has half the bytes: where bytes count half the time, else the latency.
+        let halves = SplitWork {
+            tiles: 256,
+            blocks: 4,
+            at_once: 528,
+            multiprocessors: 132,
+            tile_bytes: [1 << 14, 1 << 15],
+        };
+        let whole = SplitWork { tile_bytes: [1 << 15; 2], ..halves };
+        let [busy, latency] = [528.0, 60.0];
+        assert!((whole.pace(busy) - 2.0 * halves.pace(busy)).abs() < 1e-12);
+        assert_eq!((whole.pace(latency), halves.pace(latency)), (LATENCY, LATENCY));
+        // The latency is what a tile takes for up to twice the blocks, so that more parts pay.
+        assert!(super::splits(halves) > super::splits(whole), "{halves:?}");
+        assert_eq!(splits([32, 4], 32_768, 64, DType::E4M3), super::splits(halves));
     }
 
     #[test]

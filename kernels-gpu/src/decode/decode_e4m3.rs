@@ -214,6 +214,8 @@ pub unsafe fn decode_e4m3<
     let mut acc_o = [[0.0f32; 4]; COLUMN_TILES];
     let scale_log2 = Policy::scale_log2_of(&args.forward.scores);
     let mut stage = 0;
+    // The ring of decode_split, written out here too: `break` and `profile` name a barrier and a line by the
+    // kernel's own file, which a shared loop with closures for its steps would take them out of.
     for kv_tile in tiles.clone() {
         async_copy::wait::<PENDING>();
         // Hazards: K and V are read by lanes that did not copy them; and the stage that is filled next
