@@ -92,7 +92,7 @@ fn problem(dtype: DType, d: usize, causal: bool) -> Problem {
 
 /// Waits for every stream of the context.
 fn synchronize_all(gpu: &GpuDevice) {
-    with_context(gpu, || driver!(cuCtxSynchronize())).unwrap();
+    with_context(gpu, functions::ctx_synchronize).unwrap();
 }
 
 /// Makes the GPU's context the thread's during `work`.

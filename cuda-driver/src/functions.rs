@@ -229,6 +229,14 @@ pub fn init() -> Result<(), Failure> {
     call!(cuInit(0 => u32))
 }
 
+/// Waits for all streams of the current context. (`cuCtxSynchronize`)
+///
+/// # Errors
+/// The driver's result code, possibly of earlier work, or that there is no driver.
+pub fn ctx_synchronize() -> Result<(), Failure> {
+    call!(cuCtxSynchronize())
+}
+
 /// Name of a GPU. (`cuDeviceGetName`)
 ///
 /// # Errors
