@@ -334,7 +334,10 @@ pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
         return Ok(Outcome::Interrupted);
     }
     let good = rows.iter().all(|row| row.passed || row.peer);
-    print_lines(if good {
+    // A peer's error is its own: it has a line with the reason.
+    print_lines(if good && rows.iter().any(|row| row.peer) {
+        "\nverdict: every line of decode is right"
+    } else if good {
         "\nverdict: every line is right"
     } else {
         "\nverdict: WRONG, see above"

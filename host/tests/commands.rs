@@ -674,7 +674,7 @@ fn peers_of_a_decode_are_rows_whatever_becomes_of_them() {
         "{stdout}"
     );
     assert!(stdout.contains("torch-flash, Nk 70 (failed): O is wrong"), "{stdout}");
-    assert!(stdout.contains("verdict: every line is right"), "{stdout}");
+    assert!(stdout.contains("verdict: every line of decode is right"), "{stdout}");
 
     // A process that ends takes its rows with it, and nothing else.
     let (stdout, rows) = measure(true).unwrap();
