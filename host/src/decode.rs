@@ -108,7 +108,7 @@ pub struct DecodeCommandArgs {
     #[command(flatten)]
     pub cache: CacheArgs,
     /// Timed runs
-    #[arg(long, value_name = "COUNT", value_parser = values::count)]
+    #[arg(long, value_name = "COUNT", value_parser = values::runs)]
     pub iters: Option<usize>,
     /// Where to run: auto (a GPU if there is one), gpu, gpu:1 (a certain one) or cpu
     #[arg(long, value_name = "WHERE", default_value = "auto")]

@@ -35,6 +35,8 @@ use crate::{
     table, values,
 };
 
+/// The most ranks: each is a thread, with a GPU or an emulator.
+const MOST_RANKS: usize = 256;
 /// On GPUs: enough work to hide the ring's transfers.
 pub const ON_GPU: Defaults =
     Defaults { seq: &[32_768], batch: 1, heads: 16, head_dim: 128, dtype: DType::F16 };
@@ -138,6 +140,10 @@ pub fn run(
     parallel: Option<&[Parallel]>,
     (timed_runs, wide): (usize, bool),
 ) -> Result<Outcome> {
+    if gpus > MOST_RANKS {
+        let reason = format!("--gpus {gpus} is too many: one process has at most {MOST_RANKS}");
+        return Err(Usage(reason).into());
+    }
     let opened = machine::open(problem.device, problem.memory_limit)?;
     let emulated = opened.info.emulated;
     let defaults = if emulated { EMULATED } else { ON_GPU };

@@ -177,7 +177,8 @@ fn kibibytes(meminfo: &str, key: &str) -> Option<u64> {
 }
 
 /// Available memory: the system's available memory, limited by the container's.
-fn available_bytes() -> Option<u64> {
+#[must_use]
+pub fn available_bytes() -> Option<u64> {
     let available = meminfo("MemAvailable:")?;
     let cgroup = |name: &str| -> Option<u64> {
         fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse().ok()

@@ -23,6 +23,24 @@ pub fn seed(text: &str) -> Result<u64, String> {
     whole(text, 0)
 }
 
+/// The most repetitions: 8 bytes are kept for each.
+const MOST_RUNS: usize = 1_000_000;
+
+/// A count of timed runs, at least one.
+pub fn runs(text: &str) -> Result<usize, String> {
+    count(text).and_then(at_most_runs)
+}
+
+/// A count of untimed runs, which may be zero.
+pub fn runs_or_none(text: &str) -> Result<usize, String> {
+    count_or_none(text).and_then(at_most_runs)
+}
+
+fn at_most_runs(count: usize) -> Result<usize, String> {
+    let reason = || format!("use a whole number up to {MOST_RUNS}");
+    (count <= MOST_RUNS).then_some(count).ok_or_else(reason)
+}
+
 fn whole<T: TryFrom<u64>>(text: &str, least: u64) -> Result<T, String> {
     let given = text.parse::<u64>();
     if given.as_ref().is_err_and(|e| *e.kind() == IntErrorKind::PosOverflow) {
@@ -118,6 +136,13 @@ mod tests {
             assert_eq!(count(text).unwrap_err(), "use a whole number, 1 or more", "{text}");
         }
         assert!(seed("99999999999999999999").unwrap_err().contains("up to 18446744073709551615"));
+        assert_eq!((runs("1000000"), runs_or_none("0")), (Ok(1_000_000), Ok(0)));
+        for text in ["1000001", "18446744073709551615"] {
+            let reason = "use a whole number up to 1000000";
+            assert_eq!(runs(text).unwrap_err(), reason);
+            assert_eq!(runs_or_none(text).unwrap_err(), reason);
+        }
+        assert!(runs("0").is_err());
         assert_eq!(number("-1"), Ok(-1.0));
         assert!(number("x").is_err() && threshold("0").is_err() && threshold("inf").is_err());
         assert_eq!((seconds("0.5"), threshold("1e-3")), (Ok(0.5), Ok(1e-3)));

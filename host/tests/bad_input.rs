@@ -131,6 +131,13 @@ fn values_of_one_command_are_checked_too() {
         (&["compare", "--iters", "0"][..], "use a whole number, 1 or more"),
         (&["compare", "--iters", "1e3"], "use a whole number, 1 or more"),
         (&["compare", "--warmup", "x"], "use a whole number, 0 or more"),
+        (&["compare", "--iters", "18446744073709551615"], "use a whole number up to 1000000"),
+        (&["compare", "--warmup", "18446744073709551615"], "use a whole number up to 1000000"),
+        (&["decode", "--iters", "18446744073709551615"], "use a whole number up to 1000000"),
+        (
+            &["verify", "--gpus", "1000000", "--parallel", "context"],
+            "--gpus 1000000 is too many: one process has at most 256",
+        ),
         (&["compare", "--sustained", "-1"], "use a number of seconds above 0, up to 60"),
         (
             &["compare", "--peers=bogus"],

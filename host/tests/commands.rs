@@ -253,6 +253,22 @@ fn what_does_not_fit_is_a_row() {
     assert_eq!(status, [ok, ok, oom, ok], "{stdout}");
 }
 
+/// The emulator's limit is no promise that the computer has the memory.
+#[cfg(target_os = "linux")]
+#[test]
+fn tensors_too_large_for_this_computer_are_not_drawn() {
+    let large = ["--seq", "700000000", "--head-dim", "128", "--kernels", "flash_mma"];
+    for command in ["compare", "verify"] {
+        let (code, stdout, stderr) = run(host()
+            .args([command, "--level", "attention", "--dtype", "f16"])
+            .args(["--memory-limit", "1000000GiB"])
+            .args(large));
+        assert_eq!(code, 1, "{stdout}{stderr}");
+        assert!(stdout.contains(" of this computer's memory, "), "{stdout}");
+        assert!(stdout.contains(" were free: not tried"), "{stdout}");
+    }
+}
+
 /// A kernel that cannot do what is asked is a row with the reason; the others run.
 #[test]
 fn one_kernel_that_cannot_stops_no_other() {

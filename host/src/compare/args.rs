@@ -22,10 +22,10 @@ pub struct CompareArgs {
     #[command(flatten)]
     pub several: GpusArgs,
     /// Timed runs of each kernel
-    #[arg(long, value_name = "COUNT", value_parser = values::count)]
+    #[arg(long, value_name = "COUNT", value_parser = values::runs)]
     pub iters: Option<usize>,
     /// Untimed runs of each kernel before the timed runs
-    #[arg(long, value_name = "COUNT", value_parser = values::count_or_none)]
+    #[arg(long, value_name = "COUNT", value_parser = values::runs_or_none)]
     pub warmup: Option<usize>,
     /// Also launch each kernel back to back for about this long: on a GPU, the rate at its power
     /// limit

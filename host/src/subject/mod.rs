@@ -17,7 +17,7 @@ use flash_attention::{
 };
 
 use crate::{
-    format,
+    format, machine,
     results::{Check, Level, ProblemRecord, Row, Status},
 };
 
@@ -282,15 +282,44 @@ pub fn foresee(
     };
     row.needed_bytes = Some(needed);
     let free = session.device().memory_info()?.free;
-    if needed <= free {
+    let host = host_bytes(problem, needed, row.emulated);
+    let (needed, free, whose) = if needed > free {
+        (needed, free, "")
+    } else if let Some(free) = machine::available_bytes().filter(|&free| host > free) {
+        (host, free, " of this computer's memory")
+    } else {
         return Ok(row);
-    }
+    };
     row.status = Status::Oom;
     row.free_bytes = Some(free);
     row.reason = format!(
-        "needs {}, {} were free: not tried",
+        "needs {}{whose}, {} were free: not tried",
         format::bytes(needed as f64),
         format::bytes(free as f64)
     );
     Ok(row)
+}
+
+/// About the memory of the host that a run takes at once: the inputs, and either their copies in
+/// f32 for the outputs in f64, or the outputs with theirs and, under the emulator, the device's
+/// memory, `needed` bytes.
+fn host_bytes(problem: &Problem, needed: u64, emulated: bool) -> u64 {
+    let (inputs, outputs) = (problem.input_bytes(), problem.output_bytes());
+    let in_f32 = |bytes: u64| bytes / problem.dtype().size() as u64 * DType::F32.size() as u64;
+    let device = if emulated { needed } else { 0 };
+    inputs + in_f32(inputs).max(outputs + in_f32(outputs) + device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hosts_memory_holds_tensors_copies_and_the_emulated_device() {
+        // q, k, v: 64 elements each, o too; an LSE of 8.
+        let problem = Problem::builder(1, 1, 8, 8).dtype(DType::F16).build().unwrap();
+        assert_eq!((problem.input_bytes(), problem.output_bytes()), (384, 160));
+        assert_eq!(host_bytes(&problem, 10_000, false), 384 + 768);
+        assert_eq!(host_bytes(&problem, 10_000, true), 384 + 160 + 320 + 10_000);
+    }
 }
