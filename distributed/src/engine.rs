@@ -121,7 +121,7 @@ pub unsafe trait Engine {
     /// The region is live memory of this device, as long as the parcel, until the copy has ended.
     unsafe fn accept(&self, parcel: &Self::Parcel, to: Region) -> Result<Self::Receipt, Error>;
 
-    /// What the lane of communication gets from now on comes after the copy of a parcel that this rank
+    /// All later work of the lane of communication comes after the copy of a parcel that this rank
     /// offered.
     ///
     /// # Errors

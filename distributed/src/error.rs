@@ -1,4 +1,4 @@
-//! What can go wrong between ranks. Each message is one line that names the rank or the value that is
+//! Errors between ranks. Each message is one line that names the rank or the value that is
 //! wrong, and what would be right.
 
 use std::time::Duration;

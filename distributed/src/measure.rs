@@ -139,7 +139,7 @@ pub struct Times {
     pub all: f64,
     /// Kernels and copies within the device, without transfers.
     pub computation: f64,
-    /// Transfers without anything else.
+    /// Transfers alone.
     pub transfers: f64,
 }
 

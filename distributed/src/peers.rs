@@ -112,7 +112,7 @@ impl Peers {
         self.board.apply(self.rank, event);
     }
 
-    /// What every rank gives, by rank: all call it, and each gets the bytes of all.
+    /// The bytes of every rank, by rank: all ranks call it, and each gets all of them.
     ///
     /// # Errors
     /// [`Error::Lost`] or [`Error::Late`] names a rank that does not come.

@@ -23,7 +23,7 @@ use crate::{
 pub struct Setup {
     /// The problem and its ranks.
     pub share: Share,
-    /// Which kernels.
+    /// The kernels.
     pub options: Options,
     /// The time limit for a rank that keeps the others waiting.
     pub limit: Duration,
@@ -236,7 +236,7 @@ pub fn on_threads<R: Send, T: Send>(
     })
 }
 
-/// What all returned, or the error that came first: not one that says that another rank is lost, if any
+/// The results of all ranks, or the error that came first: not one that says that another rank is lost, if any
 /// else says more.
 ///
 /// # Errors

@@ -40,7 +40,7 @@ const KERNEL_FLAGS: &[&str] = &[
     "-Cmetadata=kernels_gpu",
 ];
 
-/// What [`build`] makes.
+/// The result of [`build`].
 #[derive(Debug)]
 pub struct Build {
     /// Fingerprint of the sources it was made from.
@@ -54,7 +54,7 @@ pub struct Build {
 /// One module of a [`Build`].
 #[derive(Debug)]
 pub struct Built {
-    /// Which module.
+    /// The module.
     pub module: Module,
     /// Its processed text.
     pub ptx: Ptx,

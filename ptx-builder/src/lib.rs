@@ -35,7 +35,7 @@ pub struct Module {
     /// LLVM's target feature that sets the PTX `.version`. As low as the module's
     /// instructions allow, since it bounds the drivers that accept the text.
     pub ptx_feature: &'static str,
-    /// What ptxas assembles it for: every generation that would load it.
+    /// The architectures for which ptxas assembles it: every generation that would load it.
     pub assemble_for: &'static [&'static str],
 }
 

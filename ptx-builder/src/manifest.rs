@@ -26,7 +26,7 @@ pub struct Manifest {
 /// One module of a [`Manifest`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModuleRecord {
-    /// Which module.
+    /// The module.
     pub module: Module,
     /// SHA-256 of its text, in hexadecimal.
     pub sha256: String,

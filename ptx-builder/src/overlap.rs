@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use crate::compile::succeed;
 use crate::ptxas::find_tool;
 
-/// What the work between two waits has at least one of.
+/// Instructions of which the work between two waits has at least one.
 const WORK: [&str; 3] = ["MUFU.EX2", "F2FP", "REDG"];
 
 /// Pairs of waits without work between them in the machine code of `cubin`, as

@@ -16,7 +16,7 @@ use crate::combinations;
 use crate::compile::succeed;
 use crate::{Module, pack};
 
-/// What ptxas says of one entry on one architecture.
+/// The report of ptxas on one entry for one architecture.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Registers of a thread.
@@ -33,7 +33,7 @@ pub struct Usage {
     pub warnings: Vec<String>,
 }
 
-/// What ptxas says of one module on one architecture.
+/// The report of ptxas on one module for one architecture.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Assembly {
     /// By entry.

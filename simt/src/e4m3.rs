@@ -16,7 +16,7 @@ pub const MAX: f32 = 448.0;
 
 /// A way from four codes, in the bytes of a register, to f16.
 pub trait Widen: 'static {
-    /// What the f16 values are to be multiplied by.
+    /// The factor of the f16 values.
     const FACTOR: f32;
 
     /// Codes 0 and 2, then codes 1 and 3, as two f16 each; the code of the lower number in the lower half.

@@ -75,7 +75,7 @@ macro_rules! operand {
 operand!(f16, false);
 operand!(bf16, true);
 
-/// Which way the rows of an operand run.
+/// The direction of an operand's rows.
 pub trait Major: 'static {
     /// Whether they run along the rows or columns of the result, and not along the dimension that is
     /// summed over.

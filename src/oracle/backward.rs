@@ -64,7 +64,7 @@ pub fn whole_biases(p: &Problem, heads: &[usize]) -> Vec<usize> {
     (0..entries * of_entry).filter(is_whole).collect()
 }
 
-/// Those of the parts of `values`, of `width` values each, that are named.
+/// The named parts of `values`, of `width` values each.
 fn parts(values: &[f64], width: usize, which: &[usize]) -> Vec<f64> {
     which.iter().flat_map(|part| values.iter().skip(part * width).take(width)).copied().collect()
 }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{dtype::DType, problem::Problem};
 
-/// What the chapter's kernel states, which `kernels-gpu/tests/chapter.rs` compiles. Entries with
+/// The entry of the chapter's kernel, which `kernels-gpu/tests/chapter.rs` compiles. Entries with
 /// the same arguments stand in for its own, which kernels-gpu does not have.
 mod flash_rows {
     pub use kernels_gpu::forward::flash_tiled::ENTRIES;

@@ -216,7 +216,7 @@ fn threads(options: &Options) -> Result<(), Error> {
     failed.pop().map_or(Ok(()), Err)
 }
 
-/// What NCCL moves from each rank to the next and back at once.
+/// Measures the rate at which NCCL moves bytes from each rank to the next and back at once.
 fn bandwidth(
     engine: &GpuEngine,
     memory: &Arc<Memory>,

@@ -10,7 +10,7 @@ use std::{
 use super::{Communicator, Direction, Transfer};
 use crate::{engine::Engine, error::Error, peers::Peers};
 
-/// What lies between two ranks: what one offers the other, with its length, and what comes back.
+/// The channel between two ranks: the offer of one to the other, with its length, and the reply.
 struct Mail<E: Engine> {
     parcels: VecDeque<(E::Parcel, u64)>,
     receipts: VecDeque<E::Receipt>,

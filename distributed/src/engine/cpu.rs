@@ -24,7 +24,7 @@ const POISON: u8 = 0xff;
 #[derive(Debug)]
 pub struct CpuEngine {
     memory: Arc<Memory>,
-    /// What was received and not joined yet, in order.
+    /// Parcels received and not joined yet, in order.
     arrived: RefCell<Vec<(u64, u64, Vec<u8>)>>,
     marks: Cell<u64>,
 }

@@ -75,7 +75,7 @@ impl Board {
         self.changed.notify_all();
     }
 
-    /// What all said in a meeting, once all have.
+    /// The words of all ranks in a meeting, once all have spoken.
     pub(super) fn said(&self, round: u64) -> Option<Vec<Vec<u8>>> {
         self.ranks().iter().map(|rank| rank.said.get(&round).cloned()).collect()
     }

@@ -18,7 +18,7 @@ use crate::error::Error;
 const BEAT: Duration = Duration::from_millis(250);
 /// The longest frame: nobody says as much.
 const MOST_BYTES: u32 = 16 << 20;
-/// What a connection begins with, and the number of this way to talk.
+/// The first bytes of a connection, and the version of the protocol.
 const HELLO: &[u8; 8] = b"fa-rank1";
 
 /// The other ends that a rank speaks to: all ranks for rank 0, rank 0 for the others.

@@ -17,7 +17,7 @@ pub struct DecodeArgs {
     pub forward: AttentionArgs,
 }
 
-/// What the codes of a cache in e4m3 are to be multiplied by, f32 `[Hkv]` each; empty for other caches.
+/// The factors of a cache's codes in e4m3, f32 `[Hkv]` each; empty for other caches.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ScaleArgs {

@@ -1,9 +1,9 @@
 //! backward_hopper: the gradients on the tensor cores and copy engines of Hopper (sm_90a).
 //!
-//! The idea: a block keeps one tile of K and V and lets all tiles of Q and dO pass, so that dK and
-//! dV stay in registers. Scores are computed transposed, `Sᵀ = K Qᵀ`: a warpgroup then owns 64 keys,
-//! and its Pᵀ and dSᵀ are, where they stand in registers, what dV and dK are multiplied from. Only
-//! dS passes through shared memory, since dQ sums over the keys of both warpgroups.
+//! The idea: a block keeps one tile of K and V while all tiles of Q and dO pass, so dK and dV stay in
+//! registers. Scores are computed transposed, `Sᵀ = K Qᵀ`: a warpgroup then owns 64 keys, and its Pᵀ
+//! and dSᵀ already lie in registers as the operands of dV and dK. Only dS passes through shared
+//! memory, since dQ sums over the keys of both warpgroups.
 //!
 //! ```text
 //! producer:   K, V; then for each tile of BR rows:  Q and LSE, dO and delta      (TMA, two stages)
@@ -28,7 +28,7 @@
 //!              +------------------+
 //! ```
 //!
-//! | D | BR x BC | shared bytes | registers of dK, dV, S, dP, P a thread |
+//! | D | BR x BC | shared bytes | registers per thread of dK, dV, S, dP, P |
 //! |---|---|---|---|
 //! | 64 | 128 x 128 | 166,072 | 32, 32, 64, 64, 32 of 240 |
 //! | 128 | 64 x 128 | 165,048 | 64, 64, 32, 32, 16 of 240 |
@@ -38,16 +38,16 @@
 //! Where the time goes, by counting, for a tile at D = 128: five products of 64 x 128 x 128 take
 //! 2560 clocks of the tensor cores. Their operands are 256 KB of shared memory, 2048 clocks at 128
 //! bytes per clock; dS adds 16 KB, the copies 32 KB. dQ leaves the registers by vector reductions into
-//! memory, not through shared memory, which would add 64 KB: then shared memory would be what limits
-//! the kernel. The 8192 exponentials take 512 clocks, the other arithmetic about as long.
+//! memory. A detour through shared memory would add 64 KB, and shared memory would then limit the
+//! kernel. The 8192 exponentials take 512 clocks, the other arithmetic about as long.
 //!
 //! At D = 256 a tile of 64 x 64 takes 1280 clocks of the tensor cores. Its operands are 256 KB of shared
 //! memory, 2048 clocks; P and dS add 24 KB, the copies 64 KB. So shared memory limits this head dim, at
 //! less than half of the peak.
 //!
-//! dQ is summed in f32 in the order in which the blocks come, so that its last bits differ from run to
-//! run; [`order`](super::order) gives the sums a fixed one. Its elements lie in memory as the registers
-//! have them: a thread's 16 bytes, and then the next thread's, so that a warp adds 512 neighbouring bytes.
+//! Blocks add to dQ in f32 in the order in which they come, so its last bits differ from run to run;
+//! [`order`](super::order) fixes the order. The sums lie in memory in the order of registers: 16 bytes of
+//! one thread, then 16 bytes of the next, so a warp adds 512 neighbouring bytes.
 //! `convert` puts them in order.
 //!
 //! Measured (f16, 16k tokens, hidden 2048, prepare and convert included, one H200): at N 16,384 593
@@ -55,7 +55,7 @@
 //! 308 and 281, causal 188 and 161 (bursts). FlashAttention's CuTe kernel is 1.1 to 1.3 times as fast from
 //! N 2048 on, back to back, and up to 1.6 times at N 512. At N 8192 399 at D 192 and 408 at D 256 (8 heads).
 //!
-//! Tried, and no faster: dQ through shared memory and a bulk reduction (D 128 2 % faster, D 64 3 %
+//! Tried, and not faster: dQ through shared memory and a bulk reduction (D 128 2 % faster, D 64 3 %
 //! slower); dK behind dP of the next tile, with dSᵀ from shared memory (causal 3 % faster, full 1 to 7 %
 //! slower); S of a tile before dQ of the one before (2 to 8 % slower: it spills).
 //!
@@ -96,11 +96,11 @@ use producer::produce;
 use tiles::{CONSUMER_KEYS, STAGES, WARP_KEYS};
 pub use tiles::{CONSUMERS, Tiles};
 
-/// The tensor maps of q, k, v, d_o, lse_log2 and delta, and what every backward kernel is given.
+/// The tensor maps of q, k, v, d_o, lse_log2 and delta, and the arguments of every backward kernel.
 pub type HopperArgs = WithMaps<BackwardArgs, 6>;
 type HopperMaps = Maps<6>;
 
-/// Registers of a thread of each warpgroup, the producer's first.
+/// Registers per thread of each warpgroup, the producer first.
 const REGISTERS: [u32; 1 + CONSUMERS as usize] = [24, 240, 240];
 const _: () = assert!(
     warpgroup::registers_suffice(&REGISTERS),
@@ -123,14 +123,14 @@ impl barrier::Named for NamedBarrier {
     }
 }
 
-/// The rings of a block, and where K and V are announced.
+/// The rings of a block, and the mbarriers of K and V.
 #[derive(Clone, Copy)]
 struct Rings {
     /// Q and LSE.
     q: Ring<Stages<STAGES>>,
     /// dO and delta.
     d_o: Ring<Stages<STAGES>>,
-    /// K, which is brought once.
+    /// K, copied once.
     k: mbarrier::Mbarrier,
     /// V, likewise.
     v: mbarrier::Mbarrier,
@@ -140,12 +140,12 @@ struct Rings {
 ///
 /// # Layout
 /// `q, d_o: [B, H, Nq, D]`, `k, v, dk, dv: [B, Hkv, Nk, D]`, `lse_log2, delta: [B, H, Nq']`,
-/// `dq_acc: [B, H, Nq', dq_columns]`, each head's as [`convert`](convert::convert) reads it. Maps of q, k,
+/// `dq_acc: [B, H, Nq', dq_columns]`, each head in the order that [`convert`](convert::convert) reads. Maps of q, k,
 /// v and d_o over dimensions `[D, N, H, B]` (of packed sequences as [`ragged`](crate::parts::ragged)
 /// says), of lse_log2 and delta over `[Nq', B H]`, boxes as [`Tiles::boxes`] says.
 ///
 /// # Thread mapping
-/// One block for each tile of keys along x, and for each head of K along y and z. [`Tiles::THREADS`] each.
+/// One block of [`Tiles::THREADS`] per tile of keys along x, and per head of K along y and z.
 /// Warpgroup 0 is the producer.
 ///
 /// # Shared memory
@@ -188,7 +188,7 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
         rings.v.init(1);
         mbarrier::fence_init();
     }
-    // Hazard: the barriers are used by threads, and by copies, that did not make them.
+    // Hazard: threads and copies that did not make the barriers use them.
     thread::sync_threads();
 
     if warpgroup == 0 {
@@ -230,7 +230,7 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
 }
 
 entries! {
-    /// Instances of [`backward_hopper()`] that sum dQ in the order in which the blocks come.
+    /// Instances of [`backward_hopper()`] that add to dQ in the order in which blocks come.
     pub static ENTRIES: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
     backward_hopper: T in [f16, bf16], d D in [64, 128, 192, 256] =
         backward_hopper::<T, Hopper<{ D as u32 }, { D as u32 }, false>>;

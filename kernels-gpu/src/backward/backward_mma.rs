@@ -1,9 +1,9 @@
 //! backward_mma: all five products on the tensor cores, by mma.sync, each computed once.
 //!
 //! The idea: keys stay, rows pass. A warp keeps 16 keys, and computes its scores transposed: `Sᵀ = K Qᵀ`
-//! and `dPᵀ = V dOᵀ` come out of the tensor core with keys as rows, which is how P and dS are wanted as
-//! the operand A of `dV += Pᵀ dO` and `dK += dSᵀ Q`. Only dS goes through shared memory, for dQ, to
-//! which every warp adds: `dQ += dS K` is summed in global memory by atomics.
+//! and `dPᵀ = V dOᵀ` leave the tensor core with keys as rows. In this form P and dS are operand A of
+//! `dV += Pᵀ dO` and `dK += dSᵀ Q`. Only dS goes through shared memory, because every warp adds to dQ:
+//! atomics sum `dQ += dS K` in global memory.
 //!
 //! Change from backward_tiled: tensor cores; five products, not seven; copies run ahead.
 //!
@@ -26,18 +26,18 @@
 //! 16 keys: each computes half of the scores, for half of the rows, and half of the columns of dK and
 //! dV; P goes through shared memory too.
 //!
-//! | D | keys | warps a fragment of 16 keys | registers of dK, dV, Sᵀ, dPᵀ a lane | shared bytes |
+//! | D | keys | warps per fragment of 16 keys | registers per lane of dK, dV, Sᵀ, dPᵀ | shared bytes |
 //! |---|---|---|---|---|
 //! | 64 | 128 | 1 | 32, 32, 32, 32 | 81,928 |
 //! | 128 | 128 | 1 | 64, 64, 32, 32 | 147,464 |
 //! | 256 | 64 | 2 | 64, 64, 16, 16 | 213,000 |
 //!
 //! The sums of dQ lie in memory in the order of the registers: 16 rows and 8 columns are 128 neighbours,
-//! so that each of a lane's four additions is one line of 128 bytes per warp
+//! so each of a lane's four additions is one line of 128 bytes per warp
 //! ([`convert`](super::convert) puts them in rows).
 //!
-//! The sums of dQ come in no fixed order: bits differ from run to run where more than two tiles of keys
-//! add to a row. [`order`] gives them one for calls that ask for it.
+//! The order of the sums of dQ is not fixed: bits differ from run to run where more than two tiles of keys
+//! add to a row. [`order`] fixes it for calls that ask for it.
 //!
 //! Measured: 275 TFLOP/s at D 128 and 212 at D 64 (H200, f16, 16k tokens, N 8192). Limits: f16 and bf16; a fragment of B serves one product of a
 //! warp, 16 FLOP per byte of shared memory.
@@ -175,22 +175,22 @@ impl<T: Scalar, const D: usize> Tiles<T, D> {
 struct WarpPlace {
     /// Its first key of the tile.
     key: u32,
-    /// Which of the warps that share its keys it is.
+    /// Its number among the warps that share its keys.
     part: u32,
 }
 
 /// The gradients, but for the scale of dQ.
 ///
 /// # Layout
-/// `q, d_o: [B, H, Nq, D]`, `k, v, dk, dv: [B, Hkv, Nk, D]`, `dq_acc: [B, H, Nq', dq_columns]`, of each
+/// `q, d_o: [B, H, Nq, D]`, `k, v, dk, dv: [B, Hkv, Nk, D]`, `dq_acc: [B, H, Nq', dq_columns]`, each
 /// head in the order that the header states.
 ///
 /// # Thread mapping
-/// A block per tile of [`keys`] keys (`x`) and head of K over the batch (`y`, `z`); within it as in the
+/// One block per tile of [`keys`] keys (`x`) and head of K over the batch (`y`, `z`); its warps as in the
 /// file's header.
 ///
 /// # Shared memory
-/// [`shared_bytes`] of it, dynamic.
+/// [`shared_bytes`], dynamic.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes, with addresses and strides that are multiples of 16
@@ -425,12 +425,12 @@ unsafe fn gradients<T: Scalar, const N: usize>(
     });
 }
 
-/// Of a lane's scores, those for which `holds` of row and key: bit `2 n + e` of the first is row
+/// The scores of a lane for whose row and key `holds`: bit `2 n + e` of the first is row
 /// `i + 8 n + e` at key `j`, of the second at `j + 8`.
 #[inline(always)]
 fn bits<const N: usize>(i: u32, j: u32, holds: impl Fn(u32, u32) -> bool) -> [u32; 2] {
     let mut bits = [0; 2];
-    // A loop that stays one: `holds` may be long.
+    // Not unrolled: `holds` may be long.
     for n in 0..2 * N as u32 {
         let row = i + 8 * (n / 2) + n % 2;
         bits[0] |= u32::from(holds(row, j)) << n;

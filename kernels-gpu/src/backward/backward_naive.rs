@@ -1,4 +1,4 @@
-//! backward_naive: the gradients as the formulas have them, P and dS in memory.
+//! backward_naive: the gradients by the formulas, with P and dS in memory.
 //!
 //! The idea: write the formulas down. Weights come back from the scores and the LSE, `P =
 //! exp(S - LSE)`; P and dS are materialised, and each gradient is a product with one of them.
@@ -77,7 +77,7 @@ pub unsafe fn scores<T: Scalar>(args: &BackwardArgs) {
 }
 
 /// Row and key of this thread of a 16 x 16 block, where the grid's `x` counts tiles of keys, and with each of
-/// them tiles of rows. Past the last ones where tiles hang over.
+/// them tiles of rows. They may lie past the last row and key, where tiles overhang.
 #[inline(always)]
 pub(super) fn place(shape: &Shape) -> (u32, u32) {
     let (row_tile, key_tile) = divide(thread::block_idx_x(), shape.seq_k.div_ceil(TILE));
@@ -130,7 +130,7 @@ unsafe fn dot<T: Scalar>(a: (&Tensor, u64), b: (&Tensor, u64), columns: u32) -> 
 /// `d_scores: [B, H, Nq, Nk]`, `k: [B, Hkv, Nk, D]`, `dq: [B, H, Nq, D]`.
 ///
 /// # Thread mapping
-/// A thread per element of dQ; `x` counts them over a head, `y` and `z` heads.
+/// One thread per element of dQ; `x` counts them over a head, `y` and `z` heads.
 ///
 /// # Safety
 /// As for [`scores`], which must have run.
@@ -169,7 +169,7 @@ pub unsafe fn queries<T: Scalar>(args: &BackwardArgs) {
 /// `dk: [B, Hkv, Nk, D]`, `dv: [B, Hkv, Nk, Dv]`.
 ///
 /// # Thread mapping
-/// A thread per key and column of K or V; `x` counts them over a head of K, `y` and `z` heads of K.
+/// One thread per key and column of K or V; `x` counts them over a head of K, `y` and `z` heads of K.
 ///
 /// # Safety
 /// As for [`scores`], which must have run.

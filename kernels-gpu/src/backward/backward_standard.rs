@@ -1,4 +1,4 @@
-//! backward_standard: P and dS in memory, and every product on the best GEMM there is for it.
+//! backward_standard: P and dS in memory, and every product on its best GEMM.
 //!
 //! The idea: the formulas of `backward_naive`, done well. It is the baseline that a rung without N x N
 //! matrices has to beat.
@@ -12,15 +12,15 @@
 //! values:  dV = Pᵀ dO                          of all heads that share K and V
 //! ```
 //!
-//! What changed from backward_naive: the five products run on tensor cores, over tiles
+//! Change from backward_naive: the five products run on tensor cores, over tiles
 //! ([`gemm::mma`](crate::parts::gemm::mma), which `standard` and the projections share), and read P
-//! and dS transposed where they stand. Tiles that no row sees are neither computed nor written nor read.
-//! What did not: two N x N matrices go through memory.
+//! and dS transposed in place. The kernel skips tiles that no row sees. Two N x N matrices still go
+//! through memory.
 //!
-//! Why not five launches with S and dP in memory, as a framework without a fused kernel has them:
-//! `P = exp(S - LSE)` of a rounded S has an error that the plain algorithm, which sums the same
-//! rounded scores, has not. With S and dP of a tile in the same registers neither is rounded, and
-//! two matrices are written for four.
+//! A framework without a fused kernel makes five launches, with S and dP in memory. Then
+//! `P = exp(S - LSE)` of a rounded S has an error that the plain algorithm avoids, since it sums the same
+//! rounded scores. Here S and dP of a tile share registers: neither is rounded, and the kernel writes
+//! two matrices instead of four.
 //!
 //! Memory: P and dS are written once; dV reads P, dK and dQ read dS. Five times B*H*Nq*Nk elements of
 //! the storage type for 10 D FLOP each: in f16 D FLOP per byte, where tensor cores need hundreds. The
@@ -58,7 +58,7 @@ pub use crate::forward::standard::{
     MMA_THREADS, MMA_TILE, TILED_THREADS, TILED_TILE, output_columns, output_shared_bytes,
 };
 
-/// Keys of a tile of [`scores`] on tensor cores: its sums of S and of dP are as many as those of one
+/// Keys of a tile of [`scores`] on tensor cores: its sums of S and dP take as many registers as one
 /// product of twice the columns.
 pub const SCORES_KEYS: u32 = MMA_TILE / 2;
 /// Dynamic shared memory of a block of [`scores`] in bytes.
@@ -99,14 +99,14 @@ fn rows_of(policy: &Policy, first_key: u32, tile: u32) -> Range<u32> {
     within(tiles, tile, policy.head.seq_q)
 }
 
-/// What some tiles hold, up to `end`.
+/// The elements of some tiles, up to `end`.
 #[inline(always)]
 fn within(tiles: Range<u32>, tile: u32, end: u32) -> Range<u32> {
     let end = (tiles.end * tile).min(end);
     (tiles.start * tile).min(end)..end
 }
 
-/// What a block of scores works on.
+/// The work of a block of scores.
 struct ScoreTile {
     policy: Policy,
     first_row: u32,
@@ -179,7 +179,7 @@ unsafe fn matrices<T: Scalar>(args: &BackwardArgs, head: &Head) -> [MatrixMut<T>
 /// `weights, d_scores: [B, H, Nq, Nk]`.
 ///
 /// # Thread mapping
-/// A block per tile of 128 rows and 64 keys; `x` counts tiles of keys, and with each of them tiles of
+/// One block per tile of 128 rows and 64 keys; `x` counts tiles of keys, and with each of them tiles of
 /// rows, `y` and `z` heads. Within it as in [`mma::tile`].
 ///
 /// # Shared memory
@@ -276,12 +276,12 @@ unsafe fn gradients<T: Scalar, const N: usize>(
     });
 }
 
-/// Of a lane's scores, those for which `holds` of row and key: bit `2 n + e` of the first is row `i` at
+/// The scores of a lane for whose row and key `holds`: bit `2 n + e` of the first is row `i` at
 /// key `j + 8 n + e`, of the second row `i + 8`.
 #[inline(always)]
 fn bits<const N: usize>(i: u32, j: u32, holds: impl Fn(u32, u32) -> bool) -> [u32; 2] {
     let mut bits = [0; 2];
-    // A loop that stays one: what is asked may be long.
+    // Not unrolled: `holds` may be long.
     for n in 0..2 * N as u32 {
         let key = j + 8 * (n / 2) + n % 2;
         bits[0] |= u32::from(holds(i, key)) << n;
@@ -375,7 +375,7 @@ unsafe fn dq<T: Scalar>(args: &BackwardArgs, head: &Head) -> MatrixMut<T> {
 /// `d_scores: [B, H, Nq, Nk]`, `k: [B, Hkv, Nk, D]`, `dq: [B, H, Nq, D]`.
 ///
 /// # Thread mapping
-/// A block per 128 rows and COLUMNS columns; `x` counts tiles of columns, and with each of them tiles
+/// One block per 128 rows and COLUMNS columns; `x` counts tiles of columns, and with each of them tiles
 /// of rows, `y` and `z` heads. Within it as in [`mma::tile`].
 ///
 /// # Shared memory
@@ -429,7 +429,7 @@ pub trait OfKeys {
     /// Columns of the gradient.
     fn columns(args: &BackwardArgs) -> u32;
 
-    /// What the gradient is multiplied by when it is stored.
+    /// The factor of the gradient when it is stored.
     fn factor(args: &BackwardArgs) -> f32;
 
     /// The transposed operand `[Nq, Nk]` of a head, and the other one, `[Nq, columns]`.
@@ -542,7 +542,7 @@ unsafe fn keys_operands<T: Scalar, G: OfKeys>(
 /// `dk: [B, Hkv, Nk, D]`, `dv: [B, Hkv, Nk, Dv]`.
 ///
 /// # Thread mapping
-/// A block per 128 keys and COLUMNS columns; `x` counts tiles of columns, and with each of them tiles of
+/// One block per 128 keys and COLUMNS columns; `x` counts tiles of columns, and with each of them tiles of
 /// keys, `y` and `z` heads of K. Within it as in [`mma::tile`].
 ///
 /// # Shared memory

@@ -1,9 +1,9 @@
 //! backward_tiled: P computed again from the LSE, one tile at a time; no N x N matrix.
 //!
-//! The idea: P and dS live in shared memory, a tile of each, as long as they are needed. dK and dV of
+//! The idea: one tile each of P and dS lives in shared memory, as long as the sums need it. dK and dV of
 //! a tile of keys are sums over all rows, dQ of a tile of rows is a sum over all keys: one kernel
 //! keeps keys and lets rows pass, another keeps rows and lets keys pass. Each sum belongs to one
-//! thread, so that there are no atomics, and the same bits come each time.
+//! thread, so the kernel needs no atomics, and each run gives the same bits.
 //!
 //! ```text
 //! keys:    keep K, V                                 queries: keep Q, dO
@@ -16,8 +16,8 @@
 //!              dV += Pᵀ dO; dK += dSᵀ Q
 //! ```
 //!
-//! Change from backward_naive: no matrix in global memory; S and dP are computed twice, seven
-//! products where five would do.
+//! Change from backward_naive: no matrix in global memory; S and dP are computed twice, so there are
+//! seven products instead of five.
 //!
 //! Memory: four tiles of 32 x D and two of 32 x 32, in f32 with padded rows: 76,800 bytes at
 //! D = 128. A row of Q and dO is read once per 32 keys.
@@ -169,8 +169,8 @@ impl Tiles {
         });
         // SAFETY: the buffers have the shapes that `args` says.
         let policy = unsafe { Policy::new(&args.forward, head) };
-        // A loop that stays one, over what this thread has just written: ten rounds of Philox for
-        // each entry are not to be unrolled.
+        // Not unrolled, over the entries that this thread has just written: each may take ten rounds
+        // of Philox.
         for entry in 0..OWN_ROWS * OWN_COLUMNS {
             let (r, column) = (entry / OWN_COLUMNS, entry % OWN_COLUMNS);
             let i = first_row + ty * OWN_ROWS as u32 + r as u32;
@@ -194,11 +194,11 @@ impl Tiles {
 /// `q, d_o: [B, H, Nq, D]`, `k, v, dk, dv: [B, Hkv, Nk, D]`.
 ///
 /// # Thread mapping
-/// A block per tile of BC keys (`x`) and head of K over the batch (`y`, `z`); within it as in
+/// One block per tile of BC keys (`x`) and head of K over the batch (`y`, `z`); its threads as in
 /// [`scalar_tile`].
 ///
 /// # Shared memory
-/// [`shared_bytes`] of it, dynamic.
+/// [`shared_bytes`], dynamic.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes, the launch the threads and shared memory stated here,
@@ -265,10 +265,10 @@ pub unsafe fn keys<T: Scalar, const D: usize>(args: &BackwardArgs) {
 /// `q, d_o, dq: [B, H, Nq, D]`, `k, v: [B, Hkv, Nk, D]`.
 ///
 /// # Thread mapping
-/// A block per tile of BR rows (`x`) and head over the batch (`y`, `z`); within it as in [`scalar_tile`].
+/// One block per tile of BR rows (`x`) and head over the batch (`y`, `z`); its threads as in [`scalar_tile`].
 ///
 /// # Shared memory
-/// [`shared_bytes`] of it, dynamic.
+/// [`shared_bytes`], dynamic.
 ///
 /// # Safety
 /// As for [`keys`].

@@ -4,9 +4,9 @@
 //! dB[b, h, i, j] = P ∘ (dP - delta)        summed over the batch entries and heads that share an element
 //! ```
 //!
-//! A bias joins the score after the cap, so that its gradient is dS before the cap's slope. It has an
-//! element for each pair of row and key: no rung that keeps P and dS on the chip has a place for it. So it
-//! is a step of its own beside any rung, with the arithmetic of `backward_naive`.
+//! A bias joins the score after the cap, so its gradient is dS before the cap's slope. It has one
+//! element per pair of row and key, for which a rung with P and dS on the chip has no place. So the
+//! gradient is a step of its own beside any rung, with the arithmetic of `backward_naive`.
 //!
 //! Memory: reads Q, K, dO and V once per 16 rows or keys, writes the gradient once. Measured: not measured
 //! yet.

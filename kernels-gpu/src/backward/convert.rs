@@ -4,7 +4,7 @@
 //! dQ = dq_acc * scale, in the storage type
 //! ```
 //!
-//! The sums lie in the order that mma.sync leaves them in registers.
+//! The sums lie in the order in which mma.sync leaves them in registers.
 //!
 //! Memory: reads the sums and writes dQ once. No shared memory. Measured: not measured yet.
 
@@ -26,7 +26,7 @@ use crate::{
 /// below 2 and above, columns `2 t` and `2 t + 1`, `e` even and odd. D is a multiple of 8.
 ///
 /// # Thread mapping
-/// As for [`prepare`](super::prepare::prepare); no block is needed for padded rows alone.
+/// As for [`prepare`](super::prepare::prepare), without blocks for padded rows alone.
 ///
 /// # Safety
 /// As for [`prepare`](super::prepare::prepare).

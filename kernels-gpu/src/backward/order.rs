@@ -1,8 +1,8 @@
 //! The order of the sums of dQ, for calls that want the same bits each time.
 //!
 //! The blocks of one head add to the same rows of dQ, and a sum of rounded numbers depends on its order.
-//! Here a row's keys come from the last to the first: a count per part of a tile of
-//! rows says whose turn it is, each warp waits for the turn of its part, adds, and passes the turn on.
+//! Here the last keys of a row come first. One count per part of a tile of rows says whose turn it is:
+//! each warp waits for the turn of its part, adds, and passes the turn on.
 //!
 //! ```text
 //! rows           keys, causal            turns of each tile of rows
@@ -13,15 +13,15 @@
 //!   3        x    x    x    x            3, 2, 1, 0
 //! ```
 //!
-//! No wait is for ever. A block may only wait for one that is running or has ended, and nothing says in which
-//! order a GPU starts blocks. So each block draws a ticket as it starts, and the ticket says which keys it has:
-//! the last of a head first, so that every wait is for a smaller ticket.
+//! Every wait ends. A block may only wait for a block that is running or has ended, but a GPU starts blocks
+//! in any order. So each block draws a ticket as it starts, and the ticket gives the block its keys: the last
+//! keys of a head come first, so every wait is for a smaller ticket.
 //!
 //! Waits are short. In a causal launch the block of keys `k` begins with the row at the diagonal, where its turn
-//! is the first, and reaches row `r` when the blocks in front of it have been there. Elsewhere all blocks
-//! begin with the first row, and the first wait brings them one behind the other.
+//! is the first, and reaches row `r` when the blocks before it have left that row. In other launches all
+//! blocks begin with the first row, and the first wait puts them in a line.
 //!
-//! Source: the order of turns is this project's; tickets are those of Merrill and Garland, "Single-pass
+//! Source: the order of turns is this project's; the tickets come from Merrill and Garland, "Single-pass
 //! parallel prefix scan with decoupled look-back", 2016.
 
 use simt::{
@@ -46,7 +46,7 @@ const TICKETS: u64 = 8;
 /// Bytes of a [`Place`] in shared memory.
 pub const PLACE_BYTES: u32 = 8;
 
-/// Words of `args.forward.scratch.queue`, for so many padded rows of all heads.
+/// Words of `args.forward.scratch.queue`, for `padded_rows` rows over all heads.
 #[must_use]
 pub const fn words(padded_rows: u64) -> u64 {
     TICKETS + padded_rows / TURN_ROWS as u64
@@ -60,8 +60,8 @@ unsafe fn queue(args: &BackwardArgs) -> GlobalMut<u32> {
     unsafe { args.forward.scratch.queue.view_mut::<u32>() }
 }
 
-/// No ticket is drawn, and it is the first block's turn everywhere: by the threads of padded row `i` of
-/// `head`, `lane` among them, in the launch before.
+/// Sets every turn of padded row `i` of `head` to the first block, in the launch before: the threads of the
+/// row call it, `lane` among them.
 ///
 /// # Safety
 /// The queue must have [`words`].
@@ -74,7 +74,7 @@ pub unsafe fn clear_turns(args: &BackwardArgs, head: &Head, i: u32, lane: u32) {
     }
 }
 
-/// As [`clear_turns`], of the tickets: by every thread.
+/// Sets the count of tickets to 0, in the launch before: every thread calls it.
 ///
 /// # Safety
 /// As for [`clear_turns`].
@@ -90,7 +90,7 @@ pub unsafe fn clear_tickets(args: &BackwardArgs) {
     }
 }
 
-/// The keys that a block has: those of its index in the grid, or of its ticket, which shared memory
+/// The keys of a block, by its index in the grid or by its ticket, which shared memory
 /// keeps.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
@@ -101,14 +101,14 @@ pub struct Place {
 }
 
 impl Place {
-    /// The place that [`PLACE_BYTES`] from byte `at` of dynamic shared memory on keep.
+    /// The place in the [`PLACE_BYTES`] at byte `at` of dynamic shared memory.
     #[inline(always)]
     #[must_use]
     pub const fn at(at: u32, ordered: bool) -> Self {
         Self { at, ordered }
     }
 
-    /// The words. Opaque: they are read where they are asked for, and not kept in registers.
+    /// The words. Opaque: each use reads them, and no register keeps them.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn words(self) -> Shared<u32> {
@@ -134,7 +134,7 @@ impl Place {
                 self.words().write(0, tiles - 1 - before);
                 self.words().write(1, number);
             }
-            // Hazard: the place is read by threads that did not write it.
+            // Hazard: threads that did not write the place read it.
             thread::sync_threads();
         }
     }
@@ -165,7 +165,7 @@ pub struct Part {
     pub rows: u32,
     /// Number of the part, below 16.
     pub part: u32,
-    /// Which keys the warp's block has.
+    /// The keys of the warp's block.
     pub place: Place,
     /// The keys of a tile.
     pub keys: u32,

@@ -32,7 +32,7 @@ use crate::{
 
 /// Threads of a block.
 pub const THREADS: u32 = 128;
-/// Threads of a row: each takes every eighth chunk of 16 bytes.
+/// Threads per row: each takes every eighth chunk of 16 bytes.
 pub const ROW_THREADS: u32 = 8;
 /// Rows of a block.
 pub const ROWS: u32 = THREADS / ROW_THREADS;

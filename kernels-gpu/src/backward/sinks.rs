@@ -5,9 +5,9 @@
 //! ```
 //!
 //! A sink is a key whose score is given and whose value is 0: its dP is 0, and its weight is
-//! `exp(sink - LSE)`. So its gradient needs nothing but what `prepare` leaves of each row.
+//! `exp(sink - LSE)`. So its gradient needs only the two numbers that `prepare` leaves per row.
 //!
-//! Memory: reads two numbers of each row. Shared memory: a number for each warp. Measured: not measured yet.
+//! Memory: reads two numbers per row. Shared memory: one number per warp. Measured: not measured yet.
 //!
 //! Source: the derivation in `docs/backward.md`.
 
@@ -28,10 +28,10 @@ pub const SHARED_BYTES: u32 = THREADS / warp::LANES * size_of::<f32>() as u32;
 /// `delta, lse_log2: [B, H, Nq']`, `sinks, d_sinks: f32 [H]`.
 ///
 /// # Thread mapping
-/// A block of [`THREADS`] threads for each head along x; a thread takes every [`THREADS`]-th row.
+/// One block of [`THREADS`] threads per head along x; a thread takes every [`THREADS`]-th row.
 ///
 /// # Shared memory
-/// [`SHARED_BYTES`] of it, dynamic.
+/// [`SHARED_BYTES`], dynamic.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes, and [`prepare`](super::prepare) must have run.

@@ -5,9 +5,9 @@
 //! pages        [pages, page, Hkv, D]            key j: page table[b][j / page], slot j % page
 //! ```
 //!
-//! The size of a page is a specialisation constant: divisions by it are multiplications, and where it
-//! is a multiple of a warp's tile the tile's rows lie at one stride, as in a contiguous cache. Otherwise
-//! each lane looks up the page of one key, and the lanes that copy the key ask it.
+//! The size of a page is a specialisation constant: divisions by it are multiplications. Where it is a
+//! multiple of a warp's tile, the tile's rows lie at one stride, as in a contiguous cache. Otherwise each
+//! lane looks up the page of one key, and the lanes that copy the key ask that lane.
 
 use half::{bf16, f16};
 use simt::{
@@ -82,13 +82,13 @@ fn is_paged() -> bool {
     Constants::page() != 0
 }
 
-/// Keys of a page. (At least one: the compiler need not think of a division by 0.)
+/// Keys per page. (At least one, so that the compiler sees no division by 0.)
 #[inline(always)]
 fn page() -> u32 {
     Constants::page().max(1)
 }
 
-/// What a warp copies as an element of a cache: one number, or a pair of codes.
+/// The element of a cache that a warp copies: one number, or a pair of codes.
 pub trait Element: Memory {
     /// Numbers of an element.
     const NUMBERS: u64 = 1;
@@ -121,7 +121,7 @@ pub struct Cache<T> {
     /// Pages of the sequence.
     table: Global<u32>,
     last_page: u32,
-    /// Keys of the sequence: what lies beyond is not read.
+    /// Keys of the sequence: the kernel reads none beyond.
     length: u32,
 }
 
@@ -184,7 +184,7 @@ impl<T: Element> Cache<T> {
     }
 
     /// The page that this lane needs to know before the tile from `first_key` on is copied. A kernel
-    /// asks one tile ahead, so that no copy waits for the answer.
+    /// asks one tile ahead, so no copy waits for the answer.
     #[inline(always)]
     #[must_use]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
@@ -195,7 +195,7 @@ impl<T: Element> Cache<T> {
         let lane = if Self::is_even::<KEYS>() { 0 } else { opaque(warp::lane_id()) % KEYS };
         let key = first_key + lane;
         let page = self.table.read_if(key < self.length, (key / page()) as u64, 0);
-        // A table that is wrong leads nowhere else.
+        // A wrong table does not lead outside of the cache.
         page.min(self.last_page)
     }
 
@@ -255,7 +255,7 @@ impl<T: Element> Side<T> {
             tile::load_async_by::<T, L, D, KEYS, LANES>(&rows, 0, smem, lane);
             return;
         }
-        // Rows that each lie somewhere else.
+        // Each row lies somewhere else.
         let at_once = const { tile::rows_at_once(D, LANES) };
         let first = lane / const { tile::group(D) };
         let mut starts = [self.first; 8];

@@ -1,7 +1,7 @@
 //! decode_append: new keys and values take their places in the cache, rotated on the way.
 //!
-//! Lengths count the new tokens already, so that the launch that follows attends to them: of `Nnew` tokens,
-//! token `t` has position `length - Nnew + t`. One that would have a position below 0 is left out.
+//! Lengths already count the new tokens, so the launch that follows attends to them: of `Nnew` tokens,
+//! token `t` has position `length - Nnew + t`. A token with a position below 0 is left out.
 //!
 //! ```text
 //! rotary embedding of a pair of columns (x, y) at position p, with the angle a = p * theta:
@@ -12,8 +12,8 @@
 //! A cache in e4m3 gets the code that is nearest to a value divided by its head's scale; a rotated key is rounded
 //! once, to its code.
 //!
-//! A block has a token. Each thread moves 16 bytes at a time: eight columns, and their partners where the pairs
-//! are half a row apart. What bounds it is the launch: 8 heads of 128 columns are 4 KB for a token.
+//! One block per token. Each thread moves 16 bytes at a time: eight columns, and their partners where the pairs
+//! are half a row apart. The launch itself bounds it: 8 heads of 128 columns are 4 KB per token.
 //!
 //! Not measured. Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, section 3.4.2.
 
@@ -44,7 +44,7 @@ const CHUNK: u32 = 8;
 /// As [`AppendArgs`] says.
 ///
 /// # Thread mapping
-/// [`THREADS`] threads; a block for each token `b Nnew + t`, along `x`.
+/// One block of [`THREADS`] threads per token `b Nnew + t`, along `x`.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes, with addresses and strides that are multiples of 16 bytes. No two
@@ -183,8 +183,8 @@ fn copy<T: Chunk, E: Stored<T>>(
     E::keep(to, first + column, from.read_as::<[u32; 4]>(column), scale);
 }
 
-/// Rotates chunk `c` of a row, and the chunk half the rotated columns to its right, which is left to it. Both were
-/// read before either is written, so that a row may be rotated in place.
+/// Rotates chunk `c` of a row, and with it the chunk half the rotated columns to its right. It reads both
+/// before it writes either, so a row may be rotated in place.
 ///
 /// # Safety
 /// `args.cos` and `args.sin` must be `[positions, rotary_dim / 2]`.

@@ -6,10 +6,10 @@
 //! O = sum of alpha O_part / sum of alpha l_part;  LSE = m + log(sum of alpha l_part)
 //! ```
 //!
-//! Parts without keys were not written: how many there are follows from the sequence's length, as it did
-//! in decode_split or decode_e4m3.
+//! Parts without keys were not written. The number of parts follows from the sequence's length, as in
+//! decode_split and decode_e4m3.
 //!
-//! A block has a row; its threads are D / 4 columns times as many parts as there is room for, so that
+//! One block per row. Its threads are D / 4 columns times the parts that there is room for, so
 //! neighbours read 16 bytes each, side by side. A row of `S` parts takes `4 S (Dv + 2)` bytes, next to
 //! `4 D` for each of its keys.
 
@@ -35,7 +35,7 @@ use crate::{
 
 /// Threads of a block.
 pub const THREADS: u32 = 256;
-/// Parts that a thread's loads are in flight of at once.
+/// Parts of which a thread has loads in flight at once.
 const AHEAD: u32 = 4;
 
 /// Merges the parts of each row.
@@ -44,7 +44,7 @@ const AHEAD: u32 = 4;
 /// `o: [B, H, Nq, D]`, `lse: [B, H, Nq]`; parts as [`PartsArgs`](crate::args::PartsArgs) says.
 ///
 /// # Thread mapping
-/// [`THREADS`] threads; a block for each row `(b H + h) Nq + i`, along `x`.
+/// One block of [`THREADS`] threads per row `(b H + h) Nq + i`, along `x`.
 ///
 /// # Safety
 /// The buffers of `args` must have these shapes, the parts as
@@ -125,7 +125,7 @@ pub unsafe fn decode_combine<T: Scalar, const D: usize, const LANES: u32, const 
     }
     let groups: Shared<f32> = shared_array!(f32; 4 * THREADS as usize);
     groups.write_as(4 * tid, o.map(f32::to_bits));
-    // Hazard: threads of the first group read the sums of the others.
+    // Hazard: threads of the first group read the sums of the other groups.
     thread::sync_threads();
     if group != 0 || column >= columns {
         return;

@@ -1,14 +1,14 @@
 //! decode_e4m3: decode_split of a cache in e4m3, half as many bytes as in 16-bit types.
 //!
-//! The idea: bytes are what a decode waits for, so codes stay codes until they are in registers. There they
-//! become f16, which holds each exactly, and the products are those of f16.
+//! The idea: a decode waits for bytes, so codes stay codes until they are in registers. There they become
+//! f16, which holds each code exactly, and f16 products follow.
 //!
 //! ```text
 //! memory --cp.async--> codes in shared memory --ldmatrix--> registers --widen--> f16 --> mma.sync
 //! ```
 //!
 //! A matrix load brings 16-bit elements, here pairs of codes. Four codes of a register become two registers of
-//! B: [`Widen`] gives codes 0 and 2, and codes 1 and 3. What that exchanges, the other operand exchanges too:
+//! B: [`Widen`] gives codes 0 and 2, and codes 1 and 3. The other operand makes the same exchange:
 //!
 //! ```text
 //! S = Q Kᵀ   a lane's four codes are columns 4 t to 4 t + 3 of a key. The product takes its columns 2 t, 2 t + 1
@@ -17,10 +17,10 @@
 //!            product, and the odd ones the next
 //! ```
 //!
-//! Scales. A head's scale of K, and the factor of the widened codes, multiply the scores; those of V, O. Queries in
-//! bf16 become f16 too: each row is first multiplied by the power of two that brings its largest element to
-//! 2^15, and its scores by the inverse. An element below 2^-32 of the row's largest loses digits, as it would
-//! in the sum, which is in f32.
+//! Scales. A head's scale of K, and the factor of the widened codes, multiply the scores; the scale of V, and
+//! this factor, multiply O. Queries in bf16 become f16 too: the power of two that brings a row's largest element
+//! to 2^15 multiplies the row, and the inverse multiplies its scores. An element below 2^-32 of the row's largest
+//! loses digits, as it would in the f32 sum.
 //!
 //! | D | keys per warp | stages | bytes of a stage | shared bytes | blocks | bytes in flight |
 //! |---|---|---|---|---|---|---|
@@ -95,7 +95,7 @@ const fn blocks(d: usize) -> u32 {
     }
 }
 
-/// Pairs of codes of a stage: K, then V.
+/// Pairs of codes per stage: K, then V.
 const fn stage_pairs(d: usize) -> u32 {
     WARP_KEYS * d as u32
 }
@@ -177,7 +177,7 @@ pub unsafe fn decode_e4m3<
     unsafe { load_queries::<T, Swizzled<D>, D, ROWS, { warp::LANES }>(args, &tile, q_smem) };
     let tiles = part_of(&tile.key_tiles(KEYS), part, args.parts.splits);
     if tiles.is_empty() && args.parts.splits > 1 {
-        // Q is still on its way to memory that the next block may have.
+        // Hazard: Q is still on its way to memory that the next block may have.
         async_copy::commit();
         async_copy::wait::<0>();
         return;
@@ -204,7 +204,7 @@ pub unsafe fn decode_e4m3<
     let mut page = pages[STAGES as usize - 1];
 
     async_copy::wait::<PENDING>();
-    // Hazard: Q is read by lanes that did not copy it.
+    // Hazard: lanes that did not copy Q read it.
     warp::sync_warp(warp::FULL_MASK);
     let mut q = interleaved_rows::<T, Swizzled<D>, D_STEPS>(q_smem);
     let [upper, lower] = T::into_halves(&mut q);

@@ -1,7 +1,7 @@
 //! decode_split: attention of a few rows and a part of the keys, at the speed of memory.
 //!
-//! The idea: each warp streams keys of its own through a ring of stages of its own. No barrier of the block
-//! stands between a warp and its copies, so that while some warps compute, the copies of the others run.
+//! The idea: each warp streams its own keys through its own ring of stages. No barrier of the block stands
+//! between a warp and its copies, so while some warps compute, the copies of the others run.
 //!
 //! ```text
 //! copy Q to the last stage; copy the warp's first STAGES - 1 tiles of K and V
@@ -27,15 +27,15 @@
 //! | 256 | 16 | 2 | 16,384 | 131,072 | 1 | 65,536 |
 //!
 //! By counting: a byte of K or V takes part in 16 rows' products, 16 FLOP per byte, and a multiprocessor
-//! of an H200 is fed about 18 bytes a cycle: 300 FLOP a cycle of 2,048 and more that `mma.sync` does. What
-//! counts is bytes in flight. A copy takes about 1 µs from request to arrival under load, in which memory
-//! brings 4.3 TB/s / 132 = 33 KB to each multiprocessor: the last column is that several times. For 8,192
-//! bytes a warp issues about 400 instructions, a fourth of what four schedulers can meanwhile.
+//! of an H200 is fed about 18 bytes per cycle: 300 FLOP per cycle, where `mma.sync` does 2,048 and more.
+//! Bytes in flight decide. A copy takes about 1 µs from request to arrival under load, in which memory
+//! brings 4.3 TB/s / 132 = 33 KB to each multiprocessor: the last column is several times as much. For 8,192
+//! bytes a warp issues about 400 instructions, a fourth of the number that four schedulers issue meanwhile.
 //!
 //! Copies are of 16 bytes per lane, eight lanes side by side on 128 bytes of a row. Tiles are
 //! swizzled: neither a copy nor a matrix load meets a bank twice. Q stays in registers, and passes through
-//! the stage that is still empty. Of O, the warps' sums lie in their stages, rows 8 words longer than D, so
-//! that the 16 lanes of a pass write to 32 different banks.
+//! the stage that is still empty. In the end the warps' sums of O lie in their stages, in rows 8 words longer
+//! than D, so the 16 lanes of a pass write to 32 different banks.
 //!
 //! Rows past 16 (heads of a group times queries) are further blocks, which find keys and values in the L2
 //! cache. Not measured.
@@ -103,7 +103,7 @@ const fn blocks(d: usize) -> u32 {
     if d <= 128 { 2 } else { 1 }
 }
 
-/// Elements of a stage: K, then V.
+/// Elements per stage: K, then V.
 const fn stage_elems(d: usize) -> u32 {
     2 * warp_keys(d) * d as u32
 }
@@ -180,7 +180,7 @@ pub unsafe fn decode_split<
     unsafe { load_queries::<T, Swizzled<D>, D, ROWS, { warp::LANES }>(args, &tile, q_smem) };
     let tiles = part_of(&tile.key_tiles(const { keys(D) }), part, args.parts.splits);
     if tiles.is_empty() && args.parts.splits > 1 {
-        // Q is still on its way to memory that the next block may have.
+        // Hazard: Q is still on its way to memory that the next block may have.
         async_copy::commit();
         async_copy::wait::<0>();
         return;
@@ -207,7 +207,7 @@ pub unsafe fn decode_split<
     let mut page = pages[STAGES as usize - 1];
 
     async_copy::wait::<PENDING>();
-    // Hazard: Q is read by lanes that did not copy it.
+    // Hazard: lanes that did not copy Q read it.
     warp::sync_warp(warp::FULL_MASK);
     let queries =
         RegisterQueries::<1, D_STEPS>::load(SharedQueries::<T, Swizzled<D>>::new(q_smem, 0));
@@ -287,7 +287,7 @@ pub unsafe fn decode_split<
     });
 }
 
-/// Starts to copy this warp's own Q, 0 in rows that there are not; the caller commits and waits.
+/// Starts to copy Q for this warp, with 0 in rows that do not exist; the caller commits and waits.
 ///
 /// # Safety
 /// `args.forward.tensors.q` must be `[B, H, Nq, D]`, its address and strides multiples of 16 bytes.

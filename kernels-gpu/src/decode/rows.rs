@@ -28,7 +28,7 @@ pub struct RowTile<'a> {
 /// A row: the keys that it sees, and its query.
 #[derive(Clone, Copy)]
 pub struct PackedRow {
-    /// That of its head.
+    /// The policy of its head.
     pub policy: Policy,
     /// Query row of its head.
     pub i: u32,
@@ -70,7 +70,7 @@ impl<'a> RowTile<'a> {
         self.first_row + r < Self::rows(self.args)
     }
 
-    /// Row `r` of the tile, or the last one that there is.
+    /// Row `r` of the tile, or the last row of the group.
     #[inline(always)]
     #[must_use]
     pub fn row(&self, r: u32) -> PackedRow {
@@ -118,7 +118,7 @@ impl<'a> RowTile<'a> {
                 policy.shape_row::<T, N>(s, R, i, j);
             });
         }
-        // Opaque: where the rows end is computed for each tile, and not kept.
+        // Opaque: each tile computes the ends of the rows, and no register keeps them.
         let tile = Self { first_row: opaque(self.first_row), ..*self };
         let (first, last) = (tile.row(0), tile.row(fragment::ROWS - 1));
         let (from, end) = (last.policy.whole_from(last.i), first.policy.whole_keys(first.i));
@@ -131,8 +131,8 @@ impl<'a> RowTile<'a> {
     }
 }
 
-/// The tiles of part `part` of `splits`: parts differ by one tile at most, and those without any are the
-/// last ones.
+/// The tiles of part `part` of `splits`: parts differ by one tile at most, and parts without tiles come
+/// last.
 #[inline(always)]
 #[must_use]
 pub fn part_of(tiles: &Range<u32>, part: u32, splits: u32) -> Range<u32> {

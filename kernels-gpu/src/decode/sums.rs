@@ -1,5 +1,5 @@
-//! The warps of a block become one: each leaves O, maxima and sums of its keys in shared memory, and the block's
-//! threads merge and store them.
+//! The merge of a block's warps: each leaves O, maxima and sums of its keys in shared memory, and the threads of
+//! the block merge and store them.
 
 use simt::{
     math,
@@ -31,7 +31,7 @@ impl<const D: usize, const PAD: u32> WarpSums<D, PAD> {
     /// Words from one row of O to the next: PAD more than D, so that neighbouring rows lie in other banks.
     const PITCH: u32 = D as u32 + PAD;
 
-    /// Words of all.
+    /// Words of all three.
     pub const WORDS: u32 = ROWS * (Self::PITCH + 2);
 
     /// The sums from `first_byte` of dynamic shared memory on.

@@ -264,7 +264,7 @@ impl Head {
         unsafe { self.score_matrix(&args.scratch.weights) }
     }
 
-    /// What has an element for each row and key, as a matrix `[Nq, Nk]`.
+    /// A tensor with one element per row and key, as a matrix `[Nq, Nk]`.
     ///
     /// # Safety
     /// The buffer must be `[B, H, Nq, Nk]`.

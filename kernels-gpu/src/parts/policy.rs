@@ -412,7 +412,7 @@ impl Policy {
     #[inline(always)]
     fn kept_in_row<const N: usize>(&self, i: u32, j: u32) -> u32 {
         let mut kept = 0;
-        // A loop that stays one: ten rounds of Philox for each tile are not to be unrolled.
+        // Not unrolled: each tile takes ten rounds of Philox.
         for tile in 0..N as u32 {
             let key = j + 8 * tile;
             let draws = self.draws(i, key / 4);

@@ -21,12 +21,12 @@ pub(super) fn cluster_barrier(blocks: usize) -> usize {
     blocks * NAMED_BARRIERS
 }
 
-/// Which barrier.
+/// The barrier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum BarrierId {
     /// One of a block's, by the block's rank in its cluster.
     Named { rank: usize, number: u32 },
-    /// That of the cluster.
+    /// The barrier of the cluster.
     Cluster,
 }
 

@@ -310,7 +310,7 @@ impl Block {
         self.lanes[lane].state = state;
     }
 
-    /// What the launch does to the synchronisation of that kind at `at`.
+    /// The launch's change to the synchronisation of that kind at `at`.
     #[inline]
     pub fn alteration(&self, kind: SyncKind, at: Place) -> Option<Alteration> {
         if self.watches_sites { self.watched_site(kind, at) } else { None }

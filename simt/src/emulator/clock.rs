@@ -63,7 +63,7 @@ impl Agent {
         (self.0 * 32) as u16
     }
 
-    /// What a lane's number beyond the lanes stands for.
+    /// The meaning of a lane's number beyond the lanes.
     pub fn describe(lane: u32) -> Option<String> {
         let agent = (lane as usize / 32).checked_sub(MAX_WARPS)?;
         match agent / Self::WARPGROUPS {
@@ -75,7 +75,7 @@ impl Agent {
     }
 }
 
-/// What one lane, or one barrier, knows of the others.
+/// The knowledge of one lane, or one barrier, of the others.
 #[derive(Clone, Debug)]
 pub(crate) struct Clock {
     /// Every lane's accesses up to this time are known.

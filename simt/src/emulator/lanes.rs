@@ -30,7 +30,7 @@ pub(super) type LaneYielder = Yielder<(), ()>;
 /// Payload of the unwinding that a fault starts in a lane.
 pub(super) struct FaultPayload(pub FaultKind);
 
-/// What a step of a cluster came to.
+/// The result of a step of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
     /// A lane ran, or a load landed.

@@ -37,12 +37,12 @@ struct Mbarrier {
     arrived_before: Vec<Arrival>,
     /// Whether bytes were announced in the current phase, and in the last one.
     with_bytes: (bool, bool),
-    /// What the arrivals of the current phase released.
+    /// The clock that the arrivals of the current phase released.
     arriving: Clock,
     /// Whether threads of another block have released to this one, in the current phase and in
     /// the last.
     remote: (bool, bool),
-    /// What all completed phases released: what a wait acquires.
+    /// The clock that all completed phases released, which a wait acquires.
     complete: Clock,
     initialised_by: u16,
     initialised_at: Time,

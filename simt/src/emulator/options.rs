@@ -173,7 +173,7 @@ pub enum Alteration {
 /// A change of one synchronisation, every time that a thread comes there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Change {
-    /// Which one.
+    /// The synchronisation.
     pub site: SyncSite,
     /// The change.
     pub alteration: Alteration,

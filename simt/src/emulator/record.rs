@@ -170,7 +170,7 @@ pub struct ClusterTrace {
     pub warps: Vec<Vec<Event>>,
 }
 
-/// What a warp did at a place. Where a loop comes back to it before the next synchronisation, all of its
+/// The work of a warp at a place. Where a loop comes back to it before the next synchronisation, all of its
 /// times are one event.
 #[derive(Clone, Debug)]
 pub struct Event {
@@ -242,7 +242,7 @@ pub enum Action {
 /// A time that a barrier was, or is, opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Visit {
-    /// Which barrier of the cluster: 16 for each block, and then the cluster's own.
+    /// The number of the barrier in the cluster: 16 for each block, and then the cluster's own.
     pub slot: usize,
     /// Times that it was opened before.
     pub opened: u64,

@@ -1,4 +1,4 @@
-//! What one cluster does while a launch records: lanes' accesses are put together to the requests of
+//! The work of one cluster while a launch records: lanes' accesses are put together to the requests of
 //! their warp, counted by place, and kept in order where that was asked for.
 
 use std::{
@@ -51,7 +51,7 @@ impl Hasher for PlaceHasher {
 
 type PlaceMap<K, V> = HashMap<K, V, BuildHasherDefault<PlaceHasher>>;
 
-/// What was counted at a place, and what is not yet put together.
+/// The counts at a place, and the accesses that are not yet put together.
 struct Counted {
     at: Place,
     counts: Counts,
@@ -69,7 +69,7 @@ struct Round {
     event: usize,
 }
 
-/// What a warp does at a place, of one kind.
+/// The work of a warp at a place, of one kind.
 struct Series {
     place: usize,
     action: Action,
@@ -99,7 +99,7 @@ struct WarpRecording {
     done: u32,
 }
 
-/// What a cluster has done.
+/// The work of a cluster so far.
 pub(crate) struct Recording {
     cluster: u64,
     block_warps: usize,
@@ -251,7 +251,7 @@ impl Recording {
         }
     }
 
-    /// What a warp's lanes of `mask` do together, at once.
+    /// The work that a warp's lanes of `mask` do together, at once.
     pub fn together(&mut self, warp: usize, mask: u32, action: Action, counts: Counts, at: Place) {
         let first = mask.trailing_zeros() as usize;
         let (waits, (index, _)) = (action.waits(), self.come(warp * WARP + first, action, at));
@@ -298,7 +298,7 @@ impl Recording {
     }
 }
 
-/// What the accesses of a round are as a request of the warp.
+/// The accesses of a round as a request of the warp.
 fn request(action: &Action, bytes: u32, round: &Round) -> Counts {
     let lanes = (0..WARP).filter(|lane| round.mask >> lane & 1 == 1);
     let all = u64::from(round.mask.count_ones()) * u64::from(bytes);
@@ -439,7 +439,7 @@ pub(crate) fn math(flops: u64, special: u64, at: Place) {
     });
 }
 
-/// What the clusters of a launch have done so far.
+/// The work of a launch's clusters so far.
 #[derive(Default)]
 pub(super) struct Gathered(Mutex<Launched>);
 

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::hardware::{FULL_MASK, LANES, WARPGROUP_THREADS, registers_at_launch};
 
-/// Which way a warp's registers change.
+/// The direction in which a warp's registers change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Direction {
     Decrease,

@@ -54,9 +54,9 @@ enum Order {
     Priorities,
 }
 
-/// How often, of so many choices, a priority changes.
+/// Choices from one change of priority to the next, on average.
 const PRIORITY_CHANGE: usize = 48;
-/// How often, of so many choices, a load lands early where any order will do.
+/// Choices from one early load to the next, on average, where any order will do.
 const EARLY_LOAD: usize = 6;
 /// The copy engine's place among the priorities.
 const COPY_ENGINE: usize = MAX_WARPS;
@@ -72,7 +72,7 @@ pub(super) struct Schedule {
 }
 
 impl Schedule {
-    /// That of cluster `index` under a seed.
+    /// The schedule of cluster `index` under a seed.
     pub fn new(seed: u64, index: u64) -> Self {
         let mut random = Random::new(seed, index);
         let order = match seed {
@@ -134,7 +134,7 @@ impl Schedule {
         Next::Warp { warp, first: bits as u32 % 32, backwards: bits >> 32 & 1 == 1 }
     }
 
-    /// Which of `count` loads on their way, oldest first, lands.
+    /// The next of `count` loads to land, oldest first.
     pub fn load(&mut self, count: usize) -> usize {
         match self.order {
             Order::Forward => 0,

@@ -272,7 +272,7 @@ impl Block {
         Ok(())
     }
 
-    /// What every warp of a warpgroup knows: each has at least one lane that does.
+    /// The knowledge that every warp of a warpgroup shares: each has at least one lane that does.
     fn known_to_warpgroup(&self, group: usize) -> Clock {
         let warps: Vec<Clock> = (0..LANES / 32)
             .map(|warp| {

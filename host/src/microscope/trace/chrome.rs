@@ -26,7 +26,7 @@ pub struct Document {
     pub trace_events: Vec<Value>,
     /// How times are shown.
     pub display_time_unit: &'static str,
-    /// What a reader must know.
+    /// Notes for the reader.
     pub other_data: BTreeMap<&'static str, String>,
 }
 
@@ -206,7 +206,7 @@ fn is_wait(action: &Action) -> bool {
     )
 }
 
-/// What a slice is, in a few words.
+/// The name of a slice, in a few words.
 fn name(slice: &Slice) -> &'static str {
     let by_warp = matches!(slice.track, Track::Warp(_));
     match (&slice.event.action, by_warp) {

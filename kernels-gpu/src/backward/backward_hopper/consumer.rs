@@ -87,11 +87,11 @@ impl<'a> RowTiles<'a> {
     }
 }
 
-/// What a thread of a consumer warpgroup works with.
+/// The place of a thread of a consumer warpgroup, and the memory that it works with.
 #[derive(Clone, Copy)]
 pub struct Setting<'a, T> {
     pub(super) args: &'a BackwardArgs,
-    /// Which keys the block has.
+    /// The keys of the block.
     pub(super) place: Place,
     /// Number of its warpgroup among the consumers.
     pub(super) own: u32,
@@ -99,7 +99,7 @@ pub struct Setting<'a, T> {
     pub(super) own_key: u32,
     /// Its first row of every group of eight.
     pub(super) column: u32,
-    /// Whether it speaks for its warpgroup.
+    /// Whether it is the elected thread of its warpgroup.
     pub(super) elected: bool,
     /// Where shared memory begins.
     pub(super) smem: u32,
@@ -112,8 +112,8 @@ pub struct Setting<'a, T> {
 }
 
 impl<T: Operand> Setting<'_, T> {
-    /// Address of what lies `offset` bytes into shared memory. Opaque: descriptors are made where they
-    /// are used, and not kept in registers.
+    /// The address `offset` bytes into shared memory. Opaque: each use makes its descriptor, and no
+    /// register keeps it.
     #[inline(always)]
     pub(super) fn address(&self, offset: u32) -> u32 {
         opaque(self.smem) + offset
@@ -196,7 +196,7 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
                         // dQ is complete; the others may still run.
                         dq.wait_group::<2>();
                     } else {
-                        // Registers do not suffice for what dK reads beside S and dP.
+                        // The operands of dK do not fit the registers beside S and dP.
                         dq.wait_group::<1>();
                         self.dk.wait_group::<1>();
                     }
@@ -285,7 +285,7 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         self.stage.index() * const { G::TILES.q_bytes() }
     }
 
-    /// A tile of rows whose scores have been started: dV, and dS for the products that follow. Of a
+    /// dV, and dS for the products that follow, of a tile of rows whose scores have been started. For a
     /// `LATER` tile than the first, dK of the tile before is running too.
     ///
     /// # Safety
@@ -345,8 +345,8 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
     #[inline(always)]
     fn share(&self, ds: &G::Weights) {
         let buffer = self.stage.index() * const { G::TILES.ds_bytes() } / T::BYTES;
-        // Hazard: none that needs a wait. The products that read this buffer two tiles ago were waited
-        // for by each consumer before it came to the barrier of the tile before.
+        // No hazard here. Each consumer has waited for its products that read this buffer two tiles
+        // ago before it came to the barrier of the tile before.
         let buffers = self.setting.ds_buffers;
         let buffer = buffers.slice(buffer, buffers.len() - buffer);
         share_scores::<T>(buffer, const { G::TILES.keys }, ds.as_ref());
@@ -384,7 +384,7 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub(super) fn share_scores<T: Operand>(buffer: Shared<T>, keys: u32, ds: &[[u32; 4]]) {
     const STRIP: u32 = WARP_KEYS * CHUNK_COLUMNS;
-    // Opaque: places are found where they are used, and not kept in registers.
+    // Opaque: each use finds its place, and no register keeps it.
     let lane = opaque(warp::lane_id());
     // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the first, the
     // others to their right.

@@ -24,7 +24,7 @@ pub trait Geometry {
     /// dV of a consumer, `[64, Dv]`.
     type ValueGradient: GradientTile<Self::Weights>;
 
-    /// Which keys a block has.
+    /// The keys of a block.
     #[inline(always)]
     #[must_use]
     fn place() -> Place {

@@ -1,7 +1,7 @@
 //! A thread's part of Sᵀ and dPᵀ: S becomes P, and P becomes dS, in the same registers.
 //!
-//! A thread has two keys, `j` and `j + 8`, and of every 8 rows those at `i + 8 g` and one further:
-//! element `[g][e]` is that of row `i + 8 g + e % 2` and key `j + 8 (e / 2)`.
+//! A thread has two keys, `j` and `j + 8`, and two of every 8 rows, `i + 8 g` and the next:
+//! element `[g][e]` belongs to row `i + 8 g + e % 2` and key `j + 8 (e / 2)`.
 
 use simt::{
     math,
@@ -12,7 +12,7 @@ use simt::{
 
 use crate::parts::policy::Policy;
 
-/// Sᵀ or dPᵀ of a consumer in a thread's registers. `Weights` is what it becomes as the operand of a
+/// Sᵀ or dPᵀ of a consumer in a thread's registers. It becomes `Weights` as the operand of a
 /// product; `i` and `j` are row and key of the thread's first element.
 pub trait ScoreTile<Weights>: WaitGroup {
     /// Before any product.
@@ -133,7 +133,7 @@ where
         let mut kept = [u32::MAX; 2];
         if Policy::drops() {
             kept = [0; 2];
-            // A loop that stays one: ten rounds of Philox for each weight are not to be unrolled.
+            // Not unrolled: each weight takes ten rounds of Philox.
             for bit in 0..2 * GROUPS as u32 {
                 let i = i + bit / 2 * 8 + bit % 2;
                 kept[0] |= u32::from(policy.kept(i, j, 1.0) != 0.0) << bit;

@@ -50,7 +50,7 @@ impl Task {
     }
 }
 
-/// What goes between producer and consumers: rings of tiles of K and V, and for each consumer
+/// The channels between producer and consumers: rings of tiles of K and V, and for each consumer
 /// its tasks with their Q.
 pub(super) struct Rings<G: Geometry> {
     pub k: Ring<G::KvStages>,

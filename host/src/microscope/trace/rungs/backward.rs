@@ -88,7 +88,7 @@ pub(super) static RUNGS: [Rung; 5] = [
             Phase::new("S = Q Kᵀ, dP = dO Vᵀ", 1, "let s = scalar_tile::product", To::Lines(2), Stage::Products)
                 .note("Each thread computes 2 rows and 4 keys of both in its registers.")
                 .memory(&[], &["Q", "K", "dO", "V"]),
-            Phase::new("P and dS", 1, "// A loop that stays one", To::End, Stage::Gradients)
+            Phase::new("P and dS", 1, "// Not unrolled", To::End, Stage::Gradients)
                 .note("P = exp(S - LSE) and dS = P (dP - delta): the LSE and delta of a row are known.")
                 .memory(&["P", "dS"], &[]),
             BARRIER.stage(Stage::Gradients),
