@@ -376,11 +376,7 @@ fn decodes(args: &DecodeCommandArgs, defaults: &Defaults) -> Result<Vec<Decode>>
     let heads = args.heads.unwrap_or(heads);
     let kv_heads = args.kv_heads.unwrap_or(kv_heads);
     let head_dim = args.head_dim.unwrap_or(defaults.head_dim);
-    let splits = args
-        .cache
-        .splits
-        .map(|splits| NonZeroU32::try_from(u32::try_from(splits).unwrap_or(u32::MAX)));
-    let splits = splits.transpose()?;
+    let splits = args.cache.splits.and_then(NonZeroU32::new);
     let mut decodes = Vec::new();
     for &keys in seq_k {
         let problem = Problem::builder(args.batch, heads, args.queries, head_dim)

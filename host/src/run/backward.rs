@@ -23,7 +23,7 @@ use crate::accuracy::{GradientOracle, gradient_index};
 /// Multiplications that a check may spend on gradients in f64; one head is compared in any case.
 const ORACLE_BUDGET: usize = 1 << 32;
 /// The gradients, by their names in files; the last two where the file has `bias` and `sinks`.
-const NAMES: [&str; 5] = ["dq", "dk", "dv", "dbias", "dsinks"];
+pub(super) const NAMES: [&str; 5] = ["dq", "dk", "dv", "dbias", "dsinks"];
 
 /// The tensors of a file and the problem that they define.
 pub struct GivenBackward<'a> {

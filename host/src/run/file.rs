@@ -2,7 +2,9 @@
 //! file may be larger than memory. A pipe is read as a whole.
 
 use std::{
+    cell::RefCell,
     cmp::Reverse,
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Read as _},
     path::{Path, PathBuf},
@@ -28,6 +30,8 @@ pub struct TensorFile {
     metadata: Metadata,
     /// The offset of the first tensor.
     data: usize,
+    /// Names that were looked for.
+    looked_for: RefCell<BTreeSet<String>>,
 }
 
 /// All bytes of a file.
@@ -103,12 +107,14 @@ impl TensorFile {
         };
         let (header, metadata) = SafeTensors::read_metadata(content.bytes()).map_err(bad)?;
         // Eight bytes hold the length of the header.
-        Ok(Self { path: path.to_owned(), content, metadata, data: 8 + header })
+        let looked_for = RefCell::default();
+        Ok(Self { path: path.to_owned(), content, metadata, data: 8 + header, looked_for })
     }
 
     /// The tensor of that name, where there is one.
     #[must_use]
     pub fn find<'a>(&'a self, name: &'a str) -> Option<Stored<'a>> {
+        self.looked_for.borrow_mut().insert(name.to_owned());
         let info = self.metadata.info(name)?;
         let (start, end) = info.data_offsets;
         Some(Stored {
@@ -118,6 +124,15 @@ impl TensorFile {
             shape: &info.shape,
             bytes: &self.content.bytes()[self.data + start..self.data + end],
         })
+    }
+
+    /// The tensors that nobody looked for, without the `known` ones.
+    #[must_use]
+    pub fn others(&self, known: &[&str]) -> Vec<String> {
+        let looked_for = self.looked_for.borrow();
+        let is_other =
+            |name: &String| !looked_for.contains(name) && !known.contains(&name.as_str());
+        self.metadata.tensors().into_keys().filter(is_other).collect()
     }
 
     /// The tensor of that name.

@@ -14,7 +14,8 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use flash_attention::{
     Layout, Problem, Tensor, Window,
-    error::Shape,
+    error::{Shape, listed},
+    module::ModuleGradients,
     raw::Plan,
     registry::{self, Operation, Spec},
     session::Session,
@@ -25,7 +26,7 @@ use crate::{
     format, interrupt,
     machine::{self, DeviceChoice},
     output::{self, Output},
-    progress::print_lines,
+    progress::{print_lines, warn},
     values,
 };
 use attention::GivenAttention;
@@ -166,6 +167,10 @@ struct Done {
     peak_bytes: u64,
 }
 
+/// Names of answers, and of their gradients: a file may hold them beside the inputs of a run.
+const ANSWERS: [&[&str]; 3] =
+    [&["o", "lse", "weights", "y", "do", "dy"], &backward::NAMES, &ModuleGradients::NAMES];
+
 /// Runs the command.
 ///
 /// # Errors
@@ -185,6 +190,11 @@ pub fn run(args: &RunArgs) -> Result<Outcome> {
         _ if args.backward => Box::new(GivenBackward::read(&input, args)?),
         _ => Box::new(GivenAttention::read(&input, args, args.check)?),
     };
+    let others = input.others(&ANSWERS.concat());
+    if !others.is_empty() {
+        let (path, others) = (args.input.display(), listed(others));
+        warn(&format!("this run does not use {others} of {path}"));
+    }
     let opened = machine::open(args.device, args.memory_limit)?;
     let session = Session::new(opened.device.clone());
     let done = given.run(&session, args)?;

@@ -113,6 +113,24 @@ fn what_joins_scores_is_read_from_the_file() {
     assert!(text.contains("it must be f16 [2, 1, 21, 37]"), "{text}");
 }
 
+/// A misspelled mask hides no key: the run says so. Answers of another program are no mistake.
+#[test]
+fn tensors_that_a_run_does_not_use_are_named() {
+    let case = Case::new(DType::F32, Layout::HeadsFirst);
+    let warned = |entries: &[Entry]| {
+        case.folder.save(entries);
+        let output = case.folder.command(&FILES).assert().success().get_output().stderr.clone();
+        String::from_utf8(output).unwrap()
+    };
+    let mut entries = case.entries();
+    let [o, lse] = case.plain();
+    entries.extend([entry("o", &o), entry("lse", &lse), entry("do", &o), entry("dq", &o)]);
+    assert_eq!(warned(&entries), "");
+    entries[3].0 = "maks";
+    entries.push(entry("page_tables", &lse));
+    assert_eq!(warned(&entries), "this run does not use maks, page_tables of in.safetensors\n");
+}
+
 /// Sequences of 5, no and 9 rows, and two rows of nobody at the end; numbers of every type.
 #[test]
 fn packed_sequences_are_read_from_the_file() {
