@@ -30,6 +30,8 @@ pub struct Peers {
     rank: usize,
     world: usize,
     limit: Duration,
+    /// How long a process may say nothing: longer than between two signs of life, whatever the limit.
+    silence: Duration,
     board: Arc<Board>,
     relay: Option<Relay>,
     round: AtomicU64,
@@ -84,7 +86,8 @@ impl Peers {
 
     fn new(rank: usize, world: usize, limit: Duration, board: Arc<Board>) -> Self {
         let (round, reached) = (AtomicU64::new(0), Arc::default());
-        Self { rank, world, limit, board, relay: None, round, reached }
+        let silence = limit.max(4 * relay::BEAT);
+        Self { rank, world, limit, silence, board, relay: None, round, reached }
     }
 
     /// This rank.
@@ -189,7 +192,7 @@ impl Peers {
     /// # Errors
     /// [`Error::Lost`] names one that is not.
     pub fn check(&self) -> Result<(), Error> {
-        (0..self.world).try_for_each(|rank| match self.board.lost(rank, self.limit) {
+        (0..self.world).try_for_each(|rank| match self.board.lost(rank, self.silence) {
             Some(reason) => Err(Error::Lost { rank, reason }),
             None => Ok(()),
         })

@@ -390,6 +390,9 @@ fn signals_lose_nothing() {
     }
 }
 
+/// Longer than a busy machine takes to end a process.
+const SOON: Duration = Duration::from_secs(30);
+
 /// A launch of the emulator that takes minutes does not hold up the end.
 #[test]
 fn a_launch_that_runs_is_stopped() {
@@ -399,13 +402,13 @@ fn a_launch_that_runs_is_stopped() {
     let rest = ["--level", "attention", "--kernels", "flash_tiled"];
     let mut run = Endless::start(host().args(long).args(rest).arg("--json").arg(&json));
     run.read_to("N = 8");
-    // The tensors of the next length are drawn within a second.
+    // The tensors of the next length are drawn within a second; before that a signal ends it too.
     std::thread::sleep(Duration::from_secs(3));
     let sent = Instant::now();
     run.signal("TERM");
     let _ = run.stdout.read_to_end(&mut Vec::new());
     assert_eq!(run.child.wait().unwrap().code(), Some(143));
-    assert!(sent.elapsed() < Duration::from_secs(5), "{:?}", sent.elapsed());
+    assert!(sent.elapsed() < SOON, "{:?}", sent.elapsed());
     let results = Results::read_json(&json).unwrap();
     let lengths: Vec<usize> = results.rows.iter().map(|row| row.seq).collect();
     assert!(results.interrupted && lengths == [8], "{lengths:?}");
@@ -424,7 +427,7 @@ fn a_second_signal_ends_at_once() {
     let sent = Instant::now();
     run.signal("HUP");
     assert_eq!(run.child.wait().unwrap().code(), Some(129));
-    assert!(sent.elapsed() < Duration::from_secs(5) && !json.exists());
+    assert!(sent.elapsed() < SOON && !json.exists());
 }
 
 #[test]

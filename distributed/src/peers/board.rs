@@ -96,14 +96,14 @@ impl Board {
         ranks.iter().enumerate().filter(|(_, rank)| which(rank)).map(|(at, _)| at).collect()
     }
 
-    /// Why a rank is lost, if it is.
-    pub(super) fn lost(&self, rank: usize, limit: Duration) -> Option<String> {
+    /// Why a rank is lost, if it is: it may say nothing for `most`.
+    pub(super) fn lost(&self, rank: usize, most: Duration) -> Option<String> {
         let ranks = self.ranks();
         let of = &ranks[rank];
         let silence = of.heard.elapsed();
         // Once rank 0 has left, nobody passes on what the others say.
         let may_be_silent = of.left || ranks[0].left;
-        let is_heard = self.of.is_none_or(|own| own == rank) || may_be_silent || silence <= limit;
+        let is_heard = self.of.is_none_or(|own| own == rank) || may_be_silent || silence <= most;
         let silent = || (!is_heard).then(|| format!("has said nothing for {silence:.1?}"));
         of.lost.clone().or_else(silent)
     }

@@ -15,7 +15,7 @@ use super::board::{Board, Event};
 use crate::error::Error;
 
 /// Between two signs of life.
-const BEAT: Duration = Duration::from_millis(250);
+pub(super) const BEAT: Duration = Duration::from_millis(250);
 /// The longest frame: nobody says as much.
 const MOST_BYTES: u32 = 16 << 20;
 /// The first bytes of a connection, and the version of the protocol.
