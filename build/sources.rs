@@ -6,18 +6,19 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-/// Name of the file that holds every module's PTX: one zstd stream.
+/// Name of the file that holds every module's PTX, compressed.
 pub const PACK: &str = "modules.ptx.zst";
 /// Name of the file beside it that says what it was made from.
 pub const MANIFEST: &str = "manifest.json";
 
-/// Files and folders the PTX is made from and by, relative to the root.
+/// Files and folders the PTX is made from, made by and packed by, relative to the root.
 ///
 /// A build script watches exactly these for changes.
 pub const WATCHED: &[&str] = &[
     "kernels-gpu/src",
     "ptx-builder/src/compile.rs",
     "ptx-builder/src/lib.rs",
+    "ptx-builder/src/pack.rs",
     "ptx-builder/src/post.rs",
     "simt/src",
 ];

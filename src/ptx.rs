@@ -1,4 +1,5 @@
-//! The PTX modules embedded in this library (feature `ptx`), compressed, and unpacked on first use.
+//! The PTX modules embedded in this library (feature `ptx`): each entry compressed by itself, and
+//! unpacked when it is asked for.
 //!
 //! An entry belongs only to the module of the lowest architecture that can run it. PTX is a virtual
 //! instruction set: the driver compiles a module for its GPU when it loads it, so an ordinary
@@ -23,19 +24,24 @@ use kernels_gpu::constants::Constants;
 static PACK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ptx/modules.ptx.zst"));
 #[cfg(all(feature = "ptx", not(fresh_ptx)))]
 use kernels_gpu::PTX as PACK;
-
-/// The start of a pack's line that names the module of the text below it.
-const HEADING: &str = "// module ";
+#[cfg(not(feature = "ptx"))]
+static PACK: &[u8] = &[];
 
 /// The start of the comment that names a text's constants.
 const CONSTANTS: &str = "// constants: ";
 
-/// Every module's text.
-static TEXT: LazyLock<String> = LazyLock::new(unpack);
-static MODULES: LazyLock<Vec<PtxModule>> = LazyLock::new(|| modules_of(&TEXT));
+/// The pack's index, and the frames after it.
+static INDEX: LazyLock<(String, &[u8])> = LazyLock::new(|| {
+    let mut frames = PACK;
+    (unpack(&mut frames), frames)
+});
+static MODULES: LazyLock<Vec<PtxModule>> = LazyLock::new(|| {
+    let (index, frames) = &*INDEX;
+    modules_of(index, frames).expect("a constant of this library, which its tests read")
+});
 
 /// A PTX module.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PtxModule {
     /// The module's name in entries: `sm_80`.
     pub name: &'static str,
@@ -43,17 +49,20 @@ pub struct PtxModule {
     pub compute_capability: (u32, u32),
     /// Whether the module loads only on that compute capability.
     pub exact: bool,
-    /// The PTX.
-    pub text: &'static str,
+    /// What precedes the entries, packed.
+    head: &'static [u8],
+    /// Name and packed text of each entry.
+    entries: Vec<(&'static str, &'static [u8])>,
 }
 
 impl PtxModule {
     /// The module of an architecture: `sm_90a` loads on compute capability 9.0 alone.
-    fn new(name: &'static str, text: &'static str) -> Option<Self> {
+    fn new(name: &'static str, head: &'static [u8]) -> Option<Self> {
         let number = name.strip_prefix("sm_")?;
         let (number, exact) = number.strip_suffix('a').map_or((number, false), |n| (n, true));
         let number: u32 = number.parse().ok()?;
-        Some(Self { name, compute_capability: (number / 10, number % 10), exact, text })
+        let compute_capability = (number / 10, number % 10);
+        Some(Self { name, compute_capability, exact, head, entries: Vec::new() })
     }
 
     /// Whether a GPU of this compute capability loads the module.
@@ -66,12 +75,27 @@ impl PtxModule {
         }
     }
 
+    /// The names of the module's entries.
+    pub fn entries(&self) -> impl Iterator<Item = &'static str> {
+        self.entries.iter().map(|(symbol, _)| *symbol)
+    }
+
+    /// The PTX of one entry, as a module of its own with the symbols of the
+    /// [constants](simt::specialise). `None` if the module has no such entry.
+    ///
+    /// No other entry is unpacked: a driver would compile every one that it is given.
+    #[must_use]
+    pub fn entry(&self, symbol: &str) -> Option<String> {
+        let (_, mut packed) = *self.entries.iter().find(|(of, _)| *of == symbol)?;
+        let mut head = self.head;
+        Some(unpack(&mut head) + &unpack(&mut packed))
+    }
+
     /// One entry of the module with its constants: the text that a driver compiles. A comment
     /// in front names the constants. `None` if the module has no such entry.
     #[must_use]
     pub fn specialised(&self, symbol: &str, constants: &Constants) -> Option<String> {
-        let text = simt::specialise::entry(self.text, symbol)?;
-        let text = constants.specialise(&text).ok()?;
+        let text = constants.specialise(&self.entry(symbol)?).ok()?;
         let values: Vec<_> = constants.iter().map(|(name, n)| format!("{name}={n}")).collect();
         Some(format!("{CONSTANTS}{}\n{text}", values.join(" ")))
     }
@@ -83,29 +107,35 @@ pub fn modules() -> &'static [PtxModule] {
     &MODULES
 }
 
+/// The text of the zstd frame that `packed` begins with, which is then behind it.
 #[cfg(feature = "ptx")]
-fn unpack() -> String {
-    use std::io::Read as _;
-
-    let mut text = String::new();
-    let decoder = ruzstd::decoding::StreamingDecoder::new(PACK);
-    decoder
+fn unpack(packed: &mut &[u8]) -> String {
+    ruzstd::decoding::StreamingDecoder::new(packed)
         .map_err(std::io::Error::other)
-        .and_then(|mut decoder| decoder.read_to_string(&mut text))
-        .expect("a constant of this library, which its tests unpack");
-    text
+        .and_then(std::io::read_to_string)
+        .expect("a constant of this library, which its tests unpack")
 }
 
 #[cfg(not(feature = "ptx"))]
-const fn unpack() -> String {
+const fn unpack(_: &mut &[u8]) -> String {
     String::new()
 }
 
-fn modules_of(pack: &'static str) -> Vec<PtxModule> {
-    pack.split(HEADING)
-        .filter_map(|part| part.split_once('\n'))
-        .filter_map(|(name, text)| PtxModule::new(name, text))
-        .collect()
+/// The modules of a pack, whose index has a line for each frame: `module sm_75 133` for
+/// what precedes the module's entries, then `entry naive_scores_f32_d64 2141` for each of them.
+/// The number is the bytes of the frame. `None` if the index is wrong.
+fn modules_of(index: &'static str, mut frames: &'static [u8]) -> Option<Vec<PtxModule>> {
+    let mut modules = Vec::new();
+    for line in index.lines() {
+        let mut words = line.split(' ');
+        let (kind, name, bytes) = (words.next()?, words.next()?, words.next()?);
+        let frame = frames.split_off(..bytes.parse().ok()?)?;
+        match kind {
+            "module" => modules.push(PtxModule::new(name, frame)?),
+            _ => modules.last_mut()?.entries.push((name, frame)),
+        }
+    }
+    Some(modules)
 }
 
 /// The modules that a GPU of this compute capability loads, best first.
@@ -118,17 +148,39 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_modules_name_says_what_loads_it() {
-        let modules = modules_of("// module sm_80\n.a\n.b\n// module sm_100a\n.c\n");
-        let sm_100a =
-            PtxModule { name: "sm_100a", compute_capability: (10, 0), exact: true, text: ".c\n" };
-        assert_eq!(modules, [PtxModule { text: ".a\n.b\n", ..ORDINARY }, sm_100a]);
+    fn the_index_names_modules_and_entries_and_gives_them_their_frames() {
+        let index = "module sm_80 1\nentry a 2\nentry b 0\nmodule sm_100a 3\nentry c 1\n";
+        let module = |name, compute_capability, exact, head, entries| PtxModule {
+            name,
+            compute_capability,
+            exact,
+            head,
+            entries,
+        };
+        let expected = [
+            module("sm_80", (8, 0), false, &b"0"[..], vec![("a", &b"12"[..]), ("b", b"")]),
+            module("sm_100a", (10, 0), true, b"345", vec![("c", &b"6"[..])]),
+        ];
+        assert_eq!(modules_of(index, b"0123456").as_deref(), Some(&expected[..]));
+        for wrong in ["module sm_80 8\n", "entry a 1\n", "module sm_80\n", "module 80 1\n"] {
+            assert_eq!(modules_of(wrong, b"0123456"), None, "{wrong}");
+        }
     }
 
-    const ORDINARY: PtxModule =
-        PtxModule { name: "sm_80", compute_capability: (8, 0), exact: false, text: "" };
-    const EXACT: PtxModule =
-        PtxModule { name: "sm_90a", compute_capability: (9, 0), exact: true, text: "" };
+    const ORDINARY: PtxModule = PtxModule {
+        name: "sm_80",
+        compute_capability: (8, 0),
+        exact: false,
+        head: &[],
+        entries: Vec::new(),
+    };
+    const EXACT: PtxModule = PtxModule {
+        name: "sm_90a",
+        compute_capability: (9, 0),
+        exact: true,
+        head: &[],
+        entries: Vec::new(),
+    };
 
     #[test]
     fn an_ordinary_module_loads_on_its_architecture_and_later() {
@@ -151,7 +203,7 @@ mod tests {
     fn every_kernel_is_in_its_module_with_its_launch_bounds() {
         for entry in kernels_gpu::entries() {
             let module = modules().iter().find(|module| module.name == entry.module);
-            let text = module.map_or("", |module| module.text);
+            let text = module.and_then(|module| module.entry(entry.symbol)).unwrap_or_default();
             let start = text.find(&format!(".entry {}(", entry.symbol));
             let start = start.unwrap_or_else(|| panic!("no PTX for {}", entry.symbol));
             let header = text[start..].split('{').next().unwrap_or("");
@@ -159,6 +211,19 @@ mod tests {
             assert!(header.contains(&threads), "{}: {header}", entry.symbol);
             let parameter = format!("_param_0[{}]", entry.args_bytes);
             assert!(header.contains(&parameter), "{}: {header}", entry.symbol);
+        }
+    }
+
+    #[test]
+    fn the_pack_has_no_entry_that_the_kernels_do_not_list() {
+        for module in modules() {
+            for symbol in module.entries() {
+                assert_eq!(
+                    kernels_gpu::entries().filter(|entry| entry.symbol == symbol).count(),
+                    1,
+                    "{symbol}"
+                );
+            }
         }
     }
 

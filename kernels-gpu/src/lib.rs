@@ -36,8 +36,9 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     unsafe { core::arch::nvptx::trap() }
 }
 
-/// The PTX of every entry, as text, compressed: one zstd stream. A line `// module sm_80`
-/// stands before the text of each module.
+/// The PTX of every entry, as text, compressed: a zstd frame per entry. The first frame is the
+/// index, a line for each frame after it with the frame's name and bytes: `module sm_80 133` for
+/// what precedes a module's entries, then `entry flash_mma_f16_d64 9876` for each of them.
 #[cfg(feature = "ptx")]
 pub static PTX: &[u8] = include_bytes!("../ptx/modules.ptx.zst");
 

@@ -147,7 +147,7 @@ fn print(text: &str) -> Result<()> {
 fn find(workspace: &Workspace, entry: &str) -> Result<(Module, String)> {
     pack::read(&workspace.checked_in())?
         .into_iter()
-        .find_map(|(module, text)| Some((module, combinations::text::entry(&text, entry)?)))
+        .find_map(|(module, text)| Some((module, pack::entry(&text, entry)?)))
         .with_context(|| format!("no checked-in module has the entry {entry}"))
 }
 

@@ -54,7 +54,9 @@ pub struct EntryBounds {
 /// When an entry has no launch bounds or contradictory ones, when a function that is
 /// called has no body, or when the text has no shape this module knows.
 pub fn process(raw: &str) -> Result<Ptx> {
-    let items = split(&strip(raw))?;
+    let mut items = split(&strip(raw))?;
+    // What entries share comes first, so that it and one entry make a text that stands alone.
+    items.sort_by_key(|item| item.kind == Kind::Entry);
     let live = reachable(&items);
 
     let mut text = format!("{BANNER}\n");
@@ -436,6 +438,16 @@ $L__BB1_2:
         let bounds = EntryBounds { name: "kern".into(), threads: 128, min_blocks: 2, cluster: 1 };
         assert_eq!(ptx.entries, [bounds]);
         assert!(ptx.local_memory.is_empty());
+    }
+
+    #[test]
+    fn entries_come_last() {
+        let more = ".global .u32 late;\n.visible .entry second(\n)\n{\n\
+                    // simt.launch_bounds 32 0 1\n\tmov.u32 %r1, late;\n}\n";
+        let text = process(&format!("{RAW}{more}")).unwrap().text;
+        let at = |what: &str| text.find(what).unwrap();
+        assert!(at(".u32 late;") < at(".entry kern("), "{text}");
+        assert!(at(".entry kern(") < at(".entry second("), "{text}");
     }
 
     #[test]

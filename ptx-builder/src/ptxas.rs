@@ -62,13 +62,12 @@ pub struct Unit {
 pub fn units(texts: &[pack::Text]) -> Vec<Unit> {
     let mut units: Vec<Unit> = Vec::new();
     for (module, text) in texts {
-        let head = text.split(pack::START).next().unwrap_or("");
+        let head = pack::head(text);
         let mut by_combination: BTreeMap<String, String> = BTreeMap::new();
-        for (name, _) in pack::entries(text) {
-            let entry = pack::body(text, name).unwrap_or_default();
-            for combination in combinations::of_entry(name, &entry) {
+        for (name, entry) in pack::entries(text) {
+            for combination in combinations::of_entry(name, entry) {
                 let of = by_combination.entry(combinations::name(combination));
-                let entry = combinations::specialise(name, &entry, combination);
+                let entry = combinations::specialise(name, entry, combination);
                 of.or_insert_with(|| head.to_owned()).push_str(&entry);
             }
         }

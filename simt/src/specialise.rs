@@ -21,7 +21,7 @@ pub use crate::hardware::MAX_CONSTANTS;
 mod text;
 
 #[cfg(not(target_arch = "nvptx64"))]
-pub use text::{PREFIX, entry, names, replace};
+pub use text::{PREFIX, names, replace};
 
 /// The constant at place `index` of the launch that runs.
 #[cfg(not(target_arch = "nvptx64"))]

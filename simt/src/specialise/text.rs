@@ -1,30 +1,8 @@
-//! One entry's text, and the constants in it. The PTX builder compiles this file too, so that it
+//! The constants in an entry's text. The PTX builder compiles this file too, so that it
 //! checks the text that a loader makes.
 
 /// How the symbol of a constant begins; its name follows.
 pub const PREFIX: &str = "simt_constant_";
-
-/// A module with one of its entries only, so that a driver compiles the launched entry and not every
-/// instance of every kernel. `None` if it has no such entry.
-#[must_use]
-pub fn entry(module: &str, symbol: &str) -> Option<String> {
-    let wanted = format!(".visible .entry {symbol}(");
-    let mut text = String::new();
-    let (mut found, mut skipping) = (false, false);
-    for line in module.lines() {
-        if line.starts_with(".visible .entry ") {
-            skipping = !line.starts_with(&wanted);
-            found |= !skipping;
-        }
-        if !skipping {
-            text.push_str(line);
-            text.push('\n');
-        }
-        // Braces within an entry are indented.
-        skipping &= line != "}";
-    }
-    found.then_some(text)
-}
 
 /// The text of an entry with numbers in place of the constants' symbols.
 ///
@@ -54,17 +32,7 @@ fn split_name(text: &str) -> (&str, &str) {
 
 #[cfg(test)]
 mod tests {
-    use super::{entry, names, replace};
-
-    #[test]
-    fn one_entry_can_be_had_without_the_others() {
-        let module = ".version 7.0\n.visible .entry a(\n)\n{\n\t{\n\t}\n\tret;\n}\n.global .u32 g;\n\
-                      .visible .entry a2(\n)\n{\n\tret;\n}\n";
-        let only = ".version 7.0\n.global .u32 g;\n.visible .entry a2(\n)\n{\n\tret;\n}\n";
-        assert_eq!(entry(module, "a2").as_deref(), Some(only));
-        assert!(entry(module, "a").unwrap().contains("\t}\n\tret;\n}\n.global"));
-        assert_eq!(entry(module, "b"), None);
-    }
+    use super::{names, replace};
 
     #[test]
     fn whole_names_are_replaced_wherever_they_stand() {
