@@ -98,7 +98,7 @@ pub struct CacheArgs {
     #[arg(long, value_name = "TYPE", value_parser = values::dtype)]
     pub cache_dtype: Option<DType>,
     /// Split the keys of a sequence into this many parts, in place of the number with the least cost
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=65_535))]
+    #[arg(long, value_name = "COUNT", value_parser = values::splits)]
     pub splits: Option<u32>,
 }
 

@@ -5,7 +5,7 @@ use std::num::IntErrorKind;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use flash_attention::{
     DType, Window,
-    registry::{BACKWARD_KERNELS, DECODE_KERNELS, KERNELS},
+    registry::{BACKWARD_KERNELS, DECODE_KERNELS, KERNELS, MAX_SPLITS},
 };
 
 /// A count of at least one.
@@ -28,17 +28,21 @@ const MOST_RUNS: usize = 1_000_000;
 
 /// A count of timed runs, at least one.
 pub fn runs(text: &str) -> Result<usize, String> {
-    count(text).and_then(at_most_runs)
+    count(text).and_then(|count| at_most(count, MOST_RUNS))
 }
 
 /// A count of untimed runs, which may be zero.
 pub fn runs_or_none(text: &str) -> Result<usize, String> {
-    count_or_none(text).and_then(at_most_runs)
+    count_or_none(text).and_then(|count| at_most(count, MOST_RUNS))
 }
 
-fn at_most_runs(count: usize) -> Result<usize, String> {
-    let reason = || format!("use a whole number up to {MOST_RUNS}");
-    (count <= MOST_RUNS).then_some(count).ok_or_else(reason)
+/// A number of parts of a sequence's keys.
+pub fn splits(text: &str) -> Result<u32, String> {
+    count(text).and_then(|count| at_most(count, MAX_SPLITS as usize)).map(|count| count as u32)
+}
+
+fn at_most(count: usize, most: usize) -> Result<usize, String> {
+    (count <= most).then_some(count).ok_or_else(|| format!("use a whole number up to {most}"))
 }
 
 fn whole<T: TryFrom<u64>>(text: &str, least: u64) -> Result<T, String> {
