@@ -49,7 +49,7 @@ pub struct PtxModule {
     pub compute_capability: (u32, u32),
     /// Whether the module loads only on that compute capability.
     pub exact: bool,
-    /// What precedes the entries, packed.
+    /// The text in front of the entries, packed.
     head: &'static [u8],
     /// Name and packed text of each entry.
     entries: Vec<(&'static str, &'static [u8])>,

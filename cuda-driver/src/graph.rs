@@ -13,7 +13,7 @@ pub struct Graph(ExecutableGraph);
 struct Captured(CapturedGraph);
 
 impl Graph {
-    /// What `work` starts on a stream, which does not run meanwhile. The error of `work` is the inner
+    /// Captures the launches of `work` on a stream; they do not run meanwhile. The error of `work` is the inner
     /// one; it ends the capture.
     ///
     /// # Errors
@@ -30,7 +30,7 @@ impl Graph {
         // SAFETY: the stream is live and of the current context, as the caller promises.
         unsafe { functions::stream_begin_capture(stream, CAPTURE_THREAD_LOCAL) }?;
         let done = work();
-        // Whatever became of `work`: the stream must not stay in capture.
+        // Also where `work` failed: the stream must not stay in capture.
         // SAFETY: as above.
         let captured = unsafe { functions::stream_end_capture(stream) }.map(Captured);
         if let Err(error) = done {

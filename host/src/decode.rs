@@ -281,7 +281,7 @@ pub fn run(args: &DecodeCommandArgs) -> Result<Outcome> {
     let emulated = opened.info.emulated;
     let defaults = if emulated { EMULATED } else { ON_GPU };
     let decodes = decodes(args, &defaults)?;
-    // What cannot be done is known before anything is drawn.
+    // A problem that cannot run is refused before anything is drawn.
     for decode in &decodes {
         let plan = registry::best_for(decode, &session.target())?.plan;
         let (needed, free) = (plan.peak_bytes(), opened.device.memory_info()?.free);

@@ -59,7 +59,7 @@ fn start() -> std::io::Result<()> {
         iterator::Signals,
     };
 
-    // What is ignored stays so: SIGHUP under nohup, SIGINT of a script's background job.
+    // An ignored signal stays ignored: SIGHUP under nohup, SIGINT of a script's background job.
     let signals = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| !is_ignored(signal));
     let mut signals = Signals::new(signals)?;
     let wait = move || signals.forever().filter_map(|s| u8::try_from(s).ok()).for_each(received);

@@ -96,7 +96,7 @@ pub fn rows(rows: &[Row], width: Option<usize>) -> String {
     let shown: Vec<&Row> = rows.iter().filter(|row| row.status != Status::Unsupported).collect();
     let emulated = rows.iter().any(|row| row.emulated);
     let mut columns = Vec::new();
-    // What matters most on a GPU; times of the emulator matter less than what it counts.
+    // Time matters most on a GPU; under the emulator the counts matter more.
     let mut add = |name, on_gpu, under_emulator, cell: &dyn Fn(&Row) -> String| {
         let rank = if emulated { under_emulator } else { on_gpu };
         columns.push(Column { name, rank, cells: shown.iter().map(|row| cell(row)).collect() });

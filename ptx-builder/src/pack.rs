@@ -98,7 +98,7 @@ fn unpack_frame(packed: &mut &[u8]) -> Result<String> {
     Ok(std::io::read_to_string(decoder)?)
 }
 
-/// What precedes the entries of a module.
+/// The text in front of a module's entries.
 #[must_use]
 pub fn head(text: &str) -> &str {
     text.split(START).next().unwrap_or(text)

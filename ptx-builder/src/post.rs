@@ -55,7 +55,7 @@ pub struct EntryBounds {
 /// called has no body, or when the text has no shape this module knows.
 pub fn process(raw: &str) -> Result<Ptx> {
     let mut items = split(&strip(raw))?;
-    // What entries share comes first, so that it and one entry make a text that stands alone.
+    // The text that entries share comes first: with one entry it makes a text that stands alone.
     items.sort_by_key(|item| item.kind == Kind::Entry);
     let live = reachable(&items);
 

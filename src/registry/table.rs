@@ -93,7 +93,7 @@ const STANDARD: KernelSpec = KernelSpec {
         features: Features { weights: true, ..ALL_FEATURES },
         sizes: |dtype, _| {
             let tile = if dtype == DType::F32 { standard::TILED_TILE } else { standard::MMA_TILE };
-            // What the softmax gives to a warp, and keeps at a time.
+            // Keys that the softmax gives to a warp, and keeps at a time.
             let [of_warp, segment] = standard::softmax::edge_keys(dtype.size() as u32);
             Sizes { rows: vec![tile], keys: vec![tile, of_warp, segment] }
         },

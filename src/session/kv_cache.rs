@@ -167,7 +167,7 @@ impl KvCache {
         scales: Option<[&[f32]; 2]>,
     ) -> Result<Self, Error> {
         let KvCacheShape { dtype, kv_heads, head_dim, head_dim_v, page_size, pages } = shape;
-        // What is wrong with a size, a problem says.
+        // A problem says what is wrong with a size.
         let p = Problem::builder(1, kv_heads, 1, head_dim).head_dim_v(head_dim_v);
         let of_tokens = if dtype == DType::E4M3 { DType::F16 } else { dtype };
         let p = p.seq_k(page_size as usize).dtype(of_tokens).build()?;

@@ -143,7 +143,7 @@ impl Drop for Relay {
     fn drop(&mut self) {
         self.ended.store(true, Relaxed);
         for (_, end) in self.ends.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            // What was said is still delivered, and what others say is still read until they end.
+            // Earlier words are still delivered, and the words of others are still read until they end.
             _ = end.shutdown(Shutdown::Write);
         }
     }

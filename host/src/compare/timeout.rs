@@ -138,7 +138,7 @@ mod tests {
                 drop(watch.until_dropped());
             });
         }
-        // What takes long together has its time, and between launches there is no limit.
+        // Launches that are long together have their time: between launches there is no limit.
         let watch = Watch::new(Some(LIMIT.as_secs_f64()));
         thread::scope(|scope| {
             scope.spawn(|| watch.wait(|_| panic!("reported")));

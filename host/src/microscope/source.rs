@@ -53,7 +53,7 @@ impl Line {
         let lines = self.lines();
         let index = (self.number as usize).checked_sub(1).filter(|&index| index < lines.len())?;
         let of_paragraph = lines[..index].iter().rev().take(REACH).map_while(|line| {
-            // What stands before a blank line or in a block before is about something else.
+            // A comment before a blank line, or in an earlier block, is about something else.
             let line = line.trim();
             (!line.is_empty() && !line.starts_with('}')).then_some(line)
         });

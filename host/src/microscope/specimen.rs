@@ -23,7 +23,7 @@ use crate::{
     values,
 };
 
-/// What the commands of the microscope take.
+/// The arguments of the microscope's commands.
 #[derive(Args, Clone, Debug)]
 pub struct SpecimenArgs {
     /// The kernel
@@ -77,7 +77,7 @@ impl Bench {
     /// Draws the inputs of the kernel that `args` names.
     ///
     /// # Errors
-    /// What value is wrong and what would be right.
+    /// The message names the wrong value and the right one.
     pub fn draw<'a>(&'a self, args: &SpecimenArgs, defaults: &Defaults) -> Result<Specimen<'a>> {
         let (pass, kernel, dtypes) = find(&args.kernel)?;
         let dtype = if dtypes.contains(&defaults.dtype) { defaults.dtype } else { dtypes[0] };
@@ -87,7 +87,7 @@ impl Bench {
             Pass::Level(level) => {
                 let kind = kind(level, args.shape.deterministic);
                 let problem = kind.pose(&problem)?;
-                // What cannot be done is known before anything is drawn.
+                // A problem that cannot run is refused before anything is drawn.
                 let needed = kind.needed_bytes(kernel, &problem, &session.target())?;
                 check_memory(session, needed)?;
                 let subject = kind.draw(session, problem, args.shape.seed, Effort::Thorough)?;

@@ -264,7 +264,7 @@ impl Peers {
     }
 }
 
-/// What peers do with a decode beyond its problem.
+/// A decode for the peers, beyond its problem.
 #[derive(Clone, Debug, Serialize)]
 pub struct DecodeJob<'a> {
     /// Storage type of the cache.

@@ -113,7 +113,7 @@ fn plots(panel: &Panel, place: Place) -> Vec<Plot> {
 fn line_of(panel: &Panel, line: &Line, place: Place) -> Plot {
     let at = |p: &Point| (panel.x.scale.place(p.x), panel.y.scale.place(p.y));
     let points: Vec<(f64, f64)> = line.points.iter().map(at).collect();
-    // Those that lie on each other are drawn from the widest to the thinnest.
+    // Bars that lie on each other are drawn from the widest to the thinnest.
     let (index, count) = line.stacked;
     let width = 2.0 + 2.5 * (count - 1 - index) as f64;
     let drawn = LinePlot::new()

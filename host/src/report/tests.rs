@@ -364,7 +364,7 @@ fn differences_have_panels_of_their_own_at_each_level() {
     assert!(both[2].marks.len() == 1 && both[0].id != both[2].id);
 }
 
-/// What does not grow with N is no part of the law that memory is extrapolated by.
+/// Memory that does not grow with N is no part of the law by which memory is extrapolated.
 #[test]
 fn a_module_fills_memory_where_its_law_says() {
     let mut results = run(false);

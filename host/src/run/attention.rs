@@ -266,7 +266,7 @@ impl Expected {
             rows_of(&Outputs { o: o.clone(), lse: lse.clone(), weights: None })
         };
         let ours = rows_of(o, lse)?;
-        // What the file lacks is filled with our own, and not reported.
+        // Our own output fills a gap of the file, and is not reported.
         let theirs = rows_of(self.o.as_ref().unwrap_or(o), self.lse.as_ref().unwrap_or(lse))?;
         let one = |name, width, ours: &[f64], theirs: &[f64], exact: &[f64], plain| Comparison {
             name,

@@ -125,7 +125,7 @@ impl Given for GivenBackward<'_> {
         let GradientCredit { dq, dk, dv, d_bias, d_sinks } = credit;
         let credit = [dq, dk, dv, d_bias, d_sinks];
         let ours = |name| done.tensors.iter().find(|(n, _)| *n == name).map(|(_, tensor)| tensor);
-        // What the file lacks is filled with our own, and not reported.
+        // Our own gradient fills a gap of the file, and is not reported.
         let ours = NAMES.map(ours);
         let theirs: [_; 5] = std::array::from_fn(|i| expected[i].as_ref().or(ours[i]));
         let values = |[dq, dk, dv, d_bias, d_sinks]: [Option<&Tensor>; 5]| {

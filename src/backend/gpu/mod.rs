@@ -369,7 +369,7 @@ impl<O: Owner> fmt::Debug for Gpu<O> {
 
 impl<O: Owner> Drop for Gpu<O> {
     fn drop(&mut self) {
-        // What is unloaded next must not be running. In a lost context nothing is.
+        // The kernels that are unloaded next must not be running. In a lost context none is.
         _ = self.call("waiting for kernels", O::synchronize);
         self.give_back_flush_buffer();
     }

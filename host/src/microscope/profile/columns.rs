@@ -13,7 +13,7 @@ pub struct Column {
     pub help: &'static str,
     /// The figure that lines are sorted and coloured by; 0 where a line has none.
     pub value: fn(&CountedLine) -> f64,
-    /// What is printed.
+    /// The printed number.
     pub show: fn(&CountedLine) -> String,
 }
 
@@ -116,7 +116,7 @@ impl Column {
         ALL.into_iter().filter(has_any).collect()
     }
 
-    /// What is printed of a line; nothing for 0.
+    /// The printed count of a line; empty for 0.
     #[must_use]
     pub fn cell(&self, line: &CountedLine) -> String {
         if (self.value)(line) > 0.0 { (self.show)(line) } else { String::new() }

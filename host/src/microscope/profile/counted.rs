@@ -1,4 +1,4 @@
-//! What the emulator counted, line by line of the kernels' source.
+//! The emulator's counts, line by line of the kernels' source.
 
 use std::collections::BTreeMap;
 
@@ -35,7 +35,7 @@ impl Spread {
 pub struct CountedLine {
     /// Which.
     pub line: Line,
-    /// What was counted there, over all launches.
+    /// The counts there, over all launches.
     pub counts: Counts,
     /// Over the blocks (or clusters) of the launch that came most often.
     pub spread: Spread,

@@ -29,7 +29,7 @@ use crate::{
 use counted::Counted;
 use roofline::Roofline;
 
-/// What `compare` measures on the emulator.
+/// The problem that `compare` measures on the emulator.
 pub const DEFAULTS: Defaults =
     Defaults { seq: &[256], batch: 1, heads: 2, head_dim: 64, dtype: DType::F16 };
 
@@ -99,7 +99,7 @@ pub fn run(args: &ProfileArgs) -> Result<Outcome> {
         measured: measured(specimen.kernel, &specimen.problem, &args.gpu),
         obstacle: specimen.obstacle_on(args.gpu.capability),
     };
-    // What goes to a file or another program is not cut off.
+    // Output to a file or another program is not cut off.
     let width = table::width(args.wide).filter(|_| std::io::stdout().is_terminal());
     print_lines(&terminal::text(&profile, width));
     if let Some(html) = html {

@@ -1,4 +1,4 @@
-//! What the counts say of the time on a GPU: for each unit the time that it would need alone, the
+//! The time on a GPU by the counts: for each unit the time that it would need alone, the
 //! longest of which no kernel with these counts can beat.
 
 use flash_attention::{DType, backend::cpu::emulator::Counts};
@@ -12,7 +12,7 @@ pub struct Bound {
     pub unit: &'static str,
     /// Its work.
     pub work: f64,
-    /// What the work is counted in.
+    /// The unit of the work.
     pub of: &'static str,
     /// Seconds.
     pub seconds: f64,
@@ -37,7 +37,7 @@ impl Roofline {
     #[must_use]
     pub fn new(counts: &Counts, dtype: DType, least_bytes: u64, gpu: &Gpu) -> Self {
         let clocks = gpu.clocks();
-        // What wgmma and the copy engine read and write needs passes too.
+        // The reads and writes of wgmma and the copy engine need passes too.
         let by_threads = counts.shared_passes as f64;
         let asked = (counts.shared_bytes_read + counts.shared_bytes_written) as f64;
         let passes = by_threads.max(asked / PASS_BYTES);

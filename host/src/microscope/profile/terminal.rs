@@ -10,7 +10,7 @@ use crate::{format, microscope::source};
 /// Lines without counts that are printed between two that have some.
 const GAP: u32 = 3;
 
-/// What cannot be seen.
+/// The work that the counts leave out.
 pub const UNSEEN: &str = "\
 Counted are the primitives that the emulator sees: memory, barriers, waits, collectives, products of tensor \
 cores, and functions of math (fma is two FLOP). Plain + - * / of f32 and integers are not seen, so that the \
@@ -68,7 +68,7 @@ fn annotated(
     let mut rows = vec![row("line", &|i| columns[i].name.to_owned(), "")];
     let code: Vec<&str> = source::text(file).lines().collect();
     let code = |number: u32| code.get(number as usize - 1).copied().unwrap_or_default();
-    // What all lines are indented by says nothing.
+    // An indent that all lines share says nothing.
     let indent = |text: &str| text.len() - text.trim_start().len();
     let common = lines.iter().map(|line| indent(code(line.line.number))).min().unwrap_or(0);
     let code = |number: u32| {

@@ -1,4 +1,4 @@
-//! What an estimate of time is made of: clocks for each thing that a warp, the copy engine and the tensor
+//! The parts of an estimate of time: clocks for each thing that a warp, the copy engine and the tensor
 //! cores do. Round figures of the size that microbenchmarks of Ampere and Hopper show; an order of events
 //! with these costs explains what waits for what, and predicts no time.
 

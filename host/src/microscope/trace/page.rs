@@ -14,7 +14,7 @@ const SCRIPT: &str = include_str!("steps.js");
 /// # Errors
 /// None that numbers can cause.
 pub fn page(title: &str, steps: &Steps) -> Result<String> {
-    // What ends a script would end the data.
+    // The end tag of a script would end the data.
     let data = serde_json::to_string(steps)?.replace("</", "<\\/");
     let markup = html! {
         (DOCTYPE)

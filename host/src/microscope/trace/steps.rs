@@ -14,7 +14,7 @@ use crate::microscope::source::{self, Line};
 /// Everything that the page shows.
 #[derive(Clone, Debug, Serialize)]
 pub struct Steps {
-    /// What a tile is made of: keys, or rows.
+    /// The elements of a tile: keys, or rows.
     pub tiles_of: &'static str,
     /// How many the block goes through.
     pub tiles: usize,
@@ -61,7 +61,7 @@ pub struct Step {
     pub shown: Vec<Option<usize>>,
     /// Which lanes wait, and for whom: "block", "warp" or nobody.
     pub barrier: &'static str,
-    /// What each region of shared memory holds, and what is done to it: "", "write" or "read".
+    /// The content of each region of shared memory, and the access to it: "", "write" or "read".
     pub memory: Vec<(String, &'static str)>,
 }
 
@@ -201,17 +201,17 @@ impl Steps {
     }
 }
 
-/// What lies in shared memory.
+/// The content of shared memory.
 struct Memory {
-    /// What each region holds.
+    /// The content of each region.
     holds: Vec<String>,
     order: Order,
-    /// What comes in tiles.
+    /// The elements that come in tiles.
     in_tiles: &'static [&'static str],
 }
 
 impl Memory {
-    /// What the regions hold after a phase of a tile, and what it does to them.
+    /// The content of the regions after a phase of a tile, and the phase's access to them.
     fn after(
         &mut self,
         phase: &Phase,

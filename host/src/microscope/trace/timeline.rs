@@ -32,7 +32,7 @@ pub struct Slice {
     pub start: f64,
     /// Clocks.
     pub end: f64,
-    /// What, and where.
+    /// The work, and its place.
     pub event: Event,
 }
 
@@ -50,7 +50,7 @@ pub struct Arrow {
 pub struct Timeline {
     /// Everything that takes time.
     pub slices: Vec<Slice>,
-    /// What follows from what.
+    /// The arrows from a cause to its effect.
     pub arrows: Vec<Arrow>,
     /// Clocks and bytes by which what is on its way to shared memory of a block changes.
     pub in_flight: Vec<(usize, f64, i64)>,
@@ -173,7 +173,7 @@ impl Run<'_> {
         true
     }
 
-    /// What the next event of a warp waits for, once it has come there.
+    /// The events that the next event of a warp waits for, once the warp has come there.
     fn awaited(&self, warp: usize) -> Vec<&Gathering> {
         match &self.trace.warps[warp][self.warps[warp].next].action {
             Action::Barrier(visit) => self.barriers.get(visit).into_iter().collect(),
