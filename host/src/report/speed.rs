@@ -1,5 +1,5 @@
 //! One picture of speed: TFLOP/s over sequence length, our kernels and their peers, from the rows
-//! that a run wrote as CSV. `docs/img/speed.svg` is made of a record by `examples/speed.rs`.
+//! that a run wrote as CSV. `docs/img/speed.svg` is made of a record by `examples/speed_picture.rs`.
 
 use std::fmt::Write as _;
 
@@ -239,7 +239,7 @@ mod tests {
 
     const RECORD: &str = include_str!("../../../benches/record/2026-11-27-h100.csv");
 
-    /// The README's picture is the record's. `cargo run -p host --example speed` makes it.
+    /// The README's picture is the record's. `cargo run -p host --example speed_picture` makes it.
     #[test]
     fn the_picture_in_the_readme_is_made_of_the_record() {
         let made = picture(RECORD, Shown { head_dim: 128, causal: true }).unwrap();

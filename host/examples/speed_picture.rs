@@ -1,7 +1,7 @@
 //! Draws TFLOP/s over sequence length from the rows of a run, for the README:
 //!
 //! ```sh
-//! cargo run -p host --example speed -- benches/record/2026-11-27-h100.csv 128 causal docs/img/speed.svg
+//! cargo run -p host --example speed_picture -- benches/record/2026-11-27-h100.csv 128 causal docs/img/speed.svg
 //! ```
 
 use std::{env, fs};
