@@ -211,7 +211,7 @@ pub(crate) fn arrive(id: u32, expected: u32, at: Place) {
         let (opened, together) = (b.barriers[slot].opened, (call.warp, call.mask));
         let action = Action::BarrierArrive(Visit { slot, opened });
         b.record_together(together, action, Counts::default(), at);
-        // What these lanes did so far is released now, not when the last one comes.
+        // The work of these lanes so far is released now, not when the last lane comes.
         let now = b.tick();
         let mut clock = std::mem::replace(&mut b.barriers[slot].clock, Clock::new(0));
         b.release(&mut clock, &lanes, now);
@@ -312,7 +312,7 @@ fn complete_barrier(b: &mut Block, id: BarrierId) -> Result<(), FaultKind> {
         b.synchronise(&waiting);
     } else {
         let now = b.tick();
-        // Those that only arrived have released what they did before.
+        // Lanes that only arrived have released their earlier work.
         b.release(&mut clock, &waiting, now);
         for &lane in &waiting {
             b.lanes[usize::from(lane)].clock.join(&clock);

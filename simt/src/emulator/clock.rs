@@ -137,7 +137,7 @@ impl Clock {
         for &(lane, time) in &other.lanes {
             self.learn_lane(lane, time);
         }
-        // What is known of the whole warp need not be known of a lane.
+        // A clock that knows the whole warp up to a time need not know a lane up to it.
         let (floor, warps) = (self.floor, self.warps);
         self.lanes.retain(|&(l, t)| t > floor.max(warps[usize::from(l / 32)]));
     }

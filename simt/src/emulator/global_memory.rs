@@ -288,7 +288,7 @@ impl Check<'_> {
             cell.read_place = place(by.location);
             return;
         }
-        // What happens after this write happens after the reads before it too; but who read is
+        // Accesses ordered after this write are ordered after earlier reads too; but who read is
         // still asked for when the block ends.
         cell.write = match self.kind {
             GlobalAccess::Atomic => Stamp::new(by.now, ATOMIC),

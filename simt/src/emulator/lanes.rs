@@ -91,7 +91,7 @@ impl Engine {
             match DefaultStack::new(STACK_BYTES) {
                 Ok(stack) => self.lanes.push(new_lane(stack)),
                 Err(error) => {
-                    // What there is may be needed elsewhere.
+                    // Others may need the memory of these stacks.
                     self.lanes.clear();
                     return Err(self.fault(FaultKind::Memory(format!(
                         "the stacks of a block of {threads} emulated threads, {} KiB each: {error}",

@@ -379,7 +379,7 @@ impl Block {
     /// The fault of a phase that an arrival completes before `this` has looked for the one before.
     fn phase_missed(&self, index: usize, this: Site, arrival: Arrival) -> FaultKind {
         let m = &self.mbarriers.0[index];
-        // What let the arriving lane go on: what came too early, if anything did.
+        // The arrival that let the arriving lane go on: if any came too early, this one did.
         let cause = self.lanes[usize::from(arrival.lane)].last_wait.and_then(|address| {
             let waited_for = self.mbarriers.0.iter().find(|m| m.address == address)?;
             waited_for.arrived_before.last().map(|arrival| arrival.site())

@@ -405,7 +405,7 @@ impl Block {
     ) {
         let action = match name {
             "sync_warp" => Some(Action::WarpBarrier),
-            // What they do is recorded where it is done.
+            // The code that does their work records it.
             "arrive" | "wait_group" | "load_chunk" => None,
             name if ["m16n8k", "load_x", "store_x"].iter().any(|n| name.starts_with(n)) => None,
             _ => Some(Action::Collective(name)),

@@ -446,7 +446,7 @@ impl SharedMemory {
                 if read.time() >= self.begin && !by.knows_read(read, &warps) {
                     return Err(race(offset, what, by, "read", read, self.read_places[cell]));
                 }
-                // What happens after this write happens after that read too.
+                // Accesses ordered after this write are ordered after that read too.
                 reads[cell] = Stamp::default();
             }
         }
