@@ -20,7 +20,7 @@ use flash_attention::{
     registry::best_for,
 };
 
-/// What is to be computed.
+/// The problem of a call.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct FaProblem {
@@ -42,7 +42,7 @@ pub struct FaProblem {
     pub window_left: i64,
     /// Keys after its own position that a row sees; 0: a causal mask, -1: all.
     pub window_right: i64,
-    /// What products are multiplied by; 0: 1 / sqrt(head_dim).
+    /// The factor of the products; 0: 1 / sqrt(head_dim).
     pub scale: f32,
     /// Cap of scaled scores; 0: none.
     pub softcap: f32,
@@ -82,8 +82,8 @@ pub struct FaTensors {
 
 thread_local!(static LAST: RefCell<CString> = RefCell::default());
 
-/// What was wrong with the last call of this thread that failed. The text is the library's, until
-/// the thread's next call that fails.
+/// The error of the last failed call of this thread. The library owns the text, which lasts until
+/// the thread's next failed call.
 #[unsafe(no_mangle)]
 pub extern "C" fn fa_last_error() -> *const c_char {
     LAST.with(|last| last.borrow().as_ptr())

@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 /**
- * What is to be computed.
+ * The problem of a call.
  */
 typedef struct FaProblem {
   /**
@@ -47,7 +47,7 @@ typedef struct FaProblem {
    */
   int64_t window_right;
   /**
-   * What products are multiplied by; 0: 1 / sqrt(head_dim).
+   * The factor of the products; 0: 1 / sqrt(head_dim).
    */
   float scale;
   /**
@@ -113,8 +113,8 @@ extern "C" {
 #endif // __cplusplus
 
 /**
- * What was wrong with the last call of this thread that failed. The text is the library's, until
- * the thread's next call that fails.
+ * The error of the last failed call of this thread. The library owns the text, which lasts until
+ * the thread's next failed call.
  */
 const char *fa_last_error(void);
 

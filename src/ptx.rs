@@ -167,34 +167,25 @@ mod tests {
         }
     }
 
-    const ORDINARY: PtxModule = PtxModule {
-        name: "sm_80",
-        compute_capability: (8, 0),
-        exact: false,
-        head: &[],
-        entries: Vec::new(),
-    };
-    const EXACT: PtxModule = PtxModule {
-        name: "sm_90a",
-        compute_capability: (9, 0),
-        exact: true,
-        head: &[],
-        entries: Vec::new(),
-    };
+    fn empty(name: &'static str) -> PtxModule {
+        PtxModule::new(name, &[]).unwrap()
+    }
 
     #[test]
     fn an_ordinary_module_loads_on_its_architecture_and_later() {
-        assert!(!ORDINARY.loads_on((7, 5)));
+        let ordinary = empty("sm_80");
+        assert!(!ordinary.loads_on((7, 5)));
         for later in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)] {
-            assert!(ORDINARY.loads_on(later), "{later:?}");
+            assert!(ordinary.loads_on(later), "{later:?}");
         }
     }
 
     #[test]
     fn an_exact_module_loads_on_its_architecture_only() {
-        assert!(EXACT.loads_on((9, 0)));
+        let exact = empty("sm_90a");
+        assert!(exact.loads_on((9, 0)));
         for other in [(8, 9), (9, 1), (10, 0), (12, 0)] {
-            assert!(!EXACT.loads_on(other), "{other:?}");
+            assert!(!exact.loads_on(other), "{other:?}");
         }
     }
 

@@ -103,7 +103,7 @@ fn kernels() -> impl Iterator<Item = (&'static BackwardSpec, DType)> {
     BACKWARD_KERNELS.iter().flat_map(|k| k.dtypes.iter().map(move |&dtype| (k, dtype)))
 }
 
-/// Head dims, and those of the values, that a kernel has different code for. Above 128 columns, warps or
+/// Head dims of Q and K and of V for which a kernel has different code. Above 128 columns, warps or
 /// warpgroups share keys in the last two rungs; the last has fewer columns of values, too.
 fn head_dims_apart(kernel: &BackwardSpec) -> Vec<(usize, usize)> {
     let first = kernel.limits.head_dims[0];

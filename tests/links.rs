@@ -112,7 +112,7 @@ fn every_chapter_is_in_the_summary() {
     assert!(missing.is_empty(), "{missing:?}");
 }
 
-/// What a page of the built book refers to, if it is not in the book or has no such heading.
+/// The links of a page of the built book that lead to no file, or to no heading.
 fn broken_in_book(page: &Path, pages: &BTreeMap<PathBuf, String>) -> Vec<String> {
     let folder = page.parent().expect("below the book");
     // Scripts make links of their own as they run.

@@ -475,9 +475,8 @@ fn measure(
     iters: usize,
 ) -> Result<(DecodeRow, Outputs)> {
     let (p, inputs, device) = (decode.problem(), drawn.inputs(), session.device());
-    let plan = || registry::best_for(decode, &session.target()).map(|choice| choice.plan);
-    let splits = plan()?.splits();
-    let mut prepared = session.prepare_decode(plan()?, &inputs)?;
+    let plan = registry::best_for(decode, &session.target())?.plan;
+    let mut prepared = session.prepare_decode(plan.clone(), &inputs)?;
     prepared.launch()?;
     let outputs = prepared.outputs()?;
     let verification = verify_decode_rows(decode, &inputs, &outputs, rows_to_verify(decode, args))?;
@@ -487,7 +486,7 @@ fn measure(
         kernel: "decode".into(),
         seq_k: p.seq_k(),
         page_size: decode.pages().map_or(0, |pages| pages.page_size as usize),
-        splits: Some(splits),
+        splits: Some(plan.splits()),
         cache_bytes,
         caches: 1,
         max_abs_err: Some(o.max_abs),
@@ -497,16 +496,14 @@ fn measure(
     if !args.timed {
         return Ok((row, outputs));
     }
-    let mut times = work::time_ms(device, &mut prepared, 1, iters)?;
-    times.sort_by(f64::total_cmp);
-    row.median_ms = times.get(times.len() / 2).copied();
+    row.median_ms = median(work::time_ms(device, &mut prepared, 1, iters)?);
     let mut rotation = Rotation { copies: vec![prepared], next: 0 };
     if let Some(l2_bytes) = device.instruments().and_then(Instruments::l2_bytes) {
         // Half of what is free: peers need the other.
-        let fit = 1 + device.memory_info()?.free / (2 * plan()?.peak_bytes()).max(1);
+        let fit = 1 + device.memory_info()?.free / (2 * plan.peak_bytes()).max(1);
         row.caches = copies(cache_bytes, l2_bytes, fit);
         while rotation.copies.len() < row.caches {
-            rotation.copies.push(session.prepare_decode(plan()?, &inputs)?);
+            rotation.copies.push(session.prepare_decode(plan.clone(), &inputs)?);
         }
         // A launch of each is behind it, so that a graph has nothing but their kernels.
         (1..row.caches).try_for_each(|copy| rotation.copies[copy].launch())?;
@@ -516,6 +513,12 @@ fn measure(
     let together = in_a_graph(row.caches);
     row.replayed_ms = work::replayed_ms(device, &mut rotation, together, runs)?;
     Ok((row, outputs))
+}
+
+/// The median of times; of two in the middle the longer.
+fn median(mut times: Vec<f64>) -> Option<f64> {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 2).copied()
 }
 
 /// Launches of a graph: every copy of the cache as often.
@@ -566,15 +569,13 @@ fn measure_peers(
     };
     let mut rows = Vec::new();
     for measured in peers.measure_decode(decode.problem(), [&drawn.q, &drawn.k, &drawn.v], &job)? {
-        let mut times = measured.times_ms;
-        times.sort_by(f64::total_cmp);
         let mut row = DecodeRow {
             kernel: measured.name,
             peer: true,
             status: measured.status,
             reason: measured.reason,
             splits: measured.splits,
-            median_ms: times.get(times.len() / 2).copied(),
+            median_ms: median(measured.times_ms),
             sustained_ms: None,
             replayed_ms: measured.replayed_ms,
             max_abs_err: None,

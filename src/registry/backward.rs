@@ -15,7 +15,10 @@ use super::{
     Call, Draft, Map, Operation, Section, Spec, Step, Usage,
     attention::{Args, AttentionLimits, Sizes, attention_args, map, tensor_arg},
     plan::Plan,
-    table::{ALL_FEATURES, constants, entry_size, heads, kept_weights, padded_constants, tiles},
+    table::{
+        ALL_FEATURES, constants, entry_size, has_narrow_values, heads, kept_weights,
+        padded_constants, tiles,
+    },
     tensors::{BiasView, Region, View},
 };
 use crate::{
@@ -468,13 +471,14 @@ const BACKWARD_HOPPER: BackwardSpec = BackwardSpec {
     draft: |b, _| {
         let p = &b.problem;
         let d = entry_size(p, backward_hopper::ENTRIES)?;
-        let d_v = if d == 192 && p.head_dim_v() <= 128 { 128 } else { d };
+        let is_narrow = has_narrow_values(p, d);
+        let d_v = if is_narrow { 128 } else { d };
         let hopper = backward_hopper::Tiles::with_values(d as u32, d_v as u32);
-        let instances = match (d_v == d, in_order(b, hopper.keys)) {
-            (true, false) => backward_hopper::ENTRIES,
-            (true, true) => backward_hopper::ORDERED_ENTRIES,
-            (false, false) => backward_hopper::VALUES_OF_128,
-            (false, true) => backward_hopper::ORDERED_VALUES_OF_128,
+        let instances = match (is_narrow, in_order(b, hopper.keys)) {
+            (false, false) => backward_hopper::ENTRIES,
+            (false, true) => backward_hopper::ORDERED_ENTRIES,
+            (true, false) => backward_hopper::VALUES_OF_128,
+            (true, true) => backward_hopper::ORDERED_VALUES_OF_128,
         };
         let [rows, keys, numbers] = hopper.boxes();
         let main = Step {

@@ -414,7 +414,7 @@ pub struct SplitWork {
     pub at_once: u32,
     /// Multiprocessors.
     pub multiprocessors: u32,
-    /// Bytes of a tile's keys and values, and those of a tile of 16-bit elements.
+    /// Bytes of the keys and values of a tile, and of a tile of 16-bit elements.
     pub tile_bytes: [u32; 2],
 }
 

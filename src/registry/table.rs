@@ -308,7 +308,7 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
         let multiprocessors = target.multiprocessors;
         let best = Tiles::best(d, constants(p), seq, heads(p).into(), multiprocessors);
         let (hopper, entries) = match best.consumers {
-            _ if size == 192 && p.head_dim_v() <= 128 => {
+            _ if has_narrow_values(p, size) => {
                 (Tiles::with_values(192, 128, 2), flash_hopper::VALUES_OF_128)
             }
             3 => (best, flash_hopper::THREE_CONSUMERS),
@@ -408,6 +408,11 @@ pub(super) fn padded_step(p: &Problem, entries: Instances) -> Result<Step<Proble
 pub(super) fn padded_constants(p: &Problem, size: usize) -> Constants {
     let fewer = |d: usize| if d == size { 0 } else { d as u32 };
     Constants { head_dim: fewer(p.head_dim()), head_dim_v: fewer(p.head_dim_v()), ..constants(p) }
+}
+
+/// Whether a problem with tiles of `size` columns takes the entries with values of 128 columns.
+pub(super) fn has_narrow_values(p: &Problem, size: usize) -> bool {
+    size == 192 && p.head_dim_v() <= 128
 }
 
 /// The smallest head dim of the entries whose tiles have at least the problem's columns.

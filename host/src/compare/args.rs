@@ -35,7 +35,7 @@ pub struct CompareArgs {
     #[arg(long, value_name = "SECONDS", value_parser = values::timeout)]
     pub timeout: Option<f64>,
     /// Run PyTorch's attention and FlashAttention's packages, or their gradients, beside the kernels (at
-    /// level decode those of the command decode),
+    /// level decode, the peers of the command decode),
     /// where python3 (or the Python that FLASH_ATTENTION_PYTHON names) has them: all of them, or the
     /// listed ones
     #[arg(long, value_name = "BACKEND,…", value_delimiter = ',', num_args = 0.., require_equals = true, value_parser = peers::ALL)]
