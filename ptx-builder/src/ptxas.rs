@@ -164,7 +164,7 @@ pub fn cubin(cubins: &Path, unit: &Unit, arch: &str) -> PathBuf {
 
 fn assemble_one(ptxas: &Path, arch: &str, file: &Path, cubin: &Path) -> Result<Assembly> {
     let mut command = Command::new(ptxas);
-    command.arg(format!("-arch={arch}")).args(["-v", "--warn-on-spills", "-o"]);
+    command.arg(format!("-arch={arch}")).args(["-v", "-o"]);
     command.arg(cubin).arg(file);
     let output = succeed(&mut command).with_context(|| format!("{} for {arch}", file.display()))?;
     let said = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
@@ -225,12 +225,13 @@ impl Usage {
         }
     }
 
-    fn complaints(&self) -> Vec<String> {
+    /// What is wrong, where `spills` bytes may be spilled.
+    fn complaints(&self, spills: u32) -> Vec<String> {
         let mut complaints = self.warnings.clone();
-        if self.spill_bytes > 0 {
+        if self.spill_bytes > spills {
             complaints.push(format!("{} bytes spilled", self.spill_bytes));
         }
-        if self.stack_bytes > 0 {
+        if self.stack_bytes > spills {
             complaints.push(format!("{} bytes of stack", self.stack_bytes));
         }
         complaints
@@ -245,7 +246,7 @@ pub fn complaints(report: &Report) -> Vec<String> {
         let place = format!("module {module}, {combination}, for {arch}");
         found.extend(assembly.warnings.iter().map(|warning| format!("{place}: {warning}")));
         for (entry, usage) in &assembly.entries {
-            let complaints = usage.complaints();
+            let complaints = usage.complaints(combinations::spills(entry));
             found.extend(complaints.iter().map(|what| format!("{place}: {entry}: {what}")));
         }
     }

@@ -119,25 +119,36 @@ impl<T: Memory> Global<T> {
         kind: GlobalAccess,
         at: &'static Location<'static>,
     ) -> u64 {
-        let (size, bytes) = (u64::from(T::BYTES), u64::from(V::BYTES));
+        let address = self.check_place(index, u64::from(V::BYTES), V::BYTES, kind, at);
+        current::checked(|b| b.access_global(kind, address, u64::from(V::BYTES), at));
+        address
+    }
+
+    /// Checks that `bytes` bytes from `index` on are in bounds and begin at a multiple of `alignment`;
+    /// returns their address.
+    #[cfg(not(target_arch = "nvptx64"))]
+    #[inline(always)]
+    pub(crate) fn check_place(
+        self,
+        index: u64,
+        bytes: u64,
+        alignment: u32,
+        kind: GlobalAccess,
+        at: &'static Location<'static>,
+    ) -> u64 {
         let address = self.address_of(index);
         // In units of the access, so that nothing can overflow.
-        if index >= self.len || (self.len - index) * size < bytes {
+        if index >= self.len || (self.len - index) * u64::from(T::BYTES) < bytes {
             let this = current::with(|b| b.site(at));
             let (space, what, len) = ("global", kind.name(), self.len);
             current::fail(FaultKind::OutOfBounds { space, what, index, len, this });
         }
-        if address % bytes != 0 {
+        if address % u64::from(alignment) != 0 {
             let this = current::with(|b| b.site(at));
-            current::fail(FaultKind::Misaligned {
-                space: "global",
-                what: kind.name(),
-                address,
-                bytes: V::BYTES,
-                this,
-            });
+            let (space, what) = ("global", kind.name());
+            let bytes = alignment;
+            current::fail(FaultKind::Misaligned { space, what, address, bytes, this });
         }
-        current::checked(|b| b.access_global(kind, address, bytes, at));
         address
     }
 }

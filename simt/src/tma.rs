@@ -12,7 +12,8 @@
 use std::panic::Location;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::emulator::bulk;
+use crate::emulator::{bulk, global_memory::GlobalAccess};
+use crate::global::GlobalMut;
 pub use crate::hardware::TensorMap;
 use crate::mbarrier::Mbarrier;
 
@@ -215,6 +216,35 @@ pub unsafe fn reduce_add_4d(map: u64, coordinates: [u32; 4], source: u32) {
     bulk::reduce_add(map, &coordinates, source, Location::caller());
 }
 
+/// Starts to add the `elements` f32 at the shared address `source`, aligned to 128 bytes, to those of
+/// `to` from `index` on, each as by an atomic operation: in no order between blocks, so that sums of
+/// rounded numbers differ from run to run. `index` and `elements` are multiples of four. Needs no map.
+///
+/// # Safety
+/// - The memory of `to` stays allocated until the reduction has ended.
+/// - `source` is an address in this block's shared memory, aligned as above, with that many elements.
+/// - From here until the group was waited for, no thread writes the source.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn reduce_add_f32(to: GlobalMut<f32>, index: u64, source: u32, elements: u32) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the list above; indices are in bounds, as the function that made the view asks.
+    unsafe {
+        core::arch::asm!(
+            "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{0}], [{1}], {2};",
+            in(reg64) to.address_of(index), in(reg32) source, in(reg32) elements * 4,
+            options(nostack)
+        );
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let at = Location::caller();
+        let bytes = u64::from(elements) * 4;
+        let address = to.as_global().check_place(index, bytes, 16, GlobalAccess::Atomic, at);
+        bulk::reduce_add_flat(address, elements, source, at);
+    }
+}
+
 /// Closes a group: the stores and reductions that this thread started since the last one.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
@@ -240,4 +270,18 @@ pub fn wait_group_read<const PENDING: u32>() {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     bulk::wait_group_read(PENDING, Location::caller());
+}
+
+/// Waits until the stores and reductions of all but the last `PENDING` groups of this thread have been
+/// performed: what this thread does next comes after them.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn wait_group<const PENDING: u32>() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: no precondition.
+    unsafe {
+        core::arch::asm!("cp.async.bulk.wait_group {n};", n = const PENDING, options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    bulk::wait_group(PENDING, Location::caller());
 }

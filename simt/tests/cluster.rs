@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use common::{Map, matrix, view_mut};
 use half::{bf16, f16};
 use simt::{
@@ -471,6 +473,36 @@ fn reductions_add_what_lies_within_the_tensor() {
             assert_eq!(f16s[row * 16 + column].to_f32(), expected);
             assert_eq!(bf16s[row * 16 + column].to_f32(), expected);
         }
+    }
+}
+
+#[test]
+fn a_reduction_without_a_map_adds_when_it_is_waited_for() {
+    // To wait for the read frees the shared memory; only the other wait promises the sum.
+    for (performed, expected) in [(false, 2.0), (true, 3.5)] {
+        let mut sums = vec![2.0f32; THREADS as usize];
+        let to = view_mut(&mut sums);
+        let seen = AtomicU32::new(0);
+        launch(2, || {
+            let tile = values::<f32>(0);
+            tile.write(thread::thread_idx_x(), 1.5);
+            mbarrier::fence_proxy_async();
+            // Hazard: the copy reads what other threads wrote.
+            thread::sync_threads();
+            if thread::block_idx_x() == 0 && thread::thread_idx_x() == 0 {
+                // SAFETY: the sums outlive the launch.
+                unsafe { tma::reduce_add_f32(to, 0, tile.address(), THREADS) };
+                tma::commit_group();
+                tma::wait_group_read::<0>();
+                if performed {
+                    tma::wait_group::<0>();
+                }
+                let old = atomic::add_global_f32(to, 0, 0.0);
+                seen.store(old.to_bits(), Ordering::Relaxed);
+            }
+        });
+        assert_eq!(f32::from_bits(seen.into_inner()), expected);
+        assert!(sums.iter().all(|&sum| sum == 3.5));
     }
 }
 

@@ -250,7 +250,7 @@ fn backward_args(call: &Call<'_, Backward>) -> args::BackwardArgs {
         },
         steps: args::BackwardScratch {
             delta: region(Usage::Delta),
-            lse_log2: region(Usage::LseLog2),
+            minus_lse_log2: region(Usage::MinusLseLog2),
             dq_acc: region(Usage::DqAcc),
             d_scores: region(Usage::DScores),
             dq_columns,
@@ -501,7 +501,7 @@ const BACKWARD_HOPPER: BackwardSpec = BackwardSpec {
                     box_dims: rows,
                     spec: |c, b| tensor_map(c, &c.args.d_o, Problem::o_extents, b),
                 },
-                Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::LseLog2, b) },
+                Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::MinusLseLog2, b) },
                 Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::Delta, b) },
             ],
             ..padded_step(b, instances, d)?
@@ -544,7 +544,7 @@ fn numbers_map(call: &Call<'_, Backward>, usage: Usage, box_dims: [u32; 4]) -> T
 /// The values that [`prepare`](kernels_gpu::backward::prepare) stores for each row.
 fn row_sections(b: &Backward) -> [Section; 2] {
     let bytes = padded_rows(b) * 4;
-    [Section::new(Usage::Delta, bytes), Section::new(Usage::LseLog2, bytes)]
+    [Section::new(Usage::Delta, bytes), Section::new(Usage::MinusLseLog2, bytes)]
 }
 
 /// Padded rows over all heads.

@@ -32,7 +32,7 @@ pub enum Usage {
     /// `rowsum(dO ∘ O)` of the rows of a backward pass.
     Delta,
     /// The LSE in log2 units, of the rows of a backward pass.
-    LseLog2,
+    MinusLseLog2,
     /// Sums of dQ in f32.
     DqAcc,
     /// Tickets and turns of the blocks that add to dQ in a fixed order.

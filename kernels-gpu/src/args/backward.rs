@@ -42,9 +42,10 @@ pub struct Gradients {
 pub struct BackwardScratch {
     /// `rowsum(dO ∘ O)`, f32 `[B, H, Nq']`; 0 in rows past the last and in rows that see no key.
     pub delta: Buffer,
-    /// The LSE in units of log2(e), f32 `[B, H, Nq']`. Rows past the last and rows that see no key
-    /// have +inf, so that every weight `exp2(s - lse)` of theirs is 0.
-    pub lse_log2: Buffer,
+    /// Minus the LSE in units of log2(e), f32 `[B, H, Nq']`: a fused product adds it, and negates nothing.
+    /// Rows past the last and rows that see no key have -inf, so that every weight `exp2(s - lse)` of
+    /// theirs is 0.
+    pub minus_lse_log2: Buffer,
     /// Gradient of Q without the softmax scale, f32 `[B, H, Nq', dq_columns]`, 0 after the first step;
     /// empty for kernels that do not sum dQ in memory.
     pub dq_acc: Buffer,

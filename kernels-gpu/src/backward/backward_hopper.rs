@@ -86,6 +86,7 @@ mod consumer;
 pub mod convert;
 mod geometry;
 mod producer;
+mod sums;
 mod tile;
 mod tiles;
 mod wide;
@@ -93,10 +94,11 @@ mod wide;
 use consumer::Setting;
 pub use geometry::{Geometry, Hopper};
 use producer::produce;
+use sums::add_parts;
 use tiles::{CONSUMER_KEYS, STAGES, WARP_KEYS};
 pub use tiles::{CONSUMERS, Tiles};
 
-/// The tensor maps of q, k, v, d_o, lse_log2 and delta, and the arguments of every backward kernel.
+/// The tensor maps of q, k, v, d_o, minus_lse_log2 and delta, and the arguments of every backward kernel.
 pub type HopperArgs = WithMaps<BackwardArgs, 6>;
 type HopperMaps = Maps<6>;
 
@@ -111,15 +113,27 @@ const _: () = assert!(
 #[derive(Clone, Copy)]
 enum NamedBarrier {
     /// dS is written.
-    Consumers = 1,
+    Consumers,
     /// P is written, where consumers share keys.
-    Weights = 2,
+    Weights,
+    /// A consumer's part of dQ is written.
+    DqFull(u32),
+    /// A consumer's part of dQ has been read.
+    DqEmpty(u32),
+    /// A consumer has done with V.
+    Store(u32),
 }
 
 impl barrier::Named for NamedBarrier {
     #[inline(always)]
     fn id(self) -> u32 {
-        self as u32
+        match self {
+            Self::Consumers => 1,
+            Self::Weights => 2,
+            Self::DqFull(consumer) => 3 + consumer,
+            Self::DqEmpty(consumer) => 3 + CONSUMERS + consumer,
+            Self::Store(consumer) => 3 + 2 * CONSUMERS + consumer,
+        }
     }
 }
 
@@ -139,10 +153,10 @@ struct Rings {
 /// dK, dV, and dQ before it is scaled.
 ///
 /// # Layout
-/// `q, d_o: [B, H, Nq, D]`, `k, v, dk, dv: [B, Hkv, Nk, D]`, `lse_log2, delta: [B, H, Nq']`,
+/// `q, d_o: [B, H, Nq, D]`, `k, v, dk, dv: [B, Hkv, Nk, D]`, `minus_lse_log2, delta: [B, H, Nq']`,
 /// `dq_acc: [B, H, Nq', dq_columns]`, each head in the order that [`convert`](convert::convert) reads. Maps of q, k,
 /// v and d_o over dimensions `[D, N, H, B]` (of packed sequences as [`ragged`](crate::parts::ragged)
-/// says), of lse_log2 and delta over `[Nq', B H]`, boxes as [`Tiles::boxes`] says.
+/// says), of minus_lse_log2 and delta over `[Nq', B H]`, boxes as [`Tiles::boxes`] says.
 ///
 /// # Thread mapping
 /// One block of [`Tiles::THREADS`] per tile of keys along x, and per head of K along y and z.
@@ -197,20 +211,27 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
             // SAFETY: the maps and the buffers have the shapes stated above.
             unsafe { produce::<G>(args, maps, smem, rings) };
         }
+        if const { !G::TILES.is_wide() } && thread::thread_idx_x() / warp::LANES == 1 {
+            // SAFETY: the buffers have the shapes stated above, and the whole warp is here.
+            unsafe { add_parts::<G>(args, smem) };
+        }
         return;
     }
 
     warpgroup::increase_registers::<{ REGISTERS[1] }>();
     let own = warpgroup - 1;
     let own_keys = if const { G::TILES.is_wide() } { 0 } else { own * CONSUMER_KEYS };
-    let warp_keys = own_keys + warpgroup::thread_id() / warp::LANES * WARP_KEYS;
+    // From a shuffle, since ptxas would read a special register again at each use, and a consumer waits
+    // for each such read.
+    let thread = warp::shuffle_xor(thread::thread_idx_x(), 0);
+    let warp_keys = own_keys + thread % warpgroup::THREADS / warp::LANES * WARP_KEYS;
     let setting = Setting::<T> {
         args,
         place,
         own,
-        own_key: warp_keys + warp::lane_id() / 4,
-        column: warp::lane_id() % 4 * 2,
-        elected: warpgroup::thread_id() == 0,
+        own_key: warp_keys + thread % warp::LANES / 4,
+        thread,
+        elected: thread % warpgroup::THREADS == 0,
         smem,
         // SAFETY: the launch gives the shared memory stated above.
         ds_buffers: unsafe {
@@ -219,7 +240,7 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
             Shared::dynamic(first, bytes / T::BYTES)
         },
         // SAFETY: the launch gives the shared memory stated above.
-        lse: unsafe { Shared::dynamic(tiles.lse(), STAGES * tiles.rows) },
+        minus_lse: unsafe { Shared::dynamic(tiles.lse(), STAGES * tiles.rows) },
         // SAFETY: the launch gives the shared memory stated above.
         delta: unsafe { Shared::dynamic(tiles.delta(), STAGES * tiles.rows) },
         rings,

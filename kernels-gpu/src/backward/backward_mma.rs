@@ -372,7 +372,7 @@ fn rescale(args: &BackwardArgs) -> f32 {
 /// `j + 8`.
 ///
 /// # Safety
-/// `delta` and `lse_log2` of `args.steps` must hold the rows.
+/// `delta` and `minus_lse_log2` of `args.steps` must hold the rows.
 #[inline(always)]
 unsafe fn gradients<T: Scalar, const N: usize>(
     args: &BackwardArgs,
@@ -393,21 +393,21 @@ unsafe fn gradients<T: Scalar, const N: usize>(
         [u32::MAX; 2]
     };
     // SAFETY: both hold the rows, as stated above.
-    let (delta, lse_log2) =
-        unsafe { (args.steps.delta.view::<f32>(), args.steps.lse_log2.view::<f32>()) };
+    let (delta, minus_lse_log2) =
+        unsafe { (args.steps.delta.view::<f32>(), args.steps.minus_lse_log2.view::<f32>()) };
     let row = policy.head.padded_row(i);
     let scale = args.forward.scores.scale;
     unroll!(for TILE in 0..8 {
         if TILE < N {
             let at = row + 8 * TILE as u64;
-            let lse = lse_log2.read_as::<[u32; 2]>(at).map(f32::from_bits);
+            let minus_lse = minus_lse_log2.read_as::<[u32; 2]>(at).map(f32::from_bits);
             let delta = delta.read_as::<[u32; 2]>(at).map(f32::from_bits);
             unroll!(for E in 0..4 {
                 let (i, j) = (i + (8 * TILE + E % 2) as u32, j + 8 * (E / 2) as u32);
                 let bit = 2 * TILE + E % 2;
                 let raw = s[TILE][E];
                 let shaped = policy.shape_score::<T>(raw, scale, i, j);
-                let mut x = math::fma(shaped, policy.scale_log2(), -lse[E % 2]);
+                let mut x = math::fma(shaped, policy.scale_log2(), minus_lse[E % 2]);
                 if visible[E / 2] >> bit & 1 == 0 {
                     x = f32::NEG_INFINITY;
                 }

@@ -226,7 +226,7 @@ pub unsafe fn scores<T: Scalar, C: TensorCore<T>>(args: &BackwardArgs) {
 /// keys `j + 8 n` and the next.
 ///
 /// # Safety
-/// `delta` and `lse_log2` of `args.steps` must hold the rows.
+/// `delta` and `minus_lse_log2` of `args.steps` must hold the rows.
 #[inline(always)]
 unsafe fn gradients<T: Scalar, const N: usize>(
     args: &BackwardArgs,
@@ -256,7 +256,7 @@ unsafe fn gradients<T: Scalar, const N: usize>(
                     let (at, bit) = (2 * R + E, 2 * TILE + E);
                     let raw = s[TILE][at];
                     let shaped = policy.shape_score::<T>(raw, scale, i, j + (8 * TILE + E) as u32);
-                    let mut x = math::fma(shaped, policy.scale_log2(), -row.lse_log2);
+                    let mut x = math::fma(shaped, policy.scale_log2(), row.minus_lse_log2);
                     // Not by way of its score: see `gradient::of_shaped`.
                     if visible[R] >> bit & 1 == 0 {
                         x = f32::NEG_INFINITY;

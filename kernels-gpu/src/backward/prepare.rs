@@ -1,10 +1,10 @@
 //! prepare: the two numbers of a row that all KV tiles need, computed once.
 //!
 //! ```text
-//! delta    = rowsum(dO ∘ O)
-//! lse_log2 = LSE * log2(e), or +inf where a row sees no key or is past the last
-//! dq_acc   = 0, where dQ is summed in memory
-//! turns    = 0, where it is summed in order
+//! delta          = rowsum(dO ∘ O)
+//! minus_lse_log2 = -LSE * log2(e), or -inf where a row sees no key or is past the last
+//! dq_acc         = 0, where dQ is summed in memory
+//! turns          = 0, where it is summed in order
 //! dQ, dK and dV of rows beyond the last packed sequence = 0
 //! ```
 //!
@@ -42,7 +42,7 @@ const _: () = assert!(super::ROW_PADDING % ROWS == 0, "blocks cover the padded r
 /// The first step of a backward pass.
 ///
 /// # Layout
-/// `o, d_o: [B, H, Nq, Dv]`, `lse: [B, H, Nq]`, `delta, lse_log2: [B, H, Nq']`,
+/// `o, d_o: [B, H, Nq, Dv]`, `lse: [B, H, Nq]`, `delta, minus_lse_log2: [B, H, Nq']`,
 /// `dq_acc: [B, H, Nq', dq_columns]` or empty.
 ///
 /// # Thread mapping
@@ -67,13 +67,13 @@ pub unsafe fn prepare<T: Chunk>(args: &BackwardArgs) {
     let i = thread::block_idx_x() * ROWS + row;
     let d = args.forward.shape.head_dim_v;
     // SAFETY: the buffers have the shapes stated above.
-    let (o, d_o, lse, delta, lse_log2, dq_acc) = unsafe {
+    let (o, d_o, lse, delta, minus_lse_log2, dq_acc) = unsafe {
         (
             args.forward.tensors.o.buffer.view::<T>(),
             args.gradients.d_o.buffer.view::<T>(),
             args.forward.tensors.lse.view::<f32>(),
             args.steps.delta.view_mut::<f32>(),
-            args.steps.lse_log2.view_mut::<f32>(),
+            args.steps.minus_lse_log2.view_mut::<f32>(),
             args.steps.dq_acc.view_mut::<f32>(),
         )
     };
@@ -96,8 +96,8 @@ pub unsafe fn prepare<T: Chunk>(args: &BackwardArgs) {
     let sum = warp::reduce_add::<ROW_THREADS>(sum);
     if lane == 0 {
         delta.write(head.padded_row(i), sum);
-        let value = if sees_nothing { f32::INFINITY } else { lse_i * LOG2_E };
-        lse_log2.write(head.padded_row(i), value);
+        let value = if sees_nothing { f32::NEG_INFINITY } else { -lse_i * LOG2_E };
+        minus_lse_log2.write(head.padded_row(i), value);
     }
 
     // SAFETY: the queue has words for the padded rows.

@@ -25,7 +25,7 @@ pub const SHARED_BYTES: u32 = THREADS / warp::LANES * size_of::<f32>() as u32;
 /// The gradient of the sinks: the same bits each time.
 ///
 /// # Layout
-/// `delta, lse_log2: [B, H, Nq']`, `sinks, d_sinks: f32 [H]`.
+/// `delta, minus_lse_log2: [B, H, Nq']`, `sinks, d_sinks: f32 [H]`.
 ///
 /// # Thread mapping
 /// One block of [`THREADS`] threads per head along x; a thread takes every [`THREADS`]-th row.
@@ -39,10 +39,10 @@ pub const SHARED_BYTES: u32 = THREADS / warp::LANES * size_of::<f32>() as u32;
 pub unsafe fn sinks(args: &BackwardArgs) {
     let (forward, h) = (&args.forward, thread::block_idx_x());
     // SAFETY: the buffers have the shapes stated above, and the launch gives the shared memory.
-    let (delta, lse_log2, sinks, d_sinks, of_warps) = unsafe {
+    let (delta, minus_lse_log2, sinks, d_sinks, of_warps) = unsafe {
         (
             args.steps.delta.view::<f32>(),
-            args.steps.lse_log2.view::<f32>(),
+            args.steps.minus_lse_log2.view::<f32>(),
             forward.scores.sinks.view::<f32>(),
             args.gradients.d_sinks.view_mut::<f32>(),
             Shared::<f32>::dynamic(0, const { THREADS / warp::LANES }),
@@ -55,7 +55,7 @@ pub unsafe fn sinks(args: &BackwardArgs) {
         for i in (thread::thread_idx_x()..head.seq_q).step_by(THREADS as usize) {
             let row = head.padded_row(i);
             // A row that sees nothing, the sink neither, has an LSE of +inf and a weight of 0.
-            let weight = math::exp2(sink - lse_log2.read(row));
+            let weight = math::exp2(sink + minus_lse_log2.read(row));
             sum = math::fma(-weight, delta.read(row), sum);
         }
     }

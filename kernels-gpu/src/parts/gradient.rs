@@ -12,23 +12,23 @@ use crate::{
 pub struct Row {
     /// `rowsum(dO ∘ O)`.
     pub delta: f32,
-    /// The LSE in log2 units; +inf makes every weight 0.
-    pub lse_log2: f32,
+    /// Minus the LSE in log2 units; -inf makes every weight 0.
+    pub minus_lse_log2: f32,
 }
 
 impl Row {
     /// Row `i` of a head, one of its padded rows.
     ///
     /// # Safety
-    /// `delta` and `lse_log2` of `args.steps` must be `[B, H, Nq']`, and written before the launch.
+    /// `delta` and `minus_lse_log2` of `args.steps` must be `[B, H, Nq']`, and written before the launch.
     #[inline(always)]
     #[must_use]
     pub unsafe fn read(args: &BackwardArgs, head: Head, i: u32) -> Self {
         // SAFETY: the buffers have these shapes.
-        let (delta, lse_log2) =
-            unsafe { (args.steps.delta.view::<f32>(), args.steps.lse_log2.view::<f32>()) };
+        let (delta, minus_lse_log2) =
+            unsafe { (args.steps.delta.view::<f32>(), args.steps.minus_lse_log2.view::<f32>()) };
         let index = head.padded_row(i);
-        Self { delta: delta.read(index), lse_log2: lse_log2.read(index) }
+        Self { delta: delta.read(index), minus_lse_log2: minus_lse_log2.read(index) }
     }
 }
 
@@ -62,7 +62,7 @@ pub fn of_shaped<T: Scalar>(
         return (0.0, 0.0);
     }
     let shaped = policy.shape_score::<T>(s, scale, i, j);
-    let p = math::exp2(math::fma(shaped, policy.scale_log2(), -row.lse_log2));
+    let p = math::exp2(math::fma(shaped, policy.scale_log2(), row.minus_lse_log2));
     let kept = policy.kept(i, j, 1.0);
     (p * kept, p * (dp * kept - row.delta))
 }

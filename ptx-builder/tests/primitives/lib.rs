@@ -138,7 +138,11 @@ entries! {
     tma_reduce_add_4d(map: u64, x: u32, y: u32, z: u32, w: u32) {
         tma::reduce_add_4d(map, [x, y, z, w], tile::<u8>().address_of(1024))
     }
+    tma_reduce_add_f32(to: u64, index: u64) {
+        tma::reduce_add_f32(one(to), index, tile::<u8>().address_of(1024), 4096)
+    }
     tma_commit_group() { tma::commit_group() }
+    tma_wait_group_all() { tma::wait_group::<0>() }
     tma_wait_group_read_all() { tma::wait_group_read::<0>() }
     tma_wait_group_read_one() { tma::wait_group_read::<1>() }
     matrix_load_x2(out: u64) { one(out).write(0, matrix::load_x2(tile::<f16>(), 8)) }

@@ -1,5 +1,5 @@
 //! Bulk copies as agents of their own: a load lands as late as it can, a store reads its
-//! shared memory as late as it may.
+//! shared memory as late as it may, and writes when it is waited for or the block ends.
 
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
@@ -47,6 +47,8 @@ struct Store {
     group: Option<u64>,
     time: Time,
     at: Place,
+    /// The box's bytes, once they have been read.
+    taken: Option<Vec<u8>>,
 }
 
 /// Copies in flight.
@@ -152,16 +154,31 @@ impl Block {
         Ok(())
     }
 
-    /// Moves the bytes of a store.
-    fn land_store(&mut self, store: &Store) {
+    /// Reads the bytes of a store, if they have not been read.
+    fn take_store(&mut self, store: &mut Store) {
         let shared = self.shared.at(0);
+        store.taken.get_or_insert_with(|| {
+            let mut bytes = vec![0; store.map.box_bytes() as usize];
+            for (unit, to) in bytes.chunks_exact_mut(16).enumerate() {
+                let from = store.source + store.map.swizzled(16 * unit as u32);
+                // SAFETY: `check_box` found the box within shared memory.
+                unsafe {
+                    let from = shared.add(from as usize);
+                    std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), 16);
+                }
+            }
+            bytes
+        });
+    }
+
+    /// Writes the bytes of a store, which have been read.
+    fn land_store(&mut self, store: &Store) {
+        let taken = store.taken.as_ref().expect("a store reads before it writes");
         let mut written = 0;
         store.map.for_each_unit(&store.coordinates, |offset, address, valid| {
-            let from = store.source + store.map.swizzled(offset);
-            // SAFETY: `check_box` found the box within shared memory; the map's tensor is
-            // allocated, as the copy asks.
+            let from = taken[offset as usize..].as_ptr();
+            // SAFETY: the box has these bytes; the map's tensor is allocated, as the copy asks.
             unsafe {
-                let from = shared.add(from as usize);
                 match store.write {
                     Write::Replace => {
                         std::ptr::copy_nonoverlapping(from, address as *mut u8, valid as usize);
@@ -209,8 +226,16 @@ impl Block {
         self.record_event_of(|| (action, counts), at);
     }
 
-    /// Checks that no copy is on its way when the blocks end.
-    pub(super) fn finish_bulk(&self) -> Result<(), FaultKind> {
+    /// Lets stores land, and checks that no copy reads or writes shared memory when the blocks end.
+    pub(super) fn finish_bulk(&mut self) -> Result<(), FaultKind> {
+        let stores = std::mem::take(&mut self.bulk.stores);
+        for store in stores {
+            if store.taken.is_some() {
+                self.land_store(&store);
+            } else {
+                self.bulk.stores.push(store);
+            }
+        }
         if let Some(load) = self.bulk.loads.first() {
             return Err(FaultKind::Misuse {
                 message: "the kernel ended before this bulk load was waited for".to_owned(),
@@ -336,9 +361,37 @@ pub(crate) fn reduce_add(map: u64, coordinates: &[u32], source: u32, at: Place) 
     write(Write::Add, map, coordinates, source, at);
 }
 
+/// Adds `elements` f32 to those at a global address, whose bounds are checked.
+pub(crate) fn reduce_add_flat(address: u64, elements: u32, source: u32, at: Place) {
+    let map = TensorMapSpec {
+        address,
+        element: Element::F32,
+        dims: vec![elements.into()],
+        strides_bytes: vec![],
+        box_dims: vec![elements],
+        swizzle_bytes: 0,
+    };
+    current::checked(|b| b.start_store(Write::Add, map, &[0], source, at));
+}
+
 fn write(write: Write, map: u64, coordinates: &[u32], source: u32, at: Place) {
     current::checked(|b| {
         let map = b.tensor_map(map, coordinates.len(), at)?;
+        b.start_store(write, map, coordinates, source, at)
+    });
+}
+
+impl Block {
+    /// Starts a store of the current lane.
+    fn start_store(
+        &mut self,
+        write: Write,
+        map: TensorMapSpec,
+        coordinates: &[u32],
+        source: u32,
+        at: Place,
+    ) -> Result<(), FaultKind> {
+        let b = self;
         b.check_box(&map, b.rank(), source, "bulk store", at)?;
         let now = b.tick();
         b.has_agents = true;
@@ -365,10 +418,11 @@ fn write(write: Write, map: u64, coordinates: &[u32], source: u32, at: Place) {
         b.stats.shared_bytes_read += u64::from(map.box_bytes());
         b.record_bulk(&map, coordinates, None, at);
         let (group, coordinates) = (None, coordinates.to_vec());
-        let store = Store { map, coordinates, source, write, lane, group, time: now, at };
+        let (time, taken) = (now, None);
+        let store = Store { map, coordinates, source, write, lane, group, time, at, taken };
         b.bulk.stores.push(store);
         Ok(())
-    });
+    }
 }
 
 pub(crate) fn commit_group(at: Place) {
@@ -394,6 +448,15 @@ pub(crate) fn commit_group(at: Place) {
 }
 
 pub(crate) fn wait_group_read(pending: u32, at: Place) {
+    wait(pending, false, at);
+}
+
+pub(crate) fn wait_group(pending: u32, at: Place) {
+    wait(pending, true, at);
+}
+
+/// Waits until groups have read their shared memory, or also have written.
+fn wait(pending: u32, performed: bool, at: Place) {
     let Some(pending) = current::pending(SyncKind::BulkWait, pending, at) else { return };
     current::with(|b| {
         b.record_event(|| Action::BulkWait(pending), at);
@@ -401,11 +464,15 @@ pub(crate) fn wait_group_read(pending: u32, at: Place) {
         let committed = b.bulk.groups.iter().find(|(l, _)| *l == lane).map_or(0, |g| g.1);
         let complete = committed.saturating_sub(pending.into());
         let stores = std::mem::take(&mut b.bulk.stores);
-        for store in stores {
-            if store.lane == lane && store.group.is_some_and(|g| g < complete) {
-                b.land_store(&store);
+        for mut store in stores {
+            let waited_for = store.lane == lane && store.group.is_some_and(|g| g < complete);
+            if waited_for {
+                b.take_store(&mut store);
                 let known = &mut b.lanes[b.current].clock.warps[Agent::store(lane).index()];
                 *known = (*known).max(store.time);
+            }
+            if waited_for && performed {
+                b.land_store(&store);
             } else {
                 b.bulk.stores.push(store);
             }

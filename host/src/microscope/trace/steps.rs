@@ -485,9 +485,10 @@ mod tests {
             ("dS = P (dP - delta)", "self.s.differentiate"),
             ("dS to shared memory", "share_scores::<T>"),
             ("Start dQ = dS K and dK += dSᵀ Q", "self.start_dk"),
-            ("Wait for dQ", "dq.wait_group::<2>"),
-            ("Add dQ in memory", "reduce_add_x4_global"),
-            ("Store dK and dV", "store_gradient::<T, G>"),
+            ("Wait for dQ", "dq.wait_group::<1>"),
+            ("Hand dQ over", "barrier::sync(NamedBarrier::DqEmpty"),
+            ("Add dQ in memory", "tma::reduce_add_f32"),
+            ("Store dK and dV", "self.store_rows"),
         ];
         let of_hopper = [
             ("Producer: copy Q", "copy_q"),

@@ -6,7 +6,9 @@ use simt::{
     layout::{Swizzled, TileLayout},
     matrix, mbarrier,
     shared::Shared,
-    unroll, warp, warpgroup,
+    unroll,
+    warp::{self, FULL_MASK},
+    warpgroup,
     wgmma::{
         Accumulator, CHUNK_COLUMNS, CHUNK_ROW_BYTES, Descriptor, Operand, TransposedProduct,
         WaitGroup,
@@ -16,7 +18,8 @@ use simt::{
 use super::{
     CONSUMERS, NamedBarrier, Rings,
     geometry::{Geometry, GradientTile},
-    tile::ScoreTile,
+    sums,
+    tile::{Rows, ScoreTile},
     tiles::{CONSUMER_KEYS, DQ_ELEMENTS, STAGES, WARP_KEYS},
 };
 use crate::{
@@ -97,16 +100,16 @@ pub struct Setting<'a, T> {
     pub(super) own: u32,
     /// The first of this thread's two keys, counted from the block's first; the other is 8 further on.
     pub(super) own_key: u32,
-    /// Its first row of every group of eight.
-    pub(super) column: u32,
+    /// Its number in the block.
+    pub(super) thread: u32,
     /// Whether it is the elected thread of its warpgroup.
     pub(super) elected: bool,
     /// Where shared memory begins.
     pub(super) smem: u32,
     /// The buffers of dS from its warp's first key on.
     pub(super) ds_buffers: Shared<T>,
-    /// The stages of LSE and of delta.
-    pub(super) lse: Shared<f32>,
+    /// The stages of minus the LSE and of delta.
+    pub(super) minus_lse: Shared<f32>,
     pub(super) delta: Shared<f32>,
     pub(super) rings: Rings,
 }
@@ -119,10 +122,32 @@ impl<T: Operand> Setting<'_, T> {
         opaque(self.smem) + offset
     }
 
-    /// The first of the heads that share the block's keys.
+    /// Number of this thread in its warpgroup. Opaque, as [`address`](Self::address) is.
     #[inline(always)]
+    pub(super) fn thread_id(&self) -> u32 {
+        opaque(self.thread) % warpgroup::THREADS
+    }
+
+    /// Number of this thread in its warp.
+    #[inline(always)]
+    pub(super) fn lane_id(&self) -> u32 {
+        opaque(self.thread) % warp::LANES
+    }
+
+    /// The first row of this thread in every group of eight.
+    #[inline(always)]
+    pub(super) fn column(&self) -> u32 {
+        opaque(self.thread) % 4 * 2
+    }
+
+    /// The first of the heads that share the block's keys. Found anew: ptxas would keep the quotients of the
+    /// first time in registers that the products need.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub(super) fn head(&self) -> Head {
-        Head::of_group(&self.args.forward, self.place.number(), 0)
+        let mut forward = self.args.forward;
+        forward.shape.heads = warp::uniform(forward.shape.heads);
+        Head::of_group(&forward, self.place.number(), 0)
     }
 
     /// Whether some row of a tile does not see all 64 keys of the block from `own_keys` on.
@@ -154,6 +179,8 @@ struct Consumer<'a, T, G: Geometry> {
     dp: G::Scores,
     dk: G::KeyGradient,
     dv: G::ValueGradient,
+    /// Minus the LSE of the rows whose scores have been started.
+    minus_lse: Rows,
 }
 
 impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
@@ -167,6 +194,7 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
             dp: ScoreTile::zero(),
             dk: GradientTile::zero(),
             dv: GradientTile::zero(),
+            minus_lse: Rows::later(setting.minus_lse, 0),
         }
     }
 
@@ -180,34 +208,30 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         // SAFETY: all warps of the warpgroup are here, the rings bring the tiles, and the buffers
         // have their shapes, as stated above.
         unsafe {
-            if let Some(mut before) = work.next() {
+            if let Some(mut at) = work.next() {
                 // Hazard: K may not have landed.
                 self.setting.rings.k.wait(0);
                 self.start_scores();
                 // Hazard: V may not have landed.
                 self.setting.rings.v.wait(0);
-                let mut ds = self.tile::<false>(before);
-                while let Some(at) = work.next() {
-                    let mut dq = self.start_dq::<0>();
+                loop {
+                    let ds = self.tile(at);
+                    let mut dq = self.start_dq();
                     self.start_dk(&ds);
+                    // dQ is complete; dK may still run.
+                    dq.wait_group::<1>();
+                    self.hand_over(&dq);
+                    let done = self.stage;
+                    let Some(next) = work.next() else { break };
                     self.stage.advance();
                     self.start_scores();
-                    if const { G::TILES.d > 64 } {
-                        // dQ is complete; the others may still run.
-                        dq.wait_group::<2>();
-                    } else {
-                        // The operands of dK do not fit the registers beside S and dP.
-                        dq.wait_group::<1>();
-                        self.dk.wait_group::<1>();
+                    // dK is complete, the last that reads Q; Sᵀ of the next tile may still run.
+                    self.dk.wait_group::<1>();
+                    if self.setting.elected {
+                        self.setting.rings.q.release(done);
                     }
-                    add_part::<G>(&self.setting, before, self.setting.own, &dq);
-                    ds = self.tile::<true>(at);
-                    before = at;
+                    at = next;
                 }
-                let mut dq = self.start_dq::<1>();
-                self.start_dk(&ds);
-                dq.wait_group::<1>();
-                add_part::<G>(&self.setting, before, self.setting.own, &dq);
                 self.dk.wait_group::<0>();
             }
             self.store();
@@ -245,6 +269,16 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         let (k, q) = (self.own_rows(0), self.columns(const { G::TILES.q() }));
         // SAFETY: all four warps are here, and the stage is released only after the scores.
         unsafe { G::start_scores::<T>(&mut self.s, k, q) };
+        // They came with Q, and are there when the scores are.
+        self.minus_lse =
+            Rows::now::<8>(self.of_rows(self.setting.minus_lse), self.setting.column());
+    }
+
+    /// Numbers of this stage's rows.
+    #[inline(always)]
+    fn of_rows(&self, stages: Shared<f32>) -> Shared<f32> {
+        let rows = const { G::TILES.rows };
+        stages.slice(self.stage.index() * rows, rows)
     }
 
     /// Starts dQ = dS K of this stage's tile.
@@ -252,7 +286,7 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
     /// # Safety
     /// As for [`work`](Self::work).
     #[inline(always)]
-    unsafe fn start_dq<const PLACE: u32>(&mut self) -> Accumulator<8> {
+    unsafe fn start_dq(&mut self) -> Accumulator<8> {
         let mut dq = Accumulator::zero();
         let buffer = self.stage.index() * const { G::TILES.ds_bytes() };
         let ds = self.setting.address(const { G::TILES.ds() }) + buffer;
@@ -260,8 +294,33 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         let k = self.setting.address(0) + self.setting.own * const { G::TILES.dq_column_chunk() };
         let k = Descriptor::n_major(k, 0);
         // SAFETY: all four warps are here, and dS and K stay until dQ is waited for.
-        unsafe { TransposedProduct::<8>::product_transposed::<T, PLACE>(&mut dq, ds, k) };
+        unsafe { TransposedProduct::<8>::product_transposed::<T, 0>(&mut dq, ds, k) };
         dq
+    }
+
+    /// Hands this warpgroup's part of dQ over to the warp that adds it to memory.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn hand_over(&self, dq: &Accumulator<8>) {
+        // Opaque: each use finds what follows from it, and no register keeps that.
+        let own = opaque(self.setting.own);
+        // Hazard: the part before may not have been read.
+        barrier::sync(NamedBarrier::DqEmpty(own), sums::THREADS);
+        // SAFETY: the launch gives the shared memory.
+        let to = unsafe {
+            let parts = CONSUMERS * DQ_ELEMENTS;
+            let all = Shared::<f32>::dynamic(const { G::TILES.dq() }, parts);
+            Shared::<f32>::from_raw(opaque(all.address()), parts)
+        };
+        let first = own * DQ_ELEMENTS + self.setting.thread_id() * 4;
+        let values = dq.values();
+        unroll!(for G in 0..8 {
+            let index = first + G as u32 * warpgroup::THREADS * 4;
+            to.write_as(index, values[G].map(f32::to_bits));
+        });
+        // Hazard: the copy engine reads what threads have written.
+        mbarrier::fence_proxy_async();
+        barrier::arrive(NamedBarrier::DqFull(own), sums::THREADS);
     }
 
     /// Starts dK += dSᵀ Q of this stage's tile, and gives dO back.
@@ -271,7 +330,8 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
     #[inline(always)]
     unsafe fn start_dk(&mut self, ds: &G::Weights) {
         let q = self.rows(const { G::TILES.q() });
-        // Each consumer has waited for dV, the last that reads dO.
+        // dV is complete, the last that reads dO; dQ may still run.
+        self.dv.wait_group::<1>();
         if self.setting.elected {
             self.setting.rings.d_o.release(self.stage);
         }
@@ -285,17 +345,16 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         self.stage.index() * const { G::TILES.q_bytes() }
     }
 
-    /// dV, and dS for the products that follow, of a tile of rows whose scores have been started. For a
-    /// `LATER` tile than the first, dK of the tile before is running too.
+    /// dV, and dS for the products that follow, of a tile of rows whose scores have been started.
     ///
     /// # Safety
     /// As for [`work`](Self::work).
     #[inline(always)]
-    unsafe fn tile<const LATER: bool>(&mut self, at: At) -> G::Weights {
+    unsafe fn tile(&mut self, at: At) -> G::Weights {
         let (rows, stage) = (const { G::TILES.rows }, self.stage);
         // SAFETY: mask, slopes and bias are as `args` says.
         let policy = unsafe { Policy::new(&self.setting.args.forward, at.head) };
-        let i = at.tile * rows + self.setting.column;
+        let i = at.tile * rows + self.setting.column();
         let j = self.setting.place.key_tile() * const { G::TILES.keys } + self.setting.own_key;
 
         self.setting.rings.d_o.wait(stage);
@@ -303,41 +362,29 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
             (self.own_rows(const { G::TILES.v() }), self.columns(const { G::TILES.d_o() }));
         // SAFETY: all four warps are here, and the stage of dO is released only after dV.
         unsafe { G::start_dp::<T>(&mut self.dp, v, d_o) };
-        // Sᵀ is complete, and so is dK of the tile before.
+        // Sᵀ is complete; dPᵀ may still run.
         self.s.wait_group::<1>();
-        if LATER {
-            if const { G::TILES.d > 64 } {
-                self.dk.wait_group::<1>();
-            }
-            if self.setting.elected {
-                self.setting.rings.q.release(stage.before());
-            }
-        }
         let slopes = self.s.shape::<T>(&policy, i, j);
         if self.setting.is_cut::<G>(&policy, at, self.setting.own * CONSUMER_KEYS) {
             self.s.hide(&policy, i, j);
         }
-        let lse = self.setting.lse.slice(stage.index() * rows, rows);
-        self.s.weigh(policy.scale_log2(), lse, opaque(self.setting.column));
+        self.s.weigh(policy.scale_log2(), self.minus_lse);
         let kept = G::Scores::kept(&policy, i, j);
         let p = self.s.pack::<T>(kept);
         let d_o = self.rows(const { G::TILES.d_o() });
         // SAFETY: all four warps are here, and the stage of dO is released only after dV.
         unsafe { self.dv.start::<T>(&p, d_o) };
+        let delta = self.of_rows(self.setting.delta);
+        let delta = if const { G::TILES.rows == 64 } {
+            Rows::now::<4>(delta, self.setting.column())
+        } else {
+            Rows::later(delta, self.setting.column())
+        };
         // dPᵀ is complete; dV may still run.
         self.dp.wait_group::<1>();
-        let delta = self.setting.delta.slice(stage.index() * rows, rows);
-        self.s.differentiate::<T>(
-            &self.dp,
-            kept,
-            policy.rescale(),
-            delta,
-            opaque(self.setting.column),
-            slopes,
-        );
+        self.s.differentiate::<T>(&self.dp, kept, policy.rescale(), delta, slopes);
         let ds = self.s.pack::<T>([u32::MAX; 2]);
         self.share(&ds);
-        self.dv.wait_group::<0>();
         ds
     }
 
@@ -349,11 +396,67 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         // ago before it came to the barrier of the tile before.
         let buffers = self.setting.ds_buffers;
         let buffer = buffers.slice(buffer, buffers.len() - buffer);
-        share_scores::<T>(buffer, const { G::TILES.keys }, ds.as_ref());
+        share_scores::<T>(buffer, const { G::TILES.keys }, self.setting.lane_id(), ds.as_ref());
         // Hazard: the tensor cores read what threads have written.
         mbarrier::fence_proxy_async();
         // Hazard: each consumer multiplies the dS that both have written.
         barrier::sync(NamedBarrier::Consumers, CONSUMERS * warpgroup::THREADS);
+    }
+
+    /// Stores a warp's 16 keys of dK or dV, times `factor`: each row at once, by neighbouring threads. They pass
+    /// through the rows of V of these keys, which nobody reads any more.
+    ///
+    /// # Safety
+    /// `to` must be `[B, Hkv, Nk, D]`, and no other warp writes these keys.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    unsafe fn store_rows(
+        &self,
+        head: Head,
+        (to, columns, factor): (&Tensor, Columns, f32),
+        values: &[[f32; 4]],
+    ) {
+        let keys = const { G::TILES.keys };
+        let lane = self.setting.lane_id();
+        // The warp's first key in the block.
+        let first = self.setting.own_key - lane / 4;
+        // SAFETY: the launch gives the shared memory, and these rows are the warp's.
+        let rows = unsafe {
+            let v = const { G::TILES.v() } + first * CHUNK_ROW_BYTES;
+            let bytes = const { G::TILES.v_bytes() } - first * CHUNK_ROW_BYTES;
+            Shared::<T>::dynamic(v, bytes / T::BYTES)
+        };
+        let mut packed = [[0; 4]; 8];
+        unroll!(for G in 0..16 {
+            if G < values.len() {
+                unroll!(for R in 0..2 {
+                    let pair = [0, 1].map(|e: usize| values[G][2 * R + e] * factor);
+                    packed[G / 2][G % 2 * 2 + R] = T::pack(pair[0], pair[1]);
+                });
+            }
+        });
+        let steps = const { G::TILES.d / 16 } as usize;
+        // Hazard: lanes may still read what passed before.
+        warp::sync_warp(FULL_MASK);
+        share_scores::<T>(rows, keys, lane, &packed[..steps]);
+        // Hazard: lanes read what others have written.
+        warp::sync_warp(FULL_MASK);
+        // 16 bytes of each thread.
+        let threads = const { G::TILES.d / 8 };
+        let column = lane % threads * 8;
+        // SAFETY: the tensor has that shape.
+        let view = unsafe { to.buffer.view_mut::<T>() };
+        unroll!(for PASS in 0..8 {
+            let row = lane / threads + PASS as u32 * (warp::LANES / threads);
+            let key = self.setting.place.key_tile() * keys + first + row;
+            if row < WARP_KEYS && key < head.seq_k && columns.has(column) {
+                let chunk = column / CHUNK_COLUMNS * (keys * CHUNK_COLUMNS);
+                let from =
+                    Swizzled::<{ CHUNK_COLUMNS as usize }>::index(row, column % CHUNK_COLUMNS);
+                let eight = rows.read_as::<[u32; 4]>(chunk + from);
+                view.write_as(head.key(to, key) + column as u64, eight);
+            }
+        });
     }
 
     /// Stores dK and dV.
@@ -363,6 +466,8 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
     #[inline(always)]
     unsafe fn store(&self) {
         let (forward, gradients) = (&self.setting.args.forward, &self.setting.args.gradients);
+        // Hazard: products of this warpgroup's other warps may still read its rows of V.
+        barrier::sync(NamedBarrier::Store(self.setting.own), warpgroup::THREADS);
         let head = self.setting.head();
         // SAFETY: mask, slopes and bias are as `args` says.
         let rescale = unsafe { Policy::new(forward, head) }.rescale();
@@ -372,8 +477,8 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
                 (&gradients.dk, Columns::of_keys(), forward.scores.scale),
                 (&gradients.dv, Columns::of_values(), rescale),
             );
-            store_gradient::<T, G>(&self.setting, head, dk, self.dk.values());
-            store_gradient::<T, G>(&self.setting, head, dv, self.dv.values());
+            self.store_rows(head, dv, self.dv.values());
+            self.store_rows(head, dk, self.dk.values());
         }
     }
 }
@@ -382,10 +487,8 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
 /// `keys` keys.
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub(super) fn share_scores<T: Operand>(buffer: Shared<T>, keys: u32, ds: &[[u32; 4]]) {
+pub(super) fn share_scores<T: Operand>(buffer: Shared<T>, keys: u32, lane: u32, ds: &[[u32; 4]]) {
     const STRIP: u32 = WARP_KEYS * CHUNK_COLUMNS;
-    // Opaque: each use finds its place, and no register keeps it.
-    let lane = opaque(warp::lane_id());
     // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the first, the
     // others to their right.
     let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(lane % 16, lane / 16 * 8);
@@ -413,13 +516,13 @@ pub(super) unsafe fn add_part<G: Geometry>(
     // SAFETY: `dq_acc` is f32 `[B, H, Nq', D]`.
     let dq_acc = unsafe { setting.args.steps.dq_acc.view_mut::<f32>() };
     // Neighbouring threads, neighbouring 16 bytes.
-    let first = part_of::<G>(&at.head, at.tile, part) + warpgroup::thread_id() as u64 * 4;
+    let first = part_of::<G>(&at.head, at.tile, part) + setting.thread_id() as u64 * 4;
     let values = dq.values();
     let rows = const { G::TILES.rows };
     let own = Part {
         first_row: at.tile * rows,
         rows,
-        part: part * WARPS + warpgroup::thread_id() / warp::LANES,
+        part: part * WARPS + setting.thread_id() / warp::LANES,
         place: setting.place,
         keys: const { G::TILES.keys },
     };
@@ -459,7 +562,7 @@ pub(super) unsafe fn store_gradient<T: Operand, G: Geometry>(
     unroll!(for R in 0..2 {
         let key = j + 8 * R as u32;
         if key < head.seq_k {
-            let row = head.key(to, key) + setting.column as u64;
+            let row = head.key(to, key) + setting.column() as u64;
             unroll!(for G in 0..32 {
                 if G < values.len() && columns.has(8 * G as u32) {
                     let pair = [0, 1].map(|e: usize| values[G][2 * R + e] * factor);

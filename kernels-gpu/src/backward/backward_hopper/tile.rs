@@ -25,9 +25,8 @@ pub trait ScoreTile<Weights>: WaitGroup {
     /// Hides keys that the rows do not see: their scores become -inf.
     fn hide(&mut self, policy: &Policy, i: u32, j: u32);
 
-    /// P replaces S: exp2 of the scaled scores less the rows' LSE. `column` is where the thread's first
-    /// row is in `lse`.
-    fn weigh(&mut self, scale_log2: f32, lse: Shared<f32>, column: u32);
+    /// P replaces S: exp2 of the scaled scores less the rows' LSE.
+    fn weigh(&mut self, scale_log2: f32, minus_lse: Rows);
 
     /// The weights that dropout keeps: bit `2 g + e % 2` of word `e / 2`.
     fn kept(policy: &Policy, i: u32, j: u32) -> [u32; 2];
@@ -47,8 +46,7 @@ pub trait ScoreTile<Weights>: WaitGroup {
         p: [u32; 4],
         kept: [u32; 2],
         rescale: f32,
-        delta: Shared<f32>,
-        column: u32,
+        delta: Rows,
     );
 
     /// dS replaces P: `P (dP - delta)`, with dP times `rescale` where dropout kept the weight, and 0
@@ -58,17 +56,55 @@ pub trait ScoreTile<Weights>: WaitGroup {
         dp: &Self,
         kept: [u32; 2],
         rescale: f32,
-        delta: Shared<f32>,
-        column: u32,
+        delta: Rows,
         slopes: Weights,
     );
 }
 
-/// Rows of every group of 8: two values, read at once.
-#[inline(always)]
-#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-fn pair(rows: Shared<f32>, column: u32, group: usize) -> [f32; 2] {
-    rows.read_as::<[u32; 2]>(column + 8 * group as u32).map(f32::from_bits)
+/// A value of each of a tile's rows that belong to a thread: two of every 8.
+#[derive(Clone, Copy)]
+pub struct Rows {
+    /// All values of a stage, and where the thread's first row is among them.
+    from: Shared<f32>,
+    column: u32,
+    /// The values of the first groups of 8 rows, which have been read, and how many groups they are.
+    early: [[f32; 2]; 8],
+    groups: usize,
+}
+
+impl Rows {
+    /// The rows of a stage's values, each read when it is needed.
+    #[inline(always)]
+    #[must_use]
+    pub fn later(from: Shared<f32>, column: u32) -> Self {
+        Self { from, column, early: [[0.0; 2]; 8], groups: 0 }
+    }
+
+    /// The same, the first `GROUPS` groups of 8 read now.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn now<const GROUPS: usize>(from: Shared<f32>, column: u32) -> Self {
+        let mut rows = Self::later(from, column);
+        unroll!(for G in 0..8 {
+            if G < GROUPS {
+                rows.early[G] = rows.pair(G);
+            }
+        });
+        rows.groups = GROUPS;
+        rows
+    }
+
+    /// The values of a group's two rows.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn pair(self, group: usize) -> [f32; 2] {
+        if group < self.groups {
+            self.early[group]
+        } else {
+            self.from.read_as::<[u32; 2]>(self.column + 8 * group as u32).map(f32::from_bits)
+        }
+    }
 }
 
 /// Whether dropout keeps element `e` of group `group`.
@@ -116,13 +152,13 @@ where
 
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn weigh(&mut self, scale_log2: f32, lse: Shared<f32>, column: u32) {
+    fn weigh(&mut self, scale_log2: f32, minus_lse: Rows) {
         let s = self.values_mut();
         unroll!(for G in 0..16 {
             if G < GROUPS {
-                let lse = pair(lse, column, G);
+                let minus_lse = minus_lse.pair(G);
                 unroll!(for E in 0..4 {
-                    s[G][E] = math::exp2(math::fma(s[G][E], scale_log2, -lse[E % 2]));
+                    s[G][E] = math::exp2(math::fma(s[G][E], scale_log2, minus_lse[E % 2]));
                 });
             }
         });
@@ -190,13 +226,12 @@ where
         p: [u32; 4],
         kept: [u32; 2],
         rescale: f32,
-        delta: Shared<f32>,
-        column: u32,
+        delta: Rows,
     ) {
         let s = self.values_mut();
         unroll!(for HALF in 0..2 {
             let group = 2 * step + HALF;
-            let delta = pair(delta, column, group);
+            let delta = delta.pair(group);
             unroll!(for R in 0..2 {
                 let (low, high) = T::unpack(p[2 * HALF + R]);
                 unroll!(for E in 0..2 {
@@ -218,14 +253,13 @@ where
         dp: &Self,
         kept: [u32; 2],
         rescale: f32,
-        delta: Shared<f32>,
-        column: u32,
+        delta: Rows,
         slopes: Fragments<STEPS>,
     ) {
         let (s, dp) = (self.values_mut(), dp.values());
         unroll!(for G in 0..16 {
             if G < GROUPS {
-                let delta = pair(delta, column, G);
+                let delta = delta.pair(G);
                 unroll!(for E in 0..4 {
                     let mut dp = dp[G][E];
                     if Policy::drops() {

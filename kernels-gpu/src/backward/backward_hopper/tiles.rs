@@ -120,9 +120,17 @@ impl Tiles {
         self.ds() + self.ds_bytes()
     }
 
+    /// Bytes of a consumer's part of dQ.
+    pub(super) const DQ_BYTES: u32 = DQ_ELEMENTS * size_of::<f32>() as u32;
+
+    /// Offset of the consumers' parts of dQ, which pass through shared memory where each has keys of its own.
+    pub(super) const fn dq(&self) -> u32 {
+        self.ds() + 2 * self.ds_bytes()
+    }
+
     /// Offset of the stages of LSE.
     pub(super) const fn lse(&self) -> u32 {
-        self.ds() + 2 * self.ds_bytes()
+        self.dq() + if self.is_wide() { 0 } else { CONSUMERS * Self::DQ_BYTES }
     }
 
     /// Offset of the stages of delta.
@@ -169,7 +177,7 @@ impl Tiles {
         if self.d > CHUNK_COLUMNS { (0, part * CHUNK_COLUMNS) } else { (part * CHUNK_COLUMNS, 0) }
     }
 
-    /// Extents of the boxes of the tensor maps of q and d_o, of k and v, and of lse_log2 and delta,
+    /// Extents of the boxes of the tensor maps of q and d_o, of k and v, and of minus_lse_log2 and delta,
     /// fastest dimension first. Swizzle: 128 bytes; none for the last.
     #[must_use]
     pub const fn boxes(&self) -> [[u32; 4]; 3] {

@@ -43,7 +43,7 @@ use super::{
     CONSUMERS, NamedBarrier,
     consumer::{At, RowTiles, Setting, add_part, share_scores, store_gradient},
     geometry::{Geometry, GradientTile},
-    tile::ScoreTile,
+    tile::{Rows, ScoreTile},
     tiles::STAGES,
 };
 use crate::parts::{
@@ -230,7 +230,7 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
     /// The first row and key of this thread in a tile.
     #[inline(always)]
     fn first(&self, at: At) -> (u32, u32) {
-        let i = at.tile * const { G::TILES.rows } + self.setting.column;
+        let i = at.tile * const { G::TILES.rows } + self.setting.column();
         let j = self.setting.place.key_tile() * const { G::TILES.keys } + self.setting.own_key;
         (i, j)
     }
@@ -249,8 +249,8 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
         if self.setting.is_cut::<G>(&policy, at, 0) {
             self.scores.hide(&policy, i, j);
         }
-        let lse = self.setting.lse.slice(stage.index() * rows, rows);
-        self.scores.weigh(policy.scale_log2(), lse, opaque(self.setting.column));
+        let minus_lse = self.setting.minus_lse.slice(stage.index() * rows, rows);
+        self.scores.weigh(policy.scale_log2(), Rows::later(minus_lse, self.setting.column()));
         let handed = self.scores.pack_shaped::<T>(slopes);
         self.hand_over(&handed);
         // Hazard: the other consumer reads P; it has read the P before when both have met for dS.
@@ -280,7 +280,7 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn hand_over(&self, p: &G::Weights) {
         let (to, p) = (self.weights(), p.as_ref());
-        let first = opaque(warpgroup::thread_id()) * 4;
+        let first = self.setting.thread_id() * 4;
         unroll!(for STEP in 0..4 {
             to.write_as(first + STEP as u32 * warpgroup::THREADS * 4, p[STEP]);
         });
@@ -300,17 +300,22 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
         // Hazard: the other consumer has yet to write P.
         barrier::sync(NamedBarrier::Weights, CONSUMERS * warpgroup::THREADS);
         let from = self.weights();
-        let first = opaque(warpgroup::thread_id()) * 4;
+        let first = self.setting.thread_id() * 4;
         let delta = self.setting.delta.slice(stage.index() * rows, rows);
-        let column = opaque(self.setting.column);
+        let delta = Rows::later(delta, self.setting.column());
         unroll!(for STEP in 0..4 {
             let p = from.read_as::<[u32; 4]>(first + STEP as u32 * warpgroup::THREADS * 4);
-            self.scores.differentiate_step::<T>(STEP, p, kept, policy.rescale(), delta, column);
+            self.scores.differentiate_step::<T>(STEP, p, kept, policy.rescale(), delta);
         });
         let ds = self.scores.pack::<T>([u32::MAX; 2]);
         // Hazard: none that needs a wait. The products that read dS of the tile before were waited for by
         // this consumer, and by the other before it announced P.
-        share_scores::<T>(self.setting.ds_buffers, const { G::TILES.keys }, ds.as_ref());
+        share_scores::<T>(
+            self.setting.ds_buffers,
+            const { G::TILES.keys },
+            self.setting.lane_id(),
+            ds.as_ref(),
+        );
         // Hazard: the tensor cores read what threads have written.
         mbarrier::fence_proxy_async();
         self.both();

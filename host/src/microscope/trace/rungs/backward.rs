@@ -15,6 +15,7 @@ const BACKWARD_TILED: &str = "kernels-gpu/src/backward/backward_tiled.rs";
 const BACKWARD_MMA: &str = "kernels-gpu/src/backward/backward_mma.rs";
 const BACKWARD_PRODUCER: &str = "kernels-gpu/src/backward/backward_hopper/producer.rs";
 const BACKWARD_CONSUMER: &str = "kernels-gpu/src/backward/backward_hopper/consumer.rs";
+const BACKWARD_SUMS: &str = "kernels-gpu/src/backward/backward_hopper/sums.rs";
 
 /// The kernels of the backward pass.
 pub(super) static RUNGS: [Rung; 5] = [
@@ -165,10 +166,11 @@ pub(super) static RUNGS: [Rung; 5] = [
             (BACKWARD_PRODUCER, "    rings.k.arrive", "}"),
             (BACKWARD_CONSUMER, "    pub unsafe fn work", "    /// This warpgroup's rows"),
             (BACKWARD_CONSUMER, "    unsafe fn start_scores", "    /// Starts dQ"),
-            (BACKWARD_CONSUMER, "    unsafe fn tile<", "    /// Whether some row"),
-            (BACKWARD_CONSUMER, "    fn share(", "    /// Stores dK and dV."),
+            (BACKWARD_CONSUMER, "    unsafe fn tile(", "    /// Gives dSᵀ"),
+            (BACKWARD_CONSUMER, "    fn share(", "    /// Stores a warp's"),
             (BACKWARD_CONSUMER, "    unsafe fn store(&self)", "}"),
-            (BACKWARD_CONSUMER, "pub(super) unsafe fn add_part", "/// Where a part"),
+            (BACKWARD_CONSUMER, "    fn hand_over(", "    /// Starts dK"),
+            (BACKWARD_SUMS, "    while let Some(at)", "}"),
         ],
         shape: |_, problem| {
             let d = if problem.head_dim() <= 64 { 64 } else { 128 };
@@ -186,6 +188,7 @@ pub(super) static RUNGS: [Rung; 5] = [
                 ("dO 1", 2 * rows * d),
                 ("dS 0", 2 * rows * keys),
                 ("dS 1", 2 * rows * keys),
+                ("dQ", 4 * rows * d),
             ];
             let warps = backward_hopper::Tiles::THREADS as usize / 32;
             let order = Order { stages: 2, ..Order::PLAIN };
@@ -219,11 +222,11 @@ pub(super) static RUNGS: [Rung; 5] = [
                 .note("It runs beside the computation of P.")
                 .memory(&[], &["V", "dO"]),
             Phase::new("Wait for S", 3, "self.s.wait_group::<1>();", To::Lines(1), Stage::Scores)
-                .note("dP may still run. dK of the tile before is complete too, and its Q is given back.")
+                .note("dP may still run.")
                 .barrier("consumers"),
             Phase::new("Mask", 3, "is_cut::<G>(", To::Lines(3), Stage::Scores).mask(),
-            Phase::new("P = exp(S - LSE)", 3, "let lse = self.setting.lse", To::Before("let d_o = self.rows"), Stage::Softmax)
-                .note("No maximum is searched for: the forward pass left the LSE."),
+            Phase::new("P = exp(S - LSE)", 3, "self.s.weigh", To::Before("let d_o = self.rows"), Stage::Softmax)
+                .note("No maximum is searched for: the forward pass left the LSE, which was read when S started."),
             Phase::new("Start dV += Pᵀ dO", 3, "let d_o = self.rows", To::Lines(3), Stage::Softmax)
                 .note("From registers. It runs beside the computation of dS.")
                 .memory(&[], &["dO"]),
@@ -237,22 +240,26 @@ pub(super) static RUNGS: [Rung; 5] = [
             Phase::new("Fence, and barrier of the consumers", 4, "mbarrier::fence_proxy_async();", To::Lines(3), Stage::Gradients)
                 .note("Tensor cores read what threads have written, and each consumer multiplies what both have written.")
                 .barrier("consumers"),
-            Phase::new("Wait for dV", 3, "self.dv.wait_group::<0>();", To::Lines(1), Stage::Values)
-                .barrier("consumers"),
             Phase::new("Producer: the next Q and dO", 0, "let full = rings.q.acquire", To::Before("stage.advance"), Stage::Values)
                 .note("As soon as their stages are free.")
                 .memory(&["+Q", "+dO"], &[]),
-            Phase::new("Start dQ = dS K and dK += dSᵀ Q", 1, "let mut dq = self.start_dq::<0>();", To::Lines(2), Stage::Values)
-                .note("dK from registers, dQ from shared memory. After the last tile of a block the same stands below the loop.")
+            Phase::new("Start dQ = dS K and dK += dSᵀ Q", 1, "let mut dq = self.start_dq();", To::Lines(2), Stage::Values)
+                .note("dK from registers, dQ from shared memory. Between the two the consumer waits for dV and gives dO back.")
                 .memory(&[], &["dS", "K", "Q"]),
-            Phase::new("Start Sᵀ of the next tile", 1, "self.stage.advance();", To::Lines(2), Stage::Values)
-                .note("Three products are on their way at once.")
-                .memory(&[], &["K", "+Q"]),
-            Phase::new("Wait for dQ", 1, "if const { G::TILES.d > 64 }", To::Before("add_part::<G>"), Stage::Queries)
+            Phase::new("Wait for dQ", 1, "dq.wait_group::<1>();", To::Lines(1), Stage::Queries)
+                .note("dK may still run.")
                 .barrier("consumers"),
-            Phase::new("Add dQ in memory", 6, "pub(super) unsafe fn add_part", To::End, Stage::Queries)
-                .note("Four numbers of a thread at a time, in the order of the registers. In the entries that are deterministic, a block \
-                       waits for its turn first."),
+            Phase::new("Hand dQ over", 6, "barrier::sync(NamedBarrier::DqEmpty", To::End, Stage::Queries)
+                .note("To warp 1, in the order of the registers: the consumer goes on.")
+                .memory(&["dQ"], &[]),
+            Phase::new("Add dQ in memory", 7, "while let Some(at)", To::End, Stage::Queries)
+                .note("One bulk reduction for each consumer. In the entries that are deterministic, the warp waits for the block's turn first.")
+                .memory(&[], &["dQ"]),
+            Phase::new("Start Sᵀ of the next tile", 1, "self.stage.advance();", To::Lines(2), Stage::Queries)
+                .memory(&[], &["K", "+Q"]),
+            Phase::new("Wait for dK", 1, "self.dk.wait_group::<1>();", To::Lines(4), Stage::Queries)
+                .note("Sᵀ of the next tile may still run. Q is given back.")
+                .barrier("consumers"),
             Phase::new("Wait for the last dK", 1, "self.dk.wait_group::<0>();", To::Lines(1), Stage::All)
                 .barrier("consumers")
                 .once(true),
