@@ -15,9 +15,12 @@
 //!                 start dV += Pᵀ dO
 //!                 wait for dPᵀ; dSᵀ = Pᵀ (dPᵀ - delta)               dV still runs
 //!                 dSᵀ to shared memory; both consumers meet
-//!                 start dQ = dS K, dK += dSᵀ Q, and Sᵀ of the next tile
-//!                 wait for dQ; add it to memory                      the others still run
+//!                 start dQ = dS K; wait for dV; start dK += dSᵀ Q
+//!                 wait for dQ; hand it over in shared memory         dK still runs
+//!                 start Sᵀ of the next tile; wait for dK
 //!             dK * scale, dV
+//!
+//! warp 1:     for each tile:  wait for each consumer's part of dQ; add it to memory (bulk reductions)
 //! ```
 //!
 //! ```text
@@ -30,16 +33,21 @@
 //!
 //! | D | BR x BC | shared bytes | registers per thread of dK, dV, S, dP, P |
 //! |---|---|---|---|
-//! | 64 | 128 x 128 | 166,072 | 32, 32, 64, 64, 32 of 240 |
-//! | 128 | 64 x 128 | 165,048 | 64, 64, 32, 32, 16 of 240 |
+//! | 64 | 128 x 128 | 198,840 | 32, 32, 64, 64, 32 of 240 |
+//! | 128 | 64 x 128 | 197,816 | 64, 64, 32, 32, 16 of 240 |
 //! | 192, 256 | 64 x 64 | 164,952, 214,104 | in `wide.rs`: consumers share keys, one has dV, the other dK |
 //! | 192, values of 128 | 64 x 64 | 140,376 | likewise |
 //!
 //! Where the time goes, by counting, for a tile at D = 128: five products of 64 x 128 x 128 take
 //! 2560 clocks of the tensor cores. Their operands are 256 KB of shared memory, 2048 clocks at 128
-//! bytes per clock; dS adds 16 KB, the copies 32 KB. dQ leaves the registers by vector reductions into
-//! memory. A detour through shared memory would add 64 KB, and shared memory would then limit the
-//! kernel. The 8192 exponentials take 512 clocks, the other arithmetic about as long.
+//! bytes per clock; dS adds 16 KB, the copies 32 KB, dQ on its way to memory 64 KB. That makes 2944 clocks,
+//! and still dQ goes that way: reductions from registers fill the queue of memory instructions, and a
+//! consumer spent 21 % of its time behind them. The 8192 exponentials take 512 clocks, the other arithmetic about
+//! as long.
+//!
+//! Whatever reads shared memory waits while products of 64 x 64 read all that it has to give. So LSE is read
+//! as Sᵀ starts, delta before dPᵀ is waited for, and a thread keeps its number: to read a special register
+//! takes the same queue.
 //!
 //! At D = 256 a tile of 64 x 64 takes 1280 clocks of the tensor cores. Its operands are 256 KB of shared
 //! memory, 2048 clocks; P and dS add 24 KB, the copies 64 KB. So shared memory limits this head dim, at

@@ -2,7 +2,7 @@
 //!
 //! The blocks of one head add to the same rows of dQ, and a sum of rounded numbers depends on its order.
 //! Here the last keys of a row come first. One count per part of a tile of rows says whose turn it is:
-//! each warp waits for the turn of its part, adds, and passes the turn on.
+//! the warp that adds a part waits for its turn, adds, and passes the turn on.
 //!
 //! ```text
 //! rows           keys, causal            turns of each tile of rows

@@ -233,7 +233,7 @@ pub(super) static RUNGS: [Rung; 5] = [
             Phase::new("Wait for dP", 3, "self.dp.wait_group::<1>();", To::Lines(1), Stage::Weighed)
                 .note("dV may still run.")
                 .barrier("consumers"),
-            Phase::new("dS = P (dP - delta)", 3, "let delta = self.setting.delta", To::Before("self.share(&ds)"), Stage::Gradients),
+            Phase::new("dS = P (dP - delta)", 3, "self.s.differentiate", To::Before("self.share(&ds)"), Stage::Gradients),
             Phase::new("dS to shared memory", 4, "let buffers = self.setting", To::Before("// Hazard: the tensor cores"), Stage::Gradients)
                 .note("For dQ, which sums over the keys of both consumers.")
                 .memory(&["dS"], &[]),
