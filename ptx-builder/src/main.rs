@@ -170,7 +170,9 @@ fn assemble(workspace: &Workspace, folder: &Path) -> Result<()> {
         println!("{complaint}");
     }
     ensure!(complaints.is_empty(), "{} complaints about {}", complaints.len(), folder.display());
-    println!("no spill, no stack frame, no local memory, no warning, no wait before its softmax");
+    println!(
+        "no spill or stack frame beyond those listed, no local memory, no warning, no wait before its work"
+    );
     Ok(())
 }
 

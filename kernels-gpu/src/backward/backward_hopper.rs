@@ -58,14 +58,14 @@
 //! one thread, then 16 bytes of the next, so a warp adds 512 neighbouring bytes.
 //! `convert` puts them in order.
 //!
-//! Measured (f16, 16k tokens, hidden 2048, prepare and convert included, one H200): at N 16,384 593
-//! TFLOP/s at D 128, 513 at D 64, causal 576 and 495, where cuDNN took 589, 474, 563 and 447; at N 512
-//! 308 and 281, causal 188 and 161 (bursts). FlashAttention's CuTe kernel is 1.1 to 1.3 times as fast from
-//! N 2048 on, back to back, and up to 1.6 times at N 512. At N 8192 399 at D 192 and 408 at D 256 (8 heads).
+//! Measured (f16, 16k tokens, hidden 2048, prepare and convert included, one H200, bursts): at N 4096 611
+//! TFLOP/s at D 128, 469 at D 64, causal 520 and 432, where cuDNN took 567, 454, 481 and 383, and
+//! FlashAttention's CuTe kernel 635, 554, 561 and 499; at N 512 362 and 294, causal 216 and 173. At N 8192 399
+//! at D 192 and 408 at D 256 (8 heads).
 //!
-//! Tried, and not faster: dQ through shared memory and a bulk reduction (D 128 2 % faster, D 64 3 %
-//! slower); dK behind dP of the next tile, with dSᵀ from shared memory (causal 3 % faster, full 1 to 7 %
-//! slower); S of a tile before dQ of the one before (2 to 8 % slower: it spills).
+//! Tried, and not faster: dQ by reductions from the consumers' registers (5 to 8 % slower at D 128); S of a
+//! tile before dQ of the one before is handed over (10 % slower); dK behind dP of the next tile, with dSᵀ from
+//! shared memory (causal 3 % faster, full 1 to 7 % slower).
 //!
 //! Limits: f16 and bf16; head dims up to 256, in tiles of 64, 128, 192 or 256 columns; strides and addresses in
 //! multiples of 16 bytes (TMA's rule).
