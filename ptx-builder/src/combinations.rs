@@ -111,8 +111,8 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
 /// Beginnings and ends of entries' names, and how many bytes they may spill, stores and loads together; the
 /// first that fits counts, and others may spill none.
 const SPILLS: &[(&str, &str, u32)] = &[
-    // With what is read early, and a place of each thread in registers, for which they waited otherwise.
-    // Outside of the loop but for a word or two; at head dim 128 most with packed sequences and with a window.
+    // LSE and delta are read early and the thread's number stays in a register: to read them late costs more.
+    // The loop reloads a word or two. Head dim 128 spills most with packed sequences and with a window.
     ("backward_hopper", "_d64", 24),
     ("backward_hopper", "_d64_ordered", 84),
     ("backward_hopper", "_d128", 100),

@@ -225,7 +225,7 @@ impl Usage {
         }
     }
 
-    /// What is wrong, where `spills` bytes may be spilled.
+    /// The faults of an entry that may spill `spills` bytes.
     fn complaints(&self, spills: u32) -> Vec<String> {
         let mut complaints = self.warnings.clone();
         if self.spill_bytes > spills {

@@ -216,9 +216,10 @@ pub unsafe fn reduce_add_4d(map: u64, coordinates: [u32; 4], source: u32) {
     bulk::reduce_add(map, &coordinates, source, Location::caller());
 }
 
-/// Starts to add the `elements` f32 at the shared address `source`, aligned to 128 bytes, to those of
-/// `to` from `index` on, each as by an atomic operation: in no order between blocks, so that sums of
-/// rounded numbers differ from run to run. `index` and `elements` are multiples of four. Needs no map.
+/// Starts to add a row of `elements` f32 in shared memory to a row in global memory, which begins at element
+/// `index` of `to`. `source` is a shared address, aligned to 128 bytes; `index` and `elements` are
+/// multiples of four. Each addition is atomic, and blocks add in no order: sums of rounded numbers differ from
+/// run to run. Needs no map.
 ///
 /// # Safety
 /// - The memory of `to` stays allocated until the reduction has ended.
