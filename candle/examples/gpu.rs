@@ -4,6 +4,7 @@
 //! ```sh
 //! cargo run --release -p flash-attention-candle --features cuda --example gpu -- check [f32|f16|bf16]
 //! cargo run --release -p flash-attention-candle --features cuda --example gpu -- measure
+//! cargo run --release -p flash-attention-candle --features cuda --example gpu -- memory
 //! ```
 
 #[path = "../tests/cases/mod.rs"]
@@ -46,7 +47,8 @@ fn main() -> Result<()> {
             }
         }
         "measure" => measure(&default)?,
-        other => bail!("{other:?} is no command: check or measure"),
+        "memory" => memory(&default)?,
+        other => bail!("{other:?} is no command: check, measure or memory"),
     }
     Ok(())
 }
@@ -459,7 +461,12 @@ fn measure(device: &Device) -> Result<()> {
             }),
         );
     }
-    println!("memory, B 1, H 12, D 64, f16, causal");
+    Ok(())
+}
+
+/// Time and memory of long sequences.
+fn memory(device: &Device) -> Result<()> {
+    println!("B 1, H 12, D 64, f16, causal");
     // Candle's own last: from 2^31 weights on its kernels leave their buffers (0.11.1), after which nothing of the
     // context runs.
     for is_own in [false, true] {

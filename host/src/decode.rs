@@ -391,17 +391,18 @@ fn decodes(args: &DecodeCommandArgs, defaults: &Defaults) -> Result<Vec<Decode>>
             let decode = if page_size == 0 {
                 Decode::new(problem)
             } else {
-                let number = |n: usize| {
-                    let wrong = || Usage(format!("{n} is too much for pages of {page_size} keys"));
+                let number = |n: usize, of: &str| {
+                    let wrong = || Usage(format!("{of}: {n} is more than {}", u32::MAX));
                     u32::try_from(n).map_err(|_| wrong())
                 };
+                let all_pages = format!("pages of {page_size} keys");
                 let max_pages = keys.div_ceil(page_size);
                 Decode::paged(
                     problem,
                     Pages {
-                        page_size: number(page_size)?,
-                        pages: number(args.batch.saturating_mul(max_pages))?,
-                        max_pages: number(max_pages)?,
+                        page_size: number(page_size, "--page-size")?,
+                        pages: number(args.batch.saturating_mul(max_pages), &all_pages)?,
+                        max_pages: number(max_pages, &all_pages)?,
                     },
                 )?
             };

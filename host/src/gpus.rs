@@ -169,11 +169,18 @@ pub fn run(
     } else {
         ""
     };
+    let runs: Vec<_> = problems
+        .iter()
+        .map(|p| OfProblem { args: problem, problem: p, timed_runs, emulated })
+        .collect();
+    // What cannot be shared is refused before the first line is printed.
+    for run in &runs {
+        ways.iter().try_for_each(|&(_, grid)| run.setup(grid).map(drop))?;
+    }
     print_lines(&format!("{opened}\n{gpus} ranks, {ranks}{of_times}"));
     let mut outcome = Outcome::Good;
-    for p in &problems {
-        let run = OfProblem { args: problem, problem: p, timed_runs, emulated };
-        let rows = run.rows(gpus, &ways)?;
+    for run in &runs {
+        let (p, rows) = (run.problem, run.rows(gpus, &ways)?);
         if rows.iter().any(|row| !row.passed) {
             outcome = Outcome::Bad;
         }
@@ -196,30 +203,43 @@ struct OfProblem<'a> {
 }
 
 impl OfProblem<'_> {
+    /// Offsets of queries and of keys, where sequences are packed.
+    fn lists(&self) -> Option<[Vec<u32>; 2]> {
+        let p = self.problem;
+        let lengths = [p.seq_q(), p.seq_k()];
+        p.varlen().map(|_| cu_seqlens(p.batch(), lengths, self.args.shape.seed))
+    }
+
+    /// What the ranks of `grid` do.
+    fn setup(&self, grid: Grid) -> Result<Setup> {
+        let share = match self.lists() {
+            Some([q, k]) => Share::packed(*self.problem, grid, [&q, &k])?,
+            None => Share::new(*self.problem, grid)?,
+        };
+        let mut setup = Setup { timed_runs: self.timed_runs, ..Setup::of(share) };
+        setup.options.deterministic = self.args.shape.deterministic;
+        for name in self.args.kernels.iter().flatten() {
+            match (find(name), find_backward(name)) {
+                (Ok(kernel), _) => setup.options.kernel = Some(kernel),
+                (_, Ok(kernel)) => setup.options.backward = Some(kernel),
+                (Err(unknown), _) => return Err(unknown.into()),
+            }
+        }
+        Ok(setup)
+    }
+
     fn rows(&self, gpus: usize, ways: &[(&'static str, Grid)]) -> Result<Vec<GpusRow>> {
         let (p, seed) = (self.problem, self.args.shape.seed);
         let draw =
             |shape: [usize; 4], at| Tensor::random(p.dtype(), &shape, seed.wrapping_add(at), 0.0);
         let (q, k, v) = (draw(p.q_shape(), 0), draw(p.k_shape(), 1), draw(p.v_shape(), 2));
         let d_o = gradient_of_o(p, seed);
-        let lists = p.varlen().map(|_| cu_seqlens(p.batch(), [p.seq_q(), p.seq_k()], seed));
+        let lists = self.lists();
         let with_gradients = p.seq_q().max(p.seq_k()) <= MOST_TOKENS_OF_GRADIENTS;
         let one = (gpus > 1).then_some(("one", Grid::of_heads(1)));
         let mut rows: Vec<GpusRow> = Vec::new();
         for (parallel, grid) in one.into_iter().chain(ways.iter().copied()) {
-            let share = match &lists {
-                Some([q, k]) => Share::packed(*p, grid, [q, k])?,
-                None => Share::new(*p, grid)?,
-            };
-            let mut setup = Setup { timed_runs: self.timed_runs, ..Setup::of(share) };
-            setup.options.deterministic = self.args.shape.deterministic;
-            for name in self.args.kernels.iter().flatten() {
-                match (find(name), find_backward(name)) {
-                    (Ok(kernel), _) => setup.options.kernel = Some(kernel),
-                    (_, Ok(kernel)) => setup.options.backward = Some(kernel),
-                    (Err(unknown), _) => return Err(unknown.into()),
-                }
-            }
+            let setup = self.setup(grid)?;
             let run = if self.emulated {
                 emulated::run(&setup, [&q, &k, &v], Some(&d_o))?
             } else {

@@ -80,9 +80,11 @@ fn several_ranks_share_attention() {
         ),
         (&["compare", "--gpus", "2", "--warmup", "1"], "--warmup is not for several GPUs"),
         (&["verify", "--gpus", "2", "--rows", "9"], "--rows is not for several GPUs"),
+        (&["verify", "--gpus", "3", "--parallel", "heads"], "3"),
+        (&["verify", "--gpus", "2", "--kernels", "no_such"], "no_such"),
     ] {
-        let (code, _, stderr) = run(host().args(wrong).args(small));
-        assert_eq!(code, 2, "{wrong:?}: {stderr}");
+        let (code, stdout, stderr) = run(host().args(wrong).args(small));
+        assert_eq!((code, stdout.as_str()), (2, ""), "{wrong:?}: {stderr}");
         assert!(stderr.contains(what), "{wrong:?}: {stderr}");
     }
 }
@@ -179,7 +181,7 @@ fn decode_verifies_and_measures_caches() {
         (&["--splits", "70000"], "use a whole number up to 65535"),
         (&["--splits", "18446744073709551615"], "use a whole number up to 65535"),
         (&["--seq-k", "0"], "use a whole number, 1 or more"),
-        (&["--page-size", "5000000000"], "too much for pages of 5000000000"),
+        (&["--page-size", "5000000000"], "--page-size: 5000000000 is more than 4294967295"),
     ] {
         let (code, stdout, stderr) = run(host().arg("decode").args(arguments));
         assert_eq!((code, stdout.as_str()), (2, ""), "{arguments:?}: {stderr}");

@@ -246,7 +246,7 @@ pub fn complaints(report: &Report) -> Vec<String> {
         let place = format!("module {module}, {combination}, for {arch}");
         found.extend(assembly.warnings.iter().map(|warning| format!("{place}: {warning}")));
         for (entry, usage) in &assembly.entries {
-            let complaints = usage.complaints(combinations::spills(entry));
+            let complaints = usage.complaints(combinations::spills(entry, combination));
             found.extend(complaints.iter().map(|what| format!("{place}: {entry}: {what}")));
         }
     }

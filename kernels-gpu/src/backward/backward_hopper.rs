@@ -12,7 +12,7 @@
 //!             for each tile:
 //!                 start dPᵀ = V dOᵀ
 //!                 wait for Sᵀ;  Pᵀ = exp2(Sᵀ - LSE)                  dPᵀ still runs
-//!                 start dV += Pᵀ dO
+//!                 start dV += Pᵀ dO                                  at D 64 after both have met
 //!                 wait for dPᵀ; dSᵀ = Pᵀ (dPᵀ - delta)               dV still runs
 //!                 dSᵀ to shared memory; both consumers meet
 //!                 start dQ = dS K; wait for dV; start dK += dSᵀ Q
@@ -20,7 +20,7 @@
 //!                 start Sᵀ of the next tile; wait for dK
 //!             dK * scale, dV
 //!
-//! warp 1:     for each tile:  wait for each consumer's part of dQ; add it to memory (bulk reductions)
+//! warps 1, 2: for each tile:  wait for a consumer's part of dQ; add it to memory (bulk reduction)
 //! ```
 //!
 //! ```text
@@ -58,14 +58,15 @@
 //! one thread, then 16 bytes of the next, so a warp adds 512 neighbouring bytes.
 //! `convert` puts them in order.
 //!
-//! Measured (f16, 16k tokens, hidden 2048, prepare and convert included, one H200, bursts): at N 4096 611
-//! TFLOP/s at D 128, 469 at D 64, causal 520 and 432, where cuDNN took 567, 454, 481 and 383, and
-//! FlashAttention's CuTe kernel 635, 554, 561 and 499; at N 512 362 and 294, causal 216 and 173. At N 8192 399
-//! at D 192 and 408 at D 256 (8 heads).
+//! Measured (f16, 16k tokens, hidden 2048, prepare and convert included, one H200, bursts): at N 4096 605
+//! TFLOP/s at D 128, 517 at D 64, causal 533 and 471, where cuDNN took 566, 460, 487 and 384, and
+//! FlashAttention's CuTe kernel 642, 554, 559 and 498; at N 512 362 and 312, causal 228 and 199. At N 8192 409
+//! at D 192 and 420 at D 256 (8 heads).
 //!
 //! Tried, and not faster: dQ by reductions from the consumers' registers (5 to 8 % slower at D 128); S of a
 //! tile before dQ of the one before is handed over (10 % slower); dK behind dP of the next tile, with dSᵀ from
-//! shared memory (causal 3 % faster, full 1 to 7 % slower).
+//! shared memory (causal 3 % faster, full 1 to 7 % slower); a quarter of the exponentials as polynomials (1 to 3 %
+//! slower); dV after dS at D 128 too (2 % slower), or after dQ (5 %).
 //!
 //! Limits: f16 and bf16; head dims up to 256, in tiles of 64, 128, 192 or 256 columns; strides and addresses in
 //! multiples of 16 bytes (TMA's rule).
@@ -128,7 +129,7 @@ enum NamedBarrier {
     DqFull(u32),
     /// A consumer's part of dQ has been read.
     DqEmpty(u32),
-    /// A consumer has done with V.
+    /// The warps of a consumer have done with what its gradients pass through.
     Store(u32),
 }
 
@@ -219,9 +220,10 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
             // SAFETY: the maps and the buffers have the shapes stated above.
             unsafe { produce::<G>(args, maps, smem, rings) };
         }
-        if const { !G::TILES.is_wide() } && thread::thread_idx_x() / warp::LANES == 1 {
+        let warp = thread::thread_idx_x() / warp::LANES;
+        if const { !G::TILES.is_wide() } && (1..=CONSUMERS).contains(&warp) {
             // SAFETY: the buffers have the shapes stated above, and the whole warp is here.
-            unsafe { add_parts::<G>(args, smem) };
+            unsafe { add_parts::<G>(args, smem, warp - 1) };
         }
         return;
     }

@@ -19,7 +19,9 @@
 //!
 //! Waits are short. In a causal launch the block of keys `k` begins with the row at the diagonal, where its turn
 //! is the first, and reaches row `r` when the blocks before it have left that row. In other launches all
-//! blocks begin with the first row, and the first wait puts them in a line.
+//! blocks begin with the first row, and the first wait puts them in a line. Blocks that follow should find
+//! the same distance: the tickets of such a launch go through the heads of a section together, and a
+//! block that ends makes room for the same keys of another head.
 //!
 //! Source: the order of turns is this project's; the tickets come from Merrill and Garland, "Single-pass
 //! parallel prefix scan with decoupled look-back", 2016.
@@ -43,6 +45,8 @@ use crate::{
 const TURN_ROWS: u32 = 4;
 /// Words before the turns, of which the first counts tickets: a sector of its own.
 const TICKETS: u64 = 8;
+/// Blocks that run at a time, about: one on each multiprocessor of an H100 or H200, of which they have up to 132.
+const AT_A_TIME: u32 = 128;
 /// Bytes of a [`Place`] in shared memory.
 pub const PLACE_BYTES: u32 = 8;
 
@@ -130,9 +134,16 @@ impl Place {
                 // SAFETY: passed on to the caller.
                 let ticket = atomic::add_global_u32(unsafe { queue(args) }, 0, 1);
                 let tiles = thread::grid_dim_x();
-                let (number, before) = schedule::divide(ticket, tiles);
-                self.words().write(0, tiles - 1 - before);
-                self.words().write(1, number);
+                let heads = thread::grid_dim_y() * thread::grid_dim_z();
+                // With a diagonal the blocks of a head do not stand in line.
+                let section = if Policy::is_causal() {
+                    1
+                } else {
+                    schedule::section(tiles, heads, AT_A_TIME)
+                };
+                let work = schedule::in_sections(ticket, tiles, heads, section, true);
+                self.words().write(0, work.q_tile);
+                self.words().write(1, work.head);
             }
             // Hazard: threads that did not write the place read it.
             thread::sync_threads();

@@ -306,15 +306,20 @@ impl Policy {
     #[inline(always)]
     pub fn hide_transposed<const N: usize>(&self, s: &mut [[f32; 4]; N], i: u32, j: u32) {
         unroll!(for R in 0..2 {
-            let j = j + 8 * R as u32;
+            // Opaque: what follows from a key would be kept from one tile to the next.
+            let j = opaque(j + 8 * R as u32);
             let hidden = j >= self.head.seq_k
                 || Self::is_padded() && !self.is_no_padding(self.head.padding_row(), j);
+            // The rows that see the key are neighbours.
+            let rows = self.query_tiles(j, j + 1, 1);
+            let begin = if hidden { u32::MAX } else { rows.start.saturating_sub(i) };
+            let end = rows.end.saturating_sub(i);
             unroll!(for TILE in 0..16 {
                 if TILE < N {
                     unroll!(for E in 0..2 {
-                        let i = i + (8 * TILE + E) as u32;
-                        let before = Self::is_left_bounded() && j < self.begin_of_row(i);
-                        if hidden || before || Self::is_causal() && j >= self.end_of_row(i) {
+                        let row = (8 * TILE + E) as u32;
+                        let after = Self::is_left_bounded() && row >= end;
+                        if row < begin || after {
                             s[TILE][2 * R + E] = f32::NEG_INFINITY;
                         }
                     });

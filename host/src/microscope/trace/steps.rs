@@ -481,14 +481,14 @@ mod tests {
             ("Start Sᵀ = K Qᵀ", "&mut self.s"),
             ("Start dPᵀ = V dOᵀ", "&mut self.dp"),
             ("P = exp(S - LSE)", "self.s.weigh"),
-            ("Start dV += Pᵀ dO", "self.dv.start"),
+            ("Start dV += Pᵀ dO", "self.start_dv"),
             ("dS = P (dP - delta)", "self.s.differentiate"),
             ("dS to shared memory", "share_scores::<T>"),
             ("Start dQ = dS K and dK += dSᵀ Q", "self.start_dk"),
             ("Wait for dQ", "dq.wait_group::<1>"),
             ("Hand dQ over", "barrier::sync(NamedBarrier::DqEmpty"),
             ("Add dQ in memory", "tma::reduce_add_f32"),
-            ("Store dK and dV", "self.store_rows"),
+            ("Store dK and dV", "store_rows::<T, G>"),
         ];
         let of_hopper = [
             ("Producer: copy Q", "copy_q"),

@@ -215,8 +215,16 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
                 // Hazard: V may not have landed.
                 self.setting.rings.v.wait(0);
                 loop {
-                    let ds = self.tile(at);
+                    let (p, ds) = self.tile(at);
+                    if const { !G::TILES.starts_dv_early() } {
+                        self.start_dv(&p);
+                    }
                     let mut dq = self.start_dq();
+                    // dV is complete, the last that reads dO; dQ may still run.
+                    self.dv.wait_group::<1>();
+                    if self.setting.elected {
+                        self.setting.rings.d_o.release(self.stage);
+                    }
                     self.start_dk(&ds);
                     // dQ is complete; dK may still run.
                     dq.wait_group::<1>();
@@ -270,15 +278,15 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         // SAFETY: all four warps are here, and the stage is released only after the scores.
         unsafe { G::start_scores::<T>(&mut self.s, k, q) };
         // They came with Q, and are there when the scores are.
-        self.minus_lse =
-            Rows::now::<8>(self.of_rows(self.setting.minus_lse), self.setting.column());
+        self.minus_lse = self.rows_now::<8>(self.setting.minus_lse);
     }
 
-    /// Numbers of this stage's rows.
+    /// Numbers of this stage's rows, those of the first `GROUPS` groups of 8 read now.
     #[inline(always)]
-    fn of_rows(&self, stages: Shared<f32>) -> Shared<f32> {
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn rows_now<const GROUPS: usize>(&self, stages: Shared<f32>) -> Rows {
         let rows = const { G::TILES.rows };
-        stages.slice(self.stage.index() * rows, rows)
+        Rows::now::<GROUPS>(stages.slice(self.stage.index() * rows, rows), self.setting.column())
     }
 
     /// Starts dQ = dS K of this stage's tile.
@@ -323,18 +331,24 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         barrier::arrive(NamedBarrier::DqFull(own), sums::THREADS);
     }
 
-    /// Starts dK += dSᵀ Q of this stage's tile, and gives dO back.
+    /// Starts dV += Pᵀ dO of this stage's tile.
+    ///
+    /// # Safety
+    /// As for [`work`](Self::work).
+    #[inline(always)]
+    unsafe fn start_dv(&mut self, p: &G::Weights) {
+        let d_o = self.rows(const { G::TILES.d_o() });
+        // SAFETY: all four warps are here, and the stage of dO is released only after dV.
+        unsafe { self.dv.start::<T>(p, d_o) };
+    }
+
+    /// Starts dK += dSᵀ Q of this stage's tile.
     ///
     /// # Safety
     /// As for [`work`](Self::work).
     #[inline(always)]
     unsafe fn start_dk(&mut self, ds: &G::Weights) {
         let q = self.rows(const { G::TILES.q() });
-        // dV is complete, the last that reads dO; dQ may still run.
-        self.dv.wait_group::<1>();
-        if self.setting.elected {
-            self.setting.rings.d_o.release(self.stage);
-        }
         // SAFETY: all four warps are here, and the stage of Q is released only after dK.
         unsafe { self.dk.start::<T>(ds, q) };
     }
@@ -345,12 +359,12 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         self.stage.index() * const { G::TILES.q_bytes() }
     }
 
-    /// dV, and dS for the products that follow, of a tile of rows whose scores have been started.
+    /// P and dS of a tile of rows whose scores have been started.
     ///
     /// # Safety
     /// As for [`work`](Self::work).
     #[inline(always)]
-    unsafe fn tile(&mut self, at: At) -> G::Weights {
+    unsafe fn tile(&mut self, at: At) -> (G::Weights, G::Weights) {
         let (rows, stage) = (const { G::TILES.rows }, self.stage);
         // SAFETY: mask, slopes and bias are as `args` says.
         let policy = unsafe { Policy::new(&self.setting.args.forward, at.head) };
@@ -370,22 +384,24 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         }
         self.s.weigh(policy.scale_log2(), self.minus_lse);
         let kept = G::Scores::kept(&policy, i, j);
-        let p = self.s.pack::<T>(kept);
-        let d_o = self.rows(const { G::TILES.d_o() });
-        // SAFETY: all four warps are here, and the stage of dO is released only after dV.
-        unsafe { self.dv.start::<T>(&p, d_o) };
-        let delta = self.of_rows(self.setting.delta);
-        let delta = if const { G::TILES.rows == 64 } {
-            Rows::now::<4>(delta, self.setting.column())
+        let (p, delta);
+        if const { G::TILES.starts_dv_early() } {
+            p = self.s.pack::<T>(kept);
+            // SAFETY: passed on to the caller.
+            unsafe { self.start_dv(&p) };
+            delta = self.rows_now::<4>(self.setting.delta);
+            // dPᵀ is complete; dV may still run.
+            self.dp.wait_group::<1>();
         } else {
-            Rows::later(delta, self.setting.column())
-        };
-        // dPᵀ is complete; dV may still run.
-        self.dp.wait_group::<1>();
+            delta = self.rows_now::<4>(self.setting.delta);
+            // dPᵀ is complete.
+            self.dp.wait_group::<0>();
+            p = self.s.pack::<T>(kept);
+        }
         self.s.differentiate::<T>(&self.dp, kept, policy.rescale(), delta, slopes);
         let ds = self.s.pack::<T>([u32::MAX; 2]);
         self.share(&ds);
-        ds
+        (p, ds)
     }
 
     /// Gives dSᵀ of this warpgroup to both, for dQ.
@@ -401,62 +417,6 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         mbarrier::fence_proxy_async();
         // Hazard: each consumer multiplies the dS that both have written.
         barrier::sync(NamedBarrier::Consumers, CONSUMERS * warpgroup::THREADS);
-    }
-
-    /// Stores a warp's 16 keys of dK or dV, times `factor`: each row at once, by neighbouring threads. They pass
-    /// through the rows of V of these keys, which nobody reads any more.
-    ///
-    /// # Safety
-    /// `to` must be `[B, Hkv, Nk, D]`, and no other warp writes these keys.
-    #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    unsafe fn store_rows(
-        &self,
-        head: Head,
-        (to, columns, factor): (&Tensor, Columns, f32),
-        values: &[[f32; 4]],
-    ) {
-        let keys = const { G::TILES.keys };
-        let lane = self.setting.lane_id();
-        // The warp's first key in the block.
-        let first = self.setting.own_key - lane / 4;
-        // SAFETY: the launch gives the shared memory, and these rows are the warp's.
-        let rows = unsafe {
-            let v = const { G::TILES.v() } + first * CHUNK_ROW_BYTES;
-            let bytes = const { G::TILES.v_bytes() } - first * CHUNK_ROW_BYTES;
-            Shared::<T>::dynamic(v, bytes / T::BYTES)
-        };
-        let mut packed = [[0; 4]; 8];
-        unroll!(for G in 0..16 {
-            if G < values.len() {
-                unroll!(for R in 0..2 {
-                    let pair = [0, 1].map(|e: usize| values[G][2 * R + e] * factor);
-                    packed[G / 2][G % 2 * 2 + R] = T::pack(pair[0], pair[1]);
-                });
-            }
-        });
-        let steps = const { G::TILES.d / 16 } as usize;
-        // Hazard: lanes may still read what passed before.
-        warp::sync_warp(FULL_MASK);
-        share_scores::<T>(rows, keys, lane, &packed[..steps]);
-        // Hazard: lanes read what others have written.
-        warp::sync_warp(FULL_MASK);
-        // 16 bytes of each thread.
-        let threads = const { G::TILES.d / 8 };
-        let column = lane % threads * 8;
-        // SAFETY: the tensor has that shape.
-        let view = unsafe { to.buffer.view_mut::<T>() };
-        unroll!(for PASS in 0..8 {
-            let row = lane / threads + PASS as u32 * (warp::LANES / threads);
-            let key = self.setting.place.key_tile() * keys + first + row;
-            if row < WARP_KEYS && key < head.seq_k && columns.has(column) {
-                let chunk = column / CHUNK_COLUMNS * (keys * CHUNK_COLUMNS);
-                let from =
-                    Swizzled::<{ CHUNK_COLUMNS as usize }>::index(row, column % CHUNK_COLUMNS);
-                let eight = rows.read_as::<[u32; 4]>(chunk + from);
-                view.write_as(head.key(to, key) + column as u64, eight);
-            }
-        });
     }
 
     /// Stores dK and dV.
@@ -477,8 +437,9 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
                 (&gradients.dk, Columns::of_keys(), forward.scores.scale),
                 (&gradients.dv, Columns::of_values(), rescale),
             );
-            self.store_rows(head, dv, self.dv.values());
-            self.store_rows(head, dk, self.dk.values());
+            let v = const { G::TILES.v() };
+            store_rows::<T, G>(&self.setting, v, head, dv, self.dv.values());
+            store_rows::<T, G>(&self.setting, v, head, dk, self.dk.values());
         }
     }
 }
@@ -492,7 +453,7 @@ pub(super) fn share_scores<T: Operand>(buffer: Shared<T>, keys: u32, lane: u32, 
     // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the first, the
     // others to their right.
     let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(lane % 16, lane / 16 * 8);
-    unroll!(for STEP in 0..8 {
+    unroll!(for STEP in 0..16 {
         if STEP < ds.len() {
             let chunk = STEP as u32 / 4 * (keys * CHUNK_COLUMNS);
             let place =
@@ -545,30 +506,64 @@ pub(super) const fn part_of<G: Geometry>(head: &Head, tile: u32, part: u32) -> u
     head.padded_row(0) * G::TILES.d as u64 + parts * DQ_ELEMENTS as u64
 }
 
-/// Stores a thread's two keys of dK or dV, of all columns, times `factor`.
+/// Stores a warp's 16 keys of dK or dV, times `factor`: each row at once, by neighbouring threads. They pass
+/// through shared memory, laid out as K and V are, from byte `through` on.
 ///
 /// # Safety
-/// `to` must be `[B, Hkv, Nk, D]`, and no other thread writes the columns of these keys.
+/// `to` must be `[B, Hkv, Nk, D]`, and no other warp writes these keys. Nobody may read or write the rows of these
+/// keys in that shared memory any more.
 #[inline(always)]
-pub(super) unsafe fn store_gradient<T: Operand, G: Geometry>(
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub(super) unsafe fn store_rows<T: Operand, G: Geometry>(
     setting: &Setting<'_, T>,
+    through: u32,
     head: Head,
     (to, columns, factor): (&Tensor, Columns, f32),
     values: &[[f32; 4]],
 ) {
+    let keys = const { G::TILES.keys };
+    let d = 8 * values.len() as u32;
+    let lane = setting.lane_id();
+    // The warp's first key in the block.
+    let first = setting.own_key - lane / 4;
+    // SAFETY: the launch gives the shared memory, and these rows are the warp's.
+    let rows = unsafe {
+        let bytes = keys * d * 2 - first * CHUNK_ROW_BYTES;
+        Shared::<T>::dynamic(through + first * CHUNK_ROW_BYTES, bytes / T::BYTES)
+    };
+    let mut packed = [[0; 4]; 16];
+    unroll!(for G in 0..32 {
+        if G < values.len() {
+            unroll!(for R in 0..2 {
+                let pair = [0, 1].map(|e: usize| values[G][2 * R + e] * factor);
+                packed[G / 2][G % 2 * 2 + R] = T::pack(pair[0], pair[1]);
+            });
+        }
+    });
+    // Hazard: lanes may still read what passed before.
+    warp::sync_warp(FULL_MASK);
+    share_scores::<T>(rows, keys, lane, &packed[..values.len() / 2]);
+    // Hazard: lanes read what others have written.
+    warp::sync_warp(FULL_MASK);
+    // 16 bytes of each thread; with 192 columns the last eight threads have none.
+    let threads = d / 8;
+    let rows_at_once = warp::LANES / threads;
+    let (own_row, column) = (lane / threads, lane % threads * 8);
     // SAFETY: the tensor has that shape.
     let view = unsafe { to.buffer.view_mut::<T>() };
-    let j = setting.place.key_tile() * const { G::TILES.keys } + setting.own_key;
-    unroll!(for R in 0..2 {
-        let key = j + 8 * R as u32;
-        if key < head.seq_k {
-            let row = head.key(to, key) + setting.column() as u64;
-            unroll!(for G in 0..32 {
-                if G < values.len() && columns.has(8 * G as u32) {
-                    let pair = [0, 1].map(|e: usize| values[G][2 * R + e] * factor);
-                    view.write_as(row + 8 * G as u64, T::pack(pair[0], pair[1]));
-                }
-            });
+    unroll!(for PASS in 0..16 {
+        let row = own_row + PASS as u32 * rows_at_once;
+        let key = setting.place.key_tile() * keys + first + row;
+        let is_own = own_row < rows_at_once && row < WARP_KEYS;
+        if PASS as u32 * rows_at_once < WARP_KEYS
+            && is_own
+            && key < head.seq_k
+            && columns.has(column)
+        {
+            let chunk = column / CHUNK_COLUMNS * (keys * CHUNK_COLUMNS);
+            let from = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(row, column % CHUNK_COLUMNS);
+            let eight = rows.read_as::<[u32; 4]>(chunk + from);
+            view.write_as(head.key(to, key) + column as u64, eight);
         }
     });
 }

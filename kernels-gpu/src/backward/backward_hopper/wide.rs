@@ -41,7 +41,7 @@ use simt::{
 
 use super::{
     CONSUMERS, NamedBarrier,
-    consumer::{At, RowTiles, Setting, add_part, share_scores, store_gradient},
+    consumer::{At, RowTiles, Setting, add_part, share_scores, store_rows},
     geometry::{Geometry, GradientTile},
     tile::{Rows, ScoreTile},
     tiles::STAGES,
@@ -120,7 +120,9 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
             }
             let policy = self.policy();
             let dv = (&self.setting.args.gradients.dv, Columns::of_values(), policy.rescale());
-            store_gradient::<T, G>(&self.setting, policy.head, dv, self.sum.values());
+            // No hazard: the other consumer has met this one after its last product with V.
+            let v = const { G::TILES.v() };
+            store_rows::<T, G>(&self.setting, v, policy.head, dv, self.sum.values());
         }
     }
 
@@ -155,7 +157,11 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
             }
             let dk = (&args.gradients.dk, Columns::of_keys(), args.forward.scores.scale);
             let head = self.policy().head;
-            store_gradient::<T, G>(&self.setting, head, dk, self.sum.values());
+            // Hazard: products of this warpgroup's other warps may still read Q. The other consumer has met this
+            // one after its last product with Q.
+            barrier::sync(NamedBarrier::Store(1), warpgroup::THREADS);
+            let q = const { G::TILES.q() };
+            store_rows::<T, G>(&self.setting, q, head, dk, self.sum.values());
         }
     }
 

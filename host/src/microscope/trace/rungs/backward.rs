@@ -167,9 +167,9 @@ pub(super) static RUNGS: [Rung; 5] = [
             (BACKWARD_CONSUMER, "    pub unsafe fn work", "    /// This warpgroup's rows"),
             (BACKWARD_CONSUMER, "    unsafe fn start_scores", "    /// Starts dQ"),
             (BACKWARD_CONSUMER, "    unsafe fn tile(", "    /// Gives dSᵀ"),
-            (BACKWARD_CONSUMER, "    fn share(", "    /// Stores a warp's"),
+            (BACKWARD_CONSUMER, "    fn share(", "    /// Stores dK and dV"),
             (BACKWARD_CONSUMER, "    unsafe fn store(&self)", "}"),
-            (BACKWARD_CONSUMER, "    fn hand_over(", "    /// Starts dK"),
+            (BACKWARD_CONSUMER, "    fn hand_over(", "    /// Starts dV"),
             (BACKWARD_SUMS, "    while let Some(at)", "}"),
         ],
         shape: |_, problem| {
@@ -225,10 +225,10 @@ pub(super) static RUNGS: [Rung; 5] = [
                 .note("dP may still run.")
                 .barrier("consumers"),
             Phase::new("Mask", 3, "is_cut::<G>(", To::Lines(3), Stage::Scores).mask(),
-            Phase::new("P = exp(S - LSE)", 3, "self.s.weigh", To::Before("let d_o = self.rows"), Stage::Softmax)
+            Phase::new("P = exp(S - LSE)", 3, "self.s.weigh", To::Before("let (p, delta)"), Stage::Softmax)
                 .note("No maximum is searched for: the forward pass left the LSE, which was read when S started."),
-            Phase::new("Start dV += Pᵀ dO", 3, "let d_o = self.rows", To::Lines(3), Stage::Softmax)
-                .note("From registers. It runs beside the computation of dS.")
+            Phase::new("Start dV += Pᵀ dO", 3, "p = self.s.pack", To::Lines(3), Stage::Softmax)
+                .note("From registers. It runs beside the computation of dS; at D 64, where registers are few, it starts after the barrier.")
                 .memory(&[], &["dO"]),
             Phase::new("Wait for dP", 3, "self.dp.wait_group::<1>();", To::Lines(1), Stage::Weighed)
                 .note("dV may still run.")
@@ -243,17 +243,17 @@ pub(super) static RUNGS: [Rung; 5] = [
             Phase::new("Producer: the next Q and dO", 0, "let full = rings.q.acquire", To::Before("stage.advance"), Stage::Values)
                 .note("As soon as their stages are free.")
                 .memory(&["+Q", "+dO"], &[]),
-            Phase::new("Start dQ = dS K and dK += dSᵀ Q", 1, "let mut dq = self.start_dq();", To::Lines(2), Stage::Values)
+            Phase::new("Start dQ = dS K and dK += dSᵀ Q", 1, "let mut dq = self.start_dq();", To::Before("// dQ is complete"), Stage::Values)
                 .note("dK from registers, dQ from shared memory. Between the two the consumer waits for dV and gives dO back.")
                 .memory(&[], &["dS", "K", "Q"]),
             Phase::new("Wait for dQ", 1, "dq.wait_group::<1>();", To::Lines(1), Stage::Queries)
                 .note("dK may still run.")
                 .barrier("consumers"),
             Phase::new("Hand dQ over", 6, "barrier::sync(NamedBarrier::DqEmpty", To::End, Stage::Queries)
-                .note("To warp 1, in the order of the registers: the consumer goes on.")
+                .note("To a warp beside the producer, in the order of the registers: the consumer goes on.")
                 .memory(&["dQ"], &[]),
             Phase::new("Add dQ in memory", 7, "while let Some(at)", To::End, Stage::Queries)
-                .note("One bulk reduction for each consumer. In the entries that are deterministic, the warp waits for the block's turn first.")
+                .note("Each consumer has a warp that adds its parts, by one bulk reduction. In the entries that are deterministic, the warp waits for the block's turn first.")
                 .memory(&[], &["dQ"]),
             Phase::new("Start Sᵀ of the next tile", 1, "self.stage.advance();", To::Lines(2), Stage::Queries)
                 .memory(&[], &["K", "+Q"]),
