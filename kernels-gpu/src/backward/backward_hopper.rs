@@ -49,9 +49,9 @@
 //! as Sᵀ starts, delta before dPᵀ is waited for, and a thread keeps its number: to read a special register
 //! takes the same queue.
 //!
-//! At D = 256 a tile of 64 x 64 takes 1280 clocks of the tensor cores. Its operands are 256 KB of shared
-//! memory, 2048 clocks; P and dS add 24 KB, the copies 64 KB. So shared memory limits this head dim, at
-//! less than half of the peak.
+//! At D = 256 a tile of 64 x 64 takes 2560 clocks of the tensor cores. Its operands are 256 KB of shared
+//! memory, 2048 clocks; P and dS add 24 KB, the copies 64 KB. Its 64 KB of dQ take 4300 clocks, when all
+//! multiprocessors add to the L2 (32 KB: 2150 measured). So the additions limit head dims above 128.
 //!
 //! Blocks add to dQ in f32 in the order in which they come, so its last bits differ from run to run;
 //! [`order`](super::order) fixes the order. The sums lie in memory in the order of registers: 16 bytes of

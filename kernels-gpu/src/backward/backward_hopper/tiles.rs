@@ -65,8 +65,8 @@ impl Tiles {
         self.keys == CONSUMER_KEYS
     }
 
-    /// Whether dV starts as soon as P is there, before dPᵀ is waited for. With 128 rows the registers of
-    /// both forms of P would be missing for what is read early.
+    /// Whether dV starts as soon as P is there, before dPᵀ is waited for. With 128 rows P in both forms would
+    /// take the registers of what is read early.
     pub(super) const fn starts_dv_early(&self) -> bool {
         self.rows < 128
     }
