@@ -111,7 +111,7 @@ pub enum Error {
     /// Device memory ran out.
     #[error(
         "out of memory on {device}: {needed} bytes needed, {free} free; use a smaller batch or \
-         sequence, or a kernel that does not keep the N x N weights"
+         sequence (the naive and standard kernels also keep N x N weights)"
     )]
     OutOfMemory {
         /// Name of the device.
