@@ -31,7 +31,11 @@
 //! By counting: a byte takes part in 32 FLOP, 600 a cycle of a multiprocessor of an H200. Four codes cost eleven
 //! integer instructions, or three with sm_90a's conversion. A tile of D = 128 has 8,192 bytes, 64 registers of
 //! each lane: 700 or 190 instructions, beside about 500 others. In the 250 ns that memory takes to bring it, the
-//! four schedulers of a multiprocessor issue about 1,700. Not measured.
+//! four schedulers of a multiprocessor issue about 1,700.
+//!
+//! Measured (f16 queries, 32 heads on 4, D 128, one H200, graph replay): 7.9, 14.6 and 41.4 us for 4,096,
+//! 32,768 and 131,072 keys, where decode_split took 8.1, 21.1 and 66.2; 65.5 us for 64 sequences of 4,096
+//! keys (4.1 TB/s), where it took 119.
 //!
 //! Limits: as decode_split, and head dims are multiples of 16.
 //!
