@@ -169,23 +169,22 @@ pub fn run(
     } else {
         ""
     };
+    // What cannot be shared is refused before the first line is printed.
+    let one = (gpus > 1).then_some(("one", Grid::of_heads(1)));
+    let grids: Vec<_> = one.into_iter().chain(ways).collect();
     let runs: Vec<_> = problems
         .iter()
-        .map(|p| OfProblem { args: problem, problem: p, timed_runs, emulated })
-        .collect();
-    // What cannot be shared is refused before the first line is printed.
-    for run in &runs {
-        ways.iter().try_for_each(|&(_, grid)| run.setup(grid).map(drop))?;
-    }
+        .map(|p| OfProblem::new(problem, p, &grids, timed_runs))
+        .collect::<Result<_>>()?;
     print_lines(&format!("{opened}\n{gpus} ranks, {ranks}{of_times}"));
     let mut outcome = Outcome::Good;
     for run in &runs {
-        let (p, rows) = (run.problem, run.rows(gpus, &ways)?);
+        let rows = run.rows(gpus, emulated)?;
         if rows.iter().any(|row| !row.passed) {
             outcome = Outcome::Bad;
         }
         let table = table::gpus(&rows, table::width(wide));
-        print_lines(&format!("\nN = {}\n{table}", p.seq_q()));
+        print_lines(&format!("\nN = {}\n{table}", run.problem.seq_q()));
     }
     if timed_runs == 0 {
         let verdict =
@@ -196,57 +195,62 @@ pub fn run(
 }
 
 struct OfProblem<'a> {
-    args: &'a ProblemArgs,
     problem: &'a Problem,
-    timed_runs: usize,
-    emulated: bool,
+    seed: u64,
+    /// Offsets of queries and of keys, where sequences are packed.
+    lists: Option<[Vec<u32>; 2]>,
+    /// Each way to share it, with its grid of ranks and their work.
+    setups: Vec<(&'static str, Grid, Setup)>,
 }
 
-impl OfProblem<'_> {
-    /// Offsets of queries and of keys, where sequences are packed.
-    fn lists(&self) -> Option<[Vec<u32>; 2]> {
-        let p = self.problem;
-        let lengths = [p.seq_q(), p.seq_k()];
-        p.varlen().map(|_| cu_seqlens(p.batch(), lengths, self.args.shape.seed))
-    }
-
-    /// What the ranks of `grid` do.
-    fn setup(&self, grid: Grid) -> Result<Setup> {
-        let share = match self.lists() {
-            Some([q, k]) => Share::packed(*self.problem, grid, [&q, &k])?,
-            None => Share::new(*self.problem, grid)?,
-        };
-        let mut setup = Setup { timed_runs: self.timed_runs, ..Setup::of(share) };
-        setup.options.deterministic = self.args.shape.deterministic;
-        for name in self.args.kernels.iter().flatten() {
-            match (find(name), find_backward(name)) {
-                (Ok(kernel), _) => setup.options.kernel = Some(kernel),
-                (_, Ok(kernel)) => setup.options.backward = Some(kernel),
-                (Err(unknown), _) => return Err(unknown.into()),
+impl<'a> OfProblem<'a> {
+    fn new(
+        args: &ProblemArgs,
+        problem: &'a Problem,
+        grids: &[(&'static str, Grid)],
+        timed_runs: usize,
+    ) -> Result<Self> {
+        let (p, seed) = (problem, args.shape.seed);
+        let lists = p.varlen().map(|_| cu_seqlens(p.batch(), [p.seq_q(), p.seq_k()], seed));
+        let setup = |grid| -> Result<Setup> {
+            let share = match &lists {
+                Some([q, k]) => Share::packed(*p, grid, [q, k])?,
+                None => Share::new(*p, grid)?,
+            };
+            let mut setup = Setup { timed_runs, ..Setup::of(share) };
+            setup.options.deterministic = args.shape.deterministic;
+            for name in args.kernels.iter().flatten() {
+                match (find(name), find_backward(name)) {
+                    (Ok(kernel), _) => setup.options.kernel = Some(kernel),
+                    (_, Ok(kernel)) => setup.options.backward = Some(kernel),
+                    (Err(unknown), _) => return Err(unknown.into()),
+                }
             }
-        }
-        Ok(setup)
+            Ok(setup)
+        };
+        let setups = grids
+            .iter()
+            .map(|&(name, grid)| Ok((name, grid, setup(grid)?)))
+            .collect::<Result<_>>()?;
+        Ok(Self { problem, seed, lists, setups })
     }
 
-    fn rows(&self, gpus: usize, ways: &[(&'static str, Grid)]) -> Result<Vec<GpusRow>> {
-        let (p, seed) = (self.problem, self.args.shape.seed);
+    fn rows(&self, gpus: usize, emulated: bool) -> Result<Vec<GpusRow>> {
+        let (p, seed) = (self.problem, self.seed);
         let draw =
             |shape: [usize; 4], at| Tensor::random(p.dtype(), &shape, seed.wrapping_add(at), 0.0);
         let (q, k, v) = (draw(p.q_shape(), 0), draw(p.k_shape(), 1), draw(p.v_shape(), 2));
         let d_o = gradient_of_o(p, seed);
-        let lists = self.lists();
         let with_gradients = p.seq_q().max(p.seq_k()) <= MOST_TOKENS_OF_GRADIENTS;
-        let one = (gpus > 1).then_some(("one", Grid::of_heads(1)));
         let mut rows: Vec<GpusRow> = Vec::new();
-        for (parallel, grid) in one.into_iter().chain(ways.iter().copied()) {
-            let setup = self.setup(grid)?;
-            let run = if self.emulated {
-                emulated::run(&setup, [&q, &k, &v], Some(&d_o))?
+        for (parallel, grid, setup) in &self.setups {
+            let run = if emulated {
+                emulated::run(setup, [&q, &k, &v], Some(&d_o))?
             } else {
-                on_gpus(&setup, [&q, &k, &v], &d_o)?
+                on_gpus(setup, [&q, &k, &v], &d_o)?
             };
             let mut inputs = Inputs::new(&q, &k, &v);
-            if let Some([q, k]) = &lists {
+            if let Some([q, k]) = &self.lists {
                 (inputs.cu_seqlens_q, inputs.cu_seqlens_k) = (Some(&q[..]), Some(&k[..]));
             }
             let outputs = Outputs { o: run.o.clone(), lse: run.lse.clone(), weights: None };
@@ -259,7 +263,7 @@ impl OfProblem<'_> {
                 let largest = verdict.each().map(|(_, d, _)| d.max_abs).fold(0.0, f64::max);
                 errors[1] = (Some(largest), verdict.passes());
             }
-            rows.extend(of_run(parallel, grid, &run, errors));
+            rows.extend(of_run(parallel, *grid, &run, errors));
         }
         let alone: Vec<_> = rows.iter().take(2).map(|row| row.times).collect();
         for row in rows.iter_mut().filter(|_| gpus > 1) {

@@ -80,7 +80,7 @@ fn several_ranks_share_attention() {
         ),
         (&["compare", "--gpus", "2", "--warmup", "1"], "--warmup is not for several GPUs"),
         (&["verify", "--gpus", "2", "--rows", "9"], "--rows is not for several GPUs"),
-        (&["verify", "--gpus", "3", "--parallel", "heads"], "3"),
+        (&["verify", "--gpus", "3", "--parallel", "heads"], "heads = 4 is not possible: 3 ranks"),
         (&["verify", "--gpus", "2", "--kernels", "no_such"], "no_such"),
     ] {
         let (code, stdout, stderr) = run(host().args(wrong).args(small));

@@ -281,7 +281,8 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         self.minus_lse = self.rows_now::<8>(self.setting.minus_lse);
     }
 
-    /// Numbers of this stage's rows, those of the first `GROUPS` groups of 8 read now.
+    /// The values of this stage's rows: reads the first `GROUPS` groups of 8 rows now, and leaves the others until
+    /// they are used.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     fn rows_now<const GROUPS: usize>(&self, stages: Shared<f32>) -> Rows {
