@@ -218,7 +218,8 @@ fn edges_and_features_are_right_on_a_gpu() {
                 cases.push((kernel, Case::new(&format!("{p:?}"), p)));
             }
         }
-        // The driver compiles an entry for each combination of constants, for a second or more on one core.
+        // The driver compiles an entry for each combination of constants, for a second or more.
+        let cases = suite::of_this_process(cases);
         let faults = suite::on_every_core(cases, |(kernel, case)| faults_of(gpu, kernel, &case));
         check_all(faults.into_iter().flatten().collect());
     });
@@ -261,37 +262,52 @@ fn rows_beyond_the_last_sequence_have_no_gradient() {
     }
 }
 
+/// One key for each row, as the next test has it on a GPU.
+#[test]
+fn one_key_gives_its_gradients() {
+    for kernel in BACKWARD_KERNELS {
+        one_key_is_right(&emulator(), kernel, 3);
+    }
+}
+
 /// More heads than a grid's `y` counts, and sums of dQ beyond 2^31 elements where a GPU has the memory.
 #[test]
 fn many_heads_have_their_gradients_on_a_gpu() {
     suite::on_a_gpu(|gpu| {
         let target = Target::of(&**gpu);
-        // Where a head lies does not depend on the type.
-        for kernel in BACKWARD_KERNELS.iter().filter(|kernel| kernel.runs_on(&target).is_ok()) {
-            let dtype = kernel.dtypes[0];
-            let p = Problem::builder(8300, 16, 1, 128).dtype(dtype).build().unwrap();
-            let [q, k, v] = [1, 2, 3].map(|seed| Tensor::random(dtype, &p.q_shape(), seed, 0.0));
-            let (inputs, d_o) = (Inputs::new(&q, &k, &v), d_o(&p));
-            let outputs = Outputs { o: v.clone(), lse: one_key_lse(&p, &q, &k), weights: None };
-            let session = Session::new(gpu.clone());
-            let found = session.run_backward(kernel, &Backward::new(p), &inputs, &outputs, &d_o);
-            let found = found.unwrap().0;
-            // One key has all the weight: dV is dO, to a rounding to the storage type and what the weight
-            // `exp(score - LSE)` has of its score's error: of a sum of D products in f32, in any order.
-            let per_size =
-                f64::from(p.scale()) * (p.head_dim() + 4) as f64 * DType::F32.unit_roundoff();
-            let sizes = score_sizes(&p, &q, &k);
-            let (dv, d_o_values) = (found.dv.to_f64(), d_o.to_f64());
-            for (index, (dv, d_o)) in dv.into_iter().zip(d_o_values).enumerate() {
-                let epsilon = dtype.unit_roundoff() + per_size * sizes[index / p.head_dim()];
-                let within = (dv - d_o).abs() <= epsilon * d_o.abs();
-                assert!(within, "{} {index}: {dv} for {d_o}", kernel.name);
-            }
-            let heads = [0, 65_535, 65_536, 8300 * 16 - 1];
-            let result = verify_gradients(&p, &inputs, &d_o, &found, &heads);
-            assert!(result.passes(), "{} {dtype}: {result}", kernel.name);
+        let kernels = BACKWARD_KERNELS.iter().filter(|kernel| kernel.runs_on(&target).is_ok());
+        for kernel in suite::of_this_process(kernels.collect()) {
+            one_key_is_right(gpu, kernel, 8300);
         }
     });
+}
+
+/// Checks the gradients of rows that see one key, of all of `batch` times 16 heads.
+fn one_key_is_right(device: &Arc<dyn Device>, kernel: &'static BackwardSpec, batch: usize) {
+    // Where a head lies does not depend on the type.
+    let dtype = kernel.dtypes[0];
+    let p = Problem::builder(batch, 16, 1, 128).dtype(dtype).build().unwrap();
+    let [q, k, v] = [1, 2, 3].map(|seed| Tensor::random(dtype, &p.q_shape(), seed, 0.0));
+    let (inputs, d_o) = (Inputs::new(&q, &k, &v), d_o(&p));
+    let outputs = Outputs { o: v.clone(), lse: one_key_lse(&p, &q, &k), weights: None };
+    let session = Session::new(device.clone());
+    let found = session.run_backward(kernel, &Backward::new(p), &inputs, &outputs, &d_o);
+    let found = found.unwrap().0;
+    // One key has all the weight: dV is dO, to a rounding to the storage type and what the weight
+    // `exp(score - LSE)` has of its score's error: of a sum of D products in f32, in any order.
+    let per_size = f64::from(p.scale()) * (p.head_dim() + 4) as f64 * DType::F32.unit_roundoff();
+    let sizes = score_sizes(&p, &q, &k);
+    let (dv, d_o_values) = (found.dv.to_f64(), d_o.to_f64());
+    for (index, (dv, d_o)) in dv.into_iter().zip(d_o_values).enumerate() {
+        let epsilon = dtype.unit_roundoff() + per_size * sizes[index / p.head_dim()];
+        let within = (dv - d_o).abs() <= epsilon * d_o.abs();
+        assert!(within, "{} {index}: {dv} for {d_o}", kernel.name);
+    }
+    let last = batch * 16 - 1;
+    let heads: Vec<_> =
+        [0, 65_535, 65_536].into_iter().filter(|&head| head < last).chain([last]).collect();
+    let result = verify_gradients(&p, &inputs, &d_o, &found, &heads);
+    assert!(result.passes(), "{} {dtype}: {result}", kernel.name);
 }
 
 /// The LSE of rows that see one key: its score.
@@ -560,21 +576,21 @@ fn turns_are_needed() {
     });
 }
 
-/// What consumers that share keys need to meet for: each synchronisation of theirs left out is found, or
-/// changes numbers, but for two.
+/// What consumers that share keys need to meet for, and the step that computes dQ for them: each synchronisation
+/// left out is found, or changes numbers, but for four.
 #[test]
 fn consumers_that_share_keys_need_their_barriers() {
     let kernel = registry::find_backward("backward_hopper").unwrap();
-    // Several tiles of rows for each of two tiles of keys.
-    let p = Problem::builder(1, 1, 300, 192).seq_k(100).dtype(DType::F16).build().unwrap();
+    // More tiles of rows, and of keys, than a ring has stages.
+    let p = Problem::builder(1, 1, 300, 192).seq_k(300).dtype(DType::F16).build().unwrap();
     let draw = Case::new("", p).draw(0);
     let run = |options| in_order(kernel, &p, &draw.inputs(), options);
     let sites = Arc::new(Sites::default());
     let watched = Options { sites: Some(sites.clone()), ..Options::default() };
     let expected = run(watched).unwrap();
-    let sites: Vec<_> =
-        sites.list().into_iter().filter(|site| site.file.ends_with("wide.rs")).collect();
-    assert!(sites.len() > 8, "{sites:?}");
+    let is_theirs = |file: &str| file.ends_with("wide.rs") || file.ends_with("queries.rs");
+    let sites: Vec<_> = sites.list().into_iter().filter(|site| is_theirs(site.file)).collect();
+    assert!(sites.len() > 16, "{sites:?}");
     let unnoticed = suite::on_every_core(sites, |site| {
         let passes = |seed| {
             let change = Some(Change { site, alteration: Alteration::LeaveOut });
@@ -586,11 +602,13 @@ fn consumers_that_share_keys_need_their_barriers() {
         [0, 1, 3, 2].into_iter().all(passes).then_some(site)
     });
     let unnoticed: Vec<_> = unnoticed.into_iter().flatten().collect();
-    // The warps of a consumer meet before dK passes through Q: the emulator computes the product of a whole
-    // warpgroup at once, where the warps of a GPU may be apart. And dK waits for Q, which the other
-    // consumer has found there before it gave P.
+    // The emulator has registers for all. The warps of a consumer meet before a gradient passes through what they
+    // have multiplied: the emulator computes the product of a whole warpgroup at once, where the warps of a GPU may
+    // be apart. And dK waits for Q, which the other consumer has found there before it gave P.
     let kinds: Vec<_> = unnoticed.iter().map(|site| site.kind).collect();
-    assert_eq!(kinds, [SyncKind::Barrier, SyncKind::MbarrierWait], "{unnoticed:?}");
+    let expected =
+        [SyncKind::RegistersIncrease, SyncKind::Barrier, SyncKind::Barrier, SyncKind::MbarrierWait];
+    assert_eq!(kinds, expected, "{unnoticed:?}");
 }
 
 /// Many runs on a GPU, where blocks race, have the same bits.

@@ -266,16 +266,11 @@ pub trait RegisterProduct<const STEPS: usize>: WaitGroup {
 /// Products with both operands in shared memory, A transposed, over `STEPS` steps of 16 rows.
 pub trait TransposedProduct<const STEPS: usize>: WaitGroup {
     /// Starts `self = Aᵀ B` with A `[16 * STEPS, 64]` and B `[16 * STEPS, 8 * GROUPS]`, both
-    /// [`Descriptor::n_major`]. LLVM merges equal products of two places; products of different
-    /// numbers `PLACE` stay two, each with a wait that ptxas can tell is its own.
+    /// [`Descriptor::n_major`].
     ///
     /// # Safety
     /// As for [`SharedProduct::product_shared`].
-    unsafe fn product_transposed<T: Operand, const PLACE: u32>(
-        &mut self,
-        a: Descriptor,
-        b: Descriptor,
-    );
+    unsafe fn product_transposed<T: Operand>(&mut self, a: Descriptor, b: Descriptor);
 }
 
 /// Calls `$then` with the groups of a tile of that many columns: for each, its number and
@@ -656,11 +651,7 @@ macro_rules! transposed_product {
         impl TransposedProduct<$steps> for Accumulator<{ $n / 8 }> {
             #[inline(always)]
             #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-            unsafe fn product_transposed<T: Operand, const PLACE: u32>(
-                &mut self,
-                a: Descriptor,
-                b: Descriptor,
-            ) {
+            unsafe fn product_transposed<T: Operand>(&mut self, a: Descriptor, b: Descriptor) {
                 #[cfg(target_arch = "nvptx64")]
                 {
                     let d = &mut self.values;
@@ -672,11 +663,11 @@ macro_rules! transposed_product {
                                 core::arch::asm!(
                                     "{{ .reg .b64 a, b; .reg .b32 low; wgmma.fence.sync.aligned; ",
                                     $(transposed_step!($n $type $k $list),)*
-                                    "wgmma.commit_group.sync.aligned; }} // {place}",
+                                    "wgmma.commit_group.sync.aligned; }}",
                                     $(out(reg32) d[$g][0], out(reg32) d[$g][1],
                                       out(reg32) d[$g][2], out(reg32) d[$g][3],)*
                                     a = in(reg32) a.0, b = in(reg32) b.0,
-                                    high = const Descriptor::HIGH, place = const PLACE,
+                                    high = const Descriptor::HIGH,
                                     options(nostack)
                                 );
                             }
@@ -758,4 +749,3 @@ with_groups!(64 transposed_product (8 [0 1 2 3 4 5 6 7]));
 with_groups!(64 shared_product (12 [0 1 2 3 4 5 6 7 8 9 10 11]));
 with_groups!(192 register_product (4 [(0 p0 p1 p2 p3) (1 p4 p5 p6 p7) (2 p8 p9 p10 p11)
     (3 p12 p13 p14 p15)]));
-with_groups!(64 transposed_product (4 [0 1 2 3]));

@@ -240,7 +240,7 @@ fn transposed_product_sums_over_the_rows_of_both() {
         for _ in 0..2 {
             let (a, b) = (Descriptor::n_major(A, 0), Descriptor::n_major(B, 0));
             // SAFETY: the whole warpgroup is here, and nothing is overwritten.
-            unsafe { TransposedProduct::<8>::product_transposed::<f16, 0>(&mut s, a, b) };
+            unsafe { TransposedProduct::<8>::product_transposed::<f16>(&mut s, a, b) };
             s.wait_group::<0>();
         }
         for (g, group) in s.values().iter().enumerate() {

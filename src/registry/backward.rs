@@ -4,8 +4,10 @@
 use kernels_gpu::{
     args,
     backward::{
-        self, backward_hopper, backward_mma, backward_naive, backward_standard, backward_tiled,
-        bias, convert, order, prepare, sinks,
+        self,
+        backward_hopper::{self, queries},
+        backward_mma, backward_naive, backward_standard, backward_tiled, bias, convert, order,
+        prepare, sinks,
     },
     entry::Instances,
 };
@@ -16,7 +18,7 @@ use super::{
     attention::{Args, AttentionLimits, Sizes, attention_args, map, tensor_arg},
     plan::Plan,
     table::{
-        ALL_FEATURES, constants, entry_size, has_narrow_values, heads, kept_weights,
+        self, ALL_FEATURES, constants, entry_size, has_narrow_values, heads, kept_weights,
         padded_constants, tiles,
     },
     tensors::{BiasView, Region, View},
@@ -474,38 +476,37 @@ const BACKWARD_HOPPER: BackwardSpec = BackwardSpec {
         let is_narrow = has_narrow_values(p, d);
         let d_v = if is_narrow { 128 } else { d };
         let hopper = backward_hopper::Tiles::with_values(d as u32, d_v as u32);
-        let instances = match (is_narrow, in_order(b, hopper.keys)) {
+        let is_ordered = !hopper.is_wide() && in_order(b, hopper.keys);
+        let instances = match (is_narrow, is_ordered) {
+            (true, _) => backward_hopper::VALUES_OF_128,
             (false, false) => backward_hopper::ENTRIES,
             (false, true) => backward_hopper::ORDERED_ENTRIES,
-            (true, false) => backward_hopper::VALUES_OF_128,
-            (true, true) => backward_hopper::ORDERED_VALUES_OF_128,
         };
         let [rows, keys, numbers] = hopper.boxes();
+        let mut maps = operand_maps(rows, keys);
+        maps.extend([
+            Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::MinusLseLog2, b) },
+            Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::Delta, b) },
+        ]);
         let main = Step {
             grid: grid(tiles(p.seq_k(), hopper.keys), kv_heads(p)),
             shared_bytes: hopper.shared_bytes(),
-            maps: vec![
-                Map {
-                    box_dims: rows,
-                    spec: |c, b| tensor_map(c, &c.args.forward.q, Problem::q_extents, b),
-                },
-                Map {
-                    box_dims: keys,
-                    spec: |c, b| tensor_map(c, &c.args.forward.k, Problem::k_extents, b),
-                },
-                Map {
-                    box_dims: keys,
-                    spec: |c, b| tensor_map(c, &c.args.forward.v, Problem::v_extents, b),
-                },
-                Map {
-                    box_dims: rows,
-                    spec: |c, b| tensor_map(c, &c.args.d_o, Problem::o_extents, b),
-                },
-                Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::MinusLseLog2, b) },
-                Map { box_dims: numbers, spec: |c, b| numbers_map(c, Usage::Delta, b) },
-            ],
+            maps,
             ..padded_step(b, instances, d)?
         };
+        if hopper.is_wide() {
+            let instances = if is_narrow { queries::VALUES_OF_128 } else { queries::ENTRIES };
+            let queries = Step {
+                grid: table::grid(p, queries::ROWS),
+                shared_bytes: queries::shared_bytes(hopper),
+                maps: operand_maps(rows, keys),
+                ..padded_step(b, instances, d)?
+            };
+            return Ok(Draft {
+                sections: row_sections(b).into(),
+                steps: steps(b, [main, queries])?,
+            });
+        }
         let parts = hopper.dq_parts() * tiles(p.seq_q(), hopper.rows);
         let convert = Step {
             grid: grid(parts, heads(p)),
@@ -514,6 +515,25 @@ const BACKWARD_HOPPER: BackwardSpec = BackwardSpec {
         sums_in_memory(b, d, hopper.keys, [main, convert])
     },
 };
+
+/// The tensor maps of Q, K, V and dO, by boxes of rows and of keys.
+fn operand_maps(rows: [u32; 4], keys: [u32; 4]) -> Vec<Map<Backward>> {
+    vec![
+        Map {
+            box_dims: rows,
+            spec: |c, b| tensor_map(c, &c.args.forward.q, Problem::q_extents, b),
+        },
+        Map {
+            box_dims: keys,
+            spec: |c, b| tensor_map(c, &c.args.forward.k, Problem::k_extents, b),
+        },
+        Map {
+            box_dims: keys,
+            spec: |c, b| tensor_map(c, &c.args.forward.v, Problem::v_extents, b),
+        },
+        Map { box_dims: rows, spec: |c, b| tensor_map(c, &c.args.d_o, Problem::o_extents, b) },
+    ]
+}
 
 /// The tensor map of Q, K, V or dO.
 fn tensor_map(
@@ -627,7 +647,7 @@ mod tests {
             plan.entries().nth(1).unwrap().entry.symbol
         };
         assert_eq!(symbol(192, 128, false), "backward_hopper_f16_d192_v128");
-        assert_eq!(symbol(168, 104, true), "backward_hopper_f16_d192_v128_ordered");
+        assert_eq!(symbol(168, 104, true), "backward_hopper_f16_d192_v128");
         assert_eq!(symbol(192, 136, false), "backward_hopper_f16_d192");
         assert_eq!(symbol(128, 64, true), "backward_hopper_f16_d128_ordered");
         assert_eq!(symbol(256, 128, false), "backward_hopper_f16_d256");

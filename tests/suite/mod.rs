@@ -390,6 +390,16 @@ pub fn thinned<T>(dtype: DType, cases: Vec<T>) -> Vec<T> {
     cases.into_iter().step_by(every).collect()
 }
 
+/// The cases of this process: all, or with `FLASH_ATTENTION_TEST_PART` set to `2/8` every eighth from number 2 on.
+/// A GPU's driver compiles kernels for a process one after another, but for several processes at once.
+pub fn of_this_process<T>(cases: Vec<T>) -> Vec<T> {
+    let Ok(text) = std::env::var("FLASH_ATTENTION_TEST_PART") else { return cases };
+    let (part, of) = text.split_once('/').expect("a part like 2/8");
+    let [part, of] = [part, of].map(|number| number.parse().expect("a part like 2/8"));
+    assert!(part < of, "a part below {of}");
+    cases.into_iter().skip(part).step_by(of).collect()
+}
+
 /// A tensor `[1, N, H, D]` of random numbers, with NaN in its last `beyond` rows.
 pub fn with_nan_beyond(dtype: DType, shape: [usize; 4], beyond: usize, seed: u64) -> Tensor {
     let mut tensor = Tensor::random(dtype, &shape, seed, 0.5);

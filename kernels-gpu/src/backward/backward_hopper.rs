@@ -35,8 +35,7 @@
 //! |---|---|---|---|
 //! | 64 | 128 x 128 | 198,840 | 32, 32, 64, 64, 32 of 240 |
 //! | 128 | 64 x 128 | 197,816 | 64, 64, 32, 32, 16 of 240 |
-//! | 192, 256 | 64 x 64 | 164,952, 214,104 | in `wide.rs`: consumers share keys, one has dV, the other dK |
-//! | 192, values of 128 | 64 x 64 | 140,376 | likewise |
+//! | above 128 | 64 x 64 | up to 205,912 | in `wide.rs`: consumers share keys, one has dV, the other dK; `queries.rs` has dQ |
 //!
 //! Where the time goes, by counting, for a tile at D = 128: five products of 64 x 128 x 128 take
 //! 2560 clocks of the tensor cores. Their operands are 256 KB of shared memory, 2048 clocks at 128
@@ -49,24 +48,21 @@
 //! as Sᵀ starts, delta before dPᵀ is waited for, and a thread keeps its number: to read a special register
 //! takes the same queue.
 //!
-//! At D = 256 a tile of 64 x 64 takes 2560 clocks of the tensor cores. Its operands are 256 KB of shared
-//! memory, 2048 clocks; P and dS add 24 KB, the copies 64 KB. Its 64 KB of dQ take 4300 clocks, when all
-//! multiprocessors add to the L2 (32 KB: 2150 measured). So the additions limit head dims above 128.
-//!
-//! Blocks add to dQ in f32 in the order in which they come, so its last bits differ from run to run;
+//! Up to D 128 blocks add to dQ in f32 in the order in which they come, so its last bits differ from run to run;
 //! [`order`](super::order) fixes the order. The sums lie in memory in the order of registers: 16 bytes of
 //! one thread, then 16 bytes of the next, so a warp adds 512 neighbouring bytes.
 //! `convert` puts them in order.
 //!
 //! Measured (f16, 16k tokens, hidden 2048, prepare and convert included, one H200, bursts): at N 4096 605
 //! TFLOP/s at D 128, 517 at D 64, causal 533 and 471, where cuDNN took 566, 460, 487 and 384, and
-//! FlashAttention's CuTe kernel 642, 554, 559 and 498; at N 512 362 and 312, causal 228 and 199. At N 8192 409
-//! at D 192 and 420 at D 256 (8 heads).
+//! FlashAttention's CuTe kernel 642, 554, 559 and 498; at N 512 362 and 312, causal 228 and 199. At N 8192 483
+//! at D 192 and 510 at D 256 (8 heads), where cuDNN took 374 and 382.
 //!
 //! Tried, and not faster: dQ by reductions from the consumers' registers (5 to 8 % slower at D 128); S of a
 //! tile before dQ of the one before is handed over (10 % slower); dK behind dP of the next tile, with dSᵀ from
 //! shared memory (causal 3 % faster, full 1 to 7 % slower); a quarter of the exponentials as polynomials (1 to 3 %
-//! slower); dV after dS at D 128 too (2 % slower), or after dQ (5 %).
+//! slower); dV after dS at D 128 too (2 % slower), or after dQ (5 %); at D 64 all exponentials before the wait for
+//! dP, by a branch (3 to 5 % slower). `wide.rs` and `queries.rs` have their own.
 //!
 //! Limits: f16 and bf16; head dims up to 256, in tiles of 64, 128, 192 or 256 columns; strides and addresses in
 //! multiples of 16 bytes (TMA's rule).
@@ -95,6 +91,8 @@ mod consumer;
 pub mod convert;
 mod geometry;
 mod producer;
+pub mod queries;
+mod rows;
 mod sums;
 mod tile;
 mod tiles;
@@ -124,7 +122,9 @@ enum NamedBarrier {
     /// dS is written.
     Consumers,
     /// P is written, where consumers share keys.
-    Weights,
+    WeightsFull,
+    /// P has been read.
+    WeightsEmpty,
     /// A consumer's part of dQ is written.
     DqFull(u32),
     /// A consumer's part of dQ has been read.
@@ -138,10 +138,11 @@ impl barrier::Named for NamedBarrier {
     fn id(self) -> u32 {
         match self {
             Self::Consumers => 1,
-            Self::Weights => 2,
-            Self::DqFull(consumer) => 3 + consumer,
-            Self::DqEmpty(consumer) => 3 + CONSUMERS + consumer,
-            Self::Store(consumer) => 3 + 2 * CONSUMERS + consumer,
+            Self::WeightsFull => 2,
+            Self::WeightsEmpty => 3,
+            Self::DqFull(consumer) => 4 + consumer,
+            Self::DqEmpty(consumer) => 4 + CONSUMERS + consumer,
+            Self::Store(consumer) => 4 + 2 * CONSUMERS + consumer,
         }
     }
 }
@@ -246,7 +247,7 @@ pub unsafe fn backward_hopper<T: Operand, G: Geometry>(args: &HopperArgs) {
         // SAFETY: the launch gives the shared memory stated above.
         ds_buffers: unsafe {
             let first = tiles.ds() + warp_keys * CHUNK_ROW_BYTES;
-            let bytes = 2 * tiles.ds_bytes() - warp_keys * CHUNK_ROW_BYTES;
+            let bytes = tiles.score_buffers() * tiles.ds_bytes() - warp_keys * CHUNK_ROW_BYTES;
             Shared::dynamic(first, bytes / T::BYTES)
         },
         // SAFETY: the launch gives the shared memory stated above.
@@ -270,20 +271,13 @@ entries! {
 entries! {
     /// Instances of [`backward_hopper()`] that sum dQ in a fixed order.
     pub static ORDERED_ENTRIES: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
-    backward_hopper: T in [f16, bf16], d D in [64, 128, 192, 256], "_ordered" =
+    backward_hopper: T in [f16, bf16], d D in [64, 128], "_ordered" =
         backward_hopper::<T, Hopper<{ D as u32 }, { D as u32 }, true>>;
 }
 
 entries! {
-    /// Instances of [`backward_hopper()`] for values of head dim 128, that sum dQ as [`ENTRIES`] do.
+    /// Instances of [`backward_hopper()`] for values of head dim 128.
     pub static VALUES_OF_128: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
     backward_hopper: T in [f16, bf16], d D in [192], "_v128" =
         backward_hopper::<T, Hopper<{ D as u32 }, 128, false>>;
-}
-
-entries! {
-    /// Instances of [`backward_hopper()`] for values of head dim 128, that sum dQ in a fixed order.
-    pub static ORDERED_VALUES_OF_128: HopperArgs => "sm_90a", threads Tiles::THREADS, min_blocks 1;
-    backward_hopper: T in [f16, bf16], d D in [192], "_v128_ordered" =
-        backward_hopper::<T, Hopper<{ D as u32 }, 128, true>>;
 }

@@ -41,7 +41,7 @@ use crate::{
     parts::{head::Head, policy::Policy, schedule},
 };
 
-/// Rows per turn: a tile of 64 rows has 16 turns, four warps' for each of four chunks of columns.
+/// Rows per turn: a tile of 64 rows has room for the turns of 16 parts.
 const TURN_ROWS: u32 = 4;
 /// Words before the turns, of which the first counts tickets: a sector of its own.
 const TICKETS: u64 = 8;

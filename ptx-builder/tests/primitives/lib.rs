@@ -204,7 +204,7 @@ entries! {
     }
     wgmma_transposed(out: u64, a: u32, b: u32) {
         let mut s = Accumulator::<8>::zero();
-        TransposedProduct::<8>::product_transposed::<bf16, 0>(&mut s, Descriptor::n_major(a, 0), Descriptor::n_major(b, 0));
+        TransposedProduct::<8>::product_transposed::<bf16>(&mut s, Descriptor::n_major(a, 0), Descriptor::n_major(b, 0));
         s.wait_group::<0>();
         one(out).write(0, s.values()[3][1]);
     }

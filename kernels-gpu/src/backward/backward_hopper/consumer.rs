@@ -1,30 +1,25 @@
 //! A consumer warpgroup and its 64 keys: the products, P and dS.
 
 use simt::{
-    atomic, barrier,
+    barrier,
     compiler::opaque,
-    layout::{Swizzled, TileLayout},
-    matrix, mbarrier,
+    mbarrier,
     shared::Shared,
-    unroll,
-    warp::{self, FULL_MASK},
-    warpgroup,
-    wgmma::{
-        Accumulator, CHUNK_COLUMNS, CHUNK_ROW_BYTES, Descriptor, Operand, TransposedProduct,
-        WaitGroup,
-    },
+    unroll, warp, warpgroup,
+    wgmma::{Accumulator, CHUNK_ROW_BYTES, Descriptor, Operand, TransposedProduct, WaitGroup},
 };
 
 use super::{
     CONSUMERS, NamedBarrier, Rings,
     geometry::{Geometry, GradientTile},
+    rows::{Destination, share_scores, store_rows},
     sums,
     tile::{Rows, ScoreTile},
-    tiles::{CONSUMER_KEYS, DQ_ELEMENTS, STAGES, WARP_KEYS},
+    tiles::{CONSUMER_KEYS, DQ_ELEMENTS, STAGES},
 };
 use crate::{
     args::{BackwardArgs, Tensor},
-    backward::order::{Part, Place},
+    backward::order::Place,
     parts::{
         columns::Columns,
         head::Head,
@@ -32,9 +27,6 @@ use crate::{
         policy::Policy,
     },
 };
-
-/// Warps of a consumer.
-const WARPS: u32 = warpgroup::THREADS / warp::LANES;
 
 /// A tile of rows of a head.
 #[derive(Clone, Copy)]
@@ -158,6 +150,41 @@ impl<T: Operand> Setting<'_, T> {
         policy.whole_keys(first_row) < first_key + CONSUMER_KEYS
             || Policy::is_left_bounded()
                 && policy.whole_from(first_row + const { G::TILES.rows - 1 }) > first_key
+    }
+
+    /// Stores a warp's 16 keys of dK or dV, times `factor`. They pass through shared memory, laid out as K is, from
+    /// byte `through` on.
+    ///
+    /// # Safety
+    /// `to` must be `[B, Hkv, Nk, D]`. Nobody may read or write the rows of the warp's keys in that shared memory any
+    /// more.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub(super) unsafe fn store_keys<G: Geometry>(
+        &self,
+        through: u32,
+        head: Head,
+        (to, columns, factor): (&Tensor, Columns, f32),
+        values: &[[f32; 4]],
+    ) {
+        let keys = const { G::TILES.keys };
+        let lane = self.lane_id();
+        // The warp's first key in the block.
+        let first = self.own_key - lane / 4;
+        let first_key = self.place.key_tile() * keys + first;
+        let to = Destination {
+            to,
+            first: head.key(to, first_key),
+            rows: head.seq_k.saturating_sub(first_key),
+            columns,
+            factor,
+        };
+        // SAFETY: the launch gives the shared memory, and these rows are the warp's.
+        unsafe {
+            let bytes = keys * 16 * values.len() as u32 - first * CHUNK_ROW_BYTES;
+            let rows = Shared::<T>::dynamic(through + first * CHUNK_ROW_BYTES, bytes / T::BYTES);
+            store_rows::<T>(rows, keys, lane, &to, values);
+        }
     }
 }
 
@@ -303,7 +330,7 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
         let k = self.setting.address(0) + self.setting.own * const { G::TILES.dq_column_chunk() };
         let k = Descriptor::n_major(k, 0);
         // SAFETY: all four warps are here, and dS and K stay until dQ is waited for.
-        unsafe { TransposedProduct::<8>::product_transposed::<T, 0>(&mut dq, ds, k) };
+        unsafe { TransposedProduct::<8>::product_transposed::<T>(&mut dq, ds, k) };
         dq
     }
 
@@ -439,64 +466,9 @@ impl<'a, T: Operand, G: Geometry> Consumer<'a, T, G> {
                 (&gradients.dv, Columns::of_values(), rescale),
             );
             let v = const { G::TILES.v() };
-            store_rows::<T, G>(&self.setting, v, head, dv, self.dv.values());
-            store_rows::<T, G>(&self.setting, v, head, dk, self.dk.values());
+            self.setting.store_keys::<G>(v, head, dv, self.dv.values());
+            self.setting.store_keys::<G>(v, head, dk, self.dk.values());
         }
-    }
-}
-
-/// Writes a warp's part of dSᵀ, 16 keys and all rows of a tile, to where it begins in a buffer; chunks have
-/// `keys` keys.
-#[inline(always)]
-#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub(super) fn share_scores<T: Operand>(buffer: Shared<T>, keys: u32, lane: u32, ds: &[[u32; 4]]) {
-    const STRIP: u32 = WARP_KEYS * CHUNK_COLUMNS;
-    // Lane 8 m + r says where row r of matrix m goes, of four: the second is below the first, the
-    // others to their right.
-    let place = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(lane % 16, lane / 16 * 8);
-    unroll!(for STEP in 0..16 {
-        if STEP < ds.len() {
-            let chunk = STEP as u32 / 4 * (keys * CHUNK_COLUMNS);
-            let place =
-                Swizzled::<{ CHUNK_COLUMNS as usize }>::right(place, 16 * (STEP as u32 % 4));
-            matrix::store_x4(buffer.slice(chunk, STRIP), place, ds[STEP]);
-        }
-    });
-}
-
-/// Adds a part of dQ of a tile that this warpgroup has computed.
-///
-/// # Safety
-/// As for [`Geometry::consume`].
-#[inline(always)]
-pub(super) unsafe fn add_part<G: Geometry>(
-    setting: &Setting<'_, impl Operand>,
-    at: At,
-    part: u32,
-    dq: &Accumulator<8>,
-) {
-    // SAFETY: `dq_acc` is f32 `[B, H, Nq', D]`.
-    let dq_acc = unsafe { setting.args.steps.dq_acc.view_mut::<f32>() };
-    // Neighbouring threads, neighbouring 16 bytes.
-    let first = part_of::<G>(&at.head, at.tile, part) + setting.thread_id() as u64 * 4;
-    let values = dq.values();
-    let rows = const { G::TILES.rows };
-    let own = Part {
-        first_row: at.tile * rows,
-        rows,
-        part: part * WARPS + setting.thread_id() / warp::LANES,
-        place: setting.place,
-        keys: const { G::TILES.keys },
-    };
-    // SAFETY: positions read no memory; every block that has keys for these rows comes here.
-    unsafe {
-        let policy = Policy::new(&setting.args.forward, at.head);
-        own.wait(setting.args, &policy);
-        unroll!(for G in 0..8 {
-            let index = first + (G as u32 * warpgroup::THREADS * 4) as u64;
-            atomic::reduce_add_x4_global(dq_acc, index, values[G]);
-        });
-        own.pass(setting.args, &policy);
     }
 }
 
@@ -505,66 +477,4 @@ pub(super) unsafe fn add_part<G: Geometry>(
 pub(super) const fn part_of<G: Geometry>(head: &Head, tile: u32, part: u32) -> u64 {
     let parts = (tile * G::TILES.dq_parts() + part) as u64;
     head.padded_row(0) * G::TILES.d as u64 + parts * DQ_ELEMENTS as u64
-}
-
-/// Stores a warp's 16 keys of dK or dV, times `factor`: each row at once, by neighbouring threads. They pass
-/// through shared memory, laid out as K and V are, from byte `through` on.
-///
-/// # Safety
-/// `to` must be `[B, Hkv, Nk, D]`, and no other warp writes these keys. Nobody may read or write the rows of these
-/// keys in that shared memory any more.
-#[inline(always)]
-#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub(super) unsafe fn store_rows<T: Operand, G: Geometry>(
-    setting: &Setting<'_, T>,
-    through: u32,
-    head: Head,
-    (to, columns, factor): (&Tensor, Columns, f32),
-    values: &[[f32; 4]],
-) {
-    let keys = const { G::TILES.keys };
-    let d = 8 * values.len() as u32;
-    let lane = setting.lane_id();
-    // The warp's first key in the block.
-    let first = setting.own_key - lane / 4;
-    // SAFETY: the launch gives the shared memory, and these rows are the warp's.
-    let rows = unsafe {
-        let bytes = keys * d * 2 - first * CHUNK_ROW_BYTES;
-        Shared::<T>::dynamic(through + first * CHUNK_ROW_BYTES, bytes / T::BYTES)
-    };
-    let mut packed = [[0; 4]; 16];
-    unroll!(for G in 0..32 {
-        if G < values.len() {
-            unroll!(for R in 0..2 {
-                let pair = [0, 1].map(|e: usize| values[G][2 * R + e] * factor);
-                packed[G / 2][G % 2 * 2 + R] = T::pack(pair[0], pair[1]);
-            });
-        }
-    });
-    // Hazard: lanes may still read what passed before.
-    warp::sync_warp(FULL_MASK);
-    share_scores::<T>(rows, keys, lane, &packed[..values.len() / 2]);
-    // Hazard: lanes read what others have written.
-    warp::sync_warp(FULL_MASK);
-    // 16 bytes of each thread; with 192 columns the last eight threads have none.
-    let threads = d / 8;
-    let rows_at_once = warp::LANES / threads;
-    let (own_row, column) = (lane / threads, lane % threads * 8);
-    // SAFETY: the tensor has that shape.
-    let view = unsafe { to.buffer.view_mut::<T>() };
-    unroll!(for PASS in 0..16 {
-        let row = own_row + PASS as u32 * rows_at_once;
-        let key = setting.place.key_tile() * keys + first + row;
-        let is_own = own_row < rows_at_once && row < WARP_KEYS;
-        if PASS as u32 * rows_at_once < WARP_KEYS
-            && is_own
-            && key < head.seq_k
-            && columns.has(column)
-        {
-            let chunk = column / CHUNK_COLUMNS * (keys * CHUNK_COLUMNS);
-            let from = Swizzled::<{ CHUNK_COLUMNS as usize }>::index(row, column % CHUNK_COLUMNS);
-            let eight = rows.read_as::<[u32; 4]>(chunk + from);
-            view.write_as(head.key(to, key) + column as u64, eight);
-        }
-    });
 }

@@ -82,6 +82,6 @@ pub unsafe fn convert<T: Operand, G: Geometry>(args: &BackwardArgs) {
 entries! {
     /// Instances of [`convert()`].
     pub static ENTRIES: BackwardArgs => "sm_90a", threads THREADS, min_blocks 1;
-    backward_hopper_convert: T in [f16, bf16], d D in [64, 128, 192, 256] =
+    backward_hopper_convert: T in [f16, bf16], d D in [64, 128] =
         convert::<T, Hopper<{ D as u32 }, { D as u32 }, false>>;
 }

@@ -5,7 +5,12 @@ use simt::wgmma::{
     WaitGroup,
 };
 
-use super::{consumer, consumer::Setting, tile::ScoreTile, tiles::Tiles, wide};
+use super::{
+    consumer::{self, Setting},
+    tile::ScoreTile,
+    tiles::Tiles,
+    wide,
+};
 use crate::backward::order::Place;
 
 /// Head dims, and what follows from them.
@@ -90,10 +95,16 @@ pub struct Hopper<const D: u32, const D_V: u32, const ORDERED: bool>;
 
 /// Implements [`Geometry`], whose arrays have lengths that no generic code can compute.
 macro_rules! geometry {
-    ($d:literal, $d_v:literal, $consumer:ident) => {
-        impl<const ORDERED: bool> Geometry for Hopper<$d, $d_v, ORDERED> {
+    ($d:literal, $d_v:literal, wide) => {
+        geometry!(@impl () $d, $d_v, false, wide);
+    };
+    ($d:literal, $d_v:literal, consumer) => {
+        geometry!(@impl (const ORDERED: bool) $d, $d_v, ORDERED, consumer);
+    };
+    (@impl ($($ordered:tt)*) $d:literal, $d_v:literal, $is_ordered:tt, $consumer:ident) => {
+        impl<$($ordered)*> Geometry for Hopper<$d, $d_v, $is_ordered> {
             const TILES: Tiles = Tiles::with_values($d, $d_v);
-            const ORDERED: bool = ORDERED;
+            const ORDERED: bool = $is_ordered;
 
             type Scores = Accumulator<{ Tiles::of($d).rows as usize / 8 }>;
             type Weights = Fragments<{ Tiles::of($d).rows as usize / 16 }>;

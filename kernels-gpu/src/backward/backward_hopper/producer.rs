@@ -12,6 +12,27 @@ use crate::{
     parts::{pipeline::Stage, ragged::MapRows},
 };
 
+/// Starts to load a tile of `rows` rows from `row` on and `d` columns, chunk by chunk.
+///
+/// # Safety
+/// As for [`MapRows::load`].
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub(super) unsafe fn copy_tile(
+    of: MapRows,
+    to: u32,
+    map: u64,
+    (rows, d): (u32, u32),
+    row: u32,
+    full: Mbarrier,
+) {
+    for chunk in 0..d / CHUNK_COLUMNS {
+        let to = to + chunk * rows * CHUNK_ROW_BYTES;
+        // SAFETY: passed on to the caller.
+        unsafe { of.load(to, map, chunk * CHUNK_COLUMNS, row, full) };
+    }
+}
+
 /// Brings K and V, and then the tiles of Q and dO in the order that the consumers want them.
 ///
 /// # Safety
@@ -25,14 +46,8 @@ pub(super) unsafe fn produce<G: Geometry>(
 ) {
     let tiles = const { G::TILES };
     maps.prefetch();
-    // All chunks of a tile of `d` columns: rows from `row` on.
-    let copy = |of: MapRows, to: u32, map: u64, (rows, d): (u32, u32), row: u32, full: Mbarrier| {
-        for chunk in 0..d / CHUNK_COLUMNS {
-            let to = to + chunk * rows * CHUNK_ROW_BYTES;
-            // SAFETY: the parameter holds the maps; the ring keeps readers away.
-            unsafe { of.load(to, map, chunk * CHUNK_COLUMNS, row, full) };
-        }
-    };
+    // SAFETY: the parameter holds the maps; the ring keeps readers away.
+    let copy = |of, to, map, size, row, full| unsafe { copy_tile(of, to, map, size, row, full) };
     let mut work = RowTiles::of_block::<G>(args);
     let Some(mut at) = work.next() else { return };
     let first_key = G::place().key_tile() * tiles.keys;

@@ -60,8 +60,8 @@ impl Tiles {
         }
     }
 
-    /// Whether consumers share the block's keys.
-    pub(super) const fn is_wide(&self) -> bool {
+    /// Whether consumers share the block's keys, and dQ is computed by [`queries`](super::queries()).
+    pub const fn is_wide(&self) -> bool {
         self.keys == CONSUMER_KEYS
     }
 
@@ -116,22 +116,27 @@ impl Tiles {
         self.q() + STAGES * self.q_bytes()
     }
 
-    /// Offset of the two buffers of dS, or of one and P.
+    /// Offset of the two buffers of dS, where each consumer has keys of its own.
     pub(super) const fn ds(&self) -> u32 {
         self.d_o() + STAGES * self.d_o_bytes()
     }
 
-    /// Offset of P, where consumers share keys: it takes the place of the second buffer of dS.
+    /// Offset of P, where consumers share keys: it has the place and size of one buffer of dS.
     pub(super) const fn weights(&self) -> u32 {
-        self.ds() + self.ds_bytes()
+        self.ds()
+    }
+
+    /// Buffers of dS, or of P.
+    pub(super) const fn score_buffers(&self) -> u32 {
+        if self.is_wide() { 1 } else { 2 }
     }
 
     /// Bytes of a consumer's part of dQ.
     pub(super) const DQ_BYTES: u32 = DQ_ELEMENTS * size_of::<f32>() as u32;
 
-    /// Offset of the consumers' parts of dQ, which pass through shared memory where each has keys of its own.
+    /// Offset of the consumers' parts of dQ, where each has keys of its own.
     pub(super) const fn dq(&self) -> u32 {
-        self.ds() + 2 * self.ds_bytes()
+        self.ds() + self.score_buffers() * self.ds_bytes()
     }
 
     /// Offset of the stages of LSE.

@@ -1,7 +1,7 @@
 //! The consumers of head dims above 128: one has dV of the block's keys, the other dK.
 //!
 //! The accumulators of 64 keys would be 2 D registers of a thread, more than it has. So each consumer
-//! has one of them, and the products that it needs.
+//! has one of them, and the products that it needs. [`queries`](super::queries) has dQ.
 //!
 //! ```text
 //! values                                  keys
@@ -9,11 +9,9 @@
 //!     for each tile:                          for each tile:
 //!         wait for Sᵀ; Pᵀ = exp2(Sᵀ - LSE)        wait for dPᵀ
 //!         Pᵀ to shared memory  ── Weights ──>     dSᵀ = Pᵀ (dPᵀ - delta)
-//!         start dV += Pᵀ dO                       dSᵀ to shared memory
-//!         start Sᵀ of the next tile
-//!                     <── Consumers: dS is there ──>
-//!                                                 start dK += dSᵀ Q, and dPᵀ of the next tile
-//!         dQ = dS K, of its columns; add          dQ = dS K, of its columns; add
+//!         start dV += Pᵀ dO                       start dK += dSᵀ Q
+//!         start Sᵀ of the next tile               start dPᵀ of the next tile
+//!         wait for dV                             wait for dK
 //! dV                                      dK * scale
 //! ```
 //!
@@ -21,27 +19,32 @@
 //! rows of the same thread of the other, so that P goes from registers to the same registers, 16 bytes a
 //! thread at a time. It is rounded to the storage type on the way, with the slope of a cap in it.
 //!
-//! | D | registers of dV or dK, S or dP, P or dS, dQ a thread | chunks of dQ | shared bytes |
-//! |---|---|---|---|
-//! | 192, values of 128 | 64 or 96, 32, 16, 32 of 240 | 1 and 2 | 140,376 |
-//! | 192 | 96, 32, 16, 32 of 240 | 1 and 2 | 164,952 |
-//! | 256 | 128, 32, 16, 32 of 240 | 2 and 2 | 214,104 |
+//! | D | registers per thread of dV or dK, S or dP, P or dS, LSE or delta | shared bytes |
+//! |---|---|---|
+//! | 192, values of 128 | 64 or 96, 32, 16, 16 of 240 | 132,184 |
+//! | 192 | 96, 32, 16, 16 of 240 | 156,760 |
+//! | 256 | 128, 32, 16, 16 of 240 | 205,912 |
+//!
+//! dQ could be a fifth product here, as up to head dim 128. But a tile adds 64 rows of it to memory for 64 keys:
+//! 48 or 64 KB, which take 3,200 or 4,300 cycles when all multiprocessors add (32 KB: 2,150 measured). At D 256
+//! the four products take 2,048 cycles, and `queries` 1,536 for the same scores.
+//!
+//! Measured (ncu, N 4096, one H200): 2,697 cycles per tile at D 256, of which the tensor cores work 76 %; 1,853 and
+//! 69 % at D 192 with values of 128. Tried: K and V as operands in registers (4 % faster at D 192, 1 % with values
+//! of 128, level at 256: not worth a product of its own); Sᵀ before dV, so that the exponentials run beside dV
+//! (26 % more cycles); both waits at the end (level).
 
 use simt::{
     barrier,
     compiler::opaque,
-    mbarrier,
     shared::Shared,
-    thread, unroll, warpgroup,
-    wgmma::{
-        Accumulator, CHUNK_COLUMNS, CHUNK_ROW_BYTES, Descriptor, Operand, TransposedProduct,
-        WaitGroup,
-    },
+    unroll, warpgroup,
+    wgmma::{CHUNK_ROW_BYTES, Descriptor, Operand, WaitGroup},
 };
 
 use super::{
     CONSUMERS, NamedBarrier,
-    consumer::{At, RowTiles, Setting, add_part, share_scores, store_rows},
+    consumer::{At, RowTiles, Setting},
     geometry::{Geometry, GradientTile},
     tile::{Rows, ScoreTile},
     tiles::STAGES,
@@ -55,10 +58,13 @@ use crate::parts::{
 /// Steps of 16 rows in a tile.
 const STEPS: usize = 4;
 
-/// dV or dK of a block's keys, and this consumer's part of dQ.
+/// Threads at the barriers of P.
+const THREADS: u32 = CONSUMERS * warpgroup::THREADS;
+
+/// dV or dK of a block's keys.
 ///
 /// # Safety
-/// As for [`Geometry::consume`].
+/// As for [`Geometry::consume`](super::Geometry::consume).
 #[inline(always)]
 pub(super) unsafe fn work<T: Operand, G: Geometry>(setting: Setting<'_, T>) {
     // SAFETY: passed on to the caller.
@@ -77,6 +83,8 @@ struct Wide<'a, T, G: Geometry, S> {
     stage: Stage<Stages<STAGES>>,
     /// S, then P; or dP, then dS.
     scores: G::Scores,
+    /// Minus the LSE, or delta, of the rows whose S or dP has been started.
+    numbers: Rows,
     /// dV, or dK.
     sum: S,
 }
@@ -87,7 +95,8 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
     fn new(setting: Setting<'a, T>) -> Self {
         const { assert!(G::TILES.is_wide() && G::TILES.rows as usize == 16 * STEPS) };
         let (scores, sum) = (ScoreTile::zero(), GradientTile::zero());
-        Self { setting, stage: Stage::FIRST, scores, sum }
+        let numbers = Rows::later(setting.delta, 0);
+        Self { setting, stage: Stage::FIRST, scores, numbers, sum }
     }
 
     /// dV.
@@ -99,30 +108,31 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
         let mut work = RowTiles::of_block::<G>(self.setting.args);
         // SAFETY: passed on to the caller.
         unsafe {
-            if let Some(mut before) = work.next() {
+            if let Some(mut at) = work.next() {
                 // Hazard: K may not have landed.
                 self.setting.rings.k.wait(0);
                 self.start_scores();
-                self.scores.wait_group::<0>();
-                while let Some(at) = work.next() {
-                    self.weigh(before);
+                loop {
+                    // Sᵀ is complete.
+                    self.scores.wait_group::<0>();
+                    let p = self.weigh(at);
+                    self.start_dv(&p);
                     let done = self.stage;
+                    let Some(next) = work.next() else { break };
                     self.stage.advance();
                     self.start_scores();
-                    self.both();
-                    self.add_dq::<0>(before);
+                    // dV is complete; Sᵀ of the next tile may still run.
+                    self.sum.wait_group::<1>();
                     self.release(done);
-                    before = at;
+                    at = next;
                 }
-                self.weigh(before);
-                self.both();
-                self.add_dq::<1>(before);
+                self.sum.wait_group::<0>();
             }
             let policy = self.policy();
             let dv = (&self.setting.args.gradients.dv, Columns::of_values(), policy.rescale());
-            // No hazard: the other consumer has met this one after its last product with V.
-            let v = const { G::TILES.v() };
-            store_rows::<T, G>(&self.setting, v, policy.head, dv, self.sum.values());
+            // Hazard: products of this warpgroup's other warps may still read K. The other consumer has none with it.
+            self.meet();
+            self.setting.store_keys::<G>(0, policy.head, dv, self.sum.values());
         }
     }
 
@@ -136,33 +146,42 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
         let mut work = RowTiles::of_block::<G>(args);
         // SAFETY: passed on to the caller.
         unsafe {
-            if let Some(mut before) = work.next() {
+            if let Some(mut at) = work.next() {
+                barrier::arrive(NamedBarrier::WeightsEmpty, THREADS);
                 // Hazard: V may not have landed.
                 self.setting.rings.v.wait(0);
                 self.start_gradients();
-                self.scores.wait_group::<0>();
-                while let Some(at) = work.next() {
-                    let ds = self.differentiate(before);
+                loop {
+                    // dPᵀ is complete.
+                    self.scores.wait_group::<0>();
+                    let next = work.next();
+                    let ds = self.differentiate(at, next.is_some());
                     self.start_dk(&ds);
                     let done = self.stage;
+                    let Some(next) = next else { break };
                     self.stage.advance();
                     self.start_gradients();
-                    self.add_dq::<2>(before);
+                    // dK is complete; dPᵀ of the next tile may still run.
+                    self.sum.wait_group::<1>();
                     self.release(done);
-                    before = at;
+                    at = next;
                 }
-                let ds = self.differentiate(before);
-                self.start_dk(&ds);
-                self.add_dq::<3>(before);
+                self.sum.wait_group::<0>();
             }
             let dk = (&args.gradients.dk, Columns::of_keys(), args.forward.scores.scale);
             let head = self.policy().head;
-            // Hazard: products of this warpgroup's other warps may still read Q. The other consumer has met this
-            // one after its last product with Q.
-            barrier::sync(NamedBarrier::Store(1), warpgroup::THREADS);
+            // Hazard: products of this warpgroup's other warps may still read Q. The other consumer's last product
+            // with it was complete before the last P was there.
+            self.meet();
             let q = const { G::TILES.q() };
-            store_rows::<T, G>(&self.setting, q, head, dk, self.sum.values());
+            self.setting.store_keys::<G>(q, head, dk, self.sum.values());
         }
+    }
+
+    /// Waits for the warps of this consumer.
+    #[inline(always)]
+    fn meet(&self) {
+        barrier::sync(NamedBarrier::Store(self.setting.own), warpgroup::THREADS);
     }
 
     /// The policy of the block's first head.
@@ -174,14 +193,6 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
         let head = self.setting.head();
         // SAFETY: mask, slopes and bias are as `args` says.
         unsafe { Policy::new(&self.setting.args.forward, head) }
-    }
-
-    /// Waits for the other consumer: dS is there, and what both read of the tile, but for products, has
-    /// been read.
-    #[inline(always)]
-    fn both(&self) {
-        // Hazard: each consumer multiplies dS, which one has written; P is overwritten next.
-        barrier::sync(NamedBarrier::Consumers, CONSUMERS * warpgroup::THREADS);
     }
 
     /// Gives Q and dO of a stage back, when this consumer's products with them are complete.
@@ -207,6 +218,14 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
             + self.stage.index() * const { G::TILES.d_o_bytes() }
     }
 
+    /// This stage of minus the LSE or of delta, read now.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn rows(&self, stages: Shared<f32>) -> Rows {
+        let rows = const { G::TILES.rows };
+        Rows::now::<8>(stages.slice(self.stage.index() * rows, rows), self.setting.column())
+    }
+
     /// Starts Sᵀ = K Qᵀ of this stage's tile.
     ///
     /// # Safety
@@ -218,6 +237,7 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
         let q = Descriptor::k_major(self.q());
         // SAFETY: passed on to the caller.
         unsafe { G::start_scores::<T>(&mut self.scores, k, q) };
+        self.numbers = self.rows(self.setting.minus_lse);
     }
 
     /// Starts dPᵀ = V dOᵀ of this stage's tile.
@@ -231,6 +251,7 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
         let d_o = Descriptor::k_major(self.d_o());
         // SAFETY: passed on to the caller.
         unsafe { G::start_dp::<T>(&mut self.scores, v, d_o) };
+        self.numbers = self.rows(self.setting.delta);
     }
 
     /// The first row and key of this thread in a tile.
@@ -241,13 +262,12 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
         (i, j)
     }
 
-    /// P of a tile from its scores, for the other consumer; starts dV += Pᵀ dO.
+    /// P of a tile from its scores, for the other consumer, and with dropout for dV.
     ///
     /// # Safety
     /// As for [`work`].
     #[inline(always)]
-    unsafe fn weigh(&mut self, at: At) {
-        let (rows, stage) = (const { G::TILES.rows }, self.stage);
+    unsafe fn weigh(&mut self, at: At) -> G::Weights {
         // SAFETY: mask, slopes and bias are as `args` says.
         let policy = unsafe { Policy::new(&self.setting.args.forward, at.head) };
         let (i, j) = self.first(at);
@@ -255,18 +275,26 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
         if self.setting.is_cut::<G>(&policy, at, 0) {
             self.scores.hide(&policy, i, j);
         }
-        let minus_lse = self.setting.minus_lse.slice(stage.index() * rows, rows);
-        self.scores.weigh(policy.scale_log2(), Rows::later(minus_lse, self.setting.column()));
+        self.scores.weigh(policy.scale_log2(), self.numbers);
         let handed = self.scores.pack_shaped::<T>(slopes);
+        // Hazard: the other consumer may not have read the P before.
+        barrier::sync(NamedBarrier::WeightsEmpty, THREADS);
         self.hand_over(&handed);
-        // Hazard: the other consumer reads P; it has read the P before when both have met for dS.
-        barrier::arrive(NamedBarrier::Weights, CONSUMERS * warpgroup::THREADS);
+        barrier::arrive(NamedBarrier::WeightsFull, THREADS);
         let kept = G::Scores::kept(&policy, i, j);
-        let p = self.scores.pack::<T>(kept);
-        self.setting.rings.d_o.wait(stage);
+        self.scores.pack::<T>(kept)
+    }
+
+    /// Starts dV += Pᵀ dO of this stage's tile.
+    ///
+    /// # Safety
+    /// As for [`work`].
+    #[inline(always)]
+    unsafe fn start_dv(&mut self, p: &G::Weights) {
+        self.setting.rings.d_o.wait(self.stage);
         let d_o = Descriptor::n_major(self.d_o(), const { G::TILES.rows * CHUNK_ROW_BYTES });
         // SAFETY: passed on to the caller.
-        unsafe { self.sum.start::<T>(&p, d_o) };
+        unsafe { self.sum.start::<T>(p, d_o) };
     }
 
     /// The buffer of P: 16 bytes of each thread for each step, in elements of 4 bytes.
@@ -292,40 +320,37 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
         });
     }
 
-    /// dS of a tile from its dP, for both.
+    /// dS of a tile from its dP. `goes_on`: whether another tile follows.
     ///
     /// # Safety
     /// As for [`work`].
     #[inline(always)]
-    unsafe fn differentiate(&mut self, at: At) -> G::Weights {
-        let (rows, stage) = (const { G::TILES.rows }, self.stage);
+    unsafe fn differentiate(&mut self, at: At, goes_on: bool) -> G::Weights {
         // SAFETY: mask, slopes and bias are as `args` says.
         let policy = unsafe { Policy::new(&self.setting.args.forward, at.head) };
         let (i, j) = self.first(at);
         let kept = G::Scores::kept(&policy, i, j);
         // Hazard: the other consumer has yet to write P.
-        barrier::sync(NamedBarrier::Weights, CONSUMERS * warpgroup::THREADS);
+        barrier::sync(NamedBarrier::WeightsFull, THREADS);
         let from = self.weights();
         let first = self.setting.thread_id() * 4;
-        let delta = self.setting.delta.slice(stage.index() * rows, rows);
-        let delta = Rows::later(delta, self.setting.column());
+        let mut p = [[0; 4]; STEPS];
         unroll!(for STEP in 0..4 {
-            let p = from.read_as::<[u32; 4]>(first + STEP as u32 * warpgroup::THREADS * 4);
-            self.scores.differentiate_step::<T>(STEP, p, kept, policy.rescale(), delta);
+            p[STEP] = from.read_as(first + STEP as u32 * warpgroup::THREADS * 4);
         });
-        let ds = self.scores.pack::<T>([u32::MAX; 2]);
-        // Hazard: none that needs a wait. The products that read dS of the tile before were waited for by
-        // this consumer, and by the other before it announced P.
-        share_scores::<T>(
-            self.setting.ds_buffers,
-            const { G::TILES.keys },
-            self.setting.lane_id(),
-            ds.as_ref(),
-        );
-        // Hazard: the tensor cores read what threads have written.
-        mbarrier::fence_proxy_async();
-        self.both();
-        ds
+        if goes_on {
+            barrier::arrive(NamedBarrier::WeightsEmpty, THREADS);
+        }
+        unroll!(for STEP in 0..4 {
+            self.scores.differentiate_step::<T>(
+                STEP,
+                p[STEP],
+                kept,
+                policy.rescale(),
+                self.numbers,
+            );
+        });
+        self.scores.pack::<T>([u32::MAX; 2])
     }
 
     /// Starts dK += dSᵀ Q of this stage's tile.
@@ -339,41 +364,5 @@ impl<'a, T: Operand, G: Geometry, S: GradientTile<G::Weights>> Wide<'a, T, G, S>
         let q = Descriptor::n_major(self.q(), const { G::TILES.rows * CHUNK_ROW_BYTES });
         // SAFETY: passed on to the caller.
         unsafe { self.sum.start::<T>(ds, q) };
-    }
-
-    /// dQ = dS K of a tile, this consumer's chunks of columns, added to memory. Everything that was started
-    /// before is complete then.
-    ///
-    /// # Safety
-    /// As for [`work`].
-    #[inline(always)]
-    unsafe fn add_dq<const PLACE: u32>(&mut self, at: At) {
-        // Places 0 and 1 are those of the consumer of dV, which computes P and has fewer of three chunks.
-        let (chunks, of_values) = const {
-            let chunks = G::TILES.d / CHUNK_COLUMNS;
-            (chunks, chunks / 2)
-        };
-        let (first, end) = if PLACE < 2 { (0, of_values) } else { (of_values, chunks) };
-        unroll!(for C in 0..2 {
-            let chunk = first + C as u32;
-            // A branch that ptxas cannot decide: it would start the second product before it adds the
-            // first, and spill. Every grid has blocks.
-            if chunk < end && (C == 0 || opaque(thread::grid_dim_x()) != 0) {
-                let mut dq = Accumulator::<8>::zero();
-                let ds = Descriptor::n_major(self.setting.address(const { G::TILES.ds() }), 0);
-                let k = self.setting.address(chunk * const { G::TILES.keys * CHUNK_ROW_BYTES });
-                let k = Descriptor::n_major(k, 0);
-                // SAFETY: passed on to the caller.
-                unsafe {
-                    TransposedProduct::<STEPS>::product_transposed::<T, PLACE>(&mut dq, ds, k);
-                    dq.wait_group::<0>();
-                    if C == 0 {
-                        self.sum.wait_group::<0>();
-                        self.scores.wait_group::<0>();
-                    }
-                    add_part::<G>(&self.setting, at, chunk, &dq);
-                }
-            }
-        });
     }
 }
