@@ -30,7 +30,7 @@ pub struct FaProblem {
     pub batch: u64,
     /// Heads of Q and O.
     pub heads: u64,
-    /// Heads of K and V, which divide those of Q.
+    /// Heads of K and V, a divisor of the heads of Q.
     pub kv_heads: u64,
     /// Rows of a head.
     pub seq_q: u64,

@@ -154,7 +154,7 @@ impl Setup {
     }
 }
 
-/// A cache of `[entries, rows, columns]` whose rows are those of `from` that `source` says, of all heads, in
+/// A cache of `[entries, rows, columns]` with the rows of `from` that `source` names, of all heads, in
 /// the order of the problem's layout; NaN where there are none.
 fn rearranged(
     p: &Problem,

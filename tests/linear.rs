@@ -36,9 +36,8 @@ fn shapes(kernel: &LinearSpec) -> &'static [Shape] {
 /// The terms of each element of what a product computes, and what is added to their sum.
 type Sums<'a> = Box<dyn Fn(usize, usize) -> (Vec<f64>, f64) + 'a>;
 
-/// The worst error of a kernel against sums in f64, and what it is measured by: that of sums in f32,
-/// one after the other, rounded to the storage type. Of each result: a weight's gradient comes with
-/// that of the bias.
+/// The worst error of a kernel against sums in f64, and its measure: the error of sums in f32, one after
+/// the other, rounded to the storage type. Of each result: a weight's gradient comes with the bias's.
 fn worst(
     memory: &Arc<Memory>,
     kernel: &'static LinearSpec,
@@ -115,7 +114,7 @@ fn worst(
     results.iter().map(|&result| of(result)).collect()
 }
 
-/// The error of a result, and what it is measured by.
+/// The error of a result, and its measure.
 fn compared(dtype: DType, found: &[f64], columns: usize, sums: &Sums<'_>) -> (f64, Yardstick) {
     let (mut expected, mut plain) = (Vec::new(), Vec::new());
     for index in 0..found.len() {

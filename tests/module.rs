@@ -16,7 +16,7 @@ use flash_attention::{
 };
 
 /// Two heads of 32: the least that tells heads apart, with rows that are still whole chunks. Larger
-/// head dims are those of `tests/edges.rs`, larger projections those of `tests/linear.rs`.
+/// head dims are in `tests/edges.rs`, larger projections in `tests/linear.rs`.
 const HEADS: usize = 2;
 const HIDDEN: usize = 64;
 const DROPOUT: f32 = 0.2;
@@ -176,7 +176,7 @@ impl Draw {
 }
 
 /// The cases that every linear kernel runs in: one row, and rows beyond whole tiles. What a projection
-/// does depends on nothing else of a case; its own edges are those of `tests/linear.rs`.
+/// does depends on nothing else of a case; `tests/linear.rs` has its edges.
 const OF_LINEAR: [&str; 2] = ["one token", "padding, a hidden sequence"];
 
 /// Every kernel with the best linear kernel, and every linear kernel with `flash_tiled`.
@@ -346,8 +346,8 @@ fn the_oracle_is_the_textbook() {
     }
 }
 
-/// Weights come from memory or are computed again: both are those of the textbook, by the 2x
-/// rule. What computes them again takes a kernel's LSE alone, of which one case of several tiles tells
+/// Weights come from memory or are computed again: both agree with the textbook, by the 2x
+/// rule. A step that computes them again takes a kernel's LSE alone, of which one case of several tiles tells
 /// enough: the others run with the kernels that keep weights, and with one that does not.
 #[test]
 fn weights_are_those_of_the_textbook_with_every_kernel() {

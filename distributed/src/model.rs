@@ -263,7 +263,7 @@ mod tests {
         backward: false,
     };
 
-    /// A link without limits leaves the kernels, which add up to those of one GPU.
+    /// A link without limits leaves the kernels, which add up to one GPU's.
     #[test]
     fn without_a_price_for_transfers_work_is_divided() {
         let free = Machine {

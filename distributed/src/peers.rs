@@ -143,7 +143,7 @@ impl Peers {
         }
     }
 
-    /// Compares named values with those of all ranks.
+    /// Compares named values with the values of all ranks.
     ///
     /// # Errors
     /// [`Error::Differs`] with the first that is not the same everywhere, on every rank; as

@@ -25,7 +25,7 @@ pub(crate) struct Member {
     /// Runs of rows of the whole tensor, in the order of the member's memory.
     pub runs: Vec<Range<usize>>,
     pub segments: Vec<Segment>,
-    /// Of packed sequences: where those of each segment begin in it.
+    /// Of packed sequences: where the sequences of each segment begin in it.
     pub cu_seqlens: Vec<Vec<u32>>,
 }
 

@@ -155,7 +155,7 @@ fn packed_sequences_are_right() {
     }
 }
 
-/// The best kernels for the emulator's device, which are those of Hopper.
+/// The best kernels for the emulator's device: Hopper's.
 #[test]
 fn hopper_kernels_are_right() {
     let builder = Problem::builder(1, 2, 300, 64).dtype(DType::F16).causal(true);
@@ -165,7 +165,7 @@ fn hopper_kernels_are_right() {
     tensors.check(&run, &problem, None, "hopper");
 }
 
-/// O and the LSE have the same bits in every run, and on one rank those of one device; gradients have where
+/// O and the LSE have the same bits in every run, and on one rank the bits of one device; gradients have where
 /// that is asked for.
 #[test]
 fn runs_repeat_bit_for_bit() {

@@ -34,7 +34,7 @@ struct Case {
     /// `[B, N, H, D]` in memory, and not `[B, H, N, D]`.
     token_major: bool,
     /// Tasks that a block takes, on average, one after the other.
-    tasks_a_block: u32,
+    tasks_per_block: u32,
 }
 
 impl Case {
@@ -51,7 +51,7 @@ impl Case {
             hidden_batch,
             dropout: 0.0,
             token_major: false,
-            tasks_a_block: 3,
+            tasks_per_block: 3,
         }
     }
 
@@ -168,7 +168,7 @@ fn check_one<T: Scalar>(dtype: &str, tolerance: f64, case: Case) {
     let entry = kernels_gpu::find(&symbol).expect("an entry of that name");
     let tasks = seq_q.div_ceil(tiles.rows()) * batch * heads;
     let launch = Launch {
-        grid: Dim3::new(tasks.div_ceil(case.tasks_a_block), 1, 1),
+        grid: Dim3::new(tasks.div_ceil(case.tasks_per_block), 1, 1),
         block: entry.threads.into(),
         cluster: entry.cluster,
         shared_bytes: tiles.shared_bytes(),
@@ -309,9 +309,9 @@ fn no_order_of_tasks_stops_a_block() {
     // others: producer and consumers wait for each other in another order in each mix. One
     // stage of Q (D = 192) and two.
     for (seq_q, seq_k) in [(65, 1), (193, 130), (400, 100), (330, 300)] {
-        for tasks_a_block in [2, 100] {
+        for tasks_per_block in [2, 100] {
             for d in [64, 192] {
-                let case = Case { heads: 2, tasks_a_block, ..Case::new(d, seq_q, seq_k) };
+                let case = Case { heads: 2, tasks_per_block, ..Case::new(d, seq_q, seq_k) };
                 check::<f16>("f16", F16, case);
                 check::<f16>("f16", F16, Case { causal: true, ..case });
             }
@@ -323,8 +323,8 @@ fn no_order_of_tasks_stops_a_block() {
 fn groups_of_blocks_share_heads() {
     // Ten heads of two tiles on ten blocks: two groups of four blocks with four heads each, two
     // blocks in no group, two heads for all. Then six blocks: one group.
-    for (heads, tasks_a_block) in [(10, 2), (6, 2), (9, 4)] {
-        let case = Case { heads, tasks_a_block, causal: true, ..Case::new(64, 140, 140) };
+    for (heads, tasks_per_block) in [(10, 2), (6, 2), (9, 4)] {
+        let case = Case { heads, tasks_per_block, causal: true, ..Case::new(64, 140, 140) };
         check_one::<f16>("f16", F16, case);
         check_one::<f16>("f16", F16, Case { d: 192, ..case });
     }

@@ -36,7 +36,7 @@ fn run<L: TileLayout, const D: usize, const COLUMN_TILES: usize>(case: Case) -> 
     })
 }
 
-/// Matrices of 8 x 8 that a launch loads: those of Q and K for S, those of V for O, for each
+/// Matrices of 8 x 8 that a launch loads: of Q and K for S, of V for O, for each
 /// warp and tile of keys.
 const fn matrices(d: u64, seq_q: u64, seq_k: u64) -> u64 {
     let (warps, tiles) = (seq_q / 16, seq_k / BC as u64);

@@ -409,7 +409,7 @@ fn decode_needs_its_barriers_and_waits() {
     }
 }
 
-/// The same of a cache in e4m3, with the tiles of head dim 64, which are those of f16 for the kernel that merges.
+/// The same of a cache in e4m3, with the tiles of head dim 64, the tiles of f16 for the kernel that merges.
 #[test]
 fn decode_of_codes_needs_its_barriers_and_waits() {
     const SPLITS: u32 = 2;
@@ -681,7 +681,7 @@ fn tiles_that_pass_without_a_wait_are_found_under_every_seed() {
     }
 }
 
-/// Registers that the producer keeps are waited for in vain.
+/// Consumers wait for ever for registers that the producer keeps.
 #[test]
 fn a_producer_that_keeps_its_registers_is_found() {
     let hopper = taking_turns();

@@ -77,8 +77,8 @@ fn flash_async_computes_attention() {
     check_rung("flash_async", flash_async::shared_bytes);
 }
 
-/// Runs a case in blocks that take so many tasks each, on average.
-fn run_pipelined<T: Scalar>(case: &Case, dtype: &str, tasks_a_block: u32) {
+/// Runs a case in blocks that take `tasks_per_block` tasks each, on average.
+fn run_pipelined<T: Scalar>(case: &Case, dtype: &str, tasks_per_block: u32) {
     let d = case.d as usize;
     let symbol = format!("flash_pipelined_{dtype}_d{d}");
     let shape = flash_pipelined::shape(d);
@@ -87,7 +87,7 @@ fn run_pipelined<T: Scalar>(case: &Case, dtype: &str, tasks_a_block: u32) {
         let mut queue = [0u32; QUEUE_WORDS as usize];
         let args = with_queue(args, &mut queue);
         let tasks = args.shape.seq_q.div_ceil(shape.rows()) * args.shape.heads * args.shape.batch;
-        let blocks = tasks.div_ceil(tasks_a_block);
+        let blocks = tasks.div_ceil(tasks_per_block);
         let stats = run(&symbol, blocks.into(), shape.threads().into(), shared, &args);
         assert_eq!(queue, [0; QUEUE_WORDS as usize], "{symbol} leaves the queues as they were");
         stats
@@ -133,8 +133,8 @@ fn a_block_of_flash_pipelined_does_task_after_task() {
         for (seq_q, seq_k) in [(br + 3, bc - 1), (2 * br + 1, 2 * bc + 5), (2 * br + 7, bc + 9)] {
             for causal in [false, true] {
                 let case = Case { causal, ..case(seq_q, seq_k) };
-                for tasks_a_block in [3, 100] {
-                    run_pipelined::<f16>(&case, "f16", tasks_a_block);
+                for tasks_per_block in [3, 100] {
+                    run_pipelined::<f16>(&case, "f16", tasks_per_block);
                 }
             }
         }

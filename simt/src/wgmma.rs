@@ -274,7 +274,7 @@ pub trait TransposedProduct<const STEPS: usize>: WaitGroup {
 }
 
 /// Calls `$then` with the groups of a tile of that many columns: for each, its number and
-/// those of its four registers.
+/// the numbers of its four registers.
 macro_rules! with_groups {
     (64 $then:ident $args:tt) => {
         $then! { 64 $args

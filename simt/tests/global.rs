@@ -155,7 +155,7 @@ fn bulk_copies_are_accesses_too() {
     let mut data = vec![f16::ZERO; 8 * 64];
     let map = Map::new(&data, 8, 64, 4);
     let to = view_mut(&mut data);
-    // Blocks store four rows each; block 1 stores those of block 0 if `own` is not set.
+    // Blocks store four rows each; block 1 stores the rows of block 0 if `own` is not set.
     let kernel = |own: bool, reads: bool| {
         let map = &map;
         move || {

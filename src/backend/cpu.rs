@@ -363,7 +363,7 @@ mod tests {
         prepared.launch().unwrap();
         let mut launch = prepared.attention().launches()[0].clone();
         launch.shared_bytes /= 2;
-        // SAFETY: the arguments are those of `prepared`, whose buffers live; the emulator stops
+        // SAFETY: `prepared` has the arguments, and its buffers live; the emulator stops
         // at the first access outside of shared memory.
         let error = unsafe { device.launch(&launch) }.unwrap_err();
         assert!(!error.is_usage());

@@ -115,7 +115,7 @@ pub unsafe trait Device: Send + Sync {
     /// Frees what `allocate` returned, once everything started before has ended.
     ///
     /// # Safety
-    /// `address` and `bytes` are those of one `allocate` of this device, not freed since.
+    /// One `allocate` of this device gave `address` and `bytes`, not freed since.
     unsafe fn free(&self, address: u64, bytes: u64);
     /// Copies from the host to device memory.
     ///

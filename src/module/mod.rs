@@ -453,7 +453,7 @@ pub fn pass_bytes(plan: &Plan) -> u64 {
 pub fn training_bytes(forward: &Plan, backward: &Plan<registry::Backward>) -> u64 {
     let problem = forward.problem();
     let x = problem.q_elements() as u64 * problem.dtype().size() as u64;
-    // dy, dx and the gradients of q, k, v and o; those of the parameters.
+    // dy, dx and the gradients of q, k, v and o; the parameters' gradients.
     let gradients = 6 * x + parameter_bytes(problem);
     pass_bytes(forward) + gradients + backward.workspace_bytes()
 }

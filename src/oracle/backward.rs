@@ -47,7 +47,7 @@ pub fn whole_sinks(p: &Problem, heads: &[usize]) -> Vec<usize> {
 }
 
 /// The matrices of a bias `[B or 1, H or 1, Nq, Nk]` that have their whole gradient from some heads of
-/// K and V: those of which no other head takes its scores.
+/// K and V: no other head adds them to its scores.
 #[must_use]
 pub fn whole_biases(p: &Problem, heads: &[usize]) -> Vec<usize> {
     let Some(bias) = p.bias() else { return Vec::new() };
@@ -133,7 +133,7 @@ pub(crate) fn gradients_of_values<T: Copy + Into<f64> + Sync + 'static>(
 }
 
 /// The plain algorithm's gradients: it rounds every tensor that a framework keeps between two steps
-/// to the storage type, and computes in f32. Scores and weights are those of
+/// to the storage type, and computes in f32. Scores and weights come as in
 /// [`plain`](super::plain); the softmax's step is `dS = P ∘ (dP - rowsum(P ∘ dP))`.
 #[must_use]
 pub fn plain_gradients(

@@ -317,7 +317,7 @@ mod tests {
                     let expected = weight(a, sum) * sums[at * columns + c]
                         + weight(b, part) * parts[place * columns + c];
                     let last = rounding(if out { dtype } else { DType::F32 });
-                    // The weights are those of numbers near 1, by exp2 of the GPU's precision.
+                    // Weights of numbers near 1, by exp2 of the GPU's precision.
                     let most = (last + 1e-6) * (1.0 + expected.abs());
                     assert!((given - expected).abs() <= most, "{merge:?}: {given} for {expected}");
                 }

@@ -302,7 +302,7 @@ const FLASH_HOPPER: KernelSpec = KernelSpec {
         if p.varlen().is_some() && p.seq_q().max(p.seq_k()) > most {
             return Err(format!("has packed sequences of at most {most} rows"));
         }
-        // Columns beyond those of the problem: the tensor maps end before them.
+        // Columns beyond the problem's: the tensor maps end before them.
         let size = entry_size(p, flash_hopper::TWO_CONSUMERS)?;
         let (d, seq) = (size as u32, [p.seq_q(), p.seq_k()].map(|n| n as u64));
         let multiprocessors = target.multiprocessors;

@@ -277,7 +277,7 @@ pub fn edges(kernel: &KernelSpec, dtype: DType) -> Vec<Case> {
     cases.push(large("scores of 1e4, causal", shape(1, 2, bc + 1, bc + 1).causal(true)));
     let p = shape(1, 2, br + 1, bc + 1).build().unwrap();
     cases.push(Case { v_mean: 5.0, ..Case::new("V of mean 5", p) });
-    // Sizes that are not those of the tile: few keys for many rows, and few rows for many keys,
+    // Sizes that are not the tile's: few keys for many rows, and few rows for many keys,
     // of which the first rows see none beyond the size.
     let beside = |sizes: &[u32]| {
         let others: BTreeSet<u32> = sizes[1..].iter().copied().filter(|&s| s != sizes[0]).collect();

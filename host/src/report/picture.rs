@@ -76,7 +76,7 @@ impl Place {
 #[must_use]
 pub fn inline(panel: &Panel) -> String {
     let svg = kuva::render_to_svg(plots(panel, Place::Page), layout(panel, Place::Page));
-    // Without a fixed size the page decides; and names must not meet those of other panels.
+    // Without a fixed size the page decides; and names must not meet other panels' names.
     let label = panel.title.replace('&', "&amp;").replace('"', "&quot;").replace('<', "&lt;");
     let (width, height) = Place::Page.size();
     let size = format!(r#"width="{width}" height="{height}""#);

@@ -61,7 +61,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "H", value_parser = values::count, requires = "weights")]
     pub heads: Option<usize>,
     /// Compute the gradients dq, dk and dv for the gradient do of o, and dbias and dsinks where the file
-    /// has bias and sinks; with --weights dx, and those of the weights and biases under their names,
+    /// has bias and sinks; with --weights dx, and the gradients of the weights and biases under their names,
     /// for the gradient dy of y
     #[arg(long, conflicts_with = "with_weights")]
     pub backward: bool,

@@ -54,7 +54,7 @@ impl Case {
     }
 }
 
-/// With O and LSE of the file, and with those of a forward pass before it; and what was written passes
+/// With O and LSE of the file, and of a forward pass before it; and what was written passes
 /// a check that a moved element fails.
 #[test]
 fn gradients_are_those_of_attention() {

@@ -6,7 +6,7 @@
 //! most of the GPU waits for them. So tiles come in descending order. Taking all heads
 //! at once would then stream every head's keys and values through the cache at the
 //! same time: heads are taken in sections, whose keys and values fit
-//! ([`longest_first`], a block a tile) or that have a tile for every block
+//! ([`longest_first`], one block per tile) or that have a tile for every block
 //! ([`in_sections`], blocks that take tile after tile).
 
 use simt::compiler::opaque;

@@ -204,7 +204,7 @@ pub struct KvStages<T, const D: usize, const BC: u32, const THREADS: u32, const 
 impl<T: Memory, const D: usize, const BC: u32, const THREADS: u32, const STAGES: u32>
     KvStages<T, D, BC, THREADS, STAGES>
 {
-    /// The same, where there are so many keys.
+    /// The same, for that number of keys.
     #[inline(always)]
     #[must_use]
     pub fn of_keys(self, seq_k: u32) -> Self {

@@ -16,7 +16,7 @@ use crate::hardware::LANES;
 /// Named barriers of a block.
 const NAMED_BARRIERS: usize = 16;
 
-/// Where the barrier of the cluster stands in [`Block::barriers`]: after those of its blocks.
+/// Where the barrier of the cluster stands in [`Block::barriers`]: after its blocks' barriers.
 pub(super) fn cluster_barrier(blocks: usize) -> usize {
     blocks * NAMED_BARRIERS
 }

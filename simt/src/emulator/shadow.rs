@@ -26,7 +26,7 @@ const READERS: usize = 4;
 pub(super) const ATOMIC: u16 = u16::MAX;
 /// In a stamp of a read: several lanes of the warp in the low bits.
 const SEVERAL_LANES: u16 = 0x8000;
-/// In a stamp of a read: lanes of several warps, those of the warpgroups whose bits are set.
+/// In a stamp of a read: lanes of several warps, in the warpgroups whose bits are set.
 const SEVERAL_WARPS: u16 = 0x4000;
 /// In a stamp of a read: agents among several, or lanes of several blocks of a cluster.
 const SEVERAL_BLOCKS: u16 = u16::MAX - 1;

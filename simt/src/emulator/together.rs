@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// Between two looks at the counts.
 const PAUSE: Duration = Duration::from_micros(50);
 
-/// The blocks of a launch that run side by side, and those of them that only wait for turns.
+/// The blocks of a launch that run side by side, and which of them only wait for turns.
 #[derive(Default)]
 pub(super) struct Together {
     running: AtomicUsize,

@@ -59,7 +59,7 @@ impl Roofline {
         }
     }
 
-    /// Whether most of the operations are those of tensor cores.
+    /// Whether tensor cores do most of the operations.
     #[must_use]
     pub fn uses_tensor_cores(&self) -> bool {
         self.tensor_flops > self.flops / 2.0

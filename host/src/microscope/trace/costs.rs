@@ -20,7 +20,7 @@ pub const SPECIAL: f64 = 8.0;
 pub const EXCHANGE: f64 = 25.0;
 /// Clocks that a warp needs to hand a copy or a product to its agent, or to arrive.
 pub const ISSUE: f64 = 5.0;
-/// FLOP of the tensor cores of one warp (`mma`) in a clock; wgmma has those of four.
+/// FLOP of the tensor cores of one warp (`mma`) in a clock; wgmma has four warps'.
 pub const TENSOR: f64 = 1024.0;
 /// Clocks until a product of a warp is there.
 pub const TENSOR_LATENCY: f64 = 20.0;

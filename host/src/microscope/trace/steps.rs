@@ -134,7 +134,7 @@ impl Steps {
         Ok(())
     }
 
-    /// The lines of a phase, which come after those of the phase before, or else anywhere.
+    /// The lines of a phase, which come after the lines of the phase before, or else anywhere.
     fn lines_of(&self, phase: &Phase, after: &mut [u32]) -> Result<[u32; 2]> {
         let excerpt = &self.sources[phase.source];
         let find = |text: &str, after: u32| {

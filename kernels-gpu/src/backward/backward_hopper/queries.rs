@@ -67,7 +67,7 @@ use crate::{
 /// The tensor maps of q, k, v and d_o, and the arguments of every backward kernel.
 pub type QueriesArgs = WithMaps<BackwardArgs, 4>;
 
-/// Rows of a consumer: those of a box of Q.
+/// Rows of a consumer, and of a box of Q.
 const CONSUMER_ROWS: u32 = CHUNK_COLUMNS;
 /// Rows of a block.
 pub const ROWS: u32 = CONSUMERS * CONSUMER_ROWS;
