@@ -488,7 +488,7 @@ mod tests {
             ("Wait for dQ", "dq.wait_group::<1>"),
             ("Hand dQ over", "barrier::sync(NamedBarrier::DqEmpty"),
             ("Add dQ in memory", "tma::reduce_add_f32"),
-            ("Store dK and dV", "store_rows::<T, G>"),
+            ("Store dK and dV", "store_keys::<G>"),
         ];
         let of_hopper = [
             ("Producer: copy Q", "copy_q"),
