@@ -23,7 +23,7 @@ typedef struct FaProblem {
    */
   uint64_t heads;
   /**
-   * Heads of K and V, which divide those of Q.
+   * Heads of K and V, a divisor of the heads of Q.
    */
   uint64_t kv_heads;
   /**
