@@ -2,7 +2,7 @@
 //!
 //! The idea: a block keeps Q and dO of 128 rows while all tiles of K and V pass, so dQ stays in registers.
 //! Scores are not transposed here: dS of 64 rows already lies in registers as the operand of dQ. S and dP are
-//! computed again, which costs less than to add dQ to memory ([`wide`](super::wide)), and dQ needs no
+//! computed again, which costs less than to add dQ to memory (`wide.rs`), and dQ needs no
 //! order: nobody else adds to it.
 //!
 //! ```text

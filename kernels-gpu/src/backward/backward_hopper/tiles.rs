@@ -60,7 +60,7 @@ impl Tiles {
         }
     }
 
-    /// Whether consumers share the block's keys, and dQ is computed by [`queries`](super::queries()).
+    /// Whether consumers share the block's keys, and dQ is computed by [`queries`](super::queries::queries).
     pub const fn is_wide(&self) -> bool {
         self.keys == CONSUMER_KEYS
     }
