@@ -576,8 +576,8 @@ fn turns_are_needed() {
     });
 }
 
-/// What consumers that share keys need to meet for, and the step that computes dQ for them: each synchronisation
-/// left out is found, or changes numbers, but for four.
+/// Leaves out one synchronisation after another of the consumers that share keys and of the step for their dQ: the
+/// emulator reports a fault, or numbers change, in all cases but four.
 #[test]
 fn consumers_that_share_keys_need_their_barriers() {
     let kernel = registry::find_backward("backward_hopper").unwrap();

@@ -41,7 +41,7 @@ pub(super) struct Destination<'a> {
     pub rows: u32,
     /// Columns that exist.
     pub columns: Columns,
-    /// What the values are multiplied by.
+    /// The factor of the values.
     pub factor: f32,
 }
 
