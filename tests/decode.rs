@@ -539,6 +539,13 @@ fn numbers_out_of_range_stay_within_the_cache() {
     let expected = run(&[100, 0, 100, 0], &table);
     assert_eq!(run(&[i32::MAX, -1, 101, i32::MIN], &table), expected);
     let max_pages = setup.decode.pages().unwrap().max_pages as usize;
+    // Entries beyond a length are read, but no key comes from there.
+    let expected = run(&[33, 0, 64, 100], &table);
+    let mut beyond = table.clone();
+    for (pages, used) in beyond.chunks_mut(max_pages).zip([3, 0, 4, 7]) {
+        pages[used..].fill(i32::MAX);
+    }
+    assert_eq!(run(&[33, 0, 64, 100], &beyond), expected);
     for page in [-1, i32::MIN, i32::MAX, setup.decode.pages().unwrap().pages as i32] {
         run(&[100; 4], &vec![page; 4 * max_pages]);
     }

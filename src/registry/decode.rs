@@ -295,8 +295,8 @@ impl DecodeArgs {
         self
     }
 
-    /// The pages of each sequence: i32 `[B, max_pages]`, which the launch reads up to the
-    /// sequence's length. A page number past the end counts as the last page.
+    /// The pages of each sequence: i32 `[B, max_pages]`. What lies beyond a sequence's length may be anything. A page
+    /// number past the end counts as the last page.
     #[must_use]
     pub const fn page_table(mut self, table: Region) -> Self {
         self.page_table = Some(table);

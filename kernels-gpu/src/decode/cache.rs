@@ -23,6 +23,7 @@ use simt::{
 use crate::{
     args::{CacheArgs, DecodeArgs, Tensor},
     constants::Constants,
+    decode::sums::WARPS,
     parts::{
         columns::Columns,
         tile::{self, Rows, for_each_chunk},
@@ -197,6 +198,29 @@ impl<T: Element> Cache<T> {
         let page = self.table.read_if(key < self.length, (key / page()) as u64, 0);
         // A wrong table does not lead outside of the cache.
         page.min(self.last_page)
+    }
+
+    /// As [`look_up`](Self::look_up) of a warp's first `STAGES` tiles, from `first_key` on.
+    #[inline(always)]
+    #[must_use]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    pub fn look_up_first<const KEYS: u32, const STAGES: u32>(&self, first_key: u32) -> [u32; 3] {
+        let mut pages = [0; 3];
+        unroll!(for STAGE in 0..3 {
+            if (STAGE as u32) < STAGES {
+                // Opaque: the compiler would delay a read that may turn out to be for nothing.
+                pages[STAGE] =
+                    opaque(self.look_up::<KEYS>(first_key + STAGE as u32 * WARPS * KEYS));
+            }
+        });
+        pages
+    }
+
+    /// The same cache, with `length` keys.
+    #[inline(always)]
+    #[must_use]
+    pub fn with_length(self, length: u32) -> Self {
+        Self { length, ..self }
     }
 
     /// Starts to copy the keys and values, `D` elements each, of the tile from `first_key` on, whose `page` was looked up.

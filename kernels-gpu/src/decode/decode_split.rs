@@ -178,24 +178,29 @@ pub unsafe fn decode_split<
     let q_smem = stages.slice((STAGES - 1) * stage_elems, const { ROWS * D as u32 });
     // SAFETY: Q has the shape stated above.
     unsafe { load_queries::<T, Swizzled<D>, D, ROWS, { warp::LANES }>(args, &tile, q_smem) };
-    let tiles = part_of(&tile.key_tiles(const { keys(D) }), part, args.parts.splits);
+    let first_key = |kv_tile: u32| kv_tile * const { keys(D) } + warp_id * KEYS;
+    let look_up =
+        |cache: &Cache<_>, kv_tile: u32| cache.look_up_first::<KEYS, STAGES>(first_key(kv_tile));
+    // The part follows from the sequence's length, and the pages from the part: two reads of memory, with 150 instructions
+    // between them. So both are found for the most keys that the launch allows while this sequence's length is
+    // on its way, and again only if it has fewer.
+    let longest = tile.longest();
+    let mut tiles = part_of(&longest.key_tiles(const { keys(D) }), part, args.parts.splits);
+    let mut pages = look_up(&cache.with_length(longest.length), tiles.start);
+    if tile.length != longest.length {
+        tiles = part_of(&tile.key_tiles(const { keys(D) }), part, args.parts.splits);
+        pages = look_up(&cache, tiles.start);
+    }
     if tiles.is_empty() && args.parts.splits > 1 {
         // Hazard: Q is still on its way to memory that the next block may have.
         async_copy::commit();
         async_copy::wait::<0>();
         return;
     }
-    let first_key = |kv_tile: u32| kv_tile * const { keys(D) } + warp_id * KEYS;
     let start = |kv_tile: u32, page: u32, stage: u32| {
         let (k_smem, v_smem) = stage_tiles(stage);
         cache.start::<D, KEYS>(first_key(kv_tile), page, k_smem, v_smem);
     };
-    let mut pages = [0; 3];
-    unroll!(for STAGE in 0..3 {
-        if (STAGE as u32) < STAGES {
-            pages[STAGE] = cache.look_up::<KEYS>(first_key(tiles.start + STAGE as u32));
-        }
-    });
     unroll!(for STAGE in 0..2 {
         if (STAGE as u32) + 1 < STAGES {
             if tiles.start + (STAGE as u32) < tiles.end {
@@ -226,7 +231,9 @@ pub unsafe fn decode_split<
             start(further, page, if stage == 0 { STAGES - 1 } else { stage - 1 });
         }
         async_copy::commit();
-        page = cache.look_up::<KEYS>(first_key(further + 1));
+        if further + 1 < tiles.end {
+            page = cache.look_up::<KEYS>(first_key(further + 1));
+        }
 
         let first_key = first_key(kv_tile);
         if !tile.sees_nothing(first_key, KEYS) {

@@ -44,6 +44,13 @@ impl<'a> RowTile<'a> {
         Self { args, b, h_kv, first_row, length }
     }
 
+    /// The same rows, where the sequence has as many keys as the launch allows.
+    #[inline(always)]
+    #[must_use]
+    pub fn longest(&self) -> Self {
+        Self { length: self.args.forward.shape.seq_k, ..*self }
+    }
+
     /// Rows of a group.
     #[inline(always)]
     #[must_use]

@@ -49,6 +49,7 @@ use super::{
     geometry::{Geometry, GradientTile},
     producer::copy_tile,
     rows::{Destination, store_rows},
+    tile::ScoreTile as _,
     tiles::{CONSUMER_KEYS, WARP_KEYS},
 };
 use crate::{
@@ -414,7 +415,7 @@ where
         }
         self.v_stage.advance();
         let j = key_tile * KEYS + self.lane % 4 * 2;
-        let slopes = slopes::<T>(&policy, &self.s);
+        let slopes: Weights = self.s.slopes::<T>(&policy);
         let is_cut = self.is_cut(key_tile * KEYS);
         let s = self.s.values_mut();
         policy.shape_scores::<T, GROUPS, 1>(core::array::from_mut(s), i, j);
@@ -438,22 +439,8 @@ where
                 s[G][E] *= dp - delta;
             });
         });
-        if Policy::caps_scores() {
-            unroll!(for G in 0..8 {
-                unroll!(for R in 0..2 {
-                    let (left, right) = T::unpack(slopes[G / 2][G % 2 * 2 + R]);
-                    s[G][2 * R] *= left;
-                    s[G][2 * R + 1] *= right;
-                });
-            });
-        }
-        let mut ds = [[0; 4]; GROUPS / 2];
-        unroll!(for G in 0..8 {
-            unroll!(for R in 0..2 {
-                ds[G / 2][G % 2 * 2 + R] = T::pack(s[G][2 * R], s[G][2 * R + 1]);
-            });
-        });
-        ds
+        self.s.apply_slopes::<T>(slopes);
+        self.s.pack::<T>([u32::MAX; 2])
     }
 
     /// Whether some row of this warpgroup does not see all keys of the tile from `first_key` on.
@@ -492,21 +479,6 @@ where
             store_rows::<T>(rows, CONSUMER_ROWS, self.lane, &to, self.dq.values());
         }
     }
-}
-
-/// The factor of each score's gradient where there is a cap, rounded to the storage type.
-#[inline(always)]
-fn slopes<T: Operand>(policy: &Policy, s: &Scores) -> Weights {
-    let (s, mut slopes) = (s.values(), [[0; 4]; GROUPS / 2]);
-    if Policy::caps_scores() {
-        unroll!(for G in 0..8 {
-            unroll!(for R in 0..2 {
-                let slope = [0, 1].map(|e: usize| policy.score_slope::<T>(s[G][2 * R + e]));
-                slopes[G / 2][G % 2 * 2 + R] = T::pack(slope[0], slope[1]);
-            });
-        });
-    }
-    slopes
 }
 
 entries! {

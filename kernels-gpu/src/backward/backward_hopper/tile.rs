@@ -18,8 +18,13 @@ pub trait ScoreTile<Weights>: WaitGroup {
     /// Before any product.
     fn zero() -> Self;
 
-    /// Softcap, ALiBi and bias. Returns the factor of each score's gradient where
-    /// there is a cap.
+    /// The factor of each score's gradient where there is a cap, rounded to the storage type.
+    fn slopes<T: Operand>(&self, policy: &Policy) -> Weights;
+
+    /// Multiplies each gradient by its slope where there is a cap.
+    fn apply_slopes<T: Operand>(&mut self, slopes: Weights);
+
+    /// Softcap, ALiBi and bias. Returns the [`slopes`](Self::slopes).
     fn shape<T: Operand>(&mut self, policy: &Policy, i: u32, j: u32) -> Weights;
 
     /// Hides keys that the rows do not see: their scores become -inf.
@@ -124,12 +129,8 @@ where
 
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    fn shape<T: Operand>(&mut self, policy: &Policy, i: u32, j: u32) -> Fragments<STEPS> {
-        let mut slopes = [[0; 4]; STEPS];
-        if !Policy::shapes_scores() {
-            return slopes;
-        }
-        let s = self.values_mut();
+    fn slopes<T: Operand>(&self, policy: &Policy) -> Fragments<STEPS> {
+        let (s, mut slopes) = (self.values(), [[0; 4]; STEPS]);
         if Policy::caps_scores() {
             unroll!(for G in 0..16 {
                 if G < GROUPS {
@@ -140,7 +141,34 @@ where
                 }
             });
         }
-        policy.shape_transposed::<T, GROUPS>(s, i, j);
+        slopes
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn apply_slopes<T: Operand>(&mut self, slopes: Fragments<STEPS>) {
+        let s = self.values_mut();
+        if Policy::caps_scores() {
+            unroll!(for G in 0..16 {
+                if G < GROUPS {
+                    unroll!(for R in 0..2 {
+                        let (low, high) = T::unpack(slopes[G / 2][G % 2 * 2 + R]);
+                        s[G][2 * R] *= low;
+                        s[G][2 * R + 1] *= high;
+                    });
+                }
+            });
+        }
+    }
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn shape<T: Operand>(&mut self, policy: &Policy, i: u32, j: u32) -> Fragments<STEPS> {
+        if !Policy::shapes_scores() {
+            return [[0; 4]; STEPS];
+        }
+        let slopes = self.slopes::<T>(policy);
+        policy.shape_transposed::<T, GROUPS>(self.values_mut(), i, j);
         slopes
     }
 
@@ -269,16 +297,6 @@ where
                 });
             }
         });
-        if Policy::caps_scores() {
-            unroll!(for G in 0..16 {
-                if G < GROUPS {
-                    unroll!(for R in 0..2 {
-                        let (low, high) = T::unpack(slopes[G / 2][G % 2 * 2 + R]);
-                        s[G][2 * R] *= low;
-                        s[G][2 * R + 1] *= high;
-                    });
-                }
-            });
-        }
+        self.apply_slopes::<T>(slopes);
     }
 }
