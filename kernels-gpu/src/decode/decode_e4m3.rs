@@ -160,16 +160,19 @@ pub unsafe fn decode_e4m3<
     let first_byte = warp_id * STAGES * stage_pairs * PAIR_BYTES;
     // SAFETY: the launch gives the shared memory, and the buffers have the shapes stated above. Q passes through
     // the last stage, which is filled when it has been read.
-    let (stages, q_smem, cache, k_scale, v_scale) = unsafe {
+    let (stages, q_smem, cache, k_scale) = unsafe {
         let q_byte = first_byte + (STAGES - 1) * stage_pairs * PAIR_BYTES;
         (
             Shared::<u16>::dynamic(first_byte, STAGES * stage_pairs),
             Shared::<T>::dynamic(q_byte, const { ROWS * D as u32 }),
             Cache::<u16>::new(args, tile.b, tile.h_kv, tile.length),
             args.scales.k.view::<f32>().read(tile.h_kv as u64),
-            args.scales.v.view::<f32>().read(tile.h_kv as u64),
         )
     };
+    // SAFETY: the scales are f32 `[Hkv]`.
+    let v_scale = || unsafe { args.scales.v.view::<f32>().read(tile.h_kv as u64) };
+    // At D 256 no register is left to keep it until the end.
+    let early_v_scale = if const { D <= 128 } { Some(v_scale()) } else { None };
     let stage_tiles = |stage: u32| {
         let both = stages.slice(stage * stage_pairs, stage_pairs);
         let half = stage_pairs / 2;
@@ -268,6 +271,7 @@ pub unsafe fn decode_e4m3<
         stage = if stage == STAGES - 1 { 0 } else { stage + 1 };
     }
 
+    let v_scale = early_v_scale.unwrap_or_else(v_scale);
     // The warps' O, maxima and sums become one.
     let sums_of = |warp: u32| {
         // SAFETY: the launch gives the shared memory of all stages.
