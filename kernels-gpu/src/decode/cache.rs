@@ -208,7 +208,7 @@ impl<T: Element> Cache<T> {
         let mut pages = [0; 3];
         unroll!(for STAGE in 0..3 {
             if (STAGE as u32) < STAGES {
-                // Opaque: the compiler would delay a read that may turn out to be for nothing.
+                // Opaque: the compiler would delay the read until it is sure that the page is needed.
                 pages[STAGE] =
                     opaque(self.look_up::<KEYS>(first_key + STAGE as u32 * WARPS * KEYS));
             }

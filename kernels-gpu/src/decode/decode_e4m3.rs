@@ -186,9 +186,9 @@ pub unsafe fn decode_e4m3<
     let look_up = |cache: &Cache<_>, kv_tile: u32| {
         cache.look_up_first::<WARP_KEYS, STAGES>(first_key(kv_tile))
     };
-    // The part follows from the sequence's length, and the pages from the part: two reads of memory, with 150 instructions
-    // between them. So both are found for the most keys that the launch allows while this sequence's length is
-    // on its way, and again only if it has fewer.
+    // The part follows from the sequence's length, and its pages from the part: two reads of memory, with 150
+    // instructions between them. So the block finds both for the longest sequence that the launch allows, while
+    // this sequence's length is on its way, and again only if this one is shorter.
     let longest = tile.longest();
     let mut tiles = part_of(&longest.key_tiles(KEYS), part, args.parts.splits);
     let mut pages = look_up(&cache.with_length(longest.length), tiles.start);
