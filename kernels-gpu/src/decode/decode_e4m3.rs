@@ -160,19 +160,16 @@ pub unsafe fn decode_e4m3<
     let first_byte = warp_id * STAGES * stage_pairs * PAIR_BYTES;
     // SAFETY: the launch gives the shared memory, and the buffers have the shapes stated above. Q passes through
     // the last stage, which is filled when it has been read.
-    let (stages, q_smem, cache, k_scale) = unsafe {
+    let (stages, q_smem, cache, k_scale, v_scale) = unsafe {
         let q_byte = first_byte + (STAGES - 1) * stage_pairs * PAIR_BYTES;
         (
             Shared::<u16>::dynamic(first_byte, STAGES * stage_pairs),
             Shared::<T>::dynamic(q_byte, const { ROWS * D as u32 }),
             Cache::<u16>::new(args, tile.b, tile.h_kv, tile.length),
             args.scales.k.view::<f32>().read(tile.h_kv as u64),
+            args.scales.v.view::<f32>().read(tile.h_kv as u64),
         )
     };
-    // SAFETY: the scales are f32 `[Hkv]`.
-    let v_scale = || unsafe { args.scales.v.view::<f32>().read(tile.h_kv as u64) };
-    // At D 256 no register is left to keep it until the end.
-    let early_v_scale = if const { D <= 128 } { Some(v_scale()) } else { None };
     let stage_tiles = |stage: u32| {
         let both = stages.slice(stage * stage_pairs, stage_pairs);
         let half = stage_pairs / 2;
@@ -182,30 +179,24 @@ pub unsafe fn decode_e4m3<
     // Load Q, which does not wait for the sequence's length, and the first tiles.
     // SAFETY: Q has the shape stated above.
     unsafe { load_queries::<T, Swizzled<D>, D, ROWS, { warp::LANES }>(args, &tile, q_smem) };
-    let first_key = |kv_tile: u32| kv_tile * KEYS + warp_id * WARP_KEYS;
-    let look_up = |cache: &Cache<_>, kv_tile: u32| {
-        cache.look_up_first::<WARP_KEYS, STAGES>(first_key(kv_tile))
-    };
-    // The part follows from the sequence's length, and its pages from the part: two reads of memory, with 150
-    // instructions between them. So the block finds both for the longest sequence that the launch allows, while
-    // this sequence's length is on its way, and again only if this one is shorter.
-    let longest = tile.longest();
-    let mut tiles = part_of(&longest.key_tiles(KEYS), part, args.parts.splits);
-    let mut pages = look_up(&cache.with_length(longest.length), tiles.start);
-    if tile.length != longest.length {
-        tiles = part_of(&tile.key_tiles(KEYS), part, args.parts.splits);
-        pages = look_up(&cache, tiles.start);
-    }
+    let tiles = part_of(&tile.key_tiles(KEYS), part, args.parts.splits);
     if tiles.is_empty() && args.parts.splits > 1 {
         // Hazard: Q is still on its way to memory that the next block may have.
         async_copy::commit();
         async_copy::wait::<0>();
         return;
     }
+    let first_key = |kv_tile: u32| kv_tile * KEYS + warp_id * WARP_KEYS;
     let start = |kv_tile: u32, page: u32, stage: u32| {
         let (k_smem, v_smem) = stage_tiles(stage);
         cache.start::<PAIRS, WARP_KEYS>(first_key(kv_tile), page, k_smem, v_smem);
     };
+    let mut pages = [0; 3];
+    unroll!(for STAGE in 0..3 {
+        if (STAGE as u32) < STAGES {
+            pages[STAGE] = cache.look_up::<WARP_KEYS>(first_key(tiles.start + STAGE as u32));
+        }
+    });
     unroll!(for STAGE in 0..2 {
         if (STAGE as u32) + 1 < STAGES {
             if tiles.start + (STAGE as u32) < tiles.end {
@@ -239,9 +230,7 @@ pub unsafe fn decode_e4m3<
             start(further, page, if stage == 0 { STAGES - 1 } else { stage - 1 });
         }
         async_copy::commit();
-        if further + 1 < tiles.end {
-            page = cache.look_up::<WARP_KEYS>(first_key(further + 1));
-        }
+        page = cache.look_up::<WARP_KEYS>(first_key(further + 1));
 
         let first_key = first_key(kv_tile);
         if !tile.sees_nothing(first_key, WARP_KEYS) {
@@ -271,7 +260,6 @@ pub unsafe fn decode_e4m3<
         stage = if stage == STAGES - 1 { 0 } else { stage + 1 };
     }
 
-    let v_scale = early_v_scale.unwrap_or_else(v_scale);
     // The warps' O, maxima and sums become one.
     let sums_of = |warp: u32| {
         // SAFETY: the launch gives the shared memory of all stages.
