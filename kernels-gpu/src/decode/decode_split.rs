@@ -181,9 +181,9 @@ pub unsafe fn decode_split<
     let first_key = |kv_tile: u32| kv_tile * const { keys(D) } + warp_id * KEYS;
     let look_up =
         |cache: &Cache<_>, kv_tile: u32| cache.look_up_first::<KEYS, STAGES>(first_key(kv_tile));
-    // The part follows from the sequence's length, and its pages from the part: two reads of memory, with 150
-    // instructions between them. So the block finds both for the longest sequence that the launch allows, while
-    // this sequence's length is on its way, and again only if this one is shorter.
+    // The part follows from the sequence's length, and its pages from the part: two reads of memory, one after the
+    // other. So the block finds both for the longest sequence that the launch allows, while this sequence's
+    // length is on its way, and again only if this one is shorter.
     let longest = tile.longest();
     let mut tiles = part_of(&longest.key_tiles(const { keys(D) }), part, args.parts.splits);
     let mut pages = look_up(&cache.with_length(longest.length), tiles.start);
