@@ -313,13 +313,26 @@ fn pages_give_the_bits_of_a_contiguous_cache() {
     ] {
         let bc = tile(d);
         let p = shape([3, 4, 2], 2, 2 * bc + 9, d).dtype(dtype).layout(layout);
-        let setup = Setup::new(p, &[2 * bc + 9, 0, bc + 1]).splits(2);
+        let setup = Setup::new(p, &[2 * bc + 9, 0, bc + 1]);
         cases.extend([1, 7, 16, 48, 64, 256].map(|page_size| (setup.clone(), page_size)));
         cases.extend([1, 16, 96].map(|page_size| (setup.in_e4m3(), page_size)));
     }
+    pages_change_no_bit_of(cases, 2);
+}
+
+/// A warp looks up the pages of 32 tiles at once, and looks up again where its part has more.
+#[test]
+fn pages_of_a_long_part_give_the_bits_of_a_contiguous_cache() {
+    let length = 70 * tile(128);
+    let setup = Setup::new(shape([2, 2, 1], 1, length, 128), &[length - 5, length / 2]);
+    let cases = [(setup.clone(), 64), (setup.in_e4m3(), 64), (setup, 48)];
+    pages_change_no_bit_of(cases.into(), 1);
+}
+
+fn pages_change_no_bit_of(cases: Vec<(Setup, usize)>, splits: u32) {
     check_all(on_every_core(cases, |(setup, page_size)| {
-        let expected = setup.run();
-        let paged = setup.in_pages(page_size, page_size as u64).splits(2);
+        let expected = setup.splits(splits).run();
+        let paged = setup.in_pages(page_size, page_size as u64).splits(splits);
         let found = paged.run();
         let same = (&found.o, &found.lse) == (&expected.o, &expected.lse);
         let d = setup.decode.problem().head_dim();

@@ -184,8 +184,9 @@ impl<T: Element> Cache<T> {
         Constants::page() % KEYS == 0
     }
 
-    /// The page that this lane needs to know before the tile from `first_key` on is copied. A kernel
-    /// asks one tile ahead, so no copy waits for the answer.
+    /// The page that this lane finds for a warp's tiles from the one at `first_key` on. Where the rows of a tile lie
+    /// at one stride, it is the page of the tile that comes `lane` tiles later, so one read serves 32 tiles;
+    /// otherwise the page of one key of the first tile.
     #[inline(always)]
     #[must_use]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
@@ -193,8 +194,9 @@ impl<T: Element> Cache<T> {
         if !is_paged() {
             return 0;
         }
-        let lane = if Self::is_even::<KEYS>() { 0 } else { opaque(warp::lane_id()) % KEYS };
-        let key = first_key + lane;
+        let lane = opaque(warp::lane_id());
+        let further = if Self::is_even::<KEYS>() { lane * WARPS * KEYS } else { lane % KEYS };
+        let key = first_key + further;
         let page = self.table.read_if(key < self.length, (key / page()) as u64, 0);
         // A wrong table does not lead outside of the cache.
         page.min(self.last_page)
@@ -207,13 +209,23 @@ impl<T: Element> Cache<T> {
     pub fn look_up_first<const KEYS: u32, const STAGES: u32>(&self, first_key: u32) -> [u32; 3] {
         let mut pages = [0; 3];
         unroll!(for STAGE in 0..3 {
-            if (STAGE as u32) < STAGES {
+            if Self::has_to_look_up::<KEYS>(STAGE as u32) && (STAGE as u32) < STAGES {
                 // Opaque: the compiler would delay the read until it is sure that the page is needed.
                 pages[STAGE] =
                     opaque(self.look_up::<KEYS>(first_key + STAGE as u32 * WARPS * KEYS));
+            } else if STAGE > 0 {
+                pages[STAGE] = pages[STAGE - 1];
             }
         });
         pages
+    }
+
+    /// Whether a warp looks up pages for the `n`-th tile of its part: a kernel does so one tile ahead, so no
+    /// copy waits for the answer.
+    #[inline(always)]
+    #[must_use]
+    pub fn has_to_look_up<const KEYS: u32>(n: u32) -> bool {
+        !Self::is_even::<KEYS>() || n % warp::LANES == 0
     }
 
     /// The same cache, with `length` keys.
@@ -223,17 +235,20 @@ impl<T: Element> Cache<T> {
         Self { length, ..self }
     }
 
-    /// Starts to copy the keys and values, `D` elements each, of the tile from `first_key` on, whose `page` was looked up.
-    /// Keys past the last are 0. The caller commits and waits; all lanes of the warp take part.
+    /// Starts to copy the keys and values, `D` elements each, of the tile from `first_key` on, the `n`-th of
+    /// the warp's part, whose pages were looked up. Keys past the last are 0. The caller commits and waits;
+    /// all lanes of the warp take part.
     #[inline(always)]
     #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
     pub fn start<const D: usize, const KEYS: u32>(
         &self,
-        first_key: u32,
-        page: u32,
+        (first_key, n): (u32, u32),
+        looked_up: u32,
         k_smem: Shared<T>,
         v_smem: Shared<T>,
     ) {
+        let in_one_page = is_paged() && Self::is_even::<KEYS>();
+        let page = if in_one_page { warp::shuffle_idx(looked_up, n) } else { looked_up };
         let tile = WarpTile {
             first_key,
             keys: self.length.saturating_sub(first_key),
@@ -259,7 +274,7 @@ struct WarpTile {
     first_key: u32,
     /// Keys of the sequence from the first on.
     keys: u32,
-    /// The page that was looked up.
+    /// The page of the tile, or of the key that is this lane's.
     page: u32,
     lane: u32,
 }

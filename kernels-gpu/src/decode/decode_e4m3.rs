@@ -33,9 +33,9 @@
 //! each lane: 700 or 190 instructions, beside about 500 others. In the 250 ns that memory takes to bring it, the
 //! four schedulers of a multiprocessor issue about 1,700.
 //!
-//! Measured (f16 queries, 32 heads on 4, D 128, one H200, graph replay): 7.9, 14.6 and 41.4 us for 4,096,
-//! 32,768 and 131,072 keys, where decode_split took 8.1, 21.1 and 66.2; 65.5 us for 64 sequences of 4,096
-//! keys (4.1 TB/s), where it took 119.
+//! Measured (f16 queries, 32 heads on 4, D 128, one H200, graph replay): 7.8, 14.5 and 41.3 us for 4,096,
+//! 32,768 and 131,072 keys, where decode_split took 8.0, 21.3 and 67.1; 65.3 us for 64 sequences of 4,096
+//! keys (4.1 TB/s), where it took 122.
 //!
 //! Limits: as decode_split, and head dims are multiples of 16.
 //!
@@ -160,14 +160,13 @@ pub unsafe fn decode_e4m3<
     let first_byte = warp_id * STAGES * stage_pairs * PAIR_BYTES;
     // SAFETY: the launch gives the shared memory, and the buffers have the shapes stated above. Q passes through
     // the last stage, which is filled when it has been read.
-    let (stages, q_smem, cache, k_scale, v_scale) = unsafe {
+    let (stages, q_smem, cache, k_scale) = unsafe {
         let q_byte = first_byte + (STAGES - 1) * stage_pairs * PAIR_BYTES;
         (
             Shared::<u16>::dynamic(first_byte, STAGES * stage_pairs),
             Shared::<T>::dynamic(q_byte, const { ROWS * D as u32 }),
             Cache::<u16>::new(args, tile.b, tile.h_kv, tile.length),
             args.scales.k.view::<f32>().read(tile.h_kv as u64),
-            args.scales.v.view::<f32>().read(tile.h_kv as u64),
         )
     };
     let stage_tiles = |stage: u32| {
@@ -179,24 +178,31 @@ pub unsafe fn decode_e4m3<
     // Load Q, which does not wait for the sequence's length, and the first tiles.
     // SAFETY: Q has the shape stated above.
     unsafe { load_queries::<T, Swizzled<D>, D, ROWS, { warp::LANES }>(args, &tile, q_smem) };
-    let tiles = part_of(&tile.key_tiles(KEYS), part, args.parts.splits);
+    let first_key = |kv_tile: u32| kv_tile * KEYS + warp_id * WARP_KEYS;
+    let look_up = |cache: &Cache<_>, kv_tile: u32| {
+        cache.look_up_first::<WARP_KEYS, STAGES>(first_key(kv_tile))
+    };
+    // The part follows from the sequence's length, and its pages from the part: two reads of memory, one after the
+    // other. So the block finds both for the longest sequence that the launch allows, while this sequence's
+    // length is on its way, and again only if this one is shorter.
+    let longest = tile.longest();
+    let mut tiles = part_of(&longest.key_tiles(KEYS), part, args.parts.splits);
+    let mut pages = look_up(&cache.with_length(longest.length), tiles.start);
+    if tile.length != longest.length {
+        tiles = part_of(&tile.key_tiles(KEYS), part, args.parts.splits);
+        pages = look_up(&cache, tiles.start);
+    }
     if tiles.is_empty() && args.parts.splits > 1 {
         // Hazard: Q is still on its way to memory that the next block may have.
         async_copy::commit();
         async_copy::wait::<0>();
         return;
     }
-    let first_key = |kv_tile: u32| kv_tile * KEYS + warp_id * WARP_KEYS;
-    let start = |kv_tile: u32, page: u32, stage: u32| {
+    let start = |kv_tile: u32, looked_up: u32, stage: u32| {
         let (k_smem, v_smem) = stage_tiles(stage);
-        cache.start::<PAIRS, WARP_KEYS>(first_key(kv_tile), page, k_smem, v_smem);
+        let n = kv_tile - tiles.start;
+        cache.start::<PAIRS, WARP_KEYS>((first_key(kv_tile), n), looked_up, k_smem, v_smem);
     };
-    let mut pages = [0; 3];
-    unroll!(for STAGE in 0..3 {
-        if (STAGE as u32) < STAGES {
-            pages[STAGE] = cache.look_up::<WARP_KEYS>(first_key(tiles.start + STAGE as u32));
-        }
-    });
     unroll!(for STAGE in 0..2 {
         if (STAGE as u32) + 1 < STAGES {
             if tiles.start + (STAGE as u32) < tiles.end {
@@ -205,7 +211,7 @@ pub unsafe fn decode_e4m3<
             async_copy::commit();
         }
     });
-    let mut page = pages[STAGES as usize - 1];
+    let mut looked_up = pages[STAGES as usize - 1];
 
     async_copy::wait::<PENDING>();
     // Hazard: lanes that did not copy Q read it.
@@ -227,10 +233,13 @@ pub unsafe fn decode_e4m3<
         warp::sync_warp(warp::FULL_MASK);
         let further = kv_tile + (STAGES - 1);
         if further < tiles.end {
-            start(further, page, if stage == 0 { STAGES - 1 } else { stage - 1 });
+            start(further, looked_up, if stage == 0 { STAGES - 1 } else { stage - 1 });
         }
         async_copy::commit();
-        page = cache.look_up::<WARP_KEYS>(first_key(further + 1));
+        let next = further + 1;
+        if Cache::<u16>::has_to_look_up::<WARP_KEYS>(next - tiles.start) {
+            looked_up = cache.look_up::<WARP_KEYS>(first_key(next));
+        }
 
         let first_key = first_key(kv_tile);
         if !tile.sees_nothing(first_key, WARP_KEYS) {
@@ -270,6 +279,8 @@ pub unsafe fn decode_e4m3<
     sums_of(warp_id).write_interleaved(&acc_o, &rows);
     // Hazard: all threads read the sums that the warps wrote.
     thread::sync_threads();
+    // SAFETY: the scales have the shape stated above.
+    let v_scale = unsafe { args.scales.v.view::<f32>().read(opaque(tile.h_kv) as u64) };
     unroll!(for PASS in 0..4 {
         if (PASS as u32) < const { ROWS * D as u32 / 8 / THREADS } {
             let chunk = opaque(thread::thread_idx_x()) + PASS as u32 * THREADS;

@@ -197,9 +197,10 @@ pub unsafe fn decode_split<
         async_copy::wait::<0>();
         return;
     }
-    let start = |kv_tile: u32, page: u32, stage: u32| {
+    let start = |kv_tile: u32, looked_up: u32, stage: u32| {
         let (k_smem, v_smem) = stage_tiles(stage);
-        cache.start::<D, KEYS>(first_key(kv_tile), page, k_smem, v_smem);
+        let n = kv_tile - tiles.start;
+        cache.start::<D, KEYS>((first_key(kv_tile), n), looked_up, k_smem, v_smem);
     };
     unroll!(for STAGE in 0..2 {
         if (STAGE as u32) + 1 < STAGES {
@@ -209,7 +210,7 @@ pub unsafe fn decode_split<
             async_copy::commit();
         }
     });
-    let mut page = pages[STAGES as usize - 1];
+    let mut looked_up = pages[STAGES as usize - 1];
 
     async_copy::wait::<PENDING>();
     // Hazard: lanes that did not copy Q read it.
@@ -228,11 +229,12 @@ pub unsafe fn decode_split<
         warp::sync_warp(warp::FULL_MASK);
         let further = kv_tile + (STAGES - 1);
         if further < tiles.end {
-            start(further, page, if stage == 0 { STAGES - 1 } else { stage - 1 });
+            start(further, looked_up, if stage == 0 { STAGES - 1 } else { stage - 1 });
         }
         async_copy::commit();
-        if further + 1 < tiles.end {
-            page = cache.look_up::<KEYS>(first_key(further + 1));
+        let next = further + 1;
+        if next < tiles.end && Cache::<T>::has_to_look_up::<KEYS>(next - tiles.start) {
+            looked_up = cache.look_up::<KEYS>(first_key(next));
         }
 
         let first_key = first_key(kv_tile);
