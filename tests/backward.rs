@@ -13,7 +13,7 @@ use flash_attention::{
     problem::ProblemBuilder,
     raw::{Args, BackwardArgs, Plan, Region, View},
     registry::{self, BACKWARD_KERNELS, Backward, BackwardSpec, Sizes, Target},
-    session::{Forward, Gradients, Inputs, Outputs, Session},
+    session::{Forward, Gradients, Inputs, Outputs, Session, Work},
     verify::verify_gradients,
 };
 use simt::emulator::{Alteration, Change, Options, Sites, SyncKind};
@@ -34,8 +34,9 @@ fn outputs(p: &Problem, inputs: &Inputs<'_>) -> Outputs {
     Outputs { o, lse, weights: None }
 }
 
-fn run_on(
-    device: &Arc<dyn Device>,
+/// The gradients that a kernel's plan for `target` computes on a device.
+fn run_as(
+    (target, device): (&Target, &Arc<dyn Device>),
     kernel: &'static BackwardSpec,
     backward: Backward,
     inputs: &Inputs<'_>,
@@ -43,7 +44,20 @@ fn run_on(
 ) -> Gradients {
     let outputs = outputs(&backward.problem, inputs);
     let session = Session::new(device.clone());
-    session.run_backward(kernel, &backward, inputs, &outputs, d_o).unwrap().0
+    let plan = kernel.plan(&backward, target).unwrap();
+    let mut prepared = session.prepare_backward(plan, inputs, &outputs, d_o).unwrap();
+    prepared.launch().unwrap();
+    prepared.gradients().unwrap()
+}
+
+fn run_on(
+    device: &Arc<dyn Device>,
+    kernel: &'static BackwardSpec,
+    backward: Backward,
+    inputs: &Inputs<'_>,
+    d_o: &Tensor,
+) -> Gradients {
+    run_as((&Target::of(&**device), device), kernel, backward, inputs, d_o)
 }
 
 fn run(
@@ -74,8 +88,19 @@ fn faults_on(
     inputs: &Inputs<'_>,
     d_o: &Tensor,
 ) -> Option<String> {
+    faults_as((&Target::of(&**device), device), label, kernel, p, inputs, d_o)
+}
+
+fn faults_as(
+    place: (&Target, &Arc<dyn Device>),
+    label: &str,
+    kernel: &'static BackwardSpec,
+    p: &Problem,
+    inputs: &Inputs<'_>,
+    d_o: &Tensor,
+) -> Option<String> {
     let backward = Backward::new(*p).d_bias(p.bias().is_some()).d_sinks(p.has_sinks());
-    let gradients = run_on(device, kernel, backward, inputs, d_o);
+    let gradients = run_as(place, kernel, backward, inputs, d_o);
     let result = verify_gradients(p, inputs, d_o, &gradients, &oracle::all_heads(p));
     (!result.passes()).then(|| format!("{} {} {label}: {result}", kernel.name, p.dtype()))
 }
@@ -103,12 +128,12 @@ fn kernels() -> impl Iterator<Item = (&'static BackwardSpec, DType)> {
     BACKWARD_KERNELS.iter().flat_map(|k| k.dtypes.iter().map(move |&dtype| (k, dtype)))
 }
 
-/// Head dims of Q and K and of V for which a kernel has different code. Above 128 columns, warps or
-/// warpgroups share keys in the last two rungs; the last has fewer columns of values, too.
+/// Head dims of Q and K and of V for which a kernel has different code: tiles of fewer rows or keys, and in the
+/// last rung fewer columns of values, too.
 fn head_dims_apart(kernel: &BackwardSpec) -> Vec<(usize, usize)> {
     let first = kernel.limits.head_dims[0];
     let others: &[_] = match kernel.name {
-        "backward_mma" => &[(192, 192)],
+        "backward_mma" => &[(96, 96), (128, 128), (192, 192)],
         "backward_hopper" => &[(192, 192), (192, 128)],
         _ => &[],
     };
@@ -223,6 +248,36 @@ fn edges_and_features_are_right_on_a_gpu() {
         let faults = suite::on_every_core(cases, |(kernel, case)| faults_of(gpu, kernel, &case));
         check_all(faults.into_iter().flatten().collect());
     });
+}
+
+/// A GPU whose blocks have less shared memory than the emulator's gives backward_mma other tiles.
+#[test]
+fn tiles_for_less_shared_memory_are_right() {
+    const D: usize = 64;
+    let kernel = registry::find_backward("backward_mma").unwrap();
+    let device = emulator();
+    let whole = Target::of(&*device);
+    let mut less = whole;
+    less.max_shared_bytes = 99 << 10;
+    let is_tall = |target: &Target| {
+        let p = Problem::builder(1, 1, 1, D).dtype(DType::F16).build().unwrap();
+        let plan = kernel.plan(&Backward::new(p), target).unwrap();
+        plan.entries().any(|step| step.entry.symbol.ends_with("_tall"))
+    };
+    assert!(is_tall(&whole) && !is_tall(&less));
+    // Entries for more columns have no other tiles.
+    let fits = |case: &Case| case.problem.head_dim().max(case.problem.head_dim_v()) <= D;
+    let cases = edges(kernel, DType::F16, (D, D)).into_iter().filter(fits).collect();
+    let cases = suite::thinned(DType::F16, cases);
+    check_all(
+        suite::on_every_core(cases, |case| {
+            let (p, draw) = (&case.problem, case.draw(0));
+            faults_as((&less, &device), &case.name, kernel, p, &draw.inputs(), &d_o(p))
+        })
+        .into_iter()
+        .flatten()
+        .collect(),
+    );
 }
 
 /// The seed of random problems.

@@ -94,6 +94,8 @@ const TABLES: &[entry::Instances] = &[
     backward_tiled::QUERIES,
     backward_mma::ENTRIES,
     backward_mma::ORDERED_ENTRIES,
+    backward_mma::TALL_ENTRIES,
+    backward_mma::TALL_ORDERED_ENTRIES,
     backward_hopper::ENTRIES,
     backward_hopper::ORDERED_ENTRIES,
     backward_hopper::VALUES_OF_128,

@@ -83,18 +83,9 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
     ("flash_tf32", "", &[FULL, CAUSAL, MASKS, CAPPED, VARLEN, PADDED]),
     // With everything on it spills 108 bytes on sm_90a, 176 on sm_80.
     ("backward_standard_scores", "f16", &[FULL, CAUSAL, MASKS, CAPPED, ALIBI, VARLEN]),
-    // With an order of its sums a rung needs more registers: backward_mma spills up to 36 bytes at head dim 128,
-    // 16 at 256, and 12 at 224 where it is not causal.
-    ("backward_mma", "_d128_ordered", &[]),
-    ("backward_mma", "_d224_ordered", &[CAUSAL]),
-    ("backward_mma", "_d256_ordered", &[]),
     ("backward_mma", "_ordered", &[FULL, CAUSAL]),
     ("backward_hopper", "_ordered", &[FULL, CAUSAL]),
-    // It spills 4 bytes with packed sequences at head dims 64 and 96, 24 at 256, and more with windows.
-    // At 128 it spills 16 bytes on sm_80, at 96 from 4 to 20 on sm_100, and none elsewhere: these two are
-    // not assembled.
-    ("backward_mma", "_d96", &[]),
-    ("backward_mma", "_d128", &[]),
+    // With packed sequences, masks or a cap it spills more.
     ("backward_mma", "", &[FULL, CAUSAL, PADDED]),
     // With dropout it spills up to 320 bytes at head dim 64, 72 at 128; with a cap up to 416. With packed
     // sequences it spills 32 at head dim 64, and ptxas has it wait for dP before the exponentials.
@@ -113,6 +104,19 @@ const OF_ENTRIES: &[(&str, &str, &[Combination])] = &[
 /// Beginnings and ends of entries' names, and how many bytes they may spill in a combination, stores and loads
 /// together; others may spill none.
 const SPILLS: &[(&str, &str, Combination, u32)] = &[
+    // Addresses that a loop finds once, and reloads.
+    ("backward_mma", "_d64_tall", FULL, 100),
+    ("backward_mma", "_d64_tall", CAUSAL, 64),
+    ("backward_mma", "_d64_tall", PADDED, 64),
+    ("backward_mma", "_d64_tall_ordered", FULL, 80),
+    ("backward_mma", "_d64_tall_ordered", CAUSAL, 100),
+    ("backward_mma", "_d128", FULL, 8),
+    ("backward_mma", "_d128_ordered", FULL, 88),
+    ("backward_mma", "_d128_ordered", CAUSAL, 32),
+    ("backward_mma", "_d224", CAUSAL, 8),
+    ("backward_mma", "_d224", PADDED, 8),
+    ("backward_mma", "_d256_ordered", FULL, 40),
+    ("backward_mma", "_d256_ordered", CAUSAL, 8),
     // The loop reloads a word or two. LSE and delta are read early: to read them late costs more.
     ("backward_hopper", "_d128", WINDOW, 40),
     ("backward_hopper", "_d128", VARLEN, 104),

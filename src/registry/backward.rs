@@ -405,17 +405,28 @@ const BACKWARD_MMA: BackwardSpec = BackwardSpec {
     limits: AttentionLimits {
         head_dims: &[32, 64, 96, 128, 160, 192, 224, 256],
         features: ALL_FEATURES,
-        sizes: |_, d| Sizes { rows: vec![backward_mma::BR], keys: vec![backward_mma::keys(d)] },
+        sizes: |_, d| Sizes {
+            rows: vec![backward_mma::rows(d)],
+            keys: vec![backward_mma::keys(d)],
+        },
     },
-    draft: |b, _| {
+    draft: |b, target| {
         let p = &b.problem;
         let d = entry_size(p, backward_mma::ENTRIES)?;
         let keys = backward_mma::keys(d);
-        let instances =
-            if in_order(b, keys) { backward_mma::ORDERED_ENTRIES } else { backward_mma::ENTRIES };
+        let rows = match backward_mma::rows(d) {
+            rows if backward_mma::shared_bytes(d, rows) <= target.max_shared_bytes => rows,
+            _ => backward_mma::BR,
+        };
+        let instances = match (rows, in_order(b, keys)) {
+            (backward_mma::TALL_BR, false) => backward_mma::TALL_ENTRIES,
+            (backward_mma::TALL_BR, true) => backward_mma::TALL_ORDERED_ENTRIES,
+            (_, false) => backward_mma::ENTRIES,
+            (_, true) => backward_mma::ORDERED_ENTRIES,
+        };
         let main = Step {
             grid: grid(tiles(p.seq_k(), keys), kv_heads(p)),
-            shared_bytes: backward_mma::shared_bytes(d),
+            shared_bytes: backward_mma::shared_bytes(d, rows),
             ..padded_step(b, instances, d)?
         };
         let convert = Step {

@@ -1,9 +1,10 @@
 //! backward_mma: all five products on the tensor cores, by mma.sync, each computed once.
 //!
-//! The idea: keys stay, rows pass. A warp keeps 16 keys, and computes its scores transposed: `Sᵀ = K Qᵀ`
-//! and `dPᵀ = V dOᵀ` leave the tensor core with keys as rows. In this form P and dS are operand A of
-//! `dV += Pᵀ dO` and `dK += dSᵀ Q`. Only dS goes through shared memory, because every warp adds to dQ:
-//! atomics sum `dQ += dS K` in global memory.
+//! The idea: keys stay, rows pass. Two warps have the same 32 keys, and each computes their scores with half of
+//! the rows, transposed: `Sᵀ = K Qᵀ` and `dPᵀ = V dOᵀ` leave the tensor core with keys as rows. In this form P
+//! and dS are operand A of `dV += Pᵀ dO` and `dK += dSᵀ Q`, of which each warp has half of the columns: its own rows
+//! come from registers, the other warp's through shared memory. Every warp reads dS from there for dQ, which
+//! atomics sum in global memory.
 //!
 //! Change from backward_tiled: tensor cores; five products, not seven; copies run ahead.
 //!
@@ -14,23 +15,38 @@
 //!     for each such tile:
 //!         wait for the copies; barrier
 //!         start to copy the next Q, dO                  into the other stage
-//!         Sᵀ = K Qᵀ; dPᵀ = V dOᵀ                        BC / 16 warps, 16 keys each
-//!         Pᵀ = exp2(Sᵀ - LSE); dSᵀ = Pᵀ ∘ (dPᵀ - delta)
-//!         dV += Pᵀ dO; dK += dSᵀ Q                      dSᵀ to shared memory on the way
+//!         Sᵀ = K Qᵀ; Pᵀ = exp2(Sᵀ - LSE)                32 keys and half of the rows per warp
+//!         dPᵀ = V dOᵀ - delta; dSᵀ = Pᵀ ∘ dPᵀ           the product begins with -delta
+//!         Pᵀ, dSᵀ to shared memory
+//!         dV += Pᵀ dO; dK += dSᵀ Q                      32 keys and half of the columns; own rows
 //!         barrier
-//!         dq_acc += dS K                                16 rows and half of the columns per warp
+//!         dV += Pᵀ dO; dK += dSᵀ Q                      the other warp's rows
+//!         dq_acc += dS K                                32 rows and some of the columns per warp
 //! dK * scale, dV
 //! ```
 //!
-//! Above D = 128 the accumulators of 16 keys, 2 D registers per lane, are too many. Two warps then share
-//! 16 keys: each computes half of the scores, for half of the rows, and half of the columns of dK and
-//! dV; P goes through shared memory too.
+//! ```text
+//!             rows                            columns
+//!         | half 0 | half 1 |             | half 0 | half 1 |
+//! 32 keys | warp 0 | warp 4 |     32 keys | warp 0 | warp 4 |     16 of every 32 columns are half 0
+//! 32 keys | warp 1 | warp 5 |     32 keys | warp 1 | warp 5 |
+//! ...                             ...
+//!     Sᵀ, dPᵀ, P, dS                       dK, dV
+//! ```
 //!
-//! | D | keys | warps per fragment of 16 keys | registers per lane of dK, dV, Sᵀ, dPᵀ | shared bytes |
+//! | D | tile, rows x keys | keys per warp | registers per lane of dK, dV, Sᵀ, dPᵀ | shared bytes |
 //! |---|---|---|---|---|
-//! | 64 | 128 | 1 | 32, 32, 32, 32 | 81,928 |
-//! | 128 | 128 | 1 | 64, 64, 32, 32 | 147,464 |
-//! | 256 | 64 | 2 | 64, 64, 16, 16 | 213,000 |
+//! | 64 | 128 x 128 | 32 | 32, 32, 64, 64 | 163,848 |
+//! | 64, less memory | 64 x 128 | 32 | 32, 32, 32, 32 | 98,312 |
+//! | 128 | 64 x 128 | 32 | 64, 64, 32, 32 | 163,848 |
+//! | 256 | 64 x 64 | 16 | 64, 64, 16, 16 | 213,000 |
+//!
+//! By counting: at D = 128 a tile of 10.5 MFLOP moves 608 KB through shared memory, 17 FLOP per byte, which takes
+//! 4,750 clocks at 128 bytes each. With 16 keys and all rows per warp it would move 784 KB. Its products take
+//! 2,560 clocks at the rate of wgmma, which mma.sync does not reach.
+//!
+//! P comes before dP: its exponentials run beside the products of dP. LSE and delta are read before the first
+//! product, so that no thread waits for global memory.
 //!
 //! The sums of dQ lie in memory in the order of the registers: 16 rows and 8 columns are 128 neighbours,
 //! so each of a lane's four additions is one line of 128 bytes per warp
@@ -39,18 +55,23 @@
 //! The order of the sums of dQ is not fixed: bits differ from run to run where more than two tiles of keys
 //! add to a row. [`order`] fixes it for calls that ask for it.
 //!
-//! Measured: 275 TFLOP/s at D 128 and 212 at D 64 (H200, f16, 16k tokens, N 8192). Limits: f16 and bf16; a fragment of B serves one product of a
-//! warp, 16 FLOP per byte of shared memory.
+//! Measured: 334 TFLOP/s at D 128 and 298 at D 64 (H200, f16, 16k tokens, N 8192), where 16 keys per warp reached
+//! 269 and 221. Tensor cores are busy for half of the time. Limits: f16 and bf16.
+//!
+//! | file | contents |
+//! |---|---|
+//! | `scores` | P and dS of a warp's scores |
+//! | `sums` | dK, dV and dQ |
 //!
 //! Source: Dao, "FlashAttention-2", 2023, algorithm 2 and section 3.2.
 
 use half::{bf16, f16};
 use simt::{
-    async_copy, atomic,
+    async_copy,
     compiler::opaque,
     layout::{Swizzled, TileLayout},
-    math, matrix,
-    mma::{Ampere, Multiply, TensorCore},
+    matrix,
+    mma::{Ampere, TensorCore},
     scalar::Scalar,
     shared::Shared,
     thread, unroll, warp,
@@ -58,71 +79,96 @@ use simt::{
 
 use super::order::{self, Part, Place};
 use crate::{
-    args::{BackwardArgs, Tensor},
+    args::BackwardArgs,
     entries,
     parts::{
         columns::Columns,
-        fragment::{self, Queries, SharedQueries},
+        fragment::{self, ROWS, SharedQueries},
         head::Head,
         policy::Policy,
         tile,
     },
 };
 
+mod scores;
+mod sums;
+
+use scores::{OfRows, differentiate, store_scores, weigh};
+use sums::{ScoresAt, add_other, add_own, add_step, add_to_memory, store};
 /// Threads of a block: eight warps.
 pub const THREADS: u32 = 256;
 /// Query rows of a tile.
 pub const BR: u32 = 64;
-
-const WARPS: u32 = THREADS / warp::LANES;
+/// Query rows of a tile of the entries [`TALL_ENTRIES`]. An operand that is read from shared memory serves more
+/// products; P and dS have twice the size.
+pub const TALL_BR: u32 = 128;
+/// Warps that share keys: each computes the scores of half of the rows, and half of the columns of dK and dV.
+const HALVES: u32 = 2;
 /// Stages of Q and dO: copies fill one during the arithmetic on the other.
 const STAGES: u32 = 2;
-/// Warps that share 16 rows of dQ.
-const ROW_WARPS: u32 = WARPS / (BR / fragment::ROWS);
-/// Products of 8 rows in a tile.
-const ROW_TILES: usize = BR as usize / 8;
 
-const _: () = assert!(super::ROW_PADDING % BR == 0, "rows past the last are padded ones");
-const _: () = assert!(ROW_WARPS == 2, "the columns of dQ are divided by two");
+const WARPS: u32 = THREADS / warp::LANES;
+/// Pairs of warps along the keys.
+const KEY_WARPS: u32 = WARPS / HALVES;
 
-/// Warps that share 16 keys, for head dim `d`.
-#[must_use]
-pub const fn split(d: usize) -> u32 {
-    if d <= 128 { 1 } else { 2 }
+const _: () = assert!(
+    super::ROW_PADDING % TALL_BR == 0 && TALL_BR % BR == 0,
+    "rows past the last are padded ones"
+);
+
+/// Fragments of 16 keys per pair of warps, for head dim `d`: above 128, the accumulators of two are too many.
+const fn key_fragments(d: usize) -> usize {
+    if d <= 128 { 2 } else { 1 }
 }
 
 /// Keys of a tile.
 #[must_use]
 pub const fn keys(d: usize) -> u32 {
-    WARPS / split(d) * fragment::ROWS
+    KEY_WARPS * key_fragments(d) as u32 * ROWS
 }
 
-/// Dynamic shared memory of a block in bytes: its tiles, and its place.
+/// Query rows of a tile on a GPU that has room for them.
 #[must_use]
-pub const fn shared_bytes(d: usize) -> u32 {
-    tile_bytes(d) + order::PLACE_BYTES
+pub const fn rows(d: usize) -> u32 {
+    if d <= 64 { TALL_BR } else { BR }
 }
 
-/// Bytes of K, V, the stages of Q and dO, dS, and P where two warps share keys.
-const fn tile_bytes(d: usize) -> u32 {
-    (2 * (keys(d) + STAGES * BR) * d as u32 + split(d) * keys(d) * BR) * 2
+/// Fragments of 16 rows of dQ per warp, in tiles of `br` rows.
+const fn dq_fragments(d: usize, br: u32) -> usize {
+    if br == TALL_BR || d % 64 == 0 { 2 } else { 1 }
+}
+
+/// Warps that share rows of dQ: each has as many columns.
+const fn dq_parts(d: usize, br: u32) -> u32 {
+    WARPS * dq_fragments(d, br) as u32 * ROWS / br
+}
+
+/// Dynamic shared memory of a block in bytes, for tiles of `br` rows: its tiles, and its place.
+#[must_use]
+pub const fn shared_bytes(d: usize, br: u32) -> u32 {
+    tile_bytes(d, br) + order::PLACE_BYTES
+}
+
+/// Bytes of K, V, the stages of Q and dO, P and dS.
+const fn tile_bytes(d: usize, br: u32) -> u32 {
+    (2 * (keys(d) + STAGES * br) * d as u32 + 2 * keys(d) * br) * 2
 }
 
 /// The tiles of a block in shared memory.
-struct Tiles<T, const D: usize> {
+struct Tiles<T, const D: usize, const BR: u32> {
     k: Shared<T>,
     v: Shared<T>,
     /// Q and dO of each stage.
     stages: Shared<T>,
-    /// dSᵀ: keys as rows.
-    ds: Shared<T>,
-    /// Pᵀ, where two warps share keys; else dSᵀ.
+    /// Pᵀ: keys as rows.
     p: Shared<T>,
+    /// dSᵀ.
+    ds: Shared<T>,
 }
 
-impl<T: Scalar, const D: usize> Tiles<T, D> {
+impl<T: Scalar, const D: usize, const BR: u32> Tiles<T, D, BR> {
     /// Elements of a tile of Q or dO.
-    const ROWS: u32 = BR * D as u32;
+    const TILE: u32 = BR * D as u32;
 
     /// # Safety
     /// The launch must give [`shared_bytes`].
@@ -131,22 +177,22 @@ impl<T: Scalar, const D: usize> Tiles<T, D> {
         let of_keys = const { keys(D) * D as u32 };
         let of_scores = const { keys(D) * BR };
         // SAFETY: the launch gives the shared memory, as stated above.
-        let all = unsafe { Shared::<T>::dynamic(0, const { tile_bytes(D) / 2 }) };
-        let behind = 2 * of_keys + 2 * STAGES * Self::ROWS;
+        let all = unsafe { Shared::<T>::dynamic(0, const { tile_bytes(D, BR) / 2 }) };
+        let behind = 2 * of_keys + 2 * STAGES * Self::TILE;
         Self {
             k: all.slice(0, of_keys),
             v: all.slice(of_keys, of_keys),
-            stages: all.slice(2 * of_keys, 2 * STAGES * Self::ROWS),
-            ds: all.slice(behind, of_scores),
-            p: all.slice(behind + const { (split(D) - 1) * keys(D) * BR }, of_scores),
+            stages: all.slice(2 * of_keys, 2 * STAGES * Self::TILE),
+            p: all.slice(behind, of_scores),
+            ds: all.slice(behind + of_scores, of_scores),
         }
     }
 
     /// Q and dO of a stage.
     #[inline(always)]
     fn stage(&self, stage: u32) -> (Shared<T>, Shared<T>) {
-        let first = 2 * stage * Self::ROWS;
-        (self.stages.slice(first, Self::ROWS), self.stages.slice(first + Self::ROWS, Self::ROWS))
+        let first = 2 * stage * Self::TILE;
+        (self.stages.slice(first, Self::TILE), self.stages.slice(first + Self::TILE, Self::TILE))
     }
 
     /// Starts to copy a tile of Q and dO into a stage; the caller waits.
@@ -175,8 +221,8 @@ impl<T: Scalar, const D: usize> Tiles<T, D> {
 struct WarpPlace {
     /// Its first key of the tile.
     key: u32,
-    /// Its number among the warps that share its keys.
-    part: u32,
+    /// Which half of the rows and of the columns it has.
+    half: u32,
 }
 
 /// The gradients, but for the scale of dQ.
@@ -201,10 +247,14 @@ pub unsafe fn backward_mma<
     T: Scalar,
     const D: usize,
     const BC: u32,
-    const SPLIT: usize,
-    const COLUMN_TILES: usize,
+    const F: usize,
+    const BR: u32,
+    const COLUMNS: usize,
     const SCORE_TILES: usize,
+    const COLUMN_TILES: usize,
+    const DQ_F: usize,
     const DQ_TILES: usize,
+    const DQ_PARTS: u32,
     const ORDERED: bool,
 >(
     args: &BackwardArgs,
@@ -212,13 +262,15 @@ pub unsafe fn backward_mma<
     Ampere: TensorCore<T>,
 {
     const {
-        assert!(BC == keys(D) && SPLIT == split(D) as usize);
-        assert!(COLUMN_TILES * SPLIT * 8 == D && SCORE_TILES * SPLIT == ROW_TILES);
-        assert!(DQ_TILES * 8 * ROW_WARPS as usize == D && D % 32 == 0);
+        assert!(BC == keys(D) && F == key_fragments(D));
+        assert!(COLUMNS == BR as usize && SCORE_TILES * HALVES as usize * 8 == COLUMNS);
+        assert!(COLUMN_TILES * HALVES as usize * 8 == D && D % 32 == 0);
+        assert!(DQ_F == dq_fragments(D, BR) && DQ_PARTS == dq_parts(D, BR));
+        assert!(DQ_TILES * DQ_PARTS as usize * 8 == D && DQ_TILES % 2 == 0);
     }
     // Who am I.
     let forward = &args.forward;
-    let place_in_order = Place::at(const { tile_bytes(D) }, ORDERED);
+    let place_in_order = Place::at(const { tile_bytes(D, BR) }, ORDERED);
     // SAFETY: the launch gives the shared memory, and the queue has its words.
     unsafe { place_in_order.draw(args) };
     let number = place_in_order.number();
@@ -228,10 +280,12 @@ pub unsafe fn backward_mma<
         return;
     }
     let warp_id = warp::uniform(warp::warp_id());
-    let key_warps = const { BC / fragment::ROWS };
-    let place = WarpPlace { key: warp_id % key_warps * fragment::ROWS, part: warp_id / key_warps };
+    let place = WarpPlace {
+        key: warp_id % KEY_WARPS * const { key_fragments(D) as u32 * ROWS },
+        half: warp_id / KEY_WARPS,
+    };
     // SAFETY: the launch gives the shared memory.
-    let tiles = unsafe { Tiles::<T, D>::new() };
+    let tiles = unsafe { Tiles::<T, D, BR>::new() };
     // Load K and V.
     // SAFETY: K and V are `[B, Hkv, Nk, D]`.
     let (k, v) =
@@ -241,7 +295,7 @@ pub unsafe fn backward_mma<
     tile::load_async::<T, Swizzled<D>, D, BC, THREADS>(&v, first_key, tiles.v);
     async_copy::commit();
 
-    let (mut dk, mut dv) = ([[0.0f32; 4]; COLUMN_TILES], [[0.0f32; 4]; COLUMN_TILES]);
+    let (mut dk, mut dv) = ([[[0.0f32; 4]; COLUMN_TILES]; F], [[[0.0f32; 4]; COLUMN_TILES]; F]);
     for member in 0..Head::group() {
         let head = Head::of_group(forward, number, member);
         // SAFETY: the buffers have the shapes stated above.
@@ -267,70 +321,68 @@ pub unsafe fn backward_mma<
             }
             let (q_smem, d_o_smem) = tiles.stage(stage);
 
-            // Sᵀ = K Qᵀ, dPᵀ = V dOᵀ [16, BR / SPLIT] of this warp.
-            let row = place.part * const { BR / SPLIT as u32 };
+            // Sᵀ = K Qᵀ: of this warp's keys, its half of the rows. P replaces it.
+            let row = place.half * const { BR / HALVES };
+            // SAFETY: rows up to the end of a tile are padded ones.
+            let of_rows = unsafe { OfRows::<SCORE_TILES>::load(args, head, first_row + row) };
             let b = fragment::b_origin::<Swizzled<D>>(row);
-            let (mut s, mut dp) = ([[[0.0f32; 4]; SCORE_TILES]], [[[0.0f32; 4]; SCORE_TILES]]);
+            let mut p = [[[0.0f32; 4]; SCORE_TILES]; F];
             let a = SharedQueries::<T, Swizzled<D>>::new(tiles.k, place.key);
-            fragment::add_scores::<T, Ampere, Swizzled<D>, D, SCORE_TILES, 1>(
-                &mut s,
+            fragment::add_scores::<T, Ampere, Swizzled<D>, D, SCORE_TILES, F>(
+                &mut p,
                 a,
                 (q_smem, b),
             );
+            let at = (first_row + row, first_key + place.key);
+            let slopes = weigh::<T, SCORE_TILES, F>(args, &policy, at, &of_rows, &mut p);
+
+            // dPᵀ = V dOᵀ. dS replaces it.
+            let mut ds = of_rows.minus_delta();
             let a = SharedQueries::<T, Swizzled<D>>::new(tiles.v, place.key);
-            fragment::add_scores::<T, Ampere, Swizzled<D>, D, SCORE_TILES, 1>(
-                &mut dp,
+            fragment::add_scores::<T, Ampere, Swizzled<D>, D, SCORE_TILES, F>(
+                &mut ds,
                 a,
                 (d_o_smem, b),
             );
-            let ([mut p], [mut ds]) = (s, dp);
+            differentiate::<SCORE_TILES, F>(&policy, at, &of_rows, &slopes, &mut p, &mut ds);
 
-            // P and dS replace them.
-            let (g, column) = fragment::row_and_column();
-            let (i, j) = (first_row + row + column, first_key + place.key + g);
-            // SAFETY: rows up to the end of a tile are padded ones.
-            unsafe { gradients::<T, SCORE_TILES>(args, &policy, (i, j), &mut p, &mut ds) };
+            // Pᵀ and dSᵀ to shared memory, for the other warp of these keys, and for dQ.
+            store_scores::<T, COLUMNS, SCORE_TILES, F>(tiles.p, (place.key, row), &p);
+            store_scores::<T, COLUMNS, SCORE_TILES, F>(tiles.ds, (place.key, row), &ds);
 
-            // dSᵀ to shared memory, for dQ.
-            store_scores::<T, SCORE_TILES>(tiles.ds, place.key + g, row, column, &ds);
-            if SPLIT == 1 {
-                // dV += Pᵀ dO; dK += dSᵀ Q [16, D] of this warp.
-                let b = fragment::a_origin::<Swizzled<D>>(0);
-                fragment::add_output::<T, Ampere, Swizzled<D>, SCORE_TILES, COLUMN_TILES>(
-                    &mut dv,
-                    &p,
-                    (d_o_smem, b),
-                );
-                fragment::add_output::<T, Ampere, Swizzled<D>, SCORE_TILES, COLUMN_TILES>(
-                    &mut dk,
-                    &ds,
-                    (q_smem, b),
-                );
-                // Hazard: dS is read by warps that did not write it.
-                thread::sync_threads();
-            } else {
-                store_scores::<T, SCORE_TILES>(tiles.p, place.key + g, row, column, &p);
-                // Hazard: P and dS are read by warps that did not write them.
-                thread::sync_threads();
-                // The same, of half of the columns: [16, D / 2] of this warp.
-                let b = Swizzled::<D>::right(fragment::a_origin::<Swizzled<D>>(0), 16 * place.part);
-                add_keys::<T, D, COLUMN_TILES>(&mut dv, (tiles.p, place.key), (d_o_smem, b));
-                add_keys::<T, D, COLUMN_TILES>(&mut dk, (tiles.ds, place.key), (q_smem, b));
-            }
+            // dV += Pᵀ dO; dK += dSᵀ Q: of this warp's keys, its half of the columns. First over its own rows.
+            let b = Swizzled::<D>::right(fragment::a_origin::<Swizzled<D>>(row), 16 * place.half);
+            add_own::<T, D, SCORE_TILES, COLUMN_TILES, F>(&mut dv, &p, (d_o_smem, b));
+            add_own::<T, D, SCORE_TILES, COLUMN_TILES, F>(&mut dk, &ds, (q_smem, b));
+            // Hazard: P and dS are read by warps that did not write them.
+            thread::sync_threads();
+            // Then over the other warp's.
+            let row = const { BR / HALVES } - row;
+            let b = Swizzled::<D>::right(fragment::a_origin::<Swizzled<D>>(row), 16 * place.half);
+            let of_scores = |tile| ScoresAt { tile, key: place.key, row };
+            add_other::<T, D, COLUMNS, COLUMN_TILES, F>(&mut dv, of_scores(tiles.p), (d_o_smem, b));
+            add_other::<T, D, COLUMNS, COLUMN_TILES, F>(&mut dk, of_scores(tiles.ds), (q_smem, b));
 
-            // dQ += dS K [16, D / 2] of this warp.
-            let (rows_of_dq, part) = (warp_id / ROW_WARPS * fragment::ROWS, warp_id % ROW_WARPS);
-            let mut dq = [[0.0f32; 4]; DQ_TILES];
+            // dQ += dS K: of 16 or 32 rows, half or a quarter of the columns.
+            let (rows_of_dq, part) =
+                (warp_id / DQ_PARTS * const { DQ_F as u32 * ROWS }, warp_id % DQ_PARTS);
+            let mut dq = [[[0.0f32; 4]; DQ_TILES]; DQ_F];
             // Transposed as it is loaded: keys are the terms.
-            let a = fragment::b_origin::<Swizzled<{ BR as usize }>>(0);
-            let a = Swizzled::<{ BR as usize }>::right(a, rows_of_dq);
+            let a = fragment::b_origin::<Swizzled<COLUMNS>>(0);
+            let a = Swizzled::<COLUMNS>::right(a, rows_of_dq);
             let b = Swizzled::<D>::right(fragment::a_origin::<Swizzled<D>>(0), 16 * part);
             unroll!(for STEP in 0..8 {
                 if STEP < const { BC as usize / 16 } {
                     let key = 16 * STEP as u32;
-                    let down = Swizzled::<{ BR as usize }>::down(a, key);
-                    let a = matrix::load_x4_transposed(tiles.ds, down);
-                    add_half::<T, D, DQ_TILES>(&mut dq, a, (tiles.k, b), key);
+                    let down = Swizzled::<COLUMNS>::down(a, key);
+                    let mut ds = [[0; 4]; DQ_F];
+                    unroll!(for FRAGMENT in 0..2 {
+                        if FRAGMENT < DQ_F {
+                            let right = Swizzled::<COLUMNS>::right(down, 16 * FRAGMENT as u32);
+                            ds[FRAGMENT] = matrix::load_x4_transposed(tiles.ds, right);
+                        }
+                    });
+                    add_step::<T, D, DQ_TILES, DQ_F, DQ_PARTS>(&mut dq, ds, (tiles.k, b), key);
                 }
             });
             let own = Part { first_row, rows: BR, part: warp_id, place: place_in_order, keys: BC };
@@ -338,7 +390,8 @@ pub unsafe fn backward_mma<
             // keys for them does.
             unsafe {
                 own.wait(args, &policy);
-                add_to_memory::<D, DQ_TILES>(args, head, first_row + rows_of_dq, part, &dq);
+                let first_row = first_row + rows_of_dq;
+                add_to_memory::<D, DQ_TILES, DQ_F, DQ_PARTS>(args, head, first_row, part, &dq);
                 own.pass(args, &policy);
             }
             stage ^= 1;
@@ -350,245 +403,56 @@ pub unsafe fn backward_mma<
     // Found again, and opaque: kept, they would take registers of the loop.
     let of_keys = Head::of_group(forward, opaque(place_in_order.number()), 0);
     let first_key = opaque(place_in_order.key_tile()) * BC;
-    let (scale, first, part) = (forward.scores.scale, first_key + place.key, place.part);
+    let (scale, first, half) = (forward.scores.scale, first_key + place.key, place.half);
     let (dk_tensor, dv_tensor) = (&args.gradients.dk, &args.gradients.dv);
     // SAFETY: dK and dV are `[B, Hkv, Nk, D]`; this warp alone has these columns of these rows.
     unsafe {
         let (keys, values) = (Columns::of_keys(), Columns::of_values());
-        store::<T, SPLIT, COLUMN_TILES>(&dk, scale, (dk_tensor, keys), of_keys, first, part);
-        let rescale = rescale(args);
-        store::<T, SPLIT, COLUMN_TILES>(&dv, rescale, (dv_tensor, values), of_keys, first, part);
+        store::<T, COLUMN_TILES, F>(&dk, scale, (dk_tensor, keys), of_keys, first, half);
+        let rescale = if Policy::drops() { forward.scores.dropout.rescale } else { 1.0 };
+        store::<T, COLUMN_TILES, F>(&dv, rescale, (dv_tensor, values), of_keys, first, half);
     }
-}
-
-/// The factor of kept weights, which dV takes once.
-#[inline(always)]
-fn rescale(args: &BackwardArgs) -> f32 {
-    if Policy::drops() { args.forward.scores.dropout.rescale } else { 1.0 }
-}
-
-/// P after dropout, not scaled up, and dS of a lane's scores: `i` is the row of the first, `j` its key.
-/// Of every 8 columns, which are rows of Q, lane `4 g + t` has `2 t` and `2 t + 1`; its keys are `j` and
-/// `j + 8`.
-///
-/// # Safety
-/// `delta` and `minus_lse_log2` of `args.steps` must hold the rows.
-#[inline(always)]
-unsafe fn gradients<T: Scalar, const N: usize>(
-    args: &BackwardArgs,
-    policy: &Policy,
-    (i, j): (u32, u32),
-    s: &mut [[f32; 4]; N],
-    dp: &mut [[f32; 4]; N],
-) {
-    let last = i + 8 * N as u32;
-    // The same for all lanes: the first of 16 keys, and of 8 rows.
-    let (first_j, end_j) = (j - j % fragment::ROWS, j - j % fragment::ROWS + fragment::ROWS);
-    let first_i = i - i % 8;
-    let is_whole = policy.whole_from(last) <= first_j && end_j <= policy.whole_keys(first_i);
-    let visible = if is_whole { [u32::MAX; 2] } else { bits::<N>(i, j, |i, j| policy.sees(i, j)) };
-    let kept = if Policy::drops() {
-        bits::<N>(i, j, |i, j| policy.kept(i, j, 1.0) != 0.0)
-    } else {
-        [u32::MAX; 2]
-    };
-    // SAFETY: both hold the rows, as stated above.
-    let (delta, minus_lse_log2) =
-        unsafe { (args.steps.delta.view::<f32>(), args.steps.minus_lse_log2.view::<f32>()) };
-    let row = policy.head.padded_row(i);
-    let scale = args.forward.scores.scale;
-    unroll!(for TILE in 0..8 {
-        if TILE < N {
-            let at = row + 8 * TILE as u64;
-            let minus_lse = minus_lse_log2.read_as::<[u32; 2]>(at).map(f32::from_bits);
-            let delta = delta.read_as::<[u32; 2]>(at).map(f32::from_bits);
-            unroll!(for E in 0..4 {
-                let (i, j) = (i + (8 * TILE + E % 2) as u32, j + 8 * (E / 2) as u32);
-                let bit = 2 * TILE + E % 2;
-                let raw = s[TILE][E];
-                let shaped = policy.shape_score::<T>(raw, scale, i, j);
-                let mut x = math::fma(shaped, policy.scale_log2(), minus_lse[E % 2]);
-                if visible[E / 2] >> bit & 1 == 0 {
-                    x = f32::NEG_INFINITY;
-                }
-                let weight = math::exp2(x);
-                let (mut p, mut gradient) = (weight, dp[TILE][E]);
-                if Policy::drops() {
-                    let is_kept = kept[E / 2] >> bit & 1 != 0;
-                    p = if is_kept { weight } else { 0.0 };
-                    gradient = if is_kept { gradient * policy.rescale() } else { 0.0 };
-                }
-                s[TILE][E] = p;
-                dp[TILE][E] = weight * (gradient - delta[E % 2]) * policy.score_slope::<T>(raw);
-            });
-        }
-    });
-}
-
-/// The scores of a lane for whose row and key `holds`: bit `2 n + e` of the first is row
-/// `i + 8 n + e` at key `j`, of the second at `j + 8`.
-#[inline(always)]
-fn bits<const N: usize>(i: u32, j: u32, holds: impl Fn(u32, u32) -> bool) -> [u32; 2] {
-    let mut bits = [0; 2];
-    // Not unrolled: `holds` may be long.
-    for n in 0..2 * N as u32 {
-        let row = i + 8 * (n / 2) + n % 2;
-        bits[0] |= u32::from(holds(row, j)) << n;
-        bits[1] |= u32::from(holds(row, j + 8)) << n;
-    }
-    bits
-}
-
-/// Writes a lane's part of Pᵀ or dSᵀ, from row `first` of Q on, to keys `key` and `key + 8`.
-#[inline(always)]
-fn store_scores<T: Scalar, const N: usize>(
-    tile: Shared<T>,
-    key: u32,
-    first: u32,
-    column: u32,
-    values: &[[f32; 4]; N],
-) where
-    Ampere: TensorCore<T>,
-{
-    unroll!(for TILE in 0..8 {
-        if TILE < N {
-            let index = Swizzled::<{ BR as usize }>::index(key, first + 8 * TILE as u32) + column;
-            let [a, b, c, d] = values[TILE];
-            tile.write_as::<u32>(index, Ampere::pack(a, b));
-            let below = Swizzled::<{ BR as usize }>::down(index, 8);
-            tile.write_as::<u32>(below, Ampere::pack(c, d));
-        }
-    });
-}
-
-/// `sum += Pᵀ dO`, or dSᵀ and Q, of 16 keys from `key` on of a tile and half of the columns.
-#[inline(always)]
-fn add_keys<T: Scalar, const D: usize, const O: usize>(
-    sum: &mut [[f32; 4]; O],
-    (tile, key): (Shared<T>, u32),
-    b: (Shared<T>, u32),
-) where
-    Ampere: TensorCore<T>,
-{
-    let scores = SharedQueries::<T, Swizzled<{ BR as usize }>>::new(tile, key);
-    unroll!(for STEP in 0..4 {
-        let [a] = Queries::<1>::step(&scores, STEP);
-        add_half::<T, D, O>(sum, a, b, 16 * STEP as u32);
-    });
-}
-
-/// `sum += A B` of half of B's columns, 16 of every 32: `b` is from [`fragment::a_origin`], 16 columns
-/// to the right for the second half. `term`: the row of B that A's first column belongs to.
-#[inline(always)]
-fn add_half<T: Scalar, const D: usize, const O: usize>(
-    sum: &mut [[f32; 4]; O],
-    a: [u32; 4],
-    (b_smem, b): (Shared<T>, u32),
-    term: u32,
-) where
-    Ampere: TensorCore<T>,
-{
-    unroll!(for PAIR in 0..8 {
-        if PAIR < O / 2 {
-            let right = Swizzled::<D>::right(b, PAIR as u32 * 32);
-            let b = matrix::load_x4_transposed(b_smem, Swizzled::<D>::down(right, term));
-            Ampere::multiply(&mut sum[2 * PAIR], a, [b[0], b[1]]);
-            Ampere::multiply(&mut sum[2 * PAIR + 1], a, [b[2], b[3]]);
-        }
-    });
-}
-
-/// Elements of 16 rows and 8 columns of dq_acc.
-const FRAGMENT: u64 = 128;
-
-/// Adds 16 rows from `first_row` on, half of their columns, to dq_acc.
-///
-/// # Safety
-/// `dq_acc` must be `[B, H, Nq', D]`, with these rows.
-#[inline(always)]
-unsafe fn add_to_memory<const D: usize, const O: usize>(
-    args: &BackwardArgs,
-    head: Head,
-    first_row: u32,
-    part: u32,
-    dq: &[[f32; 4]; O],
-) {
-    // SAFETY: `dq_acc` holds the rows, as stated above.
-    let dq_acc = unsafe { args.steps.dq_acc.view_mut::<f32>() };
-    let first = head.padded_row(first_row) * D as u64 + warp::lane_id() as u64;
-    unroll!(for TILE in 0..16 {
-        if TILE < O {
-            let column_tile = (TILE / 2 * 4 + TILE % 2) as u64 + 2 * part as u64;
-            unroll!(for E in 0..4 {
-                let index = first + column_tile * FRAGMENT + 32 * E as u64;
-                let _ = atomic::add_global_f32(dq_acc, index, dq[TILE][E]);
-            });
-        }
-    });
-}
-
-/// Stores a warp's 16 rows from `first_row` on of dK or dV, times a factor: all columns, or of two
-/// warps' the `part`-th 16 of every 32.
-///
-/// # Safety
-/// The tensor must be `[B, Hkv, Nk, D]`; no other thread writes these columns of these rows.
-#[inline(always)]
-unsafe fn store<T: Scalar, const SPLIT: usize, const O: usize>(
-    sum: &[[f32; 4]; O],
-    factor: f32,
-    (tensor, columns): (&Tensor, Columns),
-    head: Head,
-    first_row: u32,
-    part: u32,
-) where
-    Ampere: TensorCore<T>,
-{
-    // SAFETY: the rows are in the tensor, and these columns have no other writer, as
-    // stated above.
-    let view = unsafe { tensor.buffer.view_mut::<T>() };
-    let (g, column) = fragment::row_and_column();
-    unroll!(for R in 0..2 {
-        let j = first_row + g + 8 * R as u32;
-        if j < head.seq_k {
-            let row = head.key(tensor, j) + (column + 16 * part) as u64;
-            unroll!(for TILE in 0..16 {
-                let right = (TILE / 2 * 16 * SPLIT + TILE % 2 * 8) as u64;
-                if TILE < O && columns.has(right as u32 + 16 * part) {
-                    let [low, high] = [sum[TILE][2 * R], sum[TILE][2 * R + 1]];
-                    let pair = Ampere::pack(low * factor, high * factor);
-                    view.write_as::<u32>(row + right, pair);
-                }
-            });
-        }
-    });
 }
 
 macro_rules! instances {
-    ($(#[$meta:meta])* $table:ident, $end:literal, $ordered:literal) => {
+    ($(#[$meta:meta])* $table:ident, $d:tt, $br:expr, $end:literal, $ordered:literal) => {
         entries! {
             $(#[$meta])*
             pub static $table: BackwardArgs => "sm_80", threads THREADS, min_blocks 1;
-            backward_mma: T in [f16, bf16], d D in [32, 64, 96, 128, 160, 192, 224, 256], $end =
-                backward_mma::<
-                    T,
-                    D,
-                    { keys(D) },
-                    { split(D) as usize },
-                    { D / 8 / split(D) as usize },
-                    { ROW_TILES / split(D) as usize },
-                    { D / 16 },
-                    $ordered,
-                >;
+            backward_mma: T in [f16, bf16], d D in $d, $end = backward_mma::<
+                T,
+                D,
+                { keys(D) },
+                { key_fragments(D) },
+                { $br },
+                { $br as usize },
+                { ($br / HALVES / 8) as usize },
+                { D / 8 / HALVES as usize },
+                { dq_fragments(D, $br) },
+                { D / 8 / dq_parts(D, $br) as usize },
+                { dq_parts(D, $br) },
+                $ordered,
+            >;
         }
     };
 }
 
 instances! {
     /// Instances of [`backward_mma()`] that sum dQ in the order in which the blocks come.
-    ENTRIES, "", false
+    ENTRIES, [32, 64, 96, 128, 160, 192, 224, 256], BR, "", false
 }
 
 instances! {
     /// Instances of [`backward_mma()`] that sum dQ in a fixed order.
-    ORDERED_ENTRIES, "_ordered", true
+    ORDERED_ENTRIES, [32, 64, 96, 128, 160, 192, 224, 256], BR, "_ordered", true
+}
+
+instances! {
+    /// As [`ENTRIES`], with [`TALL_BR`] rows of a tile.
+    TALL_ENTRIES, [32, 64], TALL_BR, "_tall", false
+}
+
+instances! {
+    /// As [`ORDERED_ENTRIES`], with [`TALL_BR`] rows of a tile.
+    TALL_ORDERED_ENTRIES, [32, 64], TALL_BR, "_tall_ordered", true
 }

@@ -330,7 +330,7 @@ mod tests {
         for (kernel, keys, seq, causal, tiles) in [
             ("backward_naive", 40, 40, true, 1),
             ("backward_tiled", 32, 80, true, 3),
-            ("backward_mma", 128, 150, false, 3),
+            ("backward_mma", 128, 150, false, 2),
             ("backward_mma", 60, 60, true, 1),
             ("backward_hopper", 128, 300, true, 3),
             ("backward_hopper", 100, 100, false, 1),
@@ -469,10 +469,14 @@ mod tests {
         ];
         let of_backward_mma = [
             ("Start the copies of K and V", "tiles.v)"),
-            ("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ", "tiles.v, place.key"),
-            ("P and dS", "gradients::<T"),
-            ("dV += Pᵀ dO, dK += dSᵀ Q", "&mut dk"),
-            ("dQ += dS K", "add_half"),
+            ("Sᵀ = K Qᵀ", "tiles.k, place.key"),
+            ("P = exp(S - LSE)", "weigh::<T"),
+            ("dPᵀ = V dOᵀ - delta", "tiles.v, place.key"),
+            ("dS = P (dP - delta)", "differentiate::<SCORE_TILES"),
+            ("P and dS to shared memory", "store_scores::<T"),
+            ("dV += Pᵀ dO, dK += dSᵀ Q over the warp's rows", "add_own::<T"),
+            ("The same over the other warp's rows", "add_other::<T"),
+            ("dQ += dS K", "add_step::<T"),
             ("Add dQ in memory", "add_to_memory"),
             ("Store dK and dV", "store::<T"),
         ];

@@ -103,13 +103,10 @@ pub(super) static RUNGS: [Rung; 5] = [
     },
     Rung {
         kernels: &["backward_mma"],
-        excerpts: &[(BACKWARD_MMA, "    // Load K and V.", "/// What kept weights")],
+        excerpts: &[(BACKWARD_MMA, "    // Load K and V.", "}")],
         shape: |_, problem| {
             let d = problem.head_dim().next_multiple_of(32);
-            if backward_mma::split(d) != 1 {
-                bail!("the steps of backward_mma are those of head dims whose warps have all columns: up to 128");
-            }
-            let (rows, keys) = (backward_mma::BR as usize, backward_mma::keys(d) as usize);
+            let (rows, keys) = (backward_mma::rows(d) as usize, backward_mma::keys(d) as usize);
             let regions = vec![
                 ("K", 2 * keys * d),
                 ("V", 2 * keys * d),
@@ -117,6 +114,7 @@ pub(super) static RUNGS: [Rung; 5] = [
                 ("dO 0", 2 * rows * d),
                 ("Q 1", 2 * rows * d),
                 ("dO 1", 2 * rows * d),
+                ("P", 2 * rows * keys),
                 ("dS", 2 * rows * keys),
             ];
             let warps = backward_mma::THREADS as usize / 32;
@@ -138,24 +136,31 @@ pub(super) static RUNGS: [Rung; 5] = [
             Phase::new("Start the copies of the next rows", 0, "if row_tile + 1", To::Lines(4), Stage::Before)
                 .note(AHEAD)
                 .memory(&["+Q", "+dO"], &[]),
-            Phase::new("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ", 0, "// Sᵀ = K Qᵀ", To::Before("let ([mut p]"), Stage::Products)
-                .note("Transposed: a warp owns 16 keys, so that Pᵀ and dSᵀ are operands as they stand. The pictures have rows as rows.")
-                .memory(&[], &["K", "Q", "V", "dO"]),
-            Phase::new("P and dS", 0, "// P and dS replace them.", To::Lines(5), Stage::Gradients)
-                .note("P = exp(S - LSE), dS = P (dP - delta)."),
-            Phase::new("dS to shared memory", 0, "// dSᵀ to shared memory", To::Lines(2), Stage::Gradients)
-                .note("For dQ, which other warps compute.")
-                .memory(&["dS"], &[]),
-            Phase::new("dV += Pᵀ dO, dK += dSᵀ Q", 0, "// dV += Pᵀ dO", To::Before("// Hazard: dS is read"), Stage::Keys)
-                .note("From registers.")
+            Phase::new("Sᵀ = K Qᵀ", 0, "// Sᵀ = K Qᵀ", To::Before("let at = (first_row"), Stage::Scores)
+                .note("Transposed: two warps have the same keys, and half of the rows each, so that Pᵀ and dSᵀ are operands as they stand. The pictures have rows as rows.")
+                .memory(&[], &["K", "Q"]),
+            Phase::new("P = exp(S - LSE)", 0, "let at = (first_row", To::Lines(2), Stage::Softmax)
+                .note("The LSE was read before the product. Tiles that a row sees only in part are masked here."),
+            Phase::new("dPᵀ = V dOᵀ - delta", 0, "// dPᵀ = V dOᵀ", To::Before("differentiate::<SCORE_TILES"), Stage::Weighed)
+                .note("The product begins with -delta. The exponentials may run beside it.")
+                .memory(&[], &["V", "dO"]),
+            Phase::new("dS = P (dP - delta)", 0, "differentiate::<SCORE_TILES", To::Lines(1), Stage::Gradients),
+            Phase::new("P and dS to shared memory", 0, "// Pᵀ and dSᵀ to shared memory", To::Lines(3), Stage::Gradients)
+                .note("For the other warp of these keys, and for dQ.")
+                .memory(&["P", "dS"], &[]),
+            Phase::new("dV += Pᵀ dO, dK += dSᵀ Q over the warp's rows", 0, "// dV += Pᵀ dO", To::Before("// Hazard: P and dS are read"), Stage::Gradients)
+                .note("P and dS from registers; half of the columns per warp.")
                 .memory(&[], &["dO", "Q"]),
-            BARRIER.stage(Stage::Keys),
+            BARRIER.stage(Stage::Gradients),
+            Phase::new("The same over the other warp's rows", 0, "// Then over the other", To::Before("// dQ += dS K"), Stage::Keys)
+                .note("P and dS from shared memory.")
+                .memory(&[], &["P", "dS", "dO", "Q"]),
             Phase::new("dQ += dS K", 0, "// dQ += dS K", To::Before("let own = Part"), Stage::All)
                 .note("The part of these keys: other blocks have the others.")
                 .memory(&[], &["dS", "K"]),
-            Phase::new("Add dQ in memory", 0, "own.wait(args", To::Lines(3), Stage::All)
+            Phase::new("Add dQ in memory", 0, "own.wait(args", To::Lines(4), Stage::All)
                 .note("By atomics, in f32. In the entries that are deterministic, a block waits for its turn first."),
-            Phase::new("Store dK and dV", 0, "let (scale, first, part)", To::End, Stage::Done)
+            Phase::new("Store dK and dV", 0, "let (scale, first, half)", To::End, Stage::Done)
                 .note("dK takes its scale once.")
                 .once(true),
         ],
