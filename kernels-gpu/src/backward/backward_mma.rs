@@ -83,7 +83,7 @@ use crate::{
     entries,
     parts::{
         columns::Columns,
-        fragment::{self, ROWS, SharedQueries},
+        fragment::{self, ROWS, SharedQueries, add_output_part},
         head::Head,
         policy::Policy,
         tile,
@@ -94,7 +94,8 @@ mod scores;
 mod sums;
 
 use scores::{OfRows, differentiate, store_scores, weigh};
-use sums::{ScoresAt, add_other, add_own, add_step, add_to_memory, store};
+use sums::{ScoresAt, add_other, add_own, add_to_memory, store};
+
 /// Threads of a block: eight warps.
 pub const THREADS: u32 = 256;
 /// Query rows of a tile.
@@ -382,7 +383,12 @@ pub unsafe fn backward_mma<
                             ds[FRAGMENT] = matrix::load_x4_transposed(tiles.ds, right);
                         }
                     });
-                    add_step::<T, D, DQ_TILES, DQ_F, DQ_PARTS>(&mut dq, ds, (tiles.k, b), key);
+                    add_output_part::<T, Ampere, Swizzled<D>, DQ_TILES, DQ_F, DQ_PARTS>(
+                        &mut dq,
+                        ds,
+                        (tiles.k, b),
+                        key,
+                    );
                 }
             });
             let own = Part { first_row, rows: BR, part: warp_id, place: place_in_order, keys: BC };

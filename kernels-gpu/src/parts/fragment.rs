@@ -226,9 +226,25 @@ pub fn add_output_step<T, C, L, const O: usize, const F: usize>(
     C: TensorCore<T>,
     L: TileLayout,
 {
+    add_output_part::<T, C, L, O, F, 1>(acc_o, p, (v_smem, v), key);
+}
+
+/// As [`add_output_step`] for one of `PARTS` warps, each of which has 16 of every `16 PARTS` columns of V: `v` lies
+/// 16 columns further to the right for each.
+#[inline(always)]
+pub fn add_output_part<T, C, L, const O: usize, const F: usize, const PARTS: u32>(
+    acc_o: &mut [[[f32; 4]; O]; F],
+    p: [[u32; 4]; F],
+    (v_smem, v): (Shared<T>, u32),
+    key: u32,
+) where
+    T: Scalar,
+    C: TensorCore<T>,
+    L: TileLayout,
+{
     unroll!(for PAIR in 0..16 {
         if PAIR < O / 2 {
-            let right = L::right(v, PAIR as u32 * 16);
+            let right = L::right(v, PAIR as u32 * 16 * PARTS);
             let b = matrix::load_x4_transposed(v_smem, L::down(right, key));
             unroll!(for FRAGMENT in 0..2 {
                 if FRAGMENT < F {

@@ -81,7 +81,8 @@ impl<const N: usize> OfRows<N> {
     }
 }
 
-/// P replaces a warp's scores, from row `i` and key `j` on. Returns how much faster a score grows than its shaped one.
+/// P replaces a warp's scores, from row `i` and key `j` on. Returns the slope of the cap at each score, 1 without a
+/// cap.
 #[inline(always)]
 pub(super) fn weigh<T: Scalar, const N: usize, const F: usize>(
     args: &BackwardArgs,

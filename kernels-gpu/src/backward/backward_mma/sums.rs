@@ -4,7 +4,7 @@ use simt::{
     atomic,
     layout::{Swizzled, TileLayout},
     matrix,
-    mma::{Ampere, Multiply, TensorCore},
+    mma::{Ampere, TensorCore},
     scalar::Scalar,
     shared::Shared,
     unroll, warp,
@@ -15,13 +15,13 @@ use crate::{
     args::{BackwardArgs, Tensor},
     parts::{
         columns::Columns,
-        fragment::{self, ROWS},
+        fragment::{self, ROWS, add_output_part},
         head::Head,
     },
 };
 
-/// `sum += Pᵀ dO`, or dSᵀ and Q, over this warp's rows, from registers: `b` as for [`add_step`], from its first row
-/// on.
+/// `sum += Pᵀ dO`, or dSᵀ and Q, over this warp's rows, from registers: `b` as for
+/// [`add_output_part`], from its first row on.
 #[inline(always)]
 pub(super) fn add_own<T: Scalar, const D: usize, const N: usize, const O: usize, const F: usize>(
     sum: &mut [[[f32; 4]; O]; F],
@@ -40,7 +40,7 @@ pub(super) fn add_own<T: Scalar, const D: usize, const N: usize, const O: usize,
                         fragment::pack_a::<T, Ampere>(of_keys[2 * STEP], of_keys[2 * STEP + 1]);
                 }
             });
-            add_step::<T, D, O, F, HALVES>(sum, a, b, 16 * STEP as u32);
+            add_output_part::<T, Ampere, Swizzled<D>, O, F, HALVES>(sum, a, b, 16 * STEP as u32);
         }
     });
 }
@@ -80,40 +80,12 @@ pub(super) fn add_other<
                     of_keys[FRAGMENT] = matrix::load_x4(tile, at);
                 }
             });
-            add_step::<T, D, O, F, HALVES>(sum, of_keys, b, 16 * STEP as u32);
-        }
-    });
-}
-
-/// `sum += A B` of 16 terms: A has `F` fragments, and of B's columns 16 of every `16 PARTS` count: `b` is from
-/// [`fragment::a_origin`], 16 columns to the right per part. `term`: the row of B that A's first column
-/// belongs to.
-#[inline(always)]
-pub(super) fn add_step<
-    T: Scalar,
-    const D: usize,
-    const O: usize,
-    const F: usize,
-    const PARTS: u32,
->(
-    sum: &mut [[[f32; 4]; O]; F],
-    a: [[u32; 4]; F],
-    (b_smem, b): (Shared<T>, u32),
-    term: u32,
-) where
-    Ampere: TensorCore<T>,
-{
-    unroll!(for PAIR in 0..8 {
-        if PAIR < O / 2 {
-            let right = Swizzled::<D>::right(b, PAIR as u32 * 16 * PARTS);
-            let b = matrix::load_x4_transposed(b_smem, Swizzled::<D>::down(right, term));
-            unroll!(for FRAGMENT in 0..2 {
-                if FRAGMENT < F {
-                    let sum = &mut sum[FRAGMENT];
-                    Ampere::multiply(&mut sum[2 * PAIR], a[FRAGMENT], [b[0], b[1]]);
-                    Ampere::multiply(&mut sum[2 * PAIR + 1], a[FRAGMENT], [b[2], b[3]]);
-                }
-            });
+            add_output_part::<T, Ampere, Swizzled<D>, O, F, HALVES>(
+                sum,
+                of_keys,
+                b,
+                16 * STEP as u32,
+            );
         }
     });
 }
