@@ -38,8 +38,8 @@ macro_rules! for_each_score {
     };
 }
 
-/// -LSE and -delta of a lane's rows, two neighbours of every 8. They are read before the products, which hide the
-/// time that a read of global memory takes.
+/// -LSE and -delta of a lane's rows, two neighbours of every 8. A kernel reads them before the products, which hide
+/// the latency of global memory.
 pub(super) struct OfRows<const N: usize> {
     minus_lse_log2: [[f32; 2]; N],
     minus_delta: [[f32; 2]; N],
@@ -68,7 +68,8 @@ impl<const N: usize> OfRows<N> {
         of_rows
     }
 
-    /// What dP begins with, so that its product is `dP - delta`: 0 with dropout, which multiplies dP alone.
+    /// The initial accumulators of dP: -delta, so that the product gives `dP - delta`. With dropout, which scales
+    /// dP before delta is subtracted, they are 0.
     #[inline(always)]
     pub(super) fn minus_delta<const F: usize>(&self) -> OfScores<N, F> {
         let mut dp = [[[0.0; 4]; N]; F];
