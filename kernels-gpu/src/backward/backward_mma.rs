@@ -83,7 +83,7 @@ use crate::{
     entries,
     parts::{
         columns::Columns,
-        fragment::{self, ROWS, SharedQueries, add_output_part},
+        fragment::{self, ROWS, SharedQueries, add_output_step},
         head::Head,
         policy::Policy,
         tile,
@@ -383,7 +383,7 @@ pub unsafe fn backward_mma<
                             ds[FRAGMENT] = matrix::load_x4_transposed(tiles.ds, right);
                         }
                     });
-                    add_output_part::<T, Ampere, Swizzled<D>, DQ_TILES, DQ_F, DQ_PARTS>(
+                    add_output_step::<T, Ampere, Swizzled<D>, DQ_TILES, DQ_F, DQ_PARTS>(
                         &mut dq,
                         ds,
                         (tiles.k, b),

@@ -261,7 +261,7 @@ pub unsafe fn decode_split<
                     let right = rows.weigh(s[0][2 * STEP + 1], scale_log2);
                     let p = fragment::pack_a::<T, Ampere>(left, right);
                     let key = 16 * STEP as u32;
-                    fragment::add_output_step::<T, Ampere, Swizzled<D>, COLUMN_TILES, 1>(
+                    fragment::add_output_step::<T, Ampere, Swizzled<D>, COLUMN_TILES, 1, 1>(
                         &mut acc_o,
                         [p],
                         v,

@@ -209,30 +209,15 @@ pub fn add_output<T: Scalar, C: TensorCore<T>, L: TileLayout, const N: usize, co
         if STEP < N / 2 {
             let a = pack_a::<T, C>(p[2 * STEP], p[2 * STEP + 1]);
             let acc_o = core::array::from_mut(acc_o);
-            add_output_step::<T, C, L, O, 1>(acc_o, [a], (v_smem, v), 16 * STEP as u32);
+            add_output_step::<T, C, L, O, 1, 1>(acc_o, [a], (v_smem, v), 16 * STEP as u32);
         }
     });
 }
 
-/// `O += P V` for the 16 keys from `key` of the tile on, with their weights `p`, packed.
+/// `O += P V` for the 16 keys from `key` of the tile on, with their weights `p`, packed. `PARTS` warps divide the
+/// columns of V: each has 16 of every `16 PARTS`, and `v` lies 16 columns further to the right for each.
 #[inline(always)]
-pub fn add_output_step<T, C, L, const O: usize, const F: usize>(
-    acc_o: &mut [[[f32; 4]; O]; F],
-    p: [[u32; 4]; F],
-    (v_smem, v): (Shared<T>, u32),
-    key: u32,
-) where
-    T: Scalar,
-    C: TensorCore<T>,
-    L: TileLayout,
-{
-    add_output_part::<T, C, L, O, F, 1>(acc_o, p, (v_smem, v), key);
-}
-
-/// As [`add_output_step`] for one of `PARTS` warps, each of which has 16 of every `16 PARTS` columns of V: `v` lies
-/// 16 columns further to the right for each.
-#[inline(always)]
-pub fn add_output_part<T, C, L, const O: usize, const F: usize, const PARTS: u32>(
+pub fn add_output_step<T, C, L, const O: usize, const F: usize, const PARTS: u32>(
     acc_o: &mut [[[f32; 4]; O]; F],
     p: [[u32; 4]; F],
     (v_smem, v): (Shared<T>, u32),

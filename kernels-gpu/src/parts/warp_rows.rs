@@ -178,7 +178,7 @@ where
                     }
                 });
                 let key = 16 * STEP as u32;
-                fragment::add_output_step::<T, Ampere, L, O, F>(&mut self.acc_o, p, v, key);
+                fragment::add_output_step::<T, Ampere, L, O, F, 1>(&mut self.acc_o, p, v, key);
             }
         });
     }

@@ -476,7 +476,7 @@ mod tests {
             ("P and dS to shared memory", "store_scores::<T"),
             ("dV += Pᵀ dO, dK += dSᵀ Q over the warp's rows", "add_own::<T"),
             ("The same over the other warp's rows", "add_other::<T"),
-            ("dQ += dS K", "add_output_part::<T"),
+            ("dQ += dS K", "add_output_step::<T"),
             ("Add dQ in memory", "add_to_memory"),
             ("Store dK and dV", "store::<T"),
         ];

@@ -15,13 +15,13 @@ use crate::{
     args::{BackwardArgs, Tensor},
     parts::{
         columns::Columns,
-        fragment::{self, ROWS, add_output_part},
+        fragment::{self, ROWS, add_output_step},
         head::Head,
     },
 };
 
 /// `sum += Pᵀ dO`, or dSᵀ and Q, over this warp's rows, from registers: `b` as for
-/// [`add_output_part`], from its first row on.
+/// [`add_output_step`], from its first row on.
 #[inline(always)]
 pub(super) fn add_own<T: Scalar, const D: usize, const N: usize, const O: usize, const F: usize>(
     sum: &mut [[[f32; 4]; O]; F],
@@ -40,7 +40,7 @@ pub(super) fn add_own<T: Scalar, const D: usize, const N: usize, const O: usize,
                         fragment::pack_a::<T, Ampere>(of_keys[2 * STEP], of_keys[2 * STEP + 1]);
                 }
             });
-            add_output_part::<T, Ampere, Swizzled<D>, O, F, HALVES>(sum, a, b, 16 * STEP as u32);
+            add_output_step::<T, Ampere, Swizzled<D>, O, F, HALVES>(sum, a, b, 16 * STEP as u32);
         }
     });
 }
@@ -80,7 +80,7 @@ pub(super) fn add_other<
                     of_keys[FRAGMENT] = matrix::load_x4(tile, at);
                 }
             });
-            add_output_part::<T, Ampere, Swizzled<D>, O, F, HALVES>(
+            add_output_step::<T, Ampere, Swizzled<D>, O, F, HALVES>(
                 sum,
                 of_keys,
                 b,
